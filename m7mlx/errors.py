@@ -1,0 +1,70 @@
+"""Every foreseeable failure, as one tree.
+
+    M7Error
+    ├── InputError                 what the user gave cannot be used            exit status 2
+    │   ├── ConfigError            config.json / params.json
+    │   ├── WeightsError           safetensors and GGUF files
+    │   ├── TokenizerError         tokenizer files, ids out of range
+    │   ├── ChatFormatError        messages or a chat template
+    │   ├── PromptTooLongError     more tokens than the context holds
+    │   └── NotFoundError          no such folder, repository or alias; no access
+    └── RunError                   a sound request that failed on the way       exit status 1
+        ├── DownloadError          network, wrong bytes
+        ├── DiskError              full disk, no permission
+        └── RollbackError          more tokens than the cache's slack can undo
+
+Each message is one line: the cause, then the mend. The command-line tools print it on stderr and leave
+with `exit_status`; a traceback is a bug (`--debug` shows it).
+"""
+
+
+class M7Error(Exception):
+    """Base of all errors this project raises on purpose."""
+
+    exit_status = 1
+
+
+class InputError(M7Error):
+    """What the user gave cannot be used."""
+
+    exit_status = 2
+
+
+class ConfigError(InputError):
+    """A config.json or params.json that is missing, contradictory or not understood."""
+
+
+class WeightsError(InputError):
+    """Weights that are missing, damaged or do not fit their config."""
+
+
+class TokenizerError(InputError):
+    """A tokenizer that is missing or damaged, or ids outside its vocabulary."""
+
+
+class ChatFormatError(InputError):
+    """Messages that the model's chat format cannot express, or a template that fails."""
+
+
+class PromptTooLongError(InputError):
+    """A prompt longer than the context of a full-attention model."""
+
+
+class NotFoundError(InputError):
+    """A folder, repository or alias that does not exist or may not be read."""
+
+
+class RunError(M7Error):
+    """A sound request that failed on the way."""
+
+
+class DownloadError(RunError):
+    """The network failed, or what came is not what was promised."""
+
+
+class DiskError(RunError):
+    """The disk is full or not writable."""
+
+
+class RollbackError(RunError):
+    """A rollback past the cache's slack; the cache is unchanged."""
