@@ -1,0 +1,63 @@
+"""What every command-line tool of this project does alike: parse, run, report, leave with the right status."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import NoReturn
+
+from m7mlx.errors import M7Error
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "a file is too big"}
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, with one-line usage errors, `--debug` and `--version`."""
+
+    def __init__(self, prog: str, description: str, epilog: str) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        self.add_argument("--version", action="version", version=f"%(prog)s {version('m7mlx')}")
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def run(body: Callable[[argparse.Namespace], int | None], args: argparse.Namespace, prog: str) -> int:
+    """Run a command's body; every foreseeable failure becomes one line on stderr and an exit status."""
+    try:
+        return body(args) or 0
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`). Python would complain once more while flushing at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except M7Error as error:
+        if args.debug:
+            raise
+        return _report(prog, str(error), error.exit_status)
+    except OSError as error:
+        if args.debug:
+            raise
+        return _report(prog, _FULL.get(error.errno or 0) or str(error), EXIT_FAILED)
+    except MemoryError:
+        if args.debug:
+            raise
+        return _report(prog, "out of memory", EXIT_FAILED)
+
+
+def _report(prog: str, message: str, status: int) -> int:
+    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    return status

@@ -1,0 +1,353 @@
+"""What a model is: `ModelConfig`, read from Hugging Face's config.json or Mistral's params.json.
+
+Nothing is guessed. A key that a config.json leaves out takes Hugging Face's default for that architecture;
+a key that would change the computation and is not understood is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from m7mlx.errors import ConfigError
+
+# Hugging Face's defaults, from MistralConfig and LlamaConfig. What both share stands in _SHARED.
+_SHARED: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "mistral": _SHARED
+    | {
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    "llama": _SHARED
+    | {
+        "intermediate_size": 11008,
+        "num_key_value_heads": None,  # as many as query heads
+        "max_position_embeddings": 2048,
+        "sliding_window": None,
+    },
+}
+_ARCHITECTURES = {"MistralForCausalLM": "mistral", "LlamaForCausalLM": "llama"}
+_DEFAULT_ROPE_THETA = 10000.0
+
+# Keys that would change the computation, with the values that leave it as it is.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "hidden_act": ("silu", None),
+    "partial_rotary_factor": (1.0, None),
+    "pretraining_tp": (1, None),
+    "rope_traditional": (False, None),
+    "num_local_experts": (0, 1, None),
+    "use_sliding_window": (True, None),
+}
+
+_MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # mode → bits, group sizes
+    "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
+    "mxfp4": ((4,), (32,)),
+    "mxfp8": ((8,), (32,)),
+    "nvfp4": ((4,), (16,)),
+}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How weights are quantised: mlx-lm's `quantization` key of config.json.
+
+    `overrides` maps a module's path ("model.embed_tokens") to its own scheme, or to None where that
+    module is left as it is.
+    """
+
+    group_size: int
+    bits: int
+    mode: str = "affine"
+    overrides: Mapping[str, Quantization | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        bits, groups = _MODES.get(self.mode, ((), ()))
+        if not bits:
+            raise ConfigError(f"quantization mode {self.mode!r} is not known; known are {', '.join(_MODES)}")
+        if self.bits not in bits or self.group_size not in groups:
+            raise ConfigError(
+                f"{self.mode} quantization with {self.bits} bits in groups of {self.group_size} does not exist; "
+                f"bits may be {', '.join(map(str, bits))}, groups {', '.join(map(str, groups))}"
+            )
+
+    def for_module(self, path: str) -> Quantization | None:
+        """The scheme of the module at `path` (without ".weight"); None where it is not quantised."""
+        return self.overrides.get(path, self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Quantization:
+        """Read mlx-lm's form: {"group_size": 64, "bits": 4, "mode": …, "<path>": {…} | false}."""
+        try:
+            scheme = {k: data[k] for k in ("group_size", "bits", "mode") if k in data}
+            overrides: dict[str, Quantization | None] = {}
+            for path, value in data.items():
+                if isinstance(value, Mapping):
+                    overrides[path] = cls.from_dict({"mode": "affine"} | dict(value))
+                elif isinstance(value, bool):
+                    overrides[path] = None
+            return cls(**scheme, overrides=overrides)
+        except TypeError as error:
+            raise ConfigError(f"`quantization` in config.json needs group_size and bits ({error})") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The inverse of `from_dict`."""
+        data: dict[str, Any] = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+        for path, scheme in self.overrides.items():
+            data[path] = scheme.to_dict() if scheme else False
+        return data
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a Mistral-like model, in the vocabulary of the paper (arXiv 2310.06825, table 1).
+
+    `sliding_window` None means full attention. `head_dim` need not be hidden_size / n_heads.
+    `max_position_embeddings` is the context in tokens that the positions were trained for.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    sliding_window: int | None
+    tie_word_embeddings: bool
+    bos_token_id: int | None = 1
+    eos_token_ids: tuple[int, ...] = (2,)
+    quantization: Quantization | None = None
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            optional = item.name == "sliding_window" and value is None
+            if item.type == "int" or (item.name == "sliding_window" and not optional):
+                if type(value) is not int or value < 1:
+                    raise ConfigError(f"{item.name} must be a whole number above 0, not {value!r}")
+            elif item.type == "float" and not (isinstance(value, float | int) and 0 < value < float("inf")):
+                raise ConfigError(f"{item.name} must be a number above 0, not {value!r}")
+        if self.n_heads % self.n_kv_heads:
+            raise ConfigError(
+                f"{self.n_heads} query heads cannot share {self.n_kv_heads} key-value heads: "
+                "the first must be a multiple of the second"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim {self.head_dim} is odd; rotary position embedding needs pairs")
+
+    # --- reading ------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> ModelConfig:
+        """Read `folder`/config.json (preferred) or `folder`/params.json. Raises ConfigError."""
+        folder = Path(folder)
+        for name, read in (("config.json", cls.from_dict), ("params.json", cls.from_params)):
+            if (folder / name).is_file():
+                try:
+                    return read(read_json(folder / name))
+                except ConfigError as error:
+                    raise ConfigError(f"{folder / name}: {error}") from None
+        raise ConfigError(f"{folder} has no config.json; give a folder with a model's config and weights")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
+        """From Hugging Face's config.json, with Hugging Face's defaults for what it leaves out."""
+        model_type = _model_type(data)
+        given = {k: v for k, v in data.items() if v is not None or k == "sliding_window"}
+        values = _DEFAULTS[model_type] | given
+        if model_type == "llama" and values["sliding_window"] is not None:
+            raise ConfigError("sliding_window is not a part of llama; say model_type mistral if it is meant")
+        for key, neutral in _NEUTRAL.items():
+            if data.get(key) not in neutral:
+                raise ConfigError(f"{key} = {data[key]!r} is not supported (only {neutral[0]!r})")
+        n_heads, hidden = values["num_attention_heads"], values["hidden_size"]
+        head_dim = values.get("head_dim")
+        if head_dim is None:
+            if not (type(n_heads) is int and type(hidden) is int and n_heads > 0 and hidden % n_heads == 0):
+                raise ConfigError(f"hidden_size {hidden} is no multiple of {n_heads} heads, and head_dim is absent")
+            head_dim = hidden // n_heads
+        quantization = data.get("quantization")
+        if quantization is None and data.get("quantization_config") is not None:
+            method = data["quantization_config"].get("quant_method", "unknown")
+            raise ConfigError(f"weights quantised by {method!r} cannot be read; use the unquantised model")
+        config = cls(
+            model_type=model_type,
+            vocab_size=values["vocab_size"],
+            hidden_size=hidden,
+            intermediate_size=values["intermediate_size"],
+            n_layers=values["num_hidden_layers"],
+            n_heads=n_heads,
+            n_kv_heads=n_heads if values["num_key_value_heads"] is None else values["num_key_value_heads"],
+            head_dim=head_dim,
+            norm_eps=values["rms_norm_eps"],
+            rope_theta=_rope_theta(data),
+            max_position_embeddings=values["max_position_embeddings"],
+            sliding_window=values["sliding_window"],
+            tie_word_embeddings=_boolean(values, "tie_word_embeddings"),
+            bos_token_id=data.get("bos_token_id", 1),
+            eos_token_ids=_ids(data.get("eos_token_id", 2)),
+            quantization=Quantization.from_dict(quantization) if quantization else None,
+        )
+        _check_layer_types(data, config)
+        return config
+
+    @classmethod
+    def from_params(cls, data: Mapping[str, Any]) -> ModelConfig:
+        """From Mistral's own params.json; defaults as in mistral-inference (`args.py`, `transformer.py`)."""
+        if data.get("moe") or data.get("vision_encoder"):
+            raise ConfigError("mixtures of experts and vision models are not supported; only dense Mistral is")
+        window = data.get("sliding_window")
+        if isinstance(window, list):
+            raise ConfigError("a sliding_window for each layer is not supported")
+        try:
+            return cls(
+                model_type="mistral",
+                vocab_size=data["vocab_size"],
+                hidden_size=data["dim"],
+                intermediate_size=data["hidden_dim"],
+                n_layers=data["n_layers"],
+                n_heads=data["n_heads"],
+                n_kv_heads=data.get("n_kv_heads", data["n_heads"]),
+                head_dim=data["head_dim"],
+                norm_eps=data["norm_eps"],
+                rope_theta=data.get("rope_theta") or (1e4 if window else 1e6),
+                max_position_embeddings=data.get("max_seq_len") or 32768,
+                sliding_window=window,
+                tie_word_embeddings=bool(data.get("tied_embeddings", False)),
+            )
+        except KeyError as error:
+            raise ConfigError(f"{error.args[0]!r} is missing") from None
+
+    # --- writing ------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """A complete Hugging Face config.json, such that `from_dict(to_dict())` is the same config."""
+        data: dict[str, Any] = {
+            "architectures": [name for name, kind in _ARCHITECTURES.items() if kind == self.model_type],
+            "model_type": self.model_type,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.n_layers,
+            "num_attention_heads": self.n_heads,
+            "num_key_value_heads": self.n_kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": self.norm_eps,
+            "rope_theta": self.rope_theta,
+            "max_position_embeddings": self.max_position_embeddings,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_ids[0] if len(self.eos_token_ids) == 1 else list(self.eos_token_ids),
+        }
+        if self.model_type == "mistral":
+            data["sliding_window"] = self.sliding_window
+        if self.quantization:
+            data["quantization"] = self.quantization.to_dict()
+        return data
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter of the unquantised model: its name on disk → its shape."""
+        d, heads, kv = self.hidden_size, self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        block = {
+            "input_layernorm": (d,),
+            "self_attn.q_proj": (heads, d),
+            "self_attn.k_proj": (kv, d),
+            "self_attn.v_proj": (kv, d),
+            "self_attn.o_proj": (d, heads),
+            "post_attention_layernorm": (d,),
+            "mlp.gate_proj": (self.intermediate_size, d),
+            "mlp.up_proj": (self.intermediate_size, d),
+            "mlp.down_proj": (d, self.intermediate_size),
+        }
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, d)}
+        for i in range(self.n_layers):
+            shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in block.items()}
+        shapes["model.norm.weight"] = (d,)
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, d)
+        return shapes
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises ConfigError naming the file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} is not a JSON object")
+    return data
+
+
+def _model_type(data: Mapping[str, Any]) -> str:
+    """"mistral" or "llama"; other architectures are refused by name."""
+    named = data.get("architectures") or []
+    model_type = data.get("model_type") or (_ARCHITECTURES.get(named[0]) if named else None)
+    foreign = [name for name in named if name not in _ARCHITECTURES]
+    if foreign or model_type not in _DEFAULTS:
+        found = foreign[0] if foreign else (model_type or "no architecture")
+        raise ConfigError(f"{found} is not supported; supported are {', '.join(_ARCHITECTURES)}")
+    if named and _ARCHITECTURES[named[0]] != model_type:
+        raise ConfigError(f"architectures says {named[0]} but model_type says {model_type}")
+    return str(model_type)
+
+
+def _rope_theta(data: Mapping[str, Any]) -> float:
+    """RoPE's base: at the top level, or in `rope_parameters` as transformers 5 writes it."""
+    found: list[float] = []
+    if data.get("rope_theta") is not None:
+        found.append(data["rope_theta"])
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = data.get(key) or {}
+        if not isinstance(rope, Mapping):
+            raise ConfigError(f"{key} must be an object, not {rope!r}")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", None):
+            raise ConfigError(f"{key} of type {kind!r} is not supported; only plain RoPE is")
+        if rope.get("partial_rotary_factor") not in (None, 1.0):
+            raise ConfigError("partial_rotary_factor is not supported; RoPE must turn the whole head")
+        if rope.get("rope_theta") is not None:
+            found.append(rope["rope_theta"])
+    if len(set(found)) > 1:
+        raise ConfigError(f"rope_theta is given twice and contradicts itself: {found[0]} and {found[1]}")
+    return found[0] if found else _DEFAULT_ROPE_THETA
+
+
+def _check_layer_types(data: Mapping[str, Any], config: ModelConfig) -> None:
+    kinds = set(data.get("layer_types") or [])
+    expected = "full_attention" if config.sliding_window is None else "sliding_attention"
+    if kinds - {expected}:
+        raise ConfigError(f"layer_types mixes {', '.join(sorted(kinds))}; all layers must be {expected}")
+
+
+def _boolean(values: Mapping[str, Any], key: str) -> bool:
+    if not isinstance(values[key], bool):
+        raise ConfigError(f"{key} must be true or false, not {values[key]!r}")
+    return bool(values[key])
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise ConfigError(f"eos_token_id must be an id or a list of ids, not {value!r}")
+    return tuple(ids)

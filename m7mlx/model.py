@@ -1,0 +1,100 @@
+"""Mistral: embedding → blocks (RMSNorm, attention, SwiGLU) → head. Names are those of the weights on disk."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from m7mlx.attention import Attention
+from m7mlx.cache import DEFAULT_SLACK, LayerRing, RollingCache, Step
+
+if TYPE_CHECKING:
+    from m7mlx.config import ModelConfig
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d, hidden = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(d, hidden, bias=False)
+        self.up_proj = nn.Linear(d, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, d, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:  # [B, L, hidden_size]
+        out: mx.array = self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each on a normalised copy and added back."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = FeedForward(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+
+    def __call__(self, x: mx.array, ring: LayerRing, step: Step) -> mx.array:  # [B, L, hidden_size]
+        x = x + self.self_attn(self.input_layernorm(x), ring, step)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Everything but the head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [Block(config) for _ in range(config.n_layers)]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+
+
+class Mistral(nn.Module):
+    """A decoder-only transformer of Mistral's shape.
+
+        model(ids)              logits [B, L, vocab_size] for ids [B, L], the whole sequence at once
+        model(ids, cache)       the same for the tokens that follow those in the cache
+        model.hidden(…)         without the head; `model.head` then gives the logits of the positions wanted
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def __call__(self, ids: mx.array, cache: RollingCache | None = None) -> mx.array:
+        return self.head(self.hidden(ids, cache))
+
+    def hidden(self, ids: mx.array, cache: RollingCache | None = None) -> mx.array:
+        """Last hidden states [B, L, hidden_size], normalised, for ids [B, L]; advances the cache by L."""
+        cache = self.new_cache() if cache is None else cache
+        step = cache.step(ids.shape[1])
+        x: mx.array = self.model.embed_tokens(ids)
+        for block, ring in zip(self.model.layers, cache.rings, strict=True):
+            x = block(x, ring, step)
+        cache.advance(step)
+        normed: mx.array = self.model.norm(x)
+        return normed
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Logits [B, L, vocab_size] of hidden states [B, L, hidden_size]."""
+        tied = self.config.tie_word_embeddings
+        logits: mx.array = self.model.embed_tokens.as_linear(hidden) if tied else self.lm_head(hidden)
+        return logits
+
+    def new_cache(self, slack: int = DEFAULT_SLACK) -> RollingCache:
+        """An empty cache for this model."""
+        return RollingCache(self.config, slack)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(array.nbytes for _, array in tree_flatten(self.parameters()))
