@@ -13,7 +13,11 @@ from typing import NoReturn
 from m7mlx.errors import M7Error
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
-_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "a file is too big"}
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file is too big",
+}
 
 
 class ArgumentParser(argparse.ArgumentParser):

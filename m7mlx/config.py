@@ -300,7 +300,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _model_type(data: Mapping[str, Any]) -> str:
-    """"mistral" or "llama"; other architectures are refused by name."""
+    """ "mistral" or "llama"; other architectures are refused by name."""
     named = data.get("architectures") or []
     model_type = data.get("model_type") or (_ARCHITECTURES.get(named[0]) if named else None)
     foreign = [name for name in named if name not in _ARCHITECTURES]

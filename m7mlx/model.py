@@ -58,9 +58,9 @@ class Decoder(nn.Module):
 class Mistral(nn.Module):
     """A decoder-only transformer of Mistral's shape.
 
-        model(ids)              logits [B, L, vocab_size] for ids [B, L], the whole sequence at once
-        model(ids, cache)       the same for the tokens that follow those in the cache
-        model.hidden(…)         without the head; `model.head` then gives the logits of the positions wanted
+    model(ids)              logits [B, L, vocab_size] for ids [B, L], the whole sequence at once
+    model(ids, cache)       the same for the tokens that follow those in the cache
+    model.hidden(…)         without the head; `model.head` then gives the logits of the positions wanted
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -97,4 +97,4 @@ class Mistral(nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes of all weights."""
-        return sum(array.nbytes for _, array in tree_flatten(self.parameters()))
+        return sum(array.nbytes for array in dict(tree_flatten(self.parameters())).values())

@@ -1,0 +1,31 @@
+"""Mistral 7B on a Mac, private and local.
+
+from m7mlx import load, generate
+
+model, tokenizer = load("demo")
+print(generate(model, tokenizer, [{"role": "user", "content": "What is the capital of France?"}]))
+"""
+
+from m7mlx.cache import RollingCache
+from m7mlx.config import ModelConfig, Quantization
+from m7mlx.errors import M7Error
+from m7mlx.generate import Piece, Stats, generate, stream_generate
+from m7mlx.load import load
+from m7mlx.model import Mistral
+from m7mlx.sampling import Sampling
+from m7mlx.tokenizer import Tokenizer
+
+__all__ = [
+    "M7Error",
+    "Mistral",
+    "ModelConfig",
+    "Piece",
+    "Quantization",
+    "RollingCache",
+    "Sampling",
+    "Stats",
+    "Tokenizer",
+    "generate",
+    "load",
+    "stream_generate",
+]

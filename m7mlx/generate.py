@@ -1,0 +1,283 @@
+"""Prompt → prefill → decode → text. Ids above, text only at the edge."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import mlx.core as mx
+
+from m7mlx.cache import RollingCache
+from m7mlx.chat import Message
+from m7mlx.errors import InputError, PromptTooLongError, TokenizerError
+from m7mlx.model import Mistral
+from m7mlx.sampling import Sampler, Sampling
+from m7mlx.tokenizer import Detokenizer, Tokenizer
+
+Prompt = str | Sequence[int] | Sequence[Message]
+DEFAULT_MAX_TOKENS = 512
+DEFAULT_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What an answer cost. Times are wall clock; speeds are tokens per second.
+
+    prompt_tokens       tokens of the whole prompt, reused_tokens of them already in the cache
+    prompt_tps          speed of the prefill of the others
+    generated_tokens    tokens generated, the one that ended the answer included
+    generation_tps      speed of decoding, from the first token on
+    time_to_first_token seconds from the call to the first token
+    peak_memory         most bytes MLX held at once during this answer
+    cache_bytes         bytes of keys and values allocated
+    finish_reason       "stop": end token or stop string; "length": max_tokens or the context
+    """
+
+    prompt_tokens: int
+    reused_tokens: int
+    prompt_tps: float
+    generated_tokens: int
+    generation_tps: float
+    time_to_first_token: float
+    peak_memory: int
+    cache_bytes: int
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of the answer: its text, and the ids generated since the piece before. Only the last has stats."""
+
+    text: str
+    ids: list[int] = field(default_factory=list)
+    stats: Stats | None = None
+
+
+def generate(model: Mistral, tokenizer: Tokenizer, prompt: Prompt, **options: object) -> str:
+    """The whole answer as text; arguments as for `stream_generate`."""
+    return "".join(piece.text for piece in stream_generate(model, tokenizer, prompt, **options))  # type: ignore[arg-type]
+
+
+def stream_generate(
+    model: Mistral,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    *,
+    cache: RollingCache | None = None,
+    sampling: Sampling | None = None,
+    max_tokens: int | None = DEFAULT_MAX_TOKENS,
+    stop: Sequence[str] = (),
+    on_prefill: Callable[[int, int], None] | None = None,
+    prefill_chunk: int = DEFAULT_CHUNK,
+) -> Generator[Piece, None, None]:
+    """Yield the answer to `prompt` piece by piece.
+
+    prompt      a text to continue, a list of ids, or a list of chat messages (see `m7mlx.chat`)
+    cache       kept from call to call, so that only what is new of the prompt is prefilled
+    max_tokens  tokens to generate at most; None goes on until the model ends or its context is full
+    stop        texts that end the answer; they are not part of it
+    on_prefill  called with (tokens done, tokens to do) before, between and after the chunks; what it raises
+                ends the prefill and leaves the cache valid
+
+    Closing the generator stops within one token; the cache then holds every token that was yielded.
+
+    Raises TokenizerError (ids outside the vocabulary), ChatFormatError, PromptTooLongError, InputError.
+    """
+    if max_tokens is not None and max_tokens < 0:
+        raise InputError(f"max_tokens must not be negative, got {max_tokens}")
+    if prefill_chunk < 1:
+        raise InputError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
+    if isinstance(stop, str) or not all(stop):
+        raise InputError("stop must be a list of texts, none of them empty")
+    ids = encode_prompt(tokenizer, prompt)
+    room = _check_prompt(model, ids)
+    limit = room if max_tokens is None else max_tokens if room is None else min(max_tokens, room)
+    cache = model.new_cache() if cache is None else cache
+    return _stream(
+        model, tokenizer, ids, cache, Sampler(sampling or Sampling()), limit, StopFilter(stop),
+        tokenizer.detokenizer(at_start=not isinstance(prompt, str)), on_prefill, prefill_chunk,
+    )  # fmt: skip
+
+
+def _stream(
+    model: Mistral,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    cache: RollingCache,
+    sampler: Sampler,
+    limit: int | None,
+    stop: StopFilter,
+    text: Detokenizer,
+    on_prefill: Callable[[int, int], None] | None,
+    chunk: int,
+) -> Generator[Piece, None, None]:
+    started = time.perf_counter()
+    mx.reset_peak_memory()
+    reused = reuse(cache, ids)
+    sampler.see(ids)
+    logits = prefill(model, ids[reused:], cache, chunk, on_prefill)
+    count, first_at = 0, time.perf_counter()
+    prefilled = first_at - started
+    finish: Literal["stop", "length"] = "length"
+    pending: list[int] = []
+    for token in decode(model, logits, cache, sampler, limit):
+        count += 1
+        if count == 1:
+            first_at = time.perf_counter()
+        pending.append(token)
+        if token in tokenizer.eos_ids:
+            finish = "stop"
+            break
+        shown = stop.add(text.add(token))
+        if stop.found:
+            finish = "stop"
+            break
+        if shown:
+            yield Piece(shown, pending)
+            pending = []
+    now = time.perf_counter()
+    stats = Stats(
+        prompt_tokens=len(ids),
+        reused_tokens=reused,
+        prompt_tps=(len(ids) - reused) / max(prefilled, 1e-9),
+        generated_tokens=count,
+        generation_tps=(count - 1) / max(now - first_at, 1e-9) if count > 1 else 0.0,
+        time_to_first_token=first_at - started,
+        peak_memory=mx.get_peak_memory(),
+        cache_bytes=cache.nbytes,
+        finish_reason=finish,
+    )
+    yield Piece(stop.finish(text.finish()), pending, stats)
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """Ids of a prompt in any of its three forms."""
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt, add_bos=tokenizer.add_bos)
+    if len(prompt) and isinstance(prompt[0], Mapping):
+        return tokenizer.chat.encode(prompt)  # type: ignore[arg-type]
+    ids = list(prompt)
+    if not all(type(i) is int for i in ids):
+        raise InputError("a prompt is a text, a list of ids or a list of messages")
+    return ids  # type: ignore[return-value]
+
+
+def _check_prompt(model: Mistral, ids: Sequence[int]) -> int | None:
+    """How many tokens may follow the prompt; None where the window lets the sequence go on for ever."""
+    config = model.config
+    if not ids:
+        raise InputError("the prompt is empty; give at least one token")
+    for token in ids:
+        # An id past the embedding reads memory that is not the model's.
+        if not 0 <= token < config.vocab_size:
+            raise TokenizerError(f"token id {token} is outside the model's vocabulary of {config.vocab_size}")
+    if config.sliding_window is not None:
+        return None
+    if len(ids) > config.max_position_embeddings:
+        raise PromptTooLongError(
+            f"the prompt has {len(ids)} tokens, but the model's context holds {config.max_position_embeddings}; "
+            "shorten it, or start a new conversation"
+        )
+    return config.max_position_embeddings - len(ids)
+
+
+def reuse(cache: RollingCache, ids: Sequence[int]) -> int:
+    """Bring the cache back to the longest start of `ids` that it holds; how many tokens that is.
+
+    At least one token is left to prefill, since its logits are needed. Where the ring can no longer roll back
+    that far, everything is prefilled again.
+    """
+    known = 0
+    if cache.intact and len(cache.ids) == cache.offset:
+        for known_id, token in zip(cache.ids, ids[:-1], strict=False):
+            if known_id != token:
+                break
+            known += 1
+        if cache.offset - known <= cache.max_rollback:
+            cache.rollback(cache.offset - known)
+            return known
+    cache.reset()
+    return 0
+
+
+def prefill(
+    model: Mistral,
+    ids: Sequence[int],
+    cache: RollingCache,
+    chunk: int = DEFAULT_CHUNK,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> mx.array:
+    """Read a prompt into the cache, `chunk` tokens at a time; the logits [1, vocab_size] after its last token.
+
+    Each chunk is evaluated before the next is built: a layer never holds more than window + chunk keys.
+    """
+    report = on_progress or (lambda done, total: None)
+    hidden = None
+    for start in range(0, len(ids), chunk):
+        report(start, len(ids))
+        part = list(ids[start : start + chunk])
+        hidden = model.hidden(mx.array([part]), cache)[:, -1:]
+        mx.eval(hidden, *cache.arrays)
+        cache.ids += part
+        mx.clear_cache()  # the chunk's temporaries would stay in MLX's pool
+    report(len(ids), len(ids))
+    assert hidden is not None
+    return model.head(hidden)[:, -1]
+
+
+def decode(
+    model: Mistral, logits: mx.array, cache: RollingCache, sampler: Sampler, limit: int | None
+) -> Iterator[int]:
+    """Yield up to `limit` tokens (None: for ever), starting from the logits [1, vocab_size] of the prompt's end.
+
+    The step after a token is under way before that token is read: the device never waits for Python. Every
+    token that has been yielded is in the cache.
+    """
+    if limit == 0:
+        return
+    token = sampler(logits)
+    mx.async_eval(token)
+    count = 0
+    while True:
+        following = sampler(model(token[:, None], cache)[:, -1])
+        mx.async_eval(following)
+        value = int(token.tolist()[0])
+        cache.ids.append(value)
+        yield value
+        count += 1
+        if count == limit:
+            return
+        token = following
+
+
+class StopFilter:
+    """Cuts a stream at the first of several texts, which may lie across the borders of its pieces."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""  # could be the beginning of a stop text
+        self.found = False
+
+    def add(self, text: str) -> str:
+        """What of the stream so far, with `text`, can be shown."""
+        self._held += text
+        hits = [i for stop in self._stops if (i := self._held.find(stop)) >= 0]
+        if hits:
+            self.found = True
+            shown, self._held = self._held[: min(hits)], ""
+            return shown
+        shown_to = len(self._held) - self._unsure()
+        shown, self._held = self._held[:shown_to], self._held[shown_to:]
+        return shown
+
+    def finish(self, text: str) -> str:
+        """The rest, once the stream has ended."""
+        return "" if self.found else self.add(text) + self._held
+
+    def _unsure(self) -> int:
+        """Length of the longest end of the held text that begins a stop text."""
+        longest = max(map(len, self._stops), default=1) - 1
+        ends = range(min(longest, len(self._held)), 0, -1)
+        return next((n for n in ends if any(s.startswith(self._held[-n:]) for s in self._stops)), 0)

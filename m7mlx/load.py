@@ -1,0 +1,182 @@
+"""Folder → model and tokenizer, with everything checked before it is used."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from m7mlx.config import ModelConfig, Quantization
+from m7mlx.errors import ConfigError, TokenizerError, WeightsError
+from m7mlx.hub import resolve
+from m7mlx.model import Mistral
+from m7mlx.safetensors import TensorInfo, folder_weights, validate_header
+from m7mlx.tokenizer import Tokenizer, load_tokenizer
+
+_IGNORED = "rotary_emb.inv_freq"  # old checkpoints carry what is computed anyway
+_DTYPES = {"F": {"F32", "F16", "BF16"}, "U32": {"U32"}, "U8": {"U8"}}  # kinds of tensor → safetensors' types
+
+
+def load(
+    name: str | Path,
+    *,
+    dtype: mx.Dtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Mistral, Tokenizer]:
+    """Load a model folder, a Hub repository ("org/name") or an alias ("mistral", "demo").
+
+    dtype     type of activations and unquantised weights; None keeps the file's, except on the CPU backend,
+              where 16-bit arithmetic is emulated: there it is float32, and quantised weights are expanded
+              to float32 if they fit into half of the memory
+    progress  called with (bytes read, bytes to read)
+
+    Use the model on the thread that called this: MLX's streams belong to their thread.
+    Raises NotFoundError, DownloadError, ConfigError, WeightsError, TokenizerError.
+    """
+    folder = resolve(name)
+    if folder.is_file():
+        raise ConfigError(f"{folder} is a file; a GGUF file is converted first: m7mlx-convert {folder}")
+    config = ModelConfig.from_folder(folder)
+    files = _check_tensors(folder, config)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise TokenizerError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens but the model's embedding only "
+            f"{config.vocab_size}; they do not belong together"
+        )
+    weights = _read(files, progress or (lambda done, total: None))
+    return build(config, weights, dtype), tokenizer
+
+
+def build(config: ModelConfig, weights: dict[str, mx.array], dtype: mx.Dtype | None = None) -> Mistral:
+    """A model from its weights by name on disk; `dtype` as for `load`. `weights` is emptied on the way."""
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    dtype = mx.float32 if dtype is None and on_cpu else dtype
+    expand = on_cpu and config.quantization is not None and _fits_expanded(config, dtype or mx.float32)
+    model = Mistral(config)
+    loaded: dict[str, mx.array] = {}
+    for name in list(weights):
+        if name.endswith(_IGNORED) or (name == "lm_head.weight" and config.tie_word_embeddings):
+            del weights[name]
+        elif name in weights:  # not yet taken together with its module's other arrays
+            loaded |= _module_arrays(config, weights, name, dtype, expand)
+    if config.quantization and not expand:
+        nn.quantize(model, class_predicate=lambda path, module: _scheme_of(config, path, loaded))
+    model.load_weights(list(loaded.items()), strict=True)
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def _module_arrays(
+    config: ModelConfig, weights: dict[str, mx.array], name: str, dtype: mx.Dtype | None, expand: bool
+) -> dict[str, mx.array]:
+    """The arrays of one module, in the type they are used in; taken out of `weights`."""
+    path = name.rsplit(".", 1)[0]
+    kinds = [k for k in ("weight", "scales", "biases") if f"{path}.{k}" in weights]
+    arrays = {k: weights.pop(f"{path}.{k}") for k in kinds}
+    for kind, array in arrays.items():
+        if dtype is not None and mx.issubdtype(array.dtype, mx.floating):
+            arrays[kind] = array.astype(dtype)
+    scheme = config.quantization.for_module(path) if config.quantization and "scales" in arrays else None
+    if expand and scheme:
+        arrays = {"weight": _dequantize(arrays, scheme, dtype or mx.float32)}
+        mx.eval(arrays["weight"])  # one at a time: the packed form is freed before the next is expanded
+    return {f"{path}.{k}": array for k, array in arrays.items()}
+
+
+def _dequantize(arrays: dict[str, mx.array], scheme: Quantization, dtype: mx.Dtype) -> mx.array:
+    weight = mx.dequantize(
+        arrays["weight"],
+        arrays["scales"],
+        arrays.get("biases"),
+        group_size=scheme.group_size,
+        bits=scheme.bits,
+        mode=scheme.mode,
+    )
+    return weight.astype(dtype)
+
+
+def _scheme_of(config: ModelConfig, path: str, loaded: dict[str, mx.array]) -> bool | dict[str, object]:
+    """For nn.quantize: how the module at `path` is quantised in the file."""
+    if f"{path}.scales" not in loaded or config.quantization is None:
+        return False
+    scheme = config.quantization.for_module(path)
+    assert scheme is not None
+    return {"group_size": scheme.group_size, "bits": scheme.bits, "mode": scheme.mode}
+
+
+def _fits_expanded(config: ModelConfig, dtype: mx.Dtype) -> bool:
+    """Whether all weights in `dtype` take at most half of the machine's memory."""
+    numbers = sum(math.prod(shape) for shape in config.weight_shapes().values())
+    return numbers * dtype.size <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _read(files: dict[str, Path], progress: Callable[[int, int], None]) -> dict[str, mx.array]:
+    """All tensors of a folder, read and checked to be finite; one file at a time."""
+    total = sum(path.stat().st_size for path in set(files.values()))
+    done = 0
+    weights: dict[str, mx.array] = {}
+    progress(0, total)
+    for path in sorted(set(files.values())):
+        arrays = mx.load(str(path))
+        assert isinstance(arrays, dict)
+        for name in arrays:
+            array = arrays[name]
+            if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
+                raise WeightsError(f"{path}: {name} holds NaN or infinite numbers; fetch or convert the model again")
+            done += array.nbytes
+            progress(min(done, total), total)
+        weights |= arrays
+    progress(total, total)
+    return weights
+
+
+# --- checks on the headers, before any weight is read ---------------------------------------------------
+
+
+def _check_tensors(folder: Path, config: ModelConfig) -> dict[str, Path]:
+    """Tensor name → file, after comparing all headers with the config. Raises WeightsError."""
+    files = folder_weights(folder)
+    headers: dict[str, TensorInfo] = {}
+    for path in sorted(set(files.values())):
+        headers |= validate_header(path)
+    expected: dict[str, TensorInfo] = {}
+    for name, shape in config.weight_shapes().items():
+        expected |= _expected(config, name, shape, headers)
+    for name, wanted in expected.items():
+        found = headers.get(name)
+        if found is None:
+            raise WeightsError(f"{folder}: tensor {name} is missing")
+        if found.shape != wanted.shape:
+            raise WeightsError(
+                f"{folder}: {name} has shape {list(found.shape)}, config.json says {list(wanted.shape)}"
+            )
+        if found.dtype not in _DTYPES[wanted.dtype]:
+            raise WeightsError(f"{folder}: {name} has type {found.dtype}, which is not supported here")
+    for name in headers.keys() - expected.keys():
+        if not name.endswith(_IGNORED) and not (config.tie_word_embeddings and name.startswith("lm_head.")):
+            raise WeightsError(f"{folder}: tensor {name} is not a part of {config.model_type}")
+    return files
+
+
+def _expected(
+    config: ModelConfig, name: str, shape: tuple[int, ...], headers: dict[str, TensorInfo]
+) -> dict[str, TensorInfo]:
+    """What the file must hold for one parameter of the unquantised model."""
+    path = name.removesuffix(".weight")
+    scheme = config.quantization.for_module(path) if config.quantization and len(shape) == 2 else None
+    if scheme is None or f"{path}.scales" not in headers:  # mlx-lm leaves out what its groups do not divide
+        return {name: TensorInfo("F", shape)}
+    rows, columns = shape
+    if columns % scheme.group_size:
+        raise WeightsError(f"{path} has {columns} columns, which groups of {scheme.group_size} do not divide")
+    groups = TensorInfo("F" if scheme.mode == "affine" else "U8", (rows, columns // scheme.group_size))
+    tensors = {name: TensorInfo("U32", (rows, columns * scheme.bits // 32)), f"{path}.scales": groups}
+    if scheme.mode == "affine":
+        tensors[f"{path}.biases"] = groups
+    return tensors

@@ -1,0 +1,119 @@
+"""Logits → the next token.
+
+The filters and their order are those of mlx-lm (top_p, min_p, top_k, then the temperature), so that the same
+settings give the same distribution. Randomness comes from a key of the request's own, not from MLX's global
+state: the same seed gives the same answer whatever else runs.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from m7mlx.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. The defaults are greedy decoding.
+
+    temperature         0 takes the most probable token
+    top_p               keep the most probable tokens that together reach this probability; 1 keeps all
+    top_k               keep this many most probable tokens; 0 keeps all
+    min_p               keep tokens at least this probable, relative to the most probable one; 0 keeps all
+    repetition_penalty  divide (or multiply, if negative) the logits of recent tokens by this; 1 changes nothing
+    repetition_context  how many of the last tokens, prompt included, count as recent
+    seed                makes sampling repeatable; None draws a new one
+
+    Raises InputError for values out of range.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    repetition_context: int = 64
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "temperature": (self.temperature, 0, 100),
+            "top_p": (self.top_p, 0, 1),
+            "top_k": (self.top_k, 0, 1 << 30),
+            "min_p": (self.min_p, 0, 1),
+            "repetition_penalty": (self.repetition_penalty, 0.01, 100),
+            "repetition_context": (self.repetition_context, 0, 1 << 30),
+            "seed": (self.seed or 0, 0, (1 << 64) - 1),
+        }
+        for name, (value, low, high) in bounds.items():
+            if not (isinstance(value, int | float) and math.isfinite(value) and low <= value <= high):
+                raise InputError(f"{name} must lie between {low} and {high}, not {value!r}")
+
+
+class Sampler:
+    """Chooses tokens for one request. Each call stays lazy: nothing is read back from the device."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self._key = mx.random.key(secrets.randbits(64) if sampling.seed is None else sampling.seed)
+        self._recent: mx.array | None = None  # ids [≤ repetition_context], the prompt's last ones first
+
+    def see(self, ids: Sequence[int]) -> None:
+        """Tell which tokens the prompt ends with, for the repetition penalty."""
+        context = self.sampling.repetition_context
+        if self.sampling.repetition_penalty != 1.0 and context:
+            self._recent = mx.array(list(ids[-context:]), dtype=mx.int32)
+
+    def __call__(self, logits: mx.array) -> mx.array:  # [B, vocab_size] → ids [B], with B = 1
+        s = self.sampling
+        if self._recent is not None:
+            logits = penalize(logits, self._recent, s.repetition_penalty)
+        if s.temperature == 0:
+            token = mx.argmax(logits, axis=-1)
+        else:
+            self._key, key = mx.random.split(self._key)
+            token = mx.random.categorical(filtered_logprobs(logits, s) / s.temperature, key=key)
+        if self._recent is not None:
+            self._recent = mx.concatenate([self._recent, token.astype(mx.int32)])[-s.repetition_context :]
+        return token
+
+
+def filtered_logprobs(logits: mx.array, sampling: Sampling) -> mx.array:
+    """Log probabilities [B, vocab_size] in float32, −∞ for the tokens that the filters drop."""
+    logits = logits.astype(mx.float32)
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    if 0 < sampling.top_p < 1:
+        logprobs = _top_p(logprobs, sampling.top_p)
+    if sampling.min_p > 0:
+        best = logprobs.max(axis=-1, keepdims=True)
+        logprobs = mx.where(logprobs < best + math.log(sampling.min_p), -mx.inf, logprobs)
+    if 0 < sampling.top_k < logprobs.shape[-1]:
+        kth = mx.partition(logprobs, -sampling.top_k, axis=-1)[..., -sampling.top_k, None]
+        logprobs = mx.where(logprobs < kth, -mx.inf, logprobs)
+    return logprobs
+
+
+def _top_p(logprobs: mx.array, top_p: float) -> mx.array:
+    """Keep the tokens whose cumulative probability, from the least probable up, exceeds 1 − top_p."""
+    order = mx.argsort(logprobs, axis=-1)
+    cumulative = mx.cumsum(mx.take_along_axis(mx.exp(logprobs), order, axis=-1), axis=-1)
+    ranks = mx.put_along_axis(
+        mx.zeros_like(order), order, mx.arange(order.shape[-1], dtype=order.dtype)[None], axis=-1
+    )
+    # The most probable token stays whatever rounding says.
+    keep = (mx.take_along_axis(cumulative, ranks, axis=-1) > 1 - top_p) | (ranks == order.shape[-1] - 1)
+    return mx.where(keep, logprobs, -mx.inf)
+
+
+def penalize(logits: mx.array, recent: mx.array, penalty: float) -> mx.array:
+    """The repetition penalty of CTRL (arXiv 1909.05858): logits of recent ids are made less likely."""
+    chosen = logits[:, recent]
+    chosen = mx.where(chosen < 0, chosen * penalty, chosen / penalty)
+    out = mx.array(logits)
+    out[:, recent] = chosen
+    return out
