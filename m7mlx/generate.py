@@ -243,7 +243,7 @@ def decode(
     while True:
         following = sampler(model(token[:, None], cache)[:, -1])
         mx.async_eval(following)
-        value = int(token.tolist()[0])
+        value: int = token.item()  # type: ignore[assignment]
         cache.ids.append(value)
         yield value
         count += 1

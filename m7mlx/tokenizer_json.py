@@ -45,7 +45,9 @@ class JsonTokenizer(Tokenizer):
             raise TokenizerError(f"{path} cannot be used as a tokenizer ({error})") from None
         self.vocab_size = max(self._library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self._control_ids = frozenset(self._controls.values())
-        self._plain_added = {int(t["id"]): name for name, t in added.items() if name not in self._controls}
+        self._plain_added: dict[int, str] = {
+            int(t["id"]): name for name, t in added.items() if name not in self._controls
+        }
         self._byte_level, self.adds_leading_space = _decoder_kind(path, data)
         self.bos_id = self._named(settings, "bos_token")
         eos = self._named(settings, "eos_token")
@@ -72,14 +74,13 @@ class JsonTokenizer(Tokenizer):
     def _token_bytes(self, token: int) -> bytes:
         if token in self._plain_added:
             return self._plain_added[token].encode()
-        piece = self._library.id_to_token(token)
+        piece: str | None = self._library.id_to_token(token)
         if piece is None:  # a hole in the vocabulary
             return b""
         if self._byte_level:
             return b"".join(_BYTE_OF[c] if c in _BYTE_OF else c.encode() for c in piece)
         byte = _BYTE.fullmatch(piece)
-        text: str = piece.replace(SPACE, " ")
-        return bytes([int(byte[1], 16)]) if byte else text.encode()
+        return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE, " ").encode()
 
     def starts_with_space(self, token: int) -> bool:
         return (self._library.id_to_token(token) or "").startswith(SPACE)

@@ -1,0 +1,50 @@
+"""Mistral in plain NumPy, float64 and without any cache: what every clever path must agree with."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from m7mlx.config import ModelConfig
+
+
+def logits(config: ModelConfig, weights: dict[str, np.ndarray], ids: list[int]) -> np.ndarray:
+    """Logits [len(ids), vocab_size]; full banded attention over the whole sequence, key by key."""
+    w = {name: array.astype(np.float64) for name, array in weights.items()}
+    x = w["model.embed_tokens.weight"][ids]
+    for i in range(config.n_layers):
+        layer = f"model.layers.{i}."
+        x = x + attention(config, w, layer, rms_norm(x, w[layer + "input_layernorm.weight"], config.norm_eps))
+        h = rms_norm(x, w[layer + "post_attention_layernorm.weight"], config.norm_eps)
+        gate, up = h @ w[layer + "mlp.gate_proj.weight"].T, h @ w[layer + "mlp.up_proj.weight"].T
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ w[layer + "mlp.down_proj.weight"].T
+    x = rms_norm(x, w["model.norm.weight"], config.norm_eps)
+    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    return x @ w[head].T
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+
+
+def attention(config: ModelConfig, w: dict[str, np.ndarray], layer: str, x: np.ndarray) -> np.ndarray:
+    length, dim = len(x), config.head_dim
+    q = rope(config, (x @ w[layer + "self_attn.q_proj.weight"].T).reshape(length, config.n_heads, dim))
+    k = rope(config, (x @ w[layer + "self_attn.k_proj.weight"].T).reshape(length, config.n_kv_heads, dim))
+    v = (x @ w[layer + "self_attn.v_proj.weight"].T).reshape(length, config.n_kv_heads, dim)
+    out = np.zeros_like(q)
+    for position in range(length):
+        first = 0 if config.sliding_window is None else max(0, position - config.sliding_window + 1)
+        for head in range(config.n_heads):
+            shared = head // (config.n_heads // config.n_kv_heads)
+            scores = k[first : position + 1, shared] @ q[position, head] / np.sqrt(dim)
+            p = np.exp(scores - scores.max())
+            out[position, head] = (p / p.sum()) @ v[first : position + 1, shared]
+    return out.reshape(length, -1) @ w[layer + "self_attn.o_proj.weight"].T
+
+
+def rope(config: ModelConfig, x: np.ndarray) -> np.ndarray:
+    """Rotate pairs (i, i + head_dim / 2) by position · theta^(−2i / head_dim)."""
+    half = config.head_dim // 2
+    angles = np.outer(np.arange(len(x)), config.rope_theta ** (-np.arange(half) / half))[:, None, :]
+    a, b = x[..., :half], x[..., half:]
+    return np.concatenate([a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)], -1)
