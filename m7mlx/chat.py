@@ -41,6 +41,8 @@ def mistral_version(tokenizer: Tokenizer) -> Version | None:
     v1 (models v0.1 and v0.2) writes [INST] as text, v2 and v3 have control tokens for it. No weights were
     released for v2: only a file named tokenizer.model.v2 is taken for it.
     """
+    if tokenizer.control_id("<s>") is None or tokenizer.control_id("</s>") is None:
+        return None
     if tokenizer.control_id("[INST]") is not None:
         return "v2" if str(getattr(tokenizer, "path", "")).endswith(".v2") else "v3"
     is_v1 = tokenizer.vocab_size == 32000 and tokenizer.encode("[INST]") == [733, 16289, 28793]
@@ -53,8 +55,7 @@ class MistralFormat(ChatFormat):
     def __init__(self, tokenizer: Tokenizer, version: Version) -> None:
         self.version = version
         self._tokenizer = tokenizer
-        assert tokenizer.bos_id is not None
-        self._bos, self._eos = tokenizer.bos_id, min(tokenizer.eos_ids)
+        self._bos, self._eos = self._control("<s>"), self._control("</s>")
 
     def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         check_messages(messages)

@@ -158,8 +158,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         ]
         if operator in "**" and len(sizes) == 2 and sizes[0] * sizes[1] > MAX_CHARS:
             _raise("a value grows too large")
-        if operator == "+" and isinstance(left, str) and sum(sizes) > MAX_CHARS:
-            _raise("a text grows too long")
+        if operator == "+" and isinstance(left, str | list | tuple) and sum(sizes) > MAX_CHARS:
+            _raise("a value grows too large")
         if operator == "%" and isinstance(left, str):
             _raise("% formatting is not supported")
         return super().call_binop(context, operator, left, right)

@@ -141,7 +141,7 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__()
         try:
             # From bytes: the library prints to fd 2 when it cannot open or parse a file itself.
-            self._model = SentencePieceProcessor(model_proto=path.read_bytes())
+            self._model = SentencePieceProcessor(model_proto=path.read_bytes() or b"empty")
         except (RuntimeError, OSError) as error:
             raise TokenizerError(f"{path} is not a sentencepiece model ({str(error).strip()})") from None
         self.path = path

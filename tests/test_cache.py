@@ -5,12 +5,12 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+import reference
 from conftest import random_weights, small_config, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-import reference
 from m7mlx.cache import LayerRing, RollingCache
 from m7mlx.errors import RollbackError
 from m7mlx.generate import prefill
@@ -69,7 +69,10 @@ class RollingCacheMachine(RuleBasedStateMachine):
         self.ids: list[int] = []
 
     @precondition(lambda self: len(self.ids) < 60)
-    @rule(tokens=st.lists(st.integers(0, 96), min_size=1, max_size=20) | st.lists(st.integers(0, 96), min_size=1, max_size=1))
+    @rule(
+        tokens=st.lists(st.integers(0, 96), min_size=1, max_size=20)
+        | st.lists(st.integers(0, 96), min_size=1, max_size=1)
+    )
     def append(self, tokens: list[int]) -> None:
         found = self.model(mx.array([tokens]), self.cache)[0]
         self.ids += tokens

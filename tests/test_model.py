@@ -9,9 +9,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+import reference
 from conftest import random_weights, small_config, small_model
 
-import reference
 from m7mlx.attention import window_mask
 from m7mlx.config import ModelConfig
 from m7mlx.generate import decode, prefill
