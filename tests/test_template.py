@@ -42,7 +42,8 @@ def test_what_templates_of_the_hub_use() -> None:
         "{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
         "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
         "{% set a %}{% for i in range(1000) %}xxxxxxxx{% endfor %}{% endset %}"
-        "{% set b %}{% for i in range(1000) %}{{ a }}{% endfor %}{% endset %}{% for i in range(1000) %}{{ b }}{% endfor %}",
+        "{% set b %}{% for i in range(1000) %}{{ a }}{% endfor %}{% endset %}"
+        "{% for i in range(1000) %}{{ b }}{% endfor %}",
         "{{ 'a' * 10000000000 }}",
         "{{ [0] * 10000000000 }}",
         "{{ 10 ** 10 ** 10 }}",

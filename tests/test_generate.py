@@ -1,0 +1,254 @@
+"""The road from prompt to text: any cutting and any reuse gives the same answer, and every stop is exact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from conftest import small_config, small_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from m7mlx import Mistral, Sampling, Tokenizer, generate, load, stream_generate
+from m7mlx.errors import ChatFormatError, InputError, PromptTooLongError, TokenizerError
+from m7mlx.generate import StopFilter, decode, prefill, reuse
+from m7mlx.sampling import Sampler
+
+MODELS = {window: small_model(small_config(sliding_window=window)) for window in (5, None)}
+PROMPT = [(5 * i + 2) % 97 for i in range(33)]
+
+
+@pytest.fixture(scope="module")
+def loaded(model_folder: Path) -> tuple[Mistral, Tokenizer]:
+    return load(model_folder)
+
+
+def greedy(model: Mistral, ids: list[int], count: int) -> list[int]:
+    """Without a cache: the whole sequence anew for each token."""
+    sequence = list(ids)
+    for _ in range(count):
+        sequence.append(mx.argmax(model(mx.array([sequence]))[0, -1]).item())  # type: ignore[arg-type]
+    return sequence[len(ids) :]
+
+
+@pytest.mark.parametrize("window", MODELS)
+@pytest.mark.parametrize("chunk", [1, 7, 512])
+def test_greedy_decoding_is_the_plain_argmax(window: int | None, chunk: int) -> None:
+    model = MODELS[window]
+    cache = model.new_cache()
+    logits = prefill(model, PROMPT, cache, chunk)
+    found = list(decode(model, logits, cache, Sampler(Sampling()), 40))
+    assert found == greedy(model, PROMPT, 40)
+    assert cache.ids == PROMPT + found
+    assert cache.offset == len(cache.ids)
+
+
+@given(st.sampled_from([5, None]), st.data())
+@settings(max_examples=40, deadline=None)
+def test_reuse_never_changes_the_answer(window: int | None, data: st.DataObject) -> None:
+    """A cache that has seen other prompts before gives what a new one gives."""
+    model = MODELS[window]
+    used = model.new_cache(slack=3)
+    base = data.draw(st.lists(st.integers(0, 96), min_size=1, max_size=30), label="base")
+    for _ in range(3):
+        keep = data.draw(st.integers(0, len(base)), label="keep")
+        ids = base[:keep] + data.draw(st.lists(st.integers(0, 96), min_size=1, max_size=9), label="more")
+        reused = reuse(used, ids)
+        assert reused < len(ids)
+        logits = prefill(model, ids[reused:], used, chunk=4)
+        fresh = model.new_cache()
+        expected = prefill(model, ids, fresh)
+        assert mx.allclose(logits, expected, rtol=1e-4, atol=1e-4).item()
+        base = ids + list(decode(model, logits, used, Sampler(Sampling()), data.draw(st.integers(0, 4), label="n")))
+        assert used.ids == base
+
+
+def test_a_conversation_is_not_prefilled_again(loaded: tuple[Mistral, Tokenizer]) -> None:
+    model, tokenizer = loaded
+    cache = model.new_cache()
+    messages = [{"role": "user", "content": "Tell me a long story, please"}]
+    for _ in range(4):
+        before = cache.offset
+        pieces = list(stream_generate(model, tokenizer, messages, cache=cache, max_tokens=30))
+        stats = pieces[-1].stats
+        assert stats is not None
+        assert stats.reused_tokens == before
+        assert stats.prompt_tokens - stats.reused_tokens < 12
+        ids = [i for piece in pieces for i in piece.ids]
+        text = "".join(piece.text for piece in pieces)
+        messages += [{"role": "assistant", "content": text, "ids": ids}, {"role": "user", "content": "Go on"}]
+
+
+def test_pieces_joined_are_the_answer_and_carry_all_ids(loaded: tuple[Mistral, Tokenizer]) -> None:
+    model, tokenizer = loaded
+    pieces = list(stream_generate(model, tokenizer, [1, 5, 900], max_tokens=40))
+    ids = [i for piece in pieces for i in piece.ids]
+    assert "".join(piece.text for piece in pieces) == tokenizer.decode(ids)
+    assert "".join(p.text for p in pieces) == generate(model, tokenizer, [1, 5, 900], max_tokens=40)
+    assert all(piece.stats is None for piece in pieces[:-1])
+    stats = pieces[-1].stats
+    assert stats is not None
+    assert (stats.prompt_tokens, stats.reused_tokens, stats.generated_tokens) == (3, 0, len(ids))
+    assert stats.finish_reason == ("stop" if ids[-1] in tokenizer.eos_ids else "length")
+    assert stats.time_to_first_token > 0
+    assert stats.prompt_tps > 0
+    assert stats.generation_tps > 0
+    assert stats.peak_memory > 0
+    assert stats.cache_bytes > 0
+
+
+def test_three_forms_of_a_prompt(loaded: tuple[Mistral, Tokenizer]) -> None:
+    model, tokenizer = loaded
+    text = generate(model, tokenizer, "Hello there", max_tokens=10)
+    ids = tokenizer.encode("Hello there", add_bos=True)
+    assert text.lstrip(" ") == generate(model, tokenizer, ids, max_tokens=10).lstrip(" ")
+    message = [{"role": "user", "content": "Hello"}]
+    assert generate(model, tokenizer, message, max_tokens=10) == generate(
+        model, tokenizer, tokenizer.chat.encode(message), max_tokens=10
+    )
+
+
+def test_an_end_token_ends_the_answer_and_is_not_shown(loaded: tuple[Mistral, Tokenizer]) -> None:
+    model, tokenizer = loaded
+    whole = [i for p in stream_generate(model, tokenizer, [1, 7], max_tokens=20) for i in p.ids]
+    end = whole[9]
+    usual, tokenizer.eos_ids = tokenizer.eos_ids, frozenset({end})
+    try:
+        pieces = list(stream_generate(model, tokenizer, [1, 7], max_tokens=20))
+    finally:
+        tokenizer.eos_ids = usual
+    first = whole.index(end)
+    assert [i for p in pieces for i in p.ids] == whole[: first + 1]
+    assert "".join(p.text for p in pieces) == tokenizer.decode(whole[:first])
+    assert pieces[-1].stats is not None
+    assert pieces[-1].stats.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 17])
+def test_max_tokens(loaded: tuple[Mistral, Tokenizer], limit: int) -> None:
+    model, tokenizer = loaded
+    pieces = list(stream_generate(model, tokenizer, [1, 9], max_tokens=limit))
+    assert sum(len(p.ids) for p in pieces) == limit
+    assert pieces[-1].stats is not None
+    assert pieces[-1].stats.finish_reason == "length"
+
+
+def test_closing_the_stream_keeps_what_was_yielded(loaded: tuple[Mistral, Tokenizer]) -> None:
+    model, tokenizer = loaded
+    cache = model.new_cache()
+    prompt = [1, 20, 30]
+    stream = stream_generate(model, tokenizer, prompt, cache=cache, max_tokens=50)
+    got = [i for _ in range(5) for i in next(stream).ids]
+    stream.close()
+    assert cache.ids == prompt + got
+    resumed = [i for p in stream_generate(model, tokenizer, prompt + got, cache=cache, max_tokens=10) for i in p.ids]
+    plain = [i for p in stream_generate(model, tokenizer, prompt, max_tokens=len(got) + 10) for i in p.ids]
+    assert got + resumed == plain
+
+
+def test_an_aborted_prefill_leaves_a_valid_cache(loaded: tuple[Mistral, Tokenizer]) -> None:
+    model, tokenizer = loaded
+    cache = model.new_cache()
+    seen: list[tuple[int, int]] = []
+
+    def abort(done: int, total: int) -> None:
+        seen.append((done, total))
+        if done >= 40:
+            raise KeyboardInterrupt
+
+    prompt = [1, *range(800, 900)]
+    with pytest.raises(KeyboardInterrupt):
+        list(stream_generate(model, tokenizer, prompt, cache=cache, on_prefill=abort, prefill_chunk=20))
+    assert seen == [(0, 101), (20, 101), (40, 101)]
+    assert cache.ids == prompt[:40]
+    again = list(stream_generate(model, tokenizer, prompt, cache=cache, max_tokens=12))
+    assert again[-1].stats is not None
+    assert again[-1].stats.reused_tokens == 40
+    assert "".join(p.text for p in again) == generate(model, tokenizer, prompt, max_tokens=12)
+
+
+def test_a_seed_repeats_the_answer(loaded: tuple[Mistral, Tokenizer]) -> None:
+    model, tokenizer = loaded
+    sampling = Sampling(temperature=1.0, top_p=0.95, seed=11)
+    first = generate(model, tokenizer, "a", sampling=sampling, max_tokens=20)
+    assert generate(model, tokenizer, "a", sampling=sampling, max_tokens=20) == first
+    assert generate(model, tokenizer, "a", sampling=Sampling(temperature=1.0, seed=12), max_tokens=20) != first
+
+
+# --- stop strings ---------------------------------------------------------------------------------------
+
+
+@given(
+    st.text("abc", max_size=30),
+    st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
+    st.lists(st.integers(0, 30), max_size=8),
+)
+@settings(max_examples=300, deadline=None)
+def test_stop_texts_across_any_borders(text: str, stops: list[str], cuts: list[int]) -> None:
+    borders = [0, *sorted(min(c, len(text)) for c in cuts), len(text)]
+    stream = StopFilter(stops)
+    shown = ""
+    for a, b in zip(borders, borders[1:], strict=False):
+        shown += stream.add(text[a:b])
+        if stream.found:
+            break
+    shown += stream.finish("")
+    hits = [text.find(s) for s in stops if s in text]
+    # The stream ends as soon as a stop text is complete, so the earliest END decides, then the earliest start.
+    if not hits:
+        assert shown == text
+        assert not stream.found
+    else:
+        assert stream.found
+        assert text.startswith(shown)
+        assert not any(s in shown for s in stops)
+        assert any(text[len(shown) :].startswith(s) for s in stops)
+
+
+def test_stop_texts_in_generation(loaded: tuple[Mistral, Tokenizer]) -> None:
+    model, tokenizer = loaded
+    whole = generate(model, tokenizer, [1, 44], max_tokens=40)
+    stop = whole[12:17]  # falls where it falls, across token borders
+    pieces = list(stream_generate(model, tokenizer, [1, 44], max_tokens=40, stop=[stop, "\x00never"]))
+    assert "".join(p.text for p in pieces) == whole[: whole.index(stop)]
+    assert pieces[-1].stats is not None
+    assert pieces[-1].stats.finish_reason == "stop"
+
+
+# --- refusals -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "error"),
+    [
+        ([], {}, InputError),
+        ([32768], {}, TokenizerError),
+        ([-1], {}, TokenizerError),
+        ([1.5], {}, InputError),
+        ([True], {}, InputError),
+        ([{"role": "user"}], {}, ChatFormatError),
+        ([1], {"max_tokens": -1}, InputError),
+        ([1], {"prefill_chunk": 0}, InputError),
+        ([1], {"stop": [""]}, InputError),
+        ([1], {"stop": "text"}, InputError),
+    ],
+)
+def test_bad_requests_are_refused_at_once(
+    loaded: tuple[Mistral, Tokenizer], prompt: list[int], options: dict[str, int], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        stream_generate(*loaded, prompt, **options)  # type: ignore[arg-type]
+
+
+def test_full_attention_ends_at_its_context(mistral_tokenizers: dict[str, Tokenizer]) -> None:
+    config = small_config(vocab_size=32768, sliding_window=None, max_position_embeddings=20, n_layers=1)
+    model, tokenizer = small_model(config), mistral_tokenizers["v3"]
+    tokenizer.eos_ids, usual = frozenset(), tokenizer.eos_ids
+    try:
+        pieces = list(stream_generate(model, tokenizer, [1] * 12, max_tokens=None))
+    finally:
+        tokenizer.eos_ids = usual
+    assert sum(len(p.ids) for p in pieces) == 8
+    with pytest.raises(PromptTooLongError, match="21 tokens.*holds 20"):
+        stream_generate(model, tokenizer, [1] * 21)

@@ -1,0 +1,115 @@
+"""Sampling: the distribution of mlx-lm for the same settings, a seed of one's own, no value out of range."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
+
+from m7mlx.errors import InputError
+from m7mlx.sampling import Sampler, Sampling, filtered_logprobs, penalize
+
+logit_lists = st.lists(st.integers(-400, 400), min_size=4, max_size=20, unique=True).map(
+    lambda xs: [x / 40 for x in xs]
+)
+
+
+@given(logit_lists, st.floats(0.05, 1), st.floats(0, 1), st.integers(0, 25))
+@settings(max_examples=200, deadline=None)
+def test_filters_keep_what_mlx_lm_keeps(logits: list[float], top_p: float, min_p: float, top_k: int) -> None:
+    row = mx.array([logits])
+    found = filtered_logprobs(row, Sampling(temperature=1, top_p=top_p, min_p=min_p, top_k=top_k))
+    expected = row - mx.logsumexp(row, axis=-1, keepdims=True)
+    if top_p < 1:
+        expected = apply_top_p(expected, top_p)
+    if min_p > 0:
+        expected = apply_min_p(expected, min_p)
+    if 0 < top_k < len(logits):
+        expected = apply_top_k(expected, top_k)
+    np.testing.assert_allclose(np.array(found), np.array(expected), rtol=1e-5)
+    assert mx.isfinite(found).any().item()
+
+
+def test_a_tiny_top_p_keeps_the_best_token() -> None:
+    kept = filtered_logprobs(mx.array([[0.0, 3.0, 1.0]]), Sampling(temperature=1, top_p=1e-9))
+    assert mx.isfinite(kept).tolist() == [[False, True, False]]
+
+
+def test_greedy_takes_the_most_probable_token_whatever_the_filters() -> None:
+    logits = mx.array([[0.1, 2.0, 1.9, -5.0]])
+    assert Sampler(Sampling(top_p=0.1, top_k=1, min_p=0.9))(logits).tolist() == [1]
+
+
+def test_frequencies_follow_the_tempered_distribution() -> None:
+    logits = mx.array([[1.0, 0.0, 2.0, -1.0]])
+    sampler = Sampler(Sampling(temperature=0.7, seed=1))
+    draws = 4000
+    counts = Counter(sampler(logits).item() for _ in range(draws))
+    expected = np.array(mx.softmax(logits / 0.7, axis=-1))[0]
+    for token, probability in enumerate(expected):
+        spread = math.sqrt(draws * probability * (1 - probability))
+        assert abs(counts[token] - draws * probability) < 5 * spread
+
+
+def test_a_seed_repeats_and_leaves_the_global_state_alone() -> None:
+    logits = mx.zeros((1, 1000))
+
+    def draw(seed: int | None) -> list[int]:
+        sampler = Sampler(Sampling(temperature=1, seed=seed))
+        return [sampler(logits).item() for _ in range(8)]  # type: ignore[misc]
+
+    mx.random.seed(3)
+    before = mx.random.uniform(shape=(4,)).tolist()
+    mx.random.seed(3)
+    first = draw(7)
+    assert mx.random.uniform(shape=(4,)).tolist() == before
+    assert draw(7) == first
+    assert draw(8) != first
+    assert draw(None) != draw(None)
+    assert draw((1 << 64) - 1) == draw((1 << 64) - 1)
+
+
+@given(logit_lists, st.lists(st.integers(0, 3), min_size=1, max_size=6), st.floats(1.01, 2))
+@settings(max_examples=50, deadline=None)
+def test_the_repetition_penalty_is_mlx_lms(logits: list[float], recent: list[int], penalty: float) -> None:
+    row = mx.array([logits])
+    (process,) = make_logits_processors(repetition_penalty=penalty)
+    expected = np.array(process(recent, mx.array([logits])))
+    np.testing.assert_allclose(np.array(penalize(row, mx.array(recent), penalty)), expected, rtol=1e-5)
+    assert row.tolist() == mx.array([logits]).tolist()
+
+
+def test_the_penalty_sees_the_prompt_and_what_was_generated_and_forgets() -> None:
+    sampler = Sampler(Sampling(repetition_penalty=10, repetition_context=2))
+    sampler.see([3, 0, 1])  # 3 is out of the context already
+    logits = mx.array([[5.0, 4.9, 4.8, 5.1]])
+    assert [sampler(logits).item() for _ in range(4)] == [3, 0, 1, 3]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_p": 1.5},
+        {"top_p": -1},
+        {"top_k": -1},
+        {"min_p": 2},
+        {"repetition_penalty": 0},
+        {"repetition_context": -1},
+        {"seed": -1},
+        {"seed": 1 << 64},
+        {"temperature": "hot"},
+    ],
+    ids=str,
+)
+def test_values_out_of_range_are_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(InputError, match=next(iter(bad))):
+        Sampling(**bad)  # type: ignore[arg-type]
