@@ -43,10 +43,10 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
     A path that exists comes first, then "demo", the aliases, and Hub repositories "org/name".
     Raises NotFoundError or DownloadError.
     """
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
     text = str(name)
+    path = Path(os.path.expanduser(name))
+    if text and path.exists():
+        return path
     if text == DEMO:
         return demo()
     repo = ALIASES.get(text, text)
@@ -82,7 +82,10 @@ def snapshot(repo: str, revision: str | None = None) -> Path:
             f"cannot reach the Hub for {repo}, and it has not been downloaded before; check the network"
         ) from None
     except (transport_error, OSError) as error:
-        raise DownloadError(f"downloading {repo} failed ({error}); run the command again to resume") from None
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+            raise NotFoundError(f"the Hub does not let you read {repo}; log in with `hf auth login`") from None
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DownloadError(f"downloading {repo} failed ({cause}); run the command again to resume") from None
     _check_blobs(folder)
     return folder
 

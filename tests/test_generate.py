@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
@@ -189,13 +190,12 @@ def test_stop_texts_across_any_borders(text: str, stops: list[str], cuts: list[i
     borders = [0, *sorted(min(c, len(text)) for c in cuts), len(text)]
     stream = StopFilter(stops)
     shown = ""
-    for a, b in zip(borders, borders[1:], strict=False):
+    for a, b in pairwise(borders):
         shown += stream.add(text[a:b])
         if stream.found:
             break
     shown += stream.finish("")
     hits = [text.find(s) for s in stops if s in text]
-    # The stream ends as soon as a stop text is complete, so the earliest END decides, then the earliest start.
     if not hits:
         assert shown == text
         assert not stream.found
@@ -250,5 +250,5 @@ def test_full_attention_ends_at_its_context(mistral_tokenizers: dict[str, Tokeni
     finally:
         tokenizer.eos_ids = usual
     assert sum(len(p.ids) for p in pieces) == 8
-    with pytest.raises(PromptTooLongError, match="21 tokens.*holds 20"):
+    with pytest.raises(PromptTooLongError, match=r"21 tokens.*holds 20"):
         stream_generate(model, tokenizer, [1] * 21)

@@ -15,12 +15,15 @@ from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logi
 from m7mlx.errors import InputError
 from m7mlx.sampling import Sampler, Sampling, filtered_logprobs, penalize
 
-logit_lists = st.lists(st.integers(-400, 400), min_size=4, max_size=20, unique=True).map(
+logit_lists = st.lists(st.integers(-400, 400), min_size=8, max_size=8, unique=True).map(
     lambda xs: [x / 40 for x in xs]
 )
 
 
-@given(logit_lists, st.floats(0.05, 1), st.floats(0, 1), st.integers(0, 25))
+# Few values: mlx-lm compiles its filters anew for each.
+@given(
+    logit_lists, st.sampled_from([0.3, 0.9, 1.0]), st.sampled_from([0.0, 0.05, 0.5]), st.sampled_from([0, 1, 3, 10])
+)
 @settings(max_examples=200, deadline=None)
 def test_filters_keep_what_mlx_lm_keeps(logits: list[float], top_p: float, min_p: float, top_k: int) -> None:
     row = mx.array([logits])
@@ -75,7 +78,7 @@ def test_a_seed_repeats_and_leaves_the_global_state_alone() -> None:
     assert draw((1 << 64) - 1) == draw((1 << 64) - 1)
 
 
-@given(logit_lists, st.lists(st.integers(0, 3), min_size=1, max_size=6), st.floats(1.01, 2))
+@given(logit_lists, st.lists(st.integers(0, 3), min_size=1, max_size=6), st.sampled_from([1.1, 1.7]))
 @settings(max_examples=50, deadline=None)
 def test_the_repetition_penalty_is_mlx_lms(logits: list[float], recent: list[int], penalty: float) -> None:
     row = mx.array([logits])

@@ -1,0 +1,270 @@
+"""Loading: what goes in comes out, and nothing damaged, missing or foreign gets past the door."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import mistral_file, random_weights, small_config, write_folder
+
+from m7mlx import load
+from m7mlx.config import ModelConfig, Quantization
+from m7mlx.errors import ConfigError, M7Error, NotFoundError, TokenizerError, WeightsError
+from m7mlx.load import build
+from m7mlx.safetensors import folder_weights, validate_header
+
+CONFIG = small_config(vocab_size=32000, n_layers=1)
+IDS = mx.array([[1, 5, 900, 31999, 7]])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "model", CONFIG)
+
+
+def shard(folder: Path) -> None:
+    """Rewrite the folder's weights as two shards and an index."""
+    weights = mx.load(str(folder / "model.safetensors"))
+    assert isinstance(weights, dict)
+    names = sorted(weights)
+    halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in halves.items():
+        mx.save_safetensors(str(folder / file), {n: weights[n] for n in part})
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {n: file for file, part in halves.items() for n in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_single_and_sharded_folders_give_the_same_model(folder: Path) -> None:
+    expected = load(folder)[0](IDS)
+    shard(folder)
+    seen: list[tuple[int, int]] = []
+    model, tokenizer = load(str(folder), progress=lambda done, total: seen.append((done, total)))
+    assert mx.array_equal(model(IDS), expected).item()
+    assert tokenizer.chat.encode([{"role": "user", "content": "Hello"}])[:3] == [1, 733, 16289]
+    assert seen[0][0] == 0
+    assert seen[-1][0] == seen[-1][1]
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_weights_arrive_unchanged(folder: Path) -> None:
+    model, _ = load(folder)
+    assert model.config == CONFIG
+    for name, array in random_weights(CONFIG).items():
+        found = model
+        for part in name.split("."):
+            found = found[int(part)] if part.isdigit() else found[part]
+        assert np.array_equal(np.array(found), array), name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
+def test_quantised_weights_expanded_or_not_give_the_same_logits(
+    monkeypatch: pytest.MonkeyPatch, tied: bool, dtype: mx.Dtype
+) -> None:
+    overrides = {"model.embed_tokens": Quantization(32, 8)}
+    config = small_config(
+        hidden_size=64,
+        intermediate_size=128,
+        tie_word_embeddings=tied,
+        quantization=Quantization(32, 4, overrides=overrides),
+    )
+    weights: dict[str, mx.array] = {}
+    for name, array in random_weights(config).items():
+        path = name.removesuffix(".weight")
+        scheme = config.quantization.for_module(path) if config.quantization and array.ndim == 2 else None
+        if scheme:
+            packed = mx.quantize(mx.array(array).astype(dtype), group_size=scheme.group_size, bits=scheme.bits)
+            weights |= {f"{path}.{kind}": a for kind, a in zip(("weight", "scales", "biases"), packed, strict=True)}
+        else:
+            weights[name] = mx.array(array)
+    expanded = build(config, dict(weights))
+    assert isinstance(expanded.model.layers[0].mlp.up_proj, nn.Linear)
+    monkeypatch.setattr(sys.modules["m7mlx.load"], "_fits_expanded", lambda *_: False)
+    packed_model = build(config, dict(weights))
+    assert isinstance(packed_model.model.layers[0].mlp.up_proj, nn.QuantizedLinear)
+    assert packed_model.nbytes < expanded.nbytes / 3
+    ids = mx.array([[1, 2, 3, 50]])
+    assert mx.allclose(expanded(ids), packed_model(ids), rtol=1e-3, atol=1e-3).item()
+    assert packed_model(ids).dtype == mx.float32  # 16-bit arithmetic is emulated on a CPU
+
+
+def test_a_dtype_can_be_asked_for(folder: Path) -> None:
+    assert load(folder, dtype=mx.bfloat16)[0](IDS).dtype == mx.bfloat16
+
+
+def test_harmless_extras_are_left_out(folder: Path) -> None:
+    config = small_config(vocab_size=32000, n_layers=1, tie_word_embeddings=True)
+    extras = {
+        "lm_head.weight": np.ones((32000, 48), np.float32),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8),
+    }
+    write_folder(folder, config, random_weights(config) | extras)
+    assert load(folder)[0].config.tie_word_embeddings
+
+
+# --- refusals -------------------------------------------------------------------------------------------
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    data = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(data | changes))
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+    weights = random_weights(CONFIG)
+    change(weights)
+    write_folder(folder, CONFIG, weights)
+
+
+def drop_shard(folder: Path) -> None:
+    shard(folder)
+    (folder / "b.safetensors").unlink()
+
+
+def add_stray(folder: Path) -> None:
+    shard(folder)
+    shutil.copy(folder / "a.safetensors", folder / "stray.safetensors")
+
+
+def move_tensor(folder: Path) -> None:
+    shard(folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.norm.weight"] = "b.safetensors"
+    index["weight_map"]["lm_head.weight"] = "b.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def hostile_header(header: dict[str, Any], data: bytes = b"\0" * 16) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        text = json.dumps(header).encode()
+        (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+    return write
+
+
+def pickles_only(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+F32 = {"dtype": "F32", "shape": [2]}
+DAMAGE: dict[str, tuple[Callable[[Path], object], type[M7Error], str]] = {
+    "no config": (lambda f: (f / "config.json").unlink(), ConfigError, "no config.json"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), WeightsError, "no weights"),
+    "pickle": (pickles_only, WeightsError, "pickle"),
+    "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), TokenizerError, "no tokenizer"),
+    "missing shard": (drop_shard, WeightsError, "lacks b.safetensors"),
+    "stray shard": (add_stray, WeightsError, "stray.safetensors"),
+    "index against files": (move_tensor, WeightsError, "does not place there"),
+    "two files, no index": (
+        lambda f: shutil.copy(f / "model.safetensors", f / "model2.safetensors"),
+        WeightsError,
+        "no model.safetensors.index",
+    ),
+    "broken index": (lambda f: (f / "model.safetensors.index.json").write_text("{"), WeightsError, "index.json"),
+    "empty index": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), WeightsError, "weight_map"),
+    "truncated": (truncate, WeightsError, "not a whole safetensors file"),
+    "empty file": (lambda f: (f / "model.safetensors").write_bytes(b""), WeightsError, "not a whole"),
+    "huge shape": (
+        hostile_header({"a": F32 | {"shape": [2**32, 2**32], "data_offsets": [0, 8]}}),
+        WeightsError,
+        "not a whole",
+    ),
+    "overlap": (
+        hostile_header({"a": F32 | {"data_offsets": [0, 8]}, "b": F32 | {"data_offsets": [4, 12]}}),
+        WeightsError,
+        "not a whole",
+    ),
+    "trailing bytes": (hostile_header({"a": F32 | {"data_offsets": [0, 8]}}), WeightsError, "not a whole"),
+    "NaN": (
+        lambda f: rewrite(f, lambda w: w["model.norm.weight"].fill(np.nan)),
+        WeightsError,
+        "model.norm.weight holds NaN",
+    ),
+    "infinite": (
+        lambda f: rewrite(f, lambda w: w["lm_head.weight"].__setitem__((3, 4), np.inf)),
+        WeightsError,
+        "lm_head.weight holds",
+    ),
+    "missing tensor": (
+        lambda f: rewrite(f, lambda w: w.pop("lm_head.weight")),
+        WeightsError,
+        "lm_head.weight is missing",
+    ),
+    "foreign tensor": (
+        lambda f: rewrite(f, lambda w: w.update(extra=np.ones(3, np.float32))),
+        WeightsError,
+        "extra is not a part of mistral",
+    ),
+    "integer tensor": (
+        lambda f: rewrite(f, lambda w: w.update({"model.norm.weight": np.ones(48, np.int32)})),
+        WeightsError,
+        "I32",
+    ),
+    "wrong shape": (
+        lambda f: edit_config(f, intermediate_size=65),
+        WeightsError,
+        r"gate_proj.weight has shape \[64, 48\]",
+    ),
+    "architecture": (
+        lambda f: edit_config(f, architectures=["PhiForCausalLM"]),
+        ConfigError,
+        "PhiForCausalLM is not supp",
+    ),
+    "tokenizer too large": (
+        lambda f: shutil.copy(mistral_file("v3"), f / "tokenizer.model"),
+        TokenizerError,
+        "32768 tokens .* only 32000",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_folders_are_refused_in_one_line(folder: Path, name: str) -> None:
+    damage, error, reason = DAMAGE[name]
+    damage(folder)
+    with pytest.raises(error, match=reason) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+def test_names_that_lead_nowhere() -> None:
+    for name in ("/no/such/folder", "./missing", "nothing", "a/b/c", "", "~nobody/x", "bad repo/name"):
+        with pytest.raises(NotFoundError, match="no alias"):
+            load(name)
+
+
+def test_a_gguf_file_is_not_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ConfigError, match="m7mlx-convert"):
+        load(tmp_path / "model.gguf")
+
+
+def test_group_sizes_must_divide(folder: Path) -> None:
+    config = ModelConfig.from_folder(folder)
+    weights = random_weights(config) | {"lm_head.scales": np.ones((32000, 1), np.float32)}
+    write_folder(folder, config, weights)
+    edit_config(folder, quantization={"group_size": 64, "bits": 4})
+    with pytest.raises(WeightsError, match="48 columns"):
+        load(folder)
+
+
+def test_headers_list_types_and_shapes(folder: Path) -> None:
+    header = validate_header(folder / "model.safetensors")
+    assert header["model.norm.weight"] == ("F32", (48,))
+    assert folder_weights(folder).keys() == CONFIG.weight_shapes().keys() == header.keys()
