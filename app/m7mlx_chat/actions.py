@@ -18,11 +18,11 @@ class Action(NamedTuple):
 
 ACTIONS = (
     Action("send", "", "Enter", "send the message"),
-    Action("newline", "", "Ctrl+J, Alt+Enter", "new line (Shift+Enter too, where the terminal tells it apart)"),
-    Action("stop", "escape", "Esc", "stop the answer and keep its text; otherwise go to the message box"),
+    Action("newline", "", "Ctrl+J, Alt+Enter", "new line"),
+    Action("stop", "escape", "Esc", "stop the answer and keep its text"),
     Action("new", "ctrl+n", "Ctrl+N", "new conversation"),
     Action("copy_answer", "ctrl+y", "Ctrl+Y", "copy the last answer"),
-    Action("interrupt", "ctrl+c", "Ctrl+C", "copy the selection, clear the draft, stop the answer; twice: quit"),
+    Action("interrupt", "ctrl+c", "Ctrl+C", "copy, clear the draft or stop; twice: quit"),
     Action("scroll('up')", "pageup", "PgUp", "scroll the conversation up"),
     Action("scroll('down')", "pagedown", "PgDn", "scroll the conversation down"),
     Action("help", "f1", "F1", "this help"),

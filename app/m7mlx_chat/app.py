@@ -122,7 +122,7 @@ class ChatApp(App[None]):
             case Loading(done, total):
                 self._show_state(f"loading the model … {_bar(done, total)} {done / 1e6:,.0f}/{total / 1e6:,.0f} MB")
             case Ready():
-                await self._on_ready(event)
+                await self._model_ready(event)
             case Prefill(done, total) if done < total:
                 self._show_state(f"reading {_bar(done, total)} {done:,}/{total:,} tokens")
             case Text(text):
@@ -130,11 +130,11 @@ class ChatApp(App[None]):
                     self._show_state("answering … Esc stops")
                     await self._answer.write(text)
             case Done():
-                await self._on_done(event)
+                await self._answer_done(event)
             case Failed(message, fatal):
-                await self._on_failed(message, fatal)
+                await self._command_failed(message, fatal)
 
-    async def _on_ready(self, event: Ready) -> None:
+    async def _model_ready(self, event: Ready) -> None:
         self._info = event
         self.state = "ready"
         self._show_state("ready")
@@ -143,7 +143,7 @@ class ChatApp(App[None]):
             text, self.waiting = self.waiting, ""
             await self._ask(text)
 
-    async def _on_done(self, done: Done) -> None:
+    async def _answer_done(self, done: Done) -> None:
         if self._answer is not None:
             await self._answer.finish(footer_of(done))
         if done.ids:
@@ -154,7 +154,7 @@ class ChatApp(App[None]):
         self._show_gauge(done.tokens_seen, done.cache_bytes)
         self._idle()
 
-    async def _on_failed(self, message: str, fatal: bool) -> None:
+    async def _command_failed(self, message: str, fatal: bool) -> None:
         if self._answer is not None and not self._answer.text:
             await self._answer.remove()
         await self.chat.mount(ErrorMessage(message))
@@ -254,7 +254,7 @@ class ChatApp(App[None]):
 
 def _bar(done: int, total: int, width: int = 16) -> str:
     filled = round(width * done / max(total, 1))
-    return "━" * filled + "╌" * (width - filled)
+    return "▰" * filled + "▱" * (width - filled)
 
 
 def run_app(settings: Settings) -> int:

@@ -50,14 +50,12 @@ class Composer(TextArea):
             event.stop()
             event.prevent_default()
             self.insert("\n")
-        else:
-            await super()._on_key(event)
+        # Other keys: Textual calls the base class's handler itself, after this one.
 
     async def _on_paste(self, event: events.Paste) -> None:
         lines = event.text.count("\n") + 1
         if len(event.text) < _FOLD_CHARS and lines < _FOLD_LINES:
-            await super()._on_paste(event)
-            return
+            return  # the base class's handler comes next
         event.stop()
         event.prevent_default()
         marker = f"[pasted text {len(self._pastes) + 1}: {len(event.text):,} characters, {lines:,} lines]"

@@ -90,7 +90,7 @@ class Welcome(Static):
             ("F1", "all keys"),
         ):
             table.add_row(RichText(key, style="bold"), RichText(what, style="dim"))
-        title = RichText.assemble(("m7mlx", "bold"), ("  private, local, exact", "dim"))
+        title = RichText.assemble(("m7mlx", "bold"), (" · private, local, exact", "dim"))
         whole = Table.grid(padding=(0, 0))
         whole.add_row(title)
         whole.add_row(RichText(model, style="dim"))
@@ -106,8 +106,7 @@ def gauge(seen: int, window: int | None, context: int, cache_bytes: int, width: 
     word = "window" if window else "context"
     line = RichText()
     line.append(f"{word} ", style="dim")
-    line.append("━" * filled, style="bold")
-    line.append("━" * (width - filled), style="dim")
+    line.append("▰" * filled + "▱" * (width - filled))
     line.append(f" {min(seen, limit):,}/{limit:,}", style="dim")
     if window and seen > window:
         line.append(f" · {seen - window:,} beyond", style="dim")
@@ -122,10 +121,10 @@ class Help(ModalScreen[None]):
     BINDINGS = [("escape,f1,q,enter", "dismiss", "Close")]  # noqa: RUF012 - Textual's own form
 
     def compose(self) -> ComposeResult:
-        table = Table.grid(padding=(0, 2))
+        keys = RichText()
         for action in ACTIONS:
-            table.add_row(RichText(action.shown, style="bold"), action.help)
+            keys.append(f"{action.shown:<20}", style="bold").append(f"{action.help}\n")
         with Vertical(id="help"):
             yield Static("Keys", classes="title")
-            yield Static(table)
+            yield Static(keys)
             yield Static("Esc closes this", classes="footer")
