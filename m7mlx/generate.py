@@ -240,15 +240,13 @@ def decode(
     token = sampler(logits)
     mx.async_eval(token)
     count = 0
-    while True:
+    while count != limit:
         following = sampler(model(token[:, None], cache)[:, -1])
         mx.async_eval(following)
         value: int = token.item()  # type: ignore[assignment]
         cache.ids.append(value)
         yield value
         count += 1
-        if count == limit:
-            return
         token = following
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
 
+import mlx.core as mx
+
 from m7mlx import Mistral, RollingCache, Tokenizer, load, stream_generate
 from m7mlx.errors import M7Error
 from m7mlx_chat.settings import Settings
@@ -158,12 +160,16 @@ class Engine:
             self._load()
         except Exception as error:  # whatever it was, the app must hear of it
             self._emit(Failed(_one_line(error), fatal=True))
-            return
-        while (command := self._commands.get()) is not None:
-            try:
-                command()
-            except Exception as error:
-                self._emit(Failed(_one_line(error)))
+        else:
+            while (command := self._commands.get()) is not None:
+                try:
+                    command()
+                except Exception as error:
+                    self._emit(Failed(_one_line(error)))
+        finally:
+            self._model = self._tokenizer = self._cache = None
+            # Streams left to the thread's own end abort the process every third time (mlx 0.32, Linux).
+            mx.clear_streams()
 
     def _load(self) -> None:
         def progress(done: int, total: int) -> None:
