@@ -29,7 +29,7 @@ from m7mlx_convert.source import Source, Tensor
 
 _GROUP = 32
 _KEPT = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}  # block type → bits
-_PLAIN = {"F32": mx.float16, "F16": mx.float16, "BF16": mx.bfloat16}  # type → type it is written as
+_PLAIN = {"F32", "F16", "BF16"}
 _NAMES = {  # name on disk → name in the file
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -61,7 +61,7 @@ def open_gguf(path: Path) -> Source:
     found = {tensor.name: tensor for tensor in reader.tensors}
     config, notes = _config(path, metadata, found)
     tensors = dict(_tensors(path, config, found))
-    expanded = {t.tensor_type.name for t in found.values()} - _KEPT.keys() - _PLAIN.keys()
+    expanded = {t.tensor_type.name for t in found.values()} - _KEPT.keys() - _PLAIN
     if expanded:
         notes += (f"{', '.join(sorted(expanded))} weights are expanded to float16; add --q-bits 4 to quantise them",)
     return Source(
@@ -135,6 +135,9 @@ def _with_window(config: ModelConfig, values: Mapping[str, Any]) -> tuple[ModelC
 
 def _tensors(path: Path, config: ModelConfig, found: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     names = {name: _gguf_name(name) for name in config.weight_shapes()}
+    kinds = [t.tensor_type.name for t in found.values()]
+    # One type for all, the norms' float32 included: mixed types would compute in float32.
+    dtype = mx.bfloat16 if kinds.count("BF16") > kinds.count("F16") else mx.float16
     for extra in sorted(found.keys() - set(names.values())):
         raise WeightsError(f"{path}: tensor {extra} is not a part of a Mistral-like model")
     for name, shape in config.weight_shapes().items():
@@ -150,7 +153,7 @@ def _tensors(path: Path, config: ModelConfig, found: Mapping[str, Any]) -> Itera
             scheme = Quantization(_GROUP, _KEPT[kind])
             yield name, Tensor(shape, mx.float16, _kept(tensor, kind, order), scheme)
         else:
-            yield name, Tensor(shape, _PLAIN.get(kind, mx.float16), _expanded(tensor, kind, shape, order))
+            yield name, Tensor(shape, dtype, _expanded(tensor, kind, shape, order))
 
 
 def _gguf_name(name: str) -> str:
