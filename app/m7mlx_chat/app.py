@@ -98,6 +98,7 @@ class ChatApp(App[None]):
             self.waiting = text
             self._show_state("loading the model … your message is sent when it is ready")
         self.composer.reset()
+        await self.query(Welcome).remove()
         await self.chat.mount(UserMessage(text))
         self.chat.anchor()
         if self.state == "ready":
