@@ -18,7 +18,6 @@ from m7mlx.tokenizer import Detokenizer, Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Message]
 DEFAULT_MAX_TOKENS = 512
-DEFAULT_CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def stream_generate(
     max_tokens: int | None = DEFAULT_MAX_TOKENS,
     stop: Sequence[str] = (),
     on_prefill: Callable[[int, int], None] | None = None,
-    prefill_chunk: int = DEFAULT_CHUNK,
+    prefill_chunk: int | None = None,
 ) -> Generator[Piece, None, None]:
     """Yield the answer to `prompt` piece by piece.
 
@@ -81,12 +80,17 @@ def stream_generate(
     on_prefill  called with (tokens done, tokens to do) before, between and after the chunks; what it raises
                 ends the prefill and leaves the cache valid
 
+    prefill_chunk is the number of tokens read at a time; None takes 512, or 64 on the CPU backend, where a
+    chunk takes seconds and nothing can be cancelled within one.
+
     Closing the generator stops within one token; the cache then holds every token that was yielded.
 
     Raises TokenizerError (ids outside the vocabulary), ChatFormatError, PromptTooLongError, InputError.
     """
     if max_tokens is not None and max_tokens < 0:
         raise InputError(f"max_tokens must not be negative, got {max_tokens}")
+    if prefill_chunk is None:
+        prefill_chunk = default_chunk()
     if prefill_chunk < 1:
         raise InputError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
     if isinstance(stop, str) or not all(stop):
@@ -122,6 +126,7 @@ def _stream(
     prefilled = first_at - started
     finish: Literal["stop", "length"] = "length"
     pending: list[int] = []
+    last = ""
     for token in decode(model, logits, cache, sampler, limit):
         count += 1
         if count == 1:
@@ -132,7 +137,7 @@ def _stream(
             break
         shown = stop.add(text.add(token))
         if stop.found:
-            finish = "stop"
+            finish, last = "stop", shown
             break
         if shown:
             yield Piece(shown, pending)
@@ -149,7 +154,12 @@ def _stream(
         cache_bytes=cache.nbytes,
         finish_reason=finish,
     )
-    yield Piece(stop.finish(text.finish()), pending, stats)
+    yield Piece(last + stop.finish(text.finish()), pending, stats)
+
+
+def default_chunk() -> int:
+    """Tokens of a prompt to read at a time."""
+    return 64 if mx.default_device() == mx.Device(mx.cpu) else 512
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
@@ -206,7 +216,7 @@ def prefill(
     model: Mistral,
     ids: Sequence[int],
     cache: RollingCache,
-    chunk: int = DEFAULT_CHUNK,
+    chunk: int = 512,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> mx.array:
     """Read a prompt into the cache, `chunk` tokens at a time; the logits [1, vocab_size] after its last token.

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from m7mlx.config import ModelConfig, Quantization
-from m7mlx.errors import ConfigError, TokenizerError, WeightsError
+from m7mlx.errors import ConfigError, RunError, TokenizerError, WeightsError
 from m7mlx.hub import resolve
 from m7mlx.model import Mistral
 from m7mlx.safetensors import TensorInfo, folder_weights, validate_header
@@ -35,13 +35,15 @@ def load(
     progress  called with (bytes read, bytes to read)
 
     Use the model on the thread that called this: MLX's streams belong to their thread.
-    Raises NotFoundError, DownloadError, ConfigError, WeightsError, TokenizerError.
+    Raises NotFoundError, DownloadError, ConfigError, WeightsError, TokenizerError; RunError if the machine has too
+    little memory.
     """
     folder = resolve(name)
     if folder.is_file():
         raise ConfigError(f"{folder} is a file; a GGUF file is converted first: m7mlx-convert {folder}")
     config = ModelConfig.from_folder(folder)
     files = _check_tensors(folder, config)
+    _check_memory(folder, config, files, dtype)
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise TokenizerError(
@@ -112,8 +114,32 @@ def _scheme_of(config: ModelConfig, path: str, loaded: dict[str, mx.array]) -> b
 
 def _fits_expanded(config: ModelConfig, dtype: mx.Dtype) -> bool:
     """Whether all weights in `dtype` take at most half of the machine's memory."""
-    numbers = sum(math.prod(shape) for shape in config.weight_shapes().values())
-    return numbers * dtype.size <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return _numbers(config) * dtype.size <= machine_memory() // 2
+
+
+def _check_memory(folder: Path, config: ModelConfig, files: dict[str, Path], dtype: mx.Dtype | None) -> None:
+    """Raise RunError if weights and a window of keys and values exceed the machine (on macOS, a kernel panic)."""
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    dtype = mx.float32 if dtype is None and on_cpu else dtype
+    weights = sum(path.stat().st_size for path in set(files.values()))
+    if config.quantization is None and dtype is not None:
+        weights = _numbers(config) * dtype.size
+    positions = config.sliding_window or min(config.max_position_embeddings, 4096)
+    cache = 2 * config.n_layers * config.n_kv_heads * config.head_dim * positions * (dtype or mx.float16).size
+    if weights + cache > machine_memory():
+        raise RunError(
+            f"{folder} needs {weights / 1e9:.1f} GB for its weights and {cache / 1e9:.1f} GB for {positions:,} "
+            f"tokens, but this machine has {machine_memory() / 1e9:.1f} GB; quantise it: m7mlx-convert {folder} --q-bits 4"
+        )
+
+
+def _numbers(config: ModelConfig) -> int:
+    return sum(math.prod(shape) for shape in config.weight_shapes().values())
+
+
+def machine_memory() -> int:
+    """Bytes of physical memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _read(files: dict[str, Path], progress: Callable[[int, int], None]) -> dict[str, mx.array]:

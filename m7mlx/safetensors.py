@@ -40,7 +40,8 @@ def folder_weights(folder: Path) -> dict[str, Path]:
     Index, files and tensors must agree: a shard missing from the folder, a tensor the index does not
     name or a stray file beside the indexed ones is refused, never merged or skipped in silence.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    # Mistral's repositories hold their own copy of the weights beside the shards, under this name.
+    files = [f for f in sorted(folder.glob("*.safetensors")) if not f.name.startswith("consolidated")]
     index = folder / INDEX
     if index.is_file():
         return _indexed(folder, index, files)
@@ -51,7 +52,8 @@ def folder_weights(folder: Path) -> dict[str, Path]:
                 f"{folder} has only pickle weights ({pickles[0].name}), which can run code; take the repository's "
                 "safetensors version, or save it again with transformers' save_pretrained"
             )
-        raise WeightsError(f"{folder} has no weights (*.safetensors)")
+        own = " in Hugging Face's layout" if list(folder.glob("consolidated*")) else ""
+        raise WeightsError(f"{folder} has no weights{own} (model*.safetensors)")
     if len(files) > 1:
         raise WeightsError(f"{folder} has {len(files)} safetensors files but no {INDEX} to say which belong")
     return dict.fromkeys(validate_header(files[0]), files[0])

@@ -116,6 +116,21 @@ def test_control_c_keeps_what_was_answered(model_folder: Path) -> None:
     assert noise == b""
 
 
+@pytest.mark.parametrize(
+    ("redirect", "status", "error"),
+    [
+        ("<&-", 0, b""),
+        (">&-", 1, b"m7mlx-chat: error: standard output is closed; there is nowhere to print the answer\n"),
+        (">/dev/full", 1, b"m7mlx-chat: error: the disk is full\n"),
+        ("</dev/null", 0, b""),
+    ],
+)
+def test_closed_and_full_streams(model_folder: Path, redirect: str, status: int, error: bytes) -> None:
+    command = f"{CHAT} --model {model_folder} -p x --max-tokens 3 {redirect}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (status, error)
+
+
 def test_a_reader_that_leaves_is_no_error(model_folder: Path) -> None:
     command = f"{CHAT} --model {model_folder} -p x --max-tokens 2000 | head -c 1"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, check=False)

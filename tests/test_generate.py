@@ -209,11 +209,12 @@ def test_stop_texts_across_any_borders(text: str, stops: list[str], cuts: list[i
 def test_stop_texts_in_generation(loaded: tuple[Mistral, Tokenizer]) -> None:
     model, tokenizer = loaded
     whole = generate(model, tokenizer, [1, 44], max_tokens=40)
-    stop = whole[12:17]  # falls where it falls, across token borders
-    pieces = list(stream_generate(model, tokenizer, [1, 44], max_tokens=40, stop=[stop, "\x00never"]))
-    assert "".join(p.text for p in pieces) == whole[: whole.index(stop)]
-    assert pieces[-1].stats is not None
-    assert pieces[-1].stats.finish_reason == "stop"
+    for start in range(3, 40):  # falls where it falls, inside tokens and across their borders
+        stop = whole[start : start + 5]
+        pieces = list(stream_generate(model, tokenizer, [1, 44], max_tokens=40, stop=[stop, "\x00never"]))
+        assert "".join(p.text for p in pieces) == whole[: whole.index(stop)]
+        assert pieces[-1].stats is not None
+        assert pieces[-1].stats.finish_reason == "stop"
 
 
 # --- refusals -------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from conftest import mistral_file, random_weights, small_config, write_folder
 
 from m7mlx import load
 from m7mlx.config import ModelConfig, Quantization
-from m7mlx.errors import ConfigError, M7Error, NotFoundError, TokenizerError, WeightsError
+from m7mlx.errors import ConfigError, M7Error, NotFoundError, RunError, TokenizerError, WeightsError
 from m7mlx.load import build
 from m7mlx.safetensors import folder_weights, validate_header
 
@@ -241,6 +241,22 @@ def test_damaged_folders_are_refused_in_one_line(folder: Path, name: str) -> Non
         load(folder)
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)
+
+
+def test_a_model_larger_than_the_machine_is_refused_with_the_sum(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["m7mlx.load"], "machine_memory", lambda: 12_000_000)
+    with pytest.raises(RunError, match=r"0\.0 GB for its weights and 0\.0 GB for 7 tokens"):
+        load(folder)
+
+
+def test_mistrals_own_copy_of_the_weights_is_no_stray_file(folder: Path) -> None:
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    assert load(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match="no weights in Hugging Face's layout"):
+        load(folder)
 
 
 def test_names_that_lead_nowhere() -> None:

@@ -88,7 +88,7 @@ def _chat(args: argparse.Namespace) -> int:
         max_tokens=args.max_tokens,
         stop=tuple(args.stop),
     )
-    if args.prompt is None and sys.stdin.isatty() and sys.stdout.isatty():
+    if args.prompt is None and sys.stdin and sys.stdin.isatty() and sys.stdout and sys.stdout.isatty():
         from m7mlx_chat.app import run_app
 
         return run_app(settings)

@@ -214,12 +214,16 @@ class Engine:
             pass
         finally:
             stream.close()
-        ended = set(answer.ids[-1:]) & self._tokenizer.eos_ids
+        ids = answer.ids
+        if ids and ids[-1] in self._tokenizer.eos_ids:
+            ids = ids[:-1]
+        elif reason == "stop":  # a stop text: what the model wrote of it is not part of the answer
+            ids = self._tokenizer.encode(answer.text)
         self._emit(
             Done(
                 reason=reason,
                 text=answer.text,
-                ids=answer.ids[:-1] if ended else answer.ids,
+                ids=ids,
                 tokens_per_second=answer.speed(),
                 time_to_first_token=(answer.first or time.perf_counter()) - answer.started,
                 reused_tokens=reused,

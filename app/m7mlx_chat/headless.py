@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from m7mlx.errors import InputError
+from m7mlx.errors import InputError, RunError
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.terminal import visible
 
@@ -15,6 +15,8 @@ def answer(settings: Settings, prompt: str | None) -> int:
     Control characters are made visible where a terminal would obey them; into a pipe the text goes as it is.
     """
     question = _question(prompt)
+    if sys.stdout is None:  # closed by whoever started us
+        raise RunError("standard output is closed; there is nowhere to print the answer")
     folder = settings.folder()
     from m7mlx import load, stream_generate
 
@@ -48,7 +50,7 @@ def answer(settings: Settings, prompt: str | None) -> int:
 def _question(prompt: str | None) -> str:
     """The question from -p and from standard input. Raises InputError if there is none."""
     piped = ""
-    if prompt is None or (not sys.stdin.isatty() and _has_input()):
+    if sys.stdin is not None and (prompt is None or (not sys.stdin.isatty() and _has_input())):
         piped = sys.stdin.buffer.read().decode("utf-8", "replace")
     question = "\n\n".join(part for part in (prompt or "", piped.strip("\n")) if part.strip())
     if not question:
