@@ -40,6 +40,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def run(body: Callable[[argparse.Namespace], int | None], args: argparse.Namespace, prog: str) -> int:
     """Run a command's body; every foreseeable failure becomes one line on stderr and an exit status."""
+    _open_standard_streams()
     try:
         return body(args) or 0
     except KeyboardInterrupt:
@@ -62,6 +63,17 @@ def run(body: Callable[[argparse.Namespace], int | None], args: argparse.Namespa
         return _report(prog, "out of memory", EXIT_FAILED)
 
 
+def _open_standard_streams() -> None:
+    """Where a caller closed 0, 1 or 2, the next file opened would get that number; MLX cannot read from file 0."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
 def _report(prog: str, message: str, status: int) -> int:
-    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    # Names out of strangers' files can stand in a message: nothing of them may steer the terminal.
+    printable = "".join(c if c.isprintable() else " " for c in message)
+    print(f"{prog}: error: {' '.join(printable.split())}", file=sys.stderr)
     return status

@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
+from m7mlx.arrays import is_finite
 from m7mlx.config import ModelConfig, Quantization
 from m7mlx.errors import ConfigError, RunError, TokenizerError, WeightsError
 from m7mlx.hub import resolve
@@ -129,7 +130,8 @@ def _check_memory(folder: Path, config: ModelConfig, files: dict[str, Path], dty
     if weights + cache > machine_memory():
         raise RunError(
             f"{folder} needs {weights / 1e9:.1f} GB for its weights and {cache / 1e9:.1f} GB for {positions:,} "
-            f"tokens, but this machine has {machine_memory() / 1e9:.1f} GB; quantise it: m7mlx-convert {folder} --q-bits 4"
+            f"tokens, but this machine has {machine_memory() / 1e9:.1f} GB; quantise it: "
+            f"m7mlx-convert {folder} --q-bits 4"
         )
 
 
@@ -149,11 +151,14 @@ def _read(files: dict[str, Path], progress: Callable[[int, int], None]) -> dict[
     weights: dict[str, mx.array] = {}
     progress(0, total)
     for path in sorted(set(files.values())):
-        arrays = mx.load(str(path))
+        try:
+            arrays = mx.load(str(path))
+        except RuntimeError as error:
+            raise WeightsError(f"{path} cannot be read: {error}") from None
         assert isinstance(arrays, dict)
         for name in arrays:
             array = arrays[name]
-            if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
+            if mx.issubdtype(array.dtype, mx.floating) and not is_finite(array):
                 raise WeightsError(f"{path}: {name} holds NaN or infinite numbers; fetch or convert the model again")
             done += array.nbytes
             progress(min(done, total), total)
@@ -171,6 +176,10 @@ def _check_tensors(folder: Path, config: ModelConfig) -> dict[str, Path]:
     headers: dict[str, TensorInfo] = {}
     for path in sorted(set(files.values())):
         headers |= validate_header(path)
+    if config.n_layers > len(headers):  # or a config of 10⁹ layers would fill the memory below
+        raise WeightsError(
+            f"{folder}: config.json says {config.n_layers} layers, the files hold {len(headers)} tensors"
+        )
     expected: dict[str, TensorInfo] = {}
     for name, shape in config.weight_shapes().items():
         expected |= _expected(config, name, shape, headers)

@@ -215,6 +215,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[M7Error], str]] = {
         WeightsError,
         "I32",
     ),
+    "10⁹ layers": (lambda f: edit_config(f, num_hidden_layers=10**9), WeightsError, "1000000000 layers"),
     "wrong shape": (
         lambda f: edit_config(f, intermediate_size=65),
         WeightsError,

@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 from m7mlx.cli import ArgumentParser, run
@@ -21,6 +22,7 @@ examples:
   m7mlx-convert mistralai/Mistral-7B-Instruct-v0.3 --q-bits 4
   m7mlx-convert ~/models/my-finetune --q-bits 8 --mlx-path my-finetune-8bit
   m7mlx-convert mistral-7b-instruct.Q4_0.gguf
+  m7mlx-convert mistralai/Mistral-7B-Instruct-v0.2 --dtype float16 --mlx-path ~/models/mistral-fp16
   m7mlx-convert --hf-path HuggingFaceH4/zephyr-7b-beta -q
 
 The result appears under its name only when it is whole; an existing one is replaced only with --force.
@@ -68,7 +70,8 @@ def _convert(args: argparse.Namespace) -> None:
     from m7mlx.config import Quantization
     from m7mlx_convert.convert import convert
 
-    command = [PROG, args.source]
+    local = Path(args.source).expanduser()
+    command = [PROG, local.resolve().name if local.exists() else args.source]  # for the card: no private paths
     for flag in ("revision", "q_bits", "q_group_size", "dtype"):
         if getattr(args, flag):
             command += ["--" + flag.replace("_", "-"), str(getattr(args, flag))]

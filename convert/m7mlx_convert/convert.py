@@ -5,21 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from m7mlx.arrays import is_finite
 from m7mlx.config import Quantization
 from m7mlx.errors import InputError, TokenizerError, WeightsError
-from m7mlx.hub import resolve
+from m7mlx.hub import ALIASES, DEMO, resolve
 from m7mlx.tokenizer import load_tokenizer
 from m7mlx_convert.card import model_card
-from m7mlx_convert.output import check_space, check_target, whole_folder
+from m7mlx_convert.output import check_apart, check_space, check_target, whole_folder
 from m7mlx_convert.source import Source, Tensor, open_source
-from m7mlx_convert.writer import ShardWriter, Spec
+from m7mlx_convert.writer import ShardWriter, Spec, stored_specs
 
 _DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
@@ -30,38 +31,34 @@ class Step:
 
     name: str
     tensor: Tensor
-    dtype: mx.Dtype  # of the weight, or of scales and biases
+    dtype: mx.Dtype  # of the weight, or of the scales
     scheme: Quantization | None
 
     def specs(self) -> list[Spec]:
         """The tensors this gives, in the order they are written."""
-        if self.scheme is None:
-            return [Spec(self.name, self.dtype, self.tensor.shape)]
-        rows, columns = self.tensor.shape
-        module = self.name.removesuffix(".weight")
-        groups = (rows, columns // self.scheme.group_size)
-        return [
-            Spec(self.name, mx.uint32, (rows, columns * self.scheme.bits // 32)),
-            Spec(f"{module}.scales", self.dtype, groups),
-            Spec(f"{module}.biases", self.dtype, groups),
-        ]
+        return stored_specs(self.name, self.tensor.shape, self.dtype, self.scheme)
 
     def arrays(self) -> Iterator[mx.array]:
         """The arrays for `specs`. Raises WeightsError for NaN and infinite numbers."""
-        loaded = self.tensor.load()
+        is_kept = self.scheme is self.tensor.scheme
+        loaded = self.tensor.load() if is_kept or self.tensor.expand is None else self.tensor.expand()
         for kind, array in loaded.items():
             if mx.issubdtype(array.dtype, mx.floating):
-                loaded[kind] = array.astype(self.dtype)
-                if not mx.isfinite(loaded[kind]).all().item():
-                    raise WeightsError(
-                        f"{self.name} holds NaN or infinite numbers; the source is damaged, or its numbers are too "
-                        "large for float16 (then give --dtype bfloat16)"
-                    )
-        if self.scheme and self.tensor.scheme is None:
+                loaded[kind] = self._finite(array)
+        if self.scheme and not is_kept:
             scheme = self.scheme
             yield from mx.quantize(loaded["weight"], group_size=scheme.group_size, bits=scheme.bits, mode=scheme.mode)
         else:
-            yield from (loaded[kind] for kind in ("weight", "scales", "biases") if kind in loaded)
+            yield from loaded.values()
+
+    def _finite(self, array: mx.array) -> mx.array:
+        """`array` in this step's type."""
+        cast = array.astype(self.dtype)
+        if not is_finite(cast):
+            if is_finite(array):
+                raise WeightsError(f"{self.name} holds numbers too large for {self.dtype}; give another --dtype")
+            raise WeightsError(f"{self.name} holds NaN or infinite numbers; the source is damaged")
+        return cast
 
 
 def convert(
@@ -78,50 +75,75 @@ def convert(
     """Convert `source` (Hub repository, folder or GGUF file) and return the folder written.
 
     quantization  scheme for every linear layer and the embedding; None keeps the source's numbers
-    dtype         type of what is not quantised; None takes the config's, else the file's
+    dtype         type of what is not quantised and of the scales. None keeps the source's; where `quantization`
+                  is given, it takes what config.json names, as mlx-lm does
     Raises InputError and its kin before anything is written; DiskError, WeightsError on the way.
     """
+    local = Path(source).expanduser()
+    repo = None if local.exists() or source == DEMO else ALIASES.get(source, source)
+    if revision and not repo:
+        raise InputError(f"--revision is for Hub repositories; {source} is here already")
+    name = repo.rpartition("/")[2] if repo else local.stem if local.is_file() else local.resolve().name
+    given = Path(mlx_path or (f"{name}-{quantization.bits}bit" if quantization else f"{name}-mlx")).expanduser()
+    target = given.resolve()
+    check_target(target, local, force)  # before a download, not after it
     path = resolve(source, revision)
-    name = path.stem if path.is_file() else source.rstrip("/").rsplit("/", 1)[-1] or path.name
-    target = Path(mlx_path) if mlx_path else Path(f"{name}-{quantization.bits}bit" if quantization else f"{name}-mlx")
-    check_target(target, path, force)
+    check_apart(target, path)
     opened = open_source(path, name)
-    for note in opened.notes:
-        print(f"note: {note}", file=sys.stderr)
     steps = plan(opened, quantization, dtype)
+    for note in opened.notes + _requantised(steps):
+        print(f"note: {note}", file=sys.stderr)
     specs = [spec for step in steps for spec in step.specs()]
     check_space(target, sum(spec.nbytes for spec in specs))
     with whole_folder(target) as work:
-        _write_files(work, opened, steps, source, command)
+        _write_files(work, opened, config_of(opened, steps, dtype), repo, command)
         _check_tokenizer(work, opened)
         _write_weights(work, steps, specs, progress)
-    return target
+    return given
 
 
 def plan(source: Source, quantization: Quantization | None, dtype: str | None) -> list[Step]:
     """What to do with each tensor. Raises InputError where the scheme does not fit."""
-    asked = dtype or source.raw_config.get("dtype") or source.raw_config.get("torch_dtype")
+    named = source.raw_config.get("torch_dtype") or source.raw_config.get("dtype")
+    asked = _DTYPES.get(str(dtype or (named if quantization else None)))
     steps = []
     for name, tensor in source.tensors.items():
-        if tensor.scheme and quantization:
+        scheme = quantization if quantization and len(tensor.shape) == 2 else tensor.scheme
+        if tensor.scheme and quantization and tensor.expand is None:
             raise InputError(
                 f"{source.name} is quantised already ({tensor.scheme.bits} bits); "
                 "quantise from the original weights, or leave out --q-bits to keep it as it is"
             )
-        scheme = tensor.scheme or (quantization if len(tensor.shape) == 2 else None)
-        if scheme and tensor.shape[-1] % scheme.group_size:
-            fits = [str(g) for g in (32, 64, 128) if all(t.shape[-1] % g == 0 for t in source.tensors.values())]
-            mend = f"use --q-group-size {' or '.join(fits)}" if fits else "no group size fits this model"
+        if tensor.scheme and scheme is tensor.scheme and dtype and asked != tensor.dtype:
             raise InputError(
-                f"{name} has {tensor.shape[-1]} columns, which groups of {scheme.group_size} do not divide; {mend}"
+                f"{source.name} is quantised, with scales that --dtype {dtype} would change; leave out --dtype"
             )
-        steps.append(Step(name, tensor, _DTYPES.get(str(asked), tensor.dtype), scheme))
+        if scheme and tensor.shape[-1] % scheme.group_size:
+            raise InputError(
+                f"{name} has {tensor.shape[-1]} columns, which groups of {scheme.group_size} do not divide; "
+                + _fitting_groups(source)
+            )
+        steps.append(Step(name, tensor, asked or tensor.dtype, scheme))
     return steps
 
 
-def config_of(source: Source, steps: Sequence[Step]) -> dict[str, Any]:
+def _fitting_groups(source: Source) -> str:
+    columns = [tensor.shape[-1] for tensor in source.tensors.values() if len(tensor.shape) == 2]
+    fits = [str(group) for group in (32, 64, 128) if all(n % group == 0 for n in columns)]
+    return f"use --q-group-size {' or '.join(fits)}" if fits else "no group size fits this model: leave out --q-bits"
+
+
+def _requantised(steps: Sequence[Step]) -> tuple[str, ...]:
+    if any(step.tensor.scheme and step.scheme is not step.tensor.scheme for step in steps):
+        return ("the weights are quantised already and are quantised again: the losses add up",)
+    return ()
+
+
+def config_of(source: Source, steps: Sequence[Step], dtype: str | None) -> dict[str, Any]:
     """config.json of the result: the source's, with `quantization` as mlx-lm writes it."""
     config = dict(source.raw_config)
+    if dtype:
+        config |= {key: dtype for key in ("torch_dtype", "dtype") if key in config}
     schemes = {step.name.removesuffix(".weight"): step.scheme for step in steps if len(step.tensor.shape) == 2}
     used = [scheme for scheme in schemes.values() if scheme]
     if used:
@@ -132,20 +154,23 @@ def config_of(source: Source, steps: Sequence[Step]) -> dict[str, Any]:
     return config
 
 
-def _write_files(work: Path, source: Source, steps: Sequence[Step], origin: str, command: Sequence[str]) -> None:
+def _write_files(
+    work: Path, source: Source, config: Mapping[str, Any], repo: str | None, command: Sequence[str]
+) -> None:
     for name, content in source.files.items():
         if isinstance(content, Path):
             shutil.copyfile(content, work / name)
         else:
             (work / name).write_bytes(content)
-    config = config_of(source, steps)
     (work / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    card = model_card(source, origin, config.get("quantization"), command)
-    (work / "README.md").write_text(card, encoding="utf-8")
+    (work / "README.md").write_text(model_card(source, config, repo, command), encoding="utf-8")
 
 
 def _check_tokenizer(work: Path, source: Source) -> None:
-    size = load_tokenizer(work).vocab_size
+    try:
+        size = load_tokenizer(work).vocab_size
+    except TokenizerError as error:  # the folder is about to go: name the source
+        raise TokenizerError(str(error).replace(f"{work}", source.name)) from None
     if size > source.config.vocab_size:
         raise TokenizerError(
             f"the tokenizer of {source.name} has {size} tokens but the model's embedding only "
@@ -173,6 +198,7 @@ def _write_weights(work: Path, steps: Sequence[Step], specs: Sequence[Spec], pro
             for step in steps:
                 for spec, array in zip(step.specs(), step.arrays(), strict=True):
                     writer.write(spec.name, array)
+                    del array  # or it stays until the next one is there
                     bar.advance(task, spec.nbytes)
                 mx.clear_cache()  # MLX would keep every freed buffer for reuse
         writer.finish()

@@ -22,10 +22,10 @@ import mlx.core as mx
 import numpy as np
 
 from m7mlx.config import ModelConfig, Quantization
-from m7mlx.errors import ConfigError, M7Error, WeightsError
-from m7mlx_convert.gguf_header import check_header
+from m7mlx.errors import ConfigError, WeightsError
+from m7mlx_convert.gguf_header import GGUFTensor, read_header
 from m7mlx_convert.gguf_tokenizer import tokenizer_files
-from m7mlx_convert.source import Source, Tensor
+from m7mlx_convert.source import Source, Tensor, shown
 
 _GROUP = 32
 _KEPT = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}  # block type → bits
@@ -44,78 +44,127 @@ _NAMES = {  # name on disk → name in the file
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+_UNDERSTOOD = {  # what follows "llama." in a key
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "vocab_size",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.sliding_window",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scaling.factor",  # these three say nothing while the scaling's type is none
+    "rope.scaling.original_context_length",
+    "rope.scaling.finetuned",
+    "expert_used_count",  # nor this while there are no experts
+    "tensor_data_layout",  # the interleaved one
+}
+_NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {  # keys → values that change nothing, what the others mean
+    "expert_count": ((0,), "mixtures of experts are"),
+    "rope.scaling.type": (("none",), "scaled RoPE is"),
+    "rope.scale_linear": ((1.0,), "scaled RoPE is"),
+    "attention.causal": ((True,), "attention to later tokens is"),
+    "use_parallel_residual": ((False,), "parallel residuals are"),
+}
 
 
 def open_gguf(path: Path) -> Source:
     """Read a GGUF file's metadata and plan its tensors. Raises ConfigError, WeightsError, TokenizerError."""
-    check_header(path)
-    try:
-        from gguf import GGUFReader
-
-        reader = GGUFReader(str(path))
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
-    except M7Error:
-        raise
-    except Exception as error:  # the reader raises whatever its parsing stumbles over
-        raise WeightsError(f"{path} is not a sound GGUF file ({error})") from None
-    found = {tensor.name: tensor for tensor in reader.tensors}
+    metadata, found = read_header(path)
     config, notes = _config(path, metadata, found)
     tensors = dict(_tensors(path, config, found))
-    expanded = {t.tensor_type.name for t in found.values()} - _KEPT.keys() - _PLAIN
+    expanded = {t.kind for t in found.values()} - _KEPT.keys() - _PLAIN
     if expanded:
-        notes += (f"{', '.join(sorted(expanded))} weights are expanded to float16; add --q-bits 4 to quantise them",)
+        notes += (f"MLX has no counterpart of {', '.join(sorted(expanded))}: these weights are expanded to float16",)
+    name, licence = metadata.get("general.name"), metadata.get("general.license")
     return Source(
-        name=str(metadata.get("general.name") or path.stem),
+        name=shown(name or path.stem),
         config=config,
         raw_config=config.to_dict(),
         tensors=tensors,
         files=tokenizer_files(path, metadata),
-        licence=metadata.get("general.license"),
+        licence=licence if isinstance(licence, str) else None,
         notes=notes,
     )
 
 
 def _config(
-    path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any]
+    path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, GGUFTensor]
 ) -> tuple[ModelConfig, tuple[str, ...]]:
-    architecture = metadata.get("general.architecture")
-    if architecture != "llama":
-        raise ConfigError(
-            f"{path}: architecture {architecture!r} is not supported; supported is llama (Mistral included)"
-        )
-    values = {k.removeprefix("llama."): v for k, v in metadata.items() if k.startswith("llama.")}
-    if values.get("expert_count"):
-        raise ConfigError(f"{path}: mixtures of experts are not supported; only dense models are")
-    if values.get("rope.scaling.type", "none") != "none" or "rope_freqs.weight" in tensors:
-        raise ConfigError(f"{path}: scaled RoPE is not supported; only plain RoPE is")
-    tokenizer = {k.removeprefix("tokenizer.ggml."): v for k, v in metadata.items()}
-    ends = [tokenizer[k] for k in ("eos_token_id", "eot_token_id") if tokenizer.get(k) is not None]
+    values = _architecture_values(path, metadata)
+    embedding = tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise WeightsError(f"{path}: tensor token_embd.weight is missing or no matrix")
+    vocab_size = embedding.shape[0]
     try:
         heads, hidden = values["attention.head_count"], values["embedding_length"]
         config = ModelConfig(
             model_type="llama",
-            vocab_size=int(tensors["token_embd.weight"].shape[1]),
+            vocab_size=vocab_size,
             hidden_size=hidden,
             intermediate_size=values["feed_forward_length"],
             n_layers=values["block_count"],
             n_heads=heads,
             n_kv_heads=values.get("attention.head_count_kv", heads),
             head_dim=values.get("attention.key_length") or values.get("rope.dimension_count") or hidden // heads,
-            norm_eps=float(np.float32(values["attention.layer_norm_rms_epsilon"]).astype(str)),
-            rope_theta=float(values.get("rope.freq_base", 10000.0)),
+            norm_eps=_decimal(values["attention.layer_norm_rms_epsilon"]),
+            rope_theta=_decimal(values.get("rope.freq_base", 10000.0)),
             max_position_embeddings=values["context_length"],
             sliding_window=None,
             tie_word_embeddings="output.weight" not in tensors,
-            bos_token_id=tokenizer.get("bos_token_id"),
-            eos_token_ids=tuple(dict.fromkeys(ends)),
+            bos_token_id=next(iter(_ids(path, metadata, vocab_size, "bos")), None),
+            eos_token_ids=_ids(path, metadata, vocab_size, "eos", "eot"),
         )
     except KeyError as error:
-        raise ConfigError(f"{path}: {error.args[0]!r} is missing from its metadata") from None
+        raise ConfigError(f"{path}: llama.{error.args[0]} is missing from its metadata") from None
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ConfigError(f"{path}: its metadata cannot be understood ({error})") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     if values.get("rope.dimension_count", config.head_dim) != config.head_dim:
         raise ConfigError(f"{path}: RoPE over a part of the head is not supported")
+    if values.get("attention.value_length", config.head_dim) != config.head_dim:
+        raise ConfigError(f"{path}: keys and values of different lengths are not supported")
+    if config.n_layers > len(tensors):
+        raise WeightsError(f"{path}: it says {config.n_layers} layers but holds {len(tensors)} tensors")
     return _with_window(config, values)
+
+
+def _architecture_values(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys under "llama.", all of them understood."""
+    architecture = metadata.get("general.architecture")
+    if architecture != "llama":
+        raise ConfigError(
+            f"{path}: architecture {shown(architecture)!r} is not supported; supported is llama (Mistral included)"
+        )
+    if metadata.get("split.count", 1) not in (0, 1):
+        raise ConfigError(f"{path} is one of several parts; join them with: llama-gguf-split --merge")
+    values = {k.removeprefix("llama."): v for k, v in metadata.items() if k.startswith("llama.")}
+    for key, value in values.items():
+        neutral, meaning = _NEUTRAL.get(key, ((), "this kind of model is"))
+        if key not in _UNDERSTOOD and value not in neutral:
+            raise ConfigError(f"{path}: {meaning} not supported ({shown(f'llama.{key} = {value}')})")
+    return values
+
+
+def _decimal(number: Any) -> float:
+    """A float32 of the metadata as the number it was rounded from: 9.99999974e-06 → 1e-05."""
+    return float(str(np.float32(number)))
+
+
+def _ids(path: Path, metadata: Mapping[str, Any], vocab_size: int, *names: str) -> tuple[int, ...]:
+    """Token ids that the metadata names, each once."""
+    keys = [f"tokenizer.ggml.{name}_token_id" for name in names]
+    ids = [metadata[key] for key in keys if key in metadata]
+    for token in ids:
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise ConfigError(f"{path}: token id {shown(token)} is not one of its {vocab_size} tokens")
+    return tuple(dict.fromkeys(ids))
 
 
 def _with_window(config: ModelConfig, values: Mapping[str, Any]) -> tuple[ModelConfig, tuple[str, ...]]:
@@ -133,27 +182,54 @@ def _with_window(config: ModelConfig, values: Mapping[str, Any]) -> tuple[ModelC
     return config, ()
 
 
-def _tensors(path: Path, config: ModelConfig, found: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(path: Path, config: ModelConfig, found: Mapping[str, GGUFTensor]) -> Iterator[tuple[str, Tensor]]:
     names = {name: _gguf_name(name) for name in config.weight_shapes()}
-    kinds = [t.tensor_type.name for t in found.values()]
-    # One type for all, the norms' float32 included: mixed types would compute in float32.
-    dtype = mx.bfloat16 if kinds.count("BF16") > kinds.count("F16") else mx.float16
     for extra in sorted(found.keys() - set(names.values())):
-        raise WeightsError(f"{path}: tensor {extra} is not a part of a Mistral-like model")
+        if extra != "rope_freqs.weight" or not _is_ones(found[extra]):
+            raise WeightsError(f"{path}: tensor {shown(extra)} is not a part of a plain Mistral-like model")
+    for kind in {t.kind for t in found.values()} - _KEPT.keys():
+        _check_kind(path, kind)
+    dtype = _float_dtype({found[n].kind for n in names.values() if n in found and len(found[n].shape) == 2})
     for name, shape in config.weight_shapes().items():
         tensor = found.get(names[name])
         if tensor is None:
             raise WeightsError(f"{path}: tensor {names[name]} is missing")
-        if tuple(int(n) for n in reversed(tensor.shape)) != shape:
-            stored = [int(n) for n in reversed(tensor.shape)]
-            raise WeightsError(f"{path}: {names[name]} has shape {stored}, its metadata says {list(shape)}")
+        if tensor.shape != shape:
+            raise WeightsError(
+                f"{path}: {names[name]} has shape {list(tensor.shape)}, its metadata says {list(shape)}"
+            )
         order = _row_order(config, name)
-        kind = tensor.tensor_type.name
-        if kind in _KEPT and len(shape) == 2:
-            scheme = Quantization(_GROUP, _KEPT[kind])
-            yield name, Tensor(shape, mx.float16, _kept(tensor, kind, order), scheme)
+        whole = _expanded(tensor, order)
+        if tensor.kind in _KEPT and len(shape) == 2:
+            scheme = Quantization(_GROUP, _KEPT[tensor.kind])
+            yield name, Tensor(shape, mx.float16, _kept(tensor, order), scheme, whole)
         else:
-            yield name, Tensor(shape, dtype, _expanded(tensor, kind, shape, order))
+            yield name, Tensor(shape, dtype, whole)
+
+
+def _float_dtype(kinds: set[str]) -> mx.Dtype:
+    """One type for all that is not quantised, by the types of the matrices; norms are float32 in every file.
+
+    A single float32 tensor would make all activations float32, at half the speed.
+    """
+    if kinds == {"F32"}:
+        return mx.float32
+    return mx.bfloat16 if kinds <= {"BF16", "F32"} else mx.float16
+
+
+def _check_kind(path: Path, kind: str) -> None:
+    """Raise WeightsError unless the `gguf` package can expand this type; a block of zeros shows it."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+
+    ggml = GGMLQuantizationType[kind]
+    try:
+        dequantize(np.zeros(GGML_QUANT_SIZES[ggml][1], np.uint8), ggml)
+    except Exception:  # NotImplementedError, and whatever a type that is not made for it stumbles over
+        raise WeightsError(f"{path}: tensors of type {kind} are not supported") from None
+
+
+def _is_ones(tensor: GGUFTensor) -> bool:
+    return tensor.kind == "F32" and bool((tensor.read().view(np.float32) == 1).all())
 
 
 def _gguf_name(name: str) -> str:
@@ -173,16 +249,20 @@ def _row_order(config: ModelConfig, name: str) -> np.ndarray | None:
     return pairs.swapaxes(1, 2).reshape(-1)
 
 
-def _kept(tensor: Any, kind: str, order: np.ndarray | None) -> Callable[[], dict[str, mx.array]]:
+def _kept(tensor: GGUFTensor, order: np.ndarray | None) -> Callable[[], dict[str, mx.array]]:
     def read() -> dict[str, mx.array]:
-        data = tensor.data if order is None else tensor.data[order]
-        return {k: mx.array(v) for k, v in repack(data, kind).items()}
+        data = tensor.read()
+        return {k: mx.array(v) for k, v in repack(data if order is None else data[order], tensor.kind).items()}
 
     return read
 
 
 def repack(data: np.ndarray, kind: str) -> dict[str, np.ndarray]:
-    """Blocks uint8 [rows, bytes] → weight uint32 [rows, columns · bits / 32], scales, biases [rows, columns / 32]."""
+    """Blocks uint8 [rows, bytes] → weight uint32 [rows, columns · bits / 32], scales, biases [rows, columns / 32].
+
+    Multiplying a float16 by a power of two is exact, except that 8 d and 128 d may overflow: that gives an
+    infinite bias, which the conversion refuses.
+    """
     halves = 2 if kind == "Q4_1" else 1  # float16 numbers at the start of a block
     size = 2 * halves + _GROUP * _KEPT[kind] // 8
     blocks = data.reshape(data.shape[0], -1, size)
@@ -190,24 +270,26 @@ def repack(data: np.ndarray, kind: str) -> dict[str, np.ndarray]:
     scales, quants = numbers[..., 0], blocks[..., 2 * halves :]
     if kind == "Q8_0":
         packed = quants ^ 0x80  # signed → unsigned, 128 up
-        biases = scales * np.float16(-128)
     else:
         # A byte holds weight i low and weight i + 16 high; MLX wants neighbours, the earlier one low.
         q = np.concatenate([quants & 0xF, quants >> 4], axis=-1)
         packed = q[..., 0::2] | (q[..., 1::2] << 4)
-        biases = numbers[..., 1] if kind == "Q4_1" else scales * np.float16(-8)
+    with np.errstate(over="ignore", invalid="ignore"):
+        biases = numbers[..., 1] if kind == "Q4_1" else scales * np.float16(-128 if kind == "Q8_0" else -8)
     weight = np.ascontiguousarray(packed).view(np.uint32).reshape(data.shape[0], -1)
     return {"weight": weight, "scales": np.ascontiguousarray(scales), "biases": np.ascontiguousarray(biases)}
 
 
-def _expanded(
-    tensor: Any, kind: str, shape: tuple[int, ...], order: np.ndarray | None
-) -> Callable[[], dict[str, mx.array]]:
+def _expanded(tensor: GGUFTensor, order: np.ndarray | None) -> Callable[[], dict[str, mx.array]]:
     def read() -> dict[str, mx.array]:
-        from gguf import dequantize
+        from gguf import GGMLQuantizationType, dequantize
 
-        array = tensor.data if kind in ("F32", "F16") else dequantize(tensor.data, tensor.tensor_type)
-        array = array.reshape(shape)
-        return {"weight": mx.array(np.ascontiguousarray(array if order is None else array[order]))}
+        data = tensor.read()
+        if tensor.kind == "F16":
+            array = data.view(np.float16)
+        else:
+            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused later, by name
+                array = dequantize(data, GGMLQuantizationType[tensor.kind])
+        return {"weight": mx.array((array if order is None else array[order]).reshape(tensor.shape))}
 
     return read

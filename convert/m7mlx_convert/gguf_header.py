@@ -1,99 +1,160 @@
-"""A look over a GGUF header before the `gguf` package reads it: every count, length and offset within the file.
+"""A GGUF file's header: its metadata and where its tensors lie. Layout: llama.cpp's `docs/gguf.md`.
 
-The package trusts what it reads: a count of 2⁵⁰ would fill the memory. Layout: llama.cpp's `docs/gguf.md`.
+Every count, length and offset is checked against the file before anything is read for it, and what is read
+takes memory in proportion to the file. (`GGUFReader` of the `gguf` package trusts the counts, and keeps an array
+object of some hundred bytes for each byte of a metadata array.)
 """
 
 from __future__ import annotations
 
-import mmap
+import math
 import struct
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
 
 from m7mlx.errors import WeightsError
 
-_SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # value type → bytes
+_SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}  # by value type
 _STRING, _ARRAY = 8, 9
-_MAX_ENTRIES, _MAX_TENSORS, _MAX_NAME, _MAX_ITEMS = 10_000, 100_000, 65_535, 10_000_000
+_ALIGNMENT = 32  # unless general.alignment says otherwise
+_MAX_ENTRIES, _MAX_TENSORS, _MAX_NAME, _MAX_STRING, _MAX_ITEMS = 10_000, 100_000, 65_535, 2**24, 4_000_000
+
+
+class GGUFTensor(NamedTuple):
+    """A tensor in the file: ggml's name of its type, its shape (rows first) and its place in bytes."""
+
+    path: Path
+    kind: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    def read(self) -> np.ndarray:
+        """The stored bytes, uint8 [rows, bytes of a row]."""
+        data = np.fromfile(self.path, np.uint8, self.nbytes, offset=self.offset)
+        if data.size != self.nbytes:
+            raise WeightsError(f"{self.path} has become shorter while it was read; fetch it again")
+        return data.reshape(math.prod(self.shape[:-1]), -1)
+
+
+class GGUFHeader(NamedTuple):
+    metadata: dict[str, Any]  # key → number, string, bool or a flat list of them
+    tensors: dict[str, GGUFTensor]
+
+
+def read_header(path: Path) -> GGUFHeader:
+    """Raises WeightsError unless the header is whole and all that it points to lies within the file."""
+    try:
+        with path.open("rb") as file:
+            return _read(path, _Cursor(file, path.stat().st_size))
+    except (ValueError, OSError) as error:
+        raise WeightsError(f"{path} is not a sound GGUF file: {error}; fetch it again") from None
 
 
 class _Cursor:
     """Reads forward through the file, never past its end."""
 
-    def __init__(self, data: mmap.mmap) -> None:
-        self._data = data
-        self.at = 0
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file = file
+        self.size, self.at = size, 0
 
-    def skip(self, count: int) -> None:
-        if count > len(self._data) - self.at:
+    def take(self, count: int) -> bytes:
+        if count > self.size - self.at:
             raise ValueError("it ends too early")
         self.at += count
+        data = self._file.read(count)
+        if len(data) != count:
+            raise ValueError("it ends too early")
+        return data
 
-    def number(self, form: str) -> int:
-        start = self.at
-        self.skip(struct.calcsize(form))
-        value: int = struct.unpack_from(form, self._data, start)[0]
-        return value
+    def number(self, form: str) -> Any:
+        return struct.unpack("<" + form, self.take(struct.calcsize("<" + form)))[0]
 
     def bounded(self, form: str, limit: int, what: str) -> int:
-        value = self.number(form)
+        value: int = self.number(form)
         if value > limit:
             raise ValueError(f"{what} of {value} is too large")
         return value
 
-    def value(self, kind: int, depth: int = 0) -> None:
+    def string(self, limit: int, what: str) -> str:
+        return self.take(self.bounded("Q", limit, what)).decode("utf-8")
+
+    def value(self, kind: int) -> Any:
         if kind == _STRING:
-            self.skip(self.number("<Q"))
-        elif kind == _ARRAY:
-            item = self.number("<I")
-            count = self.bounded("<Q", _MAX_ITEMS, "an array")
-            if item in _SCALARS:
-                self.skip(count * _SCALARS[item])
-            elif depth:
-                raise ValueError("arrays are nested too deep")
-            else:
-                for _ in range(count):
-                    self.value(item, depth + 1)
-        elif kind in _SCALARS:
-            self.skip(_SCALARS[kind])
-        else:
+            return self.string(_MAX_STRING, "a string")
+        if kind == _ARRAY:
+            item, count = self.number("I"), self.bounded("Q", _MAX_ITEMS, "an array")
+            if item == _STRING:
+                return [self.value(item) for _ in range(count)]
+            if item not in _SCALARS:
+                raise ValueError(f"an array of value type {item} is not supported")
+            form = f"<{count}{_SCALARS[item]}"
+            return list(struct.unpack(form, self.take(struct.calcsize(form))))
+        if kind not in _SCALARS:
             raise ValueError(f"value type {kind} is unknown")
+        return self.number(_SCALARS[kind])
 
 
-def check_header(path: Path) -> None:
-    """Raise WeightsError unless the header is whole and all that it points to lies within the file."""
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            _check(_Cursor(data), data, len(data))
-    except (ValueError, OSError) as error:
-        raise WeightsError(f"{path} is not a sound GGUF file: {error}; fetch it again") from None
-
-
-def _check(cursor: _Cursor, data: mmap.mmap, size: int) -> None:
-    if data[:4] != b"GGUF":
+def _read(path: Path, cursor: _Cursor) -> GGUFHeader:
+    if cursor.take(4) != b"GGUF":
         raise ValueError("it does not start with GGUF")
-    cursor.skip(4)
-    if (version := cursor.number("<I")) not in (2, 3):
-        raise ValueError(f"version {version} is not supported (2 and 3 are)")
-    tensors = cursor.bounded("<Q", _MAX_TENSORS, "a number of tensors")
-    entries = cursor.bounded("<Q", _MAX_ENTRIES, "a number of metadata entries")
-    for _ in range(entries):
-        cursor.skip(cursor.bounded("<Q", _MAX_NAME, "a key"))
-        cursor.value(cursor.number("<I"))
-    for _ in range(tensors):
-        cursor.skip(cursor.bounded("<Q", _MAX_NAME, "a name"))
-        elements = 1
-        for _ in range(cursor.bounded("<I", 4, "a number of dimensions")):
-            elements *= cursor.number("<Q")
-        kind, offset = cursor.number("<I"), cursor.number("<Q")
-        if offset + _nbytes(kind, elements) > size:
-            raise ValueError("a tensor lies outside the file")
+    if (version := cursor.number("I")) not in (2, 3):
+        raise ValueError(f"version {version} is not supported (2 and 3, little-endian, are)")
+    n_tensors = cursor.bounded("Q", _MAX_TENSORS, "a number of tensors")
+    n_entries = cursor.bounded("Q", _MAX_ENTRIES, "a number of metadata entries")
+    metadata: dict[str, Any] = {}
+    for _ in range(n_entries):
+        key = cursor.string(_MAX_NAME, "a key")
+        if key in metadata:
+            raise ValueError(f"the key {key[:80]!r} stands twice in it")
+        metadata[key] = cursor.value(cursor.number("I"))
+    entries = [_tensor_entry(cursor) for _ in range(n_tensors)]
+    alignment = metadata.get("general.alignment", _ALIGNMENT)
+    if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+        raise ValueError(f"an alignment of {alignment!r} is no power of two")
+    data = cursor.at + -cursor.at % alignment
+    tensors: dict[str, GGUFTensor] = {}
+    for name, kind, shape, offset in entries:
+        kind_name, nbytes = _stored(name, kind, shape)
+        if name in tensors:
+            raise ValueError(f"tensor {name[:80]!r} stands twice in it")
+        if data + offset + nbytes > cursor.size:
+            raise ValueError(f"tensor {name[:80]!r} lies outside the file")
+        tensors[name] = GGUFTensor(path, kind_name, shape, data + offset, nbytes)
+    return GGUFHeader(metadata, tensors)
 
 
-def _nbytes(kind: int, elements: int) -> int:
+def _tensor_entry(cursor: _Cursor) -> tuple[str, int, tuple[int, ...], int]:
+    """(name, type, shape, offset); the file counts dimensions from the last one."""
+    name = cursor.string(_MAX_NAME, "a name")
+    n_dims = cursor.bounded("I", 4, "a number of dimensions")
+    shape = tuple(cursor.number("Q") for _ in range(n_dims))[::-1]
+    return name, cursor.number("I"), shape, cursor.number("Q")
+
+
+def _stored(name: str, kind: int, shape: tuple[int, ...]) -> tuple[str, int]:
+    """ggml's name of a type and the bytes of a tensor of it."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     try:
-        block, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        ggml = GGMLQuantizationType(kind)
+        block, nbytes = GGML_QUANT_SIZES[ggml]
     except (ValueError, KeyError):
-        raise ValueError(f"tensor type {kind} is unknown") from None
-    return elements // block * nbytes
+        raise ValueError(f"the type {kind} of tensor {name[:80]!r} is unknown") from None
+    if not shape or 0 in shape or shape[-1] % block:
+        raise ValueError(f"tensor {name[:80]!r} of type {ggml.name} cannot have the shape {list(shape)}")
+    return ggml.name, math.prod(shape) // block * nbytes

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from m7mlx.errors import DiskError, InputError
 
@@ -15,24 +19,42 @@ _SPARE = 50_000_000  # bytes to leave free on the disk
 
 
 def check_target(target: Path, source: Path, force: bool) -> None:
-    """Raise InputError if `target` must not be written."""
-    target, source = target.absolute(), source.absolute()
+    """Raise InputError if `target` must not be written. Undoes first what a killed run left there."""
+    if not target.parent.is_dir():
+        raise InputError(f"the folder {target.parent} does not exist; create it, or give another --mlx-path")
+    clean_up(target)
     if target.exists() and not target.is_dir():
         raise InputError(f"{target} is a file; give a folder as --mlx-path")
-    if target == source or source in target.parents or target in source.parents:
-        raise InputError(f"{target} and the source {source} overlap; give another --mlx-path")
-    if target.is_dir() and any(target.iterdir()) and not force:
+    check_apart(target, source)
+    if not target.exists():
+        return
+    entries = list(target.iterdir())
+    if entries and not force:
         raise InputError(f"{target} exists; give another --mlx-path, or --force to replace it")
-    if not target.parent.is_dir():
-        raise InputError(f"{target.parent} does not exist; create it, or give another --mlx-path")
+    if entries and not ((target / "config.json").is_file() and all(entry.is_file() for entry in entries)):
+        raise InputError(f"{target} is not a model folder and is not replaced; give another --mlx-path")
+
+
+def check_apart(target: Path, source: Path) -> None:
+    """Raise InputError if one of the two lies inside the other, or is the other."""
+    source = source.resolve()
+    target_line, source_line = [target, *target.parents], [source, *source.parents]
+    if any(_same(source, path) for path in target_line) or any(_same(target, path) for path in source_line):
+        raise InputError(f"{target} and the source {source} overlap; give another --mlx-path")
+
+
+def _same(a: Path, b: Path) -> bool:
+    """Whether two paths are one file or folder, by whatever spelling."""
+    return a == b or (a.exists() and b.exists() and a.samefile(b))
 
 
 def check_space(target: Path, nbytes: int) -> None:
     """Raise DiskError if the disk that will hold `target` has no room for `nbytes`."""
-    free = shutil.disk_usage(target.absolute().parent).free
+    free = shutil.disk_usage(target.parent).free
     if free < nbytes + _SPARE:
         raise DiskError(
-            f"{target.absolute().parent} has {free / 1e9:.1f} GB free, but the result takes {nbytes / 1e9:.1f} GB"
+            f"{target.parent} has {free / 1e9:.1f} GB free, but the result takes {nbytes / 1e9:.1f} GB; "
+            "make room, or give another --mlx-path"
         )
 
 
@@ -42,22 +64,23 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
     On an error, Ctrl-C included, it is removed. What a killed process left is removed by the next run.
     """
-    target = target.absolute()
-    clean_up(target)
     work = target.parent / f".{target.name}.partial-{os.getpid()}"
     work.mkdir()
     try:
         yield work
-        _replace(work, target)
+        _sync(work)
+        with _uninterrupted():
+            _replace(work, target)
     except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
+        with _uninterrupted():
+            shutil.rmtree(work, ignore_errors=True)
         raise
 
 
 def clean_up(target: Path) -> None:
     """Remove what dead processes left beside `target`, and put back what one had moved aside."""
-    for path in target.parent.glob(f".{glob_escape(target.name)}.*-*"):
-        match = re.fullmatch(r"\.(partial|old)-(\d+)", path.name.removeprefix("." + target.name))
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*-*"):
+        match = re.fullmatch(r"\.(partial|old)-(\d{1,9})", path.name.removeprefix("." + target.name))
         if match is None or _alive(int(match[2])):
             continue
         if match[1] == "old" and not target.exists():
@@ -66,8 +89,14 @@ def clean_up(target: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def glob_escape(name: str) -> str:
-    return re.sub(r"([*?\[])", r"[\1]", name)
+def _sync(folder: Path) -> None:
+    """Have the disk hold all of a folder, so that after a power cut the name does not stand for half of it."""
+    for path in (*folder.iterdir(), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _replace(work: Path, target: Path) -> None:
@@ -82,6 +111,25 @@ def _replace(work: Path, target: Path) -> None:
             old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold back Ctrl-C and SIGTERM until the block is done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # they are the main thread's business
+        return
+    came: list[int] = []
+    before: dict[signal.Signals, Any] = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for came_number in came:
+            signal.raise_signal(came_number)
 
 
 def _alive(pid: int) -> bool:

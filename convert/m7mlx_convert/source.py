@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,27 +11,47 @@ from typing import Any
 import mlx.core as mx
 
 from m7mlx.config import ModelConfig, Quantization, read_json
-from m7mlx.errors import WeightsError
+from m7mlx.errors import ConfigError, WeightsError
 from m7mlx.safetensors import TensorInfo, folder_weights, validate_header
+from m7mlx_convert.writer import DTYPE_NAMES, stored_specs
 
-_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
-_OTHER_FILES = ("generation_config.json", "chat_template.jinja", "LICENSE*")
+# By name, not by pattern: a "tokenizer.bin" may be pickle, a "tokenizer.py" is code.
+_COPIED = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer.model.v1",
+    "tokenizer.model.v2",
+    "tokenizer.model.v3",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+)
 # What points to code in the folder; none of it is run here, and none is passed on.
-_CODE_KEYS = ("auto_map", "model_file")
-MLX_DTYPES: dict[str, mx.Dtype] = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}
+_CODE_KEYS = frozenset({"auto_map", "model_file"})
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
 class Tensor:
     """One parameter of the model as the source holds it, read only when `load` is called.
 
-    `load` gives {"weight": …}, or {"weight", "scales", "biases"} where the source is quantised by `scheme`.
+    `load` gives {"weight": …}, or what `scheme` makes of it ({"weight", "scales", "biases"}); `expand` gives the
+    weight of a quantised one as floats, where the source can.
     """
 
     shape: tuple[int, ...]  # of the unquantised parameter
-    dtype: mx.Dtype  # of the weight, or of scales and biases
+    dtype: mx.Dtype  # of the weight, or of the scales
     load: Callable[[], dict[str, mx.array]]
     scheme: Quantization | None = None
+    expand: Callable[[], dict[str, mx.array]] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,17 +79,50 @@ def open_source(path: Path, name: str) -> Source:
 def open_folder(folder: Path, name: str) -> Source:
     """A folder in Hugging Face's layout, quantised by mlx-lm or m7mlx-convert or not at all."""
     config = ModelConfig.from_folder(folder)
-    raw = read_json(folder / "config.json") if (folder / "config.json").is_file() else config.to_dict()
-    drop = {"quantization", "quantization_config", *_CODE_KEYS}
-    files = {p.name: p for pattern in (*_TOKENIZER_FILES, *_OTHER_FILES) for p in sorted(folder.glob(pattern))}
     return Source(
         name=name,
         config=config,
-        raw_config={k: v for k, v in raw.items() if k not in drop},
+        raw_config=_whole_config(folder, config),
         tensors=dict(_folder_tensors(folder, config)),
-        files={n: p for n, p in files.items() if p.is_file() and p.suffix != ".py"},
+        files={n: _without_code(folder / n) for n in _COPIED if (folder / n).is_file()},
         licence=_licence(folder),
     )
+
+
+def _whole_config(folder: Path, config: ModelConfig) -> dict[str, Any]:
+    """The source's config.json, and what it leaves to defaults written out.
+
+    Readers differ in their defaults: mlx-lm ties the head where tie_word_embeddings is absent, and does not look
+    for RoPE's base in rope_parameters.
+    """
+    path = folder / "config.json"
+    given = read_json(path) if path.is_file() else {}
+    may_be_null = {"sliding_window", "bos_token_id", "eos_token_id"}
+    absent = {
+        k: v for k, v in config.to_dict().items() if given.get(k) is None and (k not in given or k not in may_be_null)
+    }
+    whole = given | absent
+    return {k: v for k, v in whole.items() if k not in _CODE_KEYS | {"quantization", "quantization_config"}}
+
+
+def shown(text: object) -> str:
+    """What a file of a stranger says, as one printable line of bounded length for a message or a card."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)[:200]).split())
+    return line if len(line) <= 100 else line[:99] + "…"
+
+
+def _without_code(path: Path) -> Path | bytes:
+    """The file, or its content where keys that point to code had to be taken out."""
+    if not path.name.endswith("_config.json"):
+        return path
+    try:
+        data = read_json(path)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; fetch it again") from None
+    if not _CODE_KEYS & data.keys():
+        return path
+    kept = {k: v for k, v in data.items() if k not in _CODE_KEYS}
+    return json.dumps(kept, ensure_ascii=False, indent=2).encode()
 
 
 def _folder_tensors(folder: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
@@ -76,37 +130,44 @@ def _folder_tensors(folder: Path, config: ModelConfig) -> Iterator[tuple[str, Te
     headers: dict[str, TensorInfo] = {}
     for path in sorted(set(where.values())):
         headers |= validate_header(path)
+    if config.n_layers > len(headers):
+        raise WeightsError(
+            f"{folder}: config.json says {config.n_layers} layers, the files hold {len(headers)} tensors"
+        )
     known = set()
     for name, shape in config.weight_shapes().items():
         module = name.removesuffix(".weight")
-        names = {k: f"{module}.{k}" for k in ("weight", "scales", "biases") if f"{module}.{k}" in headers}
-        if "weight" not in names:
+        is_quantised = config.quantization and f"{module}.scales" in headers  # mlx-lm leaves some modules as they are
+        scheme = config.quantization.for_module(module) if config.quantization and is_quantised else None
+        found = headers.get(f"{module}.scales" if scheme else name)
+        if found is None:
             raise WeightsError(f"{folder}: tensor {name} is missing")
-        scheme = config.quantization.for_module(module) if config.quantization and "scales" in names else None
-        floats = headers[names["scales"] if scheme else name]
-        stored = (shape[0], shape[1] * scheme.bits // 32) if scheme else shape
-        if headers[name].shape != stored:
-            found = list(headers[name].shape)
-            raise WeightsError(f"{folder}: {name} has shape {found}, config.json says {list(stored)}")
-        if floats.dtype not in ("F32", "F16", "BF16"):
-            raise WeightsError(f"{folder}: {name} has type {floats.dtype}, which is not supported here")
-        known |= set(names.values())
-        yield name, Tensor(shape, MLX_DTYPES[floats.dtype], _reader(where, names), scheme)
+        dtype = _DTYPES.get(found.dtype, mx.uint32)
+        if (dtype == mx.uint8) != (scheme is not None and scheme.mode != "affine") or dtype == mx.uint32:
+            raise WeightsError(f"{folder}: {name} has type {found.dtype}, which is not supported here")
+        specs = stored_specs(name, shape, dtype, scheme)
+        for spec in specs:
+            stored = headers.get(spec.name)
+            if stored != (DTYPE_NAMES[spec.dtype], spec.shape):
+                is_ = f"is {stored.dtype} {list(stored.shape)}" if stored else "is missing"
+                wanted = f"{DTYPE_NAMES[spec.dtype]} {list(spec.shape)}"
+                raise WeightsError(f"{folder}: {spec.name} {is_}; by config.json it should be {wanted}")
+        known |= {spec.name for spec in specs}
+        yield name, Tensor(shape, dtype, _reader(where, [spec.name for spec in specs]), scheme)
     for name in headers.keys() - known:
-        if not name.endswith("rotary_emb.inv_freq") and not (
-            config.tie_word_embeddings and name.startswith("lm_head.")
-        ):
-            raise WeightsError(f"{folder}: tensor {name} is not a part of {config.model_type}")
+        is_tied_head = config.tie_word_embeddings and name.startswith("lm_head.")
+        if not name.endswith("rotary_emb.inv_freq") and not is_tied_head:
+            raise WeightsError(f"{folder}: tensor {shown(name)} is not a part of {config.model_type}")
 
 
-def _reader(where: Mapping[str, Path], names: Mapping[str, str]) -> Callable[[], dict[str, mx.array]]:
+def _reader(where: Mapping[str, Path], names: list[str]) -> Callable[[], dict[str, mx.array]]:
     def read() -> dict[str, mx.array]:
         arrays = {}
-        for kind, name in names.items():
+        for name in names:
             # Opening reads the header only; an array is read when it is evaluated.
             file = mx.load(str(where[name]))
             assert isinstance(file, dict)
-            arrays[kind] = file[name]
+            arrays[name.rpartition(".")[2]] = file[name]
         return arrays
 
     return read
@@ -117,6 +178,10 @@ def _licence(folder: Path) -> str | None:
     card = folder / "README.md"
     if not card.is_file():
         return None
-    lines = card.read_text(encoding="utf-8", errors="replace").splitlines()[:100]
-    found = (line.partition(":")[2].strip() for line in lines if line.startswith(("license:", "licence:")))
-    return next(found, None) or None
+    with card.open(encoding="utf-8", errors="replace") as file:
+        lines = file.read(100_000).splitlines()
+    if not lines or lines[0] != "---":
+        return None
+    end = lines.index("---", 1) if "---" in lines[1:] else 0
+    found = (line.partition(":")[2] for line in lines[1:end] if line.startswith("license:"))
+    return next(found, None)

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import mlx.core as mx
-import numpy as np
 
+from m7mlx.arrays import raw_bytes
+from m7mlx.config import Quantization
 from m7mlx.errors import RunError
 from m7mlx.safetensors import INDEX
 
 MAX_SHARD_BYTES = 5 * 10**9
-_NAMES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32"}
+DTYPE_NAMES = {  # MLX's types → safetensors' names
+    mx.float32: "F32",
+    mx.float16: "F16",
+    mx.bfloat16: "BF16",
+    mx.uint32: "U32",
+    mx.uint8: "U8",
+}
 
 
 class Spec(NamedTuple):
@@ -32,6 +38,18 @@ class Spec(NamedTuple):
         for side in self.shape:
             size *= side
         return size
+
+
+def stored_specs(name: str, shape: tuple[int, ...], dtype: mx.Dtype, scheme: Quantization | None) -> list[Spec]:
+    """The tensors that one parameter is stored as, in mlx-lm's layout; `dtype` is the weight's or the scales'."""
+    if scheme is None:
+        return [Spec(name, dtype, shape)]
+    rows, columns = shape
+    module = name.removesuffix(".weight")
+    groups = (rows, columns // scheme.group_size)
+    kinds = ("scales", "biases") if scheme.mode == "affine" else ("scales",)
+    packed = Spec(name, mx.uint32, (rows, columns * scheme.bits // 32))
+    return [packed, *(Spec(f"{module}.{kind}", dtype, groups) for kind in kinds)]
 
 
 class ShardWriter:
@@ -52,10 +70,11 @@ class ShardWriter:
         if self._file is None:
             self._file = (self._folder / self._names[self._shard]).open("wb")
             self._file.write(_header(self._shards[self._shard]))
-        self._file.write(_raw(array))
+        self._file.write(raw_bytes(array))
         self._tensor += 1
         if self._tensor == len(self._shards[self._shard]):
-            self._close_shard()
+            self._file.close()
+            self._file = None
             self._shard, self._tensor = self._shard + 1, 0
 
     def finish(self) -> None:
@@ -74,13 +93,6 @@ class ShardWriter:
         """Close the file that is open, if any; for a run that was broken off."""
         if self._file is not None:
             self._file.close()
-
-    def _close_shard(self) -> None:
-        assert self._file is not None
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._file = None
 
 
 def _split(plan: Sequence[Spec], max_bytes: int) -> list[list[Spec]]:
@@ -106,16 +118,8 @@ def _header(specs: Sequence[Spec]) -> bytes:
     offset = 0
     for spec in specs:
         ends = [offset, offset + spec.nbytes]
-        header[spec.name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": ends}
+        header[spec.name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": ends}
         offset += spec.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts aligned
     return struct.pack("<Q", len(text)) + text
-
-
-def _raw(array: mx.array) -> memoryview:
-    """The bytes of an array, little-endian and row by row, without a copy where it lies so already."""
-    array = mx.contiguous(array)
-    if array.dtype == mx.bfloat16:  # NumPy has no such type
-        array = array.view(mx.uint16)
-    return np.array(array, copy=False).reshape(-1).view(np.uint8).data
