@@ -7,11 +7,12 @@ print(generate(model, tokenizer, [{"role": "user", "content": "What is the capit
 """
 
 from m7mlx.cache import RollingCache
-from m7mlx.config import ModelConfig, Quantization
+from m7mlx.config import ModelConfig
 from m7mlx.errors import M7Error
 from m7mlx.generate import Piece, Stats, generate, stream_generate
 from m7mlx.load import load
 from m7mlx.model import Mistral
+from m7mlx.quantization import Quantization
 from m7mlx.sampling import Sampling
 from m7mlx.tokenizer import Tokenizer
 

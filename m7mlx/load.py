@@ -11,10 +11,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from m7mlx.arrays import is_finite
-from m7mlx.config import ModelConfig, Quantization
+from m7mlx.config import ModelConfig
 from m7mlx.errors import ConfigError, RunError, TokenizerError, WeightsError
 from m7mlx.hub import resolve
 from m7mlx.model import Mistral
+from m7mlx.quantization import Quantization
 from m7mlx.safetensors import TensorInfo, folder_weights, validate_header
 from m7mlx.tokenizer import Tokenizer, load_tokenizer
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from conftest import small_config
 
-from m7mlx.config import ModelConfig, Quantization
+from m7mlx.config import ModelConfig
 from m7mlx.errors import ConfigError
+from m7mlx.quantization import Quantization
 
 V01 = {  # mistralai/Mistral-7B-v0.1
     "architectures": ["MistralForCausalLM"],

@@ -23,8 +23,9 @@ from m7mlx_convert.writer import ShardWriter, Spec
 from test_load import DAMAGE, shard
 
 from m7mlx import load
-from m7mlx.config import ModelConfig, Quantization
+from m7mlx.config import ModelConfig
 from m7mlx.errors import M7Error, RunError
+from m7mlx.quantization import Quantization
 from m7mlx.safetensors import INDEX, validate_header
 
 CONFIG = small_config(vocab_size=32000, hidden_size=64, intermediate_size=128, n_layers=2)

@@ -25,8 +25,9 @@ from m7mlx_convert.convert import convert
 from m7mlx_convert.writer import ShardWriter, Spec
 
 from m7mlx import load
-from m7mlx.config import ModelConfig, Quantization
+from m7mlx.config import ModelConfig
 from m7mlx.errors import InputError
+from m7mlx.quantization import Quantization
 from m7mlx.safetensors import folder_weights
 
 Weights = dict[str, mx.array]

@@ -26,8 +26,9 @@ from test_convert import arrays
 from test_tokenizer import HARD
 
 from m7mlx import generate, load
-from m7mlx.config import ModelConfig, Quantization
+from m7mlx.config import ModelConfig
 from m7mlx.errors import M7Error, WeightsError
+from m7mlx.quantization import Quantization
 from m7mlx.tokenizer import Tokenizer, load_tokenizer
 
 CONFIG = small_config(

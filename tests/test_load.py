@@ -17,9 +17,10 @@ import pytest
 from conftest import mistral_file, random_weights, small_config, write_folder
 
 from m7mlx import load
-from m7mlx.config import ModelConfig, Quantization
+from m7mlx.config import ModelConfig
 from m7mlx.errors import ConfigError, M7Error, NotFoundError, RunError, TokenizerError, WeightsError
 from m7mlx.load import build
+from m7mlx.quantization import Quantization
 from m7mlx.safetensors import folder_weights, validate_header
 
 CONFIG = small_config(vocab_size=32000, n_layers=1)

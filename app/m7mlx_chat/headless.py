@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from m7mlx.errors import InputError, RunError
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.terminal import visible
+
+if TYPE_CHECKING:
+    from m7mlx import Piece
 
 
 def answer(settings: Settings, prompt: str | None) -> int:
@@ -18,19 +25,9 @@ def answer(settings: Settings, prompt: str | None) -> int:
     if sys.stdout is None:  # closed by whoever started us
         raise RunError("standard output is closed; there is nowhere to print the answer")
     folder = settings.folder()
-    from m7mlx import load, stream_generate
-
-    model, tokenizer = load(folder)
+    stream = _start(settings, folder, question)
     on_terminal = sys.stdout.isatty()
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
-    stream = stream_generate(
-        model,
-        tokenizer,
-        settings.messages([{"role": "user", "content": question}]),
-        sampling=settings.sampling,
-        max_tokens=settings.max_tokens,
-        stop=settings.stop,
-    )
     try:
         for piece in stream:
             print(visible(piece.text) if on_terminal else piece.text, end="", flush=True)
@@ -45,6 +42,32 @@ def answer(settings: Settings, prompt: str | None) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def _start(settings: Settings, folder: Path, question: str) -> Iterator[Piece]:
+    """Load the model and read the question, with a progress bar if stderr is a terminal; then the answer's pieces."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from m7mlx import load, stream_generate
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True)
+    with bar:
+        loading = bar.add_task("Loading the model", total=None)
+        model, tokenizer = load(folder, progress=lambda done, total: bar.update(loading, completed=done, total=total))
+        reading = bar.add_task("Reading the question", total=None)
+        stream = stream_generate(
+            model,
+            tokenizer,
+            settings.messages([{"role": "user", "content": question}]),
+            sampling=settings.sampling,
+            max_tokens=settings.max_tokens,
+            stop=settings.stop,
+            on_prefill=lambda done, total: bar.update(reading, completed=done, total=total),
+        )
+        first = next(stream)  # there is always a piece: the last one carries the statistics
+    return chain([first], stream)
 
 
 def _question(prompt: str | None) -> str:

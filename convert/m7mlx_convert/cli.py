@@ -67,7 +67,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from m7mlx.config import Quantization
+    from m7mlx.quantization import Quantization
     from m7mlx_convert.convert import convert
 
     local = Path(args.source).expanduser()

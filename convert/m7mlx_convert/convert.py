@@ -13,9 +13,9 @@ from typing import Any
 import mlx.core as mx
 
 from m7mlx.arrays import is_finite
-from m7mlx.config import Quantization
 from m7mlx.errors import InputError, TokenizerError, WeightsError
 from m7mlx.hub import ALIASES, DEMO, resolve
+from m7mlx.quantization import Quantization
 from m7mlx.tokenizer import load_tokenizer
 from m7mlx_convert.card import model_card
 from m7mlx_convert.output import check_apart, check_space, check_target, whole_folder

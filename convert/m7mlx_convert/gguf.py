@@ -21,8 +21,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from m7mlx.config import ModelConfig, Quantization
+from m7mlx.config import ModelConfig
 from m7mlx.errors import ConfigError, WeightsError
+from m7mlx.quantization import Quantization
 from m7mlx_convert.gguf_header import GGUFTensor, read_header
 from m7mlx_convert.gguf_tokenizer import tokenizer_files
 from m7mlx_convert.source import Source, Tensor, shown

@@ -10,8 +10,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from m7mlx.config import ModelConfig, Quantization, read_json
+from m7mlx.config import ModelConfig, read_json
 from m7mlx.errors import ConfigError, WeightsError
+from m7mlx.quantization import Quantization
 from m7mlx.safetensors import TensorInfo, folder_weights, validate_header
 from m7mlx_convert.writer import DTYPE_NAMES, stored_specs
 

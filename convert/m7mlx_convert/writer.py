@@ -11,8 +11,8 @@ from typing import Any, BinaryIO, NamedTuple
 import mlx.core as mx
 
 from m7mlx.arrays import raw_bytes
-from m7mlx.config import Quantization
 from m7mlx.errors import RunError
+from m7mlx.quantization import Quantization
 from m7mlx.safetensors import INDEX
 
 MAX_SHARD_BYTES = 5 * 10**9

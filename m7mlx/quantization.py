@@ -1,0 +1,66 @@
+"""How weights are quantised, in the form that mlx-lm writes into config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from m7mlx.errors import ConfigError
+
+_MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # mode → bits, group sizes
+    "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
+    "mxfp4": ((4,), (32,)),
+    "mxfp8": ((8,), (32,)),
+    "nvfp4": ((4,), (16,)),
+}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How weights are quantised: mlx-lm's `quantization` key of config.json.
+
+    `overrides` maps a module's path ("model.embed_tokens") to its own scheme, or to None where that
+    module is left as it is.
+    """
+
+    group_size: int
+    bits: int
+    mode: str = "affine"
+    overrides: Mapping[str, Quantization | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        bits, groups = _MODES.get(self.mode, ((), ()))
+        if not bits:
+            raise ConfigError(f"quantization mode {self.mode!r} is not known; known are {', '.join(_MODES)}")
+        if self.bits not in bits or self.group_size not in groups:
+            raise ConfigError(
+                f"{self.mode} quantization with {self.bits} bits in groups of {self.group_size} does not exist; "
+                f"bits may be {', '.join(map(str, bits))}, groups {', '.join(map(str, groups))}"
+            )
+
+    def for_module(self, path: str) -> Quantization | None:
+        """The scheme of the module at `path` (without ".weight"); None where it is not quantised."""
+        return self.overrides.get(path, self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Quantization:
+        """Read mlx-lm's form: {"group_size": 64, "bits": 4, "mode": …, "<path>": {…} | false}."""
+        try:
+            scheme = {k: data[k] for k in ("group_size", "bits", "mode") if k in data}
+            overrides: dict[str, Quantization | None] = {}
+            for path, value in data.items():
+                if isinstance(value, Mapping):
+                    overrides[path] = cls.from_dict({"mode": "affine"} | dict(value))
+                elif isinstance(value, bool):
+                    overrides[path] = None
+            return cls(**scheme, overrides=overrides)
+        except TypeError as error:
+            raise ConfigError(f"`quantization` in config.json needs group_size and bits ({error})") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The inverse of `from_dict`."""
+        data: dict[str, Any] = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+        for path, scheme in self.overrides.items():
+            data[path] = scheme.to_dict() if scheme else False
+        return data
