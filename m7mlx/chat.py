@@ -12,6 +12,7 @@ since the same text can be tokenised in other ways, which the cache would not re
 from __future__ import annotations
 
 import json
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -141,17 +142,31 @@ class TemplateFormat(ChatFormat):
         check_messages(messages)
         if self._template is None:
             raise ChatFormatError("the model has no chat template: it completes text; give the prompt as a string")
-        guard = Guard(list(self._tokenizer.control_ids()))
-        plain = [{k: v for k, v in m.items() if k != "ids"} for m in messages]
+        # An answer whose ids are known goes through the template as a name that nothing else contains.
+        nonce = secrets.token_hex(8)
+        kept = {
+            f"\ufdd0{nonce}:{n}\ufdd1": list(m["ids"])
+            for n, m in enumerate(messages)
+            if m["role"] == "assistant" and m.get("ids") and not m.get("tool_calls")
+        }
+        controls = self._tokenizer.control_ids()
+        guard = Guard([*controls, *kept])
+        plain = guard.protect([{k: v for k, v in m.items() if k != "ids"} for m in messages])
+        for name in kept:
+            plain[int(name.rpartition(":")[2][:-1])]["content"] = name
         context = {
-            "messages": guard.protect(plain),
+            "messages": plain,
             "tools": guard.protect(list(tools)) or None,
             "add_generation_prompt": True,
             **{k: _token_name(self._settings.get(k)) for k in ("bos_token", "eos_token", "unk_token", "pad_token")},
         }
-        parts = guard.split(render(self._template, context))
-        controls = self._tokenizer.control_ids()
-        return self._tokenizer.encode_mixed([controls[p.name] if p.is_control else p.name for p in parts])
+        parts: list[str | int] = []
+        for part in guard.split(render(self._template, context)):
+            if part.name in kept:
+                parts += kept[part.name]
+            else:
+                parts.append(controls[part.name] if part.is_control else part.name)
+        return self._tokenizer.encode_mixed(parts)
 
 
 def check_messages(messages: Sequence[Message]) -> None:

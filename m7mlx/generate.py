@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import mlx.core as mx
 
@@ -54,9 +54,20 @@ class Piece:
     stats: Stats | None = None
 
 
-def generate(model: Mistral, tokenizer: Tokenizer, prompt: Prompt, **options: object) -> str:
+class Options(TypedDict, total=False):
+    """The options of `stream_generate`."""
+
+    cache: RollingCache | None
+    sampling: Sampling | None
+    max_tokens: int | None
+    stop: Sequence[str]
+    on_prefill: Callable[[int, int], None] | None
+    prefill_chunk: int | None
+
+
+def generate(model: Mistral, tokenizer: Tokenizer, prompt: Prompt, **options: Unpack[Options]) -> str:
     """The whole answer as text; arguments as for `stream_generate`."""
-    return "".join(piece.text for piece in stream_generate(model, tokenizer, prompt, **options))  # type: ignore[arg-type]
+    return "".join(piece.text for piece in stream_generate(model, tokenizer, prompt, **options))
 
 
 def stream_generate(

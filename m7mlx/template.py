@@ -38,6 +38,9 @@ class Guard:
     def __init__(self, names: Iterable[str]) -> None:
         self._names = sorted((n for n in names if n), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, self._names)) or r"(?!)")
+        self._beginnings = {n[:i] for n in self._names for i in range(1, len(n))}
+        self._ends = {n[i:] for n in self._names for i in range(1, len(n))}
+        self._longest = max(map(len, self._names), default=0)
         self._mark = ""
 
     def protect(self, value: Any) -> Any:
@@ -62,8 +65,9 @@ class Guard:
     def _guard_text(self, text: str) -> str:
         guarded = self._control.sub(lambda m: m[0][0] + self._mark + m[0][1:], text)
         # What stands at an edge could be completed by what the template, or the next message, puts beside it.
-        starts = any(guarded.startswith(n[i:]) for n in self._names for i in range(1, len(n)))
-        ends = any(guarded.endswith(n[:i]) for n in self._names for i in range(1, len(n)))
+        lengths = range(1, min(len(guarded), self._longest) + 1)
+        starts = any(guarded[:n] in self._ends for n in lengths)
+        ends = any(guarded[-n:] in self._beginnings for n in lengths)
         return (self._mark if starts else "") + guarded + (self._mark if ends else "")
 
     def split(self, rendered: str) -> list[Part]:

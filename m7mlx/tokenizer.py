@@ -78,7 +78,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_mixed(self, parts: Sequence[str | int]) -> list[int]:
-        """Ids of texts (str) and control ids (int) in the order given."""
+        """Ids of texts (str) and of ids (int, control ids above all) in the order given."""
 
     @abstractmethod
     def is_control(self, token: int) -> bool:

@@ -60,9 +60,22 @@ class JsonTokenizer(Tokenizer):
         return self._controls.get(name) if isinstance(name, str) else None
 
     def encode_mixed(self, parts: Sequence[str | int]) -> list[int]:
-        # One call for all parts: whether a text gets a leading space depends on where it stands.
-        text = "".join(self._names[p] if isinstance(p, int) else clean(p) for p in parts)
-        ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+        # Texts and control tokens go through the library in one call: whether a text gets a leading space depends
+        # on where it stands.
+        ids: list[int] = []
+        text = ""
+        for part in parts:
+            if isinstance(part, str):
+                text += clean(part)
+            elif part in self._names:
+                text += self._names[part]
+            else:
+                ids += [*self._encode(text), part]
+                text = ""
+        return ids + self._encode(text)
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._library.encode(text, add_special_tokens=False).ids if text else []
         return ids
 
     def is_control(self, token: int) -> bool:

@@ -169,6 +169,20 @@ def test_ids_of_a_generated_answer_are_kept(mistral_tokenizers: dict[str, Tokeni
     assert ids[: len(chat.encode([user("a")])) + 3] == [*chat.encode([user("a")]), *kept, 2]
 
 
+def test_ids_of_a_generated_answer_are_kept_through_a_template(tmp_path: Path) -> None:
+    """Not tokenised again, whatever the template does to the text; the end token comes from the template."""
+    history: list[Message] = [
+        user("a"),
+        {"role": "assistant", "content": " <b> ", "ids": [256, 7, 98, 98]},
+        user("c"),
+    ]
+    ids = chatml(tmp_path).chat.encode(history)
+    assert ids == [
+        256, *b"user\na", 257, 10, 256, *b"assistant\n", 256, 7, 98, 98, 257, 10, 256, *b"user\nc", 257, 10,
+        256, *b"assistant\n",
+    ]  # fmt: skip
+
+
 # --- templates ------------------------------------------------------------------------------------------
 
 CHATML = (

@@ -25,7 +25,7 @@ from test_chat import CHATML
 from test_convert import arrays
 from test_tokenizer import HARD
 
-from m7mlx import generate, load
+from m7mlx import generate, load, stream_generate
 from m7mlx.config import ModelConfig
 from m7mlx.errors import M7Error, WeightsError
 from m7mlx.quantization import Quantization
@@ -265,6 +265,21 @@ def test_the_demo_model_knows_the_capital_of_france(demo_model: Path) -> None:
     model, tokenizer = load("demo")
     answer = generate(model, tokenizer, [{"role": "user", "content": "What is the capital of France?"}])
     assert answer == "The capital of France is Paris."
+
+
+@pytest.mark.demo
+def test_the_demo_model_reads_nothing_twice(demo_model: Path) -> None:
+    model, tokenizer = load(demo_model)
+    cache = model.new_cache()
+    messages = [{"role": "user", "content": "Name a fruit."}]
+    first = list(stream_generate(model, tokenizer, messages, cache=cache, max_tokens=8))
+    ids = [i for piece in first for i in piece.ids]
+    kept = ids[:-1] if ids[-1] in tokenizer.eos_ids else ids
+    answer = {"role": "assistant", "content": "".join(piece.text for piece in first), "ids": kept}
+    seen = cache.offset
+    second = list(stream_generate(model, tokenizer, [*messages, answer, messages[0]], cache=cache, max_tokens=2))
+    assert second[-1].stats is not None
+    assert second[-1].stats.reused_tokens == seen
 
 
 # --- what is refused --------------------------------------------------------------------------------------
