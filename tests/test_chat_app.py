@@ -199,6 +199,43 @@ async def test_a_long_paste_is_folded_and_sent_whole() -> None:
         assert "more characters" in chat.texts(UserMessage)[0]
 
 
+async def test_a_paste_as_terminals_send_it() -> None:
+    """They end lines with a return, and what was copied from a web page can hold anything."""
+    async with running() as chat:
+        chat.app.post_message(events.Paste("one\rtwo\r\n\x1b]0;evil\x07"))
+        await chat.pilot.pause()
+        assert chat.app.composer.text == "one\ntwo\n␛]0;evil␇"
+        chat.app.composer.reset()
+        chat.app.post_message(events.Paste("line\r" * 50))
+        await chat.pilot.pause()
+        assert "51 lines" in chat.app.composer.text
+
+
+async def test_what_looks_like_a_folded_paste_inside_one_stays_text() -> None:
+    async with running() as chat:
+        await chat.say(READY)
+        first = "[pasted text 2: 5,000 characters, 1 lines]" + "a" * 5000
+        for paste in (first, "b" * 5000):
+            chat.app.post_message(events.Paste(paste))
+            await chat.pilot.pause()
+        await chat.pilot.press("enter")
+        assert chat.engine.asked[0][-1]["content"] == first + "b" * 5000
+
+
+async def test_a_long_paste_comes_back_folded_after_a_failure() -> None:
+    """Unfolded, a megabyte in the composer would stall every key."""
+    async with running() as chat:
+        await chat.say(READY)
+        chat.app.post_message(events.Paste("word " * 200_000))
+        await chat.pilot.pause()
+        await chat.pilot.press("enter")
+        await chat.say(Failed("too long"))
+        assert len(chat.app.composer.text) < 100
+        await chat.pilot.press("enter")
+        assert len(chat.engine.asked) == 2
+        assert chat.engine.asked[0] == chat.engine.asked[1]
+
+
 async def test_a_short_paste_is_just_text() -> None:
     async with running() as chat:
         chat.app.post_message(events.Paste("two\nlines"))
@@ -233,6 +270,23 @@ async def test_hostile_text_is_just_text(hostile: str) -> None:
         assert "\x1b" not in screen
         await chat.send("still alive")
         assert len(chat.engine.asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("use vector<int> and <think>aloud</think>", "use vector<int> and <think>aloud</think>"),
+        ("<div>\nkept\n</div>", "<div>\nkept\n</div>"),
+        ("Roses are red\nViolets are blue", "Roses are red\nViolets are blue"),
+        ("1 &lt; 2 &#x202e;evil &#27;[2J", "1 < 2 ␦evil �[2J"),
+    ],
+)
+async def test_nothing_the_model_wrote_is_left_out_or_obeyed(text: str, shown: str) -> None:
+    async with running() as chat:
+        await chat.say(READY)
+        await chat.send("question")
+        await chat.say(Text(text), done(text))
+        assert [str(w.content) for w in chat.app.query("MarkdownParagraph").results(Static)] == [shown]
 
 
 async def test_a_link_shows_where_it_leads_and_opens_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,6 +324,25 @@ async def test_a_model_that_cannot_be_loaded() -> None:
         await chat.pilot.press("ctrl+q")
         await chat.pilot.pause()
         assert not chat.app.is_running
+
+
+async def test_a_failure_in_mid_answer_keeps_what_is_shown() -> None:
+    async with running() as chat:
+        await chat.say(READY)
+        await chat.send("question")
+        await chat.say(Text("half an *answer*"), Failed("no memory"))
+        assert chat.app.query_one(Answer).text == "half an *answer*"
+        assert any("failed" in footer for footer in chat.footers())
+        assert chat.app.history == []
+
+
+async def test_a_new_conversation_while_loading_takes_the_waiting_message_back() -> None:
+    async with running() as chat:
+        await chat.send("early")
+        await chat.pilot.press("ctrl+n")
+        await chat.say(READY)
+        assert chat.engine.asked == []
+        assert len(chat.app.query(Welcome)) == 1
 
 
 async def test_a_new_conversation_forgets_the_old_one() -> None:
@@ -351,11 +424,14 @@ def test_native_output_goes_to_the_log_and_the_terminal_comes_back(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     import os
+    import sys
 
     from m7mlx_chat.app import _stderr_to_log
 
     with _stderr_to_log(tmp_path / "logs" / "chat.log"):
         os.write(2, b"native noise")
+        assert sys.__stderr__ is not None
+        sys.__stderr__.write("drawn by Textual")
     os.write(2, b"back again")
-    assert capfd.readouterr().err == "back again"
+    assert capfd.readouterr() == ("drawn by Textual", "back again")  # on stdout: `2>file` must not catch it
     assert (tmp_path / "logs" / "chat.log").read_text() == "native noise"

@@ -253,3 +253,45 @@ def test_an_error_before_the_app_starts(terminal: Callable[[str], Terminal]) -> 
     screen = window.wait(lambda s: "status=" in s)
     assert "is no folder here" in screen
     assert "status=2" in screen
+
+
+def test_keys_redirected_errors_and_a_model_that_fails_in_a_real_terminal(
+    model_folder: Path, tmp_path: Path, terminal: Callable[[str], Terminal]
+) -> None:
+    window = terminal(f"{CHAT} --model {model_folder} 2>{tmp_path}/errors; echo status=$?; sleep 60")
+    window.wait(lambda s: "ready" in s)  # drawn although stderr is a file
+    window.type("first")
+    window.press("M-Enter")
+    time.sleep(0.3)  # Alt+Enter is an Esc with something after it, in time
+    window.type("second")
+    screen = window.wait(lambda s: "second" in s)
+    assert "first" in screen.split("second")[0].splitlines()[-2]
+    assert "▌" not in screen  # nothing was sent
+    window.press("C-q")
+    window.wait(lambda s: "status=0" in s)
+    assert (tmp_path / "errors").read_text() == ""
+
+    broken = tmp_path / "broken"
+    shutil.copytree(model_folder, broken, ignore=shutil.ignore_patterns("config.json"))
+    window = terminal(f"{CHAT} --model {broken}; echo status=$?; sleep 60")
+    window.wait(lambda s: "could not be loaded" in s)
+    window.press("C-q")
+    screen = window.wait(lambda s: "status=" in s)
+    assert "m7mlx-chat: error: " in screen  # still there when the chat has left the screen
+    assert "status=2" in screen
+
+
+def test_an_interface_that_fails_says_where_the_reason_is(
+    model_folder: Path, tmp_path: Path, terminal: Callable[[str], Terminal]
+) -> None:
+    program = tmp_path / "fails.py"
+    program.write_text(
+        "import sys\nfrom m7mlx_chat import app, cli\n"
+        "def fail(self): raise ValueError('on purpose')\napp.ChatApp.on_mount = fail\n"
+        f"sys.exit(cli.main(['--model', {str(model_folder)!r}]))\n"
+    )
+    window = terminal(f"M7MLX_CACHE={tmp_path} {sys.executable} {program}; echo status=$?; sleep 60")
+    screen = window.wait(lambda s: "status=" in s)
+    assert "m7mlx-chat: error: the interface failed" in screen
+    assert "status=1" in screen
+    assert "on purpose" in (tmp_path / "chat.log").read_text()

@@ -120,6 +120,15 @@ def test_a_cancel_that_comes_too_late_does_not_stop_the_next_answer(start: Calla
     assert done.reason in ("stop", "length")
 
 
+def test_a_cancel_that_comes_at_once_is_not_forgotten(start: Callable[..., Engine]) -> None:
+    engine = start()
+    engine.submit([user("a")])  # the model is still being loaded
+    engine.cancel()
+    done = wait(engine, ended)[-1]
+    assert isinstance(done, Done)
+    assert (done.reason, done.text, done.ids) == ("stopped", "", [])
+
+
 def test_a_failing_request_does_not_end_the_thread(
     start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:

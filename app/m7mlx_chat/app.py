@@ -16,9 +16,10 @@ from textual.app import App, ComposeResult
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.widgets import Markdown, Static
 
+from m7mlx.errors import InputError, RunError
 from m7mlx.hub import cache_dir
 from m7mlx_chat.actions import BINDINGS
-from m7mlx_chat.composer import Composer
+from m7mlx_chat.composer import Composer, Draft
 from m7mlx_chat.engine import Done, Engine, Event, Failed, Loading, Prefill, Ready, Text
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.terminal import visible
@@ -35,6 +36,7 @@ class ChatApp(App[None]):
     history   messages that the model has answered, as it is given them
     asked     the message being answered; it joins the history with its answer
     waiting   a message sent before the model was loaded
+    failure   why there is no model
     """
 
     CSS_PATH = "chat.tcss"
@@ -48,8 +50,9 @@ class ChatApp(App[None]):
         self._settings = settings
         self.state: State = "loading"
         self.history: list[dict[str, Any]] = []
-        self.asked = ""
-        self.waiting = ""
+        self.asked = Draft()
+        self.waiting = Draft()
+        self.failure: Failed | None = None
         self._answer: Answer | None = None
         self._info: Ready | None = None
         self._quit_armed = False
@@ -85,37 +88,40 @@ class ChatApp(App[None]):
 
     @on(Composer.Submitted)
     async def _send(self, event: Composer.Submitted) -> None:
-        text = event.text.strip()
-        if not text or self.state == "broken":
+        draft = event.draft
+        if not draft.message() or self.state == "broken":
             return
         if self.state == "answering":
             self.notify("The model is still answering: Esc stops it.", timeout=3)
             return
         if self.state == "loading":
-            if self.waiting:
+            if self.waiting.shown:
                 self.notify("A message is waiting already.", timeout=3)
                 return
-            self.waiting = text
+            self.waiting = draft
             self._show_state("loading the model … your message is sent when it is ready")
         self.composer.reset()
         await self.query(Welcome).remove()
-        await self.chat.mount(UserMessage(text))
+        await self.chat.mount(UserMessage(draft.message()))
         self.chat.anchor()
         if self.state == "ready":
-            await self._ask(text)
+            await self._ask(draft)
 
-    async def _ask(self, text: str) -> None:
-        self.asked = text
+    async def _ask(self, draft: Draft) -> None:
+        self.asked = draft
         self.state = "answering"
         self._show_state("reading …")
         self._answer = Answer()
         await self.chat.mount(self._answer)
-        self._engine.submit(self._settings.messages([*self.history, {"role": "user", "content": text}]))
+        question = {"role": "user", "content": draft.message()}
+        self._engine.submit(self._settings.messages([*self.history, question]))
 
     # --- what the engine says ---------------------------------------------------------------------------
 
     async def _drain(self) -> None:
         for event in self._engine.drain():
+            if not self.is_running:  # left in the middle of it: the widgets are gone
+                return
             await self._handle(event)
 
     async def _handle(self, event: Event) -> None:
@@ -132,42 +138,45 @@ class ChatApp(App[None]):
                     await self._answer.write(text)
             case Done():
                 await self._answer_done(event)
-            case Failed(message, fatal):
-                await self._command_failed(message, fatal)
+            case Failed():
+                await self._command_failed(event)
 
     async def _model_ready(self, event: Ready) -> None:
         self._info = event
         self.state = "ready"
         self._show_state("ready")
         self._show_gauge(0, 0)
-        if self.waiting:
-            text, self.waiting = self.waiting, ""
-            await self._ask(text)
+        if self.waiting.shown:
+            draft, self.waiting = self.waiting, Draft()
+            await self._ask(draft)
 
     async def _answer_done(self, done: Done) -> None:
         if self._answer is not None:
             await self._answer.finish(footer_of(done))
         if done.ids:
             answer = {"role": "assistant", "content": done.text, "ids": done.ids}
-            self.history += [{"role": "user", "content": self.asked}, answer]
+            self.history += [{"role": "user", "content": self.asked.message()}, answer]
         elif not self.composer.text:
             self.composer.reset(self.asked)  # stopped before the first token: nothing was answered
         self._show_gauge(done.tokens_seen, done.cache_bytes)
         self._idle()
 
-    async def _command_failed(self, message: str, fatal: bool) -> None:
-        if self._answer is not None and not self._answer.text:
-            await self._answer.remove()
-        await self.chat.mount(ErrorMessage(message))
+    async def _command_failed(self, failed: Failed) -> None:
+        if self._answer is not None:
+            if self._answer.text:
+                await self._answer.finish("failed · the model does not remember this answer")
+            else:
+                await self._answer.remove()
+        await self.chat.mount(ErrorMessage(failed.message))
         if not self.composer.text:
-            self.composer.reset(self.asked or self.waiting)
+            self.composer.reset(self.asked if self.asked.shown else self.waiting)
         self._idle()
-        if fatal:
-            self.state = "broken"
+        if failed.fatal:
+            self.state, self.failure = "broken", failed
             self._show_state("the model could not be loaded · Ctrl+Q quits")
 
     def _idle(self) -> None:
-        self._answer, self.asked = None, ""
+        self._answer, self.asked = None, Draft()
         self.state = "ready"
         self._show_state("ready")
 
@@ -186,7 +195,9 @@ class ChatApp(App[None]):
         if self.state == "answering":
             self.notify("The model is still answering: Esc stops it.", timeout=3)
             return
-        self.history = []
+        self.history, self.waiting = [], Draft()
+        if self.state == "loading":
+            self._show_state("loading the model …")
         await self.chat.remove_children()
         await self.chat.mount(Welcome(visible(self._settings.model)))
         self._show_gauge(0, 0)
@@ -261,33 +272,39 @@ def _bar(done: int, total: int, width: int = 16) -> str:
 def run_app(settings: Settings) -> int:
     """Show the chat until the user leaves; returns the exit status."""
     folder = settings.folder()
-    with _stderr_to_log(cache_dir() / "chat.log"):
+    log = cache_dir() / "chat.log"
+    with _stderr_to_log(log):
         engine = Engine(folder, settings)
         app = ChatApp(engine, settings)
         try:
             app.run()
         finally:
             engine.close()
-    return app.return_code or 0
+    if app.failure is not None:  # seen in the chat, and worth keeping when the chat has left the screen
+        error = InputError if app.failure.exit_status == InputError.exit_status else RunError
+        raise error(app.failure.message)
+    if app.return_code:
+        raise RunError(f"the interface failed; {log} says why")
+    return 0
 
 
 @contextlib.contextmanager
 def _stderr_to_log(path: Path) -> Iterator[None]:
     """Send what native code writes to fd 2 into a file: on the screen it would land in the middle of the chat.
 
-    Textual draws through `sys.__stderr__`, which keeps the terminal.
+    Textual draws through `sys.__stderr__`. It gets the terminal that stdout is, since fd 2 may be redirected.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    terminal = os.dup(2)
+    errors = os.dup(2)
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     before = sys.__stderr__
-    sys.__stderr__ = os.fdopen(os.dup(terminal), "w", encoding="utf-8")  # type: ignore[misc]
+    sys.__stderr__ = os.fdopen(os.dup(1), "w", encoding="utf-8")  # type: ignore[misc]
     try:
         os.dup2(log, 2)
         yield
     finally:
-        os.dup2(terminal, 2)
-        os.close(terminal)
+        os.dup2(errors, 2)
+        os.close(errors)
         os.close(log)
         sys.__stderr__.close()
         sys.__stderr__ = before  # type: ignore[misc]

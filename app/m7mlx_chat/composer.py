@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
 from textual import events
+from textual._ansi_sequences import ANSI_SEQUENCES_KEYS
+from textual.keys import Keys
 from textual.message import Message
 from textual.widgets import TextArea
 
+from m7mlx_chat.terminal import visible
+
 _FOLD_CHARS, _FOLD_LINES = 4_000, 40
-_NEW_LINE = ("ctrl+j", "alt+enter", "shift+enter")
+_NEW_LINE = ("ctrl+j", "alt+enter", "shift+enter", "shift+\r")  # the last: xterm's way of telling Shift+Enter
+# Alt+Enter as most terminals send it. Textual drops the Alt, and Enter would send the message.
+cast(dict[str, Any], ANSI_SEQUENCES_KEYS)["\x1b\r"] = (Keys.ControlJ,)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A message as it stands in the composer: each long paste as one short line, its marker."""
+
+    shown: str = ""
+    pastes: Mapping[str, str] = field(default_factory=dict)
+
+    def message(self) -> str:
+        """What is sent: all pastes unfolded; what looks like a marker inside a paste stays what it is."""
+        text = self.shown
+        if self.pastes:
+            text = re.sub("|".join(map(re.escape, self.pastes)), lambda match: self.pastes[match[0]], text)
+        return text.lstrip("\n").rstrip()  # the first line keeps its indentation: it may be code
 
 
 class Composer(TextArea):
@@ -18,34 +44,32 @@ class Composer(TextArea):
     """
 
     class Submitted(Message):
-        """The user sends `text`."""
+        """The user sends `draft`."""
 
-        def __init__(self, text: str) -> None:
+        def __init__(self, draft: Draft) -> None:
             super().__init__()
-            self.text = text
+            self.draft = draft
 
     def __init__(self) -> None:
         super().__init__(id="composer", placeholder="Write a message …", soft_wrap=True, highlight_cursor_line=False)
         self._pastes: dict[str, str] = {}
 
-    def message(self) -> str:
-        """The text with all pastes unfolded."""
-        text = self.text
-        for marker, paste in self._pastes.items():
-            text = text.replace(marker, paste)
-        return text
+    @property
+    def draft(self) -> Draft:
+        return Draft(self.text, dict(self._pastes))
 
-    def reset(self, text: str = "") -> None:
-        """Start over, with `text` to edit."""
-        self._pastes = {}
-        self.load_text(text)
+    def reset(self, draft: Draft | None = None) -> None:
+        """Start over, with `draft` to edit."""
+        draft = draft or Draft()
+        self._pastes = dict(draft.pastes)
+        self.load_text(draft.shown)
         self.move_cursor(self.document.end)
 
     async def _on_key(self, event: events.Key) -> None:
         if event.key == "enter":
             event.stop()
             event.prevent_default()
-            self.post_message(self.Submitted(self.message()))
+            self.post_message(self.Submitted(self.draft))
         elif event.key in _NEW_LINE:
             event.stop()
             event.prevent_default()
@@ -53,11 +77,12 @@ class Composer(TextArea):
         # Other keys: Textual calls the base class's handler itself, after this one.
 
     async def _on_paste(self, event: events.Paste) -> None:
-        lines = event.text.count("\n") + 1
-        if len(event.text) < _FOLD_CHARS and lines < _FOLD_LINES:
-            return  # the base class's handler comes next
         event.stop()
         event.prevent_default()
-        marker = f"[pasted text {len(self._pastes) + 1}: {len(event.text):,} characters, {lines:,} lines]"
-        self._pastes[marker] = event.text
-        self.insert(marker)
+        text = event.text.replace("\r\n", "\n").replace("\r", "\n")  # terminals paste a return for each line end
+        lines = text.count("\n") + 1
+        if len(text) >= _FOLD_CHARS or lines >= _FOLD_LINES:
+            marker = f"[pasted text {len(self._pastes) + 1}: {len(text):,} characters, {lines:,} lines]"
+            self._pastes[marker] = text
+            text = marker
+        self.replace(visible(text), *self.selection, maintain_selection_offset=False)

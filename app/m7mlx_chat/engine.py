@@ -6,8 +6,10 @@ events come out through a list that the app drains on a timer. No array ever cro
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +78,7 @@ class Failed:
 
     message: str
     fatal: bool = False  # no model could be loaded
+    exit_status: int = 1
 
 
 Event = Loading | Ready | Prefill | Text | Done | Failed
@@ -113,7 +116,8 @@ class Engine:
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._events: list[Event] = []
         self._lock = threading.Lock()
-        self._cancel = threading.Event()
+        self._submitted = self._answering = 0  # requests, counted from 1
+        self._cancelled = 0  # the last request that is not wanted any more
         self._closing = threading.Event()
         self._model: Mistral | None = None
         self._tokenizer: Tokenizer | None = None
@@ -127,11 +131,13 @@ class Engine:
     def submit(self, messages: Sequence[dict[str, Any]]) -> None:
         """Answer a conversation; the events end with one Done or Failed."""
         copied = [dict(m) for m in messages]
-        self._commands.put(lambda: self._answer(copied))
+        self._submitted += 1
+        request = self._submitted
+        self._commands.put(lambda: self._answer(request, copied))
 
     def cancel(self) -> None:
-        """End the answer under way within one token; its text so far is kept."""
-        self._cancel.set()
+        """End what was submitted so far, the answer under way within one token; its text so far is kept."""
+        self._cancelled = self._submitted
 
     def drain(self) -> list[Event]:
         """The events since the last call, neighbouring texts joined."""
@@ -148,7 +154,7 @@ class Engine:
     def close(self, timeout: float = 5.0) -> None:
         """End the thread, in the middle of an answer too."""
         self._closing.set()
-        self._cancel.set()
+        self.cancel()
         self._commands.put(None)
         if self._thread.is_alive():
             self._thread.join(timeout)
@@ -158,14 +164,16 @@ class Engine:
     def _run(self) -> None:
         try:
             self._load()
+        except _Stopped:  # closed while loading
+            pass
         except Exception as error:  # whatever it was, the app must hear of it
-            self._emit(Failed(_one_line(error), fatal=True))
+            self._emit(_failed(error, fatal=True))
         else:
             while (command := self._commands.get()) is not None:
                 try:
                     command()
                 except Exception as error:
-                    self._emit(Failed(_one_line(error)))
+                    self._emit(_failed(error))
         finally:
             self._model = self._tokenizer = self._cache = None
             # Streams left to the thread's own end abort the process every third time (mlx 0.32, Linux).
@@ -182,13 +190,13 @@ class Engine:
         config = self._model.config
         self._emit(Ready(config.sliding_window, config.max_position_embeddings, self._model.nbytes))
 
-    def _answer(self, messages: list[dict[str, Any]]) -> None:
+    def _answer(self, request: int, messages: list[dict[str, Any]]) -> None:
         assert self._model is not None
         assert self._tokenizer is not None
         assert self._cache is not None
-        self._cancel.clear()
         if self._closing.is_set():
             return
+        self._answering = request
         answer = _Answer()
         reason: Literal["stop", "length", "stopped"] = "stopped"
         reused = self._cache.offset
@@ -208,7 +216,7 @@ class Engine:
                 self._emit(Text(piece.text))
                 if piece.stats:
                     reason, reused = piece.stats.finish_reason, piece.stats.reused_tokens
-                elif self._cancel.is_set():
+                elif self._unwanted:
                     break
         except _Stopped:
             pass
@@ -232,8 +240,12 @@ class Engine:
             )
         )
 
+    @property
+    def _unwanted(self) -> bool:
+        return self._answering <= self._cancelled
+
     def _on_prefill(self, done: int, total: int) -> None:
-        if self._cancel.is_set():
+        if self._unwanted:
             raise _Stopped
         self._emit(Prefill(done, total))
 
@@ -242,6 +254,10 @@ class Engine:
             self._events.append(event)
 
 
-def _one_line(error: Exception) -> str:
+def _failed(error: Exception, fatal: bool = False) -> Failed:
+    """An exception as an event. One that nobody foresaw leaves its traceback on fd 2: the app's log."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if isinstance(error, M7Error) else f"{type(error).__name__}: {text}"
+    if isinstance(error, M7Error):
+        return Failed(text, fatal, error.exit_status)
+    os.write(2, "".join(traceback.format_exception(error)).encode("utf-8", "replace"))
+    return Failed(f"{type(error).__name__}: {text}", fatal)

@@ -9,6 +9,7 @@ _SYMBOLS: dict[int, int] = {
     0x7F: 0x2421,  # DEL → ␡
     **dict.fromkeys(range(0x80, 0xA0), 0x2426),  # C1, among them one-byte CSI and OSC → ␦
     **dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0x2426),  # bidi overrides and isolates
+    **dict.fromkeys(range(0xD800, 0xE000), 0xFFFD),  # lone surrogates cannot be written
     0x2028: 0x2424,
     0x2029: 0x2424,  # line and paragraph separator → ␤
 }

@@ -12,6 +12,7 @@ from textual.widgets.markdown import MarkdownStream
 
 from m7mlx_chat.actions import ACTIONS
 from m7mlx_chat.engine import Done
+from m7mlx_chat.markdown import answer_markdown
 from m7mlx_chat.terminal import visible
 
 
@@ -32,8 +33,7 @@ class Answer(Vertical):
 
     def __init__(self) -> None:
         super().__init__()
-        # Empty at first: a stream that starts with half a code fence would never mend.
-        self._markdown = Markdown("", open_links=False)
+        self._markdown = answer_markdown()
         self._footer = Static("", classes="footer", markup=False)
         self._stream: MarkdownStream | None = None
         self.text = ""
