@@ -9,6 +9,11 @@ _PIECE = 1 << 18  # numbers, which fit into a processor's cache
 _EXPONENTS = {mx.float32: 0x7F800000, mx.float16: 0x7C00, mx.bfloat16: 0x7F80}  # all bits set: infinite or NaN
 
 
+def on_cpu() -> bool:
+    """Whether MLX computes on the processor, where 16-bit arithmetic is emulated and everything is slow."""
+    return mx.default_device() == mx.Device(mx.cpu)
+
+
 def raw_bytes(array: mx.array) -> memoryview:
     """The bytes of an array, little-endian and row by row, without a copy where it lies so already."""
     array = mx.contiguous(array)

@@ -9,6 +9,7 @@ from typing import Literal, TypedDict, Unpack
 
 import mlx.core as mx
 
+from m7mlx.arrays import on_cpu
 from m7mlx.cache import RollingCache
 from m7mlx.chat import Message
 from m7mlx.errors import InputError, PromptTooLongError, TokenizerError
@@ -170,7 +171,7 @@ def _stream(
 
 def default_chunk() -> int:
     """Tokens of a prompt to read at a time."""
-    return 64 if mx.default_device() == mx.Device(mx.cpu) else 512
+    return 64 if on_cpu() else 512
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:

@@ -10,13 +10,13 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from m7mlx.arrays import is_finite
+from m7mlx.arrays import is_finite, on_cpu
 from m7mlx.config import ModelConfig
 from m7mlx.errors import ConfigError, RunError, TokenizerError, WeightsError
 from m7mlx.hub import resolve
 from m7mlx.model import Mistral
 from m7mlx.quantization import Quantization
-from m7mlx.safetensors import TensorInfo, folder_weights, validate_header
+from m7mlx.safetensors import StoredTensor, TensorInfo, folder_weights
 from m7mlx.tokenizer import Tokenizer, load_tokenizer
 
 _IGNORED = "rotary_emb.inv_freq"  # old checkpoints carry what is computed anyway
@@ -45,7 +45,7 @@ def load(
         raise ConfigError(f"{folder} is a file; a GGUF file is converted first: m7mlx-convert {folder}")
     config = ModelConfig.from_folder(folder)
     files = _check_tensors(folder, config)
-    _check_memory(folder, config, files, dtype)
+    _check_memory(folder, config, files, _compute_dtype(dtype))
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise TokenizerError(
@@ -58,9 +58,8 @@ def load(
 
 def build(config: ModelConfig, weights: dict[str, mx.array], dtype: mx.Dtype | None = None) -> Mistral:
     """A model from its weights by name on disk; `dtype` as for `load`. `weights` is emptied on the way."""
-    on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    dtype = mx.float32 if dtype is None and on_cpu else dtype
-    expand = on_cpu and config.quantization is not None and _fits_expanded(config, dtype or mx.float32)
+    dtype = _compute_dtype(dtype)
+    expand = on_cpu() and config.quantization is not None and _fits_expanded(config, dtype or mx.float32)
     model = Mistral(config)
     loaded: dict[str, mx.array] = {}
     for name in list(weights):
@@ -119,11 +118,14 @@ def _fits_expanded(config: ModelConfig, dtype: mx.Dtype) -> bool:
     return _numbers(config) * dtype.size <= machine_memory() // 2
 
 
-def _check_memory(folder: Path, config: ModelConfig, files: dict[str, Path], dtype: mx.Dtype | None) -> None:
+def _compute_dtype(asked: mx.Dtype | None) -> mx.Dtype | None:
+    """The type to compute in; None keeps the file's."""
+    return mx.float32 if asked is None and on_cpu() else asked
+
+
+def _check_memory(folder: Path, config: ModelConfig, files: list[Path], dtype: mx.Dtype | None) -> None:
     """Raise RunError if weights and a window of keys and values exceed the machine (on macOS, a kernel panic)."""
-    on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    dtype = mx.float32 if dtype is None and on_cpu else dtype
-    weights = sum(path.stat().st_size for path in set(files.values()))
+    weights = sum(path.stat().st_size for path in files)
     if config.quantization is None and dtype is not None:
         weights = _numbers(config) * dtype.size
     positions = config.sliding_window or min(config.max_position_embeddings, 4096)
@@ -145,13 +147,13 @@ def machine_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _read(files: dict[str, Path], progress: Callable[[int, int], None]) -> dict[str, mx.array]:
+def _read(files: list[Path], progress: Callable[[int, int], None]) -> dict[str, mx.array]:
     """All tensors of a folder, read and checked to be finite; one file at a time."""
-    total = sum(path.stat().st_size for path in set(files.values()))
+    total = sum(path.stat().st_size for path in files)
     done = 0
     weights: dict[str, mx.array] = {}
     progress(0, total)
-    for path in sorted(set(files.values())):
+    for path in files:
         try:
             arrays = mx.load(str(path))
         except RuntimeError as error:
@@ -171,12 +173,9 @@ def _read(files: dict[str, Path], progress: Callable[[int, int], None]) -> dict[
 # --- checks on the headers, before any weight is read ---------------------------------------------------
 
 
-def _check_tensors(folder: Path, config: ModelConfig) -> dict[str, Path]:
-    """Tensor name → file, after comparing all headers with the config. Raises WeightsError."""
-    files = folder_weights(folder)
-    headers: dict[str, TensorInfo] = {}
-    for path in sorted(set(files.values())):
-        headers |= validate_header(path)
+def _check_tensors(folder: Path, config: ModelConfig) -> list[Path]:
+    """The folder's weight files, after comparing all their headers with the config. Raises WeightsError."""
+    headers = folder_weights(folder)
     if config.n_layers > len(headers):  # or a config of 10⁹ layers would fill the memory below
         raise WeightsError(
             f"{folder}: config.json says {config.n_layers} layers, the files hold {len(headers)} tensors"
@@ -197,11 +196,11 @@ def _check_tensors(folder: Path, config: ModelConfig) -> dict[str, Path]:
     for name in headers.keys() - expected.keys():
         if not name.endswith(_IGNORED) and not (config.tie_word_embeddings and name.startswith("lm_head.")):
             raise WeightsError(f"{folder}: tensor {name} is not a part of {config.model_type}")
-    return files
+    return sorted({tensor.path for tensor in headers.values()})
 
 
 def _expected(
-    config: ModelConfig, name: str, shape: tuple[int, ...], headers: dict[str, TensorInfo]
+    config: ModelConfig, name: str, shape: tuple[int, ...], headers: dict[str, StoredTensor]
 ) -> dict[str, TensorInfo]:
     """What the file must hold for one parameter of the unquantised model."""
     path = name.removesuffix(".weight")

@@ -22,6 +22,14 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
 
 
+class StoredTensor(NamedTuple):
+    """One tensor of a model folder, and the file it lies in."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
 def validate_header(path: Path) -> dict[str, TensorInfo]:
     """Tensors of one safetensors file, by name. Raises WeightsError for anything malformed."""
     from safetensors import SafetensorError, safe_open
@@ -34,8 +42,8 @@ def validate_header(path: Path) -> dict[str, TensorInfo]:
         raise WeightsError(f"{path} is not a whole safetensors file ({error}); fetch or convert it again") from None
 
 
-def folder_weights(folder: Path) -> dict[str, Path]:
-    """Tensor name → file, for a model folder. Raises WeightsError.
+def folder_weights(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of a model folder, by name; each header is read once. Raises WeightsError.
 
     Index, files and tensors must agree: a shard missing from the folder, a tensor the index does not
     name or a stray file beside the indexed ones is refused, never merged or skipped in silence.
@@ -56,10 +64,14 @@ def folder_weights(folder: Path) -> dict[str, Path]:
         raise WeightsError(f"{folder} has no weights{own} (model*.safetensors)")
     if len(files) > 1:
         raise WeightsError(f"{folder} has {len(files)} safetensors files but no {INDEX} to say which belong")
-    return dict.fromkeys(validate_header(files[0]), files[0])
+    return _stored(files[0])
 
 
-def _indexed(folder: Path, index: Path, files: list[Path]) -> dict[str, Path]:
+def _stored(file: Path) -> dict[str, StoredTensor]:
+    return {name: StoredTensor(file, *info) for name, info in validate_header(file).items()}
+
+
+def _indexed(folder: Path, index: Path, files: list[Path]) -> dict[str, StoredTensor]:
     try:
         weight_map = read_json(index).get("weight_map")
     except ConfigError as error:
@@ -72,12 +84,12 @@ def _indexed(folder: Path, index: Path, files: list[Path]) -> dict[str, Path]:
         raise WeightsError(f"{folder} lacks {missing[0]}, which {INDEX} names; fetch the model again")
     if stray := sorted(present - named):
         raise WeightsError(f"{folder} has {stray[0]}, which {INDEX} does not name; remove one of them")
-    where: dict[str, Path] = {}
+    found: dict[str, StoredTensor] = {}
     for name in sorted(named):
-        for tensor in validate_header(folder / name):
+        for tensor, stored in _stored(folder / name).items():
             if weight_map.get(tensor) != name:
                 raise WeightsError(f"{folder / name} holds {tensor}, which {INDEX} does not place there")
-            where[tensor] = folder / name
-    if absent := sorted(set(weight_map) - set(where)):
+            found[tensor] = stored
+    if absent := sorted(set(weight_map) - set(found)):
         raise WeightsError(f"{folder / weight_map[absent[0]]} lacks {absent[0]}, which {INDEX} places there")
-    return where
+    return found

@@ -116,15 +116,10 @@ class Tokenizer(ABC):
     def token_bytes(self, token: int) -> bytes:
         """The bytes `token` stands for; none for control ids. Raises TokenizerError past the vocabulary."""
         if token not in self._bytes:
-            self.check_ids([token])
-            self._bytes[token] = b"" if self.is_control(token) else self._token_bytes(token)
-        return self._bytes[token]
-
-    def check_ids(self, ids: Iterable[int]) -> None:
-        """Raise TokenizerError for the first id outside the vocabulary."""
-        for token in ids:
             if not 0 <= token < self.vocab_size:
                 raise TokenizerError(f"token id {token} is outside the vocabulary of {self.vocab_size}")
+            self._bytes[token] = b"" if self.is_control(token) else self._token_bytes(token)
+        return self._bytes[token]
 
 
 def clean(text: str) -> str:
@@ -149,9 +144,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else None
         self.add_bos = self.bos_id is not None
         self.eos_ids = frozenset({self._model.eos_id()} - {-1})
-        self.adds_leading_space = self._model.encode("a") == self._model.encode("a", add_bos=False) and (
-            self._model.id_to_piece(self._model.encode("a")[0]).startswith(SPACE)
-        )
+        self.adds_leading_space = self._model.id_to_piece(self._model.encode("a")[0]).startswith(SPACE)
 
     def encode_mixed(self, parts: Sequence[str | int]) -> list[int]:
         ids: list[int] = []
@@ -216,7 +209,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def _has_added_tokens(folder: Path, settings: Mapping[str, Any]) -> bool:
     """Whether a fine-tune put tokens past the end of the sentencepiece vocabulary."""
-    if (folder / "added_tokens.json").is_file() and _optional_json(folder / "added_tokens.json"):
+    if _optional_json(folder / "added_tokens.json"):
         return True
     tokens = (t.get("content") for t in settings.get("added_tokens_decoder", {}).values())
     return any(t in ("<|im_start|>", "<|im_end|>") for t in tokens)

@@ -82,7 +82,7 @@ def write_source(
 
 def read(folder: Path) -> Weights:
     weights: Weights = {}
-    for file in sorted(set(folder_weights(folder).values())):
+    for file in sorted({tensor.path for tensor in folder_weights(folder).values()}):
         loaded = mx.load(str(file))
         assert isinstance(loaded, dict)
         weights |= loaded

@@ -13,7 +13,7 @@ import mlx.core as mx
 from m7mlx.config import ModelConfig, read_json
 from m7mlx.errors import ConfigError, WeightsError
 from m7mlx.quantization import Quantization
-from m7mlx.safetensors import TensorInfo, folder_weights, validate_header
+from m7mlx.safetensors import StoredTensor, folder_weights
 from m7mlx_convert.writer import DTYPE_NAMES, stored_specs
 
 # By name, not by pattern: a "tokenizer.bin" may be pickle, a "tokenizer.py" is code.
@@ -127,10 +127,7 @@ def _without_code(path: Path) -> Path | bytes:
 
 
 def _folder_tensors(folder: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    where = folder_weights(folder)
-    headers: dict[str, TensorInfo] = {}
-    for path in sorted(set(where.values())):
-        headers |= validate_header(path)
+    headers = folder_weights(folder)
     if config.n_layers > len(headers):
         raise WeightsError(
             f"{folder}: config.json says {config.n_layers} layers, the files hold {len(headers)} tensors"
@@ -149,24 +146,24 @@ def _folder_tensors(folder: Path, config: ModelConfig) -> Iterator[tuple[str, Te
         specs = stored_specs(name, shape, dtype, scheme)
         for spec in specs:
             stored = headers.get(spec.name)
-            if stored != (DTYPE_NAMES[spec.dtype], spec.shape):
+            if stored is None or stored[1:] != (DTYPE_NAMES[spec.dtype], spec.shape):
                 is_ = f"is {stored.dtype} {list(stored.shape)}" if stored else "is missing"
                 wanted = f"{DTYPE_NAMES[spec.dtype]} {list(spec.shape)}"
                 raise WeightsError(f"{folder}: {spec.name} {is_}; by config.json it should be {wanted}")
         known |= {spec.name for spec in specs}
-        yield name, Tensor(shape, dtype, _reader(where, [spec.name for spec in specs]), scheme)
+        yield name, Tensor(shape, dtype, _reader(headers, [spec.name for spec in specs]), scheme)
     for name in headers.keys() - known:
         is_tied_head = config.tie_word_embeddings and name.startswith("lm_head.")
         if not name.endswith("rotary_emb.inv_freq") and not is_tied_head:
             raise WeightsError(f"{folder}: tensor {shown(name)} is not a part of {config.model_type}")
 
 
-def _reader(where: Mapping[str, Path], names: list[str]) -> Callable[[], dict[str, mx.array]]:
+def _reader(where: Mapping[str, StoredTensor], names: list[str]) -> Callable[[], dict[str, mx.array]]:
     def read() -> dict[str, mx.array]:
         arrays = {}
         for name in names:
             # Opening reads the header only; an array is read when it is evaluated.
-            file = mx.load(str(where[name]))
+            file = mx.load(str(where[name].path))
             assert isinstance(file, dict)
             arrays[name.rpartition(".")[2]] = file[name]
         return arrays
