@@ -8,12 +8,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 if TYPE_CHECKING:
-    from m7mlx.cache import LayerRing, Step
+    from m7mlx.cache import Step
     from m7mlx.config import ModelConfig
+    from m7mlx.ring import KeysValues, KVFormat, LayerRing, Rows, Sinks
 
 
 def window_mask(query_positions: mx.array, key_positions: mx.array, window: int | None) -> mx.array:
-    """Which query may see which key: bool [queries, keys].
+    """Which query may see which key: bool [..., queries, keys], from positions [..., queries] and [..., keys].
 
     A query at position p sees the `window` keys p − window + 1 … p, itself included, as in Hugging Face and
     vLLM; None is full causal attention. A negative key position stands for "no key there".
@@ -26,8 +27,8 @@ def window_mask(query_positions: mx.array, key_positions: mx.array, window: int 
         query 3: 0 1 1 1 0
         query 4: 0 0 1 1 1
     """
-    distance = query_positions[:, None] - key_positions[None, :]
-    mask = (distance >= 0) & (key_positions >= 0)[None, :]
+    distance = query_positions[..., :, None] - key_positions[..., None, :]
+    mask = (distance >= 0) & (key_positions >= 0)[..., None, :]
     return mask if window is None else mask & (distance < window)
 
 
@@ -49,12 +50,74 @@ class Attention(nn.Module):
         q = self.q_proj(x).reshape(B, L, self.n_heads, self.head_dim).swapaxes(1, 2)  # [B, H, L, head_dim]
         k = self.k_proj(x).reshape(B, L, self.n_kv_heads, self.head_dim).swapaxes(1, 2)  # [B, KV, L, head_dim]
         v = self.v_proj(x).reshape(B, L, self.n_kv_heads, self.head_dim).swapaxes(1, 2)
-        keys, values = ring.update(self.rope(k, step.offset), v, step)  # [B, KV, keys, head_dim]
-        out = mx.fast.scaled_dot_product_attention(
-            self.rope(q, step.offset), keys, values, scale=self.head_dim**-0.5, mask=step.mask
-        )
+        out = attend_to_ring(q, k, v, ring, step, self.rope_theta)
         merged: mx.array = self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1))
         return merged
 
-    def rope(self, x: mx.array, offset: int) -> mx.array:  # [B, heads, L, head_dim], L positions from offset on
-        return mx.fast.rope(x, self.head_dim, traditional=False, base=self.rope_theta, scale=1.0, offset=offset)
+
+def attend_to_ring(
+    q: mx.array, k: mx.array, v: mx.array, ring: LayerRing, step: Step, rope_theta: float
+) -> mx.array:  # q: [B, H, L, head_dim]; k, v: [B, KV, L, head_dim], none rotated yet; → [B, H, L, head_dim]
+    """Rotate, store the new keys and values in the ring, and attend to all that the step lets see."""
+    kv = ring.update(rope(k, step.rope_offset, rope_theta), v, step)
+    rotated = rope(q, step.rope_offset, rope_theta)
+    scale = q.shape[-1] ** -0.5
+    if step.sinks is not None and ring.sinks is not None:
+        to_sinks = rope_each(q, step.sinks.positions, rope_theta)
+        return attend(rotated * scale, kv, step.mask, (to_sinks * scale, ring.sinks, step.sinks.visible))
+    if kv.format.bits is not None:
+        return attend(rotated * scale, kv, step.mask)
+    return mx.fast.scaled_dot_product_attention(rotated, kv.keys[0], kv.values[0], scale=scale, mask=step.mask)
+
+
+def attend(
+    q: mx.array,
+    kv: KeysValues,
+    mask: mx.array | str,
+    sinks: tuple[mx.array, Sinks, mx.array] | None = None,
+) -> mx.array:  # q [B, H, L, head_dim], scaled → [B, H, L, head_dim]
+    """What no fused kernel does: attention to quantised rows where they lie, and to sinks besides.
+
+    sinks  queries as rotated for them, their keys and values, and which query sees which of them
+    """
+    assert not isinstance(mask, str)
+    B, H, L, D = q.shape
+    n_kv_heads = kv.keys[0].shape[1]
+    groups = (B, n_kv_heads, H // n_kv_heads, L, -1)
+    rows = (B, n_kv_heads, -1, D)  # the queries of a group one below the other: one product per KV head
+    mask = mask if mask.ndim == 2 else mask[:, :, None]
+    scores = _product(q.reshape(rows), kv.keys, kv.format, transpose=True).reshape(groups)
+    scores = mx.where(mask, scores, -mx.inf)
+    n_keys = scores.shape[-1]
+    if sinks is not None:
+        to_sinks, (sink_keys, sink_values), visible = sinks
+        more = (to_sinks.reshape(rows) @ sink_keys.swapaxes(2, 3)).reshape(groups)
+        scores = mx.concatenate([scores, mx.where(visible[:, :, None], more, -mx.inf)], axis=-1)
+    weights = mx.softmax(scores, axis=-1, precise=True)
+    weights = weights.reshape(B, n_kv_heads, -1, weights.shape[-1])
+    out = _product(weights[..., :n_keys], kv.values, kv.format, transpose=False)
+    if sinks is not None:
+        out = out + weights[..., n_keys:] @ sink_values
+    return out.reshape(B, H, L, D)
+
+
+def _product(x: mx.array, rows: Rows, kv_format: KVFormat, transpose: bool) -> mx.array:
+    if kv_format.bits is None:
+        return x @ (rows[0].swapaxes(2, 3) if transpose else rows[0])
+    codes, scales, biases = rows
+    return mx.quantized_matmul(
+        x, codes, scales, biases, transpose=transpose, group_size=kv_format.group_size, bits=kv_format.bits
+    )
+
+
+def rope(x: mx.array, offset: int | mx.array, theta: float) -> mx.array:
+    """Rotate x [B, heads, L, head_dim], L positions from `offset` (or offset[row]) on."""
+    return mx.fast.rope(x, x.shape[-1], traditional=False, base=theta, scale=1.0, offset=offset)
+
+
+def rope_each(x: mx.array, positions: mx.array, theta: float) -> mx.array:
+    """Rotate x [B, heads, L, head_dim] to any positions [B or 1, L]."""
+    B, heads, L, D = x.shape
+    tokens = x.swapaxes(1, 2).reshape(B * L, heads, 1, D)
+    offsets = mx.broadcast_to(positions, (B, L)).reshape(-1)
+    return rope(tokens, offsets, theta).reshape(B, L, heads, D).swapaxes(1, 2)

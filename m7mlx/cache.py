@@ -8,110 +8,85 @@ be written first and attended to in place.
 
         slot      0  1  2  3  4
         position  5  6  2  3  4      the next token, 7, goes to slot 2 and sees 4 5 6 7
+
+A model with full attention keeps everything, in a buffer that grows; or, with `max_kv_size`, the last rows and
+a few attention sinks (arXiv 2309.17453): the sequence's first keys, on which heads park what they do not need.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import mlx.core as mx
 
 from m7mlx.attention import window_mask
-from m7mlx.errors import RollbackError
+from m7mlx.errors import InputError, RollbackError
+from m7mlx.ring import KVFormat, LayerRing, Rows, Sinks
 
 if TYPE_CHECKING:
     from m7mlx.config import ModelConfig
 
 DEFAULT_SLACK = 64
-_GROWTH = 256  # rows added at a time until the ring has its full size
-_UNBOUNDED = 1 << 30  # capacity of full attention: slot = position
+DEFAULT_SINKS = 4
+
+
+class CacheOptions(TypedDict, total=False):
+    """The options of `RollingCache`, for those who hand them on."""
+
+    slack: int
+    kv_bits: int | None
+    kv_group_size: int
+    max_kv_size: int | None
+    sinks: int
 
 
 @dataclass(frozen=True)
 class Step:
     """What all layers share in one forward pass over positions offset … offset + length − 1.
 
-    `mask` goes to attention as it is: "causal", or bool [length, keys].
+    rope_offset  position of the first token: one for all rows, or [B]
+    mask         goes to attention as it is: "causal", or bool [length, keys] or [B, 1, length, keys]
+    in_place     write first and attend to the ring itself; else to the past, gathered in order, and the new
+    new_sinks    [B or 1, sinks]: which of the tokens is to be kept as sink i; −1 for none of them
+    sinks        how to attend to the sinks; None as long as they are within the window
     """
 
     offset: int
     length: int
+    rope_offset: int | mx.array
     mask: mx.array | str
-    in_place: bool  # write first and attend to the ring itself; else to the past, gathered in order, and the new
+    in_place: bool
+    new_sinks: mx.array | None = None
+    sinks: SinkStep | None = None
 
 
-class LayerRing:
-    """Keys and values of one layer, each [B, n_kv_heads, rows, head_dim]; slot = position % capacity."""
+@dataclass(frozen=True)
+class SinkStep:
+    """How queries see the sinks that the window has left behind.
 
-    def __init__(self, window: int | None, slack: int) -> None:
-        self.window = window
-        self.capacity = _UNBOUNDED if window is None else window + slack
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
+    Key i of the sinks stays rotated as at position i; instead the query is rotated to a position that is never
+    further than max_kv_size − 1: rotary scores depend on the difference alone.
 
-    @property
-    def rows(self) -> int:
-        """Rows allocated so far: at most `capacity`."""
-        return 0 if self.keys is None else self.keys.shape[2]
+    positions  [B or 1, length], of the queries, relative to the sinks
+    visible    bool [B or 1, 1, length, sinks]
+    """
 
-    def rows_for(self, positions: int) -> int:
-        """Rows to allocate so that the positions 0 … positions − 1 have their slots."""
-        rows = -(-positions // _GROWTH) * _GROWTH
-        if self.window is None:
-            return rows
-        # From one window on the ring has its final size, so that its memory is the same ever after.
-        return self.capacity if rows >= self.window else rows
+    positions: mx.array
+    visible: mx.array
 
-    def update(self, k: mx.array, v: mx.array, step: Step) -> tuple[mx.array, mx.array]:
-        """Store the new keys and values [B, n_kv_heads, length, head_dim]; return those to attend to."""
-        if step.in_place:
-            self._write(k, v, step.offset)
-            assert self.keys is not None and self.values is not None
-            return self.keys, self.values
-        past_k, past_v = self._past(step.offset)
-        keys = mx.concatenate([*past_k, k], axis=2)
-        values = mx.concatenate([*past_v, v], axis=2)
-        keep = min(step.length, self.capacity)
-        self._write(k[:, :, -keep:], v[:, :, -keep:], step.offset + step.length - keep)
-        return keys, values
 
-    def _past(self, offset: int) -> tuple[list[mx.array], list[mx.array]]:
-        """The keys and values that position `offset` may still see, oldest first, in at most two pieces."""
-        first = 0 if self.window is None else max(0, offset - self.window + 1)
-        pieces = self._slots(first, offset - first)
-        if not pieces:
-            return [], []
-        assert self.keys is not None and self.values is not None
-        return [self.keys[:, :, s] for s, _ in pieces], [self.values[:, :, s] for s, _ in pieces]
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a RollingCache at one moment; it shares the buffers until either side writes."""
 
-    def _write(self, k: mx.array, v: mx.array, start: int) -> None:
-        """Write rows for the positions from `start` on; in place where nobody else holds the buffer."""
-        self._reserve(start + k.shape[2], like_k=k, like_v=v)
-        assert self.keys is not None and self.values is not None
-        for slots, source in self._slots(start, k.shape[2]):
-            self.keys[:, :, slots] = k[:, :, source]
-            self.values[:, :, slots] = v[:, :, source]
-
-    def _slots(self, start: int, count: int) -> list[tuple[slice, slice]]:
-        """`count` ≤ capacity positions from `start` on, as runs of slots: (slots, which of the positions)."""
-        runs, done = [], 0
-        while done < count:
-            slot = (start + done) % self.capacity
-            run = min(count - done, self.capacity - slot)
-            runs.append((slice(slot, slot + run), slice(done, done + run)))
-            done += run
-        return runs
-
-    def _reserve(self, positions: int, like_k: mx.array, like_v: mx.array) -> None:
-        rows = self.rows_for(positions)
-        if (missing := rows - self.rows) <= 0:
-            return
-        B, heads, _, _ = like_k.shape
-        more_k = mx.zeros((B, heads, missing, like_k.shape[3]), like_k.dtype)
-        more_v = mx.zeros((B, heads, missing, like_v.shape[3]), like_v.dtype)
-        self.keys = more_k if self.keys is None else mx.concatenate([self.keys, more_k], axis=2)
-        self.values = more_v if self.values is None else mx.concatenate([self.values, more_v], axis=2)
+    settings: tuple[object, ...]
+    offset: int
+    written: int
+    max_rollback: int
+    ids: list[int]
+    layers: list[tuple[Rows, Sinks | None]]
 
 
 class RollingCache:
@@ -122,17 +97,45 @@ class RollingCache:
             tell how much of it is here already; offset == len(ids) where it is complete
     window  keys a token sees, itself included; None for full attention
     slack   tokens that `rollback` can undo once the ring has turned
+    written highest position ever written + 1: beyond the offset, what a rollback has left in the slots
     """
 
-    def __init__(self, config: ModelConfig, slack: int = DEFAULT_SLACK) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        slack: int = DEFAULT_SLACK,
+        *,
+        kv_bits: int | None = None,
+        kv_group_size: int = 64,
+        max_kv_size: int | None = None,
+        sinks: int = DEFAULT_SINKS,
+    ) -> None:
+        """An empty cache.
+
+        slack          tokens that `rollback` can undo
+        kv_bits        store keys and values in 4 or 8 bits, in groups of `kv_group_size`; None as computed
+        max_kv_size    for full attention: keep this many keys, the first `sinks` of the sequence among them,
+                       and go on for ever; None keeps all
+
+        Raises InputError for what does not fit together.
+        """
         if slack < 0:
-            raise ValueError(f"slack must not be negative, got {slack}")
-        self.window = config.sliding_window
+            raise InputError(f"slack must not be negative, got {slack}")
+        if max_kv_size is not None:
+            _check_stream(config, max_kv_size, sinks)
+        self.config = config
+        self.max_kv_size = max_kv_size
+        self.window = config.sliding_window if max_kv_size is None else max_kv_size - sinks
+        self.n_sinks = 0 if max_kv_size is None else sinks
         self.slack = slack
+        self.format = _check_format(config, KVFormat(kv_bits, kv_group_size))
         self.offset = 0
         self.ids: list[int] = []
-        self.rings = [LayerRing(self.window, slack) for _ in range(config.n_layers)]
-        self._written = 0  # highest position ever written + 1: what a rollback leaves behind in the slots
+        self.rings = [LayerRing(self.window, slack, self.format) for _ in range(config.n_layers)]
+        self.written = 0
+        # In a batch (`m7mlx.batch`) the rows began at different offsets: [B, 1], and the last of them.
+        self._starts: int | mx.array = 0
+        self._last_start = 0
 
     @property
     def nbytes(self) -> int:
@@ -142,38 +145,65 @@ class RollingCache:
     @property
     def arrays(self) -> list[mx.array]:
         """All buffers, to be evaluated with the logits: a pending write would keep a whole chunk alive."""
-        return [a for ring in self.rings for a in (ring.keys, ring.values) if a is not None]
+        return [array for ring in self.rings for array in ring.arrays]
+
+    # --- a forward pass ---------------------------------------------------------------------------------
 
     def step(self, length: int) -> Step:
         """Describe a forward pass over the next `length` tokens; `advance` ends it."""
         if not self.intact:
             raise RollbackError("a forward pass was broken off and overwrote keys still needed; reset the cache")
-        step = self._small_step(length) if length <= self.slack + 1 else self._chunk_step(length)
+        in_place = length <= self.slack + 1
+        queries = mx.arange(self.offset, self.offset + length) - self._starts
+        step = Step(
+            offset=self.offset,
+            length=length,
+            rope_offset=self._rope_offset,
+            mask=self._mask(queries, in_place),
+            in_place=in_place,
+            new_sinks=self._new_sinks(length),
+            sinks=self._sink_step(queries),
+        )
         # Counted as written before any layer writes: a pass broken off half-way must not go unnoticed.
-        self._written = max(self._written, self.offset + length)
+        self.written = max(self.written, self.offset + length)
         return step
 
     def advance(self, step: Step) -> None:
         """Count the tokens of a finished forward pass as seen."""
         self.offset = step.offset + step.length
 
-    def _small_step(self, length: int) -> Step:
-        """A few tokens: attention reads the ring as it lies, and the mask says which slot is which position."""
-        ring = self.rings[0]
-        last = self.offset + length - 1
-        slots = mx.arange(max(ring.rows, ring.rows_for(last + 1)))
-        positions = last - (last - slots) % ring.capacity  # negative where nothing has been written yet
-        mask = window_mask(mx.arange(self.offset, last + 1), positions, self.window)
-        return Step(self.offset, length, mask, in_place=True)
+    @property
+    def _rope_offset(self) -> int | mx.array:
+        return self.offset if isinstance(self._starts, int) else self.offset - self._starts[:, 0]
 
-    def _chunk_step(self, length: int) -> Step:
-        """A chunk of a prompt: it would overwrite keys that its own first tokens still need."""
-        end = self.offset + length
-        if self.window is None or end <= self.window:
-            return Step(self.offset, length, "causal", in_place=False)
-        first = max(0, self.offset - self.window + 1)
-        mask = window_mask(mx.arange(self.offset, end), mx.arange(first, end), self.window)
-        return Step(self.offset, length, mask, in_place=False)
+    def _mask(self, queries: mx.array, in_place: bool) -> mx.array | str:
+        """Which query sees which row of what `LayerRing.update` will return; `queries` [(B,) length] positions."""
+        ring, end = self.rings[0], self.offset + queries.shape[-1]
+        if in_place:  # the ring as it lies: slot s holds the last position that is s modulo capacity
+            slots = mx.arange(max(ring.rows, ring.rows_for(end)))
+            keys = end - 1 - (end - 1 - slots) % ring.capacity  # negative where nothing has been written yet
+        elif isinstance(self._starts, int) and (self.window is None or end <= self.window):
+            return "causal"
+        else:
+            keys = mx.arange(0 if self.window is None else max(0, self.offset - self.window + 1), end)
+        mask = window_mask(queries, keys - self._starts, self.window)
+        return mask if mask.ndim == 2 else mask[:, None]
+
+    def _new_sinks(self, length: int) -> mx.array | None:
+        """Which of the next `length` tokens are sinks: `Step.new_sinks`."""
+        if not self.n_sinks or self.offset - self._last_start >= self.n_sinks:
+            return None
+        source = mx.arange(self.n_sinks)[None] - (self.offset - self._starts)
+        return mx.where((source >= 0) & (source < length), source, -1)
+
+    def _sink_step(self, queries: mx.array) -> SinkStep | None:
+        if not self.n_sinks or self.window is None or self.offset + queries.shape[-1] <= self.window:
+            return None
+        queries = queries.reshape(-1, queries.shape[-1])
+        behind = queries[:, None, :, None] - mx.arange(self.n_sinks) >= self.window
+        return SinkStep(mx.minimum(queries, self.window + self.n_sinks - 1), behind)
+
+    # --- going back -------------------------------------------------------------------------------------
 
     def rollback(self, n: int) -> None:
         """Forget the last `n` tokens, exactly.
@@ -194,21 +224,97 @@ class RollingCache:
     @property
     def max_rollback(self) -> int:
         """How many tokens `rollback` can undo now."""
-        if self._unturned:
+        if self.unturned:
             return self.offset
-        return max(0, self.slack - (self._written - self.offset))
+        return max(0, self.slack - (self.written - self.offset))
 
     @property
     def intact(self) -> bool:
         """False only after a forward pass that was broken off (Ctrl-C, no memory) had overwritten live slots."""
-        return self._unturned or self._written - self.offset <= self.slack
+        return self.unturned or self.written - self.offset <= self.slack
 
     @property
-    def _unturned(self) -> bool:
+    def unturned(self) -> bool:
         """Whether no slot has been written twice yet for different positions."""
-        return self.window is None or self._written <= self.window + self.slack
+        return self.window is None or self.written <= self.window + self.slack
+
+    def snapshot(self) -> Snapshot:
+        """The state as it is now, to `restore` later. Nothing is copied until the next write; then all of it, once.
+
+        Raises RollbackError after a forward pass that was broken off.
+        """
+        if not self.intact:
+            raise RollbackError("a forward pass was broken off and overwrote keys still needed; reset the cache")
+        layers = [(ring.buffers, ring.sinks) for ring in self.rings]
+        return Snapshot(self.settings, self.offset, self.written, self.max_rollback, list(self.ids), layers)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot of a cache of the same shape. Raises InputError for any other."""
+        if snapshot.settings != self.settings:
+            raise InputError("this snapshot was taken of a cache with another shape, window or precision")
+        self.offset, self.written, self.ids = snapshot.offset, snapshot.written, list(snapshot.ids)
+        for ring, (buffers, sinks) in zip(self.rings, snapshot.layers, strict=True):
+            ring.buffers, ring.sinks = buffers, sinks
+
+    @property
+    def settings(self) -> tuple[object, ...]:
+        """What two caches must share for their rows to be exchanged."""
+        return (self.config, self.window, self.n_sinks, self.slack, self.format)
+
+    def quantize(self, kv_bits: int, kv_group_size: int = 64) -> None:
+        """Store keys and values in 4 or 8 bits from now on, those already here included.
+
+        Raises InputError if they are quantised otherwise already, or the groups do not divide head_dim.
+        """
+        kv_format = _check_format(self.config, KVFormat(kv_bits, kv_group_size))
+        if kv_format == self.format:
+            return
+        if self.format.bits is not None:
+            raise InputError(f"keys and values are stored in {self.format.bits} bits already")
+        self.format = kv_format
+        for ring in self.rings:
+            ring.quantize(kv_format)
+
+    def like(self) -> RollingCache:
+        """An empty cache with the same options."""
+        return RollingCache(
+            self.config,
+            self.slack,
+            kv_bits=self.format.bits,
+            kv_group_size=self.format.group_size,
+            max_kv_size=self.max_kv_size,
+            sinks=self.n_sinks,
+        )
+
+    def move_to(self, offset: int, written: int, starts: Sequence[int] = (0,)) -> None:
+        """Say what buffers that were filled from elsewhere hold (`m7mlx.batch`, `m7mlx.saved`)."""
+        self.offset, self.written = offset, written
+        self._last_start = max(starts)
+        self._starts = mx.array(list(starts))[:, None] if len(starts) > 1 or starts[0] else 0
 
     def reset(self) -> None:
         """Forget everything; the buffers stay allocated."""
-        self.offset = self._written = 0
+        self.offset = self.written = 0
         self.ids = []
+
+
+def _check_stream(config: ModelConfig, max_kv_size: int, sinks: int) -> None:
+    if config.sliding_window is not None:
+        raise InputError(
+            f"this model's own window bounds its cache to {config.sliding_window} keys; leave out max_kv_size"
+        )
+    if sinks < 0 or max_kv_size <= sinks:
+        raise InputError(f"max_kv_size must be above the number of sinks, not {max_kv_size} with {sinks} sinks")
+    if max_kv_size > config.max_position_embeddings:
+        raise InputError(
+            f"max_kv_size must not exceed the model's context of {config.max_position_embeddings}, not {max_kv_size}"
+        )
+
+
+def _check_format(config: ModelConfig, kv_format: KVFormat) -> KVFormat:
+    if kv_format.bits is not None and config.head_dim % kv_format.group_size:
+        raise InputError(
+            f"groups of {kv_format.group_size} do not divide this model's head_dim of {config.head_dim}; "
+            "choose a smaller kv_group_size"
+        )
+    return kv_format

@@ -5,6 +5,7 @@
     │   ├── ConfigError            config.json / params.json
     │   ├── WeightsError           safetensors and GGUF files
     │   ├── TokenizerError         tokenizer files, ids out of range
+    │   ├── CacheFileError         a saved cache that is damaged or not of this model
     │   ├── ChatFormatError        messages or a chat template
     │   ├── PromptTooLongError     more tokens than the context holds
     │   └── NotFoundError          no such folder, repository or alias; no access
@@ -40,6 +41,10 @@ class WeightsError(InputError):
 
 class TokenizerError(InputError):
     """A tokenizer that is missing or damaged, or ids outside its vocabulary."""
+
+
+class CacheFileError(InputError):
+    """A saved cache that is damaged, foreign, of another model or of a newer version."""
 
 
 class ChatFormatError(InputError):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypedDict, Unpack
 
 import mlx.core as mx
 
 from m7mlx.arrays import on_cpu
-from m7mlx.cache import RollingCache
+from m7mlx.cache import RollingCache, Snapshot
 from m7mlx.chat import Message
 from m7mlx.errors import InputError, PromptTooLongError, TokenizerError
 from m7mlx.model import Mistral
@@ -108,9 +108,9 @@ def stream_generate(
     if isinstance(stop, str) or not all(stop):
         raise InputError("stop must be a list of texts, none of them empty")
     ids = encode_prompt(tokenizer, prompt)
-    room = _check_prompt(model, ids)
-    limit = room if max_tokens is None else max_tokens if room is None else min(max_tokens, room)
     cache = model.new_cache() if cache is None else cache
+    room = _check_prompt(model, ids, endless=cache.window is not None)
+    limit = room if max_tokens is None else max_tokens if room is None else min(max_tokens, room)
     return _stream(
         model, tokenizer, ids, cache, Sampler(sampling or Sampling()), limit, StopFilter(stop),
         tokenizer.detokenizer(at_start=not isinstance(prompt, str)), on_prefill, prefill_chunk,
@@ -186,8 +186,8 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     return ids  # type: ignore[return-value]
 
 
-def _check_prompt(model: Mistral, ids: Sequence[int]) -> int | None:
-    """How many tokens may follow the prompt; None where the window lets the sequence go on for ever."""
+def _check_prompt(model: Mistral, ids: Sequence[int], endless: bool) -> int | None:
+    """How many tokens may follow the prompt; None where a window lets the sequence go on for ever."""
     config = model.config
     if not ids:
         raise InputError("the prompt is empty; give at least one token")
@@ -195,33 +195,45 @@ def _check_prompt(model: Mistral, ids: Sequence[int]) -> int | None:
         # An id past the embedding reads memory that is not the model's.
         if not 0 <= token < config.vocab_size:
             raise TokenizerError(f"token id {token} is outside the model's vocabulary of {config.vocab_size}")
-    if config.sliding_window is not None:
+    if endless:
         return None
     if len(ids) > config.max_position_embeddings:
         raise PromptTooLongError(
             f"the prompt has {len(ids)} tokens, but the model's context holds {config.max_position_embeddings}; "
-            "shorten it, or start a new conversation"
+            "shorten it, start a new conversation, or bound the cache with max_kv_size"
         )
     return config.max_position_embeddings - len(ids)
 
 
-def reuse(cache: RollingCache, ids: Sequence[int]) -> int:
-    """Bring the cache back to the longest start of `ids` that it holds; how many tokens that is.
+def reuse(cache: RollingCache, ids: Sequence[int], snapshots: Iterable[Snapshot] = ()) -> int:
+    """Bring the cache to the longest start of `ids` that it or one of `snapshots` holds; how many tokens that is.
 
-    At least one token is left to prefill, since its logits are needed. Where the ring can no longer roll back
-    that far, everything is prefilled again.
+    At least one token is left to prefill, since its logits are needed. Where a ring can no longer roll back that
+    far, what it holds is of no use; where nothing is, the cache starts anew. Snapshots of a cache with other
+    settings are passed over.
     """
-    known = 0
-    if cache.intact and len(cache.ids) == cache.offset:
-        for known_id, token in zip(cache.ids, ids[:-1], strict=False):
-            if known_id != token:
-                break
-            known += 1
-        if cache.offset - known <= cache.max_rollback:
-            cache.rollback(cache.offset - known)
-            return known
-    cache.reset()
-    return 0
+    best, source = _reusable(cache.ids, cache.offset, cache.max_rollback if cache.intact else -1, ids), None
+    for snapshot in snapshots:
+        if snapshot.settings == cache.settings:
+            known = _reusable(snapshot.ids, snapshot.offset, snapshot.max_rollback, ids)
+            if known > best:
+                best, source = known, snapshot
+    if source is not None:
+        cache.restore(source)
+    if best == 0:
+        cache.reset()
+    else:
+        cache.rollback(cache.offset - best)
+    return best
+
+
+def _reusable(held: Sequence[int], offset: int, max_rollback: int, ids: Sequence[int]) -> int:
+    """How many tokens of `ids`, but not the last, are what a cache can roll back to."""
+    if len(held) != offset:
+        return 0
+    pairs = enumerate(zip(held, ids[:-1], strict=False))
+    known = next((i for i, (a, b) in pairs if a != b), min(offset, len(ids) - 1))
+    return known if offset - known <= max_rollback else 0
 
 
 def prefill(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from m7mlx.attention import Attention
-from m7mlx.cache import DEFAULT_SLACK, LayerRing, RollingCache, Step
+from m7mlx.batch import BatchCache
+from m7mlx.cache import CacheOptions, RollingCache, Step
+from m7mlx.ring import LayerRing
 
 if TYPE_CHECKING:
     from m7mlx.config import ModelConfig
@@ -70,10 +72,10 @@ class Mistral(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def __call__(self, ids: mx.array, cache: RollingCache | None = None) -> mx.array:
+    def __call__(self, ids: mx.array, cache: RollingCache | BatchCache | None = None) -> mx.array:
         return self.head(self.hidden(ids, cache))
 
-    def hidden(self, ids: mx.array, cache: RollingCache | None = None) -> mx.array:
+    def hidden(self, ids: mx.array, cache: RollingCache | BatchCache | None = None) -> mx.array:
         """Last hidden states [B, L, hidden_size], normalised, for ids [B, L]; advances the cache by L."""
         cache = self.new_cache() if cache is None else cache
         step = cache.step(ids.shape[1])
@@ -90,9 +92,15 @@ class Mistral(nn.Module):
         logits: mx.array = self.model.embed_tokens.as_linear(hidden) if tied else self.lm_head(hidden)
         return logits
 
-    def new_cache(self, slack: int = DEFAULT_SLACK) -> RollingCache:
-        """An empty cache for this model."""
-        return RollingCache(self.config, slack)
+    def new_cache(self, **options: Unpack[CacheOptions]) -> RollingCache:
+        """An empty cache for this model; options as for `RollingCache`."""
+        return RollingCache(self.config, **options)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The type of activations, keys and values."""
+        dtype: mx.Dtype = self.model.norm.weight.dtype
+        return dtype
 
     @property
     def nbytes(self) -> int:

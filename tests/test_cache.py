@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from m7mlx.cache import LayerRing, RollingCache
-from m7mlx.errors import RollbackError
+from m7mlx.cache import RollingCache
+from m7mlx.errors import InputError, RollbackError
 from m7mlx.generate import prefill
 
 LENGTH = 70
@@ -33,7 +33,7 @@ def assert_close(found: mx.array, expected: np.ndarray) -> None:
 @settings(max_examples=60, deadline=None)
 def test_any_cutting_gives_the_same_logits(window: int | None, slack: int, data: st.DataObject) -> None:
     model = MODELS[window]
-    cache = model.new_cache(slack)
+    cache = model.new_cache(slack=slack)
     while cache.offset < LENGTH:
         start = cache.offset
         length = data.draw(st.integers(1, LENGTH - start) | st.just(1), label="length")
@@ -110,7 +110,7 @@ TestRollingCache = RollingCacheMachine.TestCase
 @settings(max_examples=60, deadline=None)
 def test_rollback_of_up_to_the_slack_always_works(window: int, slack: int, before: int, data: st.DataObject) -> None:
     model = MODELS[window]
-    cache = model.new_cache(slack)
+    cache = model.new_cache(slack=slack)
     if before:
         prefill(model, IDS[:before], cache, chunk=data.draw(st.integers(1, 30), label="chunk"))
     wrong = data.draw(st.integers(0, min(slack, before + slack)), label="n")
@@ -198,18 +198,6 @@ def test_a_broken_off_pass_is_noticed() -> None:
     assert_close(model(mx.array([IDS]), cache)[0], EXPECTED[7])
 
 
-@given(st.integers(1, 20), st.integers(0, 5), st.integers(0, 100), st.data())
-def test_slots_are_positions_modulo_capacity(window: int, slack: int, start: int, data: st.DataObject) -> None:
-    ring = LayerRing(window, slack)
-    count = data.draw(st.integers(0, ring.capacity))
-    runs = ring._slots(start, count)
-    slots = [s for run, _ in runs for s in range(run.start, run.stop)]
-    sources = [s for _, run in runs for s in range(run.start, run.stop)]
-    assert slots == [(start + i) % (window + slack) for i in range(count)]
-    assert sources == list(range(count))
-    assert len(runs) <= 2
-
-
 def test_slack_must_not_be_negative() -> None:
-    with pytest.raises(ValueError, match="slack"):
+    with pytest.raises(InputError, match="slack"):
         MODELS[7].new_cache(slack=-1)

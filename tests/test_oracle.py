@@ -81,7 +81,7 @@ def test_logits_through_every_chunking(checkpoint: tuple[Any, Path]) -> None:
     assert relative(model(sequence)[0], expected) < 1e-4
     for chunk in (1, 2, 5, 11, 33, 64, 65, 66):
         for slack in (0, 3, 64):
-            cache = model.new_cache(slack)
+            cache = model.new_cache(slack=slack)
             parts = [model(sequence[:, i : i + chunk], cache) for i in range(0, LENGTH, chunk)]
             assert relative(mx.concatenate(parts, axis=1)[0], expected) < 1e-4, (chunk, slack)
 

@@ -1,0 +1,152 @@
+"""Several conversations in one forward pass, each at its own position.
+
+The rows share one clock: at time t every row writes slot t % capacity, whatever its own position is. A row that
+began at time s has its position p at time p + s; so a step writes one slice for all rows, and a row that joins is
+turned once to fit the clock. Rotation and mask go by each row's own positions: no row sees another, nor what
+lay in its slots before it began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from m7mlx.cache import RollingCache, Step
+from m7mlx.errors import InputError, RollbackError
+from m7mlx.ring import LayerRing, Rows, Sinks
+
+
+class BatchCache:
+    """Rows of keys and values for `model(ids [B, L], cache)`; made from caches that hold one conversation each.
+
+    ids      the tokens of each row, kept by whoever knows them
+    offsets  tokens each row has seen
+
+    Prefill each prompt in a cache of its own, then let it join. Joining and leaving copy the batch once.
+    """
+
+    def __init__(self, caches: Sequence[RollingCache]) -> None:
+        """Raises InputError for no caches, or caches that differ in model, window, slack or precision."""
+        if not caches:
+            raise InputError("a batch needs at least one cache")
+        self._clock = _arrange(caches)
+        self._starts = [self._clock.offset - cache.offset for cache in caches]
+        self.ids = [list(cache.ids) for cache in caches]
+
+    def __len__(self) -> int:
+        """Rows in the batch."""
+        return len(self._starts)
+
+    @property
+    def offsets(self) -> list[int]:
+        return [self._clock.offset - start for start in self._starts]
+
+    @property
+    def rings(self) -> list[LayerRing]:
+        return self._clock.rings
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """All buffers, to be evaluated with the logits."""
+        return self._clock.arrays
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        return self._clock.nbytes
+
+    def step(self, length: int) -> Step:
+        """Describe a forward pass over the next `length` tokens of every row; `advance` ends it."""
+        return self._clock.step(length)
+
+    def advance(self, step: Step) -> None:
+        """Count the tokens of a finished forward pass as seen."""
+        self._clock.advance(step)
+
+    @property
+    def max_rollback(self) -> int:
+        """How many tokens `rollback` can undo now, in every row at once."""
+        return min(self._clock.max_rollback, *self.offsets)
+
+    def rollback(self, n: int) -> None:
+        """Forget the last `n` tokens of every row, exactly; RollbackError, and nothing changed, if one cannot."""
+        if n > min(self.offsets):
+            raise RollbackError(f"cannot roll back {n} tokens: a row of the batch has only {min(self.offsets)}")
+        self._clock.rollback(n)
+        for ids, offset in zip(self.ids, self.offsets, strict=True):
+            del ids[offset:]
+
+    def join(self, cache: RollingCache) -> int:
+        """Add a conversation as the last row; its number. The cache itself is not changed."""
+        joined = BatchCache([*(self.row(i) for i in range(len(self))), cache])
+        mx.eval(joined.arrays)
+        self._become(joined)
+        return len(self) - 1
+
+    def leave(self, row: int) -> RollingCache:
+        """Take a row out, to go on by itself; rows behind it move up. Raises InputError for the last one left."""
+        if len(self) == 1:
+            raise InputError("the last row cannot leave its batch; take `row(0)` and drop the batch")
+        left = self.row(row)
+        rest = BatchCache([self.row(i) for i in range(len(self)) if i != row % len(self)])
+        mx.eval(left.arrays, rest.arrays)
+        self._become(rest)
+        return left
+
+    def row(self, row: int) -> RollingCache:
+        """One row as a cache of its own, a copy."""
+        start, clock = self._starts[row], self._clock
+        cache = clock.like()
+        cache.ids = list(self.ids[row])
+        cache.move_to(clock.offset - start, clock.written - start)
+        for source, target in zip(clock.rings, cache.rings, strict=True):
+            if source.buffers:
+                first = max(start, clock.written - source.capacity)
+                _copy(source, target, row, first, clock.offset, -start)
+            if source.sinks is not None:
+                target.sinks = Sinks(*(mx.contiguous(a[row][None]) for a in source.sinks))
+        return cache
+
+    def _become(self, other: BatchCache) -> None:
+        self._clock, self._starts, self.ids = other._clock, other._starts, other.ids
+
+
+def _arrange(caches: Sequence[RollingCache]) -> RollingCache:
+    """One cache whose rows are those of `caches`, turned to the clock of the longest."""
+    clock = caches[0].like()
+    if any(cache.settings != clock.settings for cache in caches):
+        raise InputError("the rows of a batch must share model, window, slack and precision")
+    offset = max(cache.offset for cache in caches)
+    # Rows left behind by a rollback are not copied. What they have overwritten stays lost.
+    written = offset + max(0 if cache.unturned else cache.written - cache.offset for cache in caches)
+    starts = [offset - cache.offset for cache in caches]
+    clock.move_to(offset, written, starts)
+    for i, target in enumerate(clock.rings):
+        sources = [cache.rings[i] for cache in caches]
+        like = next((ring for ring in sources if ring.buffers), None)
+        if like is None:
+            continue
+        turned = []
+        for cache, source, start in zip(caches, sources, starts, strict=True):
+            one = LayerRing(target.window, clock.slack, target.format)
+            one.reserve(written, like.buffers)
+            if source.buffers:
+                _copy(source, one, 0, max(0, cache.written - source.capacity), cache.offset, start)
+            turned.append(one)
+        target.buffers = _stack([one.buffers for one in turned])
+        if like.sinks is not None:
+            nothing = Sinks(*(mx.zeros_like(a) for a in like.sinks))
+            target.sinks = Sinks(*_stack([ring.sinks or nothing for ring in sources]))
+    return clock
+
+
+def _copy(source: LayerRing, target: LayerRing, row: int, first: int, end: int, shift: int) -> None:
+    """Copy the positions first … end − 1 of one row to positions moved by `shift`."""
+    for slots, which in source.slots(first, end - first):
+        rows: Rows = tuple(buffer[row : row + 1, :, slots] for buffer in source.buffers)
+        target.write(rows, first + which.start + shift)
+
+
+def _stack(rows: Sequence[Rows]) -> Rows:
+    return tuple(mx.concatenate(list(arrays), axis=0) for arrays in zip(*rows, strict=True))

@@ -1,0 +1,182 @@
+"""One layer's keys and values: a buffer of rows written round and round, as they are or quantised.
+
+Rows are written by `mx.slice_update`, which works in place as long as nobody else holds the buffer. Whoever keeps
+a reference (a snapshot) therefore costs nothing until the next write, and one copy then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import mlx.core as mx
+
+from m7mlx.errors import InputError
+
+if TYPE_CHECKING:
+    from m7mlx.cache import Step
+
+GROWTH = 256  # rows added at a time until the ring has its full size
+_UNBOUNDED = 1 << 30  # capacity of full attention: slot = position
+_BITS = (4, 8)
+_GROUPS = (32, 64, 128)
+
+Rows = tuple[mx.array, ...]  # one array [B, n_kv_heads, rows, head_dim]; quantised three: codes, scales, biases
+
+
+@dataclass(frozen=True)
+class KVFormat:
+    """How keys and values are stored: as computed (`bits` None), or quantised in groups along head_dim.
+
+    Scales and biases take 16 bits: at 4 bits in groups of 64 a number takes 4.5.
+    """
+
+    bits: int | None = None
+    group_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.bits is not None and (self.bits not in _BITS or self.group_size not in _GROUPS):
+            raise InputError(
+                f"keys and values can be stored in 4 or 8 bits, in groups of 32, 64 or 128; "
+                f"not in {self.bits} bits in groups of {self.group_size}"
+            )
+
+    def encode(self, x: mx.array) -> Rows:  # [B, n_kv_heads, rows, head_dim]
+        """The arrays to store; each row by itself, so that it does not matter how a sequence is cut."""
+        if self.bits is None:
+            return (x,)
+        codes, scales, biases = mx.quantize(x, self.group_size, self.bits)
+        if x.dtype == mx.float32:  # as in a 16-bit model; 11 bits are finer than any code here
+            scales, biases = scales.astype(mx.float16), biases.astype(mx.float16)
+        return codes, scales, biases
+
+    def decode(self, rows: Rows, dtype: mx.Dtype) -> mx.array:
+        """The inverse of `encode`, up to rounding."""
+        if self.bits is None:
+            return rows[0]
+        codes, scales, biases = rows
+        return mx.dequantize(codes, scales.astype(dtype), biases.astype(dtype), self.group_size, self.bits)
+
+
+class KeysValues(NamedTuple):
+    """What a forward pass attends to."""
+
+    keys: Rows
+    values: Rows
+    format: KVFormat
+
+
+class Sinks(NamedTuple):
+    """The first few keys and values of the sequence, each [B, n_kv_heads, sinks, head_dim]; key i at position i."""
+
+    keys: mx.array
+    values: mx.array
+
+
+class LayerRing:
+    """Keys (rotated) and values of one layer; the row of position p lies in slot p % capacity.
+
+    buffers  the stored arrays, those of the keys first; rows lie along axis 2
+    sinks    kept besides, as computed, where a bounded stream needs them (see `RollingCache`)
+    """
+
+    def __init__(self, window: int | None, slack: int, kv_format: KVFormat | None = None) -> None:
+        self.window = window
+        self.capacity = _UNBOUNDED if window is None else window + slack
+        self.format = kv_format or KVFormat()
+        self.buffers: Rows = ()
+        self.sinks: Sinks | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows allocated so far: at most `capacity`."""
+        return self.buffers[0].shape[2] if self.buffers else 0
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """All that is allocated."""
+        return [*self.buffers, *(self.sinks or ())]
+
+    def rows_for(self, positions: int) -> int:
+        """Rows to allocate so that the positions 0 … positions − 1 have their slots."""
+        rows = -(-positions // GROWTH) * GROWTH
+        if self.window is None:
+            return rows
+        # From one window on the ring has its final size, so that its memory is the same ever after.
+        return self.capacity if rows >= self.window else rows
+
+    def update(self, k: mx.array, v: mx.array, step: Step) -> KeysValues:
+        """Store the new keys and values [B, n_kv_heads, length, head_dim]; return all those to attend to."""
+        if step.new_sinks is not None:
+            self._store_sinks(k, v, step.new_sinks)
+        new = self.format.encode(k) + self.format.encode(v)
+        if step.in_place:
+            self.write(new, step.offset)
+            return self._split(self.buffers, self.format)
+        pieces = [self._read(slots) for slots in self._past(step.offset)] + [new]
+        rows = tuple(mx.concatenate(list(parts), axis=2) for parts in zip(*pieces, strict=True))
+        keep = min(step.length, self.capacity)
+        self.write(tuple(part[:, :, -keep:] for part in new), step.offset + step.length - keep)
+        # Many queries: unpacking the rows once is cheaper than in every product.
+        keys, values, _ = self._split(rows, self.format)
+        return KeysValues((self.format.decode(keys, k.dtype),), (self.format.decode(values, v.dtype),), KVFormat())
+
+    def quantize(self, kv_format: KVFormat) -> None:
+        """Store in fewer bits what is here, and all that comes."""
+        if self.buffers:
+            keys, values = self.buffers
+            self.buffers = kv_format.encode(keys) + kv_format.encode(values)
+        self.format = kv_format
+
+    def write(self, new: Rows, start: int) -> None:
+        """Write rows for at most `capacity` positions from `start` on."""
+        self.reserve(start + new[0].shape[2], new)
+        if new[0].shape[0] != self.buffers[0].shape[0]:  # it would be broadcast to all rows
+            raise InputError(f"{new[0].shape[0]} rows of ids for a cache of {self.buffers[0].shape[0]} rows")
+        for slots, source in self.slots(start, new[0].shape[2]):
+            where = mx.array([slots.start])
+            self.buffers = tuple(
+                mx.slice_update(buffer, part[:, :, source], where, axes=[2])
+                for buffer, part in zip(self.buffers, new, strict=True)
+            )
+
+    def reserve(self, positions: int, like: Rows) -> None:
+        """Allocate what the positions up to `positions` − 1 need, for rows like these."""
+        missing = self.rows_for(positions) - self.rows
+        if missing <= 0:
+            return
+        more = tuple(mx.zeros((*a.shape[:2], missing, a.shape[3]), a.dtype) for a in like)
+        old = zip(self.buffers, more, strict=True)
+        self.buffers = tuple(mx.concatenate(list(pair), axis=2) for pair in old) if self.buffers else more
+
+    @staticmethod
+    def _split(rows: Rows, kv_format: KVFormat) -> KeysValues:
+        half = len(rows) // 2
+        return KeysValues(rows[:half], rows[half:], kv_format)
+
+    def _past(self, offset: int) -> list[slice]:
+        """The slots of all that position `offset` may still see, oldest first, in at most two runs."""
+        first = 0 if self.window is None else max(0, offset - self.window + 1)
+        return [slots for slots, _ in self.slots(first, offset - first)]
+
+    def _read(self, slots: slice) -> Rows:
+        return tuple(buffer[:, :, slots] for buffer in self.buffers)
+
+    def slots(self, start: int, count: int) -> list[tuple[slice, slice]]:
+        """`count` ≤ capacity positions from `start` on, as runs of slots: (slots, which of the positions)."""
+        runs, done = [], 0
+        while done < count:
+            slot = (start + done) % self.capacity
+            run = min(count - done, self.capacity - slot)
+            runs.append((slice(slot, slot + run), slice(done, done + run)))
+            done += run
+        return runs
+
+    def _store_sinks(self, k: mx.array, v: mx.array, source: mx.array) -> None:
+        """Keep position i from the new row `source`[:, i], where that is not negative."""
+        index = mx.maximum(source, 0)[:, None, :, None]
+        fresh = Sinks(*(mx.take_along_axis(x, index, axis=2) for x in (k, v)))
+        if self.sinks is not None:
+            is_new = (source >= 0)[:, None, :, None]
+            fresh = Sinks(*(mx.where(is_new, new, old) for new, old in zip(fresh, self.sinks, strict=True)))
+        self.sinks = fresh
