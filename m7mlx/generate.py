@@ -1,20 +1,21 @@
-"""Prompt → prefill → decode → text. Ids above, text only at the edge."""
+"""Prompt → prefill → decode → text: the road from text to text, over ids (`m7mlx.decode`)."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypedDict, Unpack
 
 import mlx.core as mx
 
-from m7mlx.arrays import on_cpu
-from m7mlx.cache import RollingCache, Snapshot
+from m7mlx.cache import RollingCache
 from m7mlx.chat import Message
+from m7mlx.decode import decode, default_chunk, prefill, reuse
 from m7mlx.errors import InputError, PromptTooLongError, TokenizerError
 from m7mlx.model import Mistral
 from m7mlx.sampling import Sampler, Sampling
+from m7mlx.speculative import Drafter, speculate
 from m7mlx.tokenizer import Detokenizer, Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -59,6 +60,7 @@ class Options(TypedDict, total=False):
     """The options of `stream_generate`."""
 
     cache: RollingCache | None
+    drafter: Drafter | None
     sampling: Sampling | None
     max_tokens: int | None
     stop: Sequence[str]
@@ -77,6 +79,7 @@ def stream_generate(
     prompt: Prompt,
     *,
     cache: RollingCache | None = None,
+    drafter: Drafter | None = None,
     sampling: Sampling | None = None,
     max_tokens: int | None = DEFAULT_MAX_TOKENS,
     stop: Sequence[str] = (),
@@ -87,6 +90,7 @@ def stream_generate(
 
     prompt      a text to continue, a list of ids, or a list of chat messages (see `m7mlx.chat`)
     cache       kept from call to call, so that only what is new of the prompt is prefilled
+    drafter     guesses several tokens at a time (`m7mlx.speculative`); the answer is the same, only faster
     max_tokens  tokens to generate at most; None goes on until the model ends or its context is full
     stop        texts that end the answer; they are not part of it
     on_prefill  called with (tokens done, tokens to do) before, between and after the chunks; what it raises
@@ -112,7 +116,7 @@ def stream_generate(
     room = _check_prompt(model, ids, endless=cache.window is not None)
     limit = room if max_tokens is None else max_tokens if room is None else min(max_tokens, room)
     return _stream(
-        model, tokenizer, ids, cache, Sampler(sampling or Sampling()), limit, StopFilter(stop),
+        model, tokenizer, ids, cache, drafter, Sampler(sampling or Sampling()), limit, StopFilter(stop),
         tokenizer.detokenizer(at_start=not isinstance(prompt, str)), on_prefill, prefill_chunk,
     )  # fmt: skip
 
@@ -122,6 +126,7 @@ def _stream(
     tokenizer: Tokenizer,
     ids: list[int],
     cache: RollingCache,
+    drafter: Drafter | None,
     sampler: Sampler,
     limit: int | None,
     stop: StopFilter,
@@ -139,7 +144,12 @@ def _stream(
     finish: Literal["stop", "length"] = "length"
     pending: list[int] = []
     last = ""
-    for token in decode(model, logits, cache, sampler, limit):
+    decoded = (
+        decode(model, logits, cache, sampler, limit)
+        if drafter is None
+        else speculate(model, logits, cache, sampler, limit, drafter)
+    )
+    for token in decoded:
         count += 1
         if count == 1:
             first_at = time.perf_counter()
@@ -167,11 +177,6 @@ def _stream(
         finish_reason=finish,
     )
     yield Piece(last + stop.finish(text.finish()), pending, stats)
-
-
-def default_chunk() -> int:
-    """Tokens of a prompt to read at a time."""
-    return 64 if on_cpu() else 512
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
@@ -203,85 +208,6 @@ def _check_prompt(model: Mistral, ids: Sequence[int], endless: bool) -> int | No
             "shorten it, start a new conversation, or bound the cache with max_kv_size"
         )
     return config.max_position_embeddings - len(ids)
-
-
-def reuse(cache: RollingCache, ids: Sequence[int], snapshots: Iterable[Snapshot] = ()) -> int:
-    """Bring the cache to the longest start of `ids` that it or one of `snapshots` holds; how many tokens that is.
-
-    At least one token is left to prefill, since its logits are needed. Where a ring can no longer roll back that
-    far, what it holds is of no use; where nothing is, the cache starts anew. Snapshots of a cache with other
-    settings are passed over.
-    """
-    best, source = _reusable(cache.ids, cache.offset, cache.max_rollback if cache.intact else -1, ids), None
-    for snapshot in snapshots:
-        if snapshot.settings == cache.settings:
-            known = _reusable(snapshot.ids, snapshot.offset, snapshot.max_rollback, ids)
-            if known > best:
-                best, source = known, snapshot
-    if source is not None:
-        cache.restore(source)
-    if best == 0:
-        cache.reset()
-    else:
-        cache.rollback(cache.offset - best)
-    return best
-
-
-def _reusable(held: Sequence[int], offset: int, max_rollback: int, ids: Sequence[int]) -> int:
-    """How many tokens of `ids`, but not the last, are what a cache can roll back to."""
-    if len(held) != offset:
-        return 0
-    pairs = enumerate(zip(held, ids[:-1], strict=False))
-    known = next((i for i, (a, b) in pairs if a != b), min(offset, len(ids) - 1))
-    return known if offset - known <= max_rollback else 0
-
-
-def prefill(
-    model: Mistral,
-    ids: Sequence[int],
-    cache: RollingCache,
-    chunk: int = 512,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> mx.array:
-    """Read a prompt into the cache, `chunk` tokens at a time; the logits [1, vocab_size] after its last token.
-
-    Each chunk is evaluated before the next is built: a layer never holds more than window + chunk keys.
-    """
-    report = on_progress or (lambda done, total: None)
-    hidden = None
-    for start in range(0, len(ids), chunk):
-        report(start, len(ids))
-        part = list(ids[start : start + chunk])
-        hidden = model.hidden(mx.array([part]), cache)[:, -1:]
-        mx.eval(hidden, *cache.arrays)
-        cache.ids += part
-        mx.clear_cache()  # the chunk's temporaries would stay in MLX's pool
-    report(len(ids), len(ids))
-    assert hidden is not None
-    return model.head(hidden)[:, -1]
-
-
-def decode(
-    model: Mistral, logits: mx.array, cache: RollingCache, sampler: Sampler, limit: int | None
-) -> Iterator[int]:
-    """Yield up to `limit` tokens (None: for ever), starting from the logits [1, vocab_size] of the prompt's end.
-
-    The step after a token is under way before that token is read: the device never waits for Python. Every
-    token that has been yielded is in the cache.
-    """
-    if limit == 0:
-        return
-    token = sampler(logits)
-    mx.async_eval(token)
-    count = 0
-    while count != limit:
-        following = sampler(model(token[:, None], cache)[:, -1])
-        mx.async_eval(following)
-        value: int = token.item()  # type: ignore[assignment]
-        cache.ids.append(value)
-        yield value
-        count += 1
-        token = following
 
 
 class StopFilter:

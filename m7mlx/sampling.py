@@ -7,7 +7,9 @@ state: the same seed gives the same answer whatever else runs.
 
 from __future__ import annotations
 
+import copy
 import math
+import random
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,11 +58,17 @@ class Sampling:
 
 
 class Sampler:
-    """Chooses tokens for one request. Each call stays lazy: nothing is read back from the device."""
+    """Chooses tokens for one request. Each call stays lazy: nothing is read back from the device.
+
+    The n-th token is drawn with a key made of the seed and n alone. So the same tokens come out however many are
+    looked at in one pass, which is what makes speculative decoding exact here (`m7mlx.speculative`).
+    """
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
-        self._key = mx.random.key(secrets.randbits(64) if sampling.seed is None else sampling.seed)
+        seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
+        self._seed = random.Random(seed).getrandbits(64)  # far apart for neighbouring seeds
+        self._count = 0  # tokens chosen
         self._recent: mx.array | None = None  # ids [≤ repetition_context], the prompt's last ones first
 
     def see(self, ids: Sequence[int]) -> None:
@@ -76,11 +84,34 @@ class Sampler:
         if s.temperature == 0:
             token = mx.argmax(logits, axis=-1)
         else:
-            self._key, key = mx.random.split(self._key)
+            key = mx.random.key((self._seed + self._count) % (1 << 64))
             token = mx.random.categorical(filtered_logprobs(logits, s) / s.temperature, key=key)
-        if self._recent is not None:
-            self._recent = mx.concatenate([self._recent, token.astype(mx.int32)])[-s.repetition_context :]
+        self._advance(token, 1)
         return token
+
+    def preview(self, logits: mx.array, draft: Sequence[int]) -> mx.array:  # [1, L, vocab_size] → ids [L]
+        """What would be chosen at each of L positions, had the L − 1 tokens of `draft` been chosen before."""
+        if self.sampling.temperature == 0 and self._recent is None:
+            return mx.argmax(logits[0], axis=-1)
+        after, chosen = self.fork(), []
+        for i in range(logits.shape[1]):
+            chosen.append(after.fork()(logits[:, i]))
+            after.accept(draft[i : i + 1])
+        return mx.concatenate(chosen)
+
+    def accept(self, ids: Sequence[int]) -> None:
+        """Go on as if `ids` had been chosen here."""
+        self._advance(mx.array(list(ids)), len(ids))
+
+    def fork(self) -> Sampler:
+        """Another sampler that goes on from here with the same randomness."""
+        return copy.copy(self)
+
+    def _advance(self, tokens: mx.array, count: int) -> None:
+        self._count += count
+        if self._recent is not None:
+            context = self.sampling.repetition_context
+            self._recent = mx.concatenate([self._recent, tokens.astype(mx.int32)])[-context:]
 
 
 def filtered_logprobs(logits: mx.array, sampling: Sampling) -> mx.array:

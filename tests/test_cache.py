@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from m7mlx.cache import RollingCache
+from m7mlx.decode import prefill
 from m7mlx.errors import InputError, RollbackError
-from m7mlx.generate import prefill
 
 LENGTH = 70
 IDS = [(i * i + 3 * i) % 97 for i in range(LENGTH)]

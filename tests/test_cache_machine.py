@@ -23,8 +23,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from m7mlx.attention import attend_to_ring
 from m7mlx.batch import BatchCache
 from m7mlx.cache import RollingCache, Snapshot
+from m7mlx.decode import reuse
 from m7mlx.errors import InputError, RollbackError
-from m7mlx.generate import reuse
 from m7mlx.saved import load_cache, save_cache
 
 VOCAB, LAYERS, HEADS, KV, DIM, THETA = 11, 2, 4, 2, 32, 1e4

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m7mlx import Mistral, Sampling, Tokenizer, generate, load, stream_generate
+from m7mlx.decode import decode, prefill, reuse
 from m7mlx.errors import ChatFormatError, InputError, PromptTooLongError, TokenizerError
-from m7mlx.generate import StopFilter, decode, prefill, reuse
+from m7mlx.generate import StopFilter
 from m7mlx.sampling import Sampler
 
 MODELS = {window: small_model(small_config(sliding_window=window)) for window in (5, None)}

@@ -14,7 +14,7 @@ from conftest import random_weights, small_config, small_model
 
 from m7mlx.attention import window_mask
 from m7mlx.config import ModelConfig
-from m7mlx.generate import decode, prefill
+from m7mlx.decode import decode, prefill
 from m7mlx.load import build
 from m7mlx.sampling import Sampler, Sampling
 

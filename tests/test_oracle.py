@@ -14,7 +14,7 @@ import pytest
 from conftest import mistral_file
 
 from m7mlx import load
-from m7mlx.generate import decode, prefill
+from m7mlx.decode import decode, prefill
 from m7mlx.sampling import Sampler, Sampling
 
 torch = pytest.importorskip("torch", reason="the extra `oracle` is not installed")

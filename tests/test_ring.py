@@ -11,8 +11,8 @@ from conftest import small_config, small_model
 from hypothesis import given
 from hypothesis import strategies as st
 
+from m7mlx.decode import prefill
 from m7mlx.errors import InputError
-from m7mlx.generate import prefill
 from m7mlx.ring import KVFormat, LayerRing
 
 

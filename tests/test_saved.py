@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from m7mlx.cache import RollingCache
+from m7mlx.decode import decode, prefill
 from m7mlx.errors import CacheFileError, DiskError, InputError, NotFoundError
-from m7mlx.generate import decode, prefill
 from m7mlx.model import Mistral
 from m7mlx.sampling import Sampler, Sampling
 from m7mlx.saved import _checksum, cache_header, load_cache, save_cache

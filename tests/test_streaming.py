@@ -10,8 +10,9 @@ from conftest import random_weights, small_config, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from m7mlx.decode import prefill
 from m7mlx.errors import InputError
-from m7mlx.generate import generate, prefill
+from m7mlx.generate import generate
 from m7mlx.tokenizer import Tokenizer
 
 CONFIG = small_config(sliding_window=None, max_position_embeddings=64)

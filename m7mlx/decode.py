@@ -1,0 +1,96 @@
+"""Ids → ids: reuse what a cache holds, prefill the rest in chunks, decode token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Sequence
+
+import mlx.core as mx
+
+from m7mlx.arrays import on_cpu
+from m7mlx.cache import RollingCache, Snapshot
+from m7mlx.model import Mistral
+from m7mlx.sampling import Sampler
+
+
+def default_chunk() -> int:
+    """Tokens of a prompt to read at a time."""
+    return 64 if on_cpu() else 512
+
+
+def reuse(cache: RollingCache, ids: Sequence[int], snapshots: Iterable[Snapshot] = ()) -> int:
+    """Bring the cache to the longest start of `ids` that it or one of `snapshots` holds; how many tokens that is.
+
+    At least one token is left to prefill, since its logits are needed. Where a ring can no longer roll back that
+    far, what it holds is of no use; where nothing is, the cache starts anew. Snapshots of a cache with other
+    settings are passed over.
+    """
+    best, source = _reusable(cache.ids, cache.offset, cache.max_rollback if cache.intact else -1, ids), None
+    for snapshot in snapshots:
+        if snapshot.settings == cache.settings:
+            known = _reusable(snapshot.ids, snapshot.offset, snapshot.max_rollback, ids)
+            if known > best:
+                best, source = known, snapshot
+    if source is not None:
+        cache.restore(source)
+    if best == 0:
+        cache.reset()
+    else:
+        cache.rollback(cache.offset - best)
+    return best
+
+
+def _reusable(held: Sequence[int], offset: int, max_rollback: int, ids: Sequence[int]) -> int:
+    """How many tokens of `ids`, but not the last, are what a cache can roll back to."""
+    if len(held) != offset:
+        return 0
+    pairs = enumerate(zip(held, ids[:-1], strict=False))
+    known = next((i for i, (a, b) in pairs if a != b), min(offset, len(ids) - 1))
+    return known if offset - known <= max_rollback else 0
+
+
+def prefill(
+    model: Mistral,
+    ids: Sequence[int],
+    cache: RollingCache,
+    chunk: int = 512,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> mx.array:
+    """Read a prompt into the cache, `chunk` tokens at a time; the logits [1, vocab_size] after its last token.
+
+    Each chunk is evaluated before the next is built: a layer never holds more than window + chunk keys.
+    """
+    report = on_progress or (lambda done, total: None)
+    hidden = None
+    for start in range(0, len(ids), chunk):
+        report(start, len(ids))
+        part = list(ids[start : start + chunk])
+        hidden = model.hidden(mx.array([part]), cache)[:, -1:]
+        mx.eval(hidden, *cache.arrays)
+        cache.ids += part
+        mx.clear_cache()  # the chunk's temporaries would stay in MLX's pool
+    report(len(ids), len(ids))
+    assert hidden is not None
+    return model.head(hidden)[:, -1]
+
+
+def decode(
+    model: Mistral, logits: mx.array, cache: RollingCache, sampler: Sampler, limit: int | None
+) -> Generator[int, None, None]:
+    """Yield up to `limit` tokens (None: for ever), starting from the logits [1, vocab_size] of the prompt's end.
+
+    The step after a token is under way before that token is read: the device never waits for Python. Every
+    token that has been yielded is in the cache.
+    """
+    if limit == 0:
+        return
+    token = sampler(logits)
+    mx.async_eval(token)
+    count = 0
+    while count != limit:
+        following = sampler(model(token[:, None], cache)[:, -1])
+        mx.async_eval(following)
+        value: int = token.item()  # type: ignore[assignment]
+        cache.ids.append(value)
+        yield value
+        count += 1
+        token = following

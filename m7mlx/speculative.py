@@ -1,0 +1,290 @@
+"""Several tokens from one forward pass: a cheap guess at what follows, checked by the model itself.
+
+A draft is written into the ring behind the last token, all of it is looked at in one pass, and what the model
+would not have chosen is rolled back; the slack makes room for it, before and after the ring has turned.
+
+Exact by construction. At every position the model's own choice is drawn, with the randomness that this position
+has in plain decoding too, and a draft's token is kept if it is that choice. The first that is not is replaced by it.
+So the tokens are those of plain decoding, greedy or sampled, whatever the draft was: for a draft without
+probabilities this is rejection sampling (a token x survives with probability p(x), and what replaces it follows p
+without x); a draft model draws from its own distribution with the same noise, which makes both agree often (the
+Gumbel coupling of arXiv 2408.07978). Numbers that differ in the last bits between one and several queries
+can turn a near tie the other way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from array import array
+from collections import deque
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import mlx.core as mx
+
+from m7mlx.cache import RollingCache
+from m7mlx.decode import default_chunk, prefill, reuse
+from m7mlx.errors import InputError, RollbackError
+from m7mlx.load import load
+from m7mlx.model import Mistral
+from m7mlx.sampling import Sampler
+from m7mlx.tokenizer import Tokenizer
+
+MAX_DRAFT = 15  # with the token before it 16 queries: beyond, the pass grows dearer than the draft is worth
+
+
+class Drafter(Protocol):
+    """Guesses what follows. `pace` decides how much of it is worth a try, and learns from answer to answer."""
+
+    pace: Pace
+
+    def begin(self, ids: Sequence[int]) -> None:
+        """An answer begins after these tokens."""
+
+    def promising(self, ids: Sequence[int]) -> bool:
+        """Whether it is worth waiting for the token that follows `ids`; must cost next to nothing."""
+
+    def draft(self, ids: Sequence[int], token: int, most: int, sampler: Sampler) -> list[int]:
+        """Up to `most` tokens that may follow `ids` and `token`; `sampler` is about to choose the first of them.
+
+        Between `begin` and the last call, `ids` only grows, by the token given here first.
+        """
+
+
+class PromptLookup:
+    """Looks where the last few tokens stood before and guesses that the same follows: quotes, edits, repairs."""
+
+    _SIZES = (12, 6, 3)  # tokens that must match; the longest match is the surest
+
+    def __init__(self) -> None:
+        self.pace = Pace()
+        self._seen = bytearray()  # the ids, 4 bytes each: `rfind` searches them at memory speed
+
+    def begin(self, ids: Sequence[int]) -> None:
+        self._seen = bytearray(_packed(ids))
+
+    def promising(self, ids: Sequence[int]) -> bool:
+        self._seen += _packed(ids[len(self._seen) // 4 :])
+        return self._find(self._SIZES[-1]) >= 0
+
+    def draft(self, ids: Sequence[int], token: int, most: int, sampler: Sampler) -> list[int]:
+        self._seen += _packed([*ids[len(self._seen) // 4 :], token])
+        found = next((at for n in self._SIZES if (at := self._find(n)) >= 0), -1)
+        if found < 0:
+            return []
+        guess = [*ids[found : found + most], token][:most]
+        period = len(ids) + 1 - found
+        while len(guess) < most:  # what repeats itself goes on repeating
+            guess.append(guess[-period])
+        return guess
+
+    def _find(self, n: int) -> int:
+        """Where the continuation of the latest earlier occurrence of the last `n` tokens begins; −1: nowhere."""
+        end = len(self._seen) - 4
+        if end < n * 4:
+            return -1
+        pattern = self._seen[-n * 4 :]
+        while (at := self._seen.rfind(pattern, 0, end)) >= 0 and at % 4:
+            end = at + n * 4 - 1  # it lay across two ids
+        return -1 if at < 0 else at // 4 + n
+
+
+class DraftModel:
+    """A smaller model that speaks the same tokens writes the draft.
+
+    Its own memory is bounded too: by its window, or by a stream of at most 4,096 keys.
+    """
+
+    def __init__(self, model: Mistral, vocab_size: int) -> None:
+        """`vocab_size` is that of the model it drafts for: embeddings may be padded differently."""
+        full = model.config.sliding_window is None
+        self.pace = Pace()
+        self._model, self._vocab_size = model, vocab_size
+        self._cache = model.new_cache(max_kv_size=min(4096, model.config.max_position_embeddings) if full else None)
+        self._synced = 0  # tokens in its cache that are known to be the conversation's
+
+    def begin(self, ids: Sequence[int]) -> None:
+        self._synced = reuse(self._cache, ids)
+
+    def promising(self, ids: Sequence[int]) -> bool:
+        return True
+
+    def draft(self, ids: Sequence[int], token: int, most: int, sampler: Sampler) -> list[int]:
+        held = self._cache.ids
+        while self._synced < min(len(held), len(ids)) and held[self._synced] == ids[self._synced]:
+            self._synced += 1
+        self._cache.rollback(len(held) - self._synced)
+        logits = self._read([*ids[self._synced :], token])
+        sampler = sampler.fork()
+        chosen = [sampler(self._fit(logits))]
+        while len(chosen) < most:
+            logits = self._model(chosen[-1][:, None], self._cache)[:, -1]
+            chosen.append(sampler(self._fit(logits)))
+        guess: list[int] = mx.concatenate(chosen).tolist()  # type: ignore[assignment]
+        self._cache.ids += guess[:-1]
+        return guess
+
+    def _read(self, ids: list[int]) -> mx.array:
+        """Logits [1, vocab_size] after more tokens of the conversation."""
+        chunk = default_chunk()
+        if len(ids) > chunk:
+            return prefill(self._model, ids, self._cache, chunk)
+        hidden = self._model.hidden(mx.array([ids]), self._cache)
+        self._cache.ids += ids
+        return self._model.head(hidden[:, -1:])[:, -1]
+
+    def _fit(self, logits: mx.array) -> mx.array:
+        """Logits [1, vocab_size of the other model]: the same noise must meet the same tokens."""
+        missing = max(0, self._vocab_size - logits.shape[-1])
+        return mx.pad(logits, [(0, 0), (0, missing)], constant_values=-mx.inf)[:, : self._vocab_size]
+
+
+def load_draft_model(name: str | Path, model: Mistral, tokenizer: Tokenizer) -> DraftModel:
+    """Load a folder, repository or alias as the draft model of `model`. Raises as `load`, and InputError."""
+    draft, other = load(name)
+    tokens = range(tokenizer.vocab_size)
+    if other.vocab_size != tokenizer.vocab_size or any(
+        other.token_bytes(i) != tokenizer.token_bytes(i) for i in tokens
+    ):
+        raise InputError(f"{name} has another tokenizer than the model it should draft for; choose one of its family")
+    return DraftModel(draft, model.config.vocab_size)
+
+
+class Pace:
+    """Decides how many tokens to draft, from what passes have cost and how much of the drafts was right.
+
+    A draft of k tokens, each right with probability a, gives (1 − a^(k+1)) / (1 − a) tokens for one pass over
+    k + 1; plain decoding gives one for a pass over one. Both costs are measured, since they differ by backend: a GPU
+    reads its weights once for many queries, a processor without a good BLAS gains nothing. Whatever a draft has
+    cost more than plain decoding is entered in an account that may not fall below a small share of the time
+    spent, so that even an unlucky text is hardly slower.
+    """
+
+    _DRAFTS = (1, 3, 7, MAX_DRAFT)
+    _SHARE = 0.015  # of all time, that may be lost
+    _LOAN = 2.0  # plain passes, to begin with
+
+    def __init__(self) -> None:
+        self._plain: deque[float] = deque(maxlen=15)  # seconds
+        self._checks: dict[int, deque[float]] = {}  # queries in the pass → seconds
+        self._right, self._wrong = 1.4, 0.6  # drafted tokens, forgotten slowly; as if two had been tried
+        self._elapsed = self._saved = 0.0  # seconds
+
+    def plan(self, most: int) -> int:
+        """How many tokens to draft, at most `most`; 0 for none."""
+        if len(self._plain) < 3:
+            return 0
+        one = statistics.median(self._plain)
+        a = self._right / (self._right + self._wrong)
+        gains = {k: (1 - a ** (k + 1)) / (1 - a) * one / self._cost(k + 1, one) for k in self._DRAFTS if k <= most}
+        best = max(gains, key=gains.__getitem__, default=0)
+        if not best or gains[best] < 1.05:
+            return 0
+        risk = self._cost(best + 1, one) - one
+        return best if self._saved - risk >= -self._LOAN * one - self._SHARE * self._elapsed else 0
+
+    def plain(self, seconds: float) -> None:
+        """A token was decoded in the plain way, with the next pass under way."""
+        self._plain.append(seconds)
+        self._elapsed += seconds
+        # What was learned fades, so that another part of the text gets its try.
+        self._right += 0.01 * (1.4 - self._right)
+        self._wrong += 0.01 * (0.6 - self._wrong)
+
+    def waited(self, seconds: float) -> None:
+        """A token was decoded in the plain way, but the device had to wait for it to be read."""
+        self._enter(seconds, 1)
+
+    def checked(self, drafted: int, accepted: int, seconds: float) -> None:
+        """A draft was made and checked; `accepted` of its tokens were right."""
+        self._checks.setdefault(drafted + 1, deque(maxlen=5)).append(seconds)
+        self._right = 0.9 * self._right + accepted
+        self._wrong = 0.9 * self._wrong + (accepted < drafted)
+        self._enter(seconds, accepted + 1)
+
+    def _enter(self, seconds: float, tokens: int) -> None:
+        self._elapsed += seconds
+        if self._plain:
+            one = statistics.median(self._plain)
+            # Compiling kernels, once, is not a draft's fault; and no gain lasts for ever.
+            self._saved = min(self._saved + tokens * one - min(seconds, 16 * one), 10 * one)
+
+    def _cost(self, queries: int, one: float) -> float:
+        """Seconds of a pass over `queries` tokens: measured, or on the line between or behind those measured."""
+        known = {1: one} | {n: statistics.median(times) for n, times in self._checks.items()}
+        if queries in known:
+            return known[queries]
+        below = max(n for n in known if n < queries)
+        above = min((n for n in known if n > queries), default=None)
+        if above is not None:
+            return known[below] + (known[above] - known[below]) * (queries - below) / (above - below)
+        slope = (known[below] - one) / (below - 1) if below > 1 else 0.1 * one
+        return known[below] + max(slope, 0.0) * (queries - below)
+
+
+def speculate(
+    model: Mistral, logits: mx.array, cache: RollingCache, sampler: Sampler, limit: int | None, drafter: Drafter
+) -> Generator[int, None, None]:
+    """As `m7mlx.decode.decode`, and the same tokens, faster where the drafter guesses well.
+
+    As long as no draft is promising, the next pass is under way before a token is read, as there.
+    """
+    if limit == 0:
+        return
+    pace = drafter.pace
+    drafter.begin(cache.ids)
+    token = sampler(logits)  # the next one
+    mx.async_eval(token)
+    value: int | None = None  # the same, if it has been read before its own pass was begun
+    count = 0
+    try:
+        while count != limit:
+            started = time.perf_counter()
+            # Whatever happens while a draft is checked can be rolled back.
+            room = min(MAX_DRAFT, cache.slack - 1, MAX_DRAFT if limit is None else limit - count - 1)
+            waited = value is not None
+            draft: list[int] = []
+            if value is not None and (planned := pace.plan(room)):
+                draft = drafter.draft(cache.ids, value, planned, sampler)
+            if value is not None and draft:
+                new, value = _check(model, cache, sampler, value, draft)
+                token = mx.array([value])
+            else:
+                following = sampler(model(token[:, None], cache)[:, -1])
+                mx.async_eval(following)
+                new, token, value = [token.item()], following, None  # type: ignore[list-item]
+            for each in new:
+                cache.ids.append(each)
+                yield each
+                count += 1
+            if value is None and count != limit and pace.plan(room) and drafter.promising(cache.ids):
+                waited, value = True, token.item()  # type: ignore[assignment]
+            seconds = time.perf_counter() - started
+            if draft:
+                pace.checked(len(draft), len(new) - 1, seconds)
+            elif waited:
+                pace.waited(seconds)
+            else:
+                pace.plain(seconds)
+    finally:
+        with contextlib.suppress(RollbackError):  # accepted, but nobody wanted them any more
+            cache.rollback(cache.offset - len(cache.ids))
+
+
+def _check(
+    model: Mistral, cache: RollingCache, sampler: Sampler, token: int, draft: list[int]
+) -> tuple[list[int], int]:
+    """`token` and what of the draft is right, now in the cache; and the token after them."""
+    logits = model(mx.array([[token, *draft]]), cache)
+    chosen: list[int] = sampler.preview(logits, draft).tolist()  # type: ignore[assignment]
+    right = next((i for i, guess in enumerate(draft) if guess != chosen[i]), len(draft))
+    cache.rollback(len(draft) - right)
+    sampler.accept(chosen[: right + 1])
+    return [token, *draft[:right]], chosen[right]
+
+
+def _packed(ids: Sequence[int]) -> bytes:
+    return array("I", ids).tobytes()
