@@ -145,3 +145,12 @@ def test_what_cannot_be_one_batch() -> None:
         batch.leave(0)
     with pytest.raises(InputError, match="2 rows of ids for a cache of 1"):
         model(mx.array([[1], [2]]), batch)
+
+
+def test_what_one_row_has_lost_no_row_can_undo() -> None:
+    model = MODELS[7]
+    caches = [prefilled(model, p, slack=4)[0] for p in (PROMPTS[1], PROMPTS[3])]
+    caches[0].rollback(3)
+    batch = BatchCache(caches)
+    assert batch.max_rollback == 1
+    assert batch.row(1).max_rollback == 1

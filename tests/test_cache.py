@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from m7mlx.cache import RollingCache
-from m7mlx.decode import prefill
+from m7mlx.decode import prefill, reuse
 from m7mlx.errors import InputError, RollbackError
 
 LENGTH = 70
@@ -201,3 +201,109 @@ def test_a_broken_off_pass_is_noticed() -> None:
 def test_slack_must_not_be_negative() -> None:
     with pytest.raises(InputError, match="slack"):
         MODELS[7].new_cache(slack=-1)
+
+
+# --- snapshots and reuse --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [4, 16, None])
+def test_both_go_on_from_a_snapshot(window: int | None) -> None:
+    model = MODELS[window]
+    cache = model.new_cache(slack=3)
+    prefill(model, IDS[:40], cache)
+    snapshot = cache.snapshot()
+    assert_close(model(mx.array([IDS[40:]]), cache)[0], EXPECTED[window][40:])
+    other = model.new_cache(slack=3)
+    other.restore(snapshot)
+    assert_close(model(mx.array([IDS[40:60]]), other)[0], EXPECTED[window][40:60])
+    cache.restore(snapshot)
+    assert cache.ids == IDS[:40]
+    assert_close(model(mx.array([IDS[40:50]]), cache)[0], EXPECTED[window][40:50])
+
+
+def test_a_snapshot_remembers_what_cannot_be_undone_any_more() -> None:
+    cache = MODELS[4].new_cache(slack=3)
+    prefill(MODELS[4], IDS[:30], cache)
+    cache.rollback(2)
+    snapshot = cache.snapshot()
+    prefill(MODELS[4], IDS[28:50], cache)
+    cache.restore(snapshot)
+    assert cache.max_rollback == snapshot.max_rollback == 1
+    with pytest.raises(RollbackError):
+        cache.rollback(2)
+
+
+def test_a_snapshot_fits_only_its_own_kind() -> None:
+    snapshot = MODELS[4].new_cache().snapshot()
+    for other in (MODELS[7].new_cache(), MODELS[4].new_cache(slack=5)):
+        with pytest.raises(InputError, match="another shape"):
+            other.restore(snapshot)
+    broken = MODELS[4].new_cache(slack=1)
+    prefill(MODELS[4], IDS[:30], broken)
+    broken.step(9)
+    with pytest.raises(RollbackError, match="broken off"):
+        broken.snapshot()
+
+
+def test_reuse_takes_the_longest_start_that_anybody_holds() -> None:
+    model = MODELS[7]
+    cache = model.new_cache(slack=2)
+    snapshots = []
+    for end in (10, 25, 40):
+        prefill(model, IDS[cache.offset : end], cache)
+        snapshots.append(cache.snapshot())
+    for known, ids in [
+        (40, [*IDS[:40], 5]),  # all of it
+        (39, [*IDS[:39], 5, 5]),  # rolled back
+        (38, IDS[:39]),  # the last is always computed
+        (25, [*IDS[:30], 5, 5]),  # beyond the slack: from a snapshot
+        (24, [*IDS[:24], 5, 5]),  # rolled back from there
+        (10, [*IDS[:20], 5]),
+        (0, [5, *IDS]),
+    ]:
+        assert reuse(cache, ids, snapshots) == known
+        assert cache.ids == ids[:known]
+        expected = reference.logits(model.config, random_weights(model.config), ids)
+        assert_close(model(mx.array([ids[known:]]), cache)[0], expected[known:])
+        cache.ids += ids[known:]
+        cache.restore(snapshots[-1])
+
+
+def test_reuse_passes_over_snapshots_of_other_caches() -> None:
+    other = MODELS[7].new_cache(slack=9)
+    prefill(MODELS[7], IDS[:20], other)
+    cache = MODELS[7].new_cache(slack=2)
+    assert reuse(cache, IDS[:25], [other.snapshot()]) == 0
+
+
+# --- in fewer bits --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [16, None])
+@pytest.mark.parametrize(("bits", "most"), [(8, 0.03), (4, 0.4)])
+def test_quantised_on_the_way_or_from_the_start(window: int | None, bits: int, most: float) -> None:
+    """Whenever the cache was quantised, it is close to what it is in full precision (this model is a rough one)."""
+    model = small_model(small_config(sliding_window=window, head_dim=32))
+    exact = model(mx.array([IDS]))[0, 40:]
+    for when in (0, 20, 40):
+        cache = model.new_cache()
+        for start in range(0, 40, 10):
+            if start == when:
+                cache.quantize(bits, 32)
+            prefill(model, IDS[start : start + 10], cache)
+        if when == 40:
+            cache.quantize(bits, 32)
+        error = model(mx.array([IDS[40:]]), cache)[0] - exact
+        assert mx.sqrt((error**2).mean() / (exact**2).mean()) < most
+
+
+def test_quantising_twice() -> None:
+    model = small_model(small_config(head_dim=32))
+    cache = model.new_cache(kv_bits=8, kv_group_size=32)
+    cache.quantize(8, 32)
+    with pytest.raises(InputError, match="8 bits already"):
+        cache.quantize(4, 32)
+    with pytest.raises(InputError, match="do not divide"):
+        model.new_cache(kv_bits=8, kv_group_size=64)
+    with pytest.raises(InputError, match="4 or 8 bits"):
+        model.new_cache(kv_bits=3)

@@ -123,18 +123,29 @@ class Conversation:
 
 class CacheMachine(RuleBasedStateMachine):
     @initialize(
-        window=st.sampled_from([4, 5, 7, 16, None]),
+        window=st.sampled_from([4, 5, 7, 16, None, None]),
         slack=st.integers(0, 6),
-        stream=st.none() | st.tuples(st.integers(6, 16), st.integers(0, 5)),
+        stream=st.tuples(st.integers(6, 12), st.integers(0, 5)) | st.none(),
         bits=st.sampled_from([None, None, 4, 8]),
+        prompts=st.tuples(*[st.lists(tokens_of, max_size=25)] * 2),
     )
-    def start(self, window: int | None, slack: int, stream: tuple[int, int] | None, bits: int | None) -> None:
+    def start(
+        self,
+        window: int | None,
+        slack: int,
+        stream: tuple[int, int] | None,
+        bits: int | None,
+        prompts: tuple[list[int], list[int]],
+    ) -> None:
         size, sinks = stream if stream and window is None else (None, 0)
         self.model = model(window)
         self.new = functools.partial(
             self.model.new_cache, slack=slack, kv_bits=bits, kv_group_size=32, max_kv_size=size, sinks=sinks
         )
         self.single = [Conversation(self.new()), Conversation(self.new())]
+        for one, prompt in zip(self.single, prompts, strict=True):
+            if prompt:  # most of what follows happens after the wrap
+                one.append(prompt)
         self.batched: list[Conversation] = []
         self.batch: BatchCache | None = None
 
@@ -161,7 +172,7 @@ class CacheMachine(RuleBasedStateMachine):
     def rollback(self, data: st.DataObject) -> None:
         one = self.pick(data)
         cache = one.cache
-        n = data.draw(st.integers(0, len(one.tokens) + 1), label="n")
+        n = data.draw(st.integers(0, cache.max_rollback) | st.integers(0, len(one.tokens) + 1), label="n")
         possible = cache.max_rollback
         if n <= possible:
             cache.rollback(n)
@@ -189,7 +200,7 @@ class CacheMachine(RuleBasedStateMachine):
             return
         one.cache.restore(snapshot)
         one.tokens = list(tokens)
-        assert one.cache.ids == tokens
+        assert (one.cache.ids, one.cache.max_rollback) == (tokens, snapshot.max_rollback)
 
     @precondition(lambda self: self.single)
     @rule(data=st.data())
@@ -251,7 +262,9 @@ class CacheMachine(RuleBasedStateMachine):
                 self.batch.join(one.cache)
             return
         else:
+            possible = min(self.batch.max_rollback, one.cache.max_rollback)
             assert self.batch.join(one.cache) == len(self.batched)
+            assert self.batch.max_rollback <= possible  # what one row has lost, all cannot undo
         self.single.remove(one)
         self.batched.append(one)
         if len(self.single) + len(self.batched) < 4:
@@ -275,8 +288,9 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def batch_rollback(self, data: st.DataObject) -> None:
         assert self.batch is not None
-        n = data.draw(st.integers(0, min(self.batch.offsets) + 1), label="n")
-        if n <= self.batch.max_rollback:
+        possible = self.batch.max_rollback
+        n = data.draw(st.integers(0, possible) | st.integers(0, min(self.batch.offsets) + 1), label="n")
+        if n <= possible:
             self.batch.rollback(n)
             for one in self.batched:
                 del one.tokens[len(one.tokens) - n :]
