@@ -26,7 +26,7 @@ windows = st.sampled_from(list(MODELS))
 
 def assert_close(found: mx.array, expected: np.ndarray) -> None:
     difference = np.abs(np.array(found) - expected).max() / np.abs(expected).max()
-    assert difference < 1e-5, difference
+    assert difference < 1e-4, difference
 
 
 @given(windows, st.integers(0, 9), st.data())
