@@ -6,21 +6,28 @@ model, tokenizer = load("demo")
 print(generate(model, tokenizer, [{"role": "user", "content": "What is the capital of France?"}]))
 """
 
+from m7mlx.batch import BatchCache
 from m7mlx.cache import RollingCache
 from m7mlx.config import ModelConfig
+from m7mlx.decode import reuse
 from m7mlx.errors import M7Error
 from m7mlx.generate import Piece, Stats, generate, stream_generate
 from m7mlx.load import load
 from m7mlx.model import Mistral
 from m7mlx.quantization import Quantization
 from m7mlx.sampling import Sampling
+from m7mlx.saved import load_cache, save_cache
+from m7mlx.speculative import DraftModel, PromptLookup, load_draft_model
 from m7mlx.tokenizer import Tokenizer
 
 __all__ = [
+    "BatchCache",
+    "DraftModel",
     "M7Error",
     "Mistral",
     "ModelConfig",
     "Piece",
+    "PromptLookup",
     "Quantization",
     "RollingCache",
     "Sampling",
@@ -28,5 +35,9 @@ __all__ = [
     "Tokenizer",
     "generate",
     "load",
+    "load_cache",
+    "load_draft_model",
+    "reuse",
+    "save_cache",
     "stream_generate",
 ]

@@ -59,11 +59,12 @@ def attend_to_ring(
     q: mx.array, k: mx.array, v: mx.array, ring: LayerRing, step: Step, rope_theta: float
 ) -> mx.array:  # q: [B, H, L, head_dim]; k, v: [B, KV, L, head_dim], none rotated yet; → [B, H, L, head_dim]
     """Rotate, store the new keys and values in the ring, and attend to all that the step lets see."""
-    kv = ring.update(rope(k, step.rope_offset, rope_theta), v, step)
-    rotated = rope(q, step.rope_offset, rope_theta)
+    turn = ring.format.turn
+    kv = ring.update(turn(rope(k, step.rope_offset, rope_theta)), v, step)
+    rotated = turn(rope(q, step.rope_offset, rope_theta))
     scale = q.shape[-1] ** -0.5
     if step.sinks is not None and ring.sinks is not None:
-        to_sinks = rope_each(q, step.sinks.positions, rope_theta)
+        to_sinks = turn(rope_each(q, step.sinks.positions, rope_theta))
         return attend(rotated * scale, kv, step.mask, (to_sinks * scale, ring.sinks, step.sinks.visible))
     if kv.format.bits is not None:
         return attend(rotated * scale, kv, step.mask)

@@ -28,7 +28,7 @@ from m7mlx.ring import KVFormat, LayerRing, Rows, Sinks
 if TYPE_CHECKING:
     from m7mlx.config import ModelConfig
 
-DEFAULT_SLACK = 64
+DEFAULT_SLACK = 8  # 0.2 % of a window of 4,096
 DEFAULT_SINKS = 4
 
 

@@ -15,7 +15,7 @@ from m7mlx.decode import decode, default_chunk, prefill, reuse
 from m7mlx.errors import InputError, PromptTooLongError, TokenizerError
 from m7mlx.model import Mistral
 from m7mlx.sampling import Sampler, Sampling
-from m7mlx.speculative import Drafter, speculate
+from m7mlx.speculative import DRAFT_SLACK, Drafter, speculate
 from m7mlx.tokenizer import Detokenizer, Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -90,7 +90,8 @@ def stream_generate(
 
     prompt      a text to continue, a list of ids, or a list of chat messages (see `m7mlx.chat`)
     cache       kept from call to call, so that only what is new of the prompt is prefilled
-    drafter     guesses several tokens at a time (`m7mlx.speculative`); the answer is the same, only faster
+    drafter     guesses several tokens at a time, fewer than the cache's slack (`m7mlx.speculative`); the answer
+                is the same, only faster
     max_tokens  tokens to generate at most; None goes on until the model ends or its context is full
     stop        texts that end the answer; they are not part of it
     on_prefill  called with (tokens done, tokens to do) before, between and after the chunks; what it raises
@@ -112,7 +113,8 @@ def stream_generate(
     if isinstance(stop, str) or not all(stop):
         raise InputError("stop must be a list of texts, none of them empty")
     ids = encode_prompt(tokenizer, prompt)
-    cache = model.new_cache() if cache is None else cache
+    if cache is None:
+        cache = model.new_cache() if drafter is None else model.new_cache(slack=DRAFT_SLACK)
     room = _check_prompt(model, ids, endless=cache.window is not None)
     limit = room if max_tokens is None else max_tokens if room is None else min(max_tokens, room)
     return _stream(

@@ -34,6 +34,7 @@ from m7mlx.sampling import Sampler
 from m7mlx.tokenizer import Tokenizer
 
 MAX_DRAFT = 15  # with the token before it 16 queries: beyond, the pass grows dearer than the draft is worth
+DRAFT_SLACK = 2 * (MAX_DRAFT + 1)  # a draft, and what a longer one before it has left behind
 
 
 class Drafter(Protocol):
@@ -103,7 +104,8 @@ class DraftModel:
         full = model.config.sliding_window is None
         self.pace = Pace()
         self._model, self._vocab_size = model, vocab_size
-        self._cache = model.new_cache(max_kv_size=min(4096, model.config.max_position_embeddings) if full else None)
+        size = min(4096, model.config.max_position_embeddings) if full else None
+        self._cache = model.new_cache(slack=DRAFT_SLACK, max_kv_size=size)
         self._synced = 0  # tokens in its cache that are known to be the conversation's
 
     def begin(self, ids: Sequence[int]) -> None:

@@ -59,7 +59,9 @@ def rounded(x: mx.array, bits: int | None) -> mx.array:
 def row(layer: int, token: int, position: int, bits: int | None) -> tuple[np.ndarray, np.ndarray]:
     """The key, rotated to its position, and the value of one token, as they are stored."""
     key, value = rotate(KEYS[layer][token], position), VALUES[layer][token]
-    return np.array(rounded(key, bits), np.float64), np.array(rounded(value, bits), np.float64)
+    if bits is not None:
+        key = mx.hadamard_transform(rounded(mx.hadamard_transform(key), bits))  # its own inverse
+    return np.array(key, np.float64), np.array(rounded(value, bits), np.float64)
 
 
 @functools.cache

@@ -58,6 +58,25 @@ def test_quantised_bytes_against_16_bit_ones(bits: int, most: float) -> None:
     assert sizes[bits] / in_16_bits <= most
 
 
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 224, 288])
+def test_products_are_the_same_in_the_basis_of_the_keys(head_dim: int) -> None:
+    q, k = (mx.random.normal((1, 2, 5, head_dim), key=mx.random.key(i)) for i in range(2))
+    turn = KVFormat(4, 32).turn
+    assert mx.allclose(turn(q) @ turn(k).swapaxes(2, 3), q @ k.swapaxes(2, 3), atol=1e-3)
+    assert mx.array_equal(KVFormat().turn(q), q)
+
+
+def test_a_large_channel_does_not_drown_the_others() -> None:
+    k = mx.random.normal((1, 1, 64, 128), key=mx.random.key(0))
+    k[..., 5] = 60.0
+    kv = KVFormat(4, 64)
+
+    def error(x: mx.array) -> float:
+        return mx.square(kv.decode(kv.encode(x), mx.float32) - x).mean().item()  # type: ignore[return-value]
+
+    assert error(kv.turn(k)) < error(k) / 4
+
+
 @pytest.mark.parametrize(("bits", "group"), [(3, 64), (2, 32), (16, 64), (4, 48), (8, 0)])
 def test_formats_that_do_not_exist(bits: int, group: int) -> None:
     with pytest.raises(InputError, match="4 or 8 bits"):

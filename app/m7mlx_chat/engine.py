@@ -20,6 +20,7 @@ import mlx.core as mx
 
 from m7mlx import Mistral, RollingCache, Tokenizer, load, stream_generate
 from m7mlx.errors import M7Error
+from m7mlx.speculative import Drafter
 from m7mlx_chat.settings import Settings
 
 
@@ -122,6 +123,7 @@ class Engine:
         self._model: Mistral | None = None
         self._tokenizer: Tokenizer | None = None
         self._cache: RollingCache | None = None
+        self._drafter: Drafter | None = None
         self._thread = threading.Thread(target=self._run, name="m7mlx-engine", daemon=True)
 
     def start(self) -> None:
@@ -175,7 +177,7 @@ class Engine:
                 except Exception as error:
                     self._emit(_failed(error))
         finally:
-            self._model = self._tokenizer = self._cache = None
+            self._model = self._tokenizer = self._cache = self._drafter = None
             # Streams left to the thread's own end abort the process every third time (mlx 0.32, Linux).
             mx.clear_streams()
 
@@ -186,9 +188,12 @@ class Engine:
             self._emit(Loading(done, total))
 
         self._model, self._tokenizer = load(self._folder, progress=progress)
-        self._cache = self._model.new_cache()
+        self._cache = self._model.new_cache(**self._settings.cache)
+        self._drafter = self._settings.drafter(self._model, self._tokenizer)
         config = self._model.config
-        self._emit(Ready(config.sliding_window, config.max_position_embeddings, self._model.nbytes))
+        self._emit(
+            Ready(self._cache.max_kv_size or self._cache.window, config.max_position_embeddings, self._model.nbytes)
+        )
 
     def _answer(self, request: int, messages: list[dict[str, Any]]) -> None:
         assert self._model is not None
@@ -205,6 +210,7 @@ class Engine:
             self._tokenizer,
             messages,
             cache=self._cache,
+            drafter=self._drafter,
             sampling=self._settings.sampling,
             max_tokens=self._settings.max_tokens,
             stop=self._settings.stop,

@@ -56,11 +56,14 @@ def _start(settings: Settings, folder: Path, question: str) -> Iterator[Piece]:
     with bar:
         loading = bar.add_task("Loading the model", total=None)
         model, tokenizer = load(folder, progress=lambda done, total: bar.update(loading, completed=done, total=total))
+        drafter = settings.drafter(model, tokenizer)
         reading = bar.add_task("Reading the question", total=None)
         stream = stream_generate(
             model,
             tokenizer,
             settings.messages([{"role": "user", "content": question}]),
+            cache=model.new_cache(**settings.cache),
+            drafter=drafter,
             sampling=settings.sampling,
             max_tokens=settings.max_tokens,
             stop=settings.stop,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from m7mlx.cache import CacheOptions
 from m7mlx.errors import DownloadError
 from m7mlx.hub import resolve
+from m7mlx.model import Mistral
 from m7mlx.sampling import Sampling
+from m7mlx.speculative import Drafter, PromptLookup, load_draft_model
+from m7mlx.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,8 @@ class Settings:
     sampling: Sampling
     max_tokens: int
     stop: tuple[str, ...] = ()
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    speculate: str = "off"
 
     def messages(self, history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """The conversation as the model sees it: the system prompt, then the history."""
@@ -32,3 +38,9 @@ class Settings:
             if self.model == "demo":
                 raise
             raise DownloadError(f"{error}; or try the small model: m7mlx-chat --model demo") from None
+
+    def drafter(self, model: Mistral, tokenizer: Tokenizer) -> Drafter | None:
+        """What --speculate asks for. Raises as `load_draft_model`."""
+        if self.speculate == "off":
+            return None
+        return PromptLookup() if self.speculate == "lookup" else load_draft_model(self.speculate, model, tokenizer)
