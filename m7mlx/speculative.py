@@ -56,28 +56,38 @@ class Drafter(Protocol):
 
 
 class PromptLookup:
-    """Looks where the last few tokens stood before and guesses that the same follows: quotes, edits, repairs."""
+    """Looks where the last few tokens stood before and guesses that the same follows: quotes, edits, repairs.
+
+    Where a copy departs from its source (a word changed, a comma put in), two tokens are enough to find back to it.
+    """
 
     _SIZES = (12, 6, 3)  # tokens that must match; the longest match is the surest
+    _NEAR = 12  # tokens of the source within which a departed copy is looked for, and for as many tokens
 
     def __init__(self) -> None:
         self.pace = Pace()
         self._seen = bytearray()  # the ids, 4 bytes each: `rfind` searches them at memory speed
+        self._source = self._at = 0  # where the last draft was taken from, and what length `ids` had then
 
     def begin(self, ids: Sequence[int]) -> None:
         self._seen = bytearray(_packed(ids))
+        self._source = self._at = 0
 
     def promising(self, ids: Sequence[int]) -> bool:
         self._seen += _packed(ids[len(self._seen) // 4 :])
-        return self._find(self._SIZES[-1]) >= 0
+        return self._find(self._SIZES[-1]) >= 0 or self._find_near(ids, ids[-1:]) >= 0
 
     def draft(self, ids: Sequence[int], token: int, most: int, sampler: Sampler) -> list[int]:
-        self._seen += _packed([*ids[len(self._seen) // 4 :], token])
+        ids = [*ids, token]
+        self._seen += _packed(ids[len(self._seen) // 4 :])
         found = next((at for n in self._SIZES if (at := self._find(n)) >= 0), -1)
         if found < 0:
+            found = self._find_near(ids, ids[-2:])
+        if found < 0:
             return []
-        guess = [*ids[found : found + most], token][:most]
-        period = len(ids) + 1 - found
+        self._source, self._at = found, len(ids)
+        guess = ids[found : found + most]
+        period = len(ids) - found
         while len(guess) < most:  # what repeats itself goes on repeating
             guess.append(guess[-period])
         return guess
@@ -91,6 +101,16 @@ class PromptLookup:
         while (at := self._seen.rfind(pattern, 0, end)) >= 0 and at % 4:
             end = at + n * 4 - 1  # it lay across two ids
         return -1 if at < 0 else at // 4 + n
+
+    def _find_near(self, ids: Sequence[int], last: Sequence[int]) -> int:
+        """Where the source goes on after `last`, the end of `ids`, if a copy has just departed from it; else −1."""
+        copied = len(ids) - self._at
+        if not self._at or copied > MAX_DRAFT + self._NEAR:
+            return -1
+        expected = self._source + copied
+        places = range(max(0, expected - self._NEAR), min(expected + self._NEAR, self._at) - len(last))
+        found = [at + len(last) for at in places if ids[at : at + len(last)] == last]
+        return min(found, key=lambda at: abs(at - expected), default=-1)
 
 
 class DraftModel:
@@ -168,11 +188,14 @@ class Pace:
     _DRAFTS = (1, 3, 7, MAX_DRAFT)
     _SHARE = 0.015  # of all time, that may be lost
     _LOAN = 2.0  # plain passes, to begin with
+    _PRIOR = (1.4, 0.6)
 
     def __init__(self) -> None:
         self._plain: deque[float] = deque(maxlen=15)  # seconds
         self._checks: dict[int, deque[float]] = {}  # queries in the pass → seconds
-        self._right, self._wrong = 1.4, 0.6  # drafted tokens, forgotten slowly; as if two had been tried
+        # Drafted tokens that were right and wrong, as if two had been tried: at the beginning of a copy, and in it.
+        self._odds = {False: list(self._PRIOR), True: list(self._PRIOR)}
+        self._copying = False  # the last draft was right to its end
         self._elapsed = self._saved = 0.0  # seconds
 
     def plan(self, most: int) -> int:
@@ -180,7 +203,8 @@ class Pace:
         if len(self._plain) < 3:
             return 0
         one = statistics.median(self._plain)
-        a = self._right / (self._right + self._wrong)
+        right, wrong = self._odds[self._copying]
+        a = right / (right + wrong)
         gains = {k: (1 - a ** (k + 1)) / (1 - a) * one / self._cost(k + 1, one) for k in self._DRAFTS if k <= most}
         best = max(gains, key=gains.__getitem__, default=0)
         if not best or gains[best] < 1.05:
@@ -192,19 +216,21 @@ class Pace:
         """A token was decoded in the plain way, with the next pass under way."""
         self._plain.append(seconds)
         self._elapsed += seconds
-        # What was learned fades, so that another part of the text gets its try.
-        self._right += 0.01 * (1.4 - self._right)
-        self._wrong += 0.01 * (0.6 - self._wrong)
+        self._copying = False
+        for odds in self._odds.values():  # what was learned fades, so that another part of the text gets its try
+            odds[:] = [n + 0.01 * (prior - n) for n, prior in zip(odds, self._PRIOR, strict=True)]
 
     def waited(self, seconds: float) -> None:
         """A token was decoded in the plain way, but the device had to wait for it to be read."""
+        self._copying = False
         self._enter(seconds, 1)
 
     def checked(self, drafted: int, accepted: int, seconds: float) -> None:
         """A draft was made and checked; `accepted` of its tokens were right."""
         self._checks.setdefault(drafted + 1, deque(maxlen=5)).append(seconds)
-        self._right = 0.9 * self._right + accepted
-        self._wrong = 0.9 * self._wrong + (accepted < drafted)
+        right, wrong = self._odds[self._copying]
+        self._odds[self._copying] = [0.8 * right + accepted, 0.8 * wrong + (accepted < drafted)]
+        self._copying = accepted == drafted
         self._enter(seconds, accepted + 1)
 
     def _enter(self, seconds: float, tokens: int) -> None:

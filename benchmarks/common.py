@@ -1,0 +1,51 @@
+"""What the benchmarks share. Each script prints one Markdown table; docs/performance.md keeps them."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+
+
+def preload_blas() -> str:
+    """On Linux, let MLX's CPU backend compute with OpenBLAS if it is installed; call before MLX is imported.
+
+    The wheel's own BLAS is the reference implementation, which gains nothing from several queries at once.
+    """
+    if sys.platform != "linux":
+        return "as shipped"
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
+        return "OpenBLAS"
+    return "reference BLAS (slow; apt install libopenblas0-pthread)"
+
+
+def machine(blas: str) -> str:
+    """One line that says what the figures were measured on."""
+    import mlx.core as mx
+
+    return f"{platform.system()} {platform.machine()}, MLX {mx.__version__}, {mx.default_device()}, BLAS: {blas}"
+
+
+def alternate(rounds: int, runs: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
+    """Run all in turn, `rounds` times, so that a slow minute of the machine meets every one of them."""
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            found[name].append(run())
+    return found
+
+
+def spread(values: Sequence[float], unit: str = "", digits: int = 2) -> str:
+    """Median, and lowest to highest."""
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:.{digits}f}{unit} ({low:.{digits}f}–{high:.{digits}f})"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a Markdown table."""
+    for row in (head, ["---"] * len(head), *rows):
+        print("| " + " | ".join(row) + " |", flush=True)
