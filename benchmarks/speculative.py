@@ -17,8 +17,11 @@ blas = preload_blas()
 
 import textwrap  # noqa: E402
 from pydoc_data.topics import topics  # noqa: E402  (English prose that every Python brings)
+from typing import cast  # noqa: E402
 
-from m7mlx import Mistral, PromptLookup, Tokenizer, load, load_draft_model  # noqa: E402
+import mlx.core as mx  # noqa: E402
+
+from m7mlx import Mistral, PromptLookup, RollingCache, load, load_draft_model  # noqa: E402
 from m7mlx.decode import decode, prefill  # noqa: E402
 from m7mlx.sampling import Sampler, Sampling  # noqa: E402
 from m7mlx.speculative import DRAFT_SLACK, Drafter, speculate  # noqa: E402
@@ -44,25 +47,51 @@ CODE = textwrap.dedent(
             return self.balance
     """
 )
-JSON = json.dumps(
-    [{"id": i, "name": f"sensor-{i}", "unit": "celsius", "values": [i, i + 1, i + 2]} for i in range(6)], indent=1
-).replace("],\n", "]\n", 1)
-PROMPTS = {
-    "quote": ("copy", f"Repeat the following text word for word.\n\n{TEXT}"),
-    "edit a file": ("copy", f"Rewrite this Python file with the class renamed to BankAccount.\n```python{CODE}```"),
-    "repair JSON": ("copy", f"This JSON lacks a comma. Write the whole corrected JSON.\n```json\n{JSON}\n```"),
-    "story": ("free", "Write a long story about a lighthouse keeper who finds a message in a bottle."),
-    "explain": ("free", "Explain to a curious child how rainbows form, and why the sky is blue."),
-    "letter": ("free", "Write a letter to a friend in which you describe a journey through the mountains."),
+UNITS = {"celsius": 21.5, "kelvin": 300, "percent": 47, "volt": 3.3, "watt": 60}
+JSON = json.dumps([{"id": f"sensor-{i}", "unit": u, "value": v} for i, (u, v) in enumerate(UNITS.items())], indent=1)
+
+# Name → kind, question, and the answer that a good model gives (None: whatever comes).
+TASKS: dict[str, tuple[str, str, str | None]] = {
+    "quote": ("copy", f"Repeat the following text word for word.\n\n{TEXT}", TEXT),
+    "edit a file": (
+        "copy",
+        f"Rewrite this Python file with the class renamed BankAccount, owner renamed holder.\n```python{CODE}```",
+        f"```python{CODE.replace('Account', 'BankAccount').replace('owner', 'holder')}```",
+    ),
+    "repair JSON": (
+        "copy",
+        f"This JSON lacks commas. Write all of it, corrected.\n```json\n{JSON.replace('},', '}')}\n```",
+        f"```json\n{JSON}\n```",
+    ),
+    "story": ("free", "Write a long story about a lighthouse keeper who finds a message in a bottle.", None),
+    "explain": ("free", "Explain to a curious child how rainbows form, and why the sky is blue.", None),
+    "letter": ("free", "Write a letter to a friend in which you describe a journey through the mountains.", None),
+    "list": ("free", "Give me ten ideas for a birthday party, with a sentence on each.", None),
 }
 
 
+class Told:
+    """The model, made to give a certain answer: a small one cannot edit a file, and what is measured is the time."""
+
+    def __init__(self, model: Mistral, prompt: int, answer: list[int]) -> None:
+        self.model, self.prompt, self.answer = model, prompt, answer
+
+    def __call__(self, ids: mx.array, cache: RollingCache) -> mx.array:
+        logits = self.model(ids, cache)
+        first = cache.offset - ids.shape[1] + 1 - self.prompt
+        told = (self.answer[first : first + ids.shape[1]] + [0] * ids.shape[1])[: ids.shape[1]]
+        return mx.put_along_axis(logits, mx.array(told)[None, :, None], mx.array(1e4), axis=-1)
+
+
 def seconds(
-    model: Mistral, ids: list[int], count: int, answer: list[int], make: Callable[[], Drafter] | None
+    model: Mistral, ids: list[int], count: int, told: list[int], answer: list[int], make: Callable[[], Drafter] | None
 ) -> float:
     """Seconds to decode `count` tokens after the prompt; they must be those in `answer`, which is filled first."""
     cache = model.new_cache(slack=DRAFT_SLACK)
     logits = prefill(model, ids, cache)
+    if told:
+        logits[0, told[0]] = 1e4
+        model = cast(Mistral, Told(model, len(ids), told))
     sampler = Sampler(Sampling())
     started = time.perf_counter()
     if make is None:
@@ -84,35 +113,30 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     model, tokenizer = load(args.model)
-    print(machine(blas), f"· {args.model} · {args.tokens} greedy tokens · {args.rounds} rounds")
+    print(machine(blas), f"· {args.model} · greedy · {args.rounds} rounds")
     ways: dict[str, Callable[[], Drafter]] = {"lookup": PromptLookup}
     if args.draft:
         draft = load_draft_model(args.draft, model, tokenizer)
         ways[f"draft {args.draft}"] = lambda: draft
     rows = []
-    for name, (kind, prompt) in PROMPTS.items():
-        rows.append(measure(model, tokenizer, name, kind, prompt, ways, args.tokens, args.rounds))
-    table(["text", "kind", "plain, tok/s", *(f"{way}, times as fast" for way in ways)], rows)
+    for name, (kind, question, right) in TASKS.items():
+        ids = tokenizer.chat.encode([{"role": "user", "content": question}])
+        rows.append([name, kind, *measure(model, ids, [], ways, args.tokens, args.rounds)])
+        if right is not None:
+            told = tokenizer.encode(right)
+            rows.append([f"{name}, right", kind, *measure(model, ids, told, ways, len(told), args.rounds)])
+    table(["text", "kind", "tokens", "plain, tok/s", *(f"{way}, times as fast" for way in ways)], rows)
 
 
 def measure(
-    model: Mistral,
-    tokenizer: Tokenizer,
-    name: str,
-    kind: str,
-    prompt: str,
-    ways: dict[str, Callable[[], Drafter]],
-    count: int,
-    rounds: int,
+    model: Mistral, ids: list[int], told: list[int], ways: dict[str, Callable[[], Drafter]], count: int, rounds: int
 ) -> list[str]:
-    ids = tokenizer.chat.encode([{"role": "user", "content": prompt}])
-    answer: list[int] = []
-    run = partial(seconds, model, ids, count, answer)
+    run = partial(seconds, model, ids, count, told, [])
     runs = {"plain": partial(run, None)} | {way: partial(run, make) for way, make in ways.items()}
     found = alternate(rounds, runs)
     plain = found.pop("plain")
     ratios = [spread([p / t for p, t in zip(plain, times, strict=True)], "×") for times in found.values()]
-    return [name, kind, spread([count / t for t in plain], digits=1), *ratios]
+    return [str(count), spread([count / t for t in plain], digits=1), *ratios]
 
 
 if __name__ == "__main__":

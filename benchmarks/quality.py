@@ -1,0 +1,118 @@
+"""What fewer bits for keys and values cost, and what sinks are good for, on real text.
+
+    python benchmarks/quality.py [--model demo] [--tokens 2048] [--max-kv-size 512]
+
+The text is Python's own reference documentation, which every Python brings. Perplexity is that of the text;
+KL divergence is of each next-token distribution from that with unquantised keys and values, in nats; top-1 says
+how often the most probable token is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from common import machine, preload_blas, table
+
+blas = preload_blas()
+
+from pydoc_data.topics import topics  # noqa: E402
+
+import mlx.core as mx  # noqa: E402
+
+from m7mlx import Mistral, RollingCache, load  # noqa: E402
+from m7mlx.decode import decode, prefill  # noqa: E402
+from m7mlx.sampling import Sampler, Sampling  # noqa: E402
+
+CHUNK = 128
+
+
+def logprobs(model: Mistral, ids: list[int], cache: RollingCache) -> list[mx.array]:
+    """Log probabilities of what follows each token, [CHUNK, vocab_size] at a time."""
+    found = []
+    for start in range(0, len(ids), CHUNK):
+        logits = model(mx.array([ids[start : start + CHUNK]]), cache)[0]
+        found.append(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        mx.eval(found[-1], cache.arrays)
+    return found
+
+
+def losses(rows: list[mx.array], ids: list[int]) -> list[float]:
+    """−log probability of each token but the first."""
+    found: list[float] = []
+    for i, row in enumerate(rows):
+        following = ids[i * CHUNK + 1 : i * CHUNK + 1 + len(row)]
+        picked = mx.take_along_axis(row[: len(following)], mx.array(following)[:, None], axis=-1)
+        found += (-picked[:, 0]).tolist()  # type: ignore[arg-type]
+    return found
+
+
+def perplexity(values: list[float]) -> float:
+    return math.exp(sum(values) / len(values))
+
+
+def in_fewer_bits(model: Mistral, ids: list[int]) -> None:
+    exact = logprobs(model, ids, model.new_cache())
+    rows = []
+    for bits in (None, 8, 4):
+        cache = model.new_cache(kv_bits=bits)
+        found = logprobs(model, ids, cache)
+        kl = sum((mx.exp(a) * (a - b)).sum().item() for a, b in zip(exact, found, strict=True)) / len(ids)
+        pairs = zip(exact, found, strict=True)
+        same = sum((mx.argmax(a, -1) == mx.argmax(b, -1)).sum().item() for a, b in pairs) / len(ids)
+        per_number = cache.nbytes / 2 / model.config.n_layers / model.config.n_kv_heads / model.config.head_dim
+        per_number *= 8 / cache.rings[0].rows
+        name = "as computed" if bits is None else f"{bits} bits"
+        loss = perplexity(losses(found, ids))
+        rows.append([name, f"{per_number:.2f}", f"{loss:.3f}", f"{kl:.5f}", f"{same:.1%}"])
+    table(["keys and values", "bits a number", "perplexity", "KL", "top-1"], rows)
+
+
+def streaming(model: Mistral, ids: list[int], size: int) -> None:
+    """Perplexity by position in a bounded stream, with sinks and without; by quarters of the text."""
+    part = len(ids) // 4
+    rows = []
+    for sinks in (4, 0):
+        loss = losses(logprobs(model, ids, model.new_cache(max_kv_size=size, sinks=sinks)), ids)
+        head = perplexity(loss[: size - CHUNK])
+        rows.append(
+            [f"{sinks} sinks", f"{head:.2f}", *(f"{perplexity(loss[i * part :][:part]):.2f}" for i in range(4))]
+        )
+    table(["perplexity", f"first {size - CHUNK}", *(f"quarter {i + 1}" for i in range(4))], rows)
+
+
+def fluency(model: Mistral, ids: list[int], size: int, count: int) -> list[int]:
+    """Tokens generated in a bounded stream, at temperature 1 over the likeliest 90 %."""
+    cache = model.new_cache(max_kv_size=size)
+    logits = prefill(model, ids, cache)
+    return list(decode(model, logits, cache, Sampler(Sampling(temperature=1.0, top_p=0.9, seed=1)), count))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--max-kv-size", type=int, default=512)
+    args = parser.parse_args()
+    model, tokenizer = load(args.model)
+    print(machine(blas), f"· {args.model} · {args.tokens} tokens\n")
+    text = "\n".join(topics[name] for name in sorted(topics))
+    size = args.max_kv_size
+    ids = tokenizer.encode(text[: 20 * size * 8])[: max(args.tokens, 20 * size)]
+    in_fewer_bits(model, ids[: args.tokens])
+    print(
+        f"\nmax_kv_size {size}, {20 * size:,} tokens of text (the model's context is "
+        f"{model.config.max_position_embeddings:,}):\n"
+    )
+    streaming(model, ids[: 20 * size], size)
+    answer = fluency(model, ids[:32], size, 20 * size)
+    tail = tokenizer.decode(answer[-120:])
+    distinct = len({tuple(answer[i : i + 4]) for i in range(len(answer) - 2000, len(answer) - 4)}) / 1996
+    print(
+        f"\nGenerated {len(answer):,} tokens; of the last 2,000, {distinct:.0%} of the 4-grams are distinct. "
+        f"The end:\n\n{tail}"
+    )
+
+
+if __name__ == "__main__":
+    main()

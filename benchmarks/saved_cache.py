@@ -1,0 +1,78 @@
+"""Opening a saved conversation against reading it again.
+
+    python benchmarks/saved_cache.py [--tokens 30000] [--rounds 3]
+
+On the Mistral-shaped model of long_context.py (window 4,096, random weights). Both roads then decode 64 tokens, which
+must be the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+from common import alternate, machine, preload_blas, spread, table
+from long_context import CONFIG
+
+blas = preload_blas()
+
+import mlx.core as mx  # noqa: E402
+
+from m7mlx import Mistral, ModelConfig, RollingCache, load_cache, save_cache  # noqa: E402
+from m7mlx.decode import decode, prefill  # noqa: E402
+from m7mlx.sampling import Sampler, Sampling  # noqa: E402
+
+
+def go_on(model: Mistral, cache: RollingCache) -> list[int]:
+    logits = model(mx.array([[7]]), cache)[:, -1]
+    return list(decode(model, logits, cache, Sampler(Sampling()), 64))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=30_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    model = Mistral(ModelConfig.from_dict(CONFIG))
+    mx.eval(model.parameters())
+    ids = [(i * i + 7 * i) % CONFIG["vocab_size"] for i in range(args.tokens)]
+    cache = model.new_cache()
+    prefill(model, ids, cache)
+    expected = None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "conversation"
+
+        def save() -> float:
+            started = time.perf_counter()
+            save_cache(path, cache, model)
+            return time.perf_counter() - started
+
+        def reopen() -> float:
+            started = time.perf_counter()
+            opened.append(load_cache(path, model))
+            return time.perf_counter() - started
+
+        def read_again() -> float:
+            started = time.perf_counter()
+            opened.append(model.new_cache())
+            mx.eval(prefill(model, ids, opened[-1]))
+            return time.perf_counter() - started
+
+        opened: list[RollingCache] = []
+        found = alternate(args.rounds, {"save": save, "open": reopen, "read again": read_again})
+        size = path.stat().st_size
+        answers = [go_on(model, one) for one in opened]
+        expected = answers[0]
+        if any(answer != expected for answer in answers):
+            raise SystemExit("the tokens differ")
+    ratios = [again / opening for again, opening in zip(found["read again"], found["open"], strict=True)]
+    print(machine(blas), f"· {args.tokens:,} tokens · {args.rounds} rounds · file {size / 1e6:.1f} MB")
+    head = ["save, s", "open, s", "read again, s", "times as fast"]
+    times = [spread(found[name], digits=3) for name in ("save", "open", "read again")]
+    table(head, [[*times, spread(ratios, "×", digits=0)]])
+
+
+if __name__ == "__main__":
+    main()
