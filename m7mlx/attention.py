@@ -81,15 +81,16 @@ def attend(
 
     sinks  queries as rotated for them, their keys and values, and which query sees which of them
     """
-    assert not isinstance(mask, str)
     B, H, L, D = q.shape
+    n_keys = kv.keys[0].shape[2]
+    if isinstance(mask, str):  # causal, aligned to the end
+        mask = window_mask(mx.arange(n_keys - L, n_keys), mx.arange(n_keys), None)
     n_kv_heads = kv.keys[0].shape[1]
     groups = (B, n_kv_heads, H // n_kv_heads, L, -1)
     rows = (B, n_kv_heads, -1, D)  # the queries of a group one below the other: one product per KV head
     mask = mask if mask.ndim == 2 else mask[:, :, None]
     scores = _product(q.reshape(rows), kv.keys, kv.format, transpose=True).reshape(groups)
     scores = mx.where(mask, scores, -mx.inf)
-    n_keys = scores.shape[-1]
     if sinks is not None:
         to_sinks, (sink_keys, sink_values), visible = sinks
         more = (to_sinks.reshape(rows) @ sink_keys.swapaxes(2, 3)).reshape(groups)

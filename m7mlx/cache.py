@@ -179,11 +179,11 @@ class RollingCache:
     def _mask(self, queries: mx.array, in_place: bool) -> mx.array | str:
         """Which query sees which row of what `LayerRing.update` will return; `queries` [(B,) length] positions."""
         ring, end = self.rings[0], self.offset + queries.shape[-1]
+        if isinstance(self._starts, int) and (self.window is None or end <= self.window):
+            return "causal"
         if in_place:  # the ring as it lies: slot s holds the last position that is s modulo capacity
             slots = mx.arange(max(ring.rows, ring.rows_for(end)))
             keys = end - 1 - (end - 1 - slots) % ring.capacity  # negative where nothing has been written yet
-        elif isinstance(self._starts, int) and (self.window is None or end <= self.window):
-            return "causal"
         else:
             keys = mx.arange(0 if self.window is None else max(0, self.offset - self.window + 1), end)
         mask = window_mask(queries, keys - self._starts, self.window)

@@ -119,7 +119,9 @@ class LayerRing:
         new = self.format.encode(k) + self.format.encode(v)
         if step.in_place:
             self.write(new, step.offset)
-            return self._split(self.buffers, self.format)
+            in_order = isinstance(step.mask, str)  # nothing has left the window: the rows so far, and no others
+            rows = self._read(slice(step.offset + step.length)) if in_order else self.buffers
+            return self._split(rows, self.format)
         pieces = [self._read(slots) for slots in self._past(step.offset)] + [new]
         rows = tuple(mx.concatenate(list(parts), axis=2) for parts in zip(*pieces, strict=True))
         keep = min(step.length, self.capacity)

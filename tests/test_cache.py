@@ -169,9 +169,10 @@ def test_peak_memory_of_prefill_does_not_grow_with_the_prompt() -> None:
     assert long < keys_of_the_long_prompt / 4
 
 
-def test_writing_does_not_copy_the_ring() -> None:
+@pytest.mark.parametrize("window", [4990, 8000, None])
+def test_writing_does_not_copy_the_ring(window: int | None) -> None:
     """A decode step may hold only a little more than the ring itself: MLX wrote in place."""
-    model = small_model(small_config(sliding_window=5000, n_layers=1, n_heads=2, n_kv_heads=2))
+    model = small_model(small_config(sliding_window=window, n_layers=1, n_heads=2, n_kv_heads=2))
     cache = model.new_cache()
     prefill(model, [1] * 5000, cache)
     token = mx.array([[1]])

@@ -47,6 +47,23 @@ def test_a_question_through_a_pipe(demo_model: Path) -> None:
     assert b"Paris" in both.stdout
 
 
+@pytest.mark.demo
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--speculate", "lookup"],
+        ["--speculate", "demo"],
+        ["--kv-bits", "8", "--max-kv-size", "300"],
+        ["--max-kv-size", "30"],  # less than the question: a stream has no end
+    ],
+)
+def test_the_answer_with_other_memory_and_other_speed(demo_model: Path, options: list[str]) -> None:
+    done = chat("--model", demo_model, "-p", CAPITAL, "--max-tokens", "20", *options)
+    assert done.returncode == 0, done.stderr
+    assert b"Paris" in done.stdout
+    assert done.stderr == b""
+
+
 # --- a small model: what goes wrong --------------------------------------------------------------------------
 
 
@@ -70,12 +87,25 @@ def test_any_bytes_can_be_piped(model_folder: Path, stdin: bytes) -> None:
         (["-p", "x", "--top-p", "nan"], None, 2, b"top_p must lie between"),
         (["-p", "x", "--max-tokens", "0"], None, 2, b"--max-tokens must be at least 1"),
         (["-p", "x", "--stop", ""], None, 2, b"--stop needs a text"),
+        (["-p", "x", "--kv-bits", "5"], None, 2, b"--kv-bits: invalid choice: 5"),
+        (["-p", "x", "--model", "{small}", "--kv-bits", "8"], None, 2, b"do not divide this model's head_dim of 16"),
+        (["-p", "x", "--model", "{small}", "--max-kv-size", "9"], None, 2, b"own window bounds its cache to 16 keys"),
+        (["-p", "x", "--model", "{small}", "--speculate", "nowhere"], None, 2, b"no alias"),
+        (["-p", "x", "--model", "{small}", "--speculate", "{demo}"], None, 2, b"another tokenizer"),
         (["-p", "x", "--wrong"], None, 2, b"unrecognized arguments: --wrong"),
     ],
 )
 def test_bad_usage_is_one_line_and_status_2(
-    arguments: list[str], stdin: bytes | None, status: int, message: bytes, tmp_path: Path
+    arguments: list[str],
+    stdin: bytes | None,
+    status: int,
+    message: bytes,
+    tmp_path: Path,
+    model_folder: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
+    demo = request.getfixturevalue("demo_model") if "{demo}" in arguments else ""
+    arguments = [a.format(small=model_folder, demo=demo) for a in arguments]
     done = chat(*arguments, stdin=stdin, cwd=tmp_path)
     assert done.returncode == status
     assert done.stdout == b""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import small_config, write_folder
 from m7mlx_chat import engine as module
 from m7mlx_chat.engine import Done, Engine, Event, Failed, Loading, Prefill, Ready, Text
 from m7mlx_chat.settings import Settings
@@ -18,8 +19,8 @@ from m7mlx.sampling import Sampling
 LONG = 100_000
 
 
-def settings(max_tokens: int = 12) -> Settings:
-    return Settings(model="small", system="", sampling=Sampling(), max_tokens=max_tokens)
+def settings(max_tokens: int = 12, **changes: Any) -> Settings:
+    return Settings(model="small", system="", sampling=Sampling(), max_tokens=max_tokens, **changes)
 
 
 def wait(engine: Engine, until: Callable[[list[Event]], bool], seen: list[Event] | None = None) -> list[Event]:
@@ -44,8 +45,8 @@ def user(text: str) -> dict[str, Any]:
 def start(model_folder: Path) -> Iterator[Callable[..., Engine]]:
     engines: list[Engine] = []
 
-    def make(max_tokens: int = 12, folder: Path = model_folder) -> Engine:
-        engines.append(Engine(folder, settings(max_tokens)))
+    def make(max_tokens: int = 12, folder: Path = model_folder, **changes: Any) -> Engine:
+        engines.append(Engine(folder, settings(max_tokens, **changes)))
         engines[-1].start()
         return engines[-1]
 
@@ -168,3 +169,39 @@ def test_drain_joins_texts_and_keeps_the_order(tmp_path: Path) -> None:
         engine._emit(event)
     assert engine.drain() == [Text("ab"), Prefill(1, 2), Text("cd")]
     assert engine.drain() == []
+
+
+@pytest.mark.parametrize("speculate", ["lookup", "{folder}"])
+def test_drafts_change_nothing_but_the_time(start: Callable[..., Engine], model_folder: Path, speculate: str) -> None:
+    """Two turns with a drafter, and the same two without."""
+    answers = []
+    for how in ("off", speculate.format(folder=model_folder)):
+        engine = start(60, speculate=how, cache={"slack": 64})
+        history = [user("one two three one two three one two")]
+        for _ in range(2):
+            engine.submit(history)
+            done = next(e for e in wait(engine, ended) if isinstance(e, Done))
+            answers.append(done.text)
+            history += [{"role": "assistant", "content": done.text, "ids": done.ids}, user("and again")]
+        assert done.reused_tokens > 0
+    assert answers[:2] == answers[2:]
+
+
+def test_a_draft_model_that_does_not_fit_is_said_at_once(start: Callable[..., Engine], tmp_path: Path) -> None:
+    other = write_folder(tmp_path / "v1", small_config(vocab_size=32000, n_layers=1))
+    engine = start(speculate=str(other))
+    failed = wait(engine, ended)[-1]
+    assert isinstance(failed, Failed)
+    assert failed.fatal
+    assert "another tokenizer" in failed.message
+
+
+def test_the_gauge_shows_the_bound_of_a_stream(start: Callable[..., Engine], tmp_path: Path) -> None:
+    full = write_folder(tmp_path / "full", small_config(vocab_size=32000, sliding_window=None, n_layers=1))
+    engine = start(folder=full, cache={"max_kv_size": 40})
+    ready = next(e for e in wait(engine, lambda es: any(isinstance(e, Ready) for e in es)) if isinstance(e, Ready))
+    assert ready.window == 40
+    engine.submit([user("word " * 200)])
+    done = wait(engine, ended)[-1]
+    assert isinstance(done, Done)
+    assert done.tokens_seen > 200

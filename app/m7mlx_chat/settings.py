@@ -15,6 +15,8 @@ from m7mlx.sampling import Sampling
 from m7mlx.speculative import Drafter, PromptLookup, load_draft_model
 from m7mlx.tokenizer import Tokenizer
 
+_NO_MODEL = ("off", "lookup")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -31,8 +33,10 @@ class Settings:
         return [*([{"role": "system", "content": self.system}] if self.system else []), *history]
 
     def folder(self) -> Path:
-        """The model's folder, fetched with progress on stderr where it is not here yet."""
+        """The model's folder, fetched with progress on stderr where it is not here yet; the draft model's too."""
         try:
+            if self.speculate not in _NO_MODEL:
+                resolve(self.speculate)
             return resolve(self.model)
         except DownloadError as error:
             if self.model == "demo":

@@ -1,0 +1,66 @@
+"""Masks, rotations, and attention without a fused kernel, each against the plainest way to say the same."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from m7mlx.attention import attend, rope, rope_each, window_mask
+from m7mlx.ring import KeysValues, KVFormat, Sinks
+
+positions = st.lists(st.integers(-3, 30), min_size=1, max_size=12)
+
+
+@given(positions, positions, st.none() | st.integers(1, 9))
+def test_a_query_sees_the_last_keys_and_itself(queries: list[int], keys: list[int], window: int | None) -> None:
+    mask = window_mask(mx.array(queries), mx.array(keys), window).tolist()
+    assert mask == [[k >= 0 and k <= q and (window is None or k > q - window) for k in keys] for q in queries]
+
+
+def test_each_row_of_a_batch_has_a_mask_of_its_own() -> None:
+    queries, keys = mx.array([[5, 6], [1, 2]]), mx.array([[3, 4, 5, 6], [-1, 0, 1, 2]])
+    mask = window_mask(queries, keys, 3)
+    for row in range(2):
+        assert mx.array_equal(mask[row], window_mask(queries[row], keys[row], 3))
+
+
+@given(st.lists(st.integers(0, 500), min_size=1, max_size=6), st.integers(1, 3))
+def test_any_position_can_be_rotated_to(places: list[int], batch: int) -> None:
+    x = mx.random.normal((batch, 2, len(places), 16), key=mx.random.key(1))
+    found = rope_each(x, mx.array([places]), 1e4)
+    for i, place in enumerate(places):
+        assert mx.allclose(found[:, :, i : i + 1], rope(x[:, :, i : i + 1], place, 1e4), atol=1e-5)
+
+
+@pytest.mark.parametrize("kv_format", [KVFormat(), KVFormat(8, 32), KVFormat(4, 32)], ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3), (8, 1)])
+def test_attention_where_the_rows_lie(kv_format: KVFormat, batch: int, heads: tuple[int, int]) -> None:
+    """Against MLX's fused attention over the unpacked rows, sinks among them."""
+    n_heads, n_kv = heads
+    q, k, v = (mx.random.normal((batch, h, n, 32)) for h, n in ((n_heads, 5), (n_kv, 9), (n_kv, 9)))
+    sinks = Sinks(*(mx.random.normal((batch, n_kv, 2, 32)) for _ in range(2)))
+    mask = window_mask(mx.arange(4, 9), mx.arange(9), 4)
+    kv = KeysValues(kv_format.encode(k), kv_format.encode(v), kv_format)
+    k, v = (kv_format.decode(rows, mx.float32) for rows in (kv.keys, kv.values))
+    fused = mx.fast.scaled_dot_product_attention
+    assert mx.allclose(attend(q, kv, mask), fused(q, k, v, scale=1.0, mask=mask), atol=1e-4)
+
+    visible = mx.array([[[[False, True]] * 2 + [[True, True]] * 3]])
+    both = [mx.concatenate(pair, axis=2) for pair in ([k, sinks.keys], [v, sinks.values])]
+    wider = mx.concatenate([mx.broadcast_to(mask, (1, 1, 5, 9)), visible], axis=-1)
+    found = attend(q, kv, mask, (q, sinks, visible))
+    assert mx.allclose(found, fused(q, *both, scale=1.0, mask=wider), atol=1e-4)
+
+
+def test_half_precision_stays_half_precision() -> None:
+    q = mx.random.normal((1, 4, 1, 32)).astype(mx.float16)
+    rows = mx.random.normal((1, 2, 9, 32)).astype(mx.float16)
+    kv_format = KVFormat(8, 32)
+    kv = KeysValues(kv_format.encode(rows), kv_format.encode(rows), kv_format)
+    out = attend(q, kv, mx.ones((1, 9), mx.bool_))
+    assert out.dtype == mx.float16
+    assert np.isfinite(np.array(out)).all()
