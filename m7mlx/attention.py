@@ -8,9 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 if TYPE_CHECKING:
-    from m7mlx.cache import Step
     from m7mlx.config import ModelConfig
-    from m7mlx.ring import KeysValues, KVFormat, LayerRing, Rows, Sinks
+    from m7mlx.ring import KeysValues, KVFormat, LayerRing, Rows, Sinks, Step
 
 
 def window_mask(query_positions: mx.array, key_positions: mx.array, window: int | None) -> mx.array:

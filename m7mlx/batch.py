@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from m7mlx.cache import RollingCache, Step
+from m7mlx.cache import RollingCache
 from m7mlx.errors import InputError, RollbackError
-from m7mlx.ring import LayerRing, Rows, Sinks
+from m7mlx.ring import LayerRing, Rows, Sinks, Step
 
 
 class BatchCache:

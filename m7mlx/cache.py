@@ -23,7 +23,7 @@ import mlx.core as mx
 
 from m7mlx.attention import window_mask
 from m7mlx.errors import InputError, RollbackError
-from m7mlx.ring import KVFormat, LayerRing, Rows, Sinks
+from m7mlx.ring import KVFormat, LayerRing, Rows, Sinks, SinkStep, Step
 
 if TYPE_CHECKING:
     from m7mlx.config import ModelConfig
@@ -40,41 +40,6 @@ class CacheOptions(TypedDict, total=False):
     kv_group_size: int
     max_kv_size: int | None
     sinks: int
-
-
-@dataclass(frozen=True)
-class Step:
-    """What all layers share in one forward pass over positions offset … offset + length − 1.
-
-    rope_offset  position of the first token: one for all rows, or [B]
-    mask         goes to attention as it is: "causal", or bool [length, keys] or [B, 1, length, keys]
-    in_place     write first and attend to the ring itself; else to the past, gathered in order, and the new
-    new_sinks    [B or 1, sinks]: which of the tokens is to be kept as sink i; −1 for none of them
-    sinks        how to attend to the sinks; None as long as they are within the window
-    """
-
-    offset: int
-    length: int
-    rope_offset: int | mx.array
-    mask: mx.array | str
-    in_place: bool
-    new_sinks: mx.array | None = None
-    sinks: SinkStep | None = None
-
-
-@dataclass(frozen=True)
-class SinkStep:
-    """How queries see the sinks that the window has left behind.
-
-    Key i of the sinks stays rotated as at position i; instead the query is rotated to a position that is never
-    further than max_kv_size − 1: rotary scores depend on the difference alone.
-
-    positions  [B or 1, length], of the queries, relative to the sinks
-    visible    bool [B or 1, 1, length, sinks]
-    """
-
-    positions: mx.array
-    visible: mx.array
 
 
 @dataclass(frozen=True)

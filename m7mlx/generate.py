@@ -167,6 +167,7 @@ def _stream(
             yield Piece(shown, pending)
             pending = []
     now = time.perf_counter()
+    decoded.close()  # what was drafted beyond the end leaves the cache
     stats = Stats(
         prompt_tokens=len(ids),
         reused_tokens=reused,

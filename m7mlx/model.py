@@ -10,8 +10,8 @@ from mlx.utils import tree_flatten
 
 from m7mlx.attention import Attention
 from m7mlx.batch import BatchCache
-from m7mlx.cache import CacheOptions, RollingCache, Step
-from m7mlx.ring import LayerRing
+from m7mlx.cache import CacheOptions, RollingCache
+from m7mlx.ring import LayerRing, Step
 
 if TYPE_CHECKING:
     from m7mlx.config import ModelConfig

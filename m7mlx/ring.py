@@ -1,20 +1,18 @@
 """One layer's keys and values: a buffer of rows written round and round, as they are or quantised.
 
-Rows are written by `mx.slice_update`, which works in place as long as nobody else holds the buffer. Whoever keeps
-a reference (a snapshot) therefore costs nothing until the next write, and one copy then.
+Rows are written into a new name for the old buffer. MLX does that in place as long as nobody else holds the buffer;
+whoever does (a snapshot) costs nothing until the next write, and one copy then.
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from m7mlx.errors import InputError
-
-if TYPE_CHECKING:
-    from m7mlx.cache import Step
 
 GROWTH = 256  # rows added at a time until the ring has its full size
 _UNBOUNDED = 1 << 30  # capacity of full attention: slot = position
@@ -78,6 +76,41 @@ class Sinks(NamedTuple):
 
     keys: mx.array
     values: mx.array
+
+
+@dataclass(frozen=True)
+class Step:
+    """What all layers share in one forward pass over positions offset … offset + length − 1.
+
+    rope_offset  position of the first token: one for all rows, or [B]
+    mask         goes to attention as it is: "causal", or bool [length, keys] or [B, 1, length, keys]
+    in_place     write first and attend to the ring itself; else to the past, gathered in order, and the new
+    new_sinks    [B or 1, sinks]: which of the tokens is to be kept as sink i; −1 for none of them
+    sinks        how to attend to the sinks; None as long as they are within the window
+    """
+
+    offset: int
+    length: int
+    rope_offset: int | mx.array
+    mask: mx.array | str
+    in_place: bool
+    new_sinks: mx.array | None = None
+    sinks: SinkStep | None = None
+
+
+@dataclass(frozen=True)
+class SinkStep:
+    """How queries see the sinks that the window has left behind.
+
+    Key i of the sinks stays rotated as at position i; instead the query is rotated to a position that is never
+    further than max_kv_size − 1: rotary scores depend on the difference alone.
+
+    positions  [B or 1, length], of the queries, relative to the sinks
+    visible    bool [B or 1, 1, length, sinks]
+    """
+
+    positions: mx.array
+    visible: mx.array
 
 
 class LayerRing:
@@ -145,11 +178,8 @@ class LayerRing:
         if new[0].shape[0] != self.buffers[0].shape[0]:  # it would be broadcast to all rows
             raise InputError(f"{new[0].shape[0]} rows of ids for a cache of {self.buffers[0].shape[0]} rows")
         for slots, source in self.slots(start, new[0].shape[2]):
-            where = mx.array([slots.start])
-            self.buffers = tuple(
-                mx.slice_update(buffer, part[:, :, source], where, axes=[2])
-                for buffer, part in zip(self.buffers, new, strict=True)
-            )
+            pairs = zip(self.buffers, new, strict=True)
+            self.buffers = tuple(_written(buffer, slots, part[:, :, source]) for buffer, part in pairs)
 
     def reserve(self, positions: int, like: Rows) -> None:
         """Allocate what the positions up to `positions` − 1 need, for rows like these."""
@@ -191,3 +221,9 @@ class LayerRing:
             is_new = (source >= 0)[:, None, :, None]
             fresh = Sinks(*(mx.where(is_new, new, old) for new, old in zip(fresh, self.sinks, strict=True)))
         self.sinks = fresh
+
+
+def _written(buffer: mx.array, slots: slice, rows: mx.array) -> mx.array:
+    new = copy.copy(buffer)  # the same memory, until it is written
+    new[:, :, slots] = rows
+    return new
