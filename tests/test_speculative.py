@@ -22,8 +22,9 @@ from m7mlx.errors import InputError
 from m7mlx.generate import generate, stream_generate
 from m7mlx.load import load
 from m7mlx.model import Mistral
+from m7mlx.pace import MAX_DRAFT, Pace
 from m7mlx.sampling import Sampler, Sampling
-from m7mlx.speculative import MAX_DRAFT, Drafter, DraftModel, Pace, PromptLookup, load_draft_model, speculate
+from m7mlx.speculative import Drafter, DraftModel, PromptLookup, load_draft_model, speculate
 from m7mlx.tokenizer import Tokenizer, load_tokenizer
 
 MODELS = {window: small_model(small_config(sliding_window=window, head_dim=32)) for window in (4, 7, 16, None)}
@@ -258,70 +259,6 @@ def test_sequences_follow_the_target() -> None:
         a, b = list(speculate(model, logits, base, sampler, 4, drafter))[:2]
         counts[a * 3 + b] += 1
     assert chi_squared(counts, joint.reshape(-1), draws) < 31.8  # 99.99 % for 8 degrees of freedom
-
-
-# --- the pace -------------------------------------------------------------------------------------------
-
-
-def simulate(cost: Callable[[int], float], right: Callable[[int], float], tokens: int, seed: int = 0) -> float:
-    """Seconds that `tokens` take with a lookup that always finds something, against one second each."""
-    pace, chance = Pace(), random.Random(seed)
-    seconds, done, known = 0.0, 0, False
-    while done < tokens:
-        noise = chance.uniform(0.95, 1.05)
-        planned = pace.plan(15)
-        if known and planned:
-            drafted = planned
-            accepted = next((i for i in range(drafted) if chance.random() > right(done + i)), drafted)
-            spent = cost(drafted + 1) * noise
-            pace.checked(drafted, accepted, spent)
-            done += accepted + 1
-        else:
-            spent = noise * (1.05 if known or planned else 1.0)  # waiting for a token costs a twentieth
-            if known or planned:
-                pace.waited(spent)
-            else:
-                pace.plain(spent)
-            known = bool(planned)
-            done += 1
-        seconds += spent
-    return seconds
-
-
-def gpu(queries: int) -> float:
-    return 1 + 0.03 * (queries - 1)
-
-
-def no_blas(queries: int) -> float:
-    return float(queries)
-
-
-@pytest.mark.parametrize("cost", [gpu, no_blas, lambda n: 1 if n == 1 else 1.5 + 0.02 * n, lambda n: 1.6 * n])
-@pytest.mark.parametrize("right", [0.0, 0.1, 0.3])
-def test_where_guesses_are_wrong_it_costs_three_percent_at_most(cost: Callable[[int], float], right: float) -> None:
-    for seed in range(5):
-        assert simulate(cost, lambda at: right, 400, seed) <= 400 * 1.03
-
-
-@pytest.mark.parametrize(("cost", "least"), [(gpu, 5.0), (lambda n: 1 if n == 1 else 1.5 + 0.02 * n, 3.5)])
-def test_where_guesses_are_right_it_pays(cost: Callable[[int], float], least: float) -> None:
-    assert 400 / simulate(cost, lambda at: 0.97, 400) > least
-
-
-def test_it_comes_back_when_the_text_changes() -> None:
-    """Free text, then a long quotation, then free text again."""
-    seconds = simulate(gpu, lambda at: 0.97 if 400 <= at < 800 else 0.05, 1200)
-    assert seconds < 400 * 1.03 + 400 / 3 + 400 * 1.05
-
-
-def test_no_draft_before_anything_was_measured_nor_without_room() -> None:
-    pace = Pace()
-    assert pace.plan(15) == 0
-    for _ in range(5):
-        pace.plain(1.0)
-    assert pace.plan(15) == 3
-    assert pace.plan(2) == 1
-    assert pace.plan(0) == pace.plan(-1) == 0
 
 
 # --- whole answers --------------------------------------------------------------------------------------
