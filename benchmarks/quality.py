@@ -25,6 +25,7 @@ from m7mlx.decode import decode, prefill  # noqa: E402
 from m7mlx.sampling import Sampler, Sampling  # noqa: E402
 
 CHUNK = 128
+STORY = Sampling(temperature=0.9, top_k=40, repetition_penalty=1.1, repetition_context=256, seed=1)
 
 
 def logprobs(model: Mistral, ids: list[int], cache: RollingCache) -> list[mx.array]:
@@ -82,10 +83,10 @@ def streaming(model: Mistral, ids: list[int], size: int) -> None:
 
 
 def fluency(model: Mistral, ids: list[int], size: int, count: int) -> list[int]:
-    """Tokens generated in a bounded stream, at temperature 1 over the likeliest 90 %."""
+    """Tokens generated in a bounded stream, sampled as one would for a story."""
     cache = model.new_cache(max_kv_size=size)
     logits = prefill(model, ids, cache)
-    return list(decode(model, logits, cache, Sampler(Sampling(temperature=1.0, top_p=0.9, seed=1)), count))
+    return list(decode(model, logits, cache, Sampler(STORY), count))
 
 
 def main() -> None:
@@ -105,7 +106,8 @@ def main() -> None:
         f"{model.config.max_position_embeddings:,}):\n"
     )
     streaming(model, ids[: 20 * size], size)
-    answer = fluency(model, ids[:32], size, 20 * size)
+    prompt = tokenizer.encode("The lighthouse keeper had not spoken to anyone for three weeks when the storm began.")
+    answer = fluency(model, prompt, size, 20 * size)
     tail = tokenizer.decode(answer[-120:])
     distinct = len({tuple(answer[i : i + 4]) for i in range(len(answer) - 2000, len(answer) - 4)}) / 1996
     print(

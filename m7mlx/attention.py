@@ -67,7 +67,8 @@ def attend_to_ring(
         return attend(rotated * scale, kv, step.mask, (to_sinks * scale, ring.sinks, step.sinks.visible))
     if kv.format.bits is not None:
         return attend(rotated * scale, kv, step.mask)
-    return mx.fast.scaled_dot_product_attention(rotated, kv.keys[0], kv.values[0], scale=scale, mask=step.mask)
+    mask = None if isinstance(step.mask, str) and q.shape[2] == 1 else step.mask  # one query may see all there is
+    return mx.fast.scaled_dot_product_attention(rotated, kv.keys[0], kv.values[0], scale=scale, mask=mask)
 
 
 def attend(
