@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import mlx.core as mx
 import numpy as np
 
+from m7mlx.quantization import Quantization
+
 _PIECE = 1 << 18  # numbers, which fit into a processor's cache
 _COLUMNS = 1024  # of the matrix that a tensor's words are summed over
 _EXPONENTS = {mx.float32: 0x7F800000, mx.float16: 0x7C00, mx.bfloat16: 0x7F80}  # all bits set: infinite or NaN
@@ -16,6 +18,26 @@ _EXPONENTS = {mx.float32: 0x7F800000, mx.float16: 0x7C00, mx.bfloat16: 0x7F80}  
 def on_cpu() -> bool:
     """Whether MLX computes on the processor, where 16-bit arithmetic is emulated and everything is slow."""
     return mx.default_device() == mx.Device(mx.cpu)
+
+
+def dequantize(arrays: Mapping[str, mx.array], scheme: Quantization) -> mx.array:
+    """The float32 weight that {"weight", "scales"[, "biases"]} stand for.
+
+    Computed in float32 also where the scales have 16 bits: then a weight of at most 8 bits is exact.
+    """
+    biases = arrays.get("biases")
+    scales = arrays["scales"]
+    if biases is not None:
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    return mx.dequantize(
+        arrays["weight"],
+        scales,
+        biases,
+        group_size=scheme.group_size,
+        bits=scheme.bits,
+        mode=scheme.mode,
+        dtype=mx.float32,
+    )
 
 
 def raw_bytes(array: mx.array) -> memoryview:

@@ -132,7 +132,7 @@ class ModelConfig:
         quantization = data.get("quantization")
         if quantization is None and data.get("quantization_config") is not None:
             method = data["quantization_config"].get("quant_method", "unknown")
-            raise ConfigError(f"weights quantised by {method!r} cannot be read; use the unquantised model")
+            raise ConfigError(f"weights quantised by {method!r} are not MLX's; convert them: m7mlx-convert FOLDER")
         config = cls(
             model_type=model_type,
             vocab_size=values["vocab_size"],

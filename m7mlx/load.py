@@ -10,17 +10,13 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from m7mlx.arrays import is_finite, on_cpu
+from m7mlx.arrays import dequantize, is_finite, on_cpu
 from m7mlx.config import ModelConfig
-from m7mlx.errors import ConfigError, RunError, TokenizerError, WeightsError
+from m7mlx.errors import ConfigError, RunError, WeightsError
 from m7mlx.hub import resolve
 from m7mlx.model import Mistral
-from m7mlx.quantization import Quantization
-from m7mlx.safetensors import StoredTensor, TensorInfo, folder_weights
+from m7mlx.safetensors import folder_weights, is_left_out, parameters
 from m7mlx.tokenizer import Tokenizer, load_tokenizer
-
-_IGNORED = "rotary_emb.inv_freq"  # old checkpoints carry what is computed anyway
-_DTYPES = {"F": {"F32", "F16", "BF16"}, "U32": {"U32"}, "U8": {"U8"}}  # kinds of tensor → safetensors' types
 
 
 def load(
@@ -44,14 +40,11 @@ def load(
     if folder.is_file():
         raise ConfigError(f"{folder} is a file; a GGUF file is converted first: m7mlx-convert {folder}")
     config = ModelConfig.from_folder(folder)
-    files = _check_tensors(folder, config)
+    headers = folder_weights(folder)
+    parameters(folder, config, headers)
+    files = sorted({stored.path for stored in headers.values()})
     _check_memory(folder, config, files, _compute_dtype(dtype))
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise TokenizerError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens but the model's embedding only "
-            f"{config.vocab_size}; they do not belong together"
-        )
+    tokenizer = load_tokenizer(folder, config.vocab_size)
     weights = _read(files, progress or (lambda done, total: None))
     return build(config, weights, dtype), tokenizer
 
@@ -63,7 +56,7 @@ def build(config: ModelConfig, weights: dict[str, mx.array], dtype: mx.Dtype | N
     model = Mistral(config)
     loaded: dict[str, mx.array] = {}
     for name in list(weights):
-        if name.endswith(_IGNORED) or (name == "lm_head.weight" and config.tie_word_embeddings):
+        if is_left_out(name, config):
             del weights[name]
         elif name in weights:  # not yet taken together with its module's other arrays
             loaded |= _module_arrays(config, weights, name, dtype, expand)
@@ -87,21 +80,9 @@ def _module_arrays(
             arrays[kind] = array.astype(dtype)
     scheme = config.quantization.for_module(path) if config.quantization and "scales" in arrays else None
     if expand and scheme:
-        arrays = {"weight": _dequantize(arrays, scheme, dtype or mx.float32)}
+        arrays = {"weight": dequantize(arrays, scheme).astype(dtype or mx.float32)}
         mx.eval(arrays["weight"])  # one at a time: the packed form is freed before the next is expanded
     return {f"{path}.{k}": array for k, array in arrays.items()}
-
-
-def _dequantize(arrays: dict[str, mx.array], scheme: Quantization, dtype: mx.Dtype) -> mx.array:
-    weight = mx.dequantize(
-        arrays["weight"],
-        arrays["scales"],
-        arrays.get("biases"),
-        group_size=scheme.group_size,
-        bits=scheme.bits,
-        mode=scheme.mode,
-    )
-    return weight.astype(dtype)
 
 
 def _scheme_of(config: ModelConfig, path: str, loaded: dict[str, mx.array]) -> bool | dict[str, object]:
@@ -168,50 +149,3 @@ def _read(files: list[Path], progress: Callable[[int, int], None]) -> dict[str, 
         weights |= arrays
     progress(total, total)
     return weights
-
-
-# --- checks on the headers, before any weight is read ---------------------------------------------------
-
-
-def _check_tensors(folder: Path, config: ModelConfig) -> list[Path]:
-    """The folder's weight files, after comparing all their headers with the config. Raises WeightsError."""
-    headers = folder_weights(folder)
-    if config.n_layers > len(headers):  # or a config of 10⁹ layers would fill the memory below
-        raise WeightsError(
-            f"{folder}: config.json says {config.n_layers} layers, the files hold {len(headers)} tensors"
-        )
-    expected: dict[str, TensorInfo] = {}
-    for name, shape in config.weight_shapes().items():
-        expected |= _expected(config, name, shape, headers)
-    for name, wanted in expected.items():
-        found = headers.get(name)
-        if found is None:
-            raise WeightsError(f"{folder}: tensor {name} is missing")
-        if found.shape != wanted.shape:
-            raise WeightsError(
-                f"{folder}: {name} has shape {list(found.shape)}, config.json says {list(wanted.shape)}"
-            )
-        if found.dtype not in _DTYPES[wanted.dtype]:
-            raise WeightsError(f"{folder}: {name} has type {found.dtype}, which is not supported here")
-    for name in headers.keys() - expected.keys():
-        if not name.endswith(_IGNORED) and not (config.tie_word_embeddings and name.startswith("lm_head.")):
-            raise WeightsError(f"{folder}: tensor {name} is not a part of {config.model_type}")
-    return sorted({tensor.path for tensor in headers.values()})
-
-
-def _expected(
-    config: ModelConfig, name: str, shape: tuple[int, ...], headers: dict[str, StoredTensor]
-) -> dict[str, TensorInfo]:
-    """What the file must hold for one parameter of the unquantised model."""
-    path = name.removesuffix(".weight")
-    scheme = config.quantization.for_module(path) if config.quantization and len(shape) == 2 else None
-    if scheme is None or f"{path}.scales" not in headers:  # mlx-lm leaves out what its groups do not divide
-        return {name: TensorInfo("F", shape)}
-    rows, columns = shape
-    if columns % scheme.group_size:
-        raise WeightsError(f"{path} has {columns} columns, which groups of {scheme.group_size} do not divide")
-    groups = TensorInfo("F" if scheme.mode == "affine" else "U8", (rows, columns // scheme.group_size))
-    tensors = {name: TensorInfo("U32", (rows, columns * scheme.bits // 32)), f"{path}.scales": groups}
-    if scheme.mode == "affine":
-        tensors[f"{path}.biases"] = groups
-    return tensors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from m7mlx.errors import ConfigError
@@ -41,7 +41,7 @@ class Quantization:
 
     def for_module(self, path: str) -> Quantization | None:
         """The scheme of the module at `path` (without ".weight"); None where it is not quantised."""
-        return self.overrides.get(path, self)
+        return self.overrides[path] if path in self.overrides else replace(self, overrides={})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Quantization:

@@ -6,13 +6,18 @@ header goes through it first.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from m7mlx.config import read_json
+from m7mlx.config import ModelConfig, read_json
 from m7mlx.errors import ConfigError, WeightsError
+from m7mlx.quantization import Quantization
 
 INDEX = "model.safetensors.index.json"
+MANIFEST = "SHA256SUMS"  # of the weight files, in the form of `sha256sum`
+_FLOATS = ("F32", "F16", "BF16")
+_IGNORED = "rotary_emb.inv_freq"  # old checkpoints carry what is computed anyway
 
 
 class TensorInfo(NamedTuple):
@@ -30,6 +35,13 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
 
 
+class Parameter(NamedTuple):
+    """One parameter of the model as a folder holds it: {"weight"}, or {"weight", "scales"[, "biases"]}."""
+
+    scheme: Quantization | None
+    parts: dict[str, StoredTensor]
+
+
 def validate_header(path: Path) -> dict[str, TensorInfo]:
     """Tensors of one safetensors file, by name. Raises WeightsError for anything malformed."""
     from safetensors import SafetensorError, safe_open
@@ -42,15 +54,15 @@ def validate_header(path: Path) -> dict[str, TensorInfo]:
         raise WeightsError(f"{path} is not a whole safetensors file ({error}); fetch or convert it again") from None
 
 
-def folder_weights(folder: Path) -> dict[str, StoredTensor]:
+def folder_weights(folder: Path, *, native: bool = False) -> dict[str, StoredTensor]:
     """The tensors of a model folder, by name; each header is read once. Raises WeightsError.
 
     Index, files and tensors must agree: a shard missing from the folder, a tensor the index does not
     name or a stray file beside the indexed ones is refused, never merged or skipped in silence.
+    `native` takes the weights in Mistral's own layout, which repositories may hold beside the others.
     """
-    # Mistral's repositories hold their own copy of the weights beside the shards, under this name.
-    files = [f for f in sorted(folder.glob("*.safetensors")) if not f.name.startswith("consolidated")]
-    index = folder / INDEX
+    files = [f for f in sorted(folder.glob("*.safetensors")) if f.name.startswith("consolidated") == native]
+    index = folder / (INDEX.replace("model", "consolidated") if native else INDEX)
     if index.is_file():
         return _indexed(folder, index, files)
     if not files:
@@ -60,10 +72,13 @@ def folder_weights(folder: Path) -> dict[str, StoredTensor]:
                 f"{folder} has only pickle weights ({pickles[0].name}), which can run code; take the repository's "
                 "safetensors version, or save it again with transformers' save_pretrained"
             )
-        own = " in Hugging Face's layout" if list(folder.glob("consolidated*")) else ""
-        raise WeightsError(f"{folder} has no weights{own} (model*.safetensors)")
+        if list(folder.glob("consolidated*.safetensors")):
+            raise WeightsError(
+                f"{folder} has no weights in Hugging Face's layout, only Mistral's: m7mlx-convert {folder}"
+            )
+        raise WeightsError(f"{folder} has no weights (model*.safetensors)")
     if len(files) > 1:
-        raise WeightsError(f"{folder} has {len(files)} safetensors files but no {INDEX} to say which belong")
+        raise WeightsError(f"{folder} has {len(files)} safetensors files but no {index.name} to say which belong")
     return _stored(files[0])
 
 
@@ -93,3 +108,58 @@ def _indexed(folder: Path, index: Path, files: list[Path]) -> dict[str, StoredTe
     if absent := sorted(set(weight_map) - set(found)):
         raise WeightsError(f"{folder / weight_map[absent[0]]} lacks {absent[0]}, which {INDEX} places there")
     return found
+
+
+def parameters(folder: Path, config: ModelConfig, headers: Mapping[str, StoredTensor]) -> dict[str, Parameter]:
+    """The model's parameters by their name on disk, every header compared with the config.
+
+    Raises WeightsError for a tensor that is missing, of another shape or type, or not a part of the model.
+    """
+    if config.n_layers > len(headers):  # or a config of 10⁹ layers would fill the memory below
+        raise WeightsError(
+            f"{folder}: config.json says {config.n_layers} layers, the files hold {len(headers)} tensors"
+        )
+    found = {name: _parameter(folder, config, name, shape, headers) for name, shape in config.weight_shapes().items()}
+    known = {f"{name.removesuffix('.weight')}.{kind}" for name, stored in found.items() for kind in stored.parts}
+    for name in sorted(headers.keys() - known):
+        if not is_left_out(name, config):
+            raise WeightsError(f"{folder}: tensor {name} is not a part of {config.model_type}")
+    return found
+
+
+def is_left_out(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor may stand in a file though the model has no use for it: computed anyway, or a tied head."""
+    return name.endswith(_IGNORED) or (config.tie_word_embeddings and name.startswith("lm_head."))
+
+
+def _parameter(
+    folder: Path, config: ModelConfig, name: str, shape: tuple[int, ...], headers: Mapping[str, StoredTensor]
+) -> Parameter:
+    module = name.removesuffix(".weight")
+    scheme = config.quantization.for_module(module) if config.quantization and len(shape) == 2 else None
+    if f"{module}.scales" not in headers:
+        scheme = None  # mlx-lm leaves out what its groups do not divide
+    expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {"weight": (_FLOATS, shape)}
+    if scheme:
+        rows, columns = shape
+        if columns % scheme.group_size:
+            raise WeightsError(
+                f"{folder}: {module} has {columns} columns, which groups of {scheme.group_size} do not divide"
+            )
+        groups = (_FLOATS if scheme.mode == "affine" else ("U8",), (rows, columns // scheme.group_size))
+        expected = {"weight": (("U32",), (rows, columns * scheme.bits // 32)), "scales": groups}
+        if scheme.mode == "affine":
+            expected["biases"] = groups
+    parts = {}
+    for kind, (dtypes, wanted) in expected.items():
+        stored = headers.get(f"{module}.{kind}")
+        if stored is None:
+            raise WeightsError(f"{folder}: tensor {module}.{kind} is missing")
+        if stored.dtype not in dtypes:
+            raise WeightsError(f"{folder}: {module}.{kind} has type {stored.dtype}, which is not supported here")
+        if stored.shape != wanted:
+            raise WeightsError(
+                f"{folder}: {module}.{kind} has shape {list(stored.shape)}, config.json says {list(wanted)}"
+            )
+        parts[kind] = stored
+    return Parameter(scheme, parts)

@@ -176,8 +176,10 @@ class SentencePieceTokenizer(Tokenizer):
         return bool(self._model.id_to_piece(token).startswith(SPACE))
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a model folder, its chat format with it. Raises TokenizerError.
+def load_tokenizer(folder: Path, embedding_size: int | None = None) -> Tokenizer:
+    """The tokenizer of a model folder, its chat format with it.
+
+    Raises TokenizerError; also for a tokenizer of more tokens than the model's embedding has rows, where given.
 
     Mistral's own sentencepiece model is taken where its chat format applies, since control tokens and
     text are apart there from the start; otherwise tokenizer.json.
@@ -198,6 +200,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         tokenizer = JsonTokenizer(json_file, settings)
     else:
         raise TokenizerError(f"{folder} has no tokenizer (tokenizer.model or tokenizer.json)")
+    if embedding_size is not None and tokenizer.vocab_size > embedding_size:
+        raise TokenizerError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens but the model's embedding only "
+            f"{embedding_size}; they do not belong together"
+        )
     tokenizer.eos_ids |= _eos_ids(folder)
     version = mistral_version(tokenizer)
     if is_mistral_chat and version:

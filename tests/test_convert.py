@@ -19,7 +19,8 @@ import pytest
 from conftest import mistral_file, random_weights, small_config, write_folder
 from m7mlx_convert.cli import main
 from m7mlx_convert.convert import convert
-from m7mlx_convert.writer import ShardWriter, Spec
+from m7mlx_convert.scheme import Recipe
+from m7mlx_convert.writer import Piece, ShardWriter, Spec
 from test_load import DAMAGE, shard
 
 from m7mlx import load
@@ -90,7 +91,7 @@ def test_quantised_as_mlx_lm_does_it(tmp_path: Path, bits: int, group: int, tied
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(raw | {"torch_dtype": "float16"}))
     save_transformers_tokenizer(folder)
-    ours = convert(str(folder), tmp_path / "ours", quantization=Quantization(group, bits))
+    ours = convert(str(folder), tmp_path / "ours", recipe=Recipe(Quantization(group, bits)))
     theirs(str(folder), str(tmp_path / "theirs"), quantize=True, q_bits=bits, q_group_size=group)
     assert same(arrays(ours), arrays(tmp_path / "theirs"))
     assert read(ours)["quantization"] == read(tmp_path / "theirs")["quantization"]
@@ -127,32 +128,53 @@ def read(folder: Path) -> dict[str, Any]:
     return data
 
 
-def test_a_quantised_folder_is_kept_or_refused(
+def test_a_quantised_folder_is_kept_quantised_again_or_expanded(
     source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    first = convert(str(source), tmp_path / "first", quantization=Quantization(64, 4))
+    first = convert(str(source), tmp_path / "first", recipe=Recipe(Quantization(64, 4)))
     second = convert(str(first), tmp_path / "second")
     assert same(arrays(first), arrays(second))
     assert read(second) == read(first)
-    assert main([str(first), "--q-bits", "8", "--mlx-path", str(tmp_path / "third")]) == 2
-    assert "quantised already (4 bits)" in capfd.readouterr().err
+    same_bits = convert(str(first), tmp_path / "same", recipe=Recipe(Quantization(64, 4)))
+    assert same(arrays(first), arrays(same_bits))  # nothing is lost twice
+    assert main([str(first), "--q-bits", "8", "--mlx-path", str(tmp_path / "third")]) == 0
+    assert "quantised again: the losses add up" in capfd.readouterr().err
+    assert main([str(first), "-d", "--mlx-path", str(tmp_path / "floats")]) == 0
+    assert capfd.readouterr().err == ""
+    kept, plain, again = arrays(first), arrays(tmp_path / "floats"), arrays(tmp_path / "third")
+    assert plain.keys() == CONFIG.weight_shapes().keys()
+    assert "quantization" not in read(tmp_path / "floats")
+    for name, weight in plain.items():
+        if weight.ndim == 1:
+            continue
+        parts = [kept[name], *(kept[f"{name.removesuffix('.weight')}.{kind}"] for kind in ("scales", "biases"))]
+        assert mx.array_equal(weight, mx.dequantize(*parts, group_size=64, bits=4)).item()
+        expected = mx.quantize(weight, group_size=64, bits=8)
+        assert mx.array_equal(again[name], expected[0]).item()
 
 
 def test_what_comes_along_and_what_does_not(source: Path, tmp_path: Path) -> None:
     out = convert(
         str(source),
         tmp_path / "out",
-        quantization=Quantization(64, 4),
+        recipe=Recipe(Quantization(64, 4)),
         command=["m7mlx-convert", "a b", "--q-bits", "4"],
     )
     names = sorted(p.name for p in out.iterdir())
-    assert names == ["README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.model"]
+    assert names == [
+        "README.md",
+        "SHA256SUMS",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.model",
+    ]
     assert read(out)["extra_key"] == 1
     assert "auto_map" not in read(out)
     card = (out / "README.md").read_text()
     assert "license: apache-2.0" in card
     assert "m7mlx-convert 'a b' --q-bits 4" in card
-    assert "quantised to 4 bits in groups of 64" in card
+    assert "quantised (4 bits, groups of 64), 5.00 bits a weight" in card  # scales and biases of 32 bits
     assert ModelConfig.from_folder(out).quantization == Quantization(64, 4)
 
 
@@ -162,10 +184,11 @@ def test_large_results_are_split_with_an_index(tmp_path: Path) -> None:
     }
     tensors["empty"] = mx.zeros((0, 3))
     tensors["turned"] = mx.arange(12, dtype=mx.uint32).reshape(3, 4).T
-    writer = ShardWriter(tmp_path, [Spec(k, v.dtype, v.shape) for k, v in tensors.items()], max_bytes=400)
-    for name, array in tensors.items():
-        writer.write(name, array)
+    writer = ShardWriter(tmp_path, [[Spec(k, v.dtype, v.shape)] for k, v in tensors.items()], max_bytes=400)
+    for array in tensors.values():
+        writer.write([Piece.of(array)])
     writer.finish()
+    writer.close()
     index = json.loads((tmp_path / INDEX).read_text())["weight_map"]
     assert len(set(index.values())) == 3
     assert same(arrays(tmp_path), tensors)
@@ -173,12 +196,12 @@ def test_large_results_are_split_with_an_index(tmp_path: Path) -> None:
 
 
 def test_the_writer_keeps_to_its_plan(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, [Spec("a", mx.float32, (2,)), Spec("b", mx.float32, (2,))])
+    writer = ShardWriter(tmp_path, [[Spec("a", mx.float32, (2,))], [Spec("b", mx.float32, (2,))]])
     with pytest.raises(RunError, match="planned"):
-        writer.write("b", mx.zeros(2))
+        writer.write([Piece.of(mx.zeros(2)), Piece.of(mx.zeros(2))])
     with pytest.raises(RunError, match="planned"):
-        writer.write("a", mx.zeros(3))
-    writer.write("a", mx.zeros(2))
+        writer.write([Piece.of(mx.zeros(3))])
+    writer.write([Piece.of(mx.zeros(2))])
     with pytest.raises(RunError, match="b was planned but not written"):
         writer.finish()
     writer.close()
@@ -194,7 +217,7 @@ def test_memory_stays_near_one_tensor(tmp_path: Path) -> None:
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    convert(str(folder), tmp_path / "out", quantization=Quantization(64, 4))
+    convert(str(folder), tmp_path / "out", recipe=Recipe(Quantization(64, 4)))
     peak = mx.get_peak_memory() - before
     assert total > 3 * largest
     assert peak < 2 * largest
@@ -213,7 +236,7 @@ def test_the_command_from_another_directory(source: Path, tmp_path: Path) -> Non
     assert (done.returncode, done.stdout, done.stderr) == (0, "source-4bit\n", "")
     assert load(tmp_path / "source-4bit")[0].config.quantization == Quantization(64, 4)
     assert (
-        run("--hf-path", "source", "-q", "--q-group-size", 32, "--mlx-path", "other", cwd=tmp_path).stdout
+        run("--hf-path", "source", "--quantize", "--q-group-size", 32, "--mlx-path", "other", cwd=tmp_path).stdout
         == "other\n"
     )
     assert read(tmp_path / "other")["quantization"] == {"group_size": 32, "bits": 4, "mode": "affine"}

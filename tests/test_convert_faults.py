@@ -52,7 +52,7 @@ Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
     ("change", "says"),
     [
         (lambda w: w.pop(Q_PROJ), f"tensor {Q_PROJ} is missing"),
-        (lambda w: w.update({Q_PROJ: w[Q_PROJ].T[:-1]}), rf"{Q_PROJ} is BF16 \[127, 128\]; .* should be BF16 \[128"),
+        (lambda w: w.update({Q_PROJ: w[Q_PROJ].T[:-1]}), rf"{Q_PROJ} has shape \[127, 128\], config.json says \[128"),
         (lambda w: w.update({Q_PROJ: w[Q_PROJ].astype(mx.int8)}), f"{Q_PROJ} has type I8, which is not supported"),
         (lambda w: w.update({Q_PROJ: w[Q_PROJ].view(mx.uint32)}), f"{Q_PROJ} has type U32, which is not supported"),
         (
@@ -87,7 +87,7 @@ def test_tensors_that_are_not_finite(
         weights[Q_PROJ][-1, -1] = value
 
     rewrite(source, spoil)
-    for options in ([], ["-q"]):
+    for options in ([], ["--quantize"]):
         line = refusal([source, "--mlx-path", tmp_path / "out", *options], capsys)
         assert f"{Q_PROJ} holds NaN or infinite numbers" in line
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -104,10 +104,10 @@ def test_groups_that_do_not_divide_are_named_with_those_that_do(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_source(tmp_path / "a", quantisable(hidden_size=96))
-    line = refusal([tmp_path / "a", "--mlx-path", tmp_path / "out", "-q"], capsys)
+    line = refusal([tmp_path / "a", "--mlx-path", tmp_path / "out", "--quantize"], capsys)
     assert "embed_tokens.weight has 96 columns, which groups of 64 do not divide; use --q-group-size 32" in line
     write_source(tmp_path / "b", little())
-    line = refusal([tmp_path / "b", "--mlx-path", tmp_path / "out", "-q"], capsys)
+    line = refusal([tmp_path / "b", "--mlx-path", tmp_path / "out", "--quantize"], capsys)
     assert "has 48 columns" in line
     assert "no group size fits this model" in line
     assert not (tmp_path / "out").exists()
@@ -163,7 +163,7 @@ def test_force_replaces_only_by_something_whole(
     first = read(out)
     mx.eval(*first.values())
     (tmp_path / "link").symlink_to(out)
-    assert main([str(source), "--mlx-path", str(tmp_path / "link"), "-q", "--force"]) == 0
+    assert main([str(source), "--mlx-path", str(tmp_path / "link"), "--quantize", "--force"]) == 0
     assert (tmp_path / "link").is_symlink()
     assert "lm_head.scales" in read(out)
     assert main([str(source), "--mlx-path", str(out), "--force"]) == 0

@@ -22,12 +22,11 @@ from conftest import random_weights, small_config
 from hub_server import serve
 from m7mlx_convert.cli import main
 from m7mlx_convert.convert import convert
-from m7mlx_convert.writer import ShardWriter, Spec
+from m7mlx_convert.writer import Piece, ShardWriter, Spec
 
 from m7mlx import load
 from m7mlx.config import ModelConfig
 from m7mlx.errors import InputError
-from m7mlx.quantization import Quantization
 from m7mlx.safetensors import folder_weights
 
 Weights = dict[str, mx.array]
@@ -152,10 +151,11 @@ def test_writer_writes_what_mlx_reads(tmp_path: Path, dtype: mx.Dtype) -> None:
     base = mx.arange(105).reshape(3, 5, 7)
     arrays = {"a": base, "b": base.T, "c": base[1:, ::2], "d": base[0, :, 3], "e": mx.zeros((1,))}
     arrays = {name: array.astype(dtype) for name, array in arrays.items()}
-    writer = ShardWriter(tmp_path, [Spec(name, dtype, array.shape) for name, array in arrays.items()])
-    for name, array in arrays.items():
-        writer.write(name, array)
+    writer = ShardWriter(tmp_path, [[Spec(name, dtype, array.shape)] for name, array in arrays.items()])
+    for array in arrays.values():
+        writer.write([Piece.of(array)])
     writer.finish()
+    writer.close()
     assert_same(read(tmp_path), arrays)
 
 
@@ -189,8 +189,6 @@ def test_quantised_folder_of_mlx_lm_is_copied_as_it_is(tmp_path: Path, mlx_lm: M
     assert_same(read(out), read(quantised))
     ids = mx.array([[1, 5, 90, 7]])
     assert mx.array_equal(load(out)[0](ids), load(quantised)[0](ids)).item()
-    with pytest.raises(InputError, match=r"quantised is quantised already \(4 bits\)"):
-        convert(str(quantised), tmp_path / "again", quantization=Quantization(64, 8))
     with pytest.raises(InputError, match="--dtype bfloat16 would change"):
         convert(str(quantised), tmp_path / "again", dtype="bfloat16")
 
@@ -213,6 +211,7 @@ def test_config_and_files_go_along_and_code_does_not(tmp_path: Path) -> None:
     out = convert(str(source), tmp_path / "out")
     assert {path.name for path in out.iterdir()} == {
         "README.md",
+        "SHA256SUMS",
         "config.json",
         "model.safetensors",
         "tokenizer.json",
@@ -236,7 +235,7 @@ def test_card_names_origin_licence_and_how_it_was_made(tmp_path: Path) -> None:
     (source / "README.md").write_text('---\nlanguage: en\nlicense: "mit"\n---\n# x\nlicense: wrong\n')
     with serve(source, "org/little-mistral") as hub:
         settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "M7MLX_CACHE": str(tmp_path / "m7")}
-        command = [sys.executable, "-m", "m7mlx_convert", "org/little-mistral", "-q", "--quiet"]
+        command = [sys.executable, "-m", "m7mlx_convert", "org/little-mistral", "--quantize", "-q"]
         environment = os.environ | settings | {"HF_HUB_DISABLE_XET": "1"}
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout == "little-mistral-4bit\n", done.stderr
@@ -245,7 +244,7 @@ def test_card_names_origin_licence_and_how_it_was_made(tmp_path: Path) -> None:
     assert card.data.base_model == "org/little-mistral"
     assert card.data.library_name == "mlx"
     assert card.data.tags == ["mlx", "mistral"]
-    assert "\nm7mlx-convert org/little-mistral --q-bits 4\n" in card.text
+    assert "\nm7mlx-convert org/little-mistral --quantize\n" in card.text
     assert "\nm7mlx-chat --model .\n" in card.text
 
 
@@ -268,7 +267,7 @@ def test_card_survives_hostile_names(tmp_path: Path) -> None:
     ("arguments", "folder"),
     [
         ([], "little-mlx"),
-        (["-q"], "little-4bit"),
+        (["--quantize"], "little-4bit"),
         (["--q-bits", "8"], "little-8bit"),
         (["--quantize", "--q-bits", "2", "--q-group-size", "32"], "little-2bit"),
     ],
@@ -300,10 +299,11 @@ def test_help_is_quick_and_imports_no_libraries() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-def test_memory_holds_about_one_tensor(tmp_path: Path) -> None:
-    """A model of 340 MB, whose largest tensor has 8 MB, against one of less than 1 MB."""
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    """A model of 340 MB against one of less than 1 MB, with 30 MB in flight; its largest tensor has 8 MB."""
     code = (
-        "import re, sys; from m7mlx_convert.cli import main; main(sys.argv[1:]); "
+        "import re, sys; from m7mlx_convert import pipeline; from m7mlx_convert.cli import main; "
+        "pipeline.IN_FLIGHT = 30_000_000; main(sys.argv[1:]); "
         "print(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1])"
     )
     large = {"hidden_size": 1024, "intermediate_size": 4096, "n_layers": 12}
@@ -324,7 +324,7 @@ def test_memory_holds_about_one_tensor(tmp_path: Path) -> None:
             done = subprocess.run([*command, *options], check=True, capture_output=True, text=True)
             peaks.append(int(done.stdout.split()[-1]) * 1024)
         assert sum(file.stat().st_size for file in (tmp_path / "large").iterdir()) > 300e6
-        assert peaks[1] - peaks[0] < 40e6
+        assert peaks[1] - peaks[0] < 60e6
 
 
 def write_zeros(folder: Path, config: ModelConfig) -> None:

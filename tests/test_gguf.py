@@ -18,8 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from m7mlx_convert.cli import main
 from m7mlx_convert.convert import convert
-from m7mlx_convert.gguf import _gguf_name, repack
+from m7mlx_convert.gguf import _NAMES, repack
 from m7mlx_convert.gguf_header import read_header
+from m7mlx_convert.native import native_name
+from m7mlx_convert.progress import Reporter
+from m7mlx_convert.scheme import Recipe
 from sentencepiece import SentencePieceProcessor
 from test_chat import CHATML
 from test_convert import arrays
@@ -71,11 +74,11 @@ def write_gguf(
         heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}.get(name.split(".")[-2])
         stored = permuted(array, heads) if heads else array
         if array.ndim == 1:
-            writer.add_tensor(_gguf_name(name), stored)
+            writer.add_tensor(native_name(name, _NAMES, "blk"), stored)
             expected[name] = array
             continue
         data = gguf.quants.quantize(stored, quant)
-        writer.add_tensor(_gguf_name(name), data, raw_dtype=quant)
+        writer.add_tensor(native_name(name, _NAMES, "blk"), data, raw_dtype=quant)
         rounded = gguf.quants.dequantize(data, quant).reshape(array.shape)
         inverse = permuted(np.arange(array.shape[0])[:, None], heads)[:, 0].argsort() if heads else slice(None)
         expected[name] = rounded[inverse]
@@ -109,7 +112,9 @@ def add_sentencepiece(writer: gguf.GGUFWriter, version: str) -> None:
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0"])
 def test_weights_are_those_of_the_file(tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]) -> None:
     expected = write_gguf(tmp_path / "tiny.gguf", CONFIG, kind)
-    out = convert(str(tmp_path / "tiny.gguf"), tmp_path / "out", dtype="float32" if kind == "F32" else None)
+    reporter = Reporter("text")
+    dtype = "float32" if kind == "F32" else None
+    out = convert(str(tmp_path / "tiny.gguf"), tmp_path / "out", dtype=dtype, reporter=reporter)
     model, _ = load(out)
     for name, array in expected.items():
         found: Any = model
@@ -182,7 +187,7 @@ def write_mixed(path: Path, config: ModelConfig) -> None:
 
 def test_quantising_expanded_weights(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     write_gguf(tmp_path / "tiny.gguf", CONFIG, "F16")
-    out = convert(str(tmp_path / "tiny.gguf"), tmp_path / "out", quantization=Quantization(32, 4))
+    out = convert(str(tmp_path / "tiny.gguf"), tmp_path / "out", recipe=Recipe(Quantization(32, 4)))
     weight = arrays(out)["model.layers.0.mlp.up_proj.weight"]
     original = mx.array(random_weights(CONFIG)["model.layers.0.mlp.up_proj.weight"]).astype(mx.float16)
     assert mx.array_equal(weight, mx.quantize(original, group_size=32, bits=4)[0]).item()

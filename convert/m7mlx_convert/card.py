@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
 
-from m7mlx_convert.source import Source, shown
+from m7mlx_convert.plan import Plan, stored_as
+from m7mlx_convert.source import shown
 
 
-def model_card(source: Source, config: Mapping[str, Any], repo: str | None, command: Sequence[str]) -> str:
+def model_card(plan: Plan, repo: str | None, command: Sequence[str]) -> str:
     """A card in the Hub's form: what it is, where it comes from, how it was made, how to run it.
 
-    config   the result's config.json
     repo     the Hub repository it was converted from, if it was one
     command  what made it
     """
+    source = plan.source
     name = _plain(source.name)
     front = ["library_name: mlx", "pipeline_tag: text-generation"]
     if repo:
@@ -27,8 +27,9 @@ def model_card(source: Source, config: Mapping[str, Any], repo: str | None, comm
         is_word = re.fullmatch(r"[A-Za-z][\w.+-]*", licence)
         front.append(f"license: {licence if is_word else json.dumps(licence)}")
     front += ["tags:", "- mlx", f"- {source.config.model_type}"]
-    scheme = config.get("quantization")
-    numbers = f"quantised to {scheme['bits']} bits in groups of {scheme['group_size']}" if scheme else "not quantised"
+    schemes = {stored_as(step.scheme, step.dtype): None for step in plan.steps if step.scheme}
+    numbers = f"quantised ({'; '.join(schemes)})" if schemes else "not quantised"
+    numbers += f", {plan.bits_per_weight:.2f} bits a weight"
     origin = f"; converted from [{repo}](https://huggingface.co/{repo})" if repo else ""
     made = (
         f"Made with m7mlx {version('m7mlx')}:\n\n```sh\n{shlex.join(map(_plain, command))}\n```\n\n"

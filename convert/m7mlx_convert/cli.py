@@ -8,35 +8,60 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from m7mlx.cli import ArgumentParser, run
+from m7mlx.errors import InputError
+
+if TYPE_CHECKING:
+    from m7mlx_convert.progress import Reporter
+    from m7mlx_convert.scheme import Recipe
 
 PROG = "m7mlx-convert"
+MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
+MIXED = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
+CALIBRATED = ("awq", "dwq", "gptq", "dynamic")
 _DESCRIPTION = """\
 Convert a model to an MLX folder that m7mlx-chat, m7mlx and mlx-lm load.
 
-SOURCE is a Hub repository ("mistralai/Mistral-7B-Instruct-v0.3"), a folder in Hugging Face's layout (one or many
-safetensors files) or a GGUF file. Weights stream through memory one tensor at a time."""
+SOURCE is a Hub repository ("mistralai/Mistral-7B-Instruct-v0.3"), a folder (Hugging Face's layout, Mistral's own,
+MLX's, AWQ or GPTQ) or a GGUF file, here or on the Hub ("org/name/file.gguf"). Weights stream through memory a
+tensor at a time."""
 _EPILOG = """\
 examples:
   m7mlx-convert mistralai/Mistral-7B-Instruct-v0.3 --q-bits 4
-  m7mlx-convert ~/models/my-finetune --q-bits 8 --mlx-path my-finetune-8bit
+  m7mlx-convert mistralai/Mistral-7B-Instruct-v0.3 --q-bits 4 --plan      sizes, before anything is fetched
+  m7mlx-convert ~/models/my-finetune --q-bits 4 --q-rule 'lm_head|embed_tokens=8' --verify
+  m7mlx-convert ~/models/mistral --adapter ~/adapters/my-lora --q-bits 8 --mlx-path my-finetune-8bit
   m7mlx-convert mistral-7b-instruct.Q4_0.gguf
-  m7mlx-convert mistralai/Mistral-7B-Instruct-v0.2 --dtype float16 --mlx-path ~/models/mistral-fp16
-  m7mlx-convert --hf-path HuggingFaceH4/zephyr-7b-beta -q
+  m7mlx-convert mlx-community/Mistral-7B-Instruct-v0.3-4bit --dequantize --mlx-path mistral-bf16
+  m7mlx-convert verify my-finetune-8bit --against ~/models/my-finetune --report quality.html
 
-The result appears under its name only when it is whole; an existing one is replaced only with --force.
+The result appears under its name only when it is whole; an existing one is replaced only with --force. A run that was
+killed is taken up by the next one with the same options.
+`m7mlx-convert verify --help` says how to compare a result with its source.
 Exit status: 0 done, 1 failed on the way, 2 bad usage or input, 130 Ctrl-C."""
+_VERIFY_DESCRIPTION = """\
+Compare a converted model with its source: errors of the weights and activations of each layer, the KL divergence of
+its next-token predictions, how often its first choice is the same, and the perplexity of both on a text.
+
+Both are read a tensor at a time, so that it takes no more memory than the conversion."""
+_VERIFY_EPILOG = """\
+examples:
+  m7mlx-convert verify Mistral-7B-Instruct-v0.3-4bit --against mistralai/Mistral-7B-Instruct-v0.3
+  m7mlx-convert verify my-4bit --against my-finetune --text chapter.txt --tokens 2048 --report quality.html"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    args = _parse(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, _interrupt)  # `kill` cleans up as Ctrl-C does
-    return run(_convert, args, PROG)
+    if given[:1] == ["verify"]:
+        return run(_verify, _parse_verify(given[1:]), f"{PROG} verify")
+    return run(_convert, _parse(given), PROG)
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(PROG, _DESCRIPTION, _EPILOG)
     parser.add_argument("source", nargs="?", metavar="SOURCE", help="Hub repository, folder or GGUF file")
     parser.add_argument("--hf-path", metavar="SOURCE", help="the same, as mlx-lm spells it")
@@ -44,48 +69,177 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--mlx-path", metavar="OUT", help="folder to write (default: ./<name>-mlx or ./<name>-<N>bit)"
     )
     parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
-    parser.add_argument("--q-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="quantise to this many bits a weight")
-    parser.add_argument("-q", "--quantize", action="store_true", help="quantise to 4 bits, as mlx-lm spells it")
-    parser.add_argument(
-        "--q-group-size", type=int, choices=(32, 64, 128), help="weights that share a scale (default: 64)"
+    parser.add_argument("--adapter", metavar="LORA", help="merge a LoRA adapter (mlx-lm's or PEFT's folder, or Hub)")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    bits = parser.add_argument_group("quantisation (without any of these, the numbers stay as they are)")
+    bits.add_argument("--q-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="bits a weight")
+    bits.add_argument("--quantize", action="store_true", help="the same as --q-bits 4 (mlx-lm's -q)")
+    bits.add_argument("--q-group-size", type=int, choices=(16, 32, 64, 128), help="weights that share a scale (64)")
+    bits.add_argument("--q-mode", choices=MODES, help="integers with scale and bias (affine), or a float format")
+    bits.add_argument("--quant-predicate", choices=MIXED, help="mlx-lm's mix: low bits, high ones where it matters")
+    bits.add_argument(
+        "--q-rule",
+        metavar="PATTERN=BITS",
+        action="append",
+        default=[],
+        help="bits of the layers whose name the regular expression matches: N, N:GROUP, a mode, or none; "
+        "may be repeated, the first that matches counts",
     )
-    parser.add_argument(
+    bits.add_argument("-d", "--dequantize", action="store_true", help="expand a quantised source")
+    bits.add_argument(
         "--dtype",
         choices=("float16", "bfloat16", "float32"),
         help="type of what is not quantised (default: the source's)",
     )
-    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    data = parser.add_argument_group("quantisation by data (mlx-lm's quantisers; the whole model is held in memory)")
+    data.add_argument("--calibrate", choices=CALIBRATED, help="awq, dwq, gptq, or dynamic bits")
+    data.add_argument("--calibration-text", metavar="FILE", type=Path, help="text to learn from (default: built in)")
+    data.add_argument("--calibration-tokens", metavar="N", type=int, help="how much of it (default: 16384)")
+    data.add_argument("--target-bpw", metavar="BITS", type=float, help="for dynamic: bits a weight on average (5)")
+    checks = parser.add_argument_group("before and after")
+    checks.add_argument(
+        "--plan", action="store_true", help="print sizes and memory, and stop before anything is done"
+    )
+    checks.add_argument("--verify", action="store_true", help="compare the result with the source")
+    _add_text(checks)
+    checks.add_argument("--upload-repo", metavar="ORG/NAME", help="upload the result to the Hub")
+    _add_output(parser)
     args = parser.parse_args(argv)
     if bool(args.source) == bool(args.hf_path):
         parser.error("give one SOURCE" if not args.source else "give SOURCE or --hf-path, not both")
     args.source = args.source or args.hf_path
-    args.q_bits = args.q_bits or (4 if args.quantize else None)
-    if args.q_group_size and not args.q_bits:
-        parser.error("--q-group-size needs --q-bits")
+    _check_usage(parser, args)
     return args
 
 
+def _check_usage(parser: ArgumentParser, args: argparse.Namespace) -> None:
+    chosen = args.q_bits or args.quantize or args.q_mode or args.quant_predicate
+    if args.quant_predicate and (args.q_bits or args.q_mode not in (None, "affine")):
+        parser.error("--quant-predicate chooses the bits itself; leave out --q-bits and --q-mode")
+    if args.dequantize and (chosen or args.q_rule or args.calibrate):
+        parser.error("--dequantize and quantising exclude each other")
+    if args.q_group_size and not (chosen or args.q_rule or args.calibrate):
+        parser.error("--q-group-size needs --q-bits")
+    if args.calibrate and (args.q_mode not in (None, "affine") or args.quant_predicate or args.q_rule):
+        parser.error("--calibrate takes --q-bits and --q-group-size only")
+    if not args.calibrate and (args.calibration_text or args.calibration_tokens):
+        parser.error("--calibration-text and --calibration-tokens need --calibrate")
+    if args.target_bpw and args.calibrate != "dynamic":
+        parser.error("--target-bpw needs --calibrate dynamic")
+    if (args.text or args.tokens) and not (args.verify or args.report):
+        parser.error("--text and --tokens need --verify")
+    _check_text(parser, args)
+
+
+def _parse_verify(argv: Sequence[str]) -> argparse.Namespace:
+    parser = ArgumentParser(f"{PROG} verify", _VERIFY_DESCRIPTION, _VERIFY_EPILOG)
+    parser.add_argument("folder", metavar="FOLDER", help="the converted model")
+    parser.add_argument("--against", metavar="SOURCE", required=True, help="what it was converted from")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
+    parser.add_argument("--adapter", metavar="LORA", help="the adapter that was merged")
+    _add_text(parser)
+    _add_output(parser)
+    args = parser.parse_args(argv)
+    _check_text(parser, args)
+    return args
+
+
+def _add_text(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--text", metavar="FILE", type=Path, help="text to compare on (default: built in)")
+    parser.add_argument("--tokens", metavar="N", type=int, help="how much of it (default: 512)")
+    parser.add_argument("--report", metavar="FILE", type=Path, help="write the comparison with plots, as HTML")
+
+
+def _check_text(parser: ArgumentParser, args: argparse.Namespace) -> None:
+    if args.tokens is not None and args.tokens < 2:
+        parser.error("--tokens must be at least 2")
+    if args.report and not args.report.expanduser().resolve().parent.is_dir():
+        parser.error(f"the folder of {args.report} does not exist")
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    quiet = parser.add_mutually_exclusive_group()
+    quiet.add_argument("-q", "--quiet", action="store_true", help="no notes, no progress bar")
+    quiet.add_argument("--json", action="store_true", help="one JSON object a line on stdout")
+
+
+def _reporter(args: argparse.Namespace) -> Reporter:
+    from m7mlx_convert.progress import Reporter
+
+    return Reporter("json" if args.json else "quiet" if args.quiet else "text")
+
+
 def _convert(args: argparse.Namespace) -> None:
-    from m7mlx.quantization import Quantization
     from m7mlx_convert.convert import convert
 
-    local = Path(args.source).expanduser()
-    command = [PROG, local.resolve().name if local.exists() else args.source]  # for the card: no private paths
-    for flag in ("revision", "q_bits", "q_group_size", "dtype"):
-        if getattr(args, flag):
-            command += ["--" + flag.replace("_", "-"), str(getattr(args, flag))]
+    reporter = _reporter(args)
+    recipe = _recipe(args)
+    if args.plan:
+        _plan(args, recipe, reporter)
+        return
     folder = convert(
         args.source,
         args.mlx_path,
-        quantization=Quantization(args.q_group_size or 64, args.q_bits) if args.q_bits else None,
+        recipe=recipe,
         dtype=args.dtype,
         revision=args.revision,
+        adapter=args.adapter,
         force=args.force,
-        progress=not args.quiet and sys.stderr.isatty(),
-        command=command,
+        reporter=reporter,
+        command=_command(args),
     )
-    print(folder)
+    if args.json:
+        reporter.event("done", folder=str(folder))
+    else:
+        print(folder)
+
+
+def _plan(args: argparse.Namespace, recipe: Recipe, reporter: Reporter) -> None:
+    from m7mlx_convert.convert import open_model, resolve_source, target_of
+    from m7mlx_convert.plan import make_plan, plan_table
+
+    target = target_of(args.source, args.mlx_path, recipe.label).resolve()
+    if not target.parent.is_dir():
+        raise InputError(f"the folder {target.parent} does not exist; create it, or give another --mlx-path")
+    source = open_model(resolve_source(args.source, args.revision), args.source, args.adapter)
+    plan = make_plan(source, recipe, args.dtype)
+    if args.json:
+        reporter.event("plan", **plan.describe(target))
+        return
+    from rich.console import Console
+
+    Console(soft_wrap=True).print(plan_table(plan, target))
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    from m7mlx_convert.scheme import Recipe, Rule, scheme_of
+
+    base = None
+    if args.q_bits or args.quantize or args.q_mode or args.quant_predicate:
+        base = scheme_of(args.q_mode or "affine", args.q_bits, args.q_group_size)
+    rules = tuple(Rule.parse(rule, args.q_group_size) for rule in args.q_rule)
+    return Recipe(base, args.quant_predicate, rules, args.dequantize)
+
+
+def _command(args: argparse.Namespace) -> list[str]:
+    """The command for the model card, without private paths."""
+    command = [PROG]
+    for value in (args.source, args.adapter):
+        if value:
+            local = Path(value).expanduser()
+            shown = local.resolve().name if local.exists() else value
+            command += [shown] if value is args.source else ["--adapter", shown]
+    flags = ("revision", "q_bits", "q_group_size", "q_mode", "quant_predicate", "dtype", "calibrate", "target_bpw")
+    for flag in flags:
+        if getattr(args, flag):
+            command += ["--" + flag.replace("_", "-"), str(getattr(args, flag))]
+    for rule in args.q_rule:
+        command += ["--q-rule", rule]
+    return command + [f"--{flag}" for flag in ("quantize", "dequantize") if getattr(args, flag)]
+
+
+def _verify(args: argparse.Namespace) -> None:
+    raise NotImplementedError
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

@@ -26,6 +26,7 @@ from m7mlx.errors import ConfigError, WeightsError
 from m7mlx.quantization import Quantization
 from m7mlx_convert.gguf_header import GGUFTensor, read_header
 from m7mlx_convert.gguf_tokenizer import tokenizer_files
+from m7mlx_convert.native import native_name, row_order
 from m7mlx_convert.source import Source, Tensor, shown
 
 _GROUP = 32
@@ -89,6 +90,7 @@ def open_gguf(path: Path) -> Source:
         raw_config=config.to_dict(),
         tensors=tensors,
         files=tokenizer_files(path, metadata),
+        weight_files=(path,),
         licence=licence if isinstance(licence, str) else None,
         notes=notes,
     )
@@ -184,7 +186,7 @@ def _with_window(config: ModelConfig, values: Mapping[str, Any]) -> tuple[ModelC
 
 
 def _tensors(path: Path, config: ModelConfig, found: Mapping[str, GGUFTensor]) -> Iterator[tuple[str, Tensor]]:
-    names = {name: _gguf_name(name) for name in config.weight_shapes()}
+    names = {name: native_name(name, _NAMES, "blk") for name in config.weight_shapes()}
     for extra in sorted(found.keys() - set(names.values())):
         if extra != "rope_freqs.weight" or not _is_ones(found[extra]):
             raise WeightsError(f"{path}: tensor {shown(extra)} is not a part of a plain Mistral-like model")
@@ -199,13 +201,12 @@ def _tensors(path: Path, config: ModelConfig, found: Mapping[str, GGUFTensor]) -
             raise WeightsError(
                 f"{path}: {names[name]} has shape {list(tensor.shape)}, its metadata says {list(shape)}"
             )
-        order = _row_order(config, name)
-        whole = _expanded(tensor, order)
+        order = row_order(config, name)
         if tensor.kind in _KEPT and len(shape) == 2:
             scheme = Quantization(_GROUP, _KEPT[tensor.kind])
-            yield name, Tensor(shape, mx.float16, _kept(tensor, order), scheme, whole)
+            yield name, Tensor(shape, mx.float16, _kept(tensor, order), scheme, scheme)
         else:
-            yield name, Tensor(shape, dtype, whole)
+            yield name, Tensor(shape, dtype, _expanded(tensor, order))
 
 
 def _float_dtype(kinds: set[str]) -> mx.Dtype:
@@ -231,23 +232,6 @@ def _check_kind(path: Path, kind: str) -> None:
 
 def _is_ones(tensor: GGUFTensor) -> bool:
     return tensor.kind == "F32" and bool((tensor.read().view(np.float32) == 1).all())
-
-
-def _gguf_name(name: str) -> str:
-    module = name.removesuffix(".weight")
-    if not module.startswith("model.layers."):
-        return _NAMES[module] + ".weight"
-    _, _, layer, part = module.split(".", 3)
-    return f"blk.{layer}.{_NAMES[part]}.weight"
-
-
-def _row_order(config: ModelConfig, name: str) -> np.ndarray | None:
-    """For query and key projections: which stored row is row i; whole rows move, so blocks stay whole."""
-    heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}.get(name.split(".")[-2])
-    if heads is None:
-        return None
-    pairs = np.arange(heads * config.head_dim).reshape(heads, config.head_dim // 2, 2)
-    return pairs.swapaxes(1, 2).reshape(-1)
 
 
 def _kept(tensor: GGUFTensor, order: np.ndarray | None) -> Callable[[], dict[str, mx.array]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from m7mlx.errors import DiskError, InputError
+from m7mlx_convert.writer import JOURNAL
 
 _SPARE = 50_000_000  # bytes to leave free on the disk
 
@@ -22,7 +23,7 @@ def check_target(target: Path, source: Path, force: bool) -> None:
     """Raise InputError if `target` must not be written. Undoes first what a killed run left there."""
     if not target.parent.is_dir():
         raise InputError(f"the folder {target.parent} does not exist; create it, or give another --mlx-path")
-    clean_up(target)
+    restore(target)
     if target.exists() and not target.is_dir():
         raise InputError(f"{target} is a file; give a folder as --mlx-path")
     check_apart(target, source)
@@ -49,8 +50,12 @@ def _same(a: Path, b: Path) -> bool:
 
 
 def check_space(target: Path, nbytes: int) -> None:
-    """Raise DiskError if the disk that will hold `target` has no room for `nbytes`."""
-    free = shutil.disk_usage(target.parent).free
+    """Raise DiskError if the disk that will hold `target` has no room for `nbytes`.
+
+    What a killed run left counts as room: it is taken up or removed.
+    """
+    left = [file for folder in _left_by_the_dead(target, "partial") for file in folder.iterdir()]
+    free = shutil.disk_usage(target.parent).free + sum(file.stat().st_size for file in left)
     if free < nbytes + _SPARE:
         raise DiskError(
             f"{target.parent} has {free / 1e9:.1f} GB free, but the result takes {nbytes / 1e9:.1f} GB; "
@@ -59,13 +64,15 @@ def check_space(target: Path, nbytes: int) -> None:
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
+def whole_folder(target: Path, key: str | None = None) -> Iterator[Path]:
     """A folder beside `target` to write into; it becomes `target` when the block ends without an error.
 
-    On an error, Ctrl-C included, it is removed. What a killed process left is removed by the next run.
+    On an error, Ctrl-C included, it is removed. What a killed process left is removed too, or taken up where its
+    journal has the same `key`.
     """
     work = target.parent / f".{target.name}.partial-{os.getpid()}"
-    work.mkdir()
+    _adopt(target, work, key)
+    work.mkdir(exist_ok=True)
     try:
         yield work
         _sync(work)
@@ -77,16 +84,43 @@ def whole_folder(target: Path) -> Iterator[Path]:
         raise
 
 
-def clean_up(target: Path) -> None:
-    """Remove what dead processes left beside `target`, and put back what one had moved aside."""
-    for path in target.parent.glob(f".{glob.escape(target.name)}.*-*"):
-        match = re.fullmatch(r"\.(partial|old)-(\d{1,9})", path.name.removeprefix("." + target.name))
-        if match is None or _alive(int(match[2])):
-            continue
-        if match[1] == "old" and not target.exists():
+def restore(target: Path) -> None:
+    """Put back what a dead process had moved aside to replace it, or finish removing it."""
+    for path in _left_by_the_dead(target, "old"):
+        if target.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.rename(target)
+
+
+def _adopt(target: Path, work: Path, key: str | None) -> None:
+    """Rename what a killed run with the same key left to `work`; remove what other killed runs left."""
+    for path in _left_by_the_dead(target, "partial"):
+        if key and not work.exists() and _journal_key(path) == key:
+            try:
+                path.rename(work)  # of two processes that want it, one gets it
+            except OSError:
+                continue
         else:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _journal_key(folder: Path) -> str:
+    try:
+        with (folder / JOURNAL).open() as file:
+            return file.readline().rstrip("\n")
+    except (OSError, ValueError):
+        return ""
+
+
+def _left_by_the_dead(target: Path, kind: str) -> list[Path]:
+    """Folders beside `target` of processes that are no more."""
+    found = []
+    for path in sorted(target.parent.glob(f".{glob.escape(target.name)}.{kind}-*")):
+        match = re.fullmatch(rf"\.{kind}-(\d{{1,9}})", path.name.removeprefix("." + target.name))
+        if match and not _alive(int(match[1])):
+            found.append(path)
+    return found
 
 
 def _sync(folder: Path) -> None:

@@ -1,0 +1,132 @@
+"""Folders of safetensors files: Hugging Face's layout and mlx-lm's, Mistral's own, packed AWQ and GPTQ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from m7mlx.config import ModelConfig, read_json
+from m7mlx.errors import ConfigError
+from m7mlx.safetensors import StoredTensor, folder_weights, parameters
+from m7mlx_convert import native, packed
+from m7mlx_convert.source import Source, Tensor, named_dtype, reader
+from m7mlx_convert.writer import DTYPES
+
+# By name, not by pattern: a "tokenizer.bin" may be pickle, a "tokenizer.py" is code.
+_COPIED = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer.model.v1",
+    "tokenizer.model.v2",
+    "tokenizer.model.v3",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+)
+# What points to code in the folder; none of it is run here, and none is passed on.
+_CODE_KEYS = frozenset({"auto_map", "model_file"})
+_QUANTISED_KEYS = frozenset({"quantization", "quantization_config"})
+
+
+def open_folder(folder: Path, name: str, headers: Mapping[str, StoredTensor] | None = None) -> Source:
+    """A folder, quantised or not.
+
+    `headers` are those of weights that are not in the folder, to plan with; such tensors cannot be loaded.
+    Raises ConfigError, WeightsError.
+    """
+    is_native = native.is_native(folder, headers)
+    path = folder / "config.json"
+    given = read_json(path) if path.is_file() else {}
+    method = None if is_native else packed.method(path, given)
+    plain = {k: v for k, v in given.items() if k not in _QUANTISED_KEYS}
+    try:
+        config = ModelConfig.from_dict(plain) if method else ModelConfig.from_folder(folder)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}" if method else str(error)) from None
+    if headers is None:
+        headers = folder_weights(folder, native=is_native)
+    if is_native:
+        tensors = native.tensors(folder, config, headers)
+    elif method:
+        tensors = packed.tensors(folder, config, headers, method)
+    else:
+        tensors = _tensors(folder, config, headers, given)
+    return Source(
+        name=name,
+        config=config,
+        raw_config=_whole_config(given, config),
+        tensors=tensors,
+        files={n: _without_code(folder / n) for n in _COPIED if (folder / n).is_file()},
+        weight_files=tuple(sorted({stored.path for stored in headers.values()})),
+        licence=_licence(folder),
+    )
+
+
+def _tensors(
+    folder: Path, config: ModelConfig, headers: Mapping[str, StoredTensor], given: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    found = {}
+    named = named_dtype(given) or mx.bfloat16
+    found_parts = parameters(folder, config, headers)
+    shapes = config.weight_shapes()
+    for name, (scheme, parts) in found_parts.items():
+        module = name.removesuffix(".weight")
+        read = reader(headers, {kind: f"{module}.{kind}" for kind in parts})
+        stored = DTYPES[parts["scales" if scheme else "weight"].dtype]
+        dtype = named if stored == mx.uint8 else stored  # mxfp4 and its kin have scales of 8 bits
+        found[name] = Tensor(shapes[name], dtype, read, scheme, scheme)
+    return found
+
+
+def _whole_config(given: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """The source's config.json, and what it leaves to defaults written out.
+
+    Readers differ in their defaults: mlx-lm ties the head where tie_word_embeddings is absent, and does not look
+    for RoPE's base in rope_parameters.
+    """
+    may_be_null = {"sliding_window", "bos_token_id", "eos_token_id"}
+    absent = {
+        k: v for k, v in config.to_dict().items() if given.get(k) is None and (k not in given or k not in may_be_null)
+    }
+    whole = dict(given) | absent
+    return {k: v for k, v in whole.items() if k not in _CODE_KEYS | _QUANTISED_KEYS}
+
+
+def _without_code(path: Path) -> Path | bytes:
+    """The file, or its content where keys that point to code had to be taken out."""
+    if not path.name.endswith("_config.json"):
+        return path
+    try:
+        data = read_json(path)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; fetch it again") from None
+    if not _CODE_KEYS & data.keys():
+        return path
+    kept = {k: v for k, v in data.items() if k not in _CODE_KEYS}
+    return json.dumps(kept, ensure_ascii=False, indent=2).encode()
+
+
+def _licence(folder: Path) -> str | None:
+    """The licence that the source's own model card names."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    with card.open(encoding="utf-8", errors="replace") as file:
+        lines = file.read(100_000).splitlines()
+    if not lines or lines[0] != "---":
+        return None
+    end = lines.index("---", 1) if "---" in lines[1:] else 0
+    found = (line.partition(":")[2] for line in lines[1:end] if line.startswith("license:"))
+    return next(found, None)

@@ -1,0 +1,86 @@
+"""Mistral's own layout: params.json and consolidated.safetensors.
+
+The same numbers as Hugging Face's under other names; query and key rows are stored for interleaved RoPE and are
+put back into the rotate-half order (transformers, `convert_mistral_weights_to_hf.py`, `permute_for_rope`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from m7mlx.config import ModelConfig
+from m7mlx.errors import WeightsError
+from m7mlx.safetensors import StoredTensor
+from m7mlx_convert.source import Arrays, Tensor, reader, shown
+from m7mlx_convert.writer import DTYPES
+
+_NAMES = {  # name on disk → name in the file
+    "model.embed_tokens": "tok_embeddings",
+    "model.norm": "norm",
+    "lm_head": "output",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+}
+
+
+def is_native(folder: Path, headers: Mapping[str, StoredTensor] | None = None) -> bool:
+    """Whether the weights are in Mistral's layout only; repositories that have both are read as Hugging Face's."""
+    files = [s.path for s in headers.values()] if headers is not None else [*folder.glob("*.safetensors")]
+    return bool(files) and all(file.name.startswith("consolidated") for file in files)
+
+
+def tensors(folder: Path, config: ModelConfig, headers: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    """The model's parameters. Raises WeightsError where the files do not fit the config."""
+    if config.n_layers > len(headers):
+        raise WeightsError(
+            f"{folder}: its config says {config.n_layers} layers, the files hold {len(headers)} tensors"
+        )
+    found = {}
+    names = {name: native_name(name) for name in config.weight_shapes()}
+    if extra := sorted(headers.keys() - set(names.values())):
+        raise WeightsError(f"{folder}: tensor {shown(extra[0])} is not a part of a plain Mistral model")
+    for name, shape in config.weight_shapes().items():
+        stored = headers.get(names[name])
+        if stored is None:
+            raise WeightsError(f"{folder}: tensor {names[name]} is missing")
+        if stored.shape != shape or stored.dtype not in DTYPES or stored.dtype.startswith("U"):
+            raise WeightsError(
+                f"{folder}: {names[name]} is {stored.dtype} {list(stored.shape)}, its config says {list(shape)}"
+            )
+        read = reader(headers, {"weight": names[name]})
+        order = row_order(config, name)
+        found[name] = Tensor(shape, DTYPES[stored.dtype], read if order is None else _ordered(read, order))
+    return found
+
+
+def native_name(name: str, names: Mapping[str, str] = _NAMES, layers: str = "layers") -> str:
+    """The name that other files give to the parameter `name`."""
+    module = name.removesuffix(".weight")
+    if not module.startswith("model.layers."):
+        return names[module] + ".weight"
+    _, _, layer, part = module.split(".", 3)
+    return f"{layers}.{layer}.{names[part]}.weight"
+
+
+def row_order(config: ModelConfig, name: str) -> np.ndarray | None:
+    """For query and key projections: which row stored for interleaved RoPE is row i; None for the others."""
+    heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}.get(name.split(".")[-2])
+    if heads is None:
+        return None
+    pairs = np.arange(heads * config.head_dim).reshape(heads, config.head_dim // 2, 2)
+    return pairs.swapaxes(1, 2).reshape(-1)
+
+
+def _ordered(read: Callable[[], Arrays], order: np.ndarray) -> Callable[[], Arrays]:
+    return lambda: {"weight": read()["weight"][mx.array(order)]}

@@ -1,0 +1,157 @@
+"""AWQ and GPTQ checkpoints: packed integers that become MLX's affine quantisation, w = scale · q + bias.
+
+Both store a matrix [out, in] transposed, with w = scale · (q − zero), so bias = −zero · scale:
+
+    AWQ   qweight [in, out / 8]  eight outputs to a word, in the order 0 2 4 6 1 3 5 7 (AutoAWQ, `packing_utils.py`)
+    GPTQ  qweight [in / 8, out]  eight inputs to a word, in order; zeros are stored one too low, except in
+          "gptq_v2" (AutoGPTQ, `qlinear_cuda.py`)
+
+`qzeros` [groups, out / 8] is packed like AWQ's or, in order, like GPTQ's; `scales` is [groups, out]. Files that say
+GPTQ and have AWQ's shapes are read as AWQ, which is how mlx-lm reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from m7mlx.config import ModelConfig
+from m7mlx.errors import ConfigError, WeightsError
+from m7mlx.quantization import Quantization
+from m7mlx.safetensors import StoredTensor, is_left_out
+from m7mlx_convert.source import Arrays, Tensor, reader, shown
+from m7mlx_convert.writer import DTYPES
+
+_AWQ_SHIFTS = mx.array([0, 4, 1, 5, 2, 6, 3, 7], mx.uint32) * 4  # of output i within its word
+
+
+class Method(NamedTuple):
+    """What config.json says of packed weights."""
+
+    scheme: Quantization
+    zero_offset: int  # what GPTQ's layout adds to a stored zero
+
+
+def method(path: Path, config: Mapping[str, Any]) -> Method | None:
+    """How the folder with this config.json is packed; None if it is not. Raises ConfigError for other methods."""
+    given = config.get("quantization_config")
+    if config.get("quantization") is not None or not isinstance(given, Mapping):
+        return None
+    name: Any = given.get("quant_method")
+    bits: Any = given.get("bits")
+    group: Any = given.get("group_size")
+    if name not in ("awq", "gptq"):
+        raise ConfigError(
+            f"{path}: weights quantised by {shown(name)} cannot be read (AWQ, GPTQ and MLX's can); "
+            "convert the unquantised model"
+        )
+    if bits not in ((4,) if name == "awq" else (2, 4, 8)) or group not in (32, 64, 128):
+        raise ConfigError(
+            f"{path}: {name} with {shown(bits)} bits in groups of {shown(group)} has no counterpart in MLX; "
+            "convert the unquantised model"
+        )
+    is_v1 = given.get("checkpoint_format", "gptq") != "gptq_v2"
+    return Method(Quantization(group, bits), int(name == "gptq" and is_v1))
+
+
+def tensors(
+    folder: Path, config: ModelConfig, headers: Mapping[str, StoredTensor], method: Method
+) -> dict[str, Tensor]:
+    """The model's parameters. Raises WeightsError where the files do not fit the config."""
+    if config.n_layers > len(headers):
+        raise WeightsError(
+            f"{folder}: config.json says {config.n_layers} layers, the files hold {len(headers)} tensors"
+        )
+    found, known = {}, set()
+    for name, shape in config.weight_shapes().items():
+        module = name.removesuffix(".weight")
+        if f"{module}.qweight" in headers:
+            found[name] = _packed(folder, module, shape, headers, method)
+            known |= {f"{module}.{kind}" for kind in ("qweight", "qzeros", "scales", "g_idx")}
+            continue
+        stored = headers.get(name)
+        if stored is None or stored.shape != shape or stored.dtype not in ("F32", "F16", "BF16"):
+            is_ = f"is {stored.dtype} {list(stored.shape)}" if stored else "is missing"
+            raise WeightsError(f"{folder}: {name} {is_}; config.json says floats {list(shape)}")
+        found[name] = Tensor(shape, DTYPES[stored.dtype], reader(headers, {"weight": name}))
+        known.add(name)
+    for name in sorted(headers.keys() - known):
+        if not is_left_out(name, config):
+            raise WeightsError(f"{folder}: tensor {shown(name)} is not a part of {config.model_type}")
+    return found
+
+
+def _packed(
+    folder: Path, module: str, shape: tuple[int, ...], headers: Mapping[str, StoredTensor], method: Method
+) -> Tensor:
+    rows, columns = shape
+    bits, group = method.scheme.bits, method.scheme.group_size
+    per_word = 32 // bits
+    if rows % per_word or columns % group:
+        raise WeightsError(f"{folder}: {module} [{rows}, {columns}] cannot be packed in groups of {group}")
+    layouts: dict[tuple[int, ...], bool] = {(columns, rows // per_word): True, (columns // per_word, rows): False}
+    words = headers[f"{module}.qweight"]
+    is_awq = layouts.get(words.shape)
+    if words.dtype != "I32" or is_awq is None or (is_awq and bits != 4):
+        raise WeightsError(
+            f"{folder}: {module}.qweight is {words.dtype} {list(words.shape)}, neither AWQ's layout nor GPTQ's"
+        )
+    expected = {"scales": ("F16", "BF16", "F32"), "qzeros": ("I32",)}
+    shapes = {"scales": (columns // group, rows), "qzeros": (columns // group, rows // per_word)}
+    for kind, dtypes in expected.items():
+        stored = headers.get(f"{module}.{kind}")
+        if stored is None and kind == "qzeros":
+            continue  # symmetric: every zero is in the middle
+        if stored is None or stored.dtype not in dtypes or stored.shape != shapes[kind]:
+            is_ = f"is {stored.dtype} {list(stored.shape)}" if stored else "is missing"
+            raise WeightsError(f"{folder}: {module}.{kind} {is_}; it should be {list(shapes[kind])}")
+    _check_order(folder, module, columns, group, headers)
+    kinds = [kind for kind in ("qweight", "scales", "qzeros") if f"{module}.{kind}" in headers]
+    read = reader(headers, {kind: f"{module}.{kind}" for kind in kinds})
+    dtype = DTYPES[headers[f"{module}.scales"].dtype]
+    offset = 0 if is_awq else method.zero_offset
+    return Tensor(shape, dtype, _repacked(read, bits, is_awq, offset), method.scheme, method.scheme)
+
+
+def _check_order(folder: Path, module: str, columns: int, group: int, headers: Mapping[str, StoredTensor]) -> None:
+    """Raise WeightsError where the groups are not neighbours ("act-order"), which MLX cannot express."""
+    if f"{module}.g_idx" not in headers or not headers[f"{module}.g_idx"].path.is_file():
+        return
+    order = np.array(reader(headers, {"g_idx": f"{module}.g_idx"})()["g_idx"])
+    if order.shape != (columns,) or not np.array_equal(order, np.arange(columns) // group):
+        raise WeightsError(
+            f"{folder}: {module} was quantised in activation order (g_idx), which MLX cannot express; "
+            "convert the unquantised model"
+        )
+
+
+def _repacked(read: Callable[[], Arrays], bits: int, is_awq: bool, zero_offset: int) -> Callable[[], Arrays]:
+    def load() -> Arrays:
+        stored = read()
+        scales = mx.contiguous(stored["scales"].T)
+        words = stored["qweight"].view(mx.uint32)
+        q = _unpack(words, bits, is_awq).T if is_awq else _unpack(words.T, bits, is_awq)  # [out, in]
+        if "qzeros" in stored:
+            zeros = _unpack(stored["qzeros"].view(mx.uint32), bits, is_awq).T.astype(mx.float32) + zero_offset
+        else:
+            zeros = mx.array(float(1 << (bits - 1)))
+        biases = -zeros * scales.astype(mx.float32)
+        return {"weight": _pack(q, bits), "scales": scales, "biases": biases.astype(scales.dtype)}
+
+    return load
+
+
+def _unpack(words: mx.array, bits: int, is_awq: bool) -> mx.array:
+    """uint32 [rows, words] → uint32 [rows, words · 32 / bits]."""
+    shifts = _AWQ_SHIFTS if is_awq else mx.arange(0, 32, bits, mx.uint32)
+    return ((words[..., None] >> shifts) & ((1 << bits) - 1)).reshape(words.shape[0], -1)
+
+
+def _pack(q: mx.array, bits: int) -> mx.array:
+    """The inverse of `_unpack`, in MLX's order: the earlier weight lies lower."""
+    shifts = mx.arange(0, 32, bits, mx.uint32)
+    return (q.reshape(q.shape[0], -1, 32 // bits) << shifts).sum(axis=-1).astype(mx.uint32)

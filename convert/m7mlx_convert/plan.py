@@ -1,0 +1,273 @@
+"""What a conversion will do, from headers alone: every tensor's scheme, the result's size, the memory it takes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from m7mlx.arrays import is_finite
+from m7mlx.config import ModelConfig
+from m7mlx.errors import InputError, WeightsError
+from m7mlx.quantization import Quantization
+from m7mlx_convert.scheme import Recipe
+from m7mlx_convert.source import FLOATS, Source, Tensor, named_dtype
+from m7mlx_convert.writer import Spec, stored_specs
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+IN_FLIGHT = 600_000_000  # bytes of tensors being read, quantised and written at one time, unless one alone is larger
+_BASE = 250_000_000  # bytes of memory that Python and MLX take
+_CHAT_SLACK = 64  # positions that the chat's cache holds beside the window
+
+
+@dataclass(frozen=True)
+class Step:
+    """What becomes of one parameter: kept as it is, cast, expanded or quantised."""
+
+    name: str
+    tensor: Tensor
+    dtype: mx.Dtype  # of the weight; of one that is quantised, of its scales where they are floats
+    scheme: Quantization | None
+
+    @cached_property
+    def specs(self) -> list[Spec]:
+        """The tensors this gives, in the order they are written."""
+        return stored_specs(self.name, self.tensor.shape, self.dtype, self.scheme)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the result."""
+        return sum(spec.nbytes for spec in self.specs)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that `arrays` takes, about; what is not kept as it is passes through float32 or its own type."""
+        is_read_plain = self.tensor.scheme is None
+        return self.nbytes + self.tensor.size * (self.tensor.dtype.size if is_read_plain else 4 + 1)
+
+    def arrays(self) -> Iterator[mx.array]:
+        """The arrays for `specs`. Raises WeightsError for NaN and infinite numbers."""
+        if self.scheme == self.tensor.scheme:
+            for array in self.tensor.load().values():
+                yield self._finite(array) if mx.issubdtype(array.dtype, mx.floating) else array
+            return
+        weight = self._finite(self.tensor.floats())
+        if self.scheme is None:
+            yield weight
+            return
+        scheme = self.scheme
+        yield from mx.quantize(weight, group_size=scheme.group_size, bits=scheme.bits, mode=scheme.mode)
+
+    def _finite(self, array: mx.array) -> mx.array:
+        """`array` in this step's type."""
+        cast = array.astype(self.dtype)
+        if not is_finite(cast):
+            if is_finite(array):
+                raise WeightsError(f"{self.name} holds numbers too large for {self.dtype}; give another --dtype")
+            raise WeightsError(f"{self.name} holds NaN or infinite numbers; the source is damaged")
+        return cast
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion, ready to run."""
+
+    source: Source
+    steps: Sequence[Step]
+    config: Mapping[str, Any]  # config.json of the result
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of the result's weights."""
+        return sum(step.nbytes for step in self.steps)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / sum(step.tensor.size for step in self.steps)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory that the conversion takes, about."""
+        return _BASE + max(max(step.memory for step in self.steps), min(IN_FLIGHT, self.nbytes))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know, a line each."""
+        again = any(step.tensor.default and step.scheme not in (None, step.tensor.default) for step in self.steps)
+        return self.source.notes + (
+            ("the weights are quantised already and are quantised again: the losses add up",) if again else ()
+        )
+
+    @cached_property
+    def key(self) -> str | None:
+        """What a result made by this plan is known by; None where the source cannot be read a second time.
+
+        Two runs with the same key write the same bytes: the second can go on where the first was killed.
+        """
+        if not self.source.weight_files:
+            return None
+        digest = hashlib.sha256(f"m7mlx {version('m7mlx')} mlx {version('mlx')}\n".encode())
+        digest.update(json.dumps(self.config, sort_keys=True).encode())
+        for file in self.source.weight_files:
+            state = file.stat()
+            digest.update(f"\n{file.resolve()} {state.st_size} {state.st_mtime_ns}".encode())
+        for step in self.steps:
+            digest.update(f"\n{step.specs}".encode())
+        return digest.hexdigest()
+
+    def describe(self, target: Path) -> dict[str, Any]:
+        """The plan as `--json` prints it; sizes in bytes."""
+        return {
+            "source": self.source.name,
+            "target": str(target),
+            "groups": self._groups(),
+            "parameters": sum(step.tensor.size for step in self.steps),
+            "bits_per_weight": round(self.bits_per_weight, 3),
+            "result_bytes": self.nbytes,
+            "disk_free_bytes": shutil.disk_usage(target.parent).free,
+            "conversion_memory_bytes": self.memory,
+            "chat_memory": chat_memory(self.source.config, self.nbytes),
+            "notes": list(self.notes),
+        }
+
+    def _groups(self) -> list[dict[str, Any]]:
+        groups: dict[tuple[str, str], list[Step]] = {}
+        for step in self.steps:
+            part = step.name.removesuffix(".weight").split(".", 3)[-1].removeprefix("model.")
+            groups.setdefault((part, stored_as(step.scheme, step.dtype)), []).append(step)
+        return [
+            {
+                "part": part,
+                "stored": stored,
+                "tensors": len(steps),
+                "parameters": (size := sum(step.tensor.size for step in steps)),
+                "bits_per_weight": round(8 * sum(step.nbytes for step in steps) / size, 3),
+                "bytes": sum(step.nbytes for step in steps),
+            }
+            for (part, stored), steps in groups.items()
+        ]
+
+
+def make_plan(source: Source, recipe: Recipe, dtype: str | None) -> Plan:
+    """What to do with each tensor. Raises InputError where the schemes do not fit."""
+    config = source.config
+    asked = FLOATS[dtype] if dtype else (named_dtype(source.raw_config) if recipe.quantises else None)
+    matrices = [name.removesuffix(".weight") for name, tensor in source.tensors.items() if tensor.is_matrix]
+    for rule in recipe.rules:
+        if not any(rule.pattern.search(module) for module in matrices):
+            raise InputError(
+                f"the rule {rule.pattern.pattern!r} matches nothing; a name is {matrices[1]}, for example"
+            )
+    steps = []
+    for name, tensor in source.tensors.items():
+        scheme = None
+        if tensor.is_matrix:
+            scheme = recipe.scheme(name.removesuffix(".weight"), config.n_layers, tensor.default)
+        if scheme and tensor.shape[-1] % scheme.group_size:
+            raise InputError(
+                f"{name} has {tensor.shape[-1]} columns, which groups of {scheme.group_size} do not divide; "
+                + _fitting_groups(source)
+            )
+        is_kept = scheme is not None and scheme == tensor.scheme
+        if is_kept and dtype and asked != tensor.dtype:
+            raise InputError(
+                f"{source.name} is quantised, with scales that --dtype {dtype} would change; leave out --dtype"
+            )
+        steps.append(Step(name, tensor, tensor.dtype if is_kept or asked is None else asked, scheme))
+    return Plan(source, steps, _result_config(source, steps, dtype))
+
+
+def _fitting_groups(source: Source) -> str:
+    columns = [tensor.shape[-1] for tensor in source.tensors.values() if tensor.is_matrix]
+    fits = [str(group) for group in (32, 64, 128) if all(n % group == 0 for n in columns)]
+    return f"use --q-group-size {' or '.join(fits)}" if fits else "no group size fits this model: leave out --q-bits"
+
+
+def _result_config(source: Source, steps: Sequence[Step], dtype: str | None) -> dict[str, Any]:
+    """The source's config.json, with `quantization` as mlx-lm writes it."""
+    config = dict(source.raw_config)
+    if dtype:
+        config |= {key: dtype for key in ("torch_dtype", "dtype") if key in config}
+    schemes = {step.name.removesuffix(".weight"): step.scheme for step in steps if step.tensor.is_matrix}
+    used = [scheme for scheme in schemes.values() if scheme]
+    if used:
+        base = max(used, key=used.count)
+        overrides = {path: scheme for path, scheme in schemes.items() if scheme != base}
+        written = Quantization(base.group_size, base.bits, base.mode, overrides).to_dict()
+        config |= {"quantization": written, "quantization_config": written}
+    return config
+
+
+def stored_as(scheme: Quantization | None, dtype: mx.Dtype) -> str:
+    """How a tensor is stored, in a few words: "4 bits, groups of 64", "mxfp4", "bfloat16"."""
+    if scheme is None:
+        return str(dtype).removeprefix("mlx.core.")
+    return f"{scheme.bits} bits, groups of {scheme.group_size}" if scheme.mode == "affine" else scheme.mode
+
+
+def chat_memory(config: ModelConfig, weights: int) -> list[dict[str, Any]]:
+    """Bytes that a chat takes with so many bytes of weights: at the window, or at 4,096 tokens and the whole context.
+
+    Keys and values of n positions: 2 · layers · KV heads · head_dim · n numbers of 16 bits, or of 4.5 with 4-bit
+    rows (their scales and biases included).
+    """
+    whole = config.max_position_embeddings
+    lengths = [config.sliding_window] if config.sliding_window else sorted({min(4096, whole), whole})
+    found = []
+    for length in lengths:
+        positions = length + (_CHAT_SLACK if config.sliding_window else 0)
+        numbers = 2 * config.n_layers * config.n_kv_heads * config.head_dim * positions
+        caches = {"16 bits": numbers * 2, "4 bits": numbers * 9 // 16}
+        found.append(
+            {"tokens": length, "is_window": config.sliding_window is not None}
+            | {"weights_bytes": weights, "cache_bytes": caches}
+        )
+    return found
+
+
+def plan_table(plan: Plan, target: Path) -> RenderableType:
+    """The plan for people."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    data = plan.describe(target)
+    table = Table(title=Text(f"{data['source']} → {target}"), title_justify="left", box=None, pad_edge=False)
+    for heading, justify in (("part", "left"), ("tensors", "right"), ("stored as", "left")):
+        table.add_column(heading, justify="right" if justify == "right" else "left")
+    table.add_column("bits/weight", justify="right")
+    table.add_column("size", justify="right")
+    for group in data["groups"]:
+        bits = f"{group['bits_per_weight']:.2f}"
+        table.add_row(group["part"], str(group["tensors"]), group["stored"], bits, size(group["bytes"]))
+    lines = [
+        f"result    {size(data['result_bytes'])}, {plan.bits_per_weight:.2f} bits a weight; "
+        f"{size(data['disk_free_bytes'])} free on the disk",
+        f"to make   about {size(data['conversion_memory_bytes'])} of memory",
+    ]
+    for chat in data["chat_memory"]:
+        for bits, cache in chat["cache_bytes"].items():
+            at = (
+                f"window of {chat['tokens']:,}, for any length" if chat["is_window"] else f"{chat['tokens']:,} tokens"
+            )
+            lines.append(f"to chat   {size(chat['weights_bytes'] + cache)} with {bits} a key or value ({at})")
+    lines += [f"note      {note}" for note in plan.notes]
+    return Group(table, Text("\n" + "\n".join(lines)))
+
+
+def size(nbytes: int) -> str:
+    """Bytes for people, decimal: "4.07 GB"."""
+    for unit, digits in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if nbytes >= unit:
+            return f"{nbytes / unit:.3g} {digits}"
+    return f"{nbytes} B"

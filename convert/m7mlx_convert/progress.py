@@ -1,0 +1,86 @@
+"""What a long run tells its user: progress bars, JSON events, or nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+Style = Literal["text", "json", "quiet"]
+_EVERY = 0.5  # seconds between two progress events
+
+
+class Reporter:
+    """Where notes, progress and results go.
+
+    text   notes on stderr, a progress bar there if it is a terminal
+    json   one object a line on stdout: {"event": "note" | "progress" | …}
+    quiet  nothing but results
+    """
+
+    def __init__(self, style: Style = "quiet") -> None:
+        self.style = style
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+        if self.style == "json":
+            self.event("note", text=text)
+        elif self.style == "text":
+            print(f"note: {text}", file=sys.stderr)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """An object of JSON, in that style; nothing in the others."""
+        if self.style == "json":
+            print(json.dumps({"event": kind} | fields, ensure_ascii=False), flush=True)
+
+    @contextmanager
+    def task(
+        self, label: str, total: int, unit: Literal["bytes", "steps"] = "bytes"
+    ) -> Iterator[Callable[[int], None]]:
+        """A step over so many bytes (or steps); gives the function that takes each count done."""
+        if self.style == "json":
+            yield self._json_task(label, total, unit)
+        elif self.style == "text" and sys.stderr.isatty():
+            with _bar(label, total, unit) as advance:
+                yield advance
+        else:
+            yield lambda count: None
+
+    def _json_task(self, label: str, total: int, unit: str) -> Callable[[int], None]:
+        done, last = 0, 0.0
+
+        def advance(count: int) -> None:
+            nonlocal done, last
+            done += count
+            now = time.monotonic()
+            if done >= total or now - last >= _EVERY:
+                last = now
+                self.event("progress", task=label, done=done, total=total, unit=unit)
+
+        return advance
+
+
+@contextmanager
+def _bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    counts: tuple[ProgressColumn, ...] = (DownloadColumn(), TransferSpeedColumn())
+    if unit == "steps":
+        counts = (MofNCompleteColumn(),)
+    columns = (TextColumn(label), BarColumn(), *counts, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda count: progress.advance(task, count)
