@@ -11,9 +11,9 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from m7mlx.cli import ArgumentParser, run
-from m7mlx.errors import InputError
 
 if TYPE_CHECKING:
+    from m7mlx_convert.calibrated import Calibration
     from m7mlx_convert.progress import Reporter
     from m7mlx_convert.scheme import Recipe
 
@@ -102,7 +102,6 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     checks.add_argument("--verify", action="store_true", help="compare the result with the source")
     _add_text(checks)
-    checks.add_argument("--upload-repo", metavar="ORG/NAME", help="upload the result to the Hub")
     _add_output(parser)
     args = parser.parse_args(argv)
     if bool(args.source) == bool(args.hf_path):
@@ -187,11 +186,11 @@ def _convert(args: argparse.Namespace) -> None:
         force=args.force,
         reporter=reporter,
         command=_command(args),
+        calibration=_calibration(args),
     )
-    if args.json:
-        reporter.event("done", folder=str(folder))
-    else:
-        print(folder)
+    reporter.result("done", str(folder), folder=str(folder))
+    if args.verify:
+        _compare(args, str(folder), args.source, reporter)
 
 
 def _plan(args: argparse.Namespace, recipe: Recipe, reporter: Reporter) -> None:
@@ -199,26 +198,47 @@ def _plan(args: argparse.Namespace, recipe: Recipe, reporter: Reporter) -> None:
     from m7mlx_convert.plan import make_plan, plan_table
 
     target = target_of(args.source, args.mlx_path, recipe.label).resolve()
-    if not target.parent.is_dir():
-        raise InputError(f"the folder {target.parent} does not exist; create it, or give another --mlx-path")
     source = open_model(resolve_source(args.source, args.revision), args.source, args.adapter)
     plan = make_plan(source, recipe, args.dtype)
-    if args.json:
-        reporter.event("plan", **plan.describe(target))
-        return
-    from rich.console import Console
+    reporter.result("plan", plan_table(plan, target), **plan.describe(target))
 
-    Console(soft_wrap=True).print(plan_table(plan, target))
+
+def _verify(args: argparse.Namespace) -> None:
+    _compare(args, args.folder, args.against, _reporter(args))
+
+
+def _compare(args: argparse.Namespace, result: str, source: str, reporter: Reporter) -> None:
+    from m7mlx_convert.convert import open_model, resolve_source
+    from m7mlx_convert.report import comparison_table, write_report
+    from m7mlx_convert.verify import compare, read_text
+
+    folder = resolve_source(result, None)
+    made = open_model(folder, result, None)
+    text = read_text(folder, made.config.vocab_size, args.text, args.tokens, reporter)
+    comparison = compare(
+        open_model(resolve_source(source, args.revision), source, args.adapter), made, text, reporter
+    )
+    if args.report:
+        write_report(comparison, args.report)
+    reporter.result("comparison", comparison_table(comparison), **comparison.to_dict())
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
     from m7mlx_convert.scheme import Recipe, Rule, scheme_of
 
     base = None
-    if args.q_bits or args.quantize or args.q_mode or args.quant_predicate:
+    if args.q_bits or args.quantize or args.q_mode or args.quant_predicate or args.calibrate:
         base = scheme_of(args.q_mode or "affine", args.q_bits, args.q_group_size)
     rules = tuple(Rule.parse(rule, args.q_group_size) for rule in args.q_rule)
     return Recipe(base, args.quant_predicate, rules, args.dequantize)
+
+
+def _calibration(args: argparse.Namespace) -> Calibration | None:
+    if not args.calibrate:
+        return None
+    from m7mlx_convert.calibrated import Calibration
+
+    return Calibration(args.calibrate, args.calibration_text, args.calibration_tokens, args.target_bpw)
 
 
 def _command(args: argparse.Namespace) -> list[str]:
@@ -229,17 +249,15 @@ def _command(args: argparse.Namespace) -> list[str]:
             local = Path(value).expanduser()
             shown = local.resolve().name if local.exists() else value
             command += [shown] if value is args.source else ["--adapter", shown]
-    flags = ("revision", "q_bits", "q_group_size", "q_mode", "quant_predicate", "dtype", "calibrate", "target_bpw")
-    for flag in flags:
+    flags = ("revision", "q_bits", "q_group_size", "q_mode", "quant_predicate", "dtype", "calibrate")
+    for flag in (*flags, "calibration_tokens", "target_bpw"):
         if getattr(args, flag):
             command += ["--" + flag.replace("_", "-"), str(getattr(args, flag))]
+    if args.calibration_text:
+        command += ["--calibration-text", args.calibration_text.name]
     for rule in args.q_rule:
         command += ["--q-rule", rule]
     return command + [f"--{flag}" for flag in ("quantize", "dequantize") if getattr(args, flag)]
-
-
-def _verify(args: argparse.Namespace) -> None:
-    raise NotImplementedError
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

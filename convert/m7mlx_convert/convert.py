@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from m7mlx.errors import InputError, TokenizerError
 from m7mlx.hub import ALIASES, DEMO, resolve
+from m7mlx.quantization import Quantization
 from m7mlx.tokenizer import load_tokenizer
 from m7mlx_convert.adapter import with_adapter
 from m7mlx_convert.card import model_card
@@ -19,6 +22,9 @@ from m7mlx_convert.progress import Reporter
 from m7mlx_convert.scheme import Recipe
 from m7mlx_convert.source import Source, open_source
 from m7mlx_convert.writer import ShardWriter
+
+if TYPE_CHECKING:
+    from m7mlx_convert.calibrated import Calibration
 
 
 def convert(
@@ -32,14 +38,16 @@ def convert(
     force: bool = False,
     reporter: Reporter | None = None,
     command: Sequence[str] = (),
+    calibration: Calibration | None = None,
 ) -> Path:
     """Convert `source` (Hub repository, folder or GGUF file) and return the folder written.
 
-    recipe    bits of every matrix; the default keeps the source's numbers
-    dtype     type of what is not quantised and of the scales. None keeps the source's; where `recipe` quantises,
-              it takes what config.json names, as mlx-lm does
-    adapter   LoRA adapter (folder or Hub repository) to merge first
-    command   what made it, for the model card
+    recipe       bits of every matrix; the default keeps the source's numbers
+    dtype        type of what is not quantised and of the scales. None keeps the source's; where `recipe` quantises,
+                 it takes what config.json names, as mlx-lm does
+    adapter      LoRA adapter (folder or Hub repository) to merge first
+    command      what made it, for the model card
+    calibration  quantise by data, from `recipe.base` on
     Raises InputError and its kin before anything is written; DiskError, WeightsError on the way.
     """
     recipe, reporter = recipe or Recipe(), reporter or Reporter()
@@ -48,7 +56,12 @@ def convert(
     check_target(target, Path(source).expanduser(), force)  # before a download, not after it
     path = resolve_source(source, revision)
     check_apart(target, path)
-    plan = make_plan(open_model(path, source, adapter), recipe, dtype)
+    opened = open_model(path, source, adapter)
+    plan = make_plan(opened, recipe, dtype)
+    if calibration and recipe.base:
+        check_space(target, plan.nbytes)  # before hours of work
+        opened = _calibrate(opened, calibration, recipe.base, plan, reporter)
+        plan = make_plan(opened, Recipe(), None)
     for note in plan.notes:
         reporter.note(note)
     check_space(target, plan.nbytes)
@@ -89,6 +102,16 @@ def open_model(path: Path, source: str, adapter: str | None) -> Source:
     """The source at `path`, with the adapter merged into it."""
     opened = open_source(path, name_of(source))
     return with_adapter(opened, resolve(adapter)) if adapter else opened
+
+
+def _calibrate(
+    opened: Source, calibration: Calibration, base: Quantization, plan: Plan, reporter: Reporter
+) -> Source:
+    from m7mlx_convert.calibrated import calibrated
+
+    with tempfile.TemporaryDirectory() as folder:  # the tokenizer, as the result will have it
+        _write_files(Path(folder), plan, None, ())
+        return calibrated(opened, calibration, base, plan.steps[0].dtype, Path(folder), reporter)
 
 
 def _write_files(work: Path, plan: Plan, repo: str | None, command: Sequence[str]) -> None:

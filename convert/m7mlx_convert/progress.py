@@ -7,7 +7,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 Style = Literal["text", "json", "quiet"]
 _EVERY = 0.5  # seconds between two progress events
@@ -36,11 +39,23 @@ class Reporter:
         if self.style == "json":
             print(json.dumps({"event": kind} | fields, ensure_ascii=False), flush=True)
 
+    def result(self, kind: str, shown: RenderableType, **fields: Any) -> None:
+        """What the user asked for, on stdout: as text, or as an object of JSON."""
+        if self.style == "json":
+            self.event(kind, **fields)
+            return
+        if isinstance(shown, str):
+            print(shown)
+            return
+        from rich.console import Console
+
+        Console(soft_wrap=True).print(shown)
+
     @contextmanager
     def task(
-        self, label: str, total: int, unit: Literal["bytes", "steps"] = "bytes"
+        self, label: str, total: int, unit: Literal["bytes", "tokens"] = "bytes"
     ) -> Iterator[Callable[[int], None]]:
-        """A step over so many bytes (or steps); gives the function that takes each count done."""
+        """A step over so many bytes (or tokens); gives the function that takes each count done."""
         if self.style == "json":
             yield self._json_task(label, total, unit)
         elif self.style == "text" and sys.stderr.isatty():
@@ -78,7 +93,7 @@ def _bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     )
 
     counts: tuple[ProgressColumn, ...] = (DownloadColumn(), TransferSpeedColumn())
-    if unit == "steps":
+    if unit == "tokens":
         counts = (MofNCompleteColumn(),)
     columns = (TextColumn(label), BarColumn(), *counts, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:

@@ -1,0 +1,282 @@
+"""How far a model is from what it was converted from.
+
+Both run side by side on one text: in every batch, row 0 is the source and row 1 the result. A matrix of each is
+read when its turn comes and dropped after it, so that two models of 7 billion numbers need the memory of two of
+their matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from m7mlx.arrays import on_cpu
+from m7mlx.cache import RollingCache
+from m7mlx.config import ModelConfig
+from m7mlx.errors import InputError
+from m7mlx.model import Block
+from m7mlx.tokenizer import load_tokenizer
+from m7mlx_convert.progress import Reporter
+from m7mlx_convert.source import Source, Tensor
+
+DEFAULT_TOKENS = 512
+_CHUNK = 512  # tokens that pass through a matrix at one time
+_HEAD_CHUNK = 128  # the head gives two rows of logits a token
+_SLICE = 1 << 22  # numbers of a matrix compared at one time
+_MAY_DIFFER = {"model_type", "quantization", "bos_token_id", "eos_token_ids", "max_position_embeddings"}
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Text:
+    """What the models are compared on: token ids and, for the report, the text of each."""
+
+    ids: Sequence[int]
+    pieces: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The distance of a result from its source; logarithms are natural.
+
+    weights    module → |W' − W| / |W|, Frobenius norms
+    hidden     layer by layer, the same of the hidden states that leave it, over all tokens
+    kl         KL(source ‖ result) of the prediction at each position but the last
+    agrees     whether both predict the same token there
+    losses     −log p of the token that follows, by the source and by the result
+    """
+
+    source: str
+    result: str
+    text: Text
+    weights: Mapping[str, float]
+    hidden: Sequence[float]
+    kl: np.ndarray
+    agrees: np.ndarray
+    losses: np.ndarray  # [2, positions]
+
+    @cached_property
+    def perplexities(self) -> tuple[float, float]:
+        """Of the source and of the result."""
+        before, after = np.exp(self.losses.mean(axis=1))
+        return float(before), float(after)
+
+    def layer(self, index: int) -> tuple[str, float, float]:
+        """A layer's worst matrix, that one's error, and the error of all its matrices together (root mean square)."""
+        prefix = f"model.layers.{index}."
+        errors = {name.removeprefix(prefix): e for name, e in self.weights.items() if name.startswith(prefix)}
+        worst = max(errors, key=lambda name: errors[name])
+        return worst, errors[worst], float(np.sqrt(np.mean(np.square(list(errors.values())))))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `--json` prints it."""
+        return {
+            "source": self.source,
+            "result": self.result,
+            "tokens": len(self.text.ids),
+            "perplexity": {"source": self.perplexities[0], "result": self.perplexities[1]},
+            "kl": {
+                "mean": float(self.kl.mean()),
+                "p99": float(np.quantile(self.kl, 0.99)),
+                "max": float(self.kl.max()),
+            },
+            "top1_agreement": float(self.agrees.mean()),
+            "hidden_errors": list(self.hidden),
+            "weight_errors": dict(self.weights),
+        }
+
+
+def read_text(folder: Path, vocab_size: int, file: Path | None, tokens: int | None, reporter: Reporter) -> Text:
+    """The first `tokens` of a file, or of the passages that come with this package, in the ids of a model.
+
+    Raises InputError for a file that is no text or too short.
+    """
+    path = file.expanduser() if file else Path(__file__).with_name("passages.txt")
+    tokens = tokens or DEFAULT_TOKENS
+    try:
+        # A token is seldom more than a few bytes; of a file of gigabytes only the start is read.
+        with path.open(encoding="utf-8") as stream:
+            text = stream.read(tokens * 32)
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is no text (UTF-8)") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    tokenizer = load_tokenizer(folder, vocab_size)
+    ids = tokenizer.encode(text, add_bos=tokenizer.add_bos)[:tokens]
+    if len(ids) < 2:
+        raise InputError(f"{path} is too short: it has {len(ids)} tokens")
+    if len(ids) < tokens:
+        reporter.note(f"{path.name} has {len(ids):,} tokens, not {tokens:,}")
+    pieces = [tokenizer.token_bytes(token).decode("utf-8", "replace") for token in ids]
+    return Text(ids, pieces)
+
+
+def compare(source: Source, result: Source, text: Text, reporter: Reporter) -> Comparison:
+    """Run both on `text`. Raises InputError if one cannot have come from the other, or for a text too long."""
+    _check_match(source, result)
+    config = source.config
+    if config.sliding_window is None and len(text.ids) > config.max_position_embeddings:
+        raise InputError(
+            f"{source.name} sees {config.max_position_embeddings:,} tokens at most, not {len(text.ids):,}; "
+            f"give --tokens {config.max_position_embeddings}"
+        )
+    both = _Both(source, result)
+    total = len(text.ids) * (config.n_layers + 1)
+    with reporter.task("Comparing", total, unit="tokens") as advance:
+        chunks = both.embed(mx.array(list(text.ids)))
+        hidden = []
+        for index in range(config.n_layers):
+            chunks = both.layer(index, chunks, advance)
+            hidden.append(_relative([chunk[1] for chunk in chunks], [chunk[0] for chunk in chunks]))
+        kl, agrees, losses = both.predictions(chunks, mx.array(list(text.ids)), advance)
+    return Comparison(source.name, result.name, text, both.errors, hidden, kl, agrees, losses)
+
+
+def _check_match(source: Source, result: Source) -> None:
+    for field in fields(ModelConfig):
+        a, b = getattr(source.config, field.name), getattr(result.config, field.name)
+        if a != b and field.name not in _MAY_DIFFER:
+            raise InputError(
+                f"{result.name} does not come from {source.name}: {field.name} is {b} in the one, {a} in the other"
+            )
+
+
+class _Both:
+    """The layers of both models, one at a time; `errors` fills with those of the weights seen."""
+
+    def __init__(self, source: Source, result: Source) -> None:
+        self._config = replace(source.config, n_layers=1, quantization=None)
+        self._tensors = (source.tensors, result.tensors)
+        self.errors: dict[str, float] = {}
+
+    def embed(self, ids: mx.array) -> list[mx.array]:
+        """Embeddings [2, L, hidden_size] of the ids, chunk by chunk."""
+        weights = self._pair("model.embed_tokens").weights()
+        rows: list[mx.array] = []
+        while weights:
+            rows.insert(0, weights.pop()[ids].astype(mx.float32))
+            mx.eval(rows)
+        return list(mx.split(mx.stack(rows), range(_CHUNK, ids.size, _CHUNK), axis=1))
+
+    def layer(self, index: int, chunks: list[mx.array], advance: Callable[[int], None]) -> list[mx.array]:
+        """The hidden states that leave a layer, for those that enter it."""
+        prefix = f"model.layers.{index}."
+        block = Block(self._config)
+        for name in _ATTENTION:
+            setattr(block.self_attn, name, _Linear(self._pair(f"{prefix}self_attn.{name}")))
+        for name in _FEED_FORWARD:
+            setattr(block.mlp, name, _Linear(self._pair(f"{prefix}mlp.{name}")))
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            setattr(block, name, self._norm(prefix + name))
+        cache = RollingCache(self._config)
+        left = []
+        for chunk in chunks:
+            step = cache.step(chunk.shape[1])
+            left.append(block(chunk, cache.rings[0], step))
+            cache.advance(step)
+            mx.eval(left, cache.arrays)
+            mx.clear_cache()
+            advance(chunk.shape[1])
+        return left
+
+    def predictions(
+        self, chunks: list[mx.array], ids: mx.array, advance: Callable[[int], None]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Divergence, agreement and losses at each position but the last."""
+        norm = self._norm("model.norm")
+        head = self._pair("model.embed_tokens" if self._config.tie_word_embeddings else "lm_head")
+        states = norm(mx.concatenate(chunks, axis=1))[:, :-1]
+        found = []
+        for start in range(0, states.shape[1], _HEAD_CHUNK):
+            part = states[:, start : start + _HEAD_CHUNK]
+            logits = head.product(part)
+            p, q = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            following = ids[start + 1 : start + 1 + part.shape[1], None]
+            kl = (mx.exp(p) * (p - q)).sum(axis=-1)
+            agrees = p.argmax(axis=-1) == q.argmax(axis=-1)
+            losses = [-mx.take_along_axis(side, following, axis=-1)[:, 0] for side in (p, q)]
+            found.append([np.array(array) for array in (mx.maximum(kl, 0), agrees, mx.stack(losses))])
+            mx.clear_cache()
+            advance(part.shape[1])
+        advance(1)
+        kls, agreements, both_losses = zip(*found, strict=True)
+        return np.concatenate(kls), np.concatenate(agreements), np.concatenate(both_losses, axis=1)
+
+    def _pair(self, module: str) -> _Pair:
+        name = f"{module}.weight"
+        return _Pair(module, (self._tensors[0][name], self._tensors[1][name]), self.errors)
+
+    def _norm(self, module: str) -> _Norm:
+        weights = [side[f"{module}.weight"].floats().astype(mx.float32) for side in self._tensors]
+        return _Norm(mx.stack(weights), self._config.norm_eps)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """One matrix of both models."""
+
+    module: str
+    tensors: tuple[Tensor, Tensor]
+    errors: dict[str, float]
+
+    def weights(self) -> list[mx.array]:
+        """Both, as stored or expanded; the first time, their distance is noted in `errors`."""
+        weights = [tensor.floats() for tensor in self.tensors]
+        if self.module not in self.errors:
+            rows = max(1, _SLICE // weights[0].shape[1])
+            parts = range(rows, weights[0].shape[0], rows)
+            a, b = (list(mx.split(weight, parts)) for weight in reversed(weights))
+            self.errors[self.module] = _relative(a, b)
+        return weights
+
+    def product(self, x: mx.array) -> mx.array:  # [2, L, in] → [2, L, out]
+        weights = self.weights()
+        rows: list[mx.array] = []
+        while weights:  # the result's first: the source's, which are often of 16 bits, take less room to wait
+            rows.insert(0, _matmul(x[len(weights) - 1], weights.pop().astype(mx.float32)))
+            mx.eval(rows)
+            mx.clear_cache()
+        return mx.stack(rows)
+
+
+class _Linear(nn.Module):
+    def __init__(self, pair: _Pair) -> None:
+        super().__init__()
+        self._pair = pair
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self._pair.product(x)
+
+
+class _Norm(nn.Module):
+    def __init__(self, weights: mx.array, eps: float) -> None:  # [2, hidden_size]
+        super().__init__()
+        self.weights, self.eps = weights, eps
+
+    def __call__(self, x: mx.array) -> mx.array:  # [2, L, hidden_size]
+        return mx.fast.rms_norm(x, None, self.eps) * self.weights[:, None]
+
+
+def _matmul(x: mx.array, weight: mx.array) -> mx.array:  # [L, in], [out, in] → [L, out]
+    if on_cpu():  # NumPy's wheels come with OpenBLAS, MLX's with a BLAS that is forty times as slow
+        return mx.array(np.array(x, copy=False) @ np.array(weight, copy=False).T)
+    return x @ weight.T
+
+
+def _relative(parts: Sequence[mx.array], of: Sequence[mx.array]) -> float:
+    """|a − b| / |b| of arrays cut into parts."""
+    error = size = 0.0
+    for a, b in zip(parts, of, strict=True):
+        b = b.astype(mx.float32)
+        difference = a.astype(mx.float32) - b
+        error += float(mx.square(difference).sum())
+        size += float(mx.square(b).sum())
+    return float(np.sqrt(error / size)) if size else float(error > 0)
