@@ -26,7 +26,7 @@ from m7mlx.safetensors import StoredTensor, is_left_out
 from m7mlx_convert.source import Arrays, Tensor, reader, shown
 from m7mlx_convert.writer import DTYPES
 
-_AWQ_SHIFTS = mx.array([0, 4, 1, 5, 2, 6, 3, 7], mx.uint32) * 4  # of output i within its word
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where output i lies within its word, in steps of 4 bits
 
 
 class Method(NamedTuple):
@@ -147,7 +147,7 @@ def _repacked(read: Callable[[], Arrays], bits: int, is_awq: bool, zero_offset: 
 
 def _unpack(words: mx.array, bits: int, is_awq: bool) -> mx.array:
     """uint32 [rows, words] → uint32 [rows, words · 32 / bits]."""
-    shifts = _AWQ_SHIFTS if is_awq else mx.arange(0, 32, bits, mx.uint32)
+    shifts = mx.array(_AWQ_ORDER, mx.uint32) * 4 if is_awq else mx.arange(0, 32, bits, mx.uint32)
     return ((words[..., None] >> shifts) & ((1 << bits) - 1)).reshape(words.shape[0], -1)
 
 
