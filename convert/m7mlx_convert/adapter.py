@@ -81,7 +81,7 @@ def with_adapter(source: Source, folder: Path) -> Source:
         read = reader(headers, {"weight": stored})
         tensors[f"{module}.weight"] = replace(tensor, load=read, scheme=None)
     files = (*source.weight_files, file) if source.weight_files else ()
-    note = f"merged {len(lows)} matrices of the adapter {folder.name}" + (f", {len(whole)} replaced" if whole else "")
+    note = f"the adapter {shown(folder.resolve().name)} changes {len(lows) + len(whole)} of {len(tensors)} parameters"
     return replace(source, tensors=tensors, weight_files=files, notes=(*source.notes, note))
 
 

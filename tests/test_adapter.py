@@ -1,0 +1,215 @@
+"""LoRA adapters: merged as mlx-lm fuses its own, and by the formula for PEFT's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import random_weights
+from m7mlx_convert.cli import main
+from m7mlx_convert.convert import convert
+from m7mlx_convert.scheme import Recipe
+from test_convert_source import assert_same, quantisable, read, write_source
+
+from m7mlx.errors import InputError
+from m7mlx.quantization import Quantization
+
+CONFIG = quantisable()
+RANK = 4
+
+
+def random(*shape: int, seed: int = 0) -> mx.array:
+    return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32) * 0.1)
+
+
+# --- mlx-lm's -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_merged_as_mlx_lm_fuses_it(tmp_path: Path, kind: str) -> None:
+    """Their model, their adapter, their fusing; then the same files through ours."""
+    from mlx.utils import tree_flatten, tree_unflatten
+    from mlx_lm.models import llama
+    from mlx_lm.tuner.utils import load_adapters
+
+    write_source(tmp_path / "source", CONFIG, mx.float32)
+    weights = read(tmp_path / "source")
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    keys = ["self_attn.q_proj", "mlp.down_proj"]
+    settings = {
+        "fine_tune_type": kind,
+        "num_layers": 1,
+        "lora_parameters": {"rank": RANK, "scale": 3.0, "dropout": 0.1, "keys": keys},
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    arrays = {}
+    for key in keys:
+        rows, columns = CONFIG.weight_shapes()[f"model.layers.1.{key}.weight"]
+        arrays[f"model.layers.1.{key}.lora_a"] = random(columns, RANK)
+        arrays[f"model.layers.1.{key}.lora_b"] = random(RANK, rows, seed=1)
+        if kind == "dora":
+            arrays[f"model.layers.1.{key}.m"] = mx.abs(random(rows, seed=2)) + 1
+    mx.save_safetensors(str(folder / "adapters.safetensors"), arrays)
+    model: Any = llama.Model(llama.ModelArgs.from_dict(CONFIG.to_dict() | {"model_type": "llama"}))
+    model.load_weights(list(weights.items()))
+    load_adapters(model, str(folder))
+    fused = [(name, module.fuse()) for name, module in model.named_modules() if hasattr(module, "fuse")]
+    assert len(fused) == 2
+    model.update_modules(tree_unflatten(fused))
+    ours = read(convert(str(tmp_path / "source"), tmp_path / "out", adapter=str(folder)))
+    for name, array in dict(tree_flatten(model.parameters())).items():
+        np.testing.assert_allclose(np.array(ours[name]), np.array(array), rtol=1e-5, atol=1e-6, err_msg=name)
+    assert not mx.allclose(
+        ours["model.layers.1.mlp.down_proj.weight"], weights["model.layers.1.mlp.down_proj.weight"]
+    )
+
+
+# --- PEFT's ---------------------------------------------------------------------------------------------
+
+
+def write_peft(folder: Path, modules: list[str], extra: dict[str, mx.array] | None = None, **settings: Any) -> None:
+    folder.mkdir()
+    arrays = dict(extra or {})
+    for module in modules:
+        rows, columns = CONFIG.weight_shapes()[f"{module}.weight"]
+        arrays[f"base_model.model.{module}.lora_A.weight"] = random(RANK, columns)
+        arrays[f"base_model.model.{module}.lora_B.weight"] = random(rows, RANK, seed=1)
+    mx.save_safetensors(str(folder / "adapter_model.safetensors"), arrays)
+    values = {"peft_type": "LORA", "r": RANK, "lora_alpha": 8, "use_rslora": False, "use_dora": False}
+    (folder / "adapter_config.json").write_text(json.dumps(values | settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale"),
+    [
+        ({}, 8 / RANK),
+        ({"use_rslora": True}, 8 / 2.0),
+        ({"alpha_pattern": {"q_proj": 2}}, 2 / RANK),
+        ({"alpha_pattern": {"k_proj": 2, "layers.0.self_attn.q_proj": 12}}, 12 / RANK),
+    ],
+)
+def test_peft(tmp_path: Path, settings: dict[str, Any], scale: float) -> None:
+    write_source(tmp_path / "source", CONFIG, mx.bfloat16)
+    module = "model.layers.0.self_attn.q_proj"
+    head = random(*CONFIG.weight_shapes()["lm_head.weight"], seed=5)
+    extra = {"base_model.model.lm_head.weight": head}
+    write_peft(tmp_path / "adapter", [module], extra, **settings)
+    before = read(tmp_path / "source")
+    after = read(convert(str(tmp_path / "source"), tmp_path / "out", adapter=str(tmp_path / "adapter")))
+    rows, columns = CONFIG.weight_shapes()[f"{module}.weight"]
+    merged = before[f"{module}.weight"].astype(mx.float32) + scale * random(rows, RANK, seed=1) @ random(
+        RANK, columns
+    )
+    expected = before | {f"{module}.weight": merged.astype(mx.bfloat16), "lm_head.weight": head.astype(mx.bfloat16)}
+    assert_same(
+        {k: v for k, v in after.items() if "q_proj" not in k},
+        {k: v for k, v in expected.items() if "q_proj" not in k},
+    )
+    found = after[f"{module}.weight"].astype(mx.float32)
+    assert mx.allclose(found, merged, rtol=1e-2, atol=1e-3).item()
+
+
+def test_dora_of_peft_rescales_rows(tmp_path: Path) -> None:
+    """Every row of a DoRA weight has the length that its magnitude says."""
+    write_source(tmp_path / "source", CONFIG, mx.float32)
+    module = "model.layers.1.mlp.up_proj"
+    magnitude = mx.arange(1, CONFIG.intermediate_size + 1).astype(mx.float32)
+    extra = {f"base_model.model.{module}.lora_magnitude_vector": magnitude}
+    write_peft(tmp_path / "adapter", [module], extra, use_dora=True)
+    found = read(convert(str(tmp_path / "source"), tmp_path / "out", adapter=str(tmp_path / "adapter")))
+    assert mx.allclose(mx.linalg.norm(found[f"{module}.weight"], axis=1), magnitude, rtol=1e-5).item()
+
+
+def test_a_quantised_model_goes_back_to_its_bits(tmp_path: Path) -> None:
+    write_source(tmp_path / "source", CONFIG)
+    base = convert(str(tmp_path / "source"), tmp_path / "base", recipe=Recipe(Quantization(32, 8)))
+    write_peft(tmp_path / "adapter", ["model.layers.0.self_attn.v_proj"])
+    out = convert(str(base), tmp_path / "out", adapter=str(tmp_path / "adapter"))
+    before, after = read(base), read(out)
+    changed = {name for name in before if not mx.array_equal(before[name], after[name]).item()}
+    assert changed == {f"model.layers.0.self_attn.v_proj.{kind}" for kind in ("weight", "scales", "biases")}
+    assert json.loads((out / "config.json").read_text()) == json.loads((base / "config.json").read_text())
+
+
+# --- what cannot be merged --------------------------------------------------------------------------------
+
+
+def break_config(folder: Path, **settings: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def rewrite(folder: Path, name: str, array: mx.array) -> None:
+    arrays = mx.load(str(folder / "adapter_model.safetensors"))
+    assert isinstance(arrays, dict)
+    mx.eval(*arrays.values())
+    mx.save_safetensors(str(folder / "adapter_model.safetensors"), arrays | {name: array})
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda f: (f / "adapter_config.json").unlink(), "holds no adapter"),
+    "pickle": (
+        lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
+        "adapter_model.bin is pickle",
+    ),
+    "another method": (lambda f: break_config(f, peft_type="IA3"), "peft_type IA3 is not LORA"),
+    "transposed": (lambda f: break_config(f, fan_in_fan_out=True), "fan_in_fan_out is not supported"),
+    "no alpha": (lambda f: break_config(f, lora_alpha="x"), "lora_alpha or lora_A is missing"),
+    "another model": (
+        lambda f: rewrite(f, "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight", mx.zeros((4, 128))),
+        "layers.9.mlp.up_proj",
+    ),
+    "another shape": (
+        lambda f: rewrite(f, "base_model.model.model.layers.0.self_attn.v_proj.lora_A.weight", mx.zeros((4, 64))),
+        "does not fit model.layers.0.self_attn.v_proj.weight",
+    ),
+    "strange names": (lambda f: rewrite(f, "evil", mx.zeros(3)), "evil is not a part of a LoRA adapter"),
+    "not finite": (
+        lambda f: rewrite(
+            f, "base_model.model.model.layers.0.self_attn.v_proj.lora_B.weight", mx.full((64, 4), float("nan"))
+        ),
+        "holds NaN or infinite numbers",
+    ),
+    "a pattern that is none": (lambda f: break_config(f, alpha_pattern={"(": 1}), "cannot be merged"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_adapters_that_cannot_be_merged(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write_source(tmp_path / "source", CONFIG)
+    write_peft(tmp_path / "adapter", ["model.layers.0.self_attn.v_proj"])
+    change, message = DAMAGE[name]
+    change(tmp_path / "adapter")
+    arguments = [
+        str(tmp_path / "source"),
+        "--adapter",
+        str(tmp_path / "adapter"),
+        "--mlx-path",
+        str(tmp_path / "out"),
+    ]
+    assert main(arguments) == 2
+    *_, error = capsys.readouterr().err.splitlines()
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_is_not_there(tmp_path: Path) -> None:
+    write_source(tmp_path / "source", CONFIG)
+    with pytest.raises(InputError, match="is no folder here"):
+        convert(str(tmp_path / "source"), tmp_path / "out", adapter=str(tmp_path / "nowhere"))
+
+
+def test_an_adapter_that_adds_nothing_changes_nothing(tmp_path: Path) -> None:
+    """An adapter whose B is zero changes nothing."""
+    write_source(tmp_path / "source", CONFIG, mx.float32)
+    write_peft(tmp_path / "adapter", ["model.layers.0.mlp.gate_proj"])
+    shape = (CONFIG.intermediate_size, RANK)
+    rewrite(tmp_path / "adapter", "base_model.model.model.layers.0.mlp.gate_proj.lora_B.weight", mx.zeros(shape))
+    after = read(convert(str(tmp_path / "source"), tmp_path / "out", adapter=str(tmp_path / "adapter")))
+    assert_same(after, {name: mx.array(array) for name, array in random_weights(CONFIG).items()})
