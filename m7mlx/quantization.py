@@ -14,6 +14,9 @@ _MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # mode → bits,
     "mxfp8": ((8,), (32,)),
     "nvfp4": ((4,), (16,)),
 }
+# What MLX takes where a config leaves it out or says null, as mlx-lm writes it for its mixed recipes.
+GROUP_SIZES = {"affine": 64, "mxfp4": 32, "mxfp8": 32, "nvfp4": 16}
+BITS = {"affine": 4, "mxfp4": 4, "mxfp8": 8, "nvfp4": 4}
 
 
 @dataclass(frozen=True)
@@ -47,15 +50,17 @@ class Quantization:
     def from_dict(cls, data: Mapping[str, Any]) -> Quantization:
         """Read mlx-lm's form: {"group_size": 64, "bits": 4, "mode": …, "<path>": {…} | false}."""
         try:
-            scheme = {k: data[k] for k in ("group_size", "bits", "mode") if k in data}
+            mode = data.get("mode") or "affine"
+            defaults = {"group_size": GROUP_SIZES.get(mode), "bits": BITS.get(mode)}
+            scheme = {k: default if k in data and data[k] is None else data[k] for k, default in defaults.items()}
             overrides: dict[str, Quantization | None] = {}
             for path, value in data.items():
                 if isinstance(value, Mapping):
-                    overrides[path] = cls.from_dict({"mode": "affine"} | dict(value))
+                    overrides[path] = cls.from_dict(value)
                 elif isinstance(value, bool):
                     overrides[path] = None
-            return cls(**scheme, overrides=overrides)
-        except TypeError as error:
+            return cls(**scheme, mode=mode, overrides=overrides)
+        except (KeyError, TypeError) as error:
             raise ConfigError(f"`quantization` in config.json needs group_size and bits ({error})") from None
 
     def to_dict(self) -> dict[str, Any]:

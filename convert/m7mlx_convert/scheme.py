@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from m7mlx.errors import ConfigError, InputError
-from m7mlx.quantization import Quantization
+from m7mlx.quantization import BITS, GROUP_SIZES, Quantization
 
-GROUP_SIZES = {"affine": 64, "mxfp4": 32, "mxfp8": 32, "nvfp4": 16}  # where none is given, as in mlx-lm
-BITS = {"affine": 4, "mxfp4": 4, "mxfp8": 8, "nvfp4": 4}
 MIXED = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}  # low bits, high bits
 
 
