@@ -52,7 +52,7 @@ class Quantization:
         try:
             mode = data.get("mode") or "affine"
             defaults = {"group_size": GROUP_SIZES.get(mode), "bits": BITS.get(mode)}
-            scheme = {k: default if k in data and data[k] is None else data[k] for k, default in defaults.items()}
+            scheme: dict[str, Any] = {k: data[k] if data[k] is not None else defaults[k] for k in defaults}
             overrides: dict[str, Quantization | None] = {}
             for path, value in data.items():
                 if isinstance(value, Mapping):
