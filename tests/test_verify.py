@@ -15,7 +15,8 @@ from m7mlx_convert.convert import convert, open_model
 from m7mlx_convert.progress import Reporter
 from m7mlx_convert.report import write_report
 from m7mlx_convert.scheme import Recipe
-from m7mlx_convert.verify import Comparison, Text, compare, read_text
+from m7mlx_convert.text import DEFAULT_TOKENS, Text, read_text
+from m7mlx_convert.verify import Comparison, compare
 from test_convert_source import quantisable
 
 from m7mlx import load
@@ -115,7 +116,7 @@ def test_a_text_longer_than_the_context(tmp_path: Path) -> None:
 
 def test_the_built_in_text_is_long_enough(pair: tuple[Path, Path]) -> None:
     text = read_text(pair[1], 32000, None, None, QUIET)
-    assert len(text.ids) == verify.DEFAULT_TOKENS
+    assert len(text.ids) == DEFAULT_TOKENS
     assert text.ids[0] == 1  # begin of sequence
     assert "".join(text.pieces).strip().startswith("Alice was beginning")
 

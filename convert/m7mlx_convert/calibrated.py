@@ -27,6 +27,7 @@ from m7mlx.quantization import Quantization
 from m7mlx.tokenizer import load_tokenizer
 from m7mlx_convert.progress import Reporter
 from m7mlx_convert.source import Source, Tensor
+from m7mlx_convert.text import file_text
 
 Method = Literal["awq", "dwq", "gptq", "dynamic"]
 DEFAULT_TOKENS = 16384
@@ -104,13 +105,7 @@ def _data(source: Source, calibration: Calibration, folder: Path) -> mx.array:
 
         text, name = "\n".join(topics[key] for key in sorted(topics)), "Python's language reference"
     else:
-        path = calibration.text.expanduser()
-        try:
-            text, name = path.read_text(encoding="utf-8"), str(path)
-        except UnicodeDecodeError:
-            raise InputError(f"{path} is no text (UTF-8)") from None
-        except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror}") from None
+        text, name = file_text(calibration.text, tokens), str(calibration.text)
     ids = load_tokenizer(folder, source.config.vocab_size).encode(text[: tokens * 32])[:tokens]
     if len(ids) < 2 * _SEQUENCE:
         raise InputError(f"{name} gives {len(ids):,} tokens to calibrate with; {2 * _SEQUENCE:,} are the least")

@@ -210,7 +210,8 @@ def _verify(args: argparse.Namespace) -> None:
 def _compare(args: argparse.Namespace, result: str, source: str, reporter: Reporter) -> None:
     from m7mlx_convert.convert import open_model, resolve_source
     from m7mlx_convert.report import comparison_table, write_report
-    from m7mlx_convert.verify import compare, read_text
+    from m7mlx_convert.text import read_text
+    from m7mlx_convert.verify import compare
 
     folder = resolve_source(result, None)
     made = open_model(folder, result, None)

@@ -49,7 +49,10 @@ class Tensor:
 
     def floats(self) -> mx.array:
         """The weight unquantised: as stored, or expanded to float32."""
-        arrays = self.load()
+        return self.expand(self.load())
+
+    def expand(self, arrays: Mapping[str, mx.array]) -> mx.array:
+        """The same of what `load` gave, or of some rows of it."""
         return dequantize(arrays, self.scheme) if self.scheme else arrays["weight"]
 
 

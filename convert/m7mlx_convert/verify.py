@@ -1,16 +1,15 @@
 """How far a model is from what it was converted from.
 
 Both run side by side on one text: in every batch, row 0 is the source and row 1 the result. A matrix of each is
-read when its turn comes and dropped after it, so that two models of 7 billion numbers need the memory of two of
-their matrices.
+read when its turn comes, expanded some rows at a time and dropped after it, so that two models of 7 billion numbers
+need the memory of two of their matrices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -22,25 +21,16 @@ from m7mlx.cache import RollingCache
 from m7mlx.config import ModelConfig
 from m7mlx.errors import InputError
 from m7mlx.model import Block
-from m7mlx.tokenizer import load_tokenizer
 from m7mlx_convert.progress import Reporter
 from m7mlx_convert.source import Source, Tensor
+from m7mlx_convert.text import Text
 
-DEFAULT_TOKENS = 512
 _CHUNK = 512  # tokens that pass through a matrix at one time
 _HEAD_CHUNK = 128  # the head gives two rows of logits a token
-_SLICE = 1 << 22  # numbers of a matrix compared at one time
+_SLICE = 1 << 24  # numbers of a matrix that are expanded at one time
 _MAY_DIFFER = {"model_type", "quantization", "bos_token_id", "eos_token_ids", "max_position_embeddings"}
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class Text:
-    """What the models are compared on: token ids and, for the report, the text of each."""
-
-    ids: Sequence[int]
-    pieces: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -94,31 +84,6 @@ class Comparison:
         }
 
 
-def read_text(folder: Path, vocab_size: int, file: Path | None, tokens: int | None, reporter: Reporter) -> Text:
-    """The first `tokens` of a file, or of the passages that come with this package, in the ids of a model.
-
-    Raises InputError for a file that is no text or too short.
-    """
-    path = file.expanduser() if file else Path(__file__).with_name("passages.txt")
-    tokens = tokens or DEFAULT_TOKENS
-    try:
-        # A token is seldom more than a few bytes; of a file of gigabytes only the start is read.
-        with path.open(encoding="utf-8") as stream:
-            text = stream.read(tokens * 32)
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is no text (UTF-8)") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    tokenizer = load_tokenizer(folder, vocab_size)
-    ids = tokenizer.encode(text, add_bos=tokenizer.add_bos)[:tokens]
-    if len(ids) < 2:
-        raise InputError(f"{path} is too short: it has {len(ids)} tokens")
-    if len(ids) < tokens:
-        reporter.note(f"{path.name} has {len(ids):,} tokens, not {tokens:,}")
-    pieces = [tokenizer.token_bytes(token).decode("utf-8", "replace") for token in ids]
-    return Text(ids, pieces)
-
-
 def compare(source: Source, result: Source, text: Text, reporter: Reporter) -> Comparison:
     """Run both on `text`. Raises InputError if one cannot have come from the other, or for a text too long."""
     _check_match(source, result)
@@ -135,7 +100,7 @@ def compare(source: Source, result: Source, text: Text, reporter: Reporter) -> C
         hidden = []
         for index in range(config.n_layers):
             chunks = both.layer(index, chunks, advance)
-            hidden.append(_relative([chunk[1] for chunk in chunks], [chunk[0] for chunk in chunks]))
+            hidden.append(_relative(chunks))
         kl, agrees, losses = both.predictions(chunks, mx.array(list(text.ids)), advance)
     return Comparison(source.name, result.name, text, both.errors, hidden, kl, agrees, losses)
 
@@ -159,12 +124,8 @@ class _Both:
 
     def embed(self, ids: mx.array) -> list[mx.array]:
         """Embeddings [2, L, hidden_size] of the ids, chunk by chunk."""
-        weights = self._pair("model.embed_tokens").weights()
-        rows: list[mx.array] = []
-        while weights:
-            rows.insert(0, weights.pop()[ids].astype(mx.float32))
-            mx.eval(rows)
-        return list(mx.split(mx.stack(rows), range(_CHUNK, ids.size, _CHUNK), axis=1))
+        rows = self._pair("model.embed_tokens").rows(ids)
+        return list(mx.split(rows, range(_CHUNK, ids.size, _CHUNK), axis=1))
 
     def layer(self, index: int, chunks: list[mx.array], advance: Callable[[int], None]) -> list[mx.array]:
         """The hidden states that leave a layer, for those that enter it."""
@@ -221,30 +182,52 @@ class _Both:
 
 @dataclass(frozen=True)
 class _Pair:
-    """One matrix of both models."""
+    """One matrix of both models, expanded some rows at a time."""
 
     module: str
     tensors: tuple[Tensor, Tensor]
     errors: dict[str, float]
 
-    def weights(self) -> list[mx.array]:
-        """Both, as stored or expanded; the first time, their distance is noted in `errors`."""
-        weights = [tensor.floats() for tensor in self.tensors]
+    def rows(self, ids: mx.array) -> mx.array:  # [L] → [2, L, columns]
+        """Single rows, as an embedding gives them."""
+        sides = []
+        for tensor in self.tensors:
+            sides.append(tensor.expand({kind: a[ids] for kind, a in tensor.load().items()}).astype(mx.float32))
+            mx.eval(sides)
+            mx.clear_cache()
         if self.module not in self.errors:
-            rows = max(1, _SLICE // weights[0].shape[1])
-            parts = range(rows, weights[0].shape[0], rows)
-            a, b = (list(mx.split(weight, parts)) for weight in reversed(weights))
-            self.errors[self.module] = _relative(a, b)
-        return weights
+            for _ in self._slices():
+                pass
+        return mx.stack(sides)
 
     def product(self, x: mx.array) -> mx.array:  # [2, L, in] → [2, L, out]
-        weights = self.weights()
-        rows: list[mx.array] = []
-        while weights:  # the result's first: the source's, which are often of 16 bits, take less room to wait
-            rows.insert(0, _matmul(x[len(weights) - 1], weights.pop().astype(mx.float32)))
-            mx.eval(rows)
+        found: tuple[list[mx.array], list[mx.array]] = ([], [])
+        for sides in self._slices():
+            for side, weight in enumerate(sides):
+                found[side].append(_matmul(x[side], weight))
+            mx.eval(found)
+        return mx.stack([mx.concatenate(parts, axis=-1) for parts in found])
+
+    def _slices(self) -> Iterator[tuple[mx.array, mx.array]]:
+        """Rows of both in float32; `errors` has their distance afterwards."""
+        stored = [tensor.load() for tensor in self.tensors]
+        rows, columns = self.tensors[0].shape
+        step = max(1, _SLICE // columns)
+        difference = size = 0.0
+        for start in range(0, rows, step):
+            a, b = (
+                tensor.expand({kind: array[start : start + step] for kind, array in arrays.items()}).astype(
+                    mx.float32
+                )
+                for tensor, arrays in zip(self.tensors, stored, strict=True)
+            )
+            yield a, b
+            if self.module not in self.errors:
+                difference += _squares(b - a)
+                size += _squares(a)
+            del a, b
             mx.clear_cache()
-        return mx.stack(rows)
+        self.errors.setdefault(self.module, _ratio(difference, size))
 
 
 class _Linear(nn.Module):
@@ -265,18 +248,28 @@ class _Norm(nn.Module):
         return mx.fast.rms_norm(x, None, self.eps) * self.weights[:, None]
 
 
+# On a CPU by NumPy: its wheels come with OpenBLAS, MLX's with a BLAS that is forty times as slow.
+
+
 def _matmul(x: mx.array, weight: mx.array) -> mx.array:  # [L, in], [out, in] → [L, out]
-    if on_cpu():  # NumPy's wheels come with OpenBLAS, MLX's with a BLAS that is forty times as slow
+    if on_cpu():
         return mx.array(np.array(x, copy=False) @ np.array(weight, copy=False).T)
     return x @ weight.T
 
 
-def _relative(parts: Sequence[mx.array], of: Sequence[mx.array]) -> float:
-    """|a − b| / |b| of arrays cut into parts."""
-    error = size = 0.0
-    for a, b in zip(parts, of, strict=True):
-        b = b.astype(mx.float32)
-        difference = a.astype(mx.float32) - b
-        error += float(mx.square(difference).sum())
-        size += float(mx.square(b).sum())
-    return float(np.sqrt(error / size)) if size else float(error > 0)
+def _squares(array: mx.array) -> float:
+    """The sum of the squares."""
+    if on_cpu():
+        flat = np.array(array, copy=False).reshape(-1)
+        return float(np.dot(flat, flat))
+    return float(mx.square(array).sum())
+
+
+def _relative(chunks: Sequence[mx.array]) -> float:
+    """How far row 1 is from row 0, over all chunks [2, L, hidden_size]."""
+    return _ratio(sum(_squares(chunk[1] - chunk[0]) for chunk in chunks), sum(_squares(chunk[0]) for chunk in chunks))
+
+
+def _ratio(difference: float, size: float) -> float:
+    """|a − b| / |b| from the sums of squares."""
+    return float(np.sqrt(difference / size)) if size else float(difference > 0)

@@ -1,0 +1,50 @@
+"""Text to compare or to calibrate on, as a model's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from m7mlx.errors import InputError
+from m7mlx.tokenizer import load_tokenizer
+from m7mlx_convert.progress import Reporter
+
+DEFAULT_TOKENS = 512
+_CHARACTERS = 32  # a token seldom has more: of a file of gigabytes only the start is read
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids and, for a report, the text of each."""
+
+    ids: Sequence[int]
+    pieces: Sequence[str]
+
+
+def read_text(folder: Path, vocab_size: int, file: Path | None, tokens: int | None, reporter: Reporter) -> Text:
+    """The first `tokens` of a file, or of the passages that come with this package, in the ids of a model's folder.
+
+    Raises InputError for a file that is no text or too short.
+    """
+    path = file or Path(__file__).with_name("passages.txt")
+    tokens = tokens or DEFAULT_TOKENS
+    text = file_text(path, tokens)
+    tokenizer = load_tokenizer(folder, vocab_size)
+    ids = tokenizer.encode(text, add_bos=tokenizer.add_bos)[:tokens]
+    if len(ids) < 2:
+        raise InputError(f"{path} is too short: it has {len(ids)} tokens")
+    if len(ids) < tokens:
+        reporter.note(f"{path.name} has {len(ids):,} tokens, not {tokens:,}")
+    return Text(ids, [tokenizer.token_bytes(token).decode("utf-8", "replace") for token in ids])
+
+
+def file_text(path: Path, tokens: int) -> str:
+    """The start of a file, enough for so many tokens. Raises InputError if it is no text."""
+    try:
+        with path.expanduser().open(encoding="utf-8") as stream:
+            return stream.read(tokens * _CHARACTERS)
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is no text (UTF-8)") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
