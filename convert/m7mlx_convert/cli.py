@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from m7mlx.cli import ArgumentParser, run
+from m7mlx.errors import M7Error
 
 if TYPE_CHECKING:
     from m7mlx_convert.calibrated import Calibration
@@ -57,8 +58,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, _interrupt)  # `kill` cleans up as Ctrl-C does
     if given[:1] == ["verify"]:
-        return run(_verify, _parse_verify(given[1:]), f"{PROG} verify")
-    return run(_convert, _parse(given), PROG)
+        return run(_told(_verify), _parse_verify(given[1:]), f"{PROG} verify")
+    return run(_told(_convert), _parse(given), PROG)
+
+
+def _told(body: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
+    """The same, and with --json an error is an event besides the line on stderr."""
+
+    def told(args: argparse.Namespace) -> None:
+        try:
+            body(args)
+        except (M7Error, OSError) as error:
+            _reporter(args).event("error", message=str(error))
+            raise
+
+    return told
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
