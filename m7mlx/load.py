@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from m7mlx.arrays import dequantize, is_finite, on_cpu
+from m7mlx.checksums import check_folder
 from m7mlx.config import ModelConfig
 from m7mlx.errors import ConfigError, RunError, WeightsError
 from m7mlx.hub import resolve
@@ -41,6 +42,7 @@ def load(
         raise ConfigError(f"{folder} is a file; a GGUF file is converted first: m7mlx-convert {folder}")
     config = ModelConfig.from_folder(folder)
     headers = folder_weights(folder)
+    check_folder(folder)
     parameters(folder, config, headers)
     files = sorted({stored.path for stored in headers.values()})
     _check_memory(folder, config, files, _compute_dtype(dtype))

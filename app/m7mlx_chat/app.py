@@ -16,8 +16,8 @@ from textual.app import App, ComposeResult
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.widgets import Markdown, Static
 
+from m7mlx.checksums import cache_dir
 from m7mlx.errors import InputError, RunError
-from m7mlx.hub import cache_dir
 from m7mlx_chat.actions import BINDINGS
 from m7mlx_chat.composer import Composer, Draft
 from m7mlx_chat.engine import Done, Engine, Event, Failed, Loading, Prefill, Ready, Text

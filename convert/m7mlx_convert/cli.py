@@ -116,6 +116,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     checks.add_argument("--verify", action="store_true", help="compare the result with the source")
     _add_text(checks)
+    checks.add_argument("--upload-repo", metavar="ORG/NAME", help="upload the result to the Hub")
     _add_output(parser)
     args = parser.parse_args(argv)
     if bool(args.source) == bool(args.hf_path):
@@ -179,6 +180,10 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 def _reporter(args: argparse.Namespace) -> Reporter:
     from m7mlx_convert.progress import Reporter
 
+    if args.json or args.quiet or not sys.stderr.isatty():
+        from m7mlx.hub import quiet
+
+        quiet()
     return Reporter("json" if args.json else "quiet" if args.quiet else "text")
 
 
@@ -190,6 +195,10 @@ def _convert(args: argparse.Namespace) -> None:
     if args.plan:
         _plan(args, recipe, reporter)
         return
+    if args.upload_repo:
+        from m7mlx_convert.upload import check_upload
+
+        check_upload(args.upload_repo)
     folder = convert(
         args.source,
         args.mlx_path,
@@ -205,14 +214,26 @@ def _convert(args: argparse.Namespace) -> None:
     reporter.result("done", str(folder), folder=str(folder))
     if args.verify:
         _compare(args, str(folder), args.source, reporter)
+    if args.upload_repo:
+        from m7mlx_convert.upload import upload
+
+        url = upload(folder, args.upload_repo, reporter)
+        reporter.result("uploaded", url, url=url)
 
 
 def _plan(args: argparse.Namespace, recipe: Recipe, reporter: Reporter) -> None:
+    from m7mlx.hub import resolve
+    from m7mlx_convert.adapter import with_adapter
     from m7mlx_convert.convert import open_model, resolve_source, target_of
     from m7mlx_convert.plan import make_plan, plan_table
+    from m7mlx_convert.remote import open_remote
 
     target = target_of(args.source, args.mlx_path, recipe.label).resolve()
-    source = open_model(resolve_source(args.source, args.revision), args.source, args.adapter)
+    source = open_remote(args.source, args.revision) or open_model(
+        resolve_source(args.source, args.revision), args.source, None
+    )
+    if args.adapter:
+        source = with_adapter(source, resolve(args.adapter))
     plan = make_plan(source, recipe, args.dtype)
     reporter.result("plan", plan_table(plan, target), **plan.describe(target))
 

@@ -73,17 +73,19 @@ def convert(
 
 
 def repo_of(source: str) -> str | None:
-    """The Hub repository that `source` names, if it names one."""
-    is_here = Path(source).expanduser().exists() or source == DEMO
-    return None if is_here else ALIASES.get(source, source)
+    """The Hub repository that `source` names, if it names one; of "org/name/file.gguf", the first two parts."""
+    if Path(source).expanduser().exists() or source == DEMO:
+        return None
+    return "/".join(ALIASES.get(source, source).split("/")[:2])
 
 
 def name_of(source: str) -> str:
     """The model's name: the last part of a repository or path, without a file's ending."""
     local = Path(source).expanduser()
-    if repo := repo_of(source):
-        return repo.rpartition("/")[2].removesuffix(".gguf")
-    return local.stem if local.is_file() else local.resolve().name
+    if local.is_dir():
+        return local.resolve().name
+    last = ALIASES.get(source, source).rpartition("/")[2]
+    return Path(last).stem if last.lower().endswith(".gguf") or local.is_file() else last
 
 
 def target_of(source: str, mlx_path: str | Path | None, label: str) -> Path:
@@ -95,7 +97,7 @@ def resolve_source(source: str, revision: str | None) -> Path:
     """The folder or GGUF file, downloaded if it is not here. Raises NotFoundError, DownloadError, InputError."""
     if revision and not repo_of(source):
         raise InputError(f"--revision is for Hub repositories; {source} is here already")
-    return resolve(source, revision)
+    return resolve(source, revision, "any")
 
 
 def open_model(path: Path, source: str, adapter: str | None) -> Source:

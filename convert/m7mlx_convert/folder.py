@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from m7mlx.checksums import check_folder
 from m7mlx.config import ModelConfig, read_json
 from m7mlx.errors import ConfigError
 from m7mlx.safetensors import StoredTensor, folder_weights, parameters
@@ -57,6 +58,7 @@ def open_folder(folder: Path, name: str, headers: Mapping[str, StoredTensor] | N
         raise ConfigError(f"{path}: {error}" if method else str(error)) from None
     if headers is None:
         headers = folder_weights(folder, native=is_native)
+        check_folder(folder)
     if is_native:
         tensors = native.tensors(folder, config, headers)
     elif method:

@@ -18,9 +18,10 @@ from typing import Any, BinaryIO, NamedTuple
 import mlx.core as mx
 
 from m7mlx.arrays import raw_bytes
+from m7mlx.checksums import MANIFEST
 from m7mlx.errors import RunError, WeightsError
 from m7mlx.quantization import Quantization
-from m7mlx.safetensors import INDEX, MANIFEST, validate_header
+from m7mlx.safetensors import INDEX, validate_header
 
 MAX_SHARD_BYTES = 5 * 10**9
 JOURNAL = ".journal"
