@@ -79,6 +79,13 @@ def test_dynamic_bits_meet_their_target(source: Path, tmp_path: Path, capsys: py
     assert len({group["stored"] for group in plan["groups"]}) == 3  # low, high and the norms
 
 
+def test_the_plan_says_what_it_takes(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(source), "--calibrate", "dynamic", "--q-group-size", "32", "--plan"]) == 0
+    out = capsys.readouterr().out
+    assert "calibrating (dynamic) holds the whole model" in out
+    assert "5 a weight on average" in out
+
+
 def test_what_cannot_be_calibrated(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

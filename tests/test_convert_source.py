@@ -242,6 +242,7 @@ def test_card_names_origin_licence_and_how_it_was_made(tmp_path: Path) -> None:
     card = ModelCard.load(tmp_path / "little-mistral-4bit" / "README.md", ignore_metadata_errors=False)
     assert card.data.license == "mit"
     assert card.data.base_model == "org/little-mistral"
+    assert "at revision " + "0" * 39 + "1" in card.text
     assert card.data.library_name == "mlx"
     assert card.data.tags == ["mlx", "mistral"]
     assert "\nm7mlx-convert org/little-mistral --quantize\n" in card.text

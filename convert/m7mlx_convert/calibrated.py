@@ -73,6 +73,15 @@ def calibrated(
     return replace(source, tensors=_tensors(model, source, dtype), weight_files=())
 
 
+def planned(source: Source, calibration: Calibration) -> Source:
+    """The source with a note of what calibrating will take."""
+    needed = memory_needed(source, calibration.method, mx.float16)
+    notes = [f"calibrating ({calibration.method}) holds the whole model: about {needed / 1e9:.2g} GB of memory"]
+    if calibration.method == "dynamic":
+        notes.append(f"bits are chosen by module, {calibration.target_bpw or _DYNAMIC_BPW:g} a weight on average")
+    return replace(source, notes=(*source.notes, *notes))
+
+
 def memory_needed(source: Source, method: Method, dtype: mx.Dtype) -> int:
     """Bytes, about: copies of the weights, and for GPTQ a square matrix a layer, for dynamic bits gradients."""
     numbers = sum(tensor.size for tensor in source.tensors.values())

@@ -12,10 +12,11 @@ from m7mlx_convert.plan import Plan, stored_as
 from m7mlx_convert.source import shown
 
 
-def model_card(plan: Plan, repo: str | None, command: Sequence[str]) -> str:
+def model_card(plan: Plan, repo: str | None, commit: str | None, command: Sequence[str]) -> str:
     """A card in the Hub's form: what it is, where it comes from, how it was made, how to run it.
 
     repo     the Hub repository it was converted from, if it was one
+    commit   … and its revision
     command  what made it
     """
     source = plan.source
@@ -31,6 +32,7 @@ def model_card(plan: Plan, repo: str | None, command: Sequence[str]) -> str:
     numbers = f"quantised ({'; '.join(schemes)})" if schemes else "not quantised"
     numbers += f", {plan.bits_per_weight:.2f} bits a weight"
     origin = f"; converted from [{repo}](https://huggingface.co/{repo})" if repo else ""
+    origin += f" at revision {commit}" if repo and commit else ""
     made = (
         f"Made with m7mlx {version('m7mlx')}:\n\n```sh\n{shlex.join(map(_plain, command))}\n```\n\n"
         if command

@@ -234,6 +234,10 @@ def _plan(args: argparse.Namespace, recipe: Recipe, reporter: Reporter) -> None:
     )
     if args.adapter:
         source = with_adapter(source, resolve(args.adapter))
+    if calibration := _calibration(args):
+        from m7mlx_convert.calibrated import planned
+
+        source = planned(source, calibration)
     plan = make_plan(source, recipe, args.dtype)
     reporter.result("plan", plan_table(plan, target), **plan.describe(target))
 

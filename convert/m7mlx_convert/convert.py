@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -66,7 +67,7 @@ def convert(
         reporter.note(note)
     check_space(target, plan.nbytes)
     with whole_folder(target, plan.key) as work:
-        _write_files(work, plan, repo_of(source), command)
+        _write_files(work, plan, model_card(plan, repo_of(source), _commit(path), command))
         _check_tokenizer(work, plan.source)
         _write_weights(work, plan, reporter)
     return given
@@ -112,18 +113,23 @@ def _calibrate(
     from m7mlx_convert.calibrated import calibrated
 
     with tempfile.TemporaryDirectory() as folder:  # the tokenizer, as the result will have it
-        _write_files(Path(folder), plan, None, ())
+        _write_files(Path(folder), plan)
         return calibrated(opened, calibration, base, plan.steps[0].dtype, Path(folder), reporter)
 
 
-def _write_files(work: Path, plan: Plan, repo: str | None, command: Sequence[str]) -> None:
+def _commit(path: Path) -> str | None:
+    """The revision that a path in the Hub's cache is of."""
+    return next((part for part in path.parts if re.fullmatch(r"[0-9a-f]{40}", part)), None)
+
+
+def _write_files(work: Path, plan: Plan, card: str = "") -> None:
     for name, content in plan.source.files.items():
         if isinstance(content, Path):
             shutil.copyfile(content, work / name)
         else:
             (work / name).write_bytes(content)
     (work / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
-    (work / "README.md").write_text(model_card(plan, repo, command), encoding="utf-8")
+    (work / "README.md").write_text(card, encoding="utf-8")
 
 
 def _check_tokenizer(work: Path, source: Source) -> None:
