@@ -1,0 +1,198 @@
+"""What can be asked of the stored conversations. No method here changes anything.
+
+Conversations may have 10,000 messages and more: what a call costs depends on what it returns, not on what there is.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from m7mlx.errors import StoreError
+from m7mlx_chat.rows import Conversation, Head, Hit, Message, Node, Tree
+from m7mlx_chat.schema import damaged, one_line
+from m7mlx_chat.words import SEARCH, hit, match_of
+
+EVERYTHING = -1  # SQLite's LIMIT
+_T = TypeVar("_T")
+
+# `IS` also finds the siblings of roots, whose parent is NULL.
+_MESSAGE = """
+    SELECT m.*,
+        (SELECT count(*) FROM message s
+            WHERE s.conversation = m.conversation AND s.parent IS m.parent AND s.id <= m.id) AS place,
+        (SELECT count(*) FROM message s WHERE s.conversation = m.conversation AND s.parent IS m.parent) AS siblings
+    FROM message m
+"""
+# From a message up to its root by primary keys; LIMIT ends the walk, not only the answer.
+_BRANCH = f"""
+    WITH RECURSIVE path (id, parent, up) AS (
+        SELECT id, parent, 0 FROM message WHERE id = :first
+        UNION ALL
+        SELECT message.id, message.parent, up + 1 FROM path CROSS JOIN message ON message.id = path.parent
+        LIMIT :limit
+    )
+    {_MESSAGE} JOIN path ON path.id = m.id ORDER BY path.up DESC
+"""
+# Messages are counted for those that are returned only.
+_COUNTED = "SELECT c.*, (SELECT count(*) FROM message WHERE conversation = c.id) AS messages FROM"
+_NEWEST = "ORDER BY updated DESC, id DESC"
+_LIST = f"""
+    {_COUNTED} (
+        SELECT * FROM conversation WHERE archived = ? AND deleted_at IS NULL {_NEWEST} LIMIT ? OFFSET ?
+    ) c {_NEWEST}
+"""
+_PROMPTS = """
+    SELECT text FROM message m CROSS JOIN conversation ON conversation.id = m.conversation
+    WHERE m.role = 'user' AND deleted_at IS NULL ORDER BY m.created DESC, m.id DESC
+"""
+
+
+class Reader:
+    """The open database, as far as it is read."""
+
+    def __init__(self, path: Path, db: sqlite3.Connection) -> None:
+        self.path = path
+        self._db = db
+
+    def message(self, message: int) -> Message:
+        """One message."""
+        found = self._messages(f"{_MESSAGE} WHERE m.id = ?", [message])
+        return _only(found, f"there is no message {message} (any more)")
+
+    def branch(self, leaf: int, limit: int = EVERYTHING, before: int | None = None) -> list[Message]:
+        """The last `limit` messages on the path from the root to `leaf`, in order; or the last before `before`."""
+        first = leaf if before is None else self.message(before).parent
+        return self._messages(_BRANCH, {"first": first, "limit": limit})
+
+    def siblings(self, message: int) -> list[Message]:
+        """A message and all others with its parent, oldest first."""
+        one = self.message(message)
+        sql = f"{_MESSAGE} WHERE m.conversation = ? AND m.parent IS ? ORDER BY m.id"
+        return self._messages(sql, [one.conversation, one.parent])
+
+    def conversation(self, conversation: int) -> Conversation:
+        """One conversation, deleted or not."""
+        found = self._conversations(f"{_COUNTED} conversation c WHERE id = ?", [conversation])
+        return _only(found, f"there is no conversation {conversation} (any more)")
+
+    def conversations(self, archived: bool = False, limit: int = EVERYTHING, offset: int = 0) -> list[Conversation]:
+        """Those that are not deleted, and archived or not; the last one spoken in first."""
+        return self._conversations(_LIST, [archived, limit, offset])
+
+    def tree(self, conversation: int) -> Tree:
+        """A whole conversation, all branches, for export."""
+        head = self.conversation(conversation)
+        messages = self._messages(f"{_MESSAGE} WHERE m.conversation = ? ORDER BY m.id", [conversation])
+        return tree_of(head, messages, head.leaf)
+
+    def search(self, text: str, limit: int = 50) -> list[Hit]:
+        """The messages that hold all words of `text`, the last word maybe unfinished; the best first."""
+        match = match_of(text)
+        return [hit(row) for row in self._rows(SEARCH, [match, limit])] if match else []
+
+    def prompts(self, containing: str = "", limit: int = 100) -> list[str]:
+        """What the user has asked, each text once, the newest first; only texts that contain one, in any case."""
+        needle, found = containing.casefold(), dict[str, None]()
+        with one_line(self.path), closing(self._db.execute(_PROMPTS)) as rows:
+            for (text,) in rows:
+                if len(found) >= limit:
+                    break
+                if needle in text.casefold():
+                    found[text] = None
+        return list(found)
+
+    def _rows(self, sql: str, values: Any) -> list[sqlite3.Row]:
+        with one_line(self.path):
+            return self._db.execute(sql, values).fetchall()
+
+    def _messages(self, sql: str, values: Any) -> list[Message]:
+        return self._built(_message, sql, values)
+
+    def _conversations(self, sql: str, values: Any) -> list[Conversation]:
+        return self._built(_conversation, sql, values)
+
+    def _built(self, build: Callable[[sqlite3.Row], _T], sql: str, values: Any) -> list[_T]:
+        rows = self._rows(sql, values)
+        try:
+            return [build(row) for row in rows]
+        except (TypeError, ValueError) as error:  # no JSON where we wrote some
+            raise damaged(self.path, error) from None
+
+
+def tree_of(head: Head, messages: Iterable[Message], leaf: int | None) -> Tree:
+    """Messages as a tree of their own; each parent comes before its children or is left out."""
+    index: dict[int | None, int] = {}
+    nodes = []
+    for message in messages:
+        nodes.append(
+            Node(
+                parent=index.get(message.parent),
+                role=message.role,
+                text=message.text,
+                status="interrupted" if message.status == "answering" else message.status,
+                created=message.created,
+                model=message.model,
+                settings=message.settings,
+                statistics=message.statistics,
+                packed_ids=message.packed_ids,
+            )
+        )
+        index[message.id] = len(nodes) - 1
+    return Tree(
+        title=head.title,
+        automatic=head.automatic,
+        created=head.created,
+        updated=head.updated,
+        archived=head.archived,
+        model=head.model,
+        system=head.system,
+        settings=head.settings,
+        leaf=index.get(leaf),
+        nodes=tuple(nodes),
+    )
+
+
+def _message(row: sqlite3.Row) -> Message:
+    return Message(
+        id=row["id"],
+        conversation=row["conversation"],
+        parent=row["parent"],
+        role=row["role"],
+        text=row["text"],
+        status=row["status"],
+        created=row["created"],
+        model=row["model"],
+        settings=json.loads(row["settings"]),
+        statistics=json.loads(row["statistics"]),
+        packed_ids=row["ids"],
+        place=row["place"],
+        siblings=row["siblings"],
+    )
+
+
+def _conversation(row: sqlite3.Row) -> Conversation:
+    return Conversation(
+        id=row["id"],
+        title=row["title"],
+        automatic=bool(row["automatic"]),
+        created=row["created"],
+        updated=row["updated"],
+        archived=bool(row["archived"]),
+        deleted_at=row["deleted_at"],
+        model=row["model"],
+        system=row["system"],
+        settings=json.loads(row["settings"]),
+        leaf=row["leaf"],
+        messages=row["messages"],
+    )
+
+
+def _only(found: list[_T], missing: str) -> _T:
+    if not found:
+        raise StoreError(f"{missing}; look at the list of conversations again")
+    return found[0]

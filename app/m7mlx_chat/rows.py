@@ -1,0 +1,147 @@
+"""What the store keeps, as values: conversations, and messages in a tree.
+
+A conversation is a tree because nothing said in it is overwritten: an edited question is a sibling of the old
+one, a second answer a sibling of the first. `leaf` is the end of the branch that is shown.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import unicodedata
+import zlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Role = Literal["user", "assistant"]
+# How the engine ended an answer: by itself (so are all questions), by the user, by the longest length, by a failure.
+Ending = Literal["complete", "stopped", "length", "error"]
+# Not ended: under way in an instance that lives, or left behind by one that died.
+Status = Ending | Literal["answering", "interrupted"]
+
+UNTITLED = "Untitled"
+TITLE_LENGTH = 60
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """One message of a tree whose messages have no ids: `parent` is an index into the tree's nodes, always an
+    earlier one. `created` is in seconds since 1970. `packed_ids`: see `pack`."""
+
+    parent: int | None
+    role: Role
+    text: str
+    status: Status = "complete"
+    created: float
+    model: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    statistics: dict[str, Any] = field(default_factory=dict)
+    packed_ids: bytes | None = field(default=None, repr=False)
+
+    @property
+    def ids(self) -> list[int] | None:
+        """The token ids of an answer, if they are known."""
+        return None if self.packed_ids is None else unpack(self.packed_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message(Node):
+    """A stored message; `parent` is a message's id. It is the `place`-th of `siblings`, from 1: ‹2/3›."""
+
+    id: int
+    conversation: int
+    place: int
+    siblings: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """What there is to a conversation besides its messages. `automatic`: nobody chose the title."""
+
+    title: str
+    automatic: bool
+    created: float
+    updated: float
+    archived: bool = False
+    model: str = ""
+    system: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    leaf: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversation(Head):
+    """A stored conversation; `leaf` is a message's id, `messages` the number of them in all branches."""
+
+    id: int
+    deleted_at: float | None
+    messages: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tree(Head):
+    """A whole conversation outside the store; `leaf` is an index into `nodes`."""
+
+    nodes: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question just stored, and the answer to it that is still to come."""
+
+    conversation: int
+    question: int
+    answer: int
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A message found by a search; the words found are `snippet[a:b]` for a, b in `marks`."""
+
+    message: int
+    conversation: int
+    title: str
+    archived: bool
+    role: Role
+    created: float
+    snippet: str
+    marks: tuple[tuple[int, int], ...]
+
+
+def clean(text: str) -> str:
+    """`text` with each lone surrogate replaced by U+FFFD: they cannot be written as UTF-8."""
+    return _SURROGATES.sub("�", text)
+
+
+def title_of(text: str, length: int = TITLE_LENGTH) -> str:
+    """A title: the first line of `text` that says something, cut at a word within `length` characters."""
+    lines = (" ".join(_printable(line).split()) for line in text.splitlines())
+    line = next(filter(None, lines), UNTITLED)
+    if len(line) <= length:
+        return line
+    return (line[:length].rpartition(" ")[0] or line[: length - 1]) + "…"
+
+
+def _printable(text: str) -> str:
+    """Without control and format characters, bidi overrides among them; tabs become spaces."""
+    kept = (c for c in clean(text).replace("\t", " ") if unicodedata.category(c) not in ("Cc", "Cf"))
+    return "".join(kept)
+
+
+def pack(ids: Sequence[int]) -> bytes:
+    """Token ids in about two bytes each: 32 bits, little-endian, deflated."""
+    return zlib.compress(_little_endian(array("I", ids)).tobytes(), 1)
+
+
+def unpack(packed: bytes) -> list[int]:
+    """The inverse of `pack`."""
+    return _little_endian(array("I", zlib.decompress(packed))).tolist()
+
+
+def _little_endian(numbers: array[int]) -> array[int]:
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers

@@ -1,0 +1,272 @@
+"""The conversations on disk: every question and every answer, from the moment it is sent.
+
+    with Store() as store:
+        asked = store.ask(None, None, "What is the capital of France?", model="mistral")
+        store.grow(asked.answer, "The capital")                         # at least every second
+        store.finish(asked.answer, "complete", "The capital of France is Paris.", ids=[...])
+        store.branch(asked.answer, limit=50)
+
+Nothing is lost: a question is on the disk, with an empty answer, before the model sees it; an answer is at most
+one `grow` behind. Whoever opens the store makes the answers of those who died `interrupted`. Several instances of
+the program may use one database.
+
+Threads: a store belongs to the thread that opened it, the app's; sqlite3 refuses any other. Its transactions are
+short, but for `plant` and `fork`, which write whole conversations. Only opening may have to wait for long.
+
+Every method raises StoreError if what it is given is not there, and DiskError or RunError if SQLite fails.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from filelock import FileLock, Timeout
+
+from m7mlx.errors import RunError, StoreError
+from m7mlx_chat.instances import Instance, living
+from m7mlx_chat.reader import tree_of
+from m7mlx_chat.rows import Asked, Ending, Head, Node, Tree, clean, pack, title_of
+from m7mlx_chat.schema import database_path, one_line, open_database
+from m7mlx_chat.writer import Values, Writer, as_json
+
+_KEEP_DELETED = 30 * 86400  # seconds
+_OPENING_SECONDS = 30.0
+_CHOSEN_TITLE_LENGTH = 200
+
+_BELOW = """
+    WITH RECURSIVE below (id) AS (
+        SELECT :message
+        UNION ALL
+        SELECT m.id FROM below CROSS JOIN message m ON m.conversation = :conversation AND m.parent = below.id
+    )
+"""
+
+
+class Store(Writer):
+    """The database, open for reading and writing.
+
+    path   `database_path()` unless given
+    clock  seconds since 1970
+    """
+
+    def __init__(self, path: Path | None = None, *, clock: Callable[[], float] = time.time) -> None:
+        path = path or database_path()
+        self._clock = clock
+        self._instances = path.with_name("instances")
+        with one_line(path), ExitStack() as undo:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._opening = FileLock(path.with_name(f"{path.name}.lock"), timeout=_OPENING_SECONDS)
+            with _held(self._opening, path):
+                db = open_database(path)
+                undo.callback(db.close)
+                instance = Instance(self._instances)
+                undo.callback(instance.close)
+                super().__init__(path, db, instance)
+                self.recover()
+                self._purge()
+            undo.pop_all()
+
+    def close(self) -> None:
+        """Leave; an answer still under way here becomes `interrupted`."""
+        try:
+            self._interrupt("owner = ?", [self._instance.name])
+        finally:
+            self._instance.close()
+            self._db.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- asking and answering ---------------------------------------------------------------------------
+
+    def ask(
+        self,
+        conversation: int | None,
+        parent: int | None,
+        text: str,
+        *,
+        model: str = "",
+        system: str = "",
+        settings: Values | None = None,
+    ) -> Asked:
+        """Store a question and the answer to come, which becomes the end of the branch shown.
+
+        Without a `conversation` a new one begins. `parent` is the answer before the question, None for a first
+        question; an edited question has the parent of the old one. The answer keeps what it is made with: `model`,
+        `settings` and, as settings["system"], the system prompt.
+        """
+        now = self._clock()
+        with self._writing():
+            if conversation is None:
+                conversation = self._add_conversation(
+                    Head(
+                        title=title_of(text),
+                        automatic=True,
+                        created=now,
+                        updated=now,
+                        model=model,
+                        system=system,
+                        settings=dict(settings or {}),
+                    )
+                )
+            elif parent is None:
+                self.conversation(conversation)  # raises if it is not there
+            if parent is not None:
+                self._check_inside(conversation, parent)
+            question = self._add_message(conversation, Node(parent=parent, role="user", text=text, created=now))
+            answer = self._add_answer(conversation, question, model, system, settings)
+        return Asked(conversation, question, answer)
+
+    def again(self, question: int, *, model: str = "", system: str = "", settings: Values | None = None) -> int:
+        """Store one more answer to come to a question, as `ask` does; returns its id."""
+        with self._writing():
+            message = self.message(question)
+            if message.role != "user":
+                raise StoreError(f"message {question} is an answer; choose a question to answer again")
+            return self._add_answer(message.conversation, question, model, system, settings)
+
+    def grow(self, answer: int, text: str) -> None:
+        """Save all there is of an answer so far."""
+        with self._writing():
+            self._update_answer(answer, {"text": clean(text)})
+
+    def finish(
+        self,
+        answer: int,
+        status: Ending,
+        text: str,
+        statistics: Values | None = None,
+        ids: Sequence[int] | None = None,
+    ) -> None:
+        """Save a whole answer and how it ended."""
+        values = {"status": status, "owner": None, "text": clean(text), "statistics": as_json(statistics)}
+        with self._writing():
+            self._update_answer(answer, {**values, "ids": None if ids is None else pack(ids)})
+            spoken = "UPDATE conversation SET updated = ? WHERE id = (SELECT conversation FROM message WHERE id = ?)"
+            self._db.execute(spoken, [self._clock(), answer])
+
+    def recover(self) -> None:
+        """Make the answers of instances that died `interrupted`, with the text they have."""
+        with one_line(self.path), _held(self._opening, self.path):
+            alive = sorted(living(self._instances))
+            self._interrupt(f"owner NOT IN ({', '.join('?' * len(alive))})", alive)
+
+    # --- branches ---------------------------------------------------------------------------------------
+
+    def switch(self, conversation: int, message: int) -> int:
+        """Show the branch through a message, down to the newest message below it; returns that leaf."""
+        with self._writing():
+            self._check_inside(conversation, message)
+            # Ids only grow, and a child is newer than its parent: the newest of all below is a leaf.
+            (row,) = self._rows(
+                f"{_BELOW} SELECT max(id) AS leaf FROM below", {"conversation": conversation, "message": message}
+            )
+            self._show(conversation, row["leaf"])
+        return int(row["leaf"])
+
+    def fork(self, message: int) -> int:
+        """Copy the path from the root to a message into a new conversation; returns its id."""
+        head = self.conversation(self.message(message).conversation)
+        copy = tree_of(head, self.branch(message), message)
+        now = self._clock()
+        title = title_of(f"{head.title} (fork)", _CHOSEN_TITLE_LENGTH)
+        return self.plant([replace(copy, title=title, created=now, updated=now, archived=False)])[0]
+
+    def plant(self, trees: Iterable[Tree]) -> list[int]:
+        """Store whole conversations, all of them or none; returns their ids."""
+        planted = []
+        with self._writing():
+            for tree in trees:
+                conversation = self._add_conversation(tree)
+                ids: list[int] = []
+                for node in tree.nodes:
+                    parent = None if node.parent is None else ids[node.parent]
+                    ids.append(self._add_message(conversation, replace(node, parent=parent)))
+                self._show(conversation, None if tree.leaf is None else ids[tree.leaf])
+                planted.append(conversation)
+        return planted
+
+    # --- conversations ----------------------------------------------------------------------------------
+
+    def configure(self, conversation: int, *, model: str, system: str, settings: Values) -> None:
+        """What the conversation's next answers are to be made with."""
+        self._change(conversation, {"model": clean(model), "system": clean(system), "settings": as_json(settings)})
+
+    def rename(self, conversation: int, title: str) -> None:
+        """Give a title; an empty one brings the automatic title back."""
+        automatic = not title.strip()
+        if automatic:
+            first = "SELECT text FROM message WHERE conversation = ? AND role = 'user' ORDER BY id LIMIT 1"
+            title = "".join(row["text"] for row in self._rows(first, [conversation]))
+        length = {} if automatic else {"length": _CHOSEN_TITLE_LENGTH}
+        self._change(conversation, {"title": title_of(title, **length), "automatic": automatic})
+
+    def archive(self, conversation: int) -> None:
+        """Move a conversation out of the way; it is still found."""
+        self._change(conversation, {"archived": True})
+
+    def unarchive(self, conversation: int) -> None:
+        """Undo `archive`."""
+        self._change(conversation, {"archived": False})
+
+    def delete(self, conversation: int) -> None:
+        """Hide a conversation from lists and searches; it is erased when the store is opened 30 days later."""
+        self._change(conversation, {"deleted_at": self._clock()})
+
+    def undo_delete(self, conversation: int) -> None:
+        """Undo `delete`, as long as the conversation has not been erased."""
+        self._change(conversation, {"deleted_at": None})
+
+    # --- writing ----------------------------------------------------------------------------------------
+
+    def _add_answer(self, conversation: int, question: int, model: str, system: str, settings: Values | None) -> int:
+        now = self._clock()
+        made_with = {**(settings or {}), "system": system}
+        node = Node(
+            parent=question,
+            role="assistant",
+            text="",
+            status="answering",
+            created=now,
+            model=model,
+            settings=made_with,
+        )
+        answer = self._add_message(conversation, node)
+        self._show(conversation, answer)
+        self._db.execute("UPDATE conversation SET updated = ? WHERE id = ?", [now, conversation])
+        return answer
+
+    def _interrupt(self, whose: str, values: Sequence[str]) -> None:
+        with self._writing():
+            sql = f"UPDATE message SET status = 'interrupted', owner = NULL WHERE status = 'answering' AND {whose}"
+            self._db.execute(sql, values)
+
+    def _purge(self) -> None:
+        """Erase what was deleted long ago, unless somebody is still answering in it."""
+        with self._writing():
+            self._db.execute(
+                """DELETE FROM conversation WHERE deleted_at < ? AND NOT EXISTS
+                (SELECT 1 FROM message m WHERE m.conversation = conversation.id AND m.status = 'answering')""",
+                [self._clock() - _KEEP_DELETED],
+            )
+
+
+@contextmanager
+def _held(lock: FileLock, path: Path) -> Iterator[None]:
+    """One instance at a time opens a database, or looks for those who died."""
+    try:
+        with lock:
+            yield
+    except Timeout:
+        raise RunError(f"another m7mlx-chat has been opening {path} for long; try again, or end it") from None

@@ -1,0 +1,61 @@
+"""Searching: what a user types is text, never a query language; what is found shows where."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+
+from m7mlx_chat.rows import Hit, clean
+
+_MOST_WORDS = 32  # of a pasted page the first ones will do; FTS5 limits the depth of an expression
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # noncharacters: no text has business with them
+_WORDS_AROUND = 24
+
+# The words first (CROSS JOIN keeps the order): the best come out of FTS5 in order, and LIMIT ends the work.
+SEARCH = f"""
+    SELECT message.id, message.conversation, message.role, message.created, conversation.title, conversation.archived,
+           snippet(message_words, 0, '{_OPEN}', '{_CLOSE}', '…', {_WORDS_AROUND}) AS snippet
+    FROM message_words CROSS JOIN message ON message.id = message_words.rowid
+         CROSS JOIN conversation ON conversation.id = message.conversation
+    WHERE message_words MATCH ? AND conversation.deleted_at IS NULL
+    ORDER BY message_words.rank LIMIT ?
+"""
+
+
+def match_of(text: str) -> str:
+    """An FTS5 expression: all words of `text`, each as a string, the last one as the beginning of a word.
+
+    Empty if there is nothing to search for.
+    """
+    words = clean(text).replace("\0", " ").split()[:_MOST_WORDS]
+    words = [word for word in words if any(c.isalnum() for c in word)]
+    quoted = ['"' + word.replace('"', '""') + '"' for word in words]
+    return " ".join(quoted) + "*" if quoted else ""
+
+
+def hit(row: sqlite3.Row) -> Hit:
+    """A row of SEARCH."""
+    text, marks = _unmarked(" ".join(row["snippet"].split()))
+    return Hit(
+        message=row["id"],
+        conversation=row["conversation"],
+        title=row["title"],
+        archived=bool(row["archived"]),
+        role=row["role"],
+        created=row["created"],
+        snippet=text,
+        marks=marks,
+    )
+
+
+def _unmarked(snippet: str) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """The text without the marks, and where they were."""
+    text, marks, start = "", [], 0
+    for part in re.split(f"([{_OPEN}{_CLOSE}])", snippet):
+        if part == _OPEN:
+            start = len(text)
+        elif part == _CLOSE:
+            marks.append((start, len(text)))
+        else:
+            text += part
+    return text, tuple(marks)
