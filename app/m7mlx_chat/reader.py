@@ -47,7 +47,7 @@ _LIST = f"""
     ) c {_NEWEST}
 """
 _PROMPTS = """
-    SELECT text FROM message m CROSS JOIN conversation ON conversation.id = m.conversation
+    SELECT CAST(text AS TEXT) FROM message m CROSS JOIN conversation ON conversation.id = m.conversation
     WHERE m.role = 'user' AND deleted_at IS NULL ORDER BY m.created DESC, m.id DESC
 """
 
@@ -120,7 +120,7 @@ class Reader:
         rows = self._rows(sql, values)
         try:
             return [build(row) for row in rows]
-        except (TypeError, ValueError) as error:  # no JSON where we wrote some
+        except (IndexError, TypeError, ValueError) as error:  # no JSON, or no column, where there was one
             raise damaged(self.path, error) from None
 
 

@@ -7,10 +7,9 @@ one, a second answer a sibling of the first. `leaf` is the end of the branch tha
 from __future__ import annotations
 
 import re
-import sys
+import struct
 import unicodedata
 import zlib
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -132,16 +131,16 @@ def _printable(text: str) -> str:
 
 
 def pack(ids: Sequence[int]) -> bytes:
-    """Token ids in about two bytes each: 32 bits, little-endian, deflated."""
-    return zlib.compress(_little_endian(array("I", ids)).tobytes(), 1)
+    """Token ids in two bytes each or less: the lowest bytes of all, then the next ones, …, deflated."""
+    numbers = struct.pack(f"<{len(ids)}I", *ids)
+    return zlib.compress(b"".join(numbers[i::4] for i in range(4)), 1)
 
 
 def unpack(packed: bytes) -> list[int]:
     """The inverse of `pack`."""
-    return _little_endian(array("I", zlib.decompress(packed))).tolist()
-
-
-def _little_endian(numbers: array[int]) -> array[int]:
-    if sys.byteorder == "big":
-        numbers.byteswap()
-    return numbers
+    planes = zlib.decompress(packed)
+    count = len(planes) // 4
+    numbers = bytearray(4 * count)
+    for i in range(4):
+        numbers[i::4] = planes[i * count : (i + 1) * count]
+    return list(struct.unpack(f"<{count}I", numbers))

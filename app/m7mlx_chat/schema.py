@@ -173,6 +173,8 @@ def one_line(path: Path) -> Iterator[None]:
         if known is None:
             raise
         raise known from None
+    except UnicodeDecodeError as error:  # SQLite's message quoted what should have been a table's name
+        raise damaged(path, error) from None
     except OSError as error:
         raise DiskError(f"{path} cannot be written ({error.strerror}); check the folder, or set M7MLX_DATA") from None
 
@@ -185,12 +187,7 @@ def damaged(path: Path, error: Exception) -> StoreError:
 
 
 def _translated(path: Path, error: sqlite3.Error) -> M7Error | None:
-    full = getattr(error, "sqlite_errorcode", None)
-    if full is None:  # from Python: a text that is not UTF-8, or a misuse
-        return damaged(path, error) if isinstance(error, sqlite3.OperationalError) else None
-    code = full & 0xFF  # the rest says which kind of it
-    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-        return damaged(path, error)
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # the rest says which kind of it
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return RunError(f"another program keeps {path} locked; close it, or try again")
     if code == sqlite3.SQLITE_FULL:
@@ -199,4 +196,8 @@ def _translated(path: Path, error: sqlite3.Error) -> M7Error | None:
         return StoreError(f"a message is too long to be stored in {path}; cut it")
     if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_PERM):
         return DiskError(f"{path} cannot be written ({error}); check the folder, or set M7MLX_DATA")
-    return None
+    if isinstance(error, sqlite3.IntegrityError):
+        return StoreError(f"{path} refused a change ({error}) and is as it was; try again, and please report it")
+    if isinstance(error, sqlite3.ProgrammingError | sqlite3.InterfaceError):  # another thread, a closed store
+        return None
+    return damaged(path, error)  # also where tables or columns are not those that were made
