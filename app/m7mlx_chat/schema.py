@@ -115,11 +115,12 @@ def _check(db: sqlite3.Connection, path: Path, newest: int) -> None:
 
 def _migrate(db: sqlite3.Connection, path: Path, migrations: Sequence[Sequence[str]]) -> None:
     """Go up one version at a time, each in one transaction, with a copy of the database made before it."""
+    is_new = db.execute("PRAGMA user_version").fetchone()[0] == 0
     for version, statements in enumerate(migrations):
         with transaction(db):
             if db.execute("PRAGMA user_version").fetchone()[0] != version:
                 continue
-            if version:
+            if not is_new:
                 _back_up(path, version)
             for statement in statements:
                 db.execute(statement)
