@@ -456,6 +456,17 @@ def test_what_was_deleted_comes_back_for_30_days(tmp_path: Path, clock: Clock) -
     check_database(path)
 
 
+def test_nothing_is_erased_under_an_answer(store: Store, clock: Clock) -> None:
+    asked = store.ask(None, None, "q")
+    store.delete(asked.conversation)
+    clock.now += 31 * DAY
+    Store(store.path, clock=clock).close()
+    store.finish(asked.answer, "complete", "whole")
+    Store(store.path, clock=clock).close()
+    with pytest.raises(StoreError):
+        store.message(asked.answer)
+
+
 # --- searching ------------------------------------------------------------------------------------------
 
 

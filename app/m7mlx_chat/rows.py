@@ -21,7 +21,7 @@ Ending = Literal["complete", "stopped", "length", "error"]
 Status = Ending | Literal["answering", "interrupted"]
 
 UNTITLED = "Untitled"
-TITLE_LENGTH = 60
+TITLE_LENGTH, CHOSEN_TITLE_LENGTH = 60, 200
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 

@@ -31,13 +31,12 @@ from filelock import FileLock, Timeout
 from m7mlx.errors import RunError, StoreError
 from m7mlx_chat.instances import Instance, living
 from m7mlx_chat.reader import tree_of
-from m7mlx_chat.rows import Asked, Ending, Head, Node, Tree, clean, pack, title_of
+from m7mlx_chat.rows import CHOSEN_TITLE_LENGTH, Asked, Ending, Head, Node, Tree, clean, pack, title_of
 from m7mlx_chat.schema import database_path, one_line, open_database
 from m7mlx_chat.writer import Values, Writer, as_json
 
 _KEEP_DELETED = 30 * 86400  # seconds
 _OPENING_SECONDS = 30.0
-_CHOSEN_TITLE_LENGTH = 200
 
 _BELOW = """
     WITH RECURSIVE below (id) AS (
@@ -180,7 +179,7 @@ class Store(Writer):
         head = self.conversation(self.message(message).conversation)
         copy = tree_of(head, self.branch(message), message)
         now = self._clock()
-        title = title_of(f"{head.title} (fork)", _CHOSEN_TITLE_LENGTH)
+        title = title_of(f"{head.title} (fork)", CHOSEN_TITLE_LENGTH)
         return self.plant([replace(copy, title=title, created=now, updated=now, archived=False)])[0]
 
     def plant(self, trees: Iterable[Tree]) -> list[int]:
@@ -209,8 +208,8 @@ class Store(Writer):
         if automatic:
             first = "SELECT text FROM message WHERE conversation = ? AND role = 'user' ORDER BY id LIMIT 1"
             title = "".join(row["text"] for row in self._rows(first, [conversation]))
-        length = {} if automatic else {"length": _CHOSEN_TITLE_LENGTH}
-        self._change(conversation, {"title": title_of(title, **length), "automatic": automatic})
+        title = title_of(title) if automatic else title_of(title, CHOSEN_TITLE_LENGTH)
+        self._change(conversation, {"title": title, "automatic": automatic})
 
     def archive(self, conversation: int) -> None:
         """Move a conversation out of the way; it is still found."""

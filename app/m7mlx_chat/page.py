@@ -1,0 +1,120 @@
+"""A conversation to read elsewhere: as Markdown, or as one HTML file that loads and runs nothing.
+
+Control characters become visible symbols in both, as on the screen.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from html import escape
+
+from markdown_it import MarkdownIt
+
+from m7mlx_chat.rows import Conversation, Message
+from m7mlx_chat.terminal import visible
+
+_NOTES = {
+    "complete": "",
+    "stopped": "stopped",
+    "length": "cut off at the longest length",
+    "error": "ended by an error",
+    "answering": "under way",
+    "interrupted": "interrupted",
+}
+_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)")
+_PAGE = """\
+<!DOCTYPE html>
+<html>
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="referrer" content="no-referrer">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; --line: #8884; --back: #8881; }}
+body {{ font: 1rem/1.6 system-ui, sans-serif; overflow-wrap: anywhere; }}
+body {{ max-width: 46rem; margin: 2rem auto; padding: 0 1rem; }}
+article {{ margin: 1.5rem 0; }}
+article.user {{ background: var(--back); border-radius: .6rem; padding: .2rem 1rem; }}
+.text {{ white-space: pre-wrap; }}
+h1 {{ font-size: 1.5rem; }}
+h2, footer, .about {{ font-size: .8rem; font-weight: normal; opacity: .7; margin: .4rem 0; }}
+pre {{ background: var(--back); border-radius: .4rem; padding: .8rem; overflow-x: auto; }}
+code {{ font-family: ui-monospace, monospace; font-size: .9em; }}
+table {{ border-collapse: collapse; }}
+td, th {{ border: 1px solid var(--line); padding: .2rem .6rem; }}
+blockquote {{ border-left: .2rem solid var(--line); margin-left: 0; padding-left: 1rem; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p class="about">{about}</p>
+{messages}
+</body>
+</html>
+"""
+
+
+def to_markdown(conversation: Conversation, branch: Sequence[Message]) -> str:
+    """A branch of a conversation as Markdown; what was written in it is left as Markdown."""
+    parts = [f"# {visible(conversation.title)}", _about(conversation)]
+    if conversation.system:
+        parts.append("\n".join(f"> {line}" for line in visible(conversation.system).splitlines()))
+    for message in branch:
+        parts += [f"## {_speaker(message)}", _closed(visible(message.text))]
+        if note := _NOTES[message.status]:
+            parts.append(f"*({note})*")
+    return "\n\n".join(parts) + "\n"
+
+
+def to_html(conversation: Conversation, branch: Sequence[Message]) -> str:
+    """A branch of a conversation as a page: questions as they were typed, answers as Markdown shows them."""
+    # No HTML of a message is HTML of the page, and no picture is fetched: it stays a link.
+    parser = MarkdownIt("commonmark", {"html": False, "breaks": True})
+    parser.enable(["table", "strikethrough"]).disable("image")
+    articles = []
+    if conversation.system:
+        articles.append(f'<article class="system"><h2>System prompt</h2>\n{_plain(conversation.system)}</article>')
+    for message in branch:
+        # Before for what is written, after for what `&#x202e;` has become.
+        answered = message.role == "assistant"
+        body = visible(parser.render(visible(message.text))) if answered else _plain(message.text)
+        note = f"<footer>{escape(_NOTES[message.status])}</footer>\n" if _NOTES[message.status] else ""
+        articles.append(
+            f'<article class="{message.role}"><h2>{escape(_speaker(message))}</h2>\n{body}{note}</article>'
+        )
+    return _PAGE.format(
+        title=escape(visible(conversation.title)), about=escape(_about(conversation)), messages="\n".join(articles)
+    )
+
+
+def _plain(text: str) -> str:
+    return f'<div class="text">{escape(visible(text))}</div>\n'
+
+
+def _about(conversation: Conversation) -> str:
+    date = datetime.fromtimestamp(conversation.created).strftime("%Y-%m-%d %H:%M")
+    return " · ".join(filter(None, [date, " ".join(visible(conversation.model).split())]))
+
+
+def _speaker(message: Message) -> str:
+    return "You" if message.role == "user" else " ".join(visible(message.model).split()) or "Answer"
+
+
+def _closed(text: str) -> str:
+    """`text`, with the code block that a broken-off answer left open closed: it would swallow all that follows."""
+    fence = ""
+    for line in text.splitlines():
+        found = _FENCE.match(line)
+        if not found:
+            continue
+        marks, rest = found.groups()
+        if not fence:
+            fence = marks if marks[0] == "~" or "`" not in rest else ""
+        elif marks.startswith(fence) and not rest.strip():
+            fence = ""
+    return f"{text}\n{fence}" if fence else text

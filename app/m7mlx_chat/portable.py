@@ -1,0 +1,132 @@
+"""Conversations as files: our own JSON, which holds all of a conversation, and what is taken in from elsewhere.
+
+    {"format": "m7mlx-chat", "version": 1, "title": …, "automatic": …, "created": …, "updated": …, "archived": …,
+     "model": …, "system": …, "settings": {…}, "leaf": 3,
+     "messages": [{"parent": null, "role": "user", "text": …, "status": …, "created": …, "model": …,
+                   "settings": {…}, "statistics": {…}}, …]}
+
+`parent` and `leaf` count messages from 0; a parent comes before its children, so there is nothing to go round in.
+Times are seconds since 1970. Token ids stay out: a file from a stranger could make the model read ids that are not
+those of the text shown.
+
+A file is read whole and checked before anything is stored; `Store.plant` stores all of it or nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn, get_args
+
+from m7mlx.errors import InputError
+from m7mlx_chat import chatgpt
+from m7mlx_chat.checked import Record
+from m7mlx_chat.rows import CHOSEN_TITLE_LENGTH, Ending, Node, Role, Tree, title_of
+
+FORMAT, VERSION = "m7mlx-chat", 1
+MOST_BYTES = 1 << 29  # ChatGPT's exports of years are some 100 MB; in memory they take ten times as much
+_STATUSES = (*get_args(Ending), "interrupted")
+
+
+def dumps(tree: Tree) -> str:
+    """A conversation as our own JSON."""
+    messages = [
+        {
+            "parent": node.parent,
+            "role": node.role,
+            "text": node.text,
+            "status": node.status,
+            "created": node.created,
+            "model": node.model,
+            "settings": node.settings,
+            "statistics": node.statistics,
+        }
+        for node in tree.nodes
+    ]
+    head = {
+        "format": FORMAT,
+        "version": VERSION,
+        "title": tree.title,
+        "automatic": tree.automatic,
+        "created": tree.created,
+        "updated": tree.updated,
+        "archived": tree.archived,
+        "model": tree.model,
+        "system": tree.system,
+        "settings": tree.settings,
+        "leaf": tree.leaf,
+    }
+    return json.dumps({**head, "messages": messages}, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
+
+
+def loads(data: str | bytes) -> list[Tree]:
+    """The conversations in a file of ours, a list of such, or ChatGPT's conversations.json.
+
+    Raises InputError, in one line, for whatever is not one of these.
+    """
+    parsed = _parse(data)
+    items = parsed if isinstance(parsed, list) else [parsed]
+    trees = []
+    for i, item in enumerate(items):
+        record = Record(item, f"conversation {i + 1}" if len(items) > 1 else "the conversation")
+        if record.get("format") == FORMAT:
+            trees.append(_tree(record))
+        elif "mapping" in record:
+            trees += chatgpt.trees(record)
+        else:
+            record.refuse("is neither one that m7mlx-chat exported nor one of ChatGPT's (conversations.json)")
+    if not trees:
+        raise InputError("the file has no messages; export the conversations again")
+    return trees
+
+
+def _parse(data: str | bytes) -> Any:
+    if len(data) > MOST_BYTES:
+        raise InputError(f"the file has {len(data) / 1e6:,.0f} MB, the most is {MOST_BYTES / 1e6:,.0f}; split it")
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8")
+        return json.loads(text.removeprefix("\ufeff"), parse_constant=_no_number)
+    except UnicodeDecodeError as error:
+        raise InputError(f"the file is not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        cause = "nested too deep" if isinstance(error, RecursionError) else error
+        raise InputError(f"the file is not JSON ({cause}); choose a JSON file that was exported") from None
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")
+
+
+def _tree(record: Record) -> Tree:
+    version = record.whole("version")
+    if not 1 <= version <= VERSION:
+        record.refuse(f"is in version {version} of the format, this m7mlx knows {VERSION}: update m7mlx")
+    nodes: list[Node] = []
+    for item in record.array("messages"):
+        node = _node(Record(item, f"message {len(nodes) + 1} of {record.name}"), len(nodes))
+        nodes.append(node)
+    return Tree(
+        title=title_of(record.text("title"), CHOSEN_TITLE_LENGTH),
+        automatic=record.flag("automatic"),
+        created=record.time("created"),
+        updated=record.time("updated"),
+        archived=record.flag("archived"),
+        model=record.text("model"),
+        system=record.text("system"),
+        settings=record.values("settings"),
+        leaf=record.index("leaf", len(nodes)),
+        nodes=tuple(nodes),
+    )
+
+
+def _node(record: Record, before: int) -> Node:
+    role: Role = record.one_of("role", get_args(Role))
+    return Node(
+        parent=record.index("parent", before),
+        role=role,
+        text=record.text("text"),
+        status=record.one_of("status", _STATUSES),
+        created=record.time("created"),
+        model=record.text("model"),
+        settings=record.values("settings"),
+        statistics=record.values("statistics"),
+    )
