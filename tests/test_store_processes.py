@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from filelock import FileLock, Timeout
 from m7mlx_chat import store as store_module
+from m7mlx_chat.instances import Instance
 from m7mlx_chat.rows import Node, Tree
 from m7mlx_chat.store import Store
 from test_store import check_database
@@ -254,6 +256,22 @@ def plant(path: Path, count: int) -> None:
     nodes = tuple(Node(parent=i - 1 if i else None, role="user", text="word", created=i) for i in range(count))
     with Store(path) as store:
         store.plant([Tree(title="t", automatic=True, created=0, updated=0, leaf=count - 1, nodes=nodes)])
+
+
+def test_an_instance_is_registered_where_nobody_can_take_it_for_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the making of its file and the lock on it."""
+    path = tmp_path / "chats.db"
+
+    def register(folder: Path) -> Instance:
+        with pytest.raises(Timeout):
+            FileLock(f"{path}.lock").acquire(timeout=0)
+        return Instance(folder)
+
+    monkeypatch.setattr(store_module, "Instance", register)
+    Store(path).close()
+    FileLock(f"{path}.lock").acquire(timeout=0).lock.release()  # free again
 
 
 def test_who_waits_too_long_for_another_to_open_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,13 +9,14 @@
 Times are seconds since 1970. Token ids stay out: a file from a stranger could make the model read ids that are not
 those of the text shown.
 
-A file is read whole and checked before anything is stored; `Store.plant` stores all of it or nothing.
+A file is read whole and checked before anything is stored; `Store.plant` stores all of it or nothing. Nothing here
+touches a store: a long file may be read in any thread.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 from m7mlx.errors import InputError
 from m7mlx_chat import chatgpt
@@ -84,16 +85,12 @@ def _parse(data: str | bytes) -> Any:
         raise InputError(f"the file has {len(data) / 1e6:,.0f} MB, the most is {MOST_BYTES / 1e6:,.0f}; split it")
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
-        return json.loads(text.removeprefix("\ufeff"), parse_constant=_no_number)
+        return json.loads(text.removeprefix("\ufeff"))
     except UnicodeDecodeError as error:
         raise InputError(f"the file is not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except (ValueError, RecursionError) as error:
         cause = "nested too deep" if isinstance(error, RecursionError) else error
         raise InputError(f"the file is not JSON ({cause}); choose a JSON file that was exported") from None
-
-
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
 
 
 def _tree(record: Record) -> Tree:

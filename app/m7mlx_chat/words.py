@@ -7,7 +7,7 @@ import sqlite3
 
 from m7mlx_chat.rows import Hit, clean
 
-_MOST_WORDS = 32  # of a pasted page the first ones will do; FTS5 limits the depth of an expression
+_LONGEST = 300  # characters: of a pasted page its beginning will do; thousands of words take FTS5 minutes
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # noncharacters: no text has business with them
 _WORDS_AROUND = 24
 
@@ -25,9 +25,9 @@ SEARCH = f"""
 def match_of(text: str) -> str:
     """An FTS5 expression: all words of `text`, each as a string, the last one as the beginning of a word.
 
-    Empty if there is nothing to search for.
+    Empty if there is nothing to search for. Only the first 300 characters count.
     """
-    words = clean(text).replace("\0", " ").split()[:_MOST_WORDS]
+    words = clean(text[:_LONGEST]).replace("\0", " ").split()
     words = [word for word in words if any(c.isalnum() for c in word)]
     quoted = ['"' + word.replace('"', '""') + '"' for word in words]
     return " ".join(quoted) + "*" if quoted else ""
