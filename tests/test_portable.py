@@ -257,6 +257,7 @@ HOSTILE: dict[str, str | bytes] = {
     "a time is a text": json.dumps(chatgpt(node("a", None, "user", "x"), create_time="now")),
     "a time is endless": json.dumps(chatgpt(node("a", None, "user", "x"))).replace("100.5", "1e999"),
     "a time is negative": json.dumps(chatgpt(node("a", None, "user", "x"), update_time=-1)),
+    "a time is true": json.dumps(own(created=True)),
     "newer": json.dumps(own(version=99)),
     "version 0": json.dumps(own(version=0)),
     "version is true": json.dumps(own(version=True)),

@@ -29,6 +29,7 @@ def match_of(text: str) -> str:
     """
     words = clean(text[:_LONGEST]).replace("\0", " ").split()
     words = [word for word in words if any(c.isalnum() for c in word)]
+    words = [*dict.fromkeys(words[:-1]), *words[-1:]]  # what is said twice costs twice, and finds the same
     quoted = ['"' + word.replace('"', '""') + '"' for word in words]
     return " ".join(quoted) + "*" if quoted else ""
 
