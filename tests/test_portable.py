@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from m7mlx_chat import portable
-from m7mlx_chat.page import to_html, to_markdown
 from m7mlx_chat.portable import dumps, loads
-from m7mlx_chat.rows import Node, Tree, clean, title_of
+from m7mlx_chat.portable.page import to_html, to_markdown
 from m7mlx_chat.store import Store
+from m7mlx_chat.store.rows import Node, Tree, clean, title_of
 from markdown_it import MarkdownIt
 
 from m7mlx.errors import InputError

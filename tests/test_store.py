@@ -17,10 +17,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from m7mlx_chat import schema
-from m7mlx_chat.rows import TITLE_LENGTH, Asked, Message, Node, Tree, clean, pack, title_of, unpack
-from m7mlx_chat.schema import MIGRATIONS, database_path, open_database
-from m7mlx_chat.store import Store
+from m7mlx_chat.store import Store, schema
+from m7mlx_chat.store.rows import TITLE_LENGTH, Asked, Message, Node, Tree, clean, pack, title_of, unpack
+from m7mlx_chat.store.schema import MIGRATIONS, database_path, open_database
 
 from m7mlx.errors import DiskError, M7Error, RunError, StoreError
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock, Timeout
 from m7mlx_chat import store as store_module
-from m7mlx_chat.instances import Instance
-from m7mlx_chat.rows import Node, Tree
 from m7mlx_chat.store import Store
+from m7mlx_chat.store.instances import Instance
+from m7mlx_chat.store.rows import Node, Tree
 from test_store import check_database
 
 from m7mlx.errors import RunError
@@ -52,7 +52,8 @@ store.close()
 OPENING = """
 import sys
 from pathlib import Path
-from m7mlx_chat import schema, store
+from m7mlx_chat import store
+from m7mlx_chat.store import schema
 
 later = (
     *schema.MIGRATIONS,

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from m7mlx.errors import StoreError
-from m7mlx_chat.rows import Conversation, Head, Hit, Message, Node, Tree
-from m7mlx_chat.schema import damaged, one_line
-from m7mlx_chat.words import SEARCH, hit, match_of
+from m7mlx_chat.store.rows import Conversation, Head, Hit, Message, Node, Tree
+from m7mlx_chat.store.schema import damaged, one_line
+from m7mlx_chat.store.words import SEARCH, hit, match_of
 
 EVERYTHING = -1  # SQLite's LIMIT
 _T = TypeVar("_T")

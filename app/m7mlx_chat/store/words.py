@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sqlite3
 
-from m7mlx_chat.rows import Hit, clean
+from m7mlx_chat.store.rows import Hit, clean
 
 _LONGEST = 300  # characters: of a pasted page its beginning will do; thousands of words take FTS5 minutes
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # noncharacters: no text has business with them

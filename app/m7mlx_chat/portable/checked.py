@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from m7mlx.errors import InputError
-from m7mlx_chat.rows import clean
+from m7mlx_chat.store.rows import clean
 
 _LATEST = 253370764800.0  # the year 9999, the last one that datetime knows
 _DEEPEST = 16  # settings hold numbers, texts, and lists of these

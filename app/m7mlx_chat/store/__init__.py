@@ -29,11 +29,11 @@ from typing import Self
 from filelock import FileLock, Timeout
 
 from m7mlx.errors import RunError, StoreError
-from m7mlx_chat.instances import Instance, living
-from m7mlx_chat.reader import tree_of
-from m7mlx_chat.rows import CHOSEN_TITLE_LENGTH, Asked, Ending, Head, Node, Tree, clean, pack, title_of
-from m7mlx_chat.schema import database_path, one_line, open_database
-from m7mlx_chat.writer import Values, Writer, as_json
+from m7mlx_chat.store.instances import Instance, living
+from m7mlx_chat.store.reader import tree_of
+from m7mlx_chat.store.rows import CHOSEN_TITLE_LENGTH, Asked, Ending, Head, Node, Tree, clean, pack, title_of
+from m7mlx_chat.store.schema import database_path, one_line, open_database
+from m7mlx_chat.store.writer import Values, Writer, as_json
 
 _KEEP_DELETED = 30 * 86400  # seconds
 _OPENING_SECONDS = 30.0

@@ -19,9 +19,9 @@ import json
 from typing import Any, get_args
 
 from m7mlx.errors import InputError
-from m7mlx_chat import chatgpt
-from m7mlx_chat.checked import Record
-from m7mlx_chat.rows import CHOSEN_TITLE_LENGTH, Ending, Node, Role, Tree, title_of
+from m7mlx_chat.portable import chatgpt
+from m7mlx_chat.portable.checked import Record
+from m7mlx_chat.store.rows import CHOSEN_TITLE_LENGTH, Ending, Node, Role, Tree, title_of
 
 FORMAT, VERSION = "m7mlx-chat", 1
 MOST_BYTES = 1 << 29  # ChatGPT's exports of years are some 100 MB; in memory they take ten times as much

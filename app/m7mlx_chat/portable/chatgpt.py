@@ -10,8 +10,8 @@ import heapq
 from dataclasses import replace
 from typing import Any
 
-from m7mlx_chat.checked import Record
-from m7mlx_chat.rows import Node, Role, Status, Tree, clean, title_of
+from m7mlx_chat.portable.checked import Record
+from m7mlx_chat.store.rows import Node, Role, Status, Tree, clean, title_of
 
 _SAID = ("text", "multimodal_text")
 _ENDINGS: dict[Any, Status] = {"max_tokens": "length", "interrupted": "stopped"}

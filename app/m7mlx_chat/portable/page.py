@@ -12,7 +12,7 @@ from html import escape
 
 from markdown_it import MarkdownIt
 
-from m7mlx_chat.rows import Conversation, Message
+from m7mlx_chat.store.rows import Conversation, Message
 from m7mlx_chat.terminal import visible
 
 _NOTES = {

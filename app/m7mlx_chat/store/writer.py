@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from m7mlx.errors import StoreError
-from m7mlx_chat.instances import Instance
-from m7mlx_chat.reader import Reader
-from m7mlx_chat.rows import Head, Node, clean
-from m7mlx_chat.schema import one_line, transaction
+from m7mlx_chat.store.instances import Instance
+from m7mlx_chat.store.reader import Reader
+from m7mlx_chat.store.rows import Head, Node, clean
+from m7mlx_chat.store.schema import one_line, transaction
 
 Values = Mapping[str, Any]  # as JSON knows them
 
