@@ -66,6 +66,7 @@ class Options(TypedDict, total=False):
     stop: Sequence[str]
     on_prefill: Callable[[int, int], None] | None
     prefill_chunk: int | None
+    continues: Sequence[int]
 
 
 def generate(model: Mistral, tokenizer: Tokenizer, prompt: Prompt, **options: Unpack[Options]) -> str:
@@ -85,6 +86,7 @@ def stream_generate(
     stop: Sequence[str] = (),
     on_prefill: Callable[[int, int], None] | None = None,
     prefill_chunk: int | None = None,
+    continues: Sequence[int] = (),
 ) -> Generator[Piece, None, None]:
     """Yield the answer to `prompt` piece by piece.
 
@@ -96,6 +98,8 @@ def stream_generate(
     stop        texts that end the answer; they are not part of it
     on_prefill  called with (tokens done, tokens to do) before, between and after the chunks; what it raises
                 ends the prefill and leaves the cache valid
+    continues   ids of an answer that was broken off. It goes on after them, with the same seed as if it had never
+                been broken off
 
     prefill_chunk is the number of tokens read at a time; None takes 512, or 64 on the CPU backend, where a
     chunk takes seconds and nothing can be cancelled within one.
@@ -112,14 +116,18 @@ def stream_generate(
         raise InputError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
     if isinstance(stop, str) or not all(stop):
         raise InputError("stop must be a list of texts, none of them empty")
-    ids = encode_prompt(tokenizer, prompt)
+    ids = [*encode_prompt(tokenizer, prompt), *continues]
+    text = tokenizer.detokenizer(at_start=not isinstance(prompt, str))
+    for token in continues:
+        text.add(token)  # shown already; a character cut in the middle is finished
     if cache is None:
         cache = model.new_cache() if drafter is None else model.new_cache(slack=DRAFT_SLACK)
     room = _check_prompt(model, ids, endless=cache.window is not None)
+    sampler = Sampler(sampling or Sampling())
+    sampler.see(ids, chosen=len(continues))
     limit = room if max_tokens is None else max_tokens if room is None else min(max_tokens, room)
     return _stream(
-        model, tokenizer, ids, cache, drafter, Sampler(sampling or Sampling()), limit, StopFilter(stop),
-        tokenizer.detokenizer(at_start=not isinstance(prompt, str)), on_prefill, prefill_chunk,
+        model, tokenizer, ids, cache, drafter, sampler, limit, StopFilter(stop), text, on_prefill, prefill_chunk
     )  # fmt: skip
 
 
@@ -139,7 +147,6 @@ def _stream(
     started = time.perf_counter()
     mx.reset_peak_memory()
     reused = reuse(cache, ids)
-    sampler.see(ids)
     logits = prefill(model, ids[reused:], cache, chunk, on_prefill)
     count, first_at = 0, time.perf_counter()
     prefilled = first_at - started

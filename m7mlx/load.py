@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from m7mlx.checksums import check_folder
 from m7mlx.config import ModelConfig
 from m7mlx.errors import ConfigError, RunError, WeightsError
 from m7mlx.hub import resolve
+from m7mlx.memory import cache_bytes, machine_memory
 from m7mlx.model import Mistral
 from m7mlx.safetensors import folder_weights, is_left_out, parameters
 from m7mlx.tokenizer import Tokenizer, load_tokenizer
@@ -112,7 +112,7 @@ def _check_memory(folder: Path, config: ModelConfig, files: list[Path], dtype: m
     if config.quantization is None and dtype is not None:
         weights = _numbers(config) * dtype.size
     positions = config.sliding_window or min(config.max_position_embeddings, 4096)
-    cache = 2 * config.n_layers * config.n_kv_heads * config.head_dim * positions * (dtype or mx.float16).size
+    cache = cache_bytes(config, positions, 8 * (dtype or mx.float16).size)
     if weights + cache > machine_memory():
         raise RunError(
             f"{folder} needs {weights / 1e9:.1f} GB for its weights and {cache / 1e9:.1f} GB for {positions:,} "
@@ -123,11 +123,6 @@ def _check_memory(folder: Path, config: ModelConfig, files: list[Path], dtype: m
 
 def _numbers(config: ModelConfig) -> int:
     return sum(math.prod(shape) for shape in config.weight_shapes().values())
-
-
-def machine_memory() -> int:
-    """Bytes of physical memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _read(files: list[Path], progress: Callable[[int, int], None]) -> dict[str, mx.array]:

@@ -71,8 +71,9 @@ class Sampler:
         self._count = 0  # tokens chosen
         self._recent: mx.array | None = None  # ids [≤ repetition_context], the prompt's last ones first
 
-    def see(self, ids: Sequence[int]) -> None:
-        """Tell which tokens the prompt ends with, for the repetition penalty."""
+    def see(self, ids: Sequence[int], chosen: int = 0) -> None:
+        """Tell what the prompt is, for the repetition penalty; its last `chosen` tokens were chosen earlier on."""
+        self._count = chosen
         context = self.sampling.repetition_context
         if self.sampling.repetition_penalty != 1.0 and context:
             self._recent = mx.array(list(ids[-context:]), dtype=mx.int32)

@@ -17,7 +17,7 @@ from test_convert_source import mlx_lm, read, theirs
 
 from m7mlx import load
 from m7mlx.config import ModelConfig
-from m7mlx.load import machine_memory
+from m7mlx.memory import machine_memory
 
 __all__ = ["mlx_lm"]  # a fixture
 

@@ -124,6 +124,28 @@ def test_an_aborted_prefill_leaves_a_valid_cache(loaded: tuple[Mistral, Tokenize
     assert "".join(p.text for p in again) == generate(model, tokenizer, prompt, max_tokens=12)
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_an_answer_broken_off_goes_on_as_if_it_had_not_been(
+    loaded: tuple[Mistral, Tokenizer], penalty: float
+) -> None:
+    model, tokenizer = loaded
+    sampling = Sampling(temperature=1.5, seed=11, repetition_penalty=penalty)
+    messages = [{"role": "user", "content": "Tell me a long story"}]
+    pieces = list(stream_generate(model, tokenizer, messages, sampling=sampling, max_tokens=40))
+    ids, text = [i for piece in pieces for i in piece.ids], "".join(piece.text for piece in pieces)
+    cache = model.new_cache(slack=64)
+    for cut in (0, 1, 7, 25, len(ids) - 1):
+        begun, shown = ids[:cut], tokenizer.detokenizer(at_start=True)
+        before = "".join(map(shown.add, begun))
+        rest = list(
+            stream_generate(
+                model, tokenizer, messages, cache=cache, sampling=sampling, max_tokens=40 - cut, continues=begun
+            )
+        )
+        assert before + "".join(piece.text for piece in rest) == text
+        assert begun + [i for piece in rest for i in piece.ids] == ids
+
+
 def test_a_seed_repeats_the_answer(loaded: tuple[Mistral, Tokenizer]) -> None:
     model, tokenizer = loaded
     sampling = Sampling(temperature=1.0, top_p=0.95, seed=11)

@@ -10,9 +10,10 @@ import mlx.core as mx
 import pytest
 from conftest import small_config, small_model, write_folder
 from m7mlx_convert.cli import main
-from m7mlx_convert.plan import chat_memory, size
+from m7mlx_convert.plan import size
 from test_convert_source import quantisable, write_source
 
+from m7mlx.memory import chat_memory
 from m7mlx.safetensors import folder_weights
 
 

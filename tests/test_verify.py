@@ -45,7 +45,7 @@ def test_the_figures_are_those_of_both_models_run_whole(
     """Layer by layer in chunks of odd size gives what the models give at once; numbers by NumPy in float64."""
     monkeypatch.setattr(verify, "_CHUNK", 11)
     monkeypatch.setattr(verify, "_HEAD_CHUNK", 5)
-    monkeypatch.setattr(verify, "_SLICE", 1000)
+    monkeypatch.setattr(verify, "_SLICE", 30_000)
     ids = np.random.default_rng(0).integers(3, 32000, 45).tolist()
     found = compared(*pair, ids)
     p, q = (log_probabilities(folder, ids) for folder in pair)

@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten
 
 from m7mlx.arrays import on_cpu
 from m7mlx.errors import InputError, RunError
-from m7mlx.load import machine_memory
+from m7mlx.memory import machine_memory
 from m7mlx.quantization import Quantization
 from m7mlx.tokenizer import load_tokenizer
 from m7mlx_convert.progress import Reporter

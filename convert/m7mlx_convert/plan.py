@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from m7mlx.arrays import is_finite
-from m7mlx.config import ModelConfig
 from m7mlx.errors import InputError, WeightsError
+from m7mlx.memory import chat_memory
 from m7mlx.quantization import Quantization
 from m7mlx_convert.scheme import Recipe
 from m7mlx_convert.source import FLOATS, Source, Tensor, named_dtype
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 IN_FLIGHT = 600_000_000  # bytes of tensors being read, quantised and written at one time, unless one alone is larger
 _BASE = 250_000_000  # bytes of memory that Python and MLX take
-_CHAT_SLACK = 64  # positions that the chat's cache holds beside the window
 
 
 @dataclass(frozen=True)
@@ -213,26 +212,6 @@ def stored_as(scheme: Quantization | None, dtype: mx.Dtype) -> str:
     if scheme is None:
         return str(dtype).removeprefix("mlx.core.")
     return f"{scheme.bits} bits, groups of {scheme.group_size}" if scheme.mode == "affine" else scheme.mode
-
-
-def chat_memory(config: ModelConfig, weights: int) -> list[dict[str, Any]]:
-    """Bytes that a chat takes with so many bytes of weights: at the window, or at 4,096 tokens and the whole context.
-
-    Keys and values of n positions: 2 · layers · KV heads · head_dim · n numbers of 16 bits, or of 4.5 with 4-bit
-    rows (their scales and biases included).
-    """
-    whole = config.max_position_embeddings
-    lengths = [config.sliding_window] if config.sliding_window else sorted({min(4096, whole), whole})
-    found = []
-    for length in lengths:
-        positions = length + (_CHAT_SLACK if config.sliding_window else 0)
-        numbers = 2 * config.n_layers * config.n_kv_heads * config.head_dim * positions
-        caches = {"16 bits": numbers * 2, "4 bits": numbers * 9 // 16}
-        found.append(
-            {"tokens": length, "is_window": config.sliding_window is not None}
-            | {"weights_bytes": weights, "cache_bytes": caches}
-        )
-    return found
 
 
 def plan_table(plan: Plan, target: Path) -> RenderableType:
