@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from urllib.parse import urlparse
 
 from m7mlx.checksums import remember, sha256
@@ -23,17 +24,23 @@ if TYPE_CHECKING:
 _PART = ".m7mlx-part"
 
 
-def fetch_blob(repo: str, name: str, revision: str | None, file: RemoteFile) -> None:
+def fetch_blob(
+    repo: str, name: str, revision: str | None, file: RemoteFile, advance: Callable[[int], None] | None = None
+) -> None:
     """Have a file in the Hub's cache under its SHA-256; nothing where it is there, or has none.
+
+    advance  called with each number of bytes that are here, those of an earlier run first
 
     Raises DownloadError for wrong bytes, DiskError where they do not fit, and what huggingface_hub raises.
     """
     from huggingface_hub.utils._fixes import WeakFileLock
 
+    advance = advance or (lambda count: None)
     if file.sha256 is None:
         return
     blob = _storage(repo) / "blobs" / file.sha256
     if blob.exists():
+        advance(file.size)
         return
     blob.parent.mkdir(parents=True, exist_ok=True)
     lock = _lock(repo, file.sha256)
@@ -41,7 +48,7 @@ def fetch_blob(repo: str, name: str, revision: str | None, file: RemoteFile) -> 
     with WeakFileLock(lock):
         if not blob.exists():  # not fetched by another process meanwhile
             part = blob.with_name(blob.name + _PART)
-            _fetch(repo, name, revision, file, part)
+            _fetch(repo, name, revision, file, part, advance)
             if sha256(part) != file.sha256:
                 part.unlink()
                 raise DownloadError(f"{name} is not what the Hub promised (wrong SHA-256) and was removed; try again")
@@ -72,7 +79,9 @@ def _lock(repo: str, etag: str) -> Path:
     return storage.parent / ".locks" / storage.name / f"{etag}.lock"
 
 
-def _fetch(repo: str, name: str, revision: str | None, file: RemoteFile, part: Path) -> None:
+def _fetch(
+    repo: str, name: str, revision: str | None, file: RemoteFile, part: Path, advance: Callable[[int], None]
+) -> None:
     """Fetch what `part` does not have yet."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.file_download import http_get
@@ -81,6 +90,7 @@ def _fetch(repo: str, name: str, revision: str | None, file: RemoteFile, part: P
     done = part.stat().st_size if part.exists() else 0
     if done > file.size:
         done = 0
+    advance(done)
     if done == file.size and part.exists():
         return
     free = shutil.disk_usage(part.parent).free
@@ -99,8 +109,27 @@ def _fetch(repo: str, name: str, revision: str | None, file: RemoteFile, part: P
         stream.truncate()
         try:
             http_get(
-                location, stream, resume_size=done, headers=headers, expected_size=file.size, displayed_filename=name
+                location,
+                cast(BinaryIO, _Counted(stream, advance)),
+                resume_size=done,
+                headers=headers,
+                expected_size=file.size,
+                displayed_filename=name,
             )
         finally:
             stream.flush()
             os.fsync(stream.fileno())
+
+
+class _Counted:
+    """A file that tells what is written to it."""
+
+    def __init__(self, file: BinaryIO, advance: Callable[[int], None]) -> None:
+        self._file, self._advance = file, advance
+
+    def write(self, data: bytes) -> int:
+        self._advance(len(data))
+        return self._file.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)

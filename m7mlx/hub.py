@@ -6,14 +6,15 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from m7mlx.checksums import MANIFEST, matches
+from m7mlx.checksums import MANIFEST, cache_dir, matches
 from m7mlx.demo import demo
 from m7mlx.errors import DiskError, DownloadError, NotFoundError, WeightsError
+from m7mlx.safetensors import folder_weights
 
 ALIASES = {
     "mistral": "mlx-community/Mistral-7B-Instruct-v0.3-4bit",
@@ -29,6 +30,7 @@ _PICKLE = (".bin", ".pth", ".pt", ".pkl", ".ckpt")
 # What has to be here to do without a network; of a repository that has both layouts only one was fetched.
 _OFFLINE, _NOT_OFFLINE = [*_SMALL, "*.safetensors"], ["consolidated*", "*/*"]
 Layout = Literal["huggingface", "any"]
+Progress = Callable[[int, int], None]
 
 
 class HubOutage(DownloadError):
@@ -42,11 +44,14 @@ class RemoteFile(NamedTuple):
     sha256: str | None
 
 
-def resolve(name: str | Path, revision: str | None = None, layout: Layout = "huggingface") -> Path:
+def resolve(
+    name: str | Path, revision: str | None = None, layout: Layout = "huggingface", progress: Progress | None = None
+) -> Path:
     """The folder (or GGUF file) that a name stands for; downloads what is not here yet, with progress on stderr.
 
     A path that exists comes first, then "demo", the aliases, Hub repositories "org/name" and GGUF files in them,
     "org/name/file.gguf". `layout` "any" takes weights in Mistral's own layout, too, which only the converter reads.
+    `progress` is called with (bytes here, bytes in all) of a repository's large files.
     Raises NotFoundError, WeightsError, DownloadError, DiskError.
     """
     text = str(name)
@@ -58,11 +63,31 @@ def resolve(name: str | Path, revision: str | None = None, layout: Layout = "hug
     repo = ALIASES.get(text, text)
     if not text.startswith(("/", ".", "~")):
         if _REPO_ID.fullmatch(repo):
-            return snapshot(repo, revision, layout)
+            return snapshot(repo, revision, layout, progress=progress)
         if match := _REPO_FILE.fullmatch(repo):
             return _gguf(match[1], match[2], revision)
     known = ", ".join([DEMO, *ALIASES])
     raise NotFoundError(f"{text!r} is no folder here, no Hub repository (org/name) and no alias ({known})")
+
+
+def local(name: str | Path) -> Path | None:
+    """The folder that a name stands for if all of it is on this machine; None if it would have to be fetched."""
+    text = str(name)
+    path = Path(os.path.expanduser(name))
+    if text and path.exists():
+        return path
+    if text == DEMO:
+        folder = cache_dir() / "demo"
+        return folder if (folder / "config.json").is_file() else None
+    repo = ALIASES.get(text, text)
+    if not is_repo_id(repo) or text.startswith((".", "~")):
+        return None
+    try:
+        folder = _here(repo, None, HubOutage(""))
+        folder_weights(folder)
+    except (HubOutage, WeightsError, OSError):
+        return None
+    return folder if (folder / "config.json").is_file() else None
 
 
 def is_repo_id(text: str) -> bool:
@@ -70,7 +95,14 @@ def is_repo_id(text: str) -> bool:
     return _REPO_ID.fullmatch(text) is not None
 
 
-def snapshot(repo: str, revision: str | None = None, layout: Layout = "huggingface", *, weights: bool = True) -> Path:
+def snapshot(
+    repo: str,
+    revision: str | None = None,
+    layout: Layout = "huggingface",
+    *,
+    weights: bool = True,
+    progress: Progress | None = None,
+) -> Path:
     """Download what a model needs of a repository into the Hub's own cache, and check every checksum.
 
     A download that was broken off, by whatever, is gone on with. `weights=False` leaves those out. Without a
@@ -88,11 +120,25 @@ def snapshot(repo: str, revision: str | None = None, layout: Layout = "huggingfa
         else:
             wanted = _small(files) + (weight_files(repo, files, layout) if weights else [])
             clean(repo)
-            for name in wanted:
-                fetch_blob(repo, name, revision, files[name])
+            large = [name for name in wanted if files[name].sha256]
+            advance = _counter(sum(files[name].size for name in large), progress)
+            for name in large:
+                fetch_blob(repo, name, revision, files[name], advance)
             folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     _check_blobs(folder)
     return folder
+
+
+def _counter(total: int, progress: Progress | None) -> Callable[[int], None]:
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(min(done, total), total)
+
+    return advance
 
 
 def _here(repo: str, revision: str | None, outage: HubOutage) -> Path:

@@ -150,7 +150,7 @@ def _write_weights(work: Path, plan: Plan, reporter: Reporter) -> None:
             for step, pieces in computed(plan.steps[writer.done :]):
                 writer.write(pieces)
                 advance(step.nbytes)
-        with reporter.task("Checking", plan.nbytes) as advance:
+        with reporter.task("Checking", writer.nbytes) as advance:
             writer.finish(advance)
     finally:
         writer.close()

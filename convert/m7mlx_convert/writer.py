@@ -153,6 +153,11 @@ class ShardWriter:
             self._write_index()
         (self._folder / JOURNAL).unlink()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the files that are written, headers included."""
+        return sum((self._folder / name).stat().st_size for name in self._names[: self._shard])
+
     def close(self) -> None:
         """Close the files that are open, if any."""
         self._flusher.shutdown()
