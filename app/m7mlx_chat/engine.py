@@ -6,96 +6,46 @@ events come out through a list that the app drains on a timer. No array ever cro
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Literal
+from typing import Literal
 
 import mlx.core as mx
 
-from m7mlx import Mistral, RollingCache, Tokenizer, load, stream_generate
+from m7mlx import Mistral, RollingCache, Tokenizer, load, reuse, stream_generate
+from m7mlx.config import ModelConfig
 from m7mlx.errors import M7Error
-from m7mlx.speculative import Drafter
+from m7mlx.memory import cache_bytes, machine_memory
+from m7mlx.speculative import Drafter, PromptLookup, load_draft_model
+from m7mlx_chat.branches import Branches
+from m7mlx_chat.events import Done, Event, Failed, Loading, Prefill, Ready, Request, Seen, Statistics, Text
 from m7mlx_chat.settings import Settings
 
-
-@dataclass(frozen=True)
-class Loading:
-    """`done` of `total` bytes of the model have been read."""
-
-    done: int
-    total: int
-
-
-@dataclass(frozen=True)
-class Ready:
-    """The model answers from now on; `window` None means full attention over `context` tokens."""
-
-    window: int | None
-    context: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Prefill:
-    """`done` of `total` tokens of the prompt have been read."""
-
-    done: int
-    total: int
-
-
-@dataclass(frozen=True)
-class Text:
-    """More of the answer."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Done:
-    """The answer has ended, and everything up to here is in the cache.
-
-    tokens_seen counts all positions since the conversation began, whatever the window still holds of them.
-    """
-
-    reason: Literal["stop", "length", "stopped"]
-    text: str
-    ids: list[int]
-    tokens_per_second: float
-    time_to_first_token: float
-    reused_tokens: int
-    tokens_seen: int
-    cache_bytes: int
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A command failed, in one line; the engine goes on."""
-
-    message: str
-    fatal: bool = False  # no model could be loaded
-    exit_status: int = 1
-
-
-Event = Loading | Ready | Prefill | Text | Done | Failed
+_BRANCHES = 0.1  # of the machine's memory, for caches of branches that were left
+_TOLD_SECONDS = 0.1  # between two looks at the cache, or at the progress of loading
 
 
 class _Stopped(Exception):
-    """Raised inside a prefill to end it."""
+    """Raised inside a prefill or while loading to end it."""
 
 
 @dataclass
 class _Answer:
-    """One answer under way."""
+    """One answer under way, and its times."""
 
+    prompt_tokens: int
+    reused: int = 0
     text: str = ""
     ids: list[int] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
+    prefilled: float = 0.0
     first: float = 0.0
 
     def add(self, text: str, ids: Sequence[int]) -> None:
@@ -103,52 +53,76 @@ class _Answer:
         self.text += text
         self.ids += ids
 
-    def speed(self) -> float:
-        seconds = time.perf_counter() - self.first
-        return (len(self.ids) - 1) / seconds if len(self.ids) > 1 and seconds > 0 else 0.0
+    def statistics(self) -> Statistics:
+        now = time.perf_counter()
+        read = self.prompt_tokens - self.reused
+        return Statistics(
+            prompt_tokens=self.prompt_tokens,
+            reused_tokens=self.reused,
+            prompt_tps=read / max(self.prefilled - self.started, 1e-9) if self.prefilled else 0.0,
+            generated_tokens=len(self.ids),
+            generation_tps=(len(self.ids) - 1) / max(now - self.first, 1e-9) if len(self.ids) > 1 else 0.0,
+            time_to_first_token=(self.first or now) - self.started,
+            peak_memory=mx.get_peak_memory(),
+        )
 
 
 class Engine:
-    """Start it, `submit` conversations, `drain` events. All methods return at once and may be called anywhere."""
+    """Start it, `load` a model, `submit` requests, `drain` events. All methods return at once, on any thread."""
 
-    def __init__(self, folder: Path, settings: Settings) -> None:
-        self._folder = folder
-        self._settings = settings
+    def __init__(self) -> None:
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._events: list[Event] = []
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._submitted = self._answering = 0  # requests, counted from 1
         self._cancelled = 0  # the last request that is not wanted any more
+        self._loads = 0  # the last one counts
         self._closing = threading.Event()
+        self._folder: Path | None = None
         self._model: Mistral | None = None
         self._tokenizer: Tokenizer | None = None
         self._cache: RollingCache | None = None
         self._drafter: Drafter | None = None
+        self._ready: Ready | None = None
+        self._branches = Branches(int(machine_memory() * _BRANCHES))
         self._thread = threading.Thread(target=self._run, name="m7mlx-engine", daemon=True)
 
     def start(self) -> None:
-        """Begin to load the model."""
+        """Begin to take commands."""
         self._thread.start()
 
-    def submit(self, messages: Sequence[dict[str, Any]]) -> None:
-        """Answer a conversation; the events end with one Done or Failed."""
-        copied = [dict(m) for m in messages]
+    def load(self, folder: Path, settings: Settings) -> None:
+        """Load a model, in the place of the one before, with the cache and the draft model of `settings`.
+
+        What is under way ends. A model that is loaded already is not read again. The events end with Ready or a
+        fatal Failed.
+        """
+        self.cancel()
+        self._loads += 1
+        load = self._loads
+        self._commands.put(lambda: self._load(load, folder, settings))
+
+    def submit(self, request: Request) -> None:
+        """Answer; the events end with one Done or Failed."""
         self._submitted += 1
-        request = self._submitted
-        self._commands.put(lambda: self._answer(request, copied))
+        number = self._submitted
+        self._commands.put(lambda: self._answer(number, request))
 
     def cancel(self) -> None:
         """End what was submitted so far, the answer under way within one token; its text so far is kept."""
         self._cancelled = self._submitted
 
-    def drain(self) -> list[Event]:
-        """The events since the last call, neighbouring texts joined."""
-        with self._lock:
+    def drain(self, wait: float = 0.0) -> list[Event]:
+        """The events since the last call, neighbouring texts joined; `wait` seconds for one if there is none."""
+        with self._changed:
+            if not self._events and wait:
+                self._changed.wait(wait)
             events, self._events = self._events, []
         joined: list[Event] = []
         for event in events:
-            if isinstance(event, Text) and joined and isinstance(joined[-1], Text):
-                joined[-1] = Text(joined[-1].text + event.text)
+            last = joined[-1] if joined else None
+            if isinstance(event, Text) and isinstance(last, Text):
+                joined[-1] = replace(event, text=last.text + event.text, seen=event.seen or last.seen)
             else:
                 joined.append(event)
         return joined
@@ -165,99 +139,167 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            self._load()
-        except _Stopped:  # closed while loading
-            pass
-        except Exception as error:  # whatever it was, the app must hear of it
-            self._emit(_failed(error, fatal=True))
-        else:
             while (command := self._commands.get()) is not None:
                 try:
                     command()
-                except Exception as error:
-                    self._emit(_failed(error))
+                except _Stopped:
+                    pass
+                except Exception as error:  # whatever it was, the app must hear of it
+                    self._emit(_failed(error, fatal=self._model is None))
         finally:
-            self._model = self._tokenizer = self._cache = self._drafter = None
+            self._forget()
             # Streams left to the thread's own end abort the process every third time (mlx 0.32, Linux).
             mx.clear_streams()
 
-    def _load(self) -> None:
+    def _forget(self) -> None:
+        self._model = self._tokenizer = self._cache = self._drafter = self._folder = self._ready = None
+        self._branches.clear()
+        mx.clear_cache()
+
+    def _load(self, number: int, folder: Path, settings: Settings) -> None:
+        told = 0.0
+
         def progress(done: int, total: int) -> None:
-            if self._closing.is_set():
+            nonlocal told
+            if self._closing.is_set() or number != self._loads:
                 raise _Stopped
-            self._emit(Loading(done, total))
+            if time.monotonic() - told > _TOLD_SECONDS or done == total:
+                told = time.monotonic()
+                self._emit(Loading(done, total))
 
-        self._model, self._tokenizer = load(self._folder, progress=progress)
-        self._cache = self._model.new_cache(**self._settings.cache)
-        self._drafter = self._settings.drafter(self._model, self._tokenizer)
-        config = self._model.config
-        self._emit(
-            Ready(self._cache.max_kv_size or self._cache.window, config.max_position_embeddings, self._model.nbytes)
-        )
+        progress(0, 0)
+        if folder != self._folder or self._model is None or self._tokenizer is None:
+            ModelConfig.from_folder(folder)  # raises, before the model that is here goes to make room
+            self._forget()
+            self._model, self._tokenizer = load(folder, progress=progress)
+            self._folder = folder
+        try:
+            drafter = _drafter(settings.speculate, self._model, self._tokenizer)
+            cache = self._model.new_cache(**settings.cache)
+        except M7Error as error:
+            if self._ready is None:
+                self._forget()
+                raise
+            self._emit(_failed(error))  # the model goes on as it was
+        else:
+            self._branches.clear()
+            self._drafter, self._cache = drafter, cache
+            self._ready = _described(self._model, cache, folder)
+        self._emit(self._ready)
 
-    def _answer(self, request: int, messages: list[dict[str, Any]]) -> None:
-        assert self._model is not None
-        assert self._tokenizer is not None
-        assert self._cache is not None
+    def _answer(self, number: int, request: Request) -> None:
         if self._closing.is_set():
             return
-        self._answering = request
-        answer = _Answer()
+        model, tokenizer, cache = self._model, self._tokenizer, self._cache
+        assert model is not None and tokenizer is not None and cache is not None, "nothing is loaded"
+        self._answering = number
+        prompt = tokenizer.chat.encode(request.messages)
+        begun: list[int] = []
+        if request.begun is not None:
+            text, ids = request.begun
+            begun = list(ids) if ids is not None else tokenizer.encode(text)
+        whole = [*prompt, *begun]
+        answer = _Answer(len(whole), self._go_to(cache, whole))
         reason: Literal["stop", "length", "stopped"] = "stopped"
-        reused = self._cache.offset
+        mx.reset_peak_memory()
+
+        def on_prefill(done: int, total: int) -> None:
+            if self._unwanted:
+                raise _Stopped
+            self._emit(Prefill(done, total, answer.reused))
+            if done == total:
+                answer.prefilled = time.perf_counter()
+                if not can_roll_back(cache, request.max_tokens):
+                    self._branches.keep(cache)  # another answer to the same question needs it as it is now
+
         stream = stream_generate(
-            self._model,
-            self._tokenizer,
-            messages,
-            cache=self._cache,
+            model,
+            tokenizer,
+            prompt,
+            cache=cache,
             drafter=self._drafter,
-            sampling=self._settings.sampling,
-            max_tokens=self._settings.max_tokens,
-            stop=self._settings.stop,
-            on_prefill=self._on_prefill,
+            sampling=request.sampling,
+            max_tokens=request.max_tokens,
+            stop=request.stop,
+            on_prefill=on_prefill,
+            continues=begun,
         )
+        looked = 0.0
         try:
             for piece in stream:
                 answer.add(piece.text, piece.ids)
-                self._emit(Text(piece.text))
+                now = time.perf_counter()
+                seen, looked = (self._seen(cache), now) if now - looked > _TOLD_SECONDS else (None, looked)
+                self._emit(Text(piece.text, len(answer.ids), seen))
                 if piece.stats:
-                    reason, reused = piece.stats.finish_reason, piece.stats.reused_tokens
+                    reason = piece.stats.finish_reason
                 elif self._unwanted:
                     break
         except _Stopped:
             pass
         finally:
+            statistics = answer.statistics()
             stream.close()
         ids = answer.ids
-        if ids and ids[-1] in self._tokenizer.eos_ids:
+        if ids and ids[-1] in tokenizer.eos_ids:
             ids = ids[:-1]
         elif reason == "stop":  # a stop text: what the model wrote of it is not part of the answer
-            ids = self._tokenizer.encode(answer.text)
-        self._emit(
-            Done(
-                reason=reason,
-                text=answer.text,
-                ids=ids,
-                tokens_per_second=answer.speed(),
-                time_to_first_token=(answer.first or time.perf_counter()) - answer.started,
-                reused_tokens=reused,
-                tokens_seen=self._cache.offset,
-                cache_bytes=self._cache.nbytes,
-            )
+            ids = tokenizer.encode(answer.text)
+        self._emit(Done(reason, answer.text, ids, statistics, self._seen(cache)))
+
+    def _go_to(self, cache: RollingCache, ids: list[int]) -> int:
+        """Bring the cache to the longest start of `ids` that is held anywhere; how many tokens that is."""
+        common = next(
+            (i for i, (a, b) in enumerate(zip(cache.ids, ids, strict=False)) if a != b), min(len(cache.ids), len(ids))
         )
+        if common < len(cache.ids) - 1:  # another branch, or another conversation: the user may come back
+            self._branches.keep(cache)
+        return reuse(cache, ids, self._branches.snapshots)
+
+    def _seen(self, cache: RollingCache) -> Seen:
+        return Seen(cache.offset, cache.nbytes, self._branches.nbytes)
 
     @property
     def _unwanted(self) -> bool:
         return self._answering <= self._cancelled
 
-    def _on_prefill(self, done: int, total: int) -> None:
-        if self._unwanted:
-            raise _Stopped
-        self._emit(Prefill(done, total))
-
     def _emit(self, event: Event) -> None:
-        with self._lock:
+        with self._changed:
             self._events.append(event)
+            self._changed.notify_all()
+
+
+def _described(model: Mistral, cache: RollingCache, folder: Path) -> Ready:
+    config = model.config
+    bits = 8 * model.dtype.size if cache.format.bits is None else cache.format.bits + 0.5
+    return Ready(
+        window=cache.max_kv_size or cache.window,
+        capacity=cache.window + cache.slack if cache.window else None,
+        context=config.max_position_embeddings,
+        nbytes=model.nbytes,
+        sinks=cache.n_sinks,
+        vocabulary=vocabulary(folder),
+        token_bytes=cache_bytes(config, 1, bits),
+    )
+
+
+def can_roll_back(cache: RollingCache, max_tokens: int | None) -> bool:
+    """Whether the tokens of an answer could be undone one by one when it has ended."""
+    if cache.window is None:
+        return True
+    return max_tokens is not None and cache.offset + max_tokens <= cache.window + cache.slack
+
+
+def vocabulary(folder: Path) -> str:
+    """A name for the meaning of ids: a hash of the tokenizer's files."""
+    files = sorted([*folder.glob("tokenizer.json"), *folder.glob("tokenizer.model*")])
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def _drafter(how: str, model: Mistral, tokenizer: Tokenizer) -> Drafter | None:
+    if how == "off":
+        return None
+    return PromptLookup() if how == "lookup" else load_draft_model(how, model, tokenizer)
 
 
 def _failed(error: Exception, fatal: bool = False) -> Failed:

@@ -1,87 +1,232 @@
-"""One question, one answer: for scripts, pipes and -p. stdout carries the answer and nothing else."""
+"""One question, one answer: for scripts, pipes and -p. stdout carries the answer (or JSON) and nothing else."""
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from m7mlx.errors import InputError, RunError
+from m7mlx.hub import resolve
+from m7mlx_chat.events import Done, Event, Failed, Loading, Prefill, Text
+from m7mlx_chat.files import attached
 from m7mlx_chat.settings import Settings
+from m7mlx_chat.store import Store
 from m7mlx_chat.terminal import visible
 
 if TYPE_CHECKING:
-    from m7mlx import Piece
+    from m7mlx_chat.session import Session
+
+_WAIT = 0.5  # seconds to wait for an event at a time: signals come through in between
 
 
-def answer(settings: Settings, prompt: str | None) -> int:
-    """Answer `prompt`, with what is piped in after it, on stdout; returns the exit status.
+def answer(
+    settings: Settings,
+    prompt: str | None,
+    files: Sequence[str] = (),
+    *,
+    go_on: bool = False,
+    save: bool = True,
+    as_json: bool = False,
+) -> int:
+    """Answer `prompt`, with files and what is piped in after it, on stdout; returns the exit status.
 
-    Control characters are made visible where a terminal would obey them; into a pipe the text goes as it is.
+    The question is kept before the model sees it, the answer at least every second. Control characters are made
+    visible where a terminal would obey them; into a pipe the text goes as it is.
     """
-    question = _question(prompt)
+    asked = question(prompt, files)
     if sys.stdout is None:  # closed by whoever started us
         raise RunError("standard output is closed; there is nowhere to print the answer")
-    folder = settings.folder()
-    stream = _start(settings, folder, question)
-    on_terminal = sys.stdout.isatty()
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
-    try:
-        for piece in stream:
-            print(visible(piece.text) if on_terminal else piece.text, end="", flush=True)
-    except KeyboardInterrupt:
-        print(flush=True)  # what was answered so far stays, as a whole line
-        raise
-    print(flush=True)
-    if sys.stderr.isatty() and piece.stats:
-        s = piece.stats
-        print(
-            f"{s.generated_tokens} tokens · {s.generation_tps:.1f} tok/s · first after {s.time_to_first_token:.2f} s",
-            file=sys.stderr,
-        )
+    folder, _ = fetch(settings)
+    from m7mlx_chat.engine import Engine
+    from m7mlx_chat.session import Session
+
+    with open_store(save) as store:
+        engine = Engine()
+        session = Session(store, engine, settings)
+        if go_on:
+            go_on_with_the_last(session)
+        engine.start()
+        try:
+            engine.load(folder, settings)
+            under_way = session.ask(asked)
+            printer = _Json(sys.stdout) if as_json else _Plain()
+            printer.start(under_way.conversation, settings.model)
+            with printer:
+                try:
+                    _print(session, engine.drain, printer)
+                except KeyboardInterrupt:
+                    session.stop()
+                    _print(session, engine.drain, printer)  # what was said by then
+                    raise
+        finally:
+            session.stop()
+            if session.under_way is not None:  # nobody reads any more, say: keep what there is
+                for event in _until_done(session, engine.drain):
+                    session.handle(event)
+            engine.close()
     return 0
 
 
-def _start(settings: Settings, folder: Path, question: str) -> Iterator[Piece]:
-    """Load the model and read the question, with a progress bar if stderr is a terminal; then the answer's pieces."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from m7mlx import load, stream_generate
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True)
-    with bar:
-        loading = bar.add_task("Loading the model", total=None)
-        model, tokenizer = load(folder, progress=lambda done, total: bar.update(loading, completed=done, total=total))
-        drafter = settings.drafter(model, tokenizer)
-        reading = bar.add_task("Reading the question", total=None)
-        stream = stream_generate(
-            model,
-            tokenizer,
-            settings.messages([{"role": "user", "content": question}]),
-            cache=model.new_cache(**settings.cache),
-            drafter=drafter,
-            sampling=settings.sampling,
-            max_tokens=settings.max_tokens,
-            stop=settings.stop,
-            on_prefill=lambda done, total: bar.update(reading, completed=done, total=total),
-        )
-        first = next(stream)  # there is always a piece: the last one carries the statistics
-    return chain([first], stream)
+def _print(session: Session, drain: Any, printer: _Plain | _Json) -> None:
+    for event in _until_done(session, drain):
+        session.handle(event)
+        printer.show(event)
+        if isinstance(event, Failed):
+            error = InputError if event.exit_status == InputError.exit_status else RunError
+            raise error(event.message)
 
 
-def _question(prompt: str | None) -> str:
-    """The question from -p and from standard input. Raises InputError if there is none."""
-    piped = ""
-    if sys.stdin is not None and (prompt is None or (not sys.stdin.isatty() and _has_input())):
-        piped = sys.stdin.buffer.read().decode("utf-8", "replace")
-    question = "\n\n".join(part for part in (prompt or "", piped.strip("\n")) if part.strip())
-    if not question:
+def _until_done(session: Session, drain: Any) -> Iterator[Event]:
+    while session.under_way is not None:
+        yield from drain(_WAIT)
+
+
+def fetch(settings: Settings) -> tuple[Path, Path | None]:
+    """The folders of the model and of the draft model, fetched with progress on stderr where they are not here."""
+    from m7mlx.errors import DownloadError
+
+    try:
+        draft = resolve(settings.speculate) if settings.speculate not in ("off", "lookup") else None
+        return resolve(settings.model), draft
+    except DownloadError as error:
+        if settings.model == "demo":
+            raise
+        raise DownloadError(f"{error}; or try the small model: m7mlx-chat --model demo") from None
+
+
+@contextmanager
+def open_store(save: bool) -> Iterator[Store]:
+    """The conversations of the user; or, to keep nothing, an empty store that is gone afterwards."""
+    if save:
+        with Store() as store:
+            yield store
+    else:
+        with TemporaryDirectory(prefix="m7mlx-chat-") as folder, Store(Path(folder) / "chats.db") as store:
+            yield store
+
+
+def go_on_with_the_last(session: Session) -> None:
+    """Open the conversation spoken in last; a new one begins where there is none."""
+    last = session.store.conversations(limit=1)
+    if last:
+        session.open(last[0].id)
+
+
+def take_in(name: str) -> int:
+    """Store the conversations of a file; returns the exit status."""
+    from m7mlx_chat.portable import load_file
+
+    with Store() as store:
+        count = len(store.plant(load_file(Path(name).expanduser())))
+    print(f"{count} conversation{'s' if count != 1 else ''} imported")
+    return 0
+
+
+class _Plain:
+    """The answer as text, with progress and figures on stderr if that is a terminal."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+        quiet = not sys.stderr.isatty()
+        self._bar = Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True)
+        self._tasks: dict[str, Any] = {}
+        self._on_terminal = sys.stdout.isatty()
+        self._answering = False
+
+    def __enter__(self) -> None:
+        self._bar.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+        if self._answering:
+            print(flush=True)  # what was answered so far stays, as a whole line
+
+    def start(self, conversation: int, model: str) -> None: ...
+
+    def show(self, event: Event) -> None:
+        match event:
+            case Loading(done, total):
+                self._progress("Loading the model", done, total)
+            case Prefill(done, total):
+                self._progress("Reading the question", done, total)
+            case Text(text):
+                self._answer(text)
+            case Done():
+                self._answer("")
+                if sys.stderr.isatty():
+                    print(flush=True)
+                    self._answering = False
+                    s = event.statistics
+                    figures = f"{s.generated_tokens} tokens · {s.generation_tps:.1f} tok/s"
+                    print(f"{figures} · first after {s.time_to_first_token:.2f} s", file=sys.stderr)
+            case _:
+                pass
+
+    def _progress(self, label: str, done: int, total: int) -> None:
+        if label not in self._tasks:
+            self._tasks[label] = self._bar.add_task(label, total=None)
+        self._bar.update(self._tasks[label], completed=done, total=total)
+
+    def _answer(self, text: str) -> None:
+        self._bar.stop()
+        self._answering = True
+        print(visible(text) if self._on_terminal else text, end="", flush=True)
+
+
+class _Json:
+    """One JSON object a line for each event."""
+
+    def __init__(self, out: Any) -> None:
+        self._out = out
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def start(self, conversation: int, model: str) -> None:
+        self._write("start", conversation=conversation, model=model)
+
+    def show(self, event: Event) -> None:
+        match event:
+            case Loading(done, total):
+                self._write("loading", done=done, total=total)
+            case Prefill(done, total, reused):
+                self._write("reading", done=done, total=total, reused=reused)
+            case Text(text):
+                self._write("text", text=text)
+            case Done(reason, text, _, statistics):
+                self._write("done", reason=reason, text=text, statistics=asdict(statistics))
+            case Failed(message):
+                self._write("error", message=message)
+            case _:
+                pass
+
+    def _write(self, kind: str, **fields: Any) -> None:
+        print(json.dumps({"event": kind} | fields, ensure_ascii=False), file=self._out, flush=True)
+
+
+# --- the question -----------------------------------------------------------------------------------------
+
+
+def question(prompt: str | None, files: Sequence[str] = ()) -> str:
+    """The question from -p, from files and from standard input. Raises InputError if there is none."""
+    parts = [prompt or "", *map(attached, files)]
+    if sys.stdin is not None and ((prompt is None and not files) or (not sys.stdin.isatty() and _has_input())):
+        parts.append(sys.stdin.buffer.read().decode("utf-8", "replace").strip("\n"))
+    asked = "\n\n".join(part for part in parts if part.strip())
+    if not asked:
         raise InputError('there is no question; give one with -p "…" or pipe it in')
-    return question
+    return asked
 
 
 def _has_input() -> bool:

@@ -16,6 +16,7 @@ touches a store: a long file may be read in any thread.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, get_args
 
 from m7mlx.errors import InputError
@@ -25,6 +26,7 @@ from m7mlx_chat.store.rows import CHOSEN_TITLE_LENGTH, Ending, Node, Role, Tree,
 
 FORMAT, VERSION = "m7mlx-chat", 1
 MOST_BYTES = 1 << 29  # ChatGPT's exports of years are some 100 MB; in memory they take ten times as much
+_TOO_LONG = f"the file has {{:,.0f}} MB, the most is {MOST_BYTES / 1e6:,.0f}; split it"
 _STATUSES = (*get_args(Ending), "interrupted")
 
 
@@ -80,9 +82,19 @@ def loads(data: str | bytes) -> list[Tree]:
     return trees
 
 
+def load_file(path: Path) -> list[Tree]:
+    """The conversations in a file, as `loads`. Raises InputError."""
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise InputError(_TOO_LONG.format(path.stat().st_size / 1e6))
+        return loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+
+
 def _parse(data: str | bytes) -> Any:
     if len(data) > MOST_BYTES:
-        raise InputError(f"the file has {len(data) / 1e6:,.0f} MB, the most is {MOST_BYTES / 1e6:,.0f}; split it")
+        raise InputError(_TOO_LONG.format(len(data) / 1e6))
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
         return json.loads(text.removeprefix("\ufeff"))

@@ -135,6 +135,17 @@ class Store(Writer):
                 raise StoreError(f"message {question} is an answer; choose a question to answer again")
             return self._add_answer(message.conversation, question, model, system, settings)
 
+    def resume(self, answer: int) -> None:
+        """An answer that has ended goes on: it is under way here, with the text that it has."""
+        with self._writing():
+            message = self.message(answer)
+            if message.role != "assistant" or message.status == "answering":
+                raise StoreError(f"message {answer} cannot be gone on with; it is {message.status}")
+            self._db.execute(
+                "UPDATE message SET status = 'answering', owner = ? WHERE id = ?", [self._instance.name, answer]
+            )
+            self._show(message.conversation, answer)
+
     def grow(self, answer: int, text: str) -> None:
         """Save all there is of an answer so far."""
         with self._writing():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +38,14 @@ _BRANCH = f"""
     )
     {_MESSAGE} JOIN path ON path.id = m.id ORDER BY path.up DESC
 """
+_LINE = """
+    WITH RECURSIVE path (id, parent) AS (
+        SELECT id, parent FROM message WHERE id = ?
+        UNION ALL
+        SELECT message.id, message.parent FROM path CROSS JOIN message ON message.id = path.parent
+    )
+    SELECT id FROM path ORDER BY id
+"""  # a parent is older than its child
 # Messages are counted for those that are returned only.
 _COUNTED = "SELECT c.*, (SELECT count(*) FROM message WHERE conversation = c.id) AS messages FROM"
 _NEWEST = "ORDER BY updated DESC, id DESC"
@@ -58,6 +66,7 @@ class Reader:
     def __init__(self, path: Path, db: sqlite3.Connection) -> None:
         self.path = path
         self._db = db
+        self._version: int | None = None
 
     def message(self, message: int) -> Message:
         """One message."""
@@ -68,6 +77,15 @@ class Reader:
         """The last `limit` messages on the path from the root to `leaf`, in order; or the last before `before`."""
         first = leaf if before is None else self.message(before).parent
         return self._messages(_BRANCH, {"first": first, "limit": limit})
+
+    def line(self, leaf: int) -> list[int]:
+        """The ids of all messages from the root to `leaf`, without reading the messages."""
+        return [row["id"] for row in self._rows(_LINE, [leaf])]
+
+    def read(self, messages: Sequence[int]) -> list[Message]:
+        """Some messages of a path, in its order."""
+        marks = ", ".join("?" * len(messages))
+        return self._messages(f"{_MESSAGE} WHERE m.id IN ({marks}) ORDER BY m.id", list(messages))
 
     def siblings(self, message: int) -> list[Message]:
         """A message and all others with its parent, oldest first."""
@@ -105,6 +123,12 @@ class Reader:
                 if needle in text.casefold():
                     found[text] = None
         return list(found)
+
+    def changed_elsewhere(self) -> bool:
+        """Whether another instance has written since this was asked last."""
+        version = self._rows("PRAGMA data_version", [])[0][0]
+        before, self._version = self._version, version
+        return before not in (None, version)
 
     def _rows(self, sql: str, values: Any) -> list[sqlite3.Row]:
         with one_line(self.path):

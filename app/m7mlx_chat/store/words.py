@@ -9,7 +9,7 @@ from m7mlx_chat.store.rows import Hit, clean
 
 _LONGEST = 300  # characters: of a pasted page its beginning will do; thousands of words take FTS5 minutes
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # noncharacters: no text has business with them
-_WORDS_AROUND = 24
+_WORDS_AROUND = 14
 
 # The words first (CROSS JOIN keeps the order): the best come out of FTS5 in order, and LIMIT ends the work.
 SEARCH = f"""

@@ -1,0 +1,142 @@
+"""The models on this machine, and those worth fetching: size, bits, window, and whether they fit into memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from m7mlx.checksums import cache_dir
+from m7mlx.config import ModelConfig
+from m7mlx.errors import M7Error
+from m7mlx.hub import ALIASES, DEMO, local
+from m7mlx.memory import chat_memory, machine_memory
+from m7mlx.safetensors import folder_weights
+
+Fit = Literal["fits", "tight", "too big"]
+_TIGHT = 0.7  # of the machine's memory: beyond it, other programs have to make room
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model that can be chosen.
+
+    name    what `--model` takes
+    folder  where it lies; None: to be fetched
+    nbytes  bytes of weights, or of the download
+    memory  bytes that a chat takes, at the window or at 4,096 tokens
+    problem why it cannot be used
+    """
+
+    name: str
+    folder: Path | None
+    nbytes: int
+    memory: int = 0
+    bits: str = ""
+    window: int | None = None
+    context: int = 0
+    about: str = ""
+    problem: str = ""
+
+    @property
+    def fit(self) -> Fit:
+        share = self.memory / machine_memory()
+        return "fits" if share <= _TIGHT else "tight" if share <= 1 else "too big"
+
+
+# What the first start offers where nothing is here: sizes of the downloads, and of a chat at 4,096 tokens.
+SUGGESTED = (
+    Entry("mistral", None, 4_080_000_000, 4_620_000_000, "4 bits", None, 32768, "Mistral-7B-Instruct-v0.3"),
+    Entry(DEMO, None, 93_000_000, 400_000_000, "4 bits", None, 8192, "SmolLM2-135M-Instruct: small, quick, simple"),
+)
+
+
+def models(others: Sequence[str] = ()) -> list[Entry]:
+    """Every model here: the demo model, folders in m7mlx's own models folder, the Hub's cache, then those of `others`
+    (names used before) that are folders elsewhere; the suggested ones that are not here; then what cannot be."""
+    found: dict[Path, Entry] = {}
+    for name, folder in _folders(others):
+        real = folder.resolve()
+        if real not in found:
+            found[real] = describe(name, folder)
+    known = {entry.name for entry in found.values()}
+    missing = [entry for entry in SUGGESTED if entry.name not in known and ALIASES.get(entry.name) not in known]
+    return sorted([*found.values(), *missing], key=lambda entry: bool(entry.problem))
+
+
+def models_folder() -> Path:
+    """Where the picker puts what it converts."""
+    import platformdirs
+
+    return Path(os.environ.get("M7MLX_DATA") or platformdirs.user_data_dir("m7mlx")) / "models"
+
+
+def describe(name: str, folder: Path) -> Entry:
+    """A model folder, from its config and the headers of its weights."""
+    try:
+        config = ModelConfig.from_folder(folder)
+        stored = folder_weights(folder)
+    except (M7Error, OSError) as error:
+        return Entry(name, folder, 0, problem=" ".join(str(error).split()))
+    nbytes = sum(path.stat().st_size for path in {tensor.path for tensor in stored.values()})
+    chat = chat_memory(config, nbytes)[0]
+    return Entry(
+        name,
+        folder,
+        nbytes,
+        memory=nbytes + chat["cache_bytes"]["16 bits"],
+        bits=_bits(config, nbytes),
+        window=config.sliding_window,
+        context=config.max_position_embeddings,
+    )
+
+
+def _bits(config: ModelConfig, nbytes: int) -> str:
+    if config.quantization is not None:
+        mixed = any(config.quantization.overrides.values())
+        base = (
+            f"{config.quantization.bits} bits" if config.quantization.mode == "affine" else config.quantization.mode
+        )
+        return base + (" mixed" if mixed else "")
+    numbers = sum(_product(shape) for shape in config.weight_shapes().values())
+    return f"{round(8 * nbytes / max(numbers, 1))} bits"
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    found = 1
+    for size in shape:
+        found *= size
+    return found
+
+
+def _folders(others: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    """Names and folders; the first name of a folder counts."""
+    demo = cache_dir() / "demo"
+    if (demo / "config.json").is_file():
+        yield DEMO, demo
+    for config in sorted(models_folder().glob("*/config.json")):
+        yield str(config.parent), config.parent
+    yield from _in_hub_cache()
+    for name in others:
+        path = Path(os.path.expanduser(name))
+        if (path / "config.json").is_file():
+            yield name, path
+
+
+def _in_hub_cache() -> Iterator[tuple[str, Path]]:
+    """Repositories whose main revision is here whole, of a kind that the chat can load."""
+    from huggingface_hub import constants
+
+    shorter = {repo: alias for alias, repo in reversed(ALIASES.items())}
+    for storage in sorted(Path(constants.HF_HUB_CACHE).glob("models--*--*")):
+        repo = storage.name.removeprefix("models--").replace("--", "/", 1)
+        folder = local(repo)
+        if folder is None:
+            continue
+        try:
+            ModelConfig.from_folder(folder)
+        except M7Error:
+            continue  # another architecture: none of our business
+        yield shorter.get(repo, repo), folder

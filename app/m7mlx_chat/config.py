@@ -1,0 +1,123 @@
+"""The user's own file, config.toml: defaults, presets, theme, keys. Written only where the user asks for it.
+
+model = "mistral"
+temperature = 0.7
+theme = "nord"
+
+[presets.precise]
+temperature = 0
+system = "Answer in one sentence."
+
+[keys]
+new = "ctrl+t"
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from m7mlx.errors import InputError
+from m7mlx_chat.settings import FIELDS, Settings
+
+_TABLES = ("presets", "keys")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the file says. `values` are settings, `presets` settings under a name, `keys` action → keys."""
+
+    path: Path
+    values: dict[str, Any] = field(default_factory=dict)
+    presets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    theme: str = ""
+    keys: dict[str, str] = field(default_factory=dict)
+
+    def settings(self, preset: str | None = None) -> Settings:
+        """The defaults, with the file's values and those of a preset. Raises InputError if there is no such."""
+        settings = Settings().changed(self.values)
+        return settings if preset is None else settings.changed(self.preset(preset))
+
+    def preset(self, name: str) -> dict[str, Any]:
+        if name not in self.presets:
+            there = ", ".join(self.presets) or "none yet"
+            raise InputError(f"there is no preset {name!r} in {self.path}; there are: {there}")
+        return self.presets[name]
+
+
+def config_path() -> Path:
+    """config.toml in $M7MLX_CONFIG, or in the user's configuration directory."""
+    import platformdirs
+
+    return Path(os.environ.get("M7MLX_CONFIG") or platformdirs.user_config_dir("m7mlx")) / "config.toml"
+
+
+def read_config(path: Path | None = None) -> Config:
+    """The file, or nothing where there is none. Raises InputError, which names it, for whatever is wrong in it."""
+    path = path or config_path()
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return Config(path)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); mend it or move it away") from None
+    try:
+        return _checked(path, data)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _checked(path: Path, data: dict[str, Any]) -> Config:
+    presets, keys, theme = data.pop("presets", {}), data.pop("keys", {}), data.pop("theme", "")
+    if not isinstance(presets, dict) or not all(isinstance(values, dict) for values in presets.values()):
+        raise InputError("presets are tables: [presets.name]")
+    if not isinstance(keys, dict) or not all(isinstance(value, str) for value in keys.values()):
+        raise InputError('keys are texts: new = "ctrl+t"')
+    if not isinstance(theme, str):
+        raise InputError('theme is a name: theme = "nord"')
+    settings = Settings().changed(data)
+    for name, values in presets.items():
+        try:
+            settings.changed(values)
+        except InputError as error:
+            raise InputError(f"preset {name}: {error}") from None
+    return Config(path, data, presets, theme, keys)
+
+
+def save(path: Path, changes: Mapping[str, Any]) -> None:
+    """Change top-level entries of the file, or make it; None removes one. Comments and order stay."""
+    _edit(path, (), changes)
+
+
+def save_preset(path: Path, name: str, values: Mapping[str, Any] | None) -> None:
+    """Write a preset anew; None removes it."""
+    _edit(path, ("presets",), {name: dict(values) if values is not None else None})
+
+
+def _edit(path: Path, table: tuple[str, ...], changes: Mapping[str, Any]) -> None:
+    import tomlkit
+    from tomlkit.exceptions import TOMLKitError
+
+    unknown = [name for name in changes if not table and name not in (*FIELDS, *_TABLES, "theme")]
+    assert not unknown, unknown
+    try:
+        document = tomlkit.parse(path.read_text(encoding="utf-8")) if path.exists() else tomlkit.document()
+        place: Any = document
+        for name in table:
+            place = place.setdefault(name, tomlkit.table(is_super_table=True))
+        for name, value in changes.items():
+            if value is None:
+                place.pop(name, None)
+            else:
+                place[name] = value
+        text = tomlkit.dumps(document)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = path.with_name(f"{path.name}.{os.getpid()}")
+        work.write_text(text, encoding="utf-8")
+        work.replace(path.resolve())
+    except (OSError, UnicodeDecodeError, TOMLKitError) as error:
+        raise InputError(f"{path} cannot be written ({error}); mend it or move it away") from None

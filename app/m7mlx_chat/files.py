@@ -1,0 +1,60 @@
+"""Text files that go into a message, and files that conversations are written to."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import stat
+from pathlib import Path
+
+from m7mlx.errors import DiskError, InputError
+
+MOST_BYTES = 2_000_000  # some 500,000 tokens: more than any model here reads
+
+
+def attached(name: str) -> str:
+    """A file as part of a message: its name, and its text as a code block. Raises InputError for all but text."""
+    path = Path(os.path.expanduser(name))
+    text = read_text(path)
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{path.name}:\n{fence}\n{text.rstrip(chr(10))}\n{fence}"
+
+
+def read_text(path: Path) -> str:
+    """A text file, bounded. Raises InputError."""
+    try:
+        with path.open("rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise InputError(f"{path} is no regular file")
+            data = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+    if len(data) > MOST_BYTES:
+        raise InputError(f"{path} has more than {MOST_BYTES / 1e6:.0f} MB; give a part of it")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not text (UTF-8)") from None
+    if "\0" in text:
+        raise InputError(f"{path} is not text: it has NUL bytes")
+    return text.replace("\r\n", "\n")
+
+
+def free_name(folder: Path, title: str, suffix: str) -> Path:
+    """A name for a new file, after a title; never that of a file that is there."""
+    stem = re.sub(r"[^\w.-]+", "-", title).strip("-.")[:60] or "conversation"
+    names = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
+    return next(path for name in names if not (path := folder / f"{name}{suffix}").exists())
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a file that must not exist yet. Raises InputError, DiskError."""
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise InputError(f"{path} exists; choose another name") from None
+    except OSError as error:
+        raise DiskError(f"{path} cannot be written ({error.strerror})") from None

@@ -1,0 +1,91 @@
+"""Long work in processes of their own, which tell of their progress in JSON, one object a line."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from m7mlx.errors import RunError
+from m7mlx_chat.catalog import models_folder
+
+_LINE = 1 << 20  # bytes: the longest line that is read
+_KILL_SECONDS = 5.0
+Progress = Callable[[int, int, str], None]
+
+
+async def fetch(name: str, progress: Progress) -> Path:
+    """Download a model; its folder. Cancelling leaves what is here for the next time. Raises RunError."""
+    result = await _run([sys.executable, "-m", "m7mlx_chat.fetch", name], progress)
+    return Path(result["folder"])
+
+
+async def convert(source: str, bits: int | None, progress: Progress) -> Path:
+    """Convert a model with `m7mlx-convert`, into the models folder; its folder. Raises RunError."""
+    stem = (
+        re.sub(r"[^\w.-]+", "-", source.rstrip("/").rpartition("/")[2].removesuffix(".gguf")).strip("-.") or "model"
+    )
+    target = models_folder() / (f"{stem}-{bits}bit" if bits else stem)
+    models_folder().mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "m7mlx_convert", source, "--mlx-path", str(target), "--json"]
+    await _run(command + (["--q-bits", str(bits)] if bits else []), progress)
+    return target
+
+
+async def _run(command: list[str], progress: Progress) -> dict[str, Any]:
+    """Run to the end; the last result event."""
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=2,  # the app's log
+        limit=_LINE,
+        start_new_session=True,
+    )
+    result: dict[str, Any] = {}
+    message = ""
+    try:
+        assert process.stdout is not None
+        async for line in process.stdout:
+            event = _event(line)
+            match event.get("event"):
+                case "progress":
+                    progress(int(event["done"]), int(event["total"]), str(event.get("task", "")))
+                case "error":
+                    message = str(event.get("message") or event.get("text") or "")
+                case "result":
+                    result = event
+                case _:
+                    pass
+        status = await process.wait()
+    finally:
+        await _end(process)
+    if status:
+        raise RunError(message or f"{command[2]} failed (exit status {status})")
+    return result
+
+
+def _event(line: bytes) -> dict[str, Any]:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return {}
+    return event if isinstance(event, dict) else {}
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """End the process and those it started, first kindly."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), _KILL_SECONDS)

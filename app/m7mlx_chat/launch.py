@@ -1,0 +1,92 @@
+"""From the command line to the chat on the screen, and back to the terminal with nothing lost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from m7mlx.checksums import cache_dir
+from m7mlx.errors import InputError, M7Error, RunError
+from m7mlx.hub import ALIASES, DEMO, is_repo_id, local, resolve
+from m7mlx_chat.app import ChatApp
+from m7mlx_chat.config import Config
+from m7mlx_chat.engine import Engine
+from m7mlx_chat.headless import go_on_with_the_last, open_store
+from m7mlx_chat.session import Session
+from m7mlx_chat.settings import Settings
+
+
+def launch(
+    config: Config,
+    settings: Settings,
+    *,
+    question: str | None = None,
+    go_on: bool = False,
+    save: bool = True,
+    chosen: bool = False,
+) -> int:
+    """Show the chat until the user leaves; returns the exit status. `chosen`: the user named the model."""
+    can_be_fetched = settings.model in (DEMO, *ALIASES) or is_repo_id(settings.model)
+    if chosen and not can_be_fetched and local(settings.model) is None:
+        resolve(settings.model)  # raises: there is no such model
+    log = cache_dir() / "chat.log"
+    with open_store(save) as store:
+        if not chosen and local(settings.model) is None:  # the model of the last time, if it is still here
+            for conversation in store.conversations(limit=1):
+                if local(conversation.model) is not None:
+                    settings = settings.changed({"model": conversation.model})
+        engine = Engine()
+        session = Session(store, engine, settings)
+        if go_on:
+            go_on_with_the_last(session)
+        folder = local(settings.model)
+        with _stderr_to_log(log):
+            here = folder is not None and folder.is_dir()
+            app = ChatApp(engine, session, config, folder=folder if here else None, fetch=chosen, question=question)
+            try:
+                app.run()
+            finally:
+                _finish(session, engine)
+    if app.failure is not None:  # seen in the chat, and worth keeping when the chat has left the screen
+        raise (InputError if app.failure.exit_status == InputError.exit_status else RunError)(app.failure.message)
+    if app.return_code:
+        raise RunError(f"the interface failed; {log} says why")
+    return 0
+
+
+def _finish(session: Session, engine: Engine) -> None:
+    """End the answer under way, with all that was said."""
+    with contextlib.suppress(M7Error):
+        session.stop()
+        until = time.monotonic() + 3
+        while session.under_way is not None and time.monotonic() < until:
+            for event in engine.drain(0.1):
+                session.handle(event)
+        session.save_again()
+    engine.close()
+
+
+@contextlib.contextmanager
+def _stderr_to_log(path: Path) -> Iterator[None]:
+    """Send what native code writes to fd 2 into a file: on the screen it would land in the middle of the chat.
+
+    Textual draws through `sys.__stderr__`. It gets the terminal that stdout is, since fd 2 may be redirected.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    errors = os.dup(2)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    before = sys.__stderr__
+    sys.__stderr__ = os.fdopen(os.dup(1), "w", encoding="utf-8")  # type: ignore[misc]
+    try:
+        os.dup2(log, 2)
+        yield
+    finally:
+        os.dup2(errors, 2)
+        os.close(errors)
+        os.close(log)
+        sys.__stderr__.close()
+        sys.__stderr__ = before  # type: ignore[misc]
