@@ -100,7 +100,10 @@ def demo_model() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test talks to the real Hub: the tests' own server takes its place where one is needed."""
+def _apart(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test touches the conversations and the configuration of whoever runs it, nor talks to the real Hub: the
+    tests' own server takes its place where one is needed."""
+    monkeypatch.setenv("M7MLX_DATA", str(tmp_path_factory.mktemp("data")))
+    monkeypatch.setenv("M7MLX_CONFIG", str(tmp_path_factory.mktemp("config")))
     if "HF_ENDPOINT" not in os.environ:
         monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")

@@ -1,19 +1,18 @@
-"""m7mlx-chat as users start it: -p, pipes, exit statuses, and the app in a real terminal."""
+"""m7mlx-chat as scripts start it: -p, pipes, files, JSON, exit statuses; and what is kept of it."""
 
 from __future__ import annotations
 
+import json
 import os
 import pty
-import shutil
 import signal
 import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from m7mlx_chat.store import Store
 
 CHAT = str(Path(sys.executable).parent / "m7mlx-chat")
 CAPITAL = "What is the capital of France?"
@@ -85,14 +84,19 @@ def test_any_bytes_can_be_piped(model_folder: Path, stdin: bytes) -> None:
         (["-p", "x", "--temp", "-1"], None, 2, b"temperature must lie between"),
         (["-p", "x", "--temp", "warm"], None, 2, b"invalid float value: 'warm'"),
         (["-p", "x", "--top-p", "nan"], None, 2, b"top_p must lie between"),
-        (["-p", "x", "--max-tokens", "0"], None, 2, b"--max-tokens must be at least 1"),
-        (["-p", "x", "--stop", ""], None, 2, b"--stop needs a text"),
+        (["-p", "x", "--max-tokens", "0"], None, 2, b"max_tokens must be at least 1"),
+        (["-p", "x", "--stop", ""], None, 2, b"stop needs a text"),
         (["-p", "x", "--kv-bits", "5"], None, 2, b"--kv-bits: invalid choice: 5"),
         (["-p", "x", "--model", "{small}", "--kv-bits", "8"], None, 2, b"do not divide this model's head_dim of 16"),
         (["-p", "x", "--model", "{small}", "--max-kv-size", "9"], None, 2, b"own window bounds its cache to 16 keys"),
         (["-p", "x", "--model", "{small}", "--speculate", "nowhere"], None, 2, b"no alias"),
         (["-p", "x", "--model", "{small}", "--speculate", "{demo}"], None, 2, b"another tokenizer"),
         (["-p", "x", "--wrong"], None, 2, b"unrecognized arguments: --wrong"),
+        (["-p", "x", "--file", "no-such-file"], None, 2, b"no-such-file cannot be read"),
+        (["-p", "x", "--preset", "wild"], None, 2, b"there is no preset 'wild'"),
+        (["--import", "no-such-file"], None, 2, b"cannot be read"),
+        (["-p", "x", "-i", "--json"], None, 2, b"choose one"),
+        (["--web", "--port", "0"], None, 2, b"--port must lie between"),
     ],
 )
 def test_bad_usage_is_one_line_and_status_2(
@@ -172,7 +176,7 @@ def test_a_terminal_on_stdout_gets_no_control_characters(model_folder: Path, mon
     """In a pseudo-terminal, with a model made to print an escape sequence."""
     code = (
         "import sys, m7mlx\nfrom m7mlx import Piece\n"
-        "m7mlx.stream_generate = lambda *a, **k: iter([Piece('a\\x1b'), Piece(']52;c;eA==\\x07b')])\n"
+        "m7mlx.stream_generate = lambda *a, **k: (p for p in [Piece('a\\x1b'), Piece(']52;c;eA==\\x07b')])\n"
         "from m7mlx_chat.cli import main\nsys.exit(main(sys.argv[1:]))"
     )
     master, slave = pty.openpty()
@@ -201,127 +205,99 @@ def test_help_teaches_and_costs_little(command: str, tmp_path: Path) -> None:
     assert installed.stdout.split()[0] == command
 
 
-# --- the app in a real terminal ------------------------------------------------------------------------------
+# --- conversations ------------------------------------------------------------------------------------------
 
 
-class Terminal:
-    """A tmux window of its own, typed into and read like a person would."""
-
-    def __init__(self, command: str, size: tuple[int, int] = (100, 30)) -> None:
-        self._socket = f"m7mlx-{uuid.uuid4().hex[:8]}"
-        self._tmux("new-session", "-d", "-x", str(size[0]), "-y", str(size[1]), command)
-        self._tmux("set-option", "-g", "remain-on-exit", "on")
-
-    def _tmux(self, *arguments: str) -> str:
-        done = subprocess.run(["tmux", "-L", self._socket, *arguments], capture_output=True, text=True, check=False)
-        return done.stdout
-
-    def type(self, text: str) -> None:
-        self._tmux("send-keys", "-l", text)
-
-    def press(self, *keys: str) -> None:
-        self._tmux("send-keys", *keys)
-
-    def paste(self, text: str) -> None:
-        self._tmux("set-buffer", text)
-        self._tmux("paste-buffer", "-p")  # bracketed, as a terminal does it
-
-    def screen(self) -> str:
-        return self._tmux("capture-pane", "-p")
-
-    def wait(self, condition: Callable[[str], bool], seconds: float = 120) -> str:
-        deadline = time.monotonic() + seconds
-        while not condition(screen := self.screen()):
-            assert time.monotonic() < deadline, screen
-            time.sleep(0.1)
-        return screen
-
-    def kill(self) -> None:
-        self._tmux("kill-server")
+def events(done: subprocess.CompletedProcess[bytes]) -> list[dict[str, object]]:
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.fixture
-def terminal() -> Iterator[Callable[[str], Terminal]]:
-    if not shutil.which("tmux"):
-        pytest.skip("tmux is not installed")
-    opened: list[Terminal] = []
-
-    def open_terminal(command: str) -> Terminal:
-        opened.append(Terminal(command))
-        return opened[-1]
-
-    yield open_terminal
-    for window in opened:
-        window.kill()
+def test_every_event_is_an_object_a_line(model_folder: Path) -> None:
+    found = events(chat("--model", model_folder, "-p", "x", "--max-tokens", "5", "--json"))
+    assert [e["event"] for e in found[:2]] == ["start", "loading"]
+    assert "reading" in {e["event"] for e in found}
+    last = found[-1]
+    assert (last["event"], last["reason"]) == ("done", "length")
+    assert last["text"] == "".join(str(e["text"]) for e in found if e["event"] == "text")
+    assert last["statistics"]["generated_tokens"] == 5  # type: ignore[index]
+    failed = chat("--model", model_folder, "-p", "x", "--json", "--kv-bits", "8")
+    assert json.loads(failed.stdout.splitlines()[-1])["event"] == "error"
+    assert failed.returncode == 2
 
 
-@pytest.mark.demo
-def test_a_chat_in_a_real_terminal(demo_model: Path, terminal: Callable[[str], Terminal]) -> None:
-    window = terminal(f"{CHAT} --model {demo_model} --max-tokens 3000; echo status=$?; sleep 60")
-    window.wait(lambda s: "Write a message" in s)
-    window.type(CAPITAL)
-    window.press("Enter")
-    screen = window.wait(lambda s: "tok/s" in s)
-    assert "The capital of France is Paris." in screen
-    window.type("Tell me a very long story about a fox, with many chapters.")
-    window.press("Enter")
-    window.wait(lambda s: "Esc stops" in s and s.count("tokens ·") >= 1)
-    time.sleep(1)
-    window.press("Escape")
-    screen = window.wait(lambda s: "stopped ·" in s)
-    assert "fox" in screen
-    window.paste("What is the\ncapital of Italy?")
-    assert window.wait(lambda s: "capital of Italy?" in s).count("capital of Italy?") == 1
-    window.press("Enter")
-    window.wait(lambda s: "Rome" in s)
-    window.press("C-q")
-    assert "status=0" in window.wait(lambda s: "status=" in s)
+def test_a_conversation_is_kept_and_gone_on_with(model_folder: Path) -> None:
+    small = ("--model", model_folder, "--max-tokens", "4")
+    first = events(chat(*small, "-p", "one", "--json", "--system", "Be brief"))
+    second = events(chat(*small, "-p", "two", "--json", "--continue"))
+    third = events(chat(*small, "-p", "three", "--json"))
+    assert first[0]["conversation"] == second[0]["conversation"] != third[0]["conversation"]
+    gone = chat(*small, "-p", "secret", "--no-save")
+    assert gone.returncode == 0
+    with Store() as store:
+        conversations = store.conversations()
+        assert [c.title for c in conversations] == ["three", "one"]
+        branch = store.branch(conversations[1].leaf or 0)
+        assert [m.text for m in branch] == ["one", first[-1]["text"], "two", second[-1]["text"]]
+        assert conversations[1].system == "Be brief"
+        assert {m.status for m in branch if m.role == "assistant"} == {"length"}
+        assert branch[3].settings["system"] == "Be brief"  # it was gone on with as it began
 
 
-def test_an_error_before_the_app_starts(terminal: Callable[[str], Terminal]) -> None:
-    window = terminal(f"{CHAT} --model /no/such/folder; echo status=$?; sleep 60")
-    screen = window.wait(lambda s: "status=" in s)
-    assert "is no folder here" in screen
-    assert "status=2" in screen
+def test_files_in_a_question(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.md").write_text("buy bread\n")
+    (tmp_path / "more.txt").write_text("and milk")
+    files = ("--file", tmp_path / "notes.md", "--file", tmp_path / "more.txt")
+    done = chat("--model", model_folder, "--max-tokens", "2", "-p", "What?", *files, stdin=b"piped")
+    assert done.returncode == 0, done.stderr
+    with Store() as store:
+        asked = store.prompts()[0]
+    assert asked == "What?\n\nnotes.md:\n```\nbuy bread\n```\n\nmore.txt:\n```\nand milk\n```\n\npiped"
 
 
-def test_keys_redirected_errors_and_a_model_that_fails_in_a_real_terminal(
-    model_folder: Path, tmp_path: Path, terminal: Callable[[str], Terminal]
-) -> None:
-    window = terminal(f"{CHAT} --model {model_folder} 2>{tmp_path}/errors; echo status=$?; sleep 60")
-    window.wait(lambda s: "ready" in s)  # drawn although stderr is a file
-    window.type("first")
-    window.press("M-Enter")
-    time.sleep(0.3)  # Alt+Enter is an Esc with something after it, in time
-    window.type("second")
-    screen = window.wait(lambda s: "second" in s)
-    assert "first" in screen.split("second")[0].splitlines()[-2]
-    assert "▌" not in screen  # nothing was sent
-    window.press("C-q")
-    window.wait(lambda s: "status=0" in s)
-    assert (tmp_path / "errors").read_text() == ""
-
-    broken = tmp_path / "broken"
-    shutil.copytree(model_folder, broken, ignore=shutil.ignore_patterns("config.json"))
-    window = terminal(f"{CHAT} --model {broken}; echo status=$?; sleep 60")
-    window.wait(lambda s: "could not be loaded" in s)
-    window.press("C-q")
-    screen = window.wait(lambda s: "status=" in s)
-    assert "m7mlx-chat: error: " in screen  # still there when the chat has left the screen
-    assert "status=2" in screen
-
-
-def test_an_interface_that_fails_says_where_the_reason_is(
-    model_folder: Path, tmp_path: Path, terminal: Callable[[str], Terminal]
-) -> None:
-    program = tmp_path / "fails.py"
-    program.write_text(
-        "import sys\nfrom m7mlx_chat import app, cli\n"
-        "def fail(self): raise ValueError('on purpose')\napp.ChatApp.on_mount = fail\n"
-        f"sys.exit(cli.main(['--model', {str(model_folder)!r}]))\n"
+def test_defaults_from_the_users_file(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("M7MLX_CONFIG", str(tmp_path))
+    (tmp_path / "config.toml").write_text(
+        f'model = "{model_folder}"\nmax_tokens = 3\n[presets.long]\nmax_tokens = 6\n'
     )
-    window = terminal(f"M7MLX_CACHE={tmp_path} {sys.executable} {program}; echo status=$?; sleep 60")
-    screen = window.wait(lambda s: "status=" in s)
-    assert "m7mlx-chat: error: the interface failed" in screen
-    assert "status=1" in screen
-    assert "on purpose" in (tmp_path / "chat.log").read_text()
+    for arguments, count in (([], 3), (["--preset", "long"], 6), (["--preset", "long", "--max-tokens", "2"], 2)):
+        last = events(chat("-p", "x", "--json", *arguments))[-1]
+        assert last["statistics"]["generated_tokens"] == count  # type: ignore[index]
+    (tmp_path / "config.toml").write_text("max_tokens = 0")
+    done = chat("-p", "x")
+    assert done.returncode == 2
+    assert b"config.toml: max_tokens must be at least 1" in done.stderr
+
+
+def test_conversations_come_in_from_a_file(tmp_path: Path) -> None:
+    node = {"id": "a", "parent": None, "message": {"author": {"role": "user"}, "content": {"parts": ["hello"]}}}
+    (tmp_path / "conversations.json").write_text(json.dumps([{"title": "Theirs", "mapping": {"a": node}}]))
+    done = chat("--import", tmp_path / "conversations.json")
+    assert (done.returncode, done.stdout) == (0, b"1 conversation imported\n"), done.stderr
+    with Store() as store:
+        assert [c.title for c in store.conversations()] == ["Theirs"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_whatever_ends_it_what_was_said_is_kept(model_folder: Path, number: int) -> None:
+    command = [CHAT, "--model", str(model_folder), "-p", "tell me", "--max-tokens", "1000000"]
+    said = b""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        until = time.monotonic() + 3
+        while time.monotonic() < until:
+            said += process.stdout.read1(65536)
+        process.send_signal(number)
+        rest = process.stdout.read()
+    with Store() as store:
+        (conversation,) = store.conversations()
+        question, answer = store.branch(conversation.leaf or 0)
+    assert question.text == "tell me"
+    whole = (said + rest).decode("utf-8", "replace")
+    assert whole.startswith(answer.text.rstrip("\n"))
+    if number == signal.SIGINT:
+        assert answer.status == "stopped"
+        assert answer.text == whole.removesuffix("\n")
+    else:
+        assert answer.status == "interrupted"
+        assert len(answer.text) > len(whole) / 4  # a second of three, at the very most, is missing

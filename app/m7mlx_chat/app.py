@@ -1,217 +1,303 @@
-"""The chat in the terminal: widgets hold what is shown, `history` the conversation; the engine does the work."""
+"""The chat in the terminal: what is asked goes to the session, what the engine says comes back on a timer."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
+import re
+import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from textual import on
-from textual.app import App, ComposeResult
-from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.app import ComposeResult
+from textual.containers import Horizontal, Vertical
 from textual.widgets import Markdown, Static
 
-from m7mlx.checksums import cache_dir
-from m7mlx.errors import InputError, RunError
-from m7mlx_chat.actions import BINDINGS
-from m7mlx_chat.composer import Composer, Draft
-from m7mlx_chat.engine import Done, Engine, Event, Failed, Loading, Prefill, Ready, Text
-from m7mlx_chat.settings import Settings
+from m7mlx.errors import M7Error
+from m7mlx_chat.actions import bindings, unknown_keys
+from m7mlx_chat.commands import Commands
+from m7mlx_chat.config import Config
+from m7mlx_chat.engine import Engine
+from m7mlx_chat.events import Done, Event, Failed, Loading, Prefill, Ready, Text
+from m7mlx_chat.screens.models import Chosen, Models
+from m7mlx_chat.session import Session
+from m7mlx_chat.settings import ENGINE, Settings
 from m7mlx_chat.terminal import visible
-from m7mlx_chat.widgets import Answer, ErrorMessage, Help, UserMessage, Welcome, footer_of, gauge
+from m7mlx_chat.widgets.completion import Completion
+from m7mlx_chat.widgets.composer import Composer, folded
+from m7mlx_chat.widgets.sidebar import Sidebar
+from m7mlx_chat.widgets.transcript import Transcript
+from m7mlx_chat.widgets.welcome import Welcome
+from m7mlx_chat.widgets.window import Window, line
 
 _DRAIN_SECONDS = 1 / 15  # more often costs tokens per second and shows nothing more
-State = Literal["loading", "ready", "answering", "broken"]
+_LOOK_SECONDS = 5.0  # what other windows changed, what could not be saved
+_COMMAND = re.compile(r"/[a-z]+( .*)?", re.DOTALL)
+_SIDEBAR_FROM = 120  # columns: where there is room for the conversations at the start
+State = Literal["no model", "loading", "ready", "answering"]
 
 
-class ChatApp(App[None]):
-    """One conversation with one model.
+class ChatApp(Commands):
+    """One window: the conversation of `session`, the engine's model, and what the user does."""
 
-    state     what the engine does
-    history   messages that the model has answered, as it is given them
-    asked     the message being answered; it joins the history with its answer
-    waiting   a message sent before the model was loaded
-    failure   why there is no model
+    BINDINGS = bindings("app")
+    TITLE = "m7mlx"
+    CSS = """
+    #top { height: 1; background: $panel; padding: 0 1; }
+    #brand { width: auto; text-style: bold; color: $primary; }
+    #model { width: 1fr; padding: 0 2; color: $text-muted; text-overflow: ellipsis; text-wrap: nowrap; }
+    #gauge { width: auto; }
+    #main { height: 1fr; }
+    #talk { width: 1fr; height: 1fr; }
+    #bottom { height: auto; background: $background; }
+    #status { height: 1; padding: 0 2; }
+    #state { width: 1fr; color: $text-muted; }
+    #hints { width: auto; color: $text-muted; }
     """
 
-    CSS_PATH = "chat.tcss"
-    BINDINGS = BINDINGS
-    ENABLE_COMMAND_PALETTE = False
-    TITLE = "m7mlx"
+    def __init__(
+        self,
+        engine: Engine,
+        session: Session,
+        config: Config,
+        *,
+        folder: Path | None = None,
+        fetch: bool = False,
+        question: str | None = None,
+    ) -> None:
+        """What to begin with.
 
-    def __init__(self, engine: Engine, settings: Settings) -> None:
-        super().__init__()
-        self._engine = engine
-        self._settings = settings
-        self.state: State = "loading"
-        self.history: list[dict[str, Any]] = []
-        self.asked = Draft()
-        self.waiting = Draft()
-        self.failure: Failed | None = None
-        self._answer: Answer | None = None
-        self._info: Ready | None = None
+        folder    the model to load; None lets the user choose
+        fetch     the settings' model is not here, but wanted: fetch it
+        question  to be asked at once
+        """
+        super().__init__(session, config)
+        self.engine = engine
+        self._folder = folder
+        self._fetch = fetch
+        self._question = question
+        self._loading = folder is not None
+        self._editing: int | None = None  # the question that the draft takes the place of
+        self._first_text = 0.0
         self._quit_armed = False
+        self.failure: Failed | None = None  # why there is no model
+        self._working: Settings | None = None  # those that the engine was set up with
 
     def compose(self) -> ComposeResult:
         with Horizontal(id="top"):
             yield Static("m7mlx", id="brand")
-            yield Static(visible(self._settings.model), id="model", markup=False)
+            yield Static("", id="model", markup=False)
             yield Static("", id="gauge")
-        with VerticalScroll(id="chat", can_focus=False):
-            yield Welcome(visible(self._settings.model))
-        with Vertical(id="bottom"):
-            yield Composer()
-            with Horizontal(id="status"):
-                yield Static("loading the model …", id="state", markup=False)
-                yield Static("F1 help", id="hints")
+        yield Window(id="window")
+        with Horizontal(id="main"):
+            yield Sidebar(self.store)
+            with Vertical(id="talk"):
+                yield Transcript(self.session, Welcome())
+                with Vertical(id="bottom"):
+                    completion = Completion()
+                    yield completion
+                    yield Composer(completion, lambda: self.store.prompts(limit=200))
+                    with Horizontal(id="status"):
+                        yield Static("", id="state", markup=False)
+                        yield Static("/ commands · F1 help", id="hints")
 
-    def on_mount(self) -> None:
+    async def on_mount(self) -> None:
+        if self.config.theme in self.available_themes:
+            self.theme = self.config.theme
+        elif self.config.theme:
+            self.tell(f"{self.config.path} names a theme that is not there: {self.config.theme}", is_error=True)
+        if unknown := unknown_keys(self.config.keys):
+            self.tell(f"{self.config.path} gives keys to what is not there: {', '.join(unknown)}", is_error=True)
+        self.set_keymap(self.config.keys)
         self.composer.focus()
-        self.chat.anchor()
-        self._engine.start()
-        self.set_interval(_DRAIN_SECONDS, self._drain)
+        self.engine.start()
+        self.set_interval(_DRAIN_SECONDS, self.drain)
+        self.set_interval(_LOOK_SECONDS, self._look)
+        self.sidebar.set_class(self.size.width >= _SIDEBAR_FROM, "-shown")
+        await self.show_all()
+        if self._folder is None:
+            self.choose_model(self.session.settings.model if self._fetch else "")
+        else:
+            self.reload()
+        if self._question is not None:
+            self.session.ask(self._question)
+            await self.show_all()
 
     @property
-    def composer(self) -> Composer:
-        return self.query_one(Composer)
+    def state(self) -> State:
+        if self.session.under_way is not None:
+            return "answering"
+        return "loading" if self._loading else "no model" if self.session.ready is None else "ready"
 
-    @property
-    def chat(self) -> VerticalScroll:
-        return self.query_one("#chat", VerticalScroll)
-
-    # --- sending ----------------------------------------------------------------------------------------
+    # --- talking ----------------------------------------------------------------------------------------
 
     @on(Composer.Submitted)
     async def _send(self, event: Composer.Submitted) -> None:
-        draft = event.draft
-        if not draft.message() or self.state == "broken":
+        text = event.draft.message()
+        if not text:
             return
-        if self.state == "answering":
-            self.notify("The model is still answering: Esc stops it.", timeout=3)
+        if _COMMAND.fullmatch(event.draft.shown):
+            draft = event.draft
+            self.composer.reset()
+            if not await self.run_command(event.draft.shown):
+                self.composer.reset(draft)
             return
-        if self.state == "loading":
-            if self.waiting.shown:
-                self.notify("A message is waiting already.", timeout=3)
-                return
-            self.waiting = draft
-            self._show_state("loading the model … your message is sent when it is ready")
-        self.composer.reset()
-        await self.query(Welcome).remove()
-        await self.chat.mount(UserMessage(draft.message()))
-        self.chat.anchor()
-        if self.state == "ready":
-            await self._ask(draft)
+        if self.state == "no model":
+            self.action_model()
+            return
+        await self._try(lambda: self.session.edit(self._editing, text) if self._editing else self.session.ask(text))
 
-    async def _ask(self, draft: Draft) -> None:
-        self.asked = draft
-        self.state = "answering"
-        self._show_state("reading …")
-        self._answer = Answer()
-        await self.chat.mount(self._answer)
-        question = {"role": "user", "content": draft.message()}
-        self._engine.submit(self._settings.messages([*self.history, question]))
+    async def _try(self, begin: object) -> bool:
+        """Begin an answer, and show it; a refusal is told, and the draft stays."""
+        try:
+            begin()  # type: ignore[operator]
+        except M7Error as error:
+            self.tell(str(error), is_error=True)
+            return False
+        self.composer.reset()
+        self._edit(None)
+        self._first_text = 0.0
+        self.composer.focus()
+        await self.show_all()
+        return True
+
+    async def action_retry(self) -> None:
+        await self._try(self.session.retry)
+
+    async def action_resume(self) -> None:
+        await self._try(self.session.resume)
+
+    async def action_replay(self) -> None:
+        await self._try(lambda: self.session.replay(self.session.line[-1]))
+
+    async def action_retry_message(self) -> None:
+        if (selected := self.selected) is not None:
+            await self._try(lambda: self.session.retry(selected.message.id))
+
+    def action_edit(self) -> None:
+        questions = [m for m in self.store.read(self.session.line[-2:]) if m.role == "user"]
+        if questions:
+            self._edit(questions[-1].id)
+
+    def action_edit_message(self) -> None:
+        if (selected := self.selected) is not None:
+            message = selected.message
+            self._edit(message.id if message.role == "user" else message.parent)
+
+    def _edit(self, question: int | None) -> None:
+        """Let the draft take the place of a question; None: it is a new one."""
+        self._editing = question
+        self.composer.set_class(question is not None, "-editing")
+        self.composer.border_title = "editing a question · Esc leaves it as it is" if question is not None else ""
+        if question is not None:
+            self.composer.reset(folded(self.store.message(question).text))
+            self.composer.focus()
+
+    async def action_fork(self) -> None:
+        if self.session.line:
+            await self._fork(self.session.line[-1])
+
+    async def action_fork_message(self) -> None:
+        if (selected := self.selected) is not None:
+            await self._fork(selected.message.id)
+
+    async def _fork(self, message: int) -> None:
+        self.session.fork(message)
+        self.composer.focus()
+        await self.show_all()
+        self.tell("a new conversation, with all up to here")
+
+    async def action_sibling(self, step: int) -> None:
+        if (selected := self.selected) is not None:
+            await self.action_sibling_of(selected.message.id, step)
+
+    async def action_sibling_of(self, message: int, step: int) -> None:
+        place = self.session.line.index(message)
+        self.session.switch(message, step)
+        await self.transcript.sync(at=self.session.line[min(place, len(self.session.line) - 1)])
 
     # --- what the engine says ---------------------------------------------------------------------------
 
-    async def _drain(self) -> None:
-        for event in self._engine.drain():
+    async def drain(self) -> None:
+        """Take what the engine has said since the last time."""
+        for event in self.engine.drain():
             if not self.is_running:  # left in the middle of it: the widgets are gone
                 return
             await self._handle(event)
 
     async def _handle(self, event: Event) -> None:
+        under_way, was_loading = self.session.under_way, self._loading
+        try:
+            self.session.handle(event)
+        except M7Error as error:  # the disk is full, say: what is on the screen stays, and is saved later
+            self.tell(str(error), is_error=True)
+        answer = self.transcript.answer(under_way.answer) if under_way else None
         match event:
             case Loading(done, total):
-                self._show_state(f"loading the model … {_bar(done, total)} {done / 1e6:,.0f}/{total / 1e6:,.0f} MB")
+                self._tell_state(f"loading the model {_bar(done, total)} {done / 1e6:,.0f}/{total / 1e6:,.0f} MB")
             case Ready():
-                await self._model_ready(event)
-            case Prefill(done, total) if done < total:
-                self._show_state(f"reading {_bar(done, total)} {done:,}/{total:,} tokens")
-            case Text(text):
-                if self._answer is not None:
-                    self._show_state("answering … Esc stops")
-                    await self._answer.write(text)
-            case Done():
-                await self._answer_done(event)
-            case Failed():
-                await self._command_failed(event)
+                self._loading, self.failure = False, None
+                self._working = self.session.settings
+                self._show_state()
+            case Prefill(done, total, reused) if answer is not None:
+                again = f" · {reused:,} known" if reused else ""
+                answer.show_progress(f"reading {_bar(done, total)} {done:,}/{total:,} tokens{again}")
+                self._tell_state("reading … Esc stops")
+            case Text(text, count):
+                self._first_text = self._first_text or time.monotonic()
+                if answer is not None:
+                    answer.show_progress("")
+                    await answer.write(text)
+                seconds = time.monotonic() - self._first_text
+                speed = f" · {(count - 1) / seconds:.1f} tok/s" if count > 1 and seconds > 0.5 else ""
+                self._tell_state(f"answering · {count:,} tokens{speed} · Esc stops")
+            case Done() | Failed():
+                self._loading = False
+                if answer is not None and under_way is not None:
+                    await answer.finish(self.store.message(under_way.answer))
+                elif isinstance(event, Failed):
+                    self.tell(event.message, is_error=True)
+                self.show_conversations()
+                self._show_state()
+                if isinstance(event, Failed) and event.fatal:
+                    self.failure = event
+                    self.choose_model()
+                elif isinstance(event, Failed) and was_loading and self._working is not None:
+                    engine = {name: getattr(self._working, name) for name in ENGINE}
+                    self.session.configure(self.session.settings.changed(engine))
+            case _:
+                pass
+        self._show_gauge()
 
-    async def _model_ready(self, event: Ready) -> None:
-        self._info = event
-        self.state = "ready"
-        self._show_state("ready")
-        self._show_gauge(0, 0)
-        if self.waiting.shown:
-            draft, self.waiting = self.waiting, Draft()
-            await self._ask(draft)
-
-    async def _answer_done(self, done: Done) -> None:
-        if self._answer is not None:
-            await self._answer.finish(footer_of(done))
-        if done.ids:
-            answer = {"role": "assistant", "content": done.text, "ids": done.ids}
-            self.history += [{"role": "user", "content": self.asked.message()}, answer]
-        elif not self.composer.text:
-            self.composer.reset(self.asked)  # stopped before the first token: nothing was answered
-        self._show_gauge(done.tokens_seen, done.cache_bytes)
-        self._idle()
-
-    async def _command_failed(self, failed: Failed) -> None:
-        if self._answer is not None:
-            if self._answer.text:
-                await self._answer.finish("failed · the model does not remember this answer")
-            else:
-                await self._answer.remove()
-        await self.chat.mount(ErrorMessage(failed.message))
-        if not self.composer.text:
-            self.composer.reset(self.asked if self.asked.shown else self.waiting)
-        self._idle()
-        if failed.fatal:
-            self.state, self.failure = "broken", failed
-            self._show_state("the model could not be loaded · Ctrl+Q quits")
-
-    def _idle(self) -> None:
-        self._answer, self.asked = None, Draft()
-        self.state = "ready"
-        self._show_state("ready")
+    def _look(self) -> None:
+        """From time to time: save what could not be saved, show what other windows did."""
+        with contextlib.suppress(M7Error):
+            self.session.save_again()
+            if self.store.changed_elsewhere():
+                self.show_conversations()
 
     # --- actions ----------------------------------------------------------------------------------------
 
     def action_stop(self) -> None:
-        if len(self.screen_stack) > 1:
+        if isinstance(self.screen, Models):
+            self.screen.close()
+        elif len(self.screen_stack) > 1:
             self.pop_screen()
+        elif self.composer.close_completion():
+            pass
         elif self.state == "answering":
-            self._engine.cancel()
-            self._show_state("stopping …")
+            self.session.stop()
+            self._tell_state("stopping …")
+        elif self._editing is not None:
+            self._edit(None)
+            self.composer.reset()
         else:
             self.composer.focus()
-
-    async def action_new(self) -> None:
-        if self.state == "answering":
-            self.notify("The model is still answering: Esc stops it.", timeout=3)
-            return
-        self.history, self.waiting = [], Draft()
-        if self.state == "loading":
-            self._show_state("loading the model …")
-        await self.chat.remove_children()
-        await self.chat.mount(Welcome(visible(self._settings.model)))
-        self._show_gauge(0, 0)
-        self.composer.focus()
-
-    def action_copy_answer(self) -> None:
-        answers = [m["content"] for m in self.history if m["role"] == "assistant"]
-        if answers:
-            self._copy(answers[-1])
 
     def action_interrupt(self) -> None:
         selected = self.screen.get_selected_text() or self.composer.selected_text
         if selected:
-            self._copy(selected)
+            self.copy_text(selected)
         elif self.composer.text:
             self.composer.reset()
         elif self.state == "answering":
@@ -226,17 +312,50 @@ class ChatApp(App[None]):
     def _disarm(self) -> None:
         self._quit_armed = False
 
-    def action_scroll(self, direction: str) -> None:
-        if direction == "up":
-            self.chat.scroll_page_up(animate=False)
-        else:
-            self.chat.scroll_page_down(animate=False)
+    async def action_new(self) -> None:
+        self.session.new()
+        self.composer.focus()
+        await self.show_all()
 
-    def action_help(self) -> None:
-        if len(self.screen_stack) > 1:
-            self.pop_screen()
-        else:
-            self.push_screen(Help())
+    async def open_conversation(self, conversation: int) -> None:
+        self.session.open(conversation)
+        await self.show_all()
+
+    @on(Sidebar.Chosen)
+    async def _chosen(self, event: Sidebar.Chosen) -> None:
+        await self.open_conversation(event.conversation)
+        self.composer.focus()
+
+    @on(Sidebar.Found)
+    async def _found(self, event: Sidebar.Found) -> None:
+        self.session.show(event.message)
+        await self.show_all(found=event.message)
+        self.composer.focus()
+
+    def action_sidebar(self) -> None:
+        self.sidebar.toggle_class("-shown")
+        self.show_conversations()
+        (self.sidebar.conversations if self.sidebar.is_shown else self.composer).focus()
+
+    def action_find(self, argument: str = "") -> None:
+        self.sidebar.add_class("-shown")
+        self.show_conversations()
+        self.sidebar.search(argument)
+
+    def action_window(self) -> None:
+        self.query_one(Window).toggle_class("-shown")
+        self.call_after_refresh(self._show_gauge)
+
+    def action_select(self, step: int) -> None:
+        views = self.transcript.views
+        at = views.index(self.selected) if self.selected in views else len(views)
+        if 0 <= at + step < len(views):
+            self.set_focus(views[at + step])  # at once: the next key may be under way already
+        elif step > 0:
+            self.set_focus(self.composer)
+
+    async def action_scroll(self, direction: int) -> None:
+        await self.transcript.page(direction)
 
     @on(Markdown.LinkClicked)
     def _show_link(self, event: Markdown.LinkClicked) -> None:
@@ -244,67 +363,68 @@ class ChatApp(App[None]):
         event.prevent_default()
         self.notify(visible(event.href), title="This link leads to", timeout=8, markup=False)
 
-    def _copy(self, text: str) -> None:
-        self.copy_to_clipboard(text)  # OSC 52, which macOS's Terminal does not know
-        for tool in (["pbcopy"], ["wl-copy"], ["xclip", "-selection", "clipboard"]):
-            if shutil.which(tool[0]):
-                with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                    subprocess.run(tool, input=text.encode(), timeout=2, check=False, stderr=subprocess.DEVNULL)
-                break
-        self.notify("Copied.", timeout=2)
+    # --- models -----------------------------------------------------------------------------------------
+
+    def action_model(self, argument: str = "") -> None:
+        self.choose_model(argument)
+
+    def choose_model(self, name: str = "") -> None:
+        """Let the user choose; a name is taken at once, if it can be."""
+        if isinstance(self.screen, Models):
+            return
+        used = {c.model for c in self.store.conversations(limit=200) if c.model}
+        title = "Which model?" if self.session.ready is None and not self._loading else "Models"
+        if self.failure is not None:
+            title = f"✗ {visible(self.failure.message)}\n\n{title}"
+        current = self.session.settings.model if self.session.ready is not None else ""
+        self.push_screen(Models(current, sorted(used), title, name or None), self._model_chosen)
+
+    def _model_chosen(self, chosen: Chosen | None) -> None:
+        if chosen is not None:
+            self._folder = chosen.folder
+            self.session.configure(self.session.settings.changed({"model": chosen.name}))
+            self.reload()
+
+    def reload(self) -> None:
+        """Have the engine load the model with the settings of now."""
+        if self._folder is not None:
+            self.session.ready, self._loading = None, True
+            self.engine.load(self._folder, self.session.settings)
+            self._show_state()
 
     # --- showing ----------------------------------------------------------------------------------------
 
-    def _show_state(self, text: str) -> None:
+    async def show_all(self, found: int | None = None) -> None:
+        """Show the session as it is now; `found`: the message that a search has led to."""
+        await self.transcript.sync(at=found, found=True)
+        self.show_conversations()
+        self._show_state()
+        self._show_gauge()
+
+    def show_conversations(self) -> None:
+        self.sidebar.refresh_list(self.session.conversation)
+        title = ""
+        if self.session.conversation is not None:
+            title = f" · {self.store.conversation(self.session.conversation).title}"
+        self.query_one("#model", Static).update(visible(self.session.settings.model + title))
+
+    def _show_state(self) -> None:
+        text = {
+            "no model": "no model is loaded · Ctrl+O chooses one",
+            "loading": "loading the model …",
+            "ready": "ready",
+            "answering": "answering · Esc stops" if self.session.ready else "the model is loading; it answers then",
+        }[self.state]
+        self._tell_state(text)
+
+    def _tell_state(self, text: str) -> None:
         self.query_one("#state", Static).update(text)
 
-    def _show_gauge(self, seen: int, cache_bytes: int) -> None:
-        if self._info is not None:
-            line = gauge(seen, self._info.window, self._info.context, cache_bytes)
-            self.query_one("#gauge", Static).update(line)
+    def _show_gauge(self) -> None:
+        self.query_one("#gauge", Static).update(line(self.session.ready, self.session.seen))
+        self.query_one(Window).show(self.session.ready, self.session.seen)
 
 
 def _bar(done: int, total: int, width: int = 16) -> str:
     filled = round(width * done / max(total, 1))
     return "▰" * filled + "▱" * (width - filled)
-
-
-def run_app(settings: Settings) -> int:
-    """Show the chat until the user leaves; returns the exit status."""
-    folder = settings.folder()
-    log = cache_dir() / "chat.log"
-    with _stderr_to_log(log):
-        engine = Engine(folder, settings)
-        app = ChatApp(engine, settings)
-        try:
-            app.run()
-        finally:
-            engine.close()
-    if app.failure is not None:  # seen in the chat, and worth keeping when the chat has left the screen
-        error = InputError if app.failure.exit_status == InputError.exit_status else RunError
-        raise error(app.failure.message)
-    if app.return_code:
-        raise RunError(f"the interface failed; {log} says why")
-    return 0
-
-
-@contextlib.contextmanager
-def _stderr_to_log(path: Path) -> Iterator[None]:
-    """Send what native code writes to fd 2 into a file: on the screen it would land in the middle of the chat.
-
-    Textual draws through `sys.__stderr__`. It gets the terminal that stdout is, since fd 2 may be redirected.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    errors = os.dup(2)
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    before = sys.__stderr__
-    sys.__stderr__ = os.fdopen(os.dup(1), "w", encoding="utf-8")  # type: ignore[misc]
-    try:
-        os.dup2(log, 2)
-        yield
-    finally:
-        os.dup2(errors, 2)
-        os.close(errors)
-        os.close(log)
-        sys.__stderr__.close()
-        sys.__stderr__ = before  # type: ignore[misc]

@@ -1,0 +1,214 @@
+"""Where the user writes: several lines, long pastes and files folded, commands and names completed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from textual import events, on
+from textual._ansi_sequences import ANSI_SEQUENCES_KEYS
+from textual.keys import Keys
+from textual.message import Message
+from textual.widgets import TextArea
+
+from m7mlx.errors import InputError
+from m7mlx_chat.files import attached
+from m7mlx_chat.terminal import visible
+from m7mlx_chat.widgets.completion import Choice, Completion, commands, paths
+
+_MENTION = re.compile(r"(?:^|\s)@(\S*)$")
+_FOLD_CHARS, _FOLD_LINES = 4_000, 40
+_NEW_LINE = ("ctrl+j", "alt+enter", "shift+enter", "shift+\r")  # the last: xterm's way of telling Shift+Enter
+# Alt+Enter as most terminals send it. Textual drops the Alt, and Enter would send the message.
+cast(dict[str, Any], ANSI_SEQUENCES_KEYS)["\x1b\r"] = (Keys.ControlJ,)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A message as it stands in the composer: each long paste as one short line, its marker."""
+
+    shown: str = ""
+    pastes: Mapping[str, str] = field(default_factory=dict)
+
+    def message(self) -> str:
+        """What is sent: all pastes unfolded; what looks like a marker inside a paste stays what it is."""
+        text = self.shown
+        if self.pastes:
+            text = re.sub("|".join(map(re.escape, self.pastes)), lambda match: self.pastes[match[0]], text)
+        return text.lstrip("\n").rstrip()  # the first line keeps its indentation: it may be code
+
+
+class Composer(TextArea):
+    """A text area in which Enter sends, and that completes commands and file names.
+
+    A long paste or a file is shown as one short line, so that neither the screen nor the editing slows down, and
+    is put in its place again when the message is sent.
+    """
+
+    DEFAULT_CSS = """
+    Composer {
+        height: auto; min-height: 3; max-height: 12; margin: 0 1; padding: 0 1;
+        border: round $primary 40%; background: $background;
+    }
+    Composer:focus { border: round $primary; }
+    Composer.-editing { border: round $warning; border-title-color: $warning; }
+    """
+
+    class Submitted(Message):
+        """The user sends `draft`."""
+
+        def __init__(self, draft: Draft) -> None:
+            super().__init__()
+            self.draft = draft
+
+    def __init__(self, completion: Completion, asked: Callable[[], Sequence[str]]) -> None:
+        """`asked` gives what was asked before, the newest first."""
+        super().__init__(id="composer", placeholder="Write a message …", soft_wrap=True, highlight_cursor_line=False)
+        self._pastes: dict[str, str] = {}
+        self._completion = completion
+        self._asked = asked
+        self._history: list[str] = []
+        self._back = 0  # how far back in the history; 0: the draft
+        self._kept = Draft()
+
+    @property
+    def draft(self) -> Draft:
+        return Draft(self.text, dict(self._pastes))
+
+    def reset(self, draft: Draft | None = None) -> None:
+        """Start over, with `draft` to edit."""
+        draft = draft or Draft()
+        self._back = 0
+        self._fill(draft)
+
+    def recall(self, text: str) -> None:
+        """Put a text in the place of the draft, to edit and send it again."""
+        self.reset(folded(text))
+        self.focus()
+
+    def _fill(self, draft: Draft) -> None:
+        self._pastes = dict(draft.pastes)
+        self.load_text(draft.shown)
+        self.move_cursor(self.document.end)
+
+    async def _on_key(self, event: events.Key) -> None:
+        if self._takes(event.key):
+            event.stop()
+            event.prevent_default()
+        # Other keys: Textual calls the base class's handler itself, after this one.
+
+    def _takes(self, key: str) -> bool:
+        """Whether a key is one of ours; done, if so."""
+        if self._completion.is_open and key in ("tab", "enter"):
+            self._complete()  # for all that has been typed: who types fast is ahead of the message that it changed
+        completing = self._completion.is_open
+        if completing and key in ("up", "down"):
+            self._completion.move(1 if key == "down" else -1)
+        elif completing and (key == "tab" or (key == "enter" and not self._completion.is_exact)):
+            self._accept(self._completion.chosen)
+        elif key == "enter":
+            self._completion.close()
+            self.post_message(self.Submitted(self.draft))
+        elif key in _NEW_LINE:
+            self.insert("\n")
+        elif key == "up" and self.cursor_location[0] == 0:
+            return self._recall(1)
+        elif key == "down" and self.cursor_location[0] == self.document.line_count - 1:
+            return self._recall(-1)
+        else:
+            return False
+        return True
+
+    # --- what was asked before --------------------------------------------------------------------------
+
+    def _recall(self, step: int) -> bool:
+        if self._back == 0:
+            if step < 0:
+                return False
+            self._history, self._kept = list(self._asked()), self.draft
+        back = self._back + step
+        if not 0 <= back <= len(self._history):
+            return back > 0
+        self._back = back
+        self._fill(folded(self._history[back - 1]) if back else self._kept)
+        self._completion.close()
+        return True
+
+    # --- completion -------------------------------------------------------------------------------------
+
+    @on(TextArea.Changed)
+    def _complete(self) -> None:
+        row, column = self.cursor_location
+        before = self.document.get_line(row)[:column]
+        if self._back:
+            return
+        if row == 0 and self.document.line_count == 1 and before.startswith("/") and " " not in before:
+            self._completion.open(commands(before), before)
+        elif found := _MENTION.search(before):
+            self._completion.open(paths(found[1]), found[1])
+        else:
+            self._completion.close()
+
+    def close_completion(self) -> bool:
+        """Close the list of choices; whether it was open."""
+        was_open = self._completion.is_open
+        self._completion.close()
+        return was_open
+
+    def _accept(self, choice: Choice) -> None:
+        row, column = self.cursor_location
+        start = column - len(self._completion.typed)
+        text = choice.text
+        if choice.is_file:
+            try:
+                content = attached(choice.text)
+            except InputError as error:
+                self.app.notify(str(error), severity="warning", markup=False)
+                return
+            start, text = start - 1, self._folded(content, f"file {Path(choice.text).name}") + " "
+        self._completion.close()
+        self.replace(text, (row, start), (row, column), maintain_selection_offset=False)
+
+    def attach(self, name: str) -> None:
+        """Put a text file in. Raises InputError."""
+        content = attached(name)
+        self.insert(self._folded(content, f"file {Path(name).name}") + " ")
+
+    # --- pasting ----------------------------------------------------------------------------------------
+
+    async def _on_paste(self, event: events.Paste) -> None:
+        event.stop()
+        event.prevent_default()
+        text = event.text.replace("\r\n", "\n").replace("\r", "\n")  # terminals paste a return for each line end
+        if is_long(text):
+            text = self._folded(text, f"pasted text {len(self._pastes) + 1}")
+        self.replace(visible(text), *self.selection, maintain_selection_offset=False)
+
+    def _folded(self, text: str, name: str) -> str:
+        """The marker that stands for a text."""
+        marker = _marker(visible(name), text)
+        while marker in self._pastes and self._pastes[marker] != text:
+            name += "\N{PRIME}"
+            marker = _marker(visible(name), text)
+        self._pastes[marker] = text
+        return marker
+
+
+def is_long(text: str) -> bool:
+    """Whether a text is folded."""
+    return len(text) >= _FOLD_CHARS or text.count("\n") + 1 >= _FOLD_LINES
+
+
+def folded(text: str) -> Draft:
+    """A text to edit; folded whole where it is long."""
+    if not is_long(text):
+        return Draft(text)
+    marker = _marker("text", text)
+    return Draft(marker, {marker: text})
+
+
+def _marker(name: str, text: str) -> str:
+    return f"[{name}: {len(text):,} characters, {text.count(chr(10)) + 1:,} lines]"

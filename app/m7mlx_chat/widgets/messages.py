@@ -1,0 +1,200 @@
+"""Messages as they are shown: questions to the letter, answers as Markdown that grows."""
+
+from __future__ import annotations
+
+from textual import events
+from textual.app import ComposeResult
+from textual.containers import Vertical
+from textual.widgets import Markdown, Static
+
+from m7mlx_chat.actions import bindings
+from m7mlx_chat.markdown import Part, answer_markdown, parts
+from m7mlx_chat.store.rows import Message
+from m7mlx_chat.terminal import visible
+
+_SHOWN = 200_000  # characters of a message; /copy and /export have all of it
+_NOTES = {
+    "stopped": "stopped",
+    "length": "cut at the longest length",
+    "error": "failed",
+    "interrupted": "interrupted",
+    "answering": "being answered in another window",
+}
+
+
+class MessageView(Vertical, can_focus=True):
+    """A message of the conversation; selected where it has the focus, and then its keys work."""
+
+    BINDINGS = bindings("message")
+    DEFAULT_CSS = """
+    MessageView { height: auto; margin: 0 0 1 0; padding: 0 2; border-left: outer $secondary 50%; }
+    MessageView:focus, MessageView.-found { border-left: outer $accent; background: $accent 12%; }
+    MessageView .versions { width: auto; height: 1; color: $text-accent; }
+    MessageView .footer { color: $text-muted; height: auto; }
+    """
+
+    def __init__(self, message: Message) -> None:
+        super().__init__()
+        self.message = message
+
+    @property
+    def text(self) -> str:
+        """All of it, whatever is shown."""
+        return self.message.text
+
+
+class Versions(Static):
+    """‹2/3›: which of several versions is shown; a click on either side shows the next."""
+
+    def __init__(self, message: Message) -> None:
+        super().__init__(f"‹ {message.place}/{message.siblings} ›", classes="versions", markup=False)
+        self._message = message.id
+
+    def on_click(self, event: events.Click) -> None:
+        step = -1 if event.x < self.size.width // 2 else 1
+        # Not from here: it removes this very widget, and would wait for it for ever.
+        self.app.call_later(self.run_action, f"app.sibling_of({self._message}, {step})")
+
+
+class Question(MessageView):
+    """What the user wrote: no markup, no Markdown."""
+
+    DEFAULT_CSS = """
+    Question { border-left: outer $primary; background: $boost; }
+    Question .body { height: auto; }
+    """
+    SHOWN = 20_000  # characters; a long paste is in the conversation whole, on the screen in part
+
+    def compose(self) -> ComposeResult:
+        if self.message.siblings > 1:
+            yield Versions(self.message)
+        shown = visible(self.message.text)
+        if len(shown) > self.SHOWN:
+            shown = shown[: self.SHOWN] + f"\n… ({len(shown) - self.SHOWN:,} more characters)"
+        yield Static(shown, markup=False, classes="body")
+
+
+class Answer(MessageView):
+    """An answer: parts, each Markdown or plain text, the last of which grows; and a line with what it cost."""
+
+    DEFAULT_CSS = """
+    Answer Markdown { height: auto; margin: 0; padding: 0; background: transparent; layout: stream; }
+    Answer Markdown > MarkdownBlock:last-child { margin-bottom: 0; }
+    Answer .plain { height: auto; }
+    Answer .parts { height: auto; layout: vertical; }
+    Answer .error { color: $text-error; height: auto; }
+    """
+
+    def __init__(self, message: Message, is_live: bool = False) -> None:
+        super().__init__(message)
+        self._live = is_live
+        self._text = ""  # what has been written, or waits to be
+        self._part = Part("")  # the last part; those before it are finished
+        self._fence = ""
+        self._parts = Vertical(classes="parts")
+        self._last: Markdown | None = None
+        self._error = Static("", classes="error", markup=False)
+        self._footer = Static("", classes="footer", markup=False)
+
+    @property
+    def text(self) -> str:
+        return self._text or self.message.text
+
+    def compose(self) -> ComposeResult:
+        if self.message.siblings > 1:
+            yield Versions(self.message)
+        yield self._parts
+        yield self._error
+        yield self._footer
+
+    async def on_mount(self) -> None:
+        self._error.display = False
+        await self.write(self.message.text)
+        if not self._live:
+            self._show_end(self.message)
+
+    async def write(self, text: str) -> None:
+        """Show more of the answer."""
+        before, self._text = len(self._text), self._text + text
+        text = visible(text[: max(0, _SHOWN - before)])
+        if not text:
+            return
+        *done, last = parts(self._part.text + text, self._fence)
+        for part in done:
+            await self._show_part(part)
+            self._fence, self._last, self._part = part.fence, None, Part("")
+        if last.plain and not last.text:
+            return
+        await self._show_part(last)
+        self._part = last
+
+    async def _show_part(self, part: Part) -> None:
+        """Show a part in the last widget, which has the beginning of it, or in a new one."""
+        if part.plain:
+            if self._last is not None:
+                await self._last.remove()
+                self._last = None
+            plain = self._parts.children[-1] if self._part.plain and self._parts.children else None
+            if isinstance(plain, Static):
+                plain.update(part.text.removesuffix("\n"))
+            else:
+                await self._parts.mount(Static(part.text.removesuffix("\n"), markup=False, classes="plain"))
+            return
+        if self._last is None:
+            self._last = answer_markdown()
+            await self._parts.mount(self._last)
+            await self._last.append(part.text)
+        elif part.text.startswith(self._part.text):
+            await self._last.append(part.text[len(self._part.text) :])
+        else:
+            await self._last.update(part.text)
+
+    async def finish(self, message: Message) -> None:
+        """The answer has ended: render the last part once more, in one piece, and say how it ended."""
+        self.message, self._live = message, False
+        if message.text.startswith(self._text):
+            await self.write(message.text[len(self._text) :])
+        if self._last is not None:
+            await self._last.update(self._part.text)
+        self._show_end(message)
+
+    def go_on(self) -> None:
+        """It is under way here, perhaps once more after it had ended."""
+        if not self._live:
+            self._live = True
+            self._footer.update("")
+
+    def _show_end(self, message: Message) -> None:
+        footer = footer_of(message)
+        if len(message.text) > _SHOWN:
+            footer = f"… ({len(message.text) - _SHOWN:,} more characters: /copy or /export) · {footer}"
+        self._footer.update(footer)
+        error = message.statistics.get("error")
+        self._error.display = bool(error)
+        self._error.update(f"✗ {visible(str(error))}" if error else "")
+
+    def show_progress(self, text: str) -> None:
+        """While nothing has been said yet: what the model does."""
+        self._footer.update(text)
+
+
+def view_of(message: Message, is_live: bool = False) -> MessageView:
+    """The widget for a message; `is_live`: it is being answered here."""
+    return Question(message) if message.role == "user" else Answer(message, is_live)
+
+
+def footer_of(message: Message) -> str:
+    """The line below an answer: how it ended, how much and how fast it was."""
+    s = message.statistics
+    found = [_NOTES[message.status]] if message.status in _NOTES else []
+    if message.status == "error" and message.text:
+        found = ["failed on the way"]
+    if tokens := s.get("generated_tokens"):
+        found.append(f"{tokens:,} token{'s' if tokens != 1 else ''}")
+        if s.get("generation_tps"):
+            found.append(f"{s['generation_tps']:.1f} tok/s")
+        if s.get("time_to_first_token"):
+            found.append(f"first after {s['time_to_first_token']:.2f} s")
+    elif message.status == "stopped":
+        found = ["stopped before the first word"]
+    return " · ".join(found)

@@ -1,0 +1,178 @@
+"""The conversation on the screen: some messages around the place that is looked at, however many there are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from textual.app import ComposeResult
+from textual.containers import VerticalScroll
+from textual.widget import Widget
+
+from m7mlx_chat.session import Session
+from m7mlx_chat.widgets.messages import Answer, MessageView, view_of
+
+PAGE, MOST = 20, 100  # messages: mounted at a time, mounted at once
+_NEAR = 4  # rows from an end where the next page is fetched
+
+
+class Transcript(VerticalScroll, can_focus=False):
+    """The branch shown, `line[first:last]` of it as widgets. The end is kept in view until the user scrolls away."""
+
+    DEFAULT_CSS = """
+    Transcript { height: 1fr; padding: 1 2; scrollbar-size-vertical: 1; scrollbar-background: $background; }
+    """
+
+    def __init__(self, session: Session, welcome: Widget) -> None:
+        super().__init__(id="chat")
+        self._session = session
+        self._welcome = welcome
+        self._line: list[int] = []
+        self._first = self._last = 0
+        self._paging = False
+
+    def compose(self) -> ComposeResult:
+        yield self._welcome
+
+    def on_mount(self) -> None:
+        self.anchor()
+
+    @property
+    def views(self) -> list[MessageView]:
+        """The messages on the screen, in order."""
+        return [child for child in self.children if isinstance(child, MessageView)]
+
+    def view(self, message: int) -> MessageView | None:
+        """The widget of a message, if it is on the screen."""
+        return next((view for view in self.views if view.message.id == message), None)
+
+    def answer(self, message: int) -> Answer | None:
+        """The widget of an answer, if it is on the screen."""
+        view = self.view(message)
+        return view if isinstance(view, Answer) else None
+
+    async def sync(self, *, at: int | None = None, found: bool = False) -> None:
+        """Show the session's line: widgets that are still right stay.
+
+        at     bring this message into view, and select it
+        found  … mark it instead: a search has led here, and what is typed next is no command to it
+        """
+        line = self._session.line
+        self._welcome.display = not line
+        same = next((i for i, (a, b) in enumerate(zip(self._line, line, strict=False)) if a != b), None)
+        if same is None:
+            same = min(len(self._line), len(line))
+        place = line.index(at) if at is not None and at in line else None
+        out_of_sight = place is not None and not self._first <= place < min(self._last, same)
+        with self.app.batch_update():
+            if same <= self._first or out_of_sight or self._last < min(len(self._line), same):
+                await self._show_around(line, len(line) if place is None else place)
+            else:
+                for old in self.views[same - self._first :]:
+                    await old.remove()
+                self._line, self._last = list(line), min(self._last, same)
+                if len(line) - self._last > PAGE:
+                    await self._show_around(line, len(line))
+                else:
+                    await self._mount(self._last, len(line))
+                    self._last = len(line)
+        if self._session.under_way is not None and (live := self.answer(self._session.under_way.answer)) is not None:
+            live.go_on()
+        if at is not None and (view := self.view(at)) is not None:
+            self._go_to(view, found)
+        else:
+            self.anchor()
+
+    async def _show_around(self, line: Sequence[int], place: int) -> None:
+        """Start over with the page around an index."""
+        for view in self.views:
+            await view.remove()
+        self._line = list(line)
+        self._last = min(len(line), place + PAGE // 2)
+        self._first = max(0, self._last - PAGE)
+        await self._mount(self._first, self._last)
+
+    async def _mount(self, first: int, last: int, before: MessageView | None = None) -> None:
+        under_way = self._session.under_way
+        live = under_way.answer if under_way else None
+        messages = [
+            self._session.message(message.id) if message.id == live else message
+            for message in self._session.store.read(self._line[first:last])
+        ]
+        await self.mount_all([view_of(message, message.id == live) for message in messages], before=before)
+
+    def _go_to(self, view: MessageView, found: bool) -> None:
+        self.release_anchor()
+        for other in self.views:
+            other.set_class(found and other is view, "-found")
+        if not found:
+            view.focus(scroll_visible=False)
+        self.call_after_refresh(self.scroll_to_widget, view, animate=False, top=True)
+
+    # --- pages ------------------------------------------------------------------------------------------
+
+    def watch_scroll_y(self, old_value: float, new_value: float) -> None:
+        super().watch_scroll_y(old_value, new_value)
+        if self._paging or not self.is_mounted or self.is_anchored:
+            return
+        if new_value < old_value and new_value <= _NEAR and self._first > 0:
+            self._paging = True
+            self.call_later(self._earlier)
+        elif new_value > old_value and self.max_scroll_y - new_value <= _NEAR and self._last < len(self._line):
+            self._paging = True
+            self.call_later(self._later)
+
+    async def page(self, direction: int) -> None:
+        """Scroll by a page, fetching messages at either end."""
+        rows = direction * max(1, self.scrollable_content_region.height - 1)
+        if direction < 0:
+            self.release_anchor()
+        if direction < 0 and self.scroll_y + rows <= _NEAR and self._first > 0:
+            await self._earlier(rows)
+        elif direction > 0 and self.scroll_y + rows >= self.max_scroll_y - _NEAR and self._last < len(self._line):
+            await self._later(rows)
+        else:
+            self.scroll_relative(y=rows, animate=False)
+
+    async def _earlier(self, rows: int = 0) -> None:
+        """Put the page before the first one above it; what is looked at stays where it is, or moves by `rows`."""
+        self._paging = True
+        views = self.views
+        if self._first > 0 and views:
+            place = self.scroll_y - views[0].virtual_region.y
+            first = max(0, self._first - PAGE)
+            await self._mount(first, self._first, before=views[0])
+            self._first = first
+            for view in self.views[MOST:]:
+                await view.remove()
+            self._last = min(self._last, self._first + MOST)
+            self._keep_in_view(views[0], place + rows)
+        else:
+            self._paging = False
+
+    async def _later(self, rows: int = 0) -> None:
+        self._paging = True
+        views = self.views
+        if self._last < len(self._line) and views:
+            place = self.scroll_y - views[-1].virtual_region.y
+            last = min(len(self._line), self._last + PAGE)
+            await self._mount(self._last, last)
+            self._last = last
+            for view in self.views[:-MOST]:
+                await view.remove()
+            self._first = max(self._first, self._last - MOST)
+            self._keep_in_view(views[-1], place + rows)
+        else:
+            self._paging = False
+
+    def _keep_in_view(self, view: MessageView, place: float) -> None:
+        """Once the new messages have their places: scroll to so many rows below the top of a message."""
+
+        def scroll() -> None:
+            if view.is_attached:
+                self.scroll_to(y=view.virtual_region.y + place, animate=False, force=True)
+            self._paging = False
+
+        def laid_out() -> None:
+            self.call_after_refresh(scroll)
+
+        self.call_after_refresh(laid_out)  # the answers mount their own parts first

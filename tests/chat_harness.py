@@ -1,0 +1,124 @@
+"""The chat on an engine that says what the test tells it to."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from m7mlx_chat.app import ChatApp
+from m7mlx_chat.config import Config
+from m7mlx_chat.events import Done, Event, Ready, Request, Seen, Statistics
+from m7mlx_chat.session import Session
+from m7mlx_chat.settings import Settings
+from m7mlx_chat.store import Store
+from textual.pilot import Pilot
+from textual.widgets import Static
+
+READY = Ready(window=4096, capacity=4160, context=32768, nbytes=4_000_000_000, vocabulary="v", token_bytes=131072)
+
+
+class ScriptedEngine:
+    """Says what the test tells it to; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.asked: list[Request] = []
+        self.loaded: list[tuple[Path, Settings]] = []
+        self.cancelled = 0
+
+    def start(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def load(self, folder: Path, settings: Settings) -> None:
+        self.loaded.append((folder, settings))
+
+    def submit(self, request: Request) -> None:
+        self.asked.append(request)
+
+    def cancel(self) -> None:
+        self.cancelled += 1
+
+    def drain(self, wait: float = 0.0) -> list[Event]:
+        events, self.events = self.events, []
+        return events
+
+
+def done(text: str, reason: Any = "stop", *, seen: int = 5000, **changes: Any) -> Done:
+    values: dict[str, Any] = {
+        "prompt_tokens": 10,
+        "generated_tokens": len(text.split()),
+        "generation_tps": 21.5,
+        "time_to_first_token": 0.3,
+    }
+    statistics = Statistics(**values | changes)
+    return Done(reason, text, [7] * len(text.split()), statistics, Seen(seen, 545_000_000))
+
+
+class Chat:
+    """A running app with its engine, and the shortcuts the tests need."""
+
+    def __init__(self, app: ChatApp, engine: ScriptedEngine, session: Session, pilot: Pilot[None]) -> None:
+        self.app, self.engine, self.session, self.pilot = app, engine, session, pilot
+        self.store = session.store
+
+    async def say(self, *events: Event) -> None:
+        self.engine.events += events
+        await self.app.drain()
+        await self.pilot.pause()
+
+    async def send(self, text: str) -> None:
+        self.app.composer.focus()
+        self.app.composer.insert(text)
+        await self.pilot.pause()
+        await self.pilot.press("enter")
+        await self.pilot.pause()
+
+    async def exchange(self, question: str, answer: str, **changes: Any) -> None:
+        """A question, and its whole answer."""
+        await self.send(question)
+        await self.say(done(answer, **changes))
+
+    def texts(self, kind: type[Static] | str) -> list[str]:
+        return [str(w.content) for w in self.app.query(kind).results(Static)]
+
+    def status(self) -> str:
+        return str(self.app.screen_stack[0].query_one("#state", Static).content)
+
+    def footers(self) -> list[str]:
+        return [str(w.content) for w in self.app.query(".footer").results(Static)]
+
+    def line(self) -> list[str]:
+        """The texts of the messages shown, by the store."""
+        return [m.text for m in self.store.read(self.session.line)]
+
+    def shown(self) -> str:
+        """The screen as text."""
+        lines = self.app.screen._compositor.render_strips(self.app.size)
+        return "\n".join(strip.text.rstrip() for strip in lines)
+
+
+@asynccontextmanager
+async def chatting(
+    folder: Path,
+    *,
+    size: tuple[int, int] = (100, 30),
+    ready: bool = True,
+    settings: Settings | None = None,
+    config: Config | None = None,
+    model: Path | None = Path("/models/small"),
+    **options: Any,
+) -> AsyncIterator[Chat]:
+    """The app over a database in `folder`."""
+    with Store(folder / "chats.db") as store:
+        engine = ScriptedEngine()
+        session = Session(store, engine, settings or Settings(model="a[b]/model"))  # type: ignore[arg-type]
+        config = config or Config(folder / "config.toml")
+        app = ChatApp(engine, session, config, folder=model, **options)  # type: ignore[arg-type]
+        async with app.run_test(size=size) as pilot:
+            chat = Chat(app, engine, session, pilot)
+            if ready:
+                await chat.say(READY)
+            yield chat
