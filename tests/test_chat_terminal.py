@@ -151,6 +151,21 @@ def test_keys_redirected_errors_and_a_model_that_fails_in_a_real_terminal(
     assert "status=2" in screen
 
 
+def test_a_piped_question_is_answered_in_the_chat_and_the_chat_stays(
+    model_folder: Path, terminal: Callable[[str], Terminal]
+) -> None:
+    window = terminal(
+        f"echo piped | {CHAT} --model {model_folder} --max-tokens 3 -i -p first; echo status=$?; sleep 60"
+    )
+    window.wait(lambda s: "3 tokens" in s)
+    window.type("second")  # the keyboard is the terminal's, although standard input was a pipe
+    window.press("Enter")
+    screen = window.wait(lambda s: s.count("3 tokens") == 2)
+    assert screen.index("first") < screen.index("piped") < screen.index("second")
+    window.press("C-q")
+    window.wait(lambda s: "status=0" in s)
+
+
 def test_an_interface_that_fails_says_where_the_reason_is(
     model_folder: Path, tmp_path: Path, terminal: Callable[[str], Terminal]
 ) -> None:

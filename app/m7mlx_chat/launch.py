@@ -30,6 +30,8 @@ def launch(
     chosen: bool = False,
 ) -> int:
     """Show the chat until the user leaves; returns the exit status. `chosen`: the user named the model."""
+    if not (in_browser() or (sys.stdout and sys.stdout.isatty())):
+        raise InputError("the chat needs a terminal; without --interactive the answer goes to standard output")
     can_be_fetched = settings.model in (DEMO, *ALIASES) or is_repo_id(settings.model)
     if chosen and not can_be_fetched and local(settings.model) is None:
         resolve(settings.model)  # raises: there is no such model
@@ -44,7 +46,7 @@ def launch(
         if go_on:
             go_on_with_the_last(session)
         folder = local(settings.model)
-        with _stderr_to_log(log):
+        with _stderr_to_log(log), _keys_from_terminal():
             here = folder is not None and folder.is_dir()
             app = ChatApp(engine, session, config, folder=folder if here else None, fetch=chosen, question=question)
             try:
@@ -68,6 +70,29 @@ def _finish(session: Session, engine: Engine) -> None:
                 session.handle(event)
         session.save_again()
     engine.close()
+
+
+def in_browser() -> bool:
+    """Whether the screen is a browser's page (--web)."""
+    return "TEXTUAL_DRIVER" in os.environ
+
+
+@contextlib.contextmanager
+def _keys_from_terminal() -> Iterator[None]:
+    """Where the question came through a pipe, read the keys from the terminal that stdout is.
+
+    By its own name: macOS cannot wait for input on /dev/tty.
+    """
+    if in_browser() or (sys.stdin and sys.stdin.isatty()):
+        yield
+        return
+    before = sys.__stdin__
+    with open(os.ttyname(1), encoding="utf-8") as keys:
+        sys.__stdin__ = keys  # type: ignore[misc]
+        try:
+            yield
+        finally:
+            sys.__stdin__ = before  # type: ignore[misc]
 
 
 @contextlib.contextmanager

@@ -45,14 +45,18 @@ class Models(ModalScreen[Chosen | None]):
         border: round $primary; background: $surface;
     }
     Models .title { text-style: bold; height: auto; padding-bottom: 1; }
-    Models OptionList { height: auto; max-height: 14; }
-    Models.-short OptionList { max-height: 6; }
-    Models.-short .title { padding-bottom: 0; }
-    Models.-short Input, Models.-short .row { margin-top: 0; }
-    Models Input { margin-top: 1; }
-    Models .row { height: 3; margin-top: 1; }
+    Models OptionList {
+        height: auto; max-height: 16; padding: 0; border: none; background: $surface;
+        text-wrap: nowrap; text-overflow: ellipsis;
+    }
+    Models OptionList:focus { border: none; }
+    Models Input { margin-top: 1; background: $boost; padding: 0 1; }
+    Models .row { height: 1; margin: 1 0; }
     Models .row Button { margin-right: 2; }
     Models Select { width: 18; }
+    Models.-short .box { padding: 0 2; }
+    Models.-short OptionList { max-height: 10; }
+    Models.-short .title { padding-bottom: 0; }
     Models #told { height: auto; color: $text-muted; }
     Models ProgressBar { height: 1; display: none; }
     Models.-busy ProgressBar { display: block; }
@@ -69,11 +73,11 @@ class Models(ModalScreen[Chosen | None]):
         with Vertical(classes="box"):
             yield Static(self._title, classes="title", markup=False)
             yield OptionList(markup=False)
-            yield Input(placeholder="another: folder, GGUF file, or org/name on the Hub")
+            yield Input(placeholder="another: folder, GGUF file, or org/name on the Hub", compact=True)
             with Horizontal(classes="row"):
-                yield Button("Use", id="use", variant="primary")
-                yield Button("Convert to", id="convert")
-                yield Select(_BITS, value=4, allow_blank=False, id="bits")
+                yield Button("Use", id="use", variant="primary", compact=True)
+                yield Button("Convert to", id="convert", compact=True)
+                yield Select(_BITS, value=4, allow_blank=False, id="bits", compact=True)
             yield ProgressBar(show_eta=True)
             yield Static("", id="told", markup=False)
 
@@ -104,7 +108,12 @@ class Models(ModalScreen[Chosen | None]):
         own = entry.folder is not None and entry.folder.parent == models_folder()
         name = visible(entry.folder.name if own and entry.folder else entry.name)
         mark = "●" if entry.name == self._current else " "
-        text = Text(f"{mark} {name if len(name) <= _NAME else '…' + name[1 - _NAME :]:<{_NAME + 1}}", style="bold")
+        text = Text(
+            f"{mark} {name if len(name) <= _NAME else '…' + name[1 - _NAME :]:<{_NAME + 1}}",
+            style="bold",
+            no_wrap=True,
+            overflow="ellipsis",
+        )
         if entry.problem:
             problem = entry.problem.replace(f"{entry.folder}/", "").replace(str(entry.folder), "it")
             return text.append(f"\n    {problem[:_PROBLEM]}", style="not bold dim")

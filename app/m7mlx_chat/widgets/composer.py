@@ -211,4 +211,5 @@ def folded(text: str) -> Draft:
 
 
 def _marker(name: str, text: str) -> str:
-    return f"[{name}: {len(text):,} characters, {text.count(chr(10)) + 1:,} lines]"
+    lines = text.count("\n") + 1
+    return f"[{name}: {len(text):,} characters, {lines:,} line{'s' * (lines > 1)}]"

@@ -116,7 +116,7 @@ class Sidebar(Vertical):
         if any(option.id == here for option in options):
             self.conversations.highlighted = self.conversations.get_option_index(here)
         what = "put away" if self._archived else "conversation" if len(conversations) == 1 else "conversations"
-        self._hint(f"{len(conversations) or 'none'} {what} · F1: keys")
+        self._hint(f"{len(conversations) or 'no'} {what} · F1: keys")
 
     def _list_hits(self, hits: list[Hit]) -> None:
         self._fill([Option(_hit(hit), id=f"message-{hit.message}") for hit in hits])
