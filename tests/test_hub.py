@@ -78,6 +78,27 @@ def test_download_takes_what_a_model_needs_and_works_offline_afterwards(hub: Hub
     assert resolve(hub, tmp_path, REPO).stdout.strip() == expected
 
 
+def test_progress_is_told_and_what_is_here_is_known_without_asking(hub: Hub, tmp_path: Path) -> None:
+    code = (
+        "import sys; from m7mlx.hub import local, resolve; name = sys.argv[1]; seen = []\n"
+        "print(local(name)); folder = resolve(name, progress=lambda *counts: seen.append(counts))\n"
+        "assert [d for d, _ in seen] == sorted({d for d, _ in seen}) and len({t for _, t in seen}) == 1, seen\n"
+        "print(*seen[-1], (folder / 'model.safetensors').stat().st_size); print(local(name) == folder)\n"
+    )
+    command = [sys.executable, "-c", code, REPO]
+    done = subprocess.run(
+        command, env=environment(hub, tmp_path), capture_output=True, text=True, timeout=120, check=False
+    )
+    before, counts, after = done.stdout.split("\n")[:3]
+    assert before == "None" and after == "True", done.stderr
+    here, total, _ = map(int, counts.split())
+    assert here == total > 10_000_000
+    hub.requests.clear()
+    command[2] = "import sys; from m7mlx.hub import local; print(local(sys.argv[1]) is not None)"
+    done = subprocess.run(command, env=environment(hub, tmp_path), capture_output=True, text=True, check=False)
+    assert done.stdout == "True\n" and hub.requests == []
+
+
 def test_a_connection_cut_in_the_middle_is_resumed(hub: Hub, tmp_path: Path) -> None:
     hub.cut_after, hub.cuts = 11_000_000, 2
     done = resolve(hub, tmp_path, REPO)
