@@ -82,14 +82,15 @@ def test_progress_is_told_and_what_is_here_is_known_without_asking(hub: Hub, tmp
     code = (
         "import sys; from m7mlx.hub import local, resolve; name = sys.argv[1]; seen = []\n"
         "print(local(name)); folder = resolve(name, progress=lambda *counts: seen.append(counts))\n"
-        "assert [d for d, _ in seen] == sorted({d for d, _ in seen}) and len({t for _, t in seen}) == 1, seen\n"
+        "assert seen == sorted(seen) and len({t for _, t in seen}) == 1, seen\n"
         "print(*seen[-1], (folder / 'model.safetensors').stat().st_size); print(local(name) == folder)\n"
     )
     command = [sys.executable, "-c", code, REPO]
     done = subprocess.run(
         command, env=environment(hub, tmp_path), capture_output=True, text=True, timeout=120, check=False
     )
-    before, counts, after = done.stdout.split("\n")[:3]
+    assert done.returncode == 0, done.stderr
+    before, counts, after = done.stdout.splitlines()
     assert before == "None" and after == "True", done.stderr
     here, total, _ = map(int, counts.split())
     assert here == total > 10_000_000
