@@ -45,12 +45,14 @@ async def in_app(model: str, tokens: int) -> dict[str, float]:
     from m7mlx_chat.app import ChatApp
     from m7mlx_chat.config import Config
     from m7mlx_chat.engine import Engine
+    from m7mlx_chat.launch import keep_collections_short
     from m7mlx_chat.session import Session
     from m7mlx_chat.settings import Settings
     from m7mlx_chat.store import Store
 
     from m7mlx.hub import resolve
 
+    keep_collections_short()
     lags: list[float] = []
     with tempfile.TemporaryDirectory() as folder, Store(Path(folder) / "chats.db") as store:
         engine = Engine()

@@ -11,6 +11,7 @@ from typing import Literal
 from textual import on
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
+from textual.css.query import NoMatches
 from textual.widgets import Markdown, Static
 
 from m7mlx.errors import M7Error
@@ -221,9 +222,14 @@ class ChatApp(Commands):
     async def drain(self) -> None:
         """Take what the engine has said since the last time."""
         for event in self.engine.drain():
-            if not self.is_running:  # left in the middle of it: the widgets are gone
+            if not self.is_running:
                 return
-            await self._handle(event)
+            try:
+                await self._handle(event)
+            except NoMatches:
+                if self.is_running:
+                    raise
+                return  # left in the middle of it: the widgets are gone
 
     async def _handle(self, event: Event) -> None:
         under_way, was_loading = self.session.under_way, self._loading
