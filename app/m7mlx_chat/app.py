@@ -222,14 +222,17 @@ class ChatApp(Commands):
     async def drain(self) -> None:
         """Take what the engine has said since the last time."""
         for event in self.engine.drain():
-            if not self.is_running:
+            if self._left():
                 return
             try:
                 await self._handle(event)
             except NoMatches:
-                if self.is_running:
-                    raise
-                return  # left in the middle of it: the widgets are gone
+                if self._left():  # in the middle of it: the widgets are gone
+                    return
+                raise
+
+    def _left(self) -> bool:
+        return not self.is_running
 
     async def _handle(self, event: Event) -> None:
         under_way, was_loading = self.session.under_way, self._loading
