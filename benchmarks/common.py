@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import platform
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 
 
 def preload_blas() -> str:
-    """On Linux, let MLX's CPU backend compute with OpenBLAS if it is installed; call before MLX is imported.
+    """The BLAS that MLX computes with in this process, peers' runs included; call before MLX is imported."""
+    from m7mlx import blas
 
-    The wheel's own BLAS is the reference implementation, which gains nothing from several queries at once.
-    """
-    if sys.platform != "linux":
-        return "as shipped"
-    with contextlib.suppress(OSError):
-        ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
-        return "OpenBLAS"
-    return "reference BLAS (slow; apt install libopenblas0-pthread)"
+    return blas.library or "MLX's own"
 
 
 def machine(blas: str) -> str:

@@ -6,6 +6,7 @@ model, tokenizer = load("demo")
 print(generate(model, tokenizer, [{"role": "user", "content": "What is the capital of France?"}]))
 """
 
+from m7mlx import blas  # first: it has to be there before mlx.core is
 from m7mlx.batch import BatchCache
 from m7mlx.cache import RollingCache
 from m7mlx.config import ModelConfig
@@ -33,6 +34,7 @@ __all__ = [
     "Sampling",
     "Stats",
     "Tokenizer",
+    "blas",
     "generate",
     "load",
     "load_cache",

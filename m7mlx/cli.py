@@ -10,6 +10,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import NoReturn
 
+from m7mlx import blas
 from m7mlx.errors import M7Error
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -41,6 +42,8 @@ class ArgumentParser(argparse.ArgumentParser):
 def run(body: Callable[[argparse.Namespace], int | None], args: argparse.Namespace, prog: str) -> int:
     """Run a command's body; every foreseeable failure becomes one line on stderr and an exit status."""
     _open_standard_streams()
+    if told := blas.note():
+        print(f"{prog}: note: {_one_line(told)}", file=sys.stderr)
     try:
         return body(args) or 0
     except KeyboardInterrupt:
@@ -73,7 +76,10 @@ def _open_standard_streams() -> None:
 
 
 def _report(prog: str, message: str, status: int) -> int:
-    # Names out of strangers' files can stand in a message: nothing of them may steer the terminal.
-    printable = "".join(c if c.isprintable() else " " for c in message)
-    print(f"{prog}: error: {' '.join(printable.split())}", file=sys.stderr)
+    print(f"{prog}: error: {_one_line(message)}", file=sys.stderr)
     return status
+
+
+def _one_line(message: str) -> str:
+    # Names out of strangers' files can stand in a message: nothing of them may steer the terminal.
+    return " ".join("".join(c if c.isprintable() else " " for c in message).split())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import m7mlx  # noqa: F401  first: it loads a fast BLAS, before anybody imports mlx.core
+
+# isort: split
 import json
 import os
 import shutil
