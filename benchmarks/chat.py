@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from common import preload_blas
+
 QUESTION = "Tell me a long story about a fox, with many chapters, a table of contents and some code in Python."
 
 
@@ -116,6 +118,7 @@ def main() -> None:
     parser.add_argument("--run", choices=("headless", "app", "opening"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
+        preload_blas()
         if args.run == "headless":
             found = headless(args.model, args.tokens)
         else:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 
 from m7mlx.checksums import cache_dir
@@ -23,19 +24,26 @@ library = ""  # the one that was put in
 
 
 def interpose() -> None:
-    """Load a fast BLAS for mlx.core to call. Does nothing where none is wanted, none is found, or it is too late."""
+    """Load a fast BLAS for mlx.core to call, where one is wanted and found; warns where it is too late."""
     global library
     chosen = os.environ.get("M7MLX_BLAS", "")
-    if not _wanted() or chosen.lower() == "off" or "mlx.core" in sys.modules:
+    if not _wanted() or chosen.lower() == "off" or library:
         return
     for name in (chosen,) if chosen else _KNOWN:
         try:
-            if hasattr(ctypes.CDLL(name), "cblas_sgemm"):  # some builds give their symbols other names
-                ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-                library = name
-                return
+            found = hasattr(ctypes.CDLL(name), "cblas_sgemm")  # some builds give their symbols other names
         except OSError:
             continue
+        if found and "mlx.core" not in sys.modules:
+            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+        elif found and not hasattr(ctypes.CDLL(None), "openblas_get_config"):  # nor by LD_PRELOAD
+            warnings.warn(
+                "mlx.core was imported before m7mlx and keeps its slow BLAS; import m7mlx first", stacklevel=2
+            )
+            return
+        if found:
+            library = name
+            return
 
 
 def note() -> str:

@@ -69,10 +69,13 @@ def test_off_leaves_the_one_that_mlx_brings() -> None:
     assert not any("openblas" in name for name in bound(done))
 
 
-@pytest.mark.usefixtures("wanted")
-def test_too_late_does_nothing() -> None:
+def test_too_late_is_said(openblas: str) -> None:
     done = python("import mlx.core\n" + PRODUCT)
     assert done.stdout.split() == [str(EXPECTED)]
+    assert "UserWarning: mlx.core was imported before m7mlx" in done.stderr
+    done = python("import mlx.core\n" + PRODUCT, LD_PRELOAD=openblas)  # the user's own way
+    assert done.stdout.split() == [openblas, str(EXPECTED)]
+    assert "UserWarning:" not in done.stderr
 
 
 @pytest.mark.usefixtures("wanted")
@@ -111,4 +114,4 @@ def test_nothing_is_done_or_said_where_there_is_no_need(reason: str, monkeypatch
     monkeypatch.setenv("M7MLX_BLAS", "off" if reason == "off" else "")
     monkeypatch.setattr(blas.ctypes, "CDLL", refuse)
     assert blas.note() == ""
-    blas.interpose()  # "there": mlx.core has long been imported in this process
+    blas.interpose()

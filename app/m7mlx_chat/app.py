@@ -31,7 +31,8 @@ from m7mlx_chat.widgets.transcript import Transcript
 from m7mlx_chat.widgets.welcome import Welcome
 from m7mlx_chat.widgets.window import Window, line
 
-_DRAIN_SECONDS = 1 / 15  # more often costs tokens per second and shows nothing more
+_DRAIN_SECONDS, _SLOWEST = 1 / 15, 0.25  # more often shows nothing more
+_DRAWING = 0.04  # of this thread's time, while an answer comes: where the model has all cores, drawing costs tokens
 _LOOK_SECONDS = 5.0  # what other windows changed, what could not be saved
 _COMMAND = re.compile(r"/[a-z]+( .*)?", re.DOTALL)
 _SIDEBAR_FROM = 120  # columns: where there is room for the conversations at the start
@@ -80,6 +81,7 @@ class ChatApp(Commands):
         self._loading = folder is not None
         self._editing: int | None = None  # the question that the draft takes the place of
         self._first_text = 0.0
+        self._not_before = self._worked = 0.0
         self._quit_armed = False
         self.failure: Failed | None = None  # why there is no model
         self._working: Settings | None = None  # those that the engine was set up with
@@ -112,7 +114,7 @@ class ChatApp(Commands):
         self.set_keymap(self.config.keys)
         self.composer.focus()
         self.engine.start()
-        self.set_interval(_DRAIN_SECONDS, self.drain)
+        self.set_interval(_DRAIN_SECONDS, self._drain_in_time)
         self.set_interval(_LOOK_SECONDS, self._look)
         self.sidebar.set_class(self.size.width >= _SIDEBAR_FROM, "-shown")
         await self.show_all()
@@ -218,6 +220,14 @@ class ChatApp(Commands):
         await self.transcript.sync(at=self.session.line[min(place, len(self.session.line) - 1)])
 
     # --- what the engine says ---------------------------------------------------------------------------
+
+    async def _drain_in_time(self) -> None:
+        """Drain, the later the more work it was to draw what came the last time."""
+        now, worked = time.monotonic(), time.thread_time()
+        if now >= self._not_before:
+            self._not_before = now + min((worked - self._worked) / _DRAWING, _SLOWEST)
+            self._worked = worked
+            await self.drain()
 
     async def drain(self) -> None:
         """Take what the engine has said since the last time."""
@@ -427,10 +437,11 @@ class ChatApp(Commands):
         self._tell_state(text)
 
     def _tell_state(self, text: str) -> None:
-        self.query_one("#state", Static).update(text)
+        self.query_one("#state", Static).update(text, layout=False)  # its place is fixed
 
     def _show_gauge(self) -> None:
-        self.query_one("#gauge", Static).update(line(self.session.ready, self.session.seen))
+        gauge, text = self.query_one("#gauge", Static), line(self.session.ready, self.session.seen)
+        gauge.update(text, layout=text.cell_len != gauge.size.width)  # a layout per token would cost 5 % of them
         self.query_one(Window).show(self.session.ready, self.session.seen)
 
 

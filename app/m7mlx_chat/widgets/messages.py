@@ -175,7 +175,8 @@ class Answer(MessageView):
 
     def show_progress(self, text: str) -> None:
         """While nothing has been said yet: what the model does."""
-        self._footer.update(text)
+        if text or self._footer.content:
+            self._footer.update(text)
 
 
 def view_of(message: Message, is_live: bool = False) -> MessageView:
