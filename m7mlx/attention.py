@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import mlx.nn as nn
 
+from m7mlx.arrays import on_cpu
+
 if TYPE_CHECKING:
     from m7mlx.config import ModelConfig
     from m7mlx.ring import KeysValues, KVFormat, LayerRing, Rows, Sinks, Step
@@ -46,29 +48,34 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, ring: LayerRing, step: Step) -> mx.array:  # x: [B, L, hidden]
         B, L, _ = x.shape
-        q = self.q_proj(x).reshape(B, L, self.n_heads, self.head_dim).swapaxes(1, 2)  # [B, H, L, head_dim]
-        k = self.k_proj(x).reshape(B, L, self.n_kv_heads, self.head_dim).swapaxes(1, 2)  # [B, KV, L, head_dim]
-        v = self.v_proj(x).reshape(B, L, self.n_kv_heads, self.head_dim).swapaxes(1, 2)
-        out = attend_to_ring(q, k, v, ring, step, self.rope_theta)
+        heads = self._project(x).reshape(B, L, -1, self.head_dim).swapaxes(1, 2)  # [B, H + 2 KV, L, head_dim]
+        out = attend_to_ring(heads, ring, step, self.rope_theta, self.n_kv_heads)
         merged: mx.array = self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1))
         return merged
 
+    def _project(self, x: mx.array) -> mx.array:
+        """All queries, keys and values side by side: [B, L, (H + 2 KV) · head_dim]."""
+        if "qkv_proj" in self:  # after `fuse`
+            fused: mx.array = self.qkv_proj(x)
+            return fused
+        return mx.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
+
 
 def attend_to_ring(
-    q: mx.array, k: mx.array, v: mx.array, ring: LayerRing, step: Step, rope_theta: float
-) -> mx.array:  # q: [B, H, L, head_dim]; k, v: [B, KV, L, head_dim], none rotated yet; → [B, H, L, head_dim]
+    heads: mx.array, ring: LayerRing, step: Step, rope_theta: float, n_kv_heads: int
+) -> mx.array:  # heads: [B, H + 2 KV, L, head_dim], queries, keys and values, none rotated yet; → [B, H, L, head_dim]
     """Rotate, store the new keys and values in the ring, and attend to all that the step lets see."""
-    turn = ring.format.turn
-    kv = ring.update(turn(rope(k, step.rope_offset, rope_theta)), v, step)
-    rotated = turn(rope(q, step.rope_offset, rope_theta))
-    scale = q.shape[-1] ** -0.5
+    values_at, keys_at = heads.shape[1] - n_kv_heads, heads.shape[1] - 2 * n_kv_heads
+    rotated = ring.format.turn(rotate(heads[:, :values_at], step, rope_theta))
+    kv = ring.update(rotated[:, keys_at:], heads[:, values_at:], step)
+    q, scale = rotated[:, :keys_at], heads.shape[-1] ** -0.5
     if step.sinks is not None and ring.sinks is not None:
-        to_sinks = turn(rope_each(q, step.sinks.positions, rope_theta))
-        return attend(rotated * scale, kv, step.mask, (to_sinks * scale, ring.sinks, step.sinks.visible))
-    if kv.format.bits is not None:
-        return attend(rotated * scale, kv, step.mask)
+        to_sinks = ring.format.turn(rope_each(heads[:, :keys_at], step.sinks.positions, rope_theta))
+        return attend(q * scale, kv, step.mask, (to_sinks * scale, ring.sinks, step.sinks.visible))
+    if kv.format.bits is not None or on_cpu():  # there, MLX makes the fused operation one product per query head
+        return attend(q * scale, kv, step.mask)
     mask = None if isinstance(step.mask, str) and q.shape[2] == 1 else step.mask  # one query may see all there is
-    return mx.fast.scaled_dot_product_attention(rotated, kv.keys[0], kv.values[0], scale=scale, mask=mask)
+    return mx.fast.scaled_dot_product_attention(q, kv.keys[0], kv.values[0], scale=scale, mask=mask)
 
 
 def attend(
@@ -84,7 +91,7 @@ def attend(
     B, H, L, D = q.shape
     n_keys = kv.keys[0].shape[2]
     if isinstance(mask, str):  # causal, aligned to the end
-        mask = window_mask(mx.arange(n_keys - L, n_keys), mx.arange(n_keys), None)
+        mask = window_mask(mx.arange(n_keys - L, n_keys), mx.arange(n_keys), None) if L > 1 else mx.array([[True]])
     n_kv_heads = kv.keys[0].shape[1]
     groups = (B, n_kv_heads, H // n_kv_heads, L, -1)
     rows = (B, n_kv_heads, -1, D)  # the queries of a group one below the other: one product per KV head
@@ -110,6 +117,24 @@ def _product(x: mx.array, rows: Rows, kv_format: KVFormat, transpose: bool) -> m
     return mx.quantized_matmul(
         x, codes, scales, biases, transpose=transpose, group_size=kv_format.group_size, bits=kv_format.bits
     )
+
+
+def rotate(x: mx.array, step: Step, theta: float) -> mx.array:
+    """Rotate x [B, heads, L, head_dim] to the positions of the step."""
+    if step.rotation is None:
+        return rope(x, step.rope_offset, theta)
+    return (x.swapaxes(1, 2) @ step.rotation).swapaxes(1, 2)  # one product for all heads
+
+
+def rotation_of(offset: int | mx.array, theta: float, head_dim: int) -> mx.array:
+    """What `rope` does to one token at `offset` (or offset[row]), as matrices [B or 1, 1, head_dim, head_dim].
+
+    A rotation is linear: its matrix is the unit vectors, rotated. All layers share it. On a CPU `rope` is a dozen
+    operations, and a product with so small a matrix takes less than one of them.
+    """
+    rows = 1 if isinstance(offset, int) else offset.size
+    units = mx.broadcast_to(mx.eye(head_dim)[None, :, None], (rows, head_dim, 1, head_dim))
+    return rope(units, offset, theta).swapaxes(1, 2)
 
 
 def rope(x: mx.array, offset: int | mx.array, theta: float) -> mx.array:

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, TypedDict
 
 import mlx.core as mx
 
-from m7mlx.attention import window_mask
+from m7mlx.arrays import on_cpu
+from m7mlx.attention import rotation_of, window_mask
 from m7mlx.errors import InputError, RollbackError
 from m7mlx.ring import KVFormat, LayerRing, Rows, Sinks, SinkStep, Step
 
@@ -120,12 +121,16 @@ class RollingCache:
             raise RollbackError("a forward pass was broken off and overwrote keys still needed; reset the cache")
         in_place = length <= self.slack + 1
         queries = mx.arange(self.offset, self.offset + length) - self._starts
+        rope_offset, config = self._rope_offset, self.config
         step = Step(
             offset=self.offset,
             length=length,
-            rope_offset=self._rope_offset,
+            rope_offset=rope_offset,
             mask=self._mask(queries, in_place),
             in_place=in_place,
+            rotation=rotation_of(rope_offset, config.rope_theta, config.head_dim)
+            if length == 1 and on_cpu()
+            else None,
             new_sinks=self._new_sinks(length),
             sinks=self._sink_step(queries),
         )

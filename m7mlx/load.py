@@ -13,6 +13,7 @@ from m7mlx.arrays import dequantize, is_finite, on_cpu
 from m7mlx.checksums import check_folder
 from m7mlx.config import ModelConfig
 from m7mlx.errors import ConfigError, RunError, WeightsError
+from m7mlx.fuse import fuse
 from m7mlx.hub import resolve
 from m7mlx.memory import cache_bytes, machine_memory
 from m7mlx.model import Mistral
@@ -66,7 +67,7 @@ def build(config: ModelConfig, weights: dict[str, mx.array], dtype: mx.Dtype | N
         nn.quantize(model, class_predicate=lambda path, module: _scheme_of(config, path, loaded))
     model.load_weights(list(loaded.items()), strict=True)
     model.eval()
-    mx.eval(model.parameters())
+    fuse(model)
     return model
 
 

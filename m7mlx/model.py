@@ -28,7 +28,11 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(hidden, d, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:  # [B, L, hidden_size]
-        out: mx.array = self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        if "gate_up_proj" in self:  # after `fuse`
+            gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        out: mx.array = self.down_proj(nn.silu(gate) * up)
         return out
 
 

@@ -83,6 +83,7 @@ class Step:
     """What all layers share in one forward pass over positions offset … offset + length − 1.
 
     rope_offset  position of the first token: one for all rows, or [B]
+    rotation     rotates a single token to it, where a product is faster (`m7mlx.attention.rotation_of`)
     mask         goes to attention as it is: "causal", or bool [length, keys] or [B, 1, length, keys]
     in_place     write first and attend to the ring itself; else to the past, gathered in order, and the new
     new_sinks    [B or 1, sinks]: which of the tokens is to be kept as sink i; −1 for none of them
@@ -94,6 +95,7 @@ class Step:
     rope_offset: int | mx.array
     mask: mx.array | str
     in_place: bool
+    rotation: mx.array | None = None
     new_sinks: mx.array | None = None
     sinks: SinkStep | None = None
 

@@ -7,6 +7,7 @@ import m7mlx  # noqa: F401  first: it loads a fast BLAS, before anybody imports 
 # isort: split
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import mistral_common
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from m7mlx.config import ModelConfig
 from m7mlx.hub import resolve
@@ -61,6 +63,20 @@ def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
 
 def small_model(config: ModelConfig, seed: int = 0) -> Mistral:
     return build(config, {name: mx.array(array) for name, array in random_weights(config, seed).items()})
+
+
+def weights_on_disk(model: Mistral) -> dict[str, np.ndarray]:
+    """The unquantised weights of a loaded model by their names on disk: `m7mlx.fuse` undone."""
+    loaded = {name: np.array(array) for name, array in tree_flatten(model.parameters())}
+    found: dict[str, np.ndarray] = {}
+    taken: dict[str, int] = {}
+    for name, shape in model.config.weight_shapes().items():
+        fused = re.sub("[qkv]_proj", "qkv_proj", re.sub("(gate|up)_proj", "gate_up_proj", name))
+        start = taken.get(fused, 0)
+        taken[fused] = start + shape[0]
+        found[name] = loaded[fused][start : taken[fused]]
+    assert taken == {name: array.shape[0] for name, array in loaded.items()}
+    return found
 
 
 def write_folder(folder: Path, config: ModelConfig, weights: dict[str, np.ndarray] | None = None) -> Path:

@@ -95,8 +95,8 @@ def forward(cache: RollingCache | BatchCache, rows: list[list[int]]) -> list[np.
     step = cache.step(ids.shape[1])
     outs = []
     for layer, ring in enumerate(cache.rings):
-        q, k, v = (table[layer][ids].swapaxes(1, 2) for table in (QUERIES, KEYS, VALUES))
-        outs.append(attend_to_ring(q, k, v, ring, step, THETA))
+        heads = mx.concatenate([table[layer][ids].swapaxes(1, 2) for table in (QUERIES, KEYS, VALUES)], axis=1)
+        outs.append(attend_to_ring(heads, ring, step, THETA, KV))
     cache.advance(step)
     mx.eval(outs, cache.arrays)
     return [np.array(out) for out in outs]

@@ -124,7 +124,7 @@ def test_other_weights_and_other_shapes(saved: Path) -> None:
     refused(saved, "another shape", small_model(small_config(head_dim=32, sliding_window=9)))
     refused(saved, "another shape", FULL)
     almost = small_model(MODEL.config)
-    weight = almost.model.layers[1].mlp.up_proj.weight
+    weight = almost.model.layers[1].mlp.down_proj.weight
     weight[17, 3] = weight[17, 3] * 1.0001
     refused(saved, "other weights", almost)
 

@@ -1,0 +1,59 @@
+"""Weights as the device reads them fastest: products that share their input as one, laid out for the BLAS.
+
+A row of a weight matrix is an output of its own, quantised by itself too: matrices over the same input are put one
+below the other, and one product takes the place of three (queries, keys, values) or two (gate, up). Modules quantised
+in different ways, as mixed recipes have them, stay as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from m7mlx.arrays import on_cpu
+
+if TYPE_CHECKING:
+    from m7mlx.model import Mistral
+
+
+def fuse(model: Mistral) -> None:
+    """Do so in place, and evaluate; at most one layer's weights are held twice."""
+    for block in model.model.layers:
+        for parent, names, fused in (
+            (block.self_attn, ("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+            (block.mlp, ("gate_proj", "up_proj"), "gate_up_proj"),
+        ):
+            if _alike([parent[name] for name in names]):
+                parent[fused] = _stack([parent.pop(name) for name in names])
+        block.self_attn.o_proj = _stack([block.self_attn.o_proj])
+        block.mlp.down_proj = _stack([block.mlp.down_proj])
+        mx.eval(block.parameters())
+    model.model.embed_tokens = _stack([model.model.embed_tokens])
+    if "lm_head" in model:
+        model.lm_head = _stack([model.lm_head])
+    mx.eval(model.parameters())
+
+
+def _alike(modules: list[Any]) -> bool:
+    scheme = ("group_size", "bits", "mode")
+    return len({(type(module), *(getattr(module, key, None) for key in scheme)) for module in modules}) == 1
+
+
+def _stack(modules: list[Any]) -> Any:
+    """One module with the rows of all, one below the other; on a CPU with the columns of its matrix contiguous.
+
+    A BLAS reads x @ weight.T faster so: one row times 14336×4096 takes OpenBLAS 9.7 ms instead of 13.0, and MLX's
+    reference BLAS half the time; many rows gain a little (docs/performance.md).
+    """
+    stacked = copy.copy(modules[0])
+    by_columns = on_cpu() and isinstance(stacked, nn.Linear | nn.Embedding)
+    for key in modules[0].parameters():
+        arrays = [module[key] for module in modules]
+        if by_columns:
+            stacked[key] = mx.concatenate([array.T for array in arrays], axis=1).T
+        elif len(arrays) > 1:
+            stacked[key] = mx.concatenate(arrays, axis=0)
+    return stacked
