@@ -1,23 +1,79 @@
-"""The bytes of arrays: what MLX itself does slowly on a CPU, or not at all."""
+"""Arrays and their bytes: what MLX itself does slowly on a CPU, or not at all."""
 
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Mapping
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from m7mlx.quantization import Quantization
 
 _PIECE = 1 << 18  # numbers, which fit into a processor's cache
 _COLUMNS = 1024  # of the matrix that a tensor's words are summed over
+_SLOW_EXP = sys.platform == "linux"
+_LARGE = 1 << 14  # numbers; below, a dozen operations cost more than they save
+_LOG2_E = 1.4426950408889634
+_ROUND = 1.5 * 2**23  # added to a float32, it leaves no bits for a fraction
+# 2^f for −½ ≤ f ≤ ½, highest power first: interpolated at the Chebyshev points
+_POWERS = (
+    *(0.001339086336353527, 0.009676031918255982, 0.05550357114222094),
+    *(0.2402210748530968, 0.6931471880262273, 1.0000000754548972),
+)
 _EXPONENTS = {mx.float32: 0x7F800000, mx.float16: 0x7C00, mx.bfloat16: 0x7F80}  # all bits set: infinite or NaN
 
 
 def on_cpu() -> bool:
     """Whether MLX computes on the processor, where 16-bit arithmetic is emulated and everything is slow."""
     return mx.default_device() == mx.Device(mx.cpu)
+
+
+def softmax(x: mx.array) -> tuple[mx.array, mx.array | None]:
+    """Over the last axis, computed in float32, as (powers, total): the softmax is their quotient; None stands for 1.
+
+    Whoever multiplies by it can divide the smaller result.
+    """
+    if not _is_slow(x):
+        return mx.softmax(x, axis=-1, precise=True), None
+    largest = x
+    while (n := largest.shape[-1]) > 64:  # halves against each other: twice as fast as MLX's reduction
+        largest = mx.maximum(largest[..., : (n + 1) // 2], largest[..., n // 2 :])
+    powers = _exp(x - mx.max(largest, axis=-1, keepdims=True))
+    return powers, powers @ mx.ones((x.shape[-1], 1))  # four times as fast as MLX's sum
+
+
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """gate · sigmoid(gate) · up."""
+    return _swiglu(gate, up) if _is_slow(gate) else nn.silu(gate) * up
+
+
+def _is_slow(x: mx.array) -> bool:
+    """Whether MLX calls the C library's `exp` for each of many numbers: 9 ns, where `_exp` takes 1."""
+    return _SLOW_EXP and x.size >= _LARGE and x.dtype == mx.float32 and on_cpu()
+
+
+@mx.compile  # one pass over arrays that lie in order
+def _exp(x: mx.array) -> mx.array:
+    """e to the x: 2^n · 2^f, by a polynomial for 2^f and n added to the bits of its exponent.
+
+    As exact as MLX's: 2e-7, and the rounding of x · log2 e. It stays between 2^-100, which is lost in any sum with
+    a 1, and 2^126.
+    """
+    y = mx.clip(x * _LOG2_E, -100.0, 126.0)
+    rounded = y + _ROUND  # its lowest bits are now the integer n
+    f = y - (rounded - _ROUND)
+    power = f * _POWERS[0] + _POWERS[1]
+    for coefficient in _POWERS[2:]:
+        power = power * f + coefficient
+    return (power.view(mx.int32) + (rounded.view(mx.int32) << 23)).view(mx.float32)
+
+
+@mx.compile
+def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    return gate * up / (1 + _exp(-gate))
 
 
 def dequantize(arrays: Mapping[str, mx.array], scheme: Quantization) -> mx.array:

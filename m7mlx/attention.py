@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import mlx.nn as nn
 
-from m7mlx.arrays import on_cpu
+from m7mlx.arrays import on_cpu, softmax
 
 if TYPE_CHECKING:
     from m7mlx.config import ModelConfig
     from m7mlx.ring import KeysValues, KVFormat, LayerRing, Rows, Sinks, Step
+
+_IN_CACHE = 1 << 18  # scores, 1 MB: about the cache that a core has for itself
 
 
 def window_mask(query_positions: mx.array, key_positions: mx.array, window: int | None) -> mx.array:
@@ -84,30 +86,42 @@ def attend(
     mask: mx.array | str,
     sinks: tuple[mx.array, Sinks, mx.array] | None = None,
 ) -> mx.array:  # q [B, H, L, head_dim], scaled → [B, H, L, head_dim]
-    """What no fused kernel does: attention to quantised rows where they lie, and to sinks besides.
+    """What no fused kernel does: attention to quantised rows where they lie, to sinks besides, and on a CPU.
 
     sinks  queries as rotated for them, their keys and values, and which query sees which of them
     """
-    B, H, L, D = q.shape
-    n_keys = kv.keys[0].shape[2]
+    (_, H, L, _), (n_kv_heads, n_keys) = q.shape, kv.keys[0].shape[1:3]
     if isinstance(mask, str):  # causal, aligned to the end
         mask = window_mask(mx.arange(n_keys - L, n_keys), mx.arange(n_keys), None) if L > 1 else mx.array([[True]])
-    n_kv_heads = kv.keys[0].shape[1]
+    bias = mx.where(mask, 0.0, -mx.inf).astype(q.dtype)
+    bias = bias if bias.ndim == 2 else bias[:, :, None]
+    if sinks is not None or q.size // q.shape[-1] * n_keys <= _IN_CACHE or not on_cpu():
+        return _attend(q, kv, bias, sinks)
+    # Scores are gone through a dozen times: one KV head's after the other's, they stay in the processor's cache.
+    heads = [
+        _attend(q[:, i * H // n_kv_heads : (i + 1) * H // n_kv_heads], kv.head(i), bias) for i in range(n_kv_heads)
+    ]
+    return mx.concatenate(heads, axis=1)
+
+
+def _attend(
+    q: mx.array, kv: KeysValues, bias: mx.array, sinks: tuple[mx.array, Sinks, mx.array] | None = None
+) -> mx.array:
+    B, H, L, D = q.shape
+    n_kv_heads, n_keys = kv.keys[0].shape[1:3]
     groups = (B, n_kv_heads, H // n_kv_heads, L, -1)
     rows = (B, n_kv_heads, -1, D)  # the queries of a group one below the other: one product per KV head
-    mask = mask if mask.ndim == 2 else mask[:, :, None]
-    scores = _product(q.reshape(rows), kv.keys, kv.format, transpose=True).reshape(groups)
-    scores = mx.where(mask, scores, -mx.inf)
+    scores = _product(q.reshape(rows), kv.keys, kv.format, transpose=True).reshape(groups) + bias
     if sinks is not None:
         to_sinks, (sink_keys, sink_values), visible = sinks
         more = (to_sinks.reshape(rows) @ sink_keys.swapaxes(2, 3)).reshape(groups)
         scores = mx.concatenate([scores, mx.where(visible[:, :, None], more, -mx.inf)], axis=-1)
-    weights = mx.softmax(scores, axis=-1, precise=True)
+    weights, total = softmax(scores)
     weights = weights.reshape(B, n_kv_heads, -1, weights.shape[-1])
     out = _product(weights[..., :n_keys], kv.values, kv.format, transpose=False)
     if sinks is not None:
         out = out + weights[..., n_keys:] @ sink_values
-    return out.reshape(B, H, L, D)
+    return (out if total is None else out.reshape(groups) / total).reshape(B, H, L, D)
 
 
 def _product(x: mx.array, rows: Rows, kv_format: KVFormat, transpose: bool) -> mx.array:

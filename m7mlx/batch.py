@@ -43,6 +43,11 @@ class BatchCache:
         return [self._clock.offset - start for start in self._starts]
 
     @property
+    def clock(self) -> RollingCache:
+        """The cache that holds all rows, at the time of the longest."""
+        return self._clock
+
+    @property
     def rings(self) -> list[LayerRing]:
         return self._clock.rings
 

@@ -138,6 +138,29 @@ class RollingCache:
         self.written = max(self.written, self.offset + length)
         return step
 
+    def step_at(self, offset: mx.array, starts: mx.array, rows: int) -> Step:
+        """`step(1)` for any offset [1]: all that changes from token to token is an array, and so traced only once.
+
+        starts  [B, 1]; rows  of the buffers, which hold the token's slot already
+        """
+        capacity, config = self.rings[0].capacity, self.config
+        keys = offset - (offset - mx.arange(rows)) % capacity  # as in `_mask`
+        position = (offset - starts)[:, 0] if starts.size > 1 else offset
+        return Step(
+            offset=0,
+            length=1,
+            rope_offset=position,
+            mask=window_mask(offset - starts, keys - starts, self.window)[:, None],
+            in_place=True,
+            slot=offset % capacity,
+            rotation=rotation_of(position, config.rope_theta, config.head_dim) if on_cpu() else None,
+        )
+
+    @property
+    def starts(self) -> mx.array:
+        """Where each row began on the clock, [B, 1]; 0 but in a batch."""
+        return mx.array([[0]]) if isinstance(self._starts, int) else self._starts
+
     def advance(self, step: Step) -> None:
         """Count the tokens of a finished forward pass as seen."""
         self.offset = step.offset + step.length

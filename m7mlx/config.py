@@ -7,6 +7,7 @@ a key that would change the computation and is not understood is refused by name
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -230,6 +231,11 @@ class ModelConfig:
         if not self.tie_word_embeddings:
             shapes["lm_head.weight"] = (self.vocab_size, d)
         return shapes
+
+    @property
+    def n_weights(self) -> int:
+        """How many numbers the weights are."""
+        return sum(math.prod(shape) for shape in self.weight_shapes().values())
 
 
 def read_json(path: Path) -> dict[str, Any]:

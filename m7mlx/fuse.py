@@ -22,14 +22,12 @@ if TYPE_CHECKING:
 def fuse(model: Mistral) -> None:
     """Do so in place, and evaluate; at most one layer's weights are held twice."""
     for block in model.model.layers:
-        for parent, names, fused in (
-            (block.self_attn, ("q_proj", "k_proj", "v_proj"), "qkv_proj"),
-            (block.mlp, ("gate_proj", "up_proj"), "gate_up_proj"),
-        ):
-            if _alike([parent[name] for name in names]):
-                parent[fused] = _stack([parent.pop(name) for name in names])
-        block.self_attn.o_proj = _stack([block.self_attn.o_proj])
-        block.mlp.down_proj = _stack([block.mlp.down_proj])
+        _join(block.self_attn, ("q_proj", "k_proj", "v_proj"), "qkv_proj")
+        if not on_cpu():  # there the halves of the product would be read with gaps, which costs more than it saves
+            _join(block.mlp, ("gate_proj", "up_proj"), "gate_up_proj")
+        for parent in (block.self_attn, block.mlp):
+            for name in parent.children():
+                parent[name] = _stack([parent[name]])
         mx.eval(block.parameters())
     model.model.embed_tokens = _stack([model.model.embed_tokens])
     if "lm_head" in model:
@@ -37,9 +35,12 @@ def fuse(model: Mistral) -> None:
     mx.eval(model.parameters())
 
 
-def _alike(modules: list[Any]) -> bool:
-    scheme = ("group_size", "bits", "mode")
-    return len({(type(module), *(getattr(module, key, None) for key in scheme)) for module in modules}) == 1
+def _join(parent: nn.Module, names: tuple[str, ...], fused: str) -> None:
+    schemes = {
+        (type(m), *(getattr(m, k, None) for k in ("group_size", "bits", "mode"))) for m in map(parent.get, names)
+    }
+    if len(schemes) == 1:
+        parent[fused] = _stack([parent.pop(name) for name in names])
 
 
 def _stack(modules: list[Any]) -> Any:

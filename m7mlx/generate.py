@@ -101,8 +101,8 @@ def stream_generate(
     continues   ids of an answer that was broken off. It goes on after them, with the same seed as if it had never
                 been broken off
 
-    prefill_chunk is the number of tokens read at a time; None takes 512, or 64 on the CPU backend, where a
-    chunk takes seconds and nothing can be cancelled within one.
+    prefill_chunk is the number of tokens read at a time; None takes what is fastest on the backend
+    (`m7mlx.decode.default_chunk`). Nothing can be cancelled within a chunk.
 
     Closing the generator stops within one token; the cache then holds every token that was yielded.
 
@@ -111,7 +111,7 @@ def stream_generate(
     if max_tokens is not None and max_tokens < 0:
         raise InputError(f"max_tokens must not be negative, got {max_tokens}")
     if prefill_chunk is None:
-        prefill_chunk = default_chunk()
+        prefill_chunk = default_chunk(model)
     if prefill_chunk < 1:
         raise InputError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
     if isinstance(stop, str) or not all(stop):

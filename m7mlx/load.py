@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +37,19 @@ def load(
     Raises NotFoundError, DownloadError, ConfigError, WeightsError, TokenizerError; RunError if the machine has too
     little memory.
     """
+    folder, config, files = _checked(name, dtype)
+    tokenizer = load_tokenizer(folder, config.vocab_size)
+    return build(config, _read(files, progress), dtype), tokenizer
+
+
+def load_model(name: str | Path, *, dtype: mx.Dtype | None = None) -> Mistral:
+    """The model alone, of a folder without a tokenizer too; otherwise as `load`."""
+    _, config, files = _checked(name, dtype)
+    return build(config, _read(files), dtype)
+
+
+def _checked(name: str | Path, dtype: mx.Dtype | None) -> tuple[Path, ModelConfig, list[Path]]:
+    """The folder, its configuration and its weight files, after all that can be known before they are read."""
     folder = resolve(name)
     if folder.is_file():
         raise ConfigError(f"{folder} is a file; a GGUF file is converted first: m7mlx-convert {folder}")
@@ -47,9 +59,7 @@ def load(
     parameters(folder, config, headers)
     files = sorted({stored.path for stored in headers.values()})
     _check_memory(folder, config, files, _compute_dtype(dtype))
-    tokenizer = load_tokenizer(folder, config.vocab_size)
-    weights = _read(files, progress or (lambda done, total: None))
-    return build(config, weights, dtype), tokenizer
+    return folder, config, files
 
 
 def build(config: ModelConfig, weights: dict[str, mx.array], dtype: mx.Dtype | None = None) -> Mistral:
@@ -99,7 +109,7 @@ def _scheme_of(config: ModelConfig, path: str, loaded: dict[str, mx.array]) -> b
 
 def _fits_expanded(config: ModelConfig, dtype: mx.Dtype) -> bool:
     """Whether all weights in `dtype` take at most half of the machine's memory."""
-    return _numbers(config) * dtype.size <= machine_memory() // 2
+    return config.n_weights * dtype.size <= machine_memory() // 2
 
 
 def _compute_dtype(asked: mx.Dtype | None) -> mx.Dtype | None:
@@ -111,7 +121,7 @@ def _check_memory(folder: Path, config: ModelConfig, files: list[Path], dtype: m
     """Raise RunError if weights and a window of keys and values exceed the machine (on macOS, a kernel panic)."""
     weights = sum(path.stat().st_size for path in files)
     if config.quantization is None and dtype is not None:
-        weights = _numbers(config) * dtype.size
+        weights = config.n_weights * dtype.size
     positions = config.sliding_window or min(config.max_position_embeddings, 4096)
     cache = cache_bytes(config, positions, 8 * (dtype or mx.float16).size)
     if weights + cache > machine_memory():
@@ -122,15 +132,12 @@ def _check_memory(folder: Path, config: ModelConfig, files: list[Path], dtype: m
         )
 
 
-def _numbers(config: ModelConfig) -> int:
-    return sum(math.prod(shape) for shape in config.weight_shapes().values())
-
-
-def _read(files: list[Path], progress: Callable[[int, int], None]) -> dict[str, mx.array]:
+def _read(files: list[Path], progress: Callable[[int, int], None] | None = None) -> dict[str, mx.array]:
     """All tensors of a folder, read and checked to be finite; one file at a time."""
     total = sum(path.stat().st_size for path in files)
     done = 0
     weights: dict[str, mx.array] = {}
+    progress = progress or (lambda done, total: None)
     progress(0, total)
     for path in files:
         try:

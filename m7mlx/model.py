@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Unpack
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from m7mlx.arrays import swiglu
 from m7mlx.attention import Attention
 from m7mlx.batch import BatchCache
 from m7mlx.cache import CacheOptions, RollingCache
@@ -32,7 +34,7 @@ class FeedForward(nn.Module):
             gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
-        out: mx.array = self.down_proj(nn.silu(gate) * up)
+        out: mx.array = self.down_proj(swiglu(gate, up))
         return out
 
 
@@ -83,10 +85,15 @@ class Mistral(nn.Module):
         """Last hidden states [B, L, hidden_size], normalised, for ids [B, L]; advances the cache by L."""
         cache = self.new_cache() if cache is None else cache
         step = cache.step(ids.shape[1])
-        x: mx.array = self.model.embed_tokens(ids)
-        for block, ring in zip(self.model.layers, cache.rings, strict=True):
-            x = block(x, ring, step)
+        hidden = self.through(ids, cache.rings, step)
         cache.advance(step)
+        return hidden
+
+    def through(self, ids: mx.array, rings: Sequence[LayerRing], step: Step) -> mx.array:
+        """The same, for a step over rings that somebody else describes."""
+        x: mx.array = self.model.embed_tokens(ids)
+        for block, ring in zip(self.model.layers, rings, strict=True):
+            x = block(x, ring, step)
         normed: mx.array = self.model.norm(x)
         return normed
 

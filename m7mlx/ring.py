@@ -70,6 +70,11 @@ class KeysValues(NamedTuple):
     values: Rows
     format: KVFormat
 
+    def head(self, i: int) -> KeysValues:
+        """Those of one KV head."""
+        keys, values = (tuple(array[:, i : i + 1] for array in rows) for rows in (self.keys, self.values))
+        return KeysValues(keys, values, self.format)
+
 
 class Sinks(NamedTuple):
     """The first few keys and values of the sequence, each [B, n_kv_heads, sinks, head_dim]; key i at position i."""
@@ -86,6 +91,7 @@ class Step:
     rotation     rotates a single token to it, where a product is faster (`m7mlx.attention.rotation_of`)
     mask         goes to attention as it is: "causal", or bool [length, keys] or [B, 1, length, keys]
     in_place     write first and attend to the ring itself; else to the past, gathered in order, and the new
+    slot         where a compiled step writes its token: [1], a number that changes without a new trace
     new_sinks    [B or 1, sinks]: which of the tokens is to be kept as sink i; −1 for none of them
     sinks        how to attend to the sinks; None as long as they are within the window
     """
@@ -95,6 +101,7 @@ class Step:
     rope_offset: int | mx.array
     mask: mx.array | str
     in_place: bool
+    slot: mx.array | None = None
     rotation: mx.array | None = None
     new_sinks: mx.array | None = None
     sinks: SinkStep | None = None
@@ -152,6 +159,10 @@ class LayerRing:
         if step.new_sinks is not None:
             self._store_sinks(k, v, step.new_sinks)
         new = self.format.encode(k) + self.format.encode(v)
+        if step.slot is not None:
+            pairs = zip(self.buffers, new, strict=True)
+            self.buffers = tuple(mx.slice_update(buffer, row, step.slot, axes=(2,)) for buffer, row in pairs)
+            return self._split(self.buffers, self.format)
         if step.in_place:
             self.write(new, step.offset)
             in_order = isinstance(step.mask, str)  # nothing has left the window: the rows so far, and no others

@@ -149,7 +149,7 @@ class DraftModel:
 
     def _read(self, ids: list[int]) -> mx.array:
         """Logits [1, vocab_size] after more tokens of the conversation."""
-        chunk = default_chunk()
+        chunk = default_chunk(self._model)
         if len(ids) > chunk:
             return prefill(self._model, ids, self._cache, chunk)
         hidden = self._model.hidden(mx.array([ids]), self._cache)

@@ -100,15 +100,7 @@ def _bits(config: ModelConfig, nbytes: int) -> str:
             f"{config.quantization.bits} bits" if config.quantization.mode == "affine" else config.quantization.mode
         )
         return base + (" mixed" if mixed else "")
-    numbers = sum(_product(shape) for shape in config.weight_shapes().values())
-    return f"{round(8 * nbytes / max(numbers, 1))} bits"
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    found = 1
-    for size in shape:
-        found *= size
-    return found
+    return f"{round(8 * nbytes / config.n_weights)} bits"
 
 
 def _folders(others: Sequence[str]) -> Iterator[tuple[str, Path]]:

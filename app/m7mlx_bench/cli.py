@@ -1,0 +1,258 @@
+"""The command line of m7mlx-bench."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from m7mlx.cli import EXIT_FAILED, ArgumentParser, run
+from m7mlx.errors import ConfigError, InputError, RunError
+
+if TYPE_CHECKING:
+    from m7mlx.config import ModelConfig
+    from m7mlx_bench.report import Results
+
+PROG = "m7mlx-bench"
+_DESCRIPTION = """\
+Measure a model on this machine: start to first token, prefill, decode by position, memory; against other engines in
+the same run, each in processes of its own that take turns.
+
+MODEL is a folder, a Hub repository or an alias, as for m7mlx-chat; or leave it out and measure random weights of a
+shape (--shape), which cost the same as a trained model's."""
+_EPILOG = """\
+examples:
+  m7mlx-bench demo                                         the demo model against what is installed
+  m7mlx-bench --shape small --positions 1024 32768         a model of 4 layers, far into a conversation
+  m7mlx-bench --shape 7b --q-bits 4 --engines m7mlx        Mistral 7B's size, without its weights
+  m7mlx-bench ~/models/Mistral-7B-Instruct-v0.3-4bit --gguf ~/models/mistral-7b.Q4_K_M.gguf
+  m7mlx-bench demo --rounds 5 --json demo.json --plot demo.svg
+
+Ratios are medians of rounds, since a machine's speed drifts. "Of the limit": the bytes that a token must move
+(weights, keys and values), over the memory bandwidth measured in the same run. Peers: mlx-lm (which ignores the
+window), its rotating cache put in by hand, transformers (float32, bfloat16), llama.cpp (with --gguf and
+llama-cpp-python).
+Exit status: 0 done, 1 failed on the way, 2 bad usage or input, 130 Ctrl-C."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return run(_bench, _parse(argv), PROG)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(PROG, _DESCRIPTION, _EPILOG)
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="folder, Hub repository or alias (default: demo)")
+    shape = parser.add_argument_group("random weights instead of a model")
+    shape.add_argument(
+        "--shape", choices=("small", "135m", "7b"), help="4 layers of 512, the demo model's, Mistral 7B's"
+    )
+    for name, meaning in (
+        ("layers", "layers"),
+        ("hidden", "hidden size"),
+        ("feed-forward", "size of the feed-forward layers"),
+        ("heads", "query heads"),
+        ("kv-heads", "key-value heads"),
+        ("vocab", "vocabulary"),
+    ):
+        shape.add_argument(f"--{name}", type=_positive, metavar="N", help=f"{meaning}, instead of the shape's")
+    shape.add_argument("--window", type=_window, metavar="N", help="sliding window, or none")
+    shape.add_argument("--q-bits", type=int, choices=(2, 3, 4, 6, 8), help="quantised, in groups of 64")
+    what = parser.add_argument_group("what to measure")
+    what.add_argument(
+        "--engines",
+        metavar="A,B",
+        help="which, of: m7mlx, m7mlx compiled, m7mlx kv8, m7mlx kv4, mlx-lm, mlx-lm rotating, transformers, "
+        "transformers bf16, llama.cpp (default: those that are installed)",
+    )
+    what.add_argument("--gguf", type=Path, metavar="FILE", help="the same model for llama.cpp")
+    what.add_argument(
+        "--prompt", type=_positive, nargs="+", default=[34, 256], metavar="N", help="tokens to read (34 256)"
+    )
+    what.add_argument(
+        "--positions",
+        type=_positive,
+        nargs="+",
+        default=[1024, 4096],
+        metavar="N",
+        help="where to decode (1024 4096)",
+    )
+    what.add_argument("--tokens", type=_positive, default=24, metavar="N", help="tokens to decode at each (24)")
+    what.add_argument("--rounds", type=_positive, default=3, metavar="N", help="how often, in turn (3)")
+    out = parser.add_argument_group("results")
+    out.add_argument("--json", type=Path, metavar="FILE", help="all figures of all runs")
+    out.add_argument("--plot", type=Path, metavar="FILE", action="append", default=[], help="a .png or .svg")
+    return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def _window(text: str) -> int:
+    return 0 if text == "none" else _positive(text)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from m7mlx import blas
+    from m7mlx_bench import report
+
+    for path in args.plot:
+        _check_plot(path)
+    for path in [*args.plot, *([args.json] if args.json else [])]:
+        if not path.absolute().parent.is_dir():
+            raise InputError(f"{path}: there is no folder {path.absolute().parent}")
+    engines = _engines(args)
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="m7mlx-bench-")))
+        folder, name, config = _model(args, scratch)
+        results = report.Results(
+            model={"name": name, "window": config.sliding_window, "config": config.to_dict()},
+            machine=report.machine(blas.library),
+            prompts=sorted(set(args.prompt)),
+            positions=sorted(set(args.positions)),
+            tokens=args.tokens,
+        )
+        _measure(args, results, engines, folder, scratch, config.vocab_size)
+    if args.json:
+        args.json.write_text(json.dumps(results.to_dict(), indent=1))
+    report.show(results, Console(width=None if sys.stdout.isatty() else 200))
+    for path in args.plot:
+        from m7mlx_bench.plots import plot
+
+        plot(results, path)
+    return 0 if "m7mlx" in results.runs or "m7mlx" not in engines else EXIT_FAILED
+
+
+def _check_plot(path: Path) -> None:
+    import importlib.util
+
+    from m7mlx_bench.plots import FORMATS
+
+    if path.suffix.lower() not in FORMATS:
+        raise InputError(f"{path}: a plot is a {' or '.join(FORMATS)} file")
+    if importlib.util.find_spec("matplotlib") is None:  # said before an hour has gone by, not after it
+        raise InputError("plots need matplotlib: pip install 'm7mlx[bench]'")
+
+
+def _engines(args: argparse.Namespace) -> list[str]:
+    from m7mlx_bench.engines import DEFAULT, ENGINES, available
+
+    if args.gguf and not args.gguf.is_file():
+        raise InputError(f"{args.gguf} is not a file")
+    if args.engines is None:
+        return [e for e in DEFAULT if available(e) and (e != "llama.cpp" or args.gguf)]
+    asked = [name.strip() for name in args.engines.split(",")]
+    for name in asked:
+        if name not in ENGINES:
+            raise InputError(f"there is no engine {name!r}; there are {', '.join(ENGINES)}")
+        if not available(name):
+            raise InputError(f"{name} is not installed")
+    if "llama.cpp" in asked and not args.gguf:
+        raise InputError("llama.cpp reads GGUF files only; give one with --gguf")
+    return list(dict.fromkeys(asked))
+
+
+def _model(args: argparse.Namespace, scratch: Path) -> tuple[Path, str, ModelConfig]:
+    """The folder to measure, its name and its configuration."""
+    from m7mlx.config import ModelConfig
+    from m7mlx.hub import resolve
+
+    changes = _changes(args)
+    if args.shape is None and not changes:
+        folder = resolve(args.model or "demo")
+        return folder, args.model or "demo", ModelConfig.from_folder(folder)
+    if args.model:
+        raise InputError("a model has its own shape; leave out either MODEL or the options for random weights")
+    from m7mlx_bench.models import SHAPES, write_random
+
+    shape = args.shape or "small"
+    try:
+        config = replace(SHAPES[shape], **changes)
+        config = ModelConfig.from_dict(config.to_dict())  # checks what does not fit together
+    except ConfigError as error:
+        raise InputError(str(error)) from None
+    folder = scratch / "random"
+    write_random(folder, config)
+    bits = f", {args.q_bits} bits" if args.q_bits else ""
+    return folder, f"random weights, {shape}{bits}, {config.n_layers} layers of {config.hidden_size}", config
+
+
+def _changes(args: argparse.Namespace) -> dict[str, Any]:
+    from m7mlx.quantization import Quantization
+
+    fields = {
+        "layers": "n_layers",
+        "hidden": "hidden_size",
+        "feed_forward": "intermediate_size",
+        "heads": "n_heads",
+        "kv_heads": "n_kv_heads",
+        "vocab": "vocab_size",
+    }
+    changes: dict[str, Any] = {field: n for name, field in fields.items() if (n := getattr(args, name)) is not None}
+    if args.window is not None:
+        changes["sliding_window"] = args.window or None
+    if args.q_bits:
+        changes["quantization"] = Quantization(64, args.q_bits)
+    return changes
+
+
+def _measure(
+    args: argparse.Namespace, results: Results, engines: list[str], folder: Path, scratch: Path, vocab: int
+) -> None:
+    """Let the engines take turns; what fails is left out and noted."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from m7mlx_bench.models import readable
+    from m7mlx_bench.worker import Job
+
+    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("preparing", total=args.rounds * len(engines))
+        jobs: dict[str, Job] = {}
+        for engine in engines:
+            try:
+                place, note = (args.gguf, "") if engine == "llama.cpp" else readable(engine, folder, scratch)
+            except InputError as error:
+                results.notes.append(f"{engine} left out: {error}")
+                continue
+            if note:
+                results.notes.append(f"{engine} {note}")
+            jobs[engine] = Job(engine, str(place), results.prompts, results.positions, args.tokens, vocab)
+        for _ in range(args.rounds):
+            results.bandwidth.append(float(_worker("null")))
+            for engine, job in list(jobs.items()):
+                progress.update(task, description=engine)
+                try:
+                    found = json.loads(_worker(job.dumps()))
+                except RunError as error:
+                    results.notes.append(f"{engine} failed: {error}")
+                    results.runs.pop(engine, None)
+                    del jobs[engine]
+                else:
+                    results.runs.setdefault(engine, []).append(found)
+                progress.advance(task)
+    if "mlx-lm" in results.runs and results.model["window"]:
+        results.notes.append("mlx-lm attends to the whole sequence: it ignores the window")
+
+
+def _worker(job: str) -> str:
+    """The last line that a worker prints. Raises RunError with the last line of its complaints."""
+    command = [sys.executable, "-m", "m7mlx_bench.worker", job]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise RunError(said[-1])
+    return done.stdout.splitlines()[-1]
