@@ -13,6 +13,7 @@ from m7mlx.cache import RollingCache
 from m7mlx.chat import Message
 from m7mlx.decode import decode, default_chunk, prefill, reuse
 from m7mlx.errors import InputError, PromptTooLongError, TokenizerError
+from m7mlx.memory import positions_that_fit
 from m7mlx.model import Mistral
 from m7mlx.sampling import Sampler, Sampling
 from m7mlx.speculative import DRAFT_SLACK, Drafter, speculate
@@ -122,7 +123,7 @@ def stream_generate(
         text.add(token)  # shown already; a character cut in the middle is finished
     if cache is None:
         cache = model.new_cache() if drafter is None else model.new_cache(slack=DRAFT_SLACK)
-    room = _check_prompt(model, ids, endless=cache.window is not None)
+    room = _check_prompt(model, ids, cache)
     sampler = Sampler(sampling or Sampling())
     sampler.see(ids, chosen=len(continues))
     limit = room if max_tokens is None else max_tokens if room is None else min(max_tokens, room)
@@ -201,7 +202,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     return ids  # type: ignore[return-value]
 
 
-def _check_prompt(model: Mistral, ids: Sequence[int], endless: bool) -> int | None:
+def _check_prompt(model: Mistral, ids: Sequence[int], cache: RollingCache) -> int | None:
     """How many tokens may follow the prompt; None where a window lets the sequence go on for ever."""
     config = model.config
     if not ids:
@@ -210,14 +211,17 @@ def _check_prompt(model: Mistral, ids: Sequence[int], endless: bool) -> int | No
         # An id past the embedding reads memory that is not the model's.
         if not 0 <= token < config.vocab_size:
             raise TokenizerError(f"token id {token} is outside the model's vocabulary of {config.vocab_size}")
-    if endless:
+    if cache.window is not None:
         return None
-    if len(ids) > config.max_position_embeddings:
+    bits = 8 * model.dtype.size if cache.format.bits is None else cache.format.bits + 32 / cache.format.group_size
+    fit, context = positions_that_fit(config, model.nbytes, bits), config.max_position_embeddings
+    if len(ids) > min(fit, context):
+        what = f"the model's context holds {context}" if context <= fit else f"memory holds {fit} beside the model"
         raise PromptTooLongError(
-            f"the prompt has {len(ids)} tokens, but the model's context holds {config.max_position_embeddings}; "
+            f"the prompt has {len(ids)} tokens, but {what}; "
             "shorten it, start a new conversation, or bound the cache with max_kv_size"
         )
-    return config.max_position_embeddings - len(ids)
+    return min(fit, context) - len(ids)
 
 
 class StopFilter:

@@ -14,7 +14,7 @@ from m7mlx.config import ModelConfig
 from m7mlx.errors import ConfigError, RunError, WeightsError
 from m7mlx.fuse import fuse
 from m7mlx.hub import resolve
-from m7mlx.memory import cache_bytes, machine_memory
+from m7mlx.memory import budget, cache_bytes, expands, loaded_bytes, machine_memory, settle
 from m7mlx.model import Mistral
 from m7mlx.safetensors import folder_weights, is_left_out, parameters
 from m7mlx.tokenizer import Tokenizer, load_tokenizer
@@ -65,7 +65,7 @@ def _checked(name: str | Path, dtype: mx.Dtype | None) -> tuple[Path, ModelConfi
 def build(config: ModelConfig, weights: dict[str, mx.array], dtype: mx.Dtype | None = None) -> Mistral:
     """A model from its weights by name on disk; `dtype` as for `load`. `weights` is emptied on the way."""
     dtype = _compute_dtype(dtype)
-    expand = on_cpu() and config.quantization is not None and _fits_expanded(config, dtype or mx.float32)
+    expand = config.quantization is not None and expands(config)
     model = Mistral(config)
     loaded: dict[str, mx.array] = {}
     for name in list(weights):
@@ -78,6 +78,7 @@ def build(config: ModelConfig, weights: dict[str, mx.array], dtype: mx.Dtype | N
     model.load_weights(list(loaded.items()), strict=True)
     model.eval()
     fuse(model)
+    settle(model.nbytes)
     return model
 
 
@@ -107,28 +108,22 @@ def _scheme_of(config: ModelConfig, path: str, loaded: dict[str, mx.array]) -> b
     return {"group_size": scheme.group_size, "bits": scheme.bits, "mode": scheme.mode}
 
 
-def _fits_expanded(config: ModelConfig, dtype: mx.Dtype) -> bool:
-    """Whether all weights in `dtype` take at most half of the machine's memory."""
-    return config.n_weights * dtype.size <= machine_memory() // 2
-
-
 def _compute_dtype(asked: mx.Dtype | None) -> mx.Dtype | None:
     """The type to compute in; None keeps the file's."""
     return mx.float32 if asked is None and on_cpu() else asked
 
 
 def _check_memory(folder: Path, config: ModelConfig, files: list[Path], dtype: mx.Dtype | None) -> None:
-    """Raise RunError if weights and a window of keys and values exceed the machine (on macOS, a kernel panic)."""
-    weights = sum(path.stat().st_size for path in files)
-    if config.quantization is None and dtype is not None:
-        weights = config.n_weights * dtype.size
+    """Raise RunError if weights and a window of keys and values exceed the budget (on macOS, a kernel panic)."""
+    stored = sum(path.stat().st_size for path in files)
+    weights = loaded_bytes(config, stored) if dtype is None or dtype == mx.float32 else stored
     positions = config.sliding_window or min(config.max_position_embeddings, 4096)
     cache = cache_bytes(config, positions, 8 * (dtype or mx.float16).size)
-    if weights + cache > machine_memory():
+    if weights + cache > budget():
+        whose = "this machine has" if budget() == machine_memory() else "the limit is"
         raise RunError(
             f"{folder} needs {weights / 1e9:.1f} GB for its weights and {cache / 1e9:.1f} GB for {positions:,} "
-            f"tokens, but this machine has {machine_memory() / 1e9:.1f} GB; quantise it: "
-            f"m7mlx-convert {folder} --q-bits 4"
+            f"tokens, but {whose} {budget() / 1e9:.1f} GB; quantise it: m7mlx-convert {folder} --q-bits 4"
         )
 
 

@@ -1,13 +1,25 @@
-"""What a chat takes of a machine's memory: weights, and keys and values as far as the model sees."""
+"""What a chat takes of a machine's memory: weights, keys and values as far as the model sees, what is around them."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import sys
 from typing import Any
 
+import mlx.core as mx
+
+from m7mlx.arrays import on_cpu
 from m7mlx.config import ModelConfig
+from m7mlx.errors import InputError
 
 CHAT_SLACK = 64  # tokens that a chat can undo: a stop text, a draft, an answer that was broken off
+_AROUND = 150_000_000  # Python, MLX, the tokenizer, the layers' activations, as measured (docs/performance.md)
+_FREED = 1 << 26  # bytes of freed buffers that MLX may keep for the next ones; more is no faster
+_MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
+
+_limit: int | None = None  # set by `limit_memory`
 
 
 def machine_memory() -> int:
@@ -15,24 +27,83 @@ def machine_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def budget() -> int:
+    """Bytes that this process may take: what `limit_memory` has set, else all that the machine has."""
+    return machine_memory() if _limit is None else _limit
+
+
+def limit_memory(nbytes: int) -> None:
+    """Let this process take so many bytes: no model is loaded, and no sequence grows, beyond them.
+
+    Raises InputError for more than the machine has, or less than any model needs.
+    """
+    global _limit
+    if not _AROUND < nbytes <= machine_memory():
+        raise InputError(
+            f"the limit on memory must be between {_AROUND / 1e9:.2f} GB and this machine's "
+            f"{machine_memory() / 1e9:.1f} GB, not {nbytes / 1e9:.2f} GB"
+        )
+    _limit = nbytes
+
+
+def settle(weights: int) -> None:
+    """Tell MLX, once a model is loaded, how much to keep: by default it hoards freed buffers up to all memory.
+
+    On Metal the weights are wired, so that they are not paged out between two answers; no more than they are and a
+    little for keys and values, since wired memory that runs out stops the machine, not the program.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        # glibc raises this up to 32 MB by itself, and the buffers of a growing cache leave holes of that size.
+        libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
+    mx.set_memory_limit(budget())
+    mx.set_cache_limit(min(_FREED, budget() // 16))
+    if mx.metal.is_available():
+        most = int(mx.device_info()["max_recommended_working_set_size"])
+        with contextlib.suppress(ValueError, RuntimeError):  # before macOS 15 there is no such thing
+            mx.set_wired_limit(min(weights + _FREED, int(0.9 * most), budget()))
+
+
+def expands(config: ModelConfig) -> bool:
+    """Whether `load` takes quantised weights as float32: on a CPU, if they fit into half of the budget."""
+    return on_cpu() and config.n_weights * 4 <= budget() // 2
+
+
+def loaded_bytes(config: ModelConfig, stored: int) -> int:
+    """Bytes of the weights in memory, of so many in files: on a CPU they are in float32, or their scales are."""
+    if not on_cpu():
+        return stored
+    if expands(config) or stored * 8 > config.n_weights * 12:  # not quantised
+        return config.n_weights * 4
+    return stored + config.n_weights // 64 * 4  # two numbers for a group, in 16 bits more
+
+
 def cache_bytes(config: ModelConfig, positions: int, bits: float = 16) -> int:
     """Bytes of keys and values: 2 · layers · KV heads · head_dim · positions numbers of so many bits."""
     return int(2 * config.n_layers * config.n_kv_heads * config.head_dim * positions * bits / 8)
 
 
-def chat_memory(config: ModelConfig, weights: int) -> list[dict[str, Any]]:
-    """Bytes that a chat takes with so many bytes of weights: at the window, or at 4,096 tokens and the whole context.
+def positions_that_fit(config: ModelConfig, weights: int, bits: float) -> int:
+    """How many keys and values of so many bits a number fit into the budget, besides so many bytes of weights."""
+    return max(0, budget() - weights - _AROUND) // cache_bytes(config, 1, bits)
 
-    4-bit rows take 4.5 bits a number, their scales and biases included.
+
+def chat_memory(config: ModelConfig, stored: int) -> list[dict[str, Any]]:
+    """Bytes that a chat takes with weights of so many bytes in files, on this machine: at the window, or at 4,096
+    tokens and the whole context. Keys and values as computed, and in 4 bits, 4.5 with their scales and biases.
     """
     whole = config.max_position_embeddings
     lengths = [config.sliding_window] if config.sliding_window else sorted({min(4096, whole), whole})
+    computed = 32 if on_cpu() else 16
     found = []
     for length in lengths:
         positions = length + (CHAT_SLACK if config.sliding_window else 0)
-        caches = {"16 bits": cache_bytes(config, positions), "4 bits": cache_bytes(config, positions, 4.5)}
+        # The scores of a chunk of a prompt and what is made of them; Metal's kernel keeps none.
+        scores = 3 * 4 * 128 * config.n_heads * positions if on_cpu() else 0
+        caches = {
+            f"{bits} bits": cache_bytes(config, positions, size) for bits, size in ((computed, computed), (4, 4.5))
+        }
         found.append(
             {"tokens": length, "is_window": config.sliding_window is not None}
-            | {"weights_bytes": weights, "cache_bytes": caches}
+            | {"weights_bytes": loaded_bytes(config, stored), "cache_bytes": caches, "other_bytes": _AROUND + scores}
         )
     return found

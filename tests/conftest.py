@@ -72,6 +72,7 @@ def weights_on_disk(model: Mistral) -> dict[str, np.ndarray]:
     taken: dict[str, int] = {}
     for name, shape in model.config.weight_shapes().items():
         fused = re.sub("[qkv]_proj", "qkv_proj", re.sub("(gate|up)_proj", "gate_up_proj", name))
+        fused = fused if fused in loaded else name
         start = taken.get(fused, 0)
         taken[fused] = start + shape[0]
         found[name] = loaded[fused][start : taken[fused]]

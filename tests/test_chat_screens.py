@@ -144,8 +144,8 @@ def _the_same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     windowed = Entry("org/mistral-v0.1", Path("/hub/v01"), 14_480_000_000, 15_020_000_000, "16 bits", 4096, 32768)
     broken = Entry("./broken", Path("broken"), 0, problem="it has no weights (model*.safetensors)")
     monkeypatch.setattr(models_screen, "models", lambda used: [here, windowed, catalog.SUGGESTED[1], broken])
-    for module in (models_screen, catalog):
-        monkeypatch.setattr(module, "machine_memory", lambda: 17_179_869_184)
+    monkeypatch.setattr(models_screen, "machine_memory", lambda: 17_179_869_184)
+    monkeypatch.setattr(catalog, "budget", lambda: 17_179_869_184)
 
 
 @pytest.mark.parametrize("size", [(80, 24), (140, 44)], ids=lambda size: f"{size[0]}x{size[1]}")

@@ -41,14 +41,16 @@ def test_the_same_numbers(monkeypatch: pytest.MonkeyPatch, tied: bool, on_cpu: b
     np.testing.assert_allclose(logits(model, model.new_cache()), before, rtol=1e-5, atol=1e-5)
     assert model.nbytes == nbytes
     names = {name.split(".")[-2] for name, _ in tree_flatten(model.model.layers[0].parameters())}
+    feed_forward = ("gate_proj", "up_proj") if on_cpu else ("gate_up_proj",)
     assert names == {
-        *("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
-        *("input_layernorm", "post_attention_layernorm"),
+        *("qkv_proj", "o_proj", "down_proj", "input_layernorm", "post_attention_layernorm"),
+        *feed_forward,
     }
 
 
 @pytest.mark.parametrize("scheme", [(4, 32, "affine"), (8, 64, "affine"), (4, 32, "mxfp4"), (4, 16, "nvfp4")])
-def test_quantised(scheme: tuple[int, int, str]) -> None:
+def test_quantised(monkeypatch: pytest.MonkeyPatch, scheme: tuple[int, int, str]) -> None:
+    monkeypatch.setattr(m7mlx.fuse, "on_cpu", lambda: False)
     bits, group_size, mode = scheme
     model = plain()
     nn.quantize(model, group_size, bits, mode=mode)
@@ -60,8 +62,9 @@ def test_quantised(scheme: tuple[int, int, str]) -> None:
     assert model.nbytes == nbytes
 
 
-def test_what_is_quantised_in_different_ways_stays_apart() -> None:
+def test_what_is_quantised_in_different_ways_stays_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mixed recipes give values and down projections more bits; rules may leave a module as it is."""
+    monkeypatch.setattr(m7mlx.fuse, "on_cpu", lambda: False)
 
     def scheme(path: str, module: nn.Module) -> bool | dict[str, int]:
         if not hasattr(module, "to_quantized") or path.endswith("0.mlp.up_proj"):

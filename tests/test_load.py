@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import mistral_file, random_weights, small_config, weights_on_disk, write_folder
 
+import m7mlx.memory
 from m7mlx import load
 from m7mlx.config import ModelConfig
 from m7mlx.errors import ConfigError, M7Error, NotFoundError, RunError, TokenizerError, WeightsError
@@ -87,7 +88,7 @@ def test_quantised_weights_expanded_or_not_give_the_same_logits(
             weights[name] = mx.array(array)
     expanded = build(config, dict(weights))
     assert isinstance(expanded.model.layers[0].mlp.down_proj, nn.Linear)
-    monkeypatch.setattr(sys.modules["m7mlx.load"], "_fits_expanded", lambda *_: False)
+    monkeypatch.setattr(sys.modules["m7mlx.load"], "expands", lambda *_: False)
     packed_model = build(config, dict(weights))
     assert isinstance(packed_model.model.layers[0].mlp.down_proj, nn.QuantizedLinear)
     assert packed_model.nbytes < expanded.nbytes / 3
@@ -245,6 +246,7 @@ def test_damaged_folders_are_refused_in_one_line(folder: Path, name: str) -> Non
 def test_a_model_larger_than_the_machine_is_refused_with_the_sum(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(m7mlx.memory, "machine_memory", lambda: 12_000_000)
     monkeypatch.setattr(sys.modules["m7mlx.load"], "machine_memory", lambda: 12_000_000)
     with pytest.raises(RunError, match=r"0\.0 GB for its weights and 0\.0 GB for 7 tokens"):
         load(folder)

@@ -72,7 +72,7 @@ def test_whether_a_model_fits(monkeypatch: pytest.MonkeyPatch, here: Path) -> No
         (int(entry.memory * 1.2), "tight"),
         (entry.memory // 2, "too big"),
     ):
-        monkeypatch.setattr(catalog, "machine_memory", lambda memory=memory: memory)
+        monkeypatch.setattr(catalog, "budget", lambda memory=memory: memory)
         assert entry.fit == fit
 
 

@@ -13,7 +13,7 @@ import mlx.core as mx
 from m7mlx.arrays import dequantize, on_cpu
 from m7mlx.config import ModelConfig
 from m7mlx.errors import InputError
-from m7mlx.memory import machine_memory
+from m7mlx.memory import budget
 from m7mlx.quantization import Quantization
 from m7mlx.safetensors import folder_weights
 
@@ -109,7 +109,7 @@ def readable(engine: str, folder: Path, scratch: Path) -> tuple[Path, str]:
     if engine == "mlx-lm rotating" and config.sliding_window is None:
         raise InputError("the model has no window")
     if engine.startswith("transformers") and config.quantization:
-        if config.n_weights * 4 > machine_memory() // 2:
+        if config.n_weights * 4 > budget() // 2:
             raise InputError("its weights in float32 take more than half of this machine's memory")
         return _copy(folder, scratch / "float32", expand=True), "reads the same weights expanded to float32"
     if engine.startswith("mlx-lm") and config.quantization and on_cpu():

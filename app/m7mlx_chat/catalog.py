@@ -12,7 +12,7 @@ from m7mlx.checksums import cache_dir
 from m7mlx.config import ModelConfig
 from m7mlx.errors import M7Error
 from m7mlx.hub import ALIASES, DEMO, local
-from m7mlx.memory import chat_memory, machine_memory
+from m7mlx.memory import budget, chat_memory
 from m7mlx.safetensors import folder_weights
 
 Fit = Literal["fits", "tight", "too big"]
@@ -42,7 +42,7 @@ class Entry:
 
     @property
     def fit(self) -> Fit:
-        share = self.memory / machine_memory()
+        share = self.memory / budget()
         return "fits" if share <= _TIGHT else "tight" if share <= 1 else "too big"
 
 
@@ -86,7 +86,7 @@ def describe(name: str, folder: Path) -> Entry:
         name,
         folder,
         nbytes,
-        memory=nbytes + chat["cache_bytes"]["16 bits"],
+        memory=chat["weights_bytes"] + next(iter(chat["cache_bytes"].values())) + chat["other_bytes"],
         bits=_bits(config, nbytes),
         window=config.sliding_window,
         context=config.max_position_embeddings,

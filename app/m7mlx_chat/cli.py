@@ -66,12 +66,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _gigabytes(text: str) -> int:
+    """Bytes."""
+    try:
+        return int(float(text) * 1e9)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of gigabytes") from None
+
+
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     """Options named after `settings.FIELDS`; those not given stay as the user's file has them."""
     parser.add_argument("--preset", metavar="NAME", help="settings kept under a name in config.toml")
     parser.add_argument("--system", metavar="TEXT", help="system prompt: how the model should behave")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer (default: 4096)")
-    memory = parser.add_argument_group("memory of the conversation")
+    memory = parser.add_argument_group("memory")
+    memory.add_argument(
+        "--max-memory", type=_gigabytes, metavar="GB", help="load no model, and let no conversation grow, beyond it"
+    )
     memory.add_argument("--kv-bits", type=int, choices=(4, 8), help="store keys and values in 4 or 8 bits")
     memory.add_argument("--kv-group-size", type=int, choices=(32, 64, 128), help="in groups of (default: 64)")
     memory.add_argument(
@@ -109,6 +120,10 @@ def _chat(args: argparse.Namespace) -> int:
     in_terminal = bool(sys.stdin and sys.stdin.isatty() and sys.stdout and sys.stdout.isatty())
     in_terminal = in_terminal or "TEXTUAL_DRIVER" in os.environ  # a browser's page (--web)
     asked = args.prompt is not None or args.file
+    if args.max_memory is not None:
+        from m7mlx.memory import limit_memory
+
+        limit_memory(args.max_memory)
     if args.json and args.interactive:
         raise InputError("--json prints, --interactive shows the chat: choose one")
     if args.web:

@@ -22,7 +22,7 @@ import mlx.core as mx
 from m7mlx import Mistral, RollingCache, Tokenizer, load, reuse, stream_generate
 from m7mlx.config import ModelConfig
 from m7mlx.errors import M7Error
-from m7mlx.memory import cache_bytes, machine_memory
+from m7mlx.memory import budget, cache_bytes
 from m7mlx.speculative import Drafter, PromptLookup, load_draft_model
 from m7mlx_chat.branches import Branches
 from m7mlx_chat.events import Done, Event, Failed, Loading, Prefill, Ready, Request, Seen, Statistics, Text
@@ -84,7 +84,7 @@ class Engine:
         self._cache: RollingCache | None = None
         self._drafter: Drafter | None = None
         self._ready: Ready | None = None
-        self._branches = Branches(int(machine_memory() * _BRANCHES))
+        self._branches = Branches(int(budget() * _BRANCHES))
         self._thread = threading.Thread(target=self._run, name="m7mlx-engine", daemon=True)
 
     def start(self) -> None:

@@ -239,7 +239,8 @@ def plan_table(plan: Plan, target: Path) -> RenderableType:
             at = (
                 f"window of {chat['tokens']:,}, for any length" if chat["is_window"] else f"{chat['tokens']:,} tokens"
             )
-            lines.append(f"to chat   {size(chat['weights_bytes'] + cache)} with {bits} a key or value ({at})")
+            whole = size(chat["weights_bytes"] + cache + chat["other_bytes"])
+            lines.append(f"to chat   {whole} with {bits} a key or value ({at}), on this machine")
     lines += [f"note      {note}" for note in plan.notes]
     return Group(table, Text("\n" + "\n".join(lines)))
 
