@@ -2,8 +2,8 @@
 
     python benchmarks/saved_cache.py [--tokens 30000] [--rounds 3]
 
-On the Mistral-shaped model of long_context.py (window 4,096, random weights). Both roads then decode 64 tokens, which
-must be the same.
+On the small Mistral-shaped model of m7mlx-bench (random weights), with a window of 4,096. Both roads then decode 64
+tokens, which must be the same.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from common import alternate, machine, preload_blas, spread, table
-from long_context import CONFIG
 
 blas = preload_blas()
 
 import mlx.core as mx  # noqa: E402
+from m7mlx_bench.models import SMALL  # noqa: E402
 
-from m7mlx import Mistral, ModelConfig, RollingCache, load_cache, save_cache  # noqa: E402
+from m7mlx import Mistral, RollingCache, load_cache, save_cache  # noqa: E402
 from m7mlx.decode import decode, prefill  # noqa: E402
 from m7mlx.sampling import Sampler, Sampling  # noqa: E402
 
@@ -35,9 +36,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=30_000)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    model = Mistral(ModelConfig.from_dict(CONFIG))
+    model = Mistral(replace(SMALL, sliding_window=4096))
     mx.eval(model.parameters())
-    ids = [(i * i + 7 * i) % CONFIG["vocab_size"] for i in range(args.tokens)]
+    ids = [(i * i + 7 * i) % SMALL.vocab_size for i in range(args.tokens)]
     cache = model.new_cache()
     prefill(model, ids, cache)
     expected = None

@@ -47,12 +47,16 @@ def reuse(cache: RollingCache, ids: Sequence[int], snapshots: Iterable[Snapshot]
     return best
 
 
+def shared_start(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many items two sequences begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 def _reusable(held: Sequence[int], offset: int, max_rollback: int, ids: Sequence[int]) -> int:
     """How many tokens of `ids`, but not the last, are what a cache can roll back to."""
     if len(held) != offset:
         return 0
-    pairs = enumerate(zip(held, ids[:-1], strict=False))
-    known = next((i for i, (a, b) in pairs if a != b), min(offset, len(ids) - 1))
+    known = shared_start(held, ids[:-1])
     return known if offset - known <= max_rollback else 0
 
 

@@ -23,12 +23,18 @@ def demo() -> Path:
     from filelock import FileLock
 
     folder = cache_dir() / "demo"
-    if not (folder / "config.json").is_file():
+    if here() is None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / "demo.lock"):
-            if not (folder / "config.json").is_file():  # not fetched by another process meanwhile
+            if here() is None:  # not fetched by another process meanwhile
                 _fetch(folder)
     return folder
+
+
+def here() -> Path | None:
+    """The demo model's folder if it is on this machine."""
+    folder = cache_dir() / "demo"
+    return folder if (folder / "config.json").is_file() else None
 
 
 def _fetch(folder: Path) -> None:

@@ -11,8 +11,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from m7mlx.checksums import MANIFEST, cache_dir, matches
-from m7mlx.demo import demo
+from m7mlx.checksums import MANIFEST, matches
+from m7mlx.demo import demo, here
 from m7mlx.errors import DiskError, DownloadError, NotFoundError, WeightsError
 from m7mlx.safetensors import folder_weights
 
@@ -77,8 +77,7 @@ def local(name: str | Path) -> Path | None:
     if text and path.exists():
         return path
     if text == DEMO:
-        folder = cache_dir() / "demo"
-        return folder if (folder / "config.json").is_file() else None
+        return here()
     repo = ALIASES.get(text, text)
     if not is_repo_id(repo) or text.startswith((".", "~")):
         return None

@@ -127,7 +127,7 @@ def _bench(args: argparse.Namespace) -> int:
         _measure(args, results, engines, folder, scratch, config.vocab_size)
     if args.json:
         args.json.write_text(json.dumps(results.to_dict(), indent=1))
-    report.show(results, Console(width=None if sys.stdout.isatty() else 200))
+    report.show(results, Console(width=None if sys.stdout.isatty() else 1000))
     for path in args.plot:
         from m7mlx_bench.plots import plot
 

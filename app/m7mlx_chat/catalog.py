@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from m7mlx.checksums import cache_dir
 from m7mlx.config import ModelConfig
+from m7mlx.demo import here
 from m7mlx.errors import M7Error
 from m7mlx.hub import ALIASES, DEMO, local
 from m7mlx.memory import budget, chat_memory
 from m7mlx.safetensors import folder_weights
+from m7mlx_chat.store.schema import data_dir
 
 Fit = Literal["fits", "tight", "too big"]
 _TIGHT = 0.7  # of the machine's memory: beyond it, other programs have to make room
@@ -68,9 +69,7 @@ def models(others: Sequence[str] = ()) -> list[Entry]:
 
 def models_folder() -> Path:
     """Where the picker puts what it converts."""
-    import platformdirs
-
-    return Path(os.environ.get("M7MLX_DATA") or platformdirs.user_data_dir("m7mlx")) / "models"
+    return data_dir() / "models"
 
 
 def describe(name: str, folder: Path) -> Entry:
@@ -105,8 +104,7 @@ def _bits(config: ModelConfig, nbytes: int) -> str:
 
 def _folders(others: Sequence[str]) -> Iterator[tuple[str, Path]]:
     """Names and folders; the first name of a folder counts."""
-    demo = cache_dir() / "demo"
-    if (demo / "config.json").is_file():
+    if demo := here():
         yield DEMO, demo
     for config in sorted(models_folder().glob("*/config.json")):
         yield str(config.parent), config.parent

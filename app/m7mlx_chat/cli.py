@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
@@ -113,12 +112,13 @@ def _chat(args: argparse.Namespace) -> int:
     from m7mlx.errors import InputError
     from m7mlx_chat.config import read_config
     from m7mlx_chat.settings import FIELDS
+    from m7mlx_chat.web import in_browser
 
     config = read_config()
     given = {name: value for name in FIELDS if (value := getattr(args, name)) is not None}
     settings = config.settings(args.preset).changed(given)
     in_terminal = bool(sys.stdin and sys.stdin.isatty() and sys.stdout and sys.stdout.isatty())
-    in_terminal = in_terminal or "TEXTUAL_DRIVER" in os.environ  # a browser's page (--web)
+    in_terminal = in_terminal or in_browser()
     asked = args.prompt is not None or args.file
     if args.max_memory is not None:
         from m7mlx.memory import limit_memory

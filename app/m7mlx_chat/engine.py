@@ -21,6 +21,7 @@ import mlx.core as mx
 
 from m7mlx import Mistral, RollingCache, Tokenizer, load, reuse, stream_generate
 from m7mlx.config import ModelConfig
+from m7mlx.decode import shared_start
 from m7mlx.errors import M7Error
 from m7mlx.memory import budget, cache_bytes
 from m7mlx.speculative import Drafter, PromptLookup, load_draft_model
@@ -249,10 +250,8 @@ class Engine:
 
     def _go_to(self, cache: RollingCache, ids: list[int]) -> int:
         """Bring the cache to the longest start of `ids` that is held anywhere; how many tokens that is."""
-        common = next(
-            (i for i, (a, b) in enumerate(zip(cache.ids, ids, strict=False)) if a != b), min(len(cache.ids), len(ids))
-        )
-        if common < len(cache.ids) - 1:  # another branch, or another conversation: the user may come back
+        # Another branch, or another conversation: the user may come back.
+        if shared_start(cache.ids, ids) < len(cache.ids) - 1:
             self._branches.keep(cache)
         return reuse(cache, ids, self._branches.snapshots)
 

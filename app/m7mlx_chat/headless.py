@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from m7mlx.errors import InputError, RunError
-from m7mlx.hub import resolve
+from m7mlx.hub import DEMO, resolve
 from m7mlx_chat.events import Done, Event, Failed, Loading, Prefill, Text
 from m7mlx_chat.files import attached
 from m7mlx_chat.settings import Settings
@@ -96,7 +96,7 @@ def fetch(settings: Settings) -> tuple[Path, Path | None]:
         draft = resolve(settings.speculate) if settings.speculate not in ("off", "lookup") else None
         return resolve(settings.model), draft
     except DownloadError as error:
-        if settings.model == "demo":
+        if settings.model == DEMO:
             raise
         raise DownloadError(f"{error}; or try the small model: m7mlx-chat --model demo") from None
 

@@ -19,6 +19,7 @@ from m7mlx_chat.engine import Engine
 from m7mlx_chat.headless import go_on_with_the_last, open_store
 from m7mlx_chat.session import Session
 from m7mlx_chat.settings import Settings
+from m7mlx_chat.web import in_browser
 
 
 def launch(
@@ -78,11 +79,6 @@ def keep_collections_short() -> None:
     """Take all modules out of the garbage collector's sight: going through them stops the screen for 50 ms."""
     gc.collect()
     gc.freeze()
-
-
-def in_browser() -> bool:
-    """Whether the screen is a browser's page (--web)."""
-    return "TEXTUAL_DRIVER" in os.environ
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -10,6 +11,11 @@ from typing import Any
 from m7mlx.errors import InputError, RunError
 
 _HOST = "127.0.0.1"
+
+
+def in_browser() -> bool:
+    """Whether the screen is a browser's page: textual-serve has started this process."""
+    return "TEXTUAL_DRIVER" in os.environ
 
 
 def serve(arguments: Sequence[str], port: int) -> int:

@@ -17,7 +17,7 @@ from textual.widgets.option_list import Option
 from textual.worker import Worker
 
 from m7mlx.errors import M7Error
-from m7mlx.hub import is_repo_id, local
+from m7mlx.hub import DEMO, is_repo_id, local
 from m7mlx.memory import machine_memory
 from m7mlx_chat import jobs
 from m7mlx_chat.catalog import Entry, describe, models, models_folder
@@ -154,7 +154,7 @@ class Models(ModalScreen[Chosen | None]):
                 self.dismiss(Chosen(name, folder))
         elif folder is not None or name.lower().endswith(".gguf"):
             self._tell("a GGUF file has to be converted: choose “Convert to”, “as it is” keeps its bits")
-        elif name == "demo" or is_repo_id(name) or "/" not in name:
+        elif name == DEMO or is_repo_id(name) or "/" not in name:
             self._begin(f"fetching {name}", lambda: jobs.fetch(name, self._progress), name)
         else:
             self._tell(f"there is no folder {name}")

@@ -172,11 +172,6 @@ class Composer(TextArea):
         self._completion.close()
         self.replace(text, (row, start), (row, column), maintain_selection_offset=False)
 
-    def attach(self, name: str) -> None:
-        """Put a text file in. Raises InputError."""
-        content = attached(name)
-        self.insert(self._folded(content, f"file {Path(name).name}") + " ")
-
     # --- pasting ----------------------------------------------------------------------------------------
 
     async def _on_paste(self, event: events.Paste) -> None:

@@ -8,6 +8,7 @@ from textual.app import ComposeResult
 from textual.containers import VerticalScroll
 from textual.widget import Widget
 
+from m7mlx.decode import shared_start
 from m7mlx_chat.session import Session
 from m7mlx_chat.widgets.messages import Answer, MessageView, view_of
 
@@ -58,9 +59,7 @@ class Transcript(VerticalScroll, can_focus=False):
         """
         line = self._session.line
         self._welcome.display = not line
-        same = next((i for i, (a, b) in enumerate(zip(self._line, line, strict=False)) if a != b), None)
-        if same is None:
-            same = min(len(self._line), len(line))
+        same = shared_start(self._line, line)
         place = line.index(at) if at is not None and at in line else None
         out_of_sight = place is not None and not self._first <= place < min(self._last, same)
         with self.app.batch_update():
