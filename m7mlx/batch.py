@@ -9,6 +9,7 @@ lay in its slots before it began.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import mlx.core as mx
 
@@ -23,7 +24,8 @@ class BatchCache:
     ids      the tokens of each row, kept by whoever knows them
     offsets  tokens each row has seen
 
-    Prefill each prompt in a cache of its own, then let it join. Joining and leaving copy the batch once.
+    Prefill each prompt in a cache of its own, then let it join, which copies the batch once, or put it in the place
+    of a row that has ended, which copies nothing else.
     """
 
     def __init__(self, caches: Sequence[RollingCache]) -> None:
@@ -83,21 +85,66 @@ class BatchCache:
             del ids[offset:]
 
     def join(self, cache: RollingCache) -> int:
-        """Add a conversation as the last row; its number. The cache itself is not changed."""
-        joined = BatchCache([*(self.row(i) for i in range(len(self))), cache])
-        mx.eval(joined.arrays)
-        self._become(joined)
+        """Add a conversation as the last row; its number. The cache itself is not changed. Copies the batch once."""
+        if self._must_be_turned(cache):
+            joined = BatchCache([*(self.row(i) for i in range(len(self))), cache])
+            mx.eval(joined.arrays)
+            self._become(joined)
+        else:
+            for ring in self.rings:
+                ring.pad(1)
+            self._starts.append(0)
+            self.ids.append([])
+            self.put(len(self) - 1, cache)
         return len(self) - 1
+
+    def put(self, row: int, cache: RollingCache) -> None:
+        """Let a conversation take the place of a row, and copy nothing else. The cache itself is not changed.
+
+        Raises InputError for a cache that differs in model, window, slack or precision.
+        """
+        if self._must_be_turned(cache):
+            self._become(BatchCache([cache if i == row else self.row(i) for i in range(len(self))]))
+            mx.eval(self.arrays)
+            return
+        clock = self._clock
+        ahead = max(0, cache.offset - clock.offset)
+        if ahead and clock.window is not None:  # whole turns of the ring later, every slot holds what it held
+            turns = -(-ahead // clock.rings[0].capacity) * clock.rings[0].capacity
+            self._set(clock.offset + turns, clock.written + turns, [start + turns for start in self._starts])
+        start = clock.offset - cache.offset
+        lost = 0 if cache.unturned else cache.written - cache.offset
+        self._starts[row], self.ids[row] = start, list(cache.ids)
+        self._set(clock.offset, max(clock.written, clock.offset + lost), self._starts)
+        for source, target in zip(cache.rings, clock.rings, strict=True):
+            if source.buffers:
+                first = max(0, cache.written - source.capacity)
+                target.reserve(clock.written, source.buffers)
+                _copy(source, target, 0, first, cache.offset, start, into=row)
+            if source.sinks is not None and target.sinks is not None:
+                target.sinks = Sinks(*map(partial(_put, row), target.sinks, source.sinks))
+        mx.eval(self.arrays)
 
     def leave(self, row: int) -> RollingCache:
         """Take a row out, to go on by itself; rows behind it move up. Raises InputError for the last one left."""
         if len(self) == 1:
             raise InputError("the last row cannot leave its batch; take `row(0)` and drop the batch")
         left = self.row(row)
-        rest = BatchCache([self.row(i) for i in range(len(self)) if i != row % len(self)])
-        mx.eval(left.arrays, rest.arrays)
-        self._become(rest)
+        self.keep([i for i in range(len(self)) if i != row % len(self)])
+        mx.eval(left.arrays)
         return left
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone, in this order."""
+        if self._clock.window is None:  # a long row that has left need not be provided for any more
+            self._become(BatchCache([self.row(i) for i in rows]))
+        else:
+            for ring in self.rings:
+                ring.keep(list(rows))
+            self.ids = [self.ids[i] for i in rows]
+            self._starts = [self._starts[i] for i in rows]
+            self._set(self._clock.offset, self._clock.written, self._starts)
+        mx.eval(self.arrays)
 
     def row(self, row: int) -> RollingCache:
         """One row as a cache of its own, a copy."""
@@ -112,6 +159,20 @@ class BatchCache:
             if source.sinks is not None:
                 target.sinks = Sinks(*(mx.contiguous(a[row][None]) for a in source.sinks))
         return cache
+
+    def _must_be_turned(self, cache: RollingCache) -> bool:
+        """Whether all rows have to be laid out anew: they are empty, or too short for one that forgets nothing."""
+        clock = self._clock
+        if cache.settings != clock.settings:
+            raise InputError("the rows of a batch must share model, window, slack and precision")
+        longer = clock.window is None and cache.offset > clock.offset
+        return (
+            longer or not clock.rings[0].buffers or (cache.rings[0].sinks is None) != (clock.rings[0].sinks is None)
+        )
+
+    def _set(self, offset: int, written: int, starts: list[int]) -> None:
+        self._clock.move_to(offset, written, starts)
+        self._starts = starts
 
     def _become(self, other: BatchCache) -> None:
         self._clock, self._starts, self.ids = other._clock, other._starts, other.ids
@@ -146,11 +207,17 @@ def _arrange(caches: Sequence[RollingCache]) -> RollingCache:
     return clock
 
 
-def _copy(source: LayerRing, target: LayerRing, row: int, first: int, end: int, shift: int) -> None:
-    """Copy the positions first … end − 1 of one row to positions moved by `shift`."""
+def _copy(
+    source: LayerRing, target: LayerRing, row: int, first: int, end: int, shift: int, into: int | None = None
+) -> None:
+    """Copy the positions first … end − 1 of one row to positions moved by `shift`; into one of several rows."""
     for slots, which in source.slots(first, end - first):
         rows: Rows = tuple(buffer[row : row + 1, :, slots] for buffer in source.buffers)
-        target.write(rows, first + which.start + shift)
+        target.write(rows, first + which.start + shift, into)
+
+
+def _put(row: int, rows: mx.array, one: mx.array) -> mx.array:
+    return mx.concatenate([rows[:row], one, rows[row + 1 :]], axis=0)
 
 
 def _stack(rows: Sequence[Rows]) -> Rows:

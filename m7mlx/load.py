@@ -78,7 +78,7 @@ def build(config: ModelConfig, weights: dict[str, mx.array], dtype: mx.Dtype | N
     model.load_weights(list(loaded.items()), strict=True)
     model.eval()
     fuse(model)
-    settle(model.nbytes)
+    settle()
     return model
 
 

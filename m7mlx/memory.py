@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import sys
@@ -46,21 +45,16 @@ def limit_memory(nbytes: int) -> None:
     _limit = nbytes
 
 
-def settle(weights: int) -> None:
+def settle() -> None:
     """Tell MLX, once a model is loaded, how much to keep: by default it hoards freed buffers up to all memory.
 
-    On Metal the weights are wired, so that they are not paged out between two answers; no more than they are and a
-    little for keys and values, since wired memory that runs out stops the machine, not the program.
+    MLX's wired limit stays what it is, 0: wired memory that runs out stops the machine, not the program.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         # glibc raises this up to 32 MB by itself, and the buffers of a growing cache leave holes of that size.
         libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
     mx.set_memory_limit(budget())
     mx.set_cache_limit(min(_FREED, budget() // 16))
-    if mx.metal.is_available():
-        most = int(mx.device_info()["max_recommended_working_set_size"])
-        with contextlib.suppress(ValueError, RuntimeError):  # before macOS 15 there is no such thing
-            mx.set_wired_limit(min(weights + _FREED, int(0.9 * most), budget()))
 
 
 def expands(config: ModelConfig) -> bool:

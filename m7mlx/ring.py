@@ -185,21 +185,35 @@ class LayerRing:
             self.sinks = Sinks(kv_format.turn(self.sinks.keys), self.sinks.values)
         self.format = kv_format
 
-    def write(self, new: Rows, start: int) -> None:
-        """Write rows for at most `capacity` positions from `start` on."""
+    def write(self, new: Rows, start: int, into: int | None = None) -> None:
+        """Write rows for at most `capacity` positions from `start` on, of all conversations or of one of them."""
         self.reserve(start + new[0].shape[2], new)
-        if new[0].shape[0] != self.buffers[0].shape[0]:  # it would be broadcast to all rows
+        if into is None and new[0].shape[0] != self.buffers[0].shape[0]:  # it would be broadcast to all rows
             raise InputError(f"{new[0].shape[0]} rows of ids for a cache of {self.buffers[0].shape[0]} rows")
+        batch = slice(None) if into is None else slice(into, into + 1)
         for slots, source in self.slots(start, new[0].shape[2]):
             pairs = zip(self.buffers, new, strict=True)
-            self.buffers = tuple(_written(buffer, slots, part[:, :, source]) for buffer, part in pairs)
+            self.buffers = tuple(_written(buffer, batch, slots, part[:, :, source]) for buffer, part in pairs)
+
+    def pad(self, count: int) -> None:
+        """Make room for more conversations in the batch."""
+        arrays = [mx.concatenate([a, mx.zeros((count, *a.shape[1:]), a.dtype)], axis=0) for a in self.arrays]
+        self.buffers, sinks = tuple(arrays[: len(self.buffers)]), arrays[len(self.buffers) :]
+        self.sinks = Sinks(*sinks) if sinks else None
+
+    def keep(self, rows: list[int]) -> None:
+        """Of all conversations of the batch keep these."""
+        which = mx.array(rows)
+        self.buffers = tuple(buffer[which] for buffer in self.buffers)
+        self.sinks = None if self.sinks is None else Sinks(*(a[which] for a in self.sinks))
 
     def reserve(self, positions: int, like: Rows) -> None:
         """Allocate what the positions up to `positions` − 1 need, for rows like these."""
         missing = self.rows_for(positions) - self.rows
         if missing <= 0:
             return
-        more = tuple(mx.zeros((*a.shape[:2], missing, a.shape[3]), a.dtype) for a in like)
+        batch = (self.buffers or like)[0].shape[0]
+        more = tuple(mx.zeros((batch, a.shape[1], missing, a.shape[3]), a.dtype) for a in like)
         old = zip(self.buffers, more, strict=True)
         self.buffers = tuple(mx.concatenate(list(pair), axis=2) for pair in old) if self.buffers else more
 
@@ -236,7 +250,7 @@ class LayerRing:
         self.sinks = fresh
 
 
-def _written(buffer: mx.array, slots: slice, rows: mx.array) -> mx.array:
+def _written(buffer: mx.array, batch: slice, slots: slice, rows: mx.array) -> mx.array:
     new = copy.copy(buffer)  # the same memory, until it is written
-    new[:, :, slots] = rows
+    new[batch, :, slots] = rows
     return new

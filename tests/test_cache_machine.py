@@ -272,6 +272,37 @@ class CacheMachine(RuleBasedStateMachine):
         if len(self.single) + len(self.batched) < 4:
             self.single.append(Conversation(self.new()))
 
+    @precondition(lambda self: self.single and self.batch is not None)
+    @rule(data=st.data())
+    def put(self, data: st.DataObject) -> None:
+        """A conversation takes the place of one that is given up."""
+        one, batch = self.pick(data), self.batch
+        assert batch is not None
+        row = data.draw(st.integers(0, len(self.batched) - 1), label="row")
+        if one.cache.settings != self.batched[0].cache.settings:
+            with pytest.raises(InputError, match="share"):
+                batch.put(row, one.cache)
+            return
+        possible = one.cache.max_rollback
+        batch.put(row, one.cache)
+        assert batch.max_rollback <= possible
+        self.single.remove(one)
+        self.batched[row] = one
+        assert batch.ids == [other.tokens for other in self.batched]
+        self.single.append(Conversation(self.new()))
+
+    @precondition(lambda self: self.batch is not None)
+    @rule(data=st.data())
+    def keep(self, data: st.DataObject) -> None:
+        assert self.batch is not None
+        rows = data.draw(st.permutations(range(len(self.batched))), label="rows")
+        rows = rows[: data.draw(st.integers(1, len(rows)), label="how many")]
+        self.batch.keep(rows)
+        self.batched = [self.batched[i] for i in rows]
+        assert self.batch.ids == [one.tokens for one in self.batched]
+        if not self.single:
+            self.single.append(Conversation(self.new()))
+
     @precondition(lambda self: self.batch is not None)
     @rule(data=st.data(), length=st.just(1) | st.integers(1, 9))
     def batch_append(self, data: st.DataObject, length: int) -> None:
