@@ -123,7 +123,7 @@ def stream_generate(
         text.add(token)  # shown already; a character cut in the middle is finished
     if cache is None:
         cache = model.new_cache() if drafter is None else model.new_cache(slack=DRAFT_SLACK)
-    room = _check_prompt(model, ids, cache)
+    room = check_prompt(model, ids, cache)
     sampler = Sampler(sampling or Sampling())
     sampler.see(ids, chosen=len(continues))
     limit = room if max_tokens is None else max_tokens if room is None else min(max_tokens, room)
@@ -202,7 +202,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     return ids  # type: ignore[return-value]
 
 
-def _check_prompt(model: Mistral, ids: Sequence[int], cache: RollingCache) -> int | None:
+def check_prompt(model: Mistral, ids: Sequence[int], cache: RollingCache) -> int | None:
     """How many tokens may follow the prompt; None where a window lets the sequence go on for ever."""
     config = model.config
     if not ids:

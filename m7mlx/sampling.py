@@ -71,6 +71,11 @@ class Sampler:
         self._count = 0  # tokens chosen
         self._recent: mx.array | None = None  # ids [≤ repetition_context], the prompt's last ones first
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether it takes the most probable token, and needs to know nothing else."""
+        return self.sampling.temperature == 0 and self._recent is None
+
     def see(self, ids: Sequence[int], chosen: int = 0) -> None:
         """Tell what the prompt is, for the repetition penalty; its last `chosen` tokens were chosen earlier on."""
         self._count = chosen
@@ -92,7 +97,7 @@ class Sampler:
 
     def preview(self, logits: mx.array, draft: Sequence[int]) -> mx.array:  # [1, L, vocab_size] → ids [L]
         """What would be chosen at each of L positions, had the L − 1 tokens of `draft` been chosen before."""
-        if self.sampling.temperature == 0 and self._recent is None:
+        if self.is_greedy:
             return mx.argmax(logits[0], axis=-1)
         after, chosen = self.fork(), []
         for i in range(logits.shape[1]):

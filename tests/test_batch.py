@@ -154,3 +154,38 @@ def test_what_one_row_has_lost_no_row_can_undo() -> None:
     batch = BatchCache(caches)
     assert batch.max_rollback == 1
     assert batch.row(1).max_rollback == 1
+
+
+@pytest.mark.parametrize("lengths", [(10, 700), (400, 1000), (700, 10), (299, 305)])
+def test_a_row_takes_the_place_of_another_whatever_their_lengths(lengths: tuple[int, int]) -> None:
+    """A window of 300 whose ring is not whole yet, here or there; the neighbour goes on undisturbed."""
+    model = small_model(small_config(sliding_window=300, n_layers=2))
+    prompts = [[(i * i + k) % 97 for i in range(length)] for k, length in enumerate((*lengths, 20))]
+    expected = [alone(model, prompt, 12) for prompt in prompts]
+    (neighbour, a), (coming, b), (ended, c) = (prefilled(model, prompt) for prompt in prompts)
+    batch = BatchCache([neighbour, ended])
+    answers: list[list[int]] = [[], []]
+    tokens = advance(model, batch, [a, c], answers)
+    possible = coming.max_rollback
+    batch.put(1, coming)
+    assert batch.max_rollback <= min(possible, 1 + lengths[0])
+    answers[1], tokens[1] = [], b
+    for _ in range(11):
+        tokens = advance(model, batch, tokens, answers)
+    assert answers == [expected[0], expected[1][:11]]
+    assert batch.ids == [p + a for p, a in zip(prompts, answers, strict=False)]
+
+
+def test_putting_and_keeping_copy_no_more_than_they_must() -> None:
+    model = small_model(small_config(sliding_window=2000))
+    caches = [prefilled(model, [i % 97 for i in range(n)])[0] for n in (1990, 1950, 1900, 1800, 30)]
+    batch = BatchCache(caches[:4])
+    mx.eval(batch.arrays)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    batch.put(2, caches[4])
+    assert mx.get_peak_memory() - before < batch.nbytes / 8
+    batch.keep([2, 0])
+    assert batch.offsets == [30, 1990]
+    assert batch.nbytes == 2 * caches[0].nbytes

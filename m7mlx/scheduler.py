@@ -1,0 +1,288 @@
+"""Many requests at once: prompts are read a chunk at a time between the steps of a batch that answers all others.
+
+A step is one pass over a token of every answer under way, built before the tokens of the last one are read. Requests
+join and leave between steps. Memory is bounded by rows × window; as many conversations again that have ended may be
+kept, so that a request that begins like an earlier one reads only what is new.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import mlx.core as mx
+
+from m7mlx.batch import BatchCache
+from m7mlx.cache import RollingCache
+from m7mlx.compiled import step_of
+from m7mlx.decode import default_chunk, reuse, shared_start
+from m7mlx.errors import InputError, M7Error
+from m7mlx.generate import StopFilter, check_prompt
+from m7mlx.model import Mistral
+from m7mlx.sampling import Sampler, Sampling
+from m7mlx.tokenizer import Tokenizer
+
+Reason = Literal["stop", "length", "cancelled", "failed"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, and how to answer it; options as for `m7mlx.stream_generate`.
+
+    at_start  whether the answer begins a message (chat), not the middle of a text
+    """
+
+    ids: Sequence[int]
+    sampling: Sampling = field(default_factory=Sampling)
+    max_tokens: int | None = 512
+    stop: Sequence[str] = ()
+    at_start: bool = True
+
+
+@dataclass(frozen=True)
+class Event:
+    """What has become of a request: more of its answer, or its end.
+
+    request  the number that `Scheduler.add` gave
+    text     what can be shown since the event before; ids, the tokens generated since then
+    reason   None as long as it goes on; "failed" has an error
+    """
+
+    request: int
+    text: str = ""
+    ids: tuple[int, ...] = ()
+    reason: Reason | None = None
+    error: Exception | None = None
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of the prompt, how many of them were held already, and tokens generated; seconds from `add` on."""
+
+    prompt_tokens: int
+    reused_tokens: int
+    generated_tokens: int
+    first_token: float
+    whole: float
+
+
+class _Answer:
+    """One request on its way."""
+
+    def __init__(self, number: int, request: Request, tokenizer: Tokenizer, limit: int | None) -> None:
+        self.number, self.request, self.limit = number, request, limit
+        self.ids = list(request.ids)
+        self.sampler = Sampler(request.sampling)
+        self.sampler.see(self.ids)
+        self.text, self.stop = tokenizer.detokenizer(request.at_start), StopFilter(request.stop)
+        self.eos = tokenizer.eos_ids
+        self.cache: RollingCache | None = None  # as long as the prompt is being read
+        self.reused = self.generated = 0
+        self.added = time.perf_counter()
+        self.first = 0.0
+
+    def take(self, token: int) -> Event:
+        """The event of one more token."""
+        self.generated += 1
+        self.first = self.first or time.perf_counter()
+        if token in self.eos:
+            return self.end("stop", ids=(token,))
+        shown = self.stop.add(self.text.add(token))
+        if self.stop.found:
+            return self.end("stop", shown, (token,))
+        if self.generated == self.limit:
+            return self.end("length", shown, (token,))
+        return Event(self.number, shown, (token,))
+
+    def end(self, reason: Reason, text: str = "", ids: tuple[int, ...] = (), error: Exception | None = None) -> Event:
+        now = time.perf_counter()
+        usage = Usage(
+            prompt_tokens=len(self.ids),
+            reused_tokens=self.reused,
+            generated_tokens=self.generated,
+            first_token=(self.first or now) - self.added,
+            whole=now - self.added,
+        )
+        return Event(self.number, text + self.stop.finish(self.text.finish()), ids, reason, error, usage)
+
+
+class Scheduler:
+    """Call `step` until it returns False; all on one thread, MLX's.
+
+    rows   answers at a time; kept, how many conversations that have ended are kept for prefixes
+    slack  tokens that a kept conversation can be cut back by once its window has turned
+    """
+
+    def __init__(
+        self,
+        model: Mistral,
+        tokenizer: Tokenizer,
+        *,
+        rows: int = 8,
+        kept: int = 8,
+        slack: int = 64,
+        kv_bits: int | None = None,
+    ) -> None:
+        """Raises InputError for numbers that make no sense."""
+        if rows < 1 or kept < 0:
+            raise InputError(f"a scheduler needs at least one row, and may keep conversations: not {rows} and {kept}")
+        self._model, self._tokenizer, self._rows = model, tokenizer, rows
+        self._step = step_of(model)
+        self._new = model.new_cache(slack=slack, kv_bits=kv_bits)
+        self._waiting: deque[_Answer] = deque()
+        self._reading: deque[_Answer] = deque()  # their prompts take turns
+        self._batch: BatchCache | None = None
+        self._answers: list[_Answer | None] = []  # by row of the batch; None where one has ended
+        self._tokens = mx.array([0])  # chosen for each row, not yet read, nor in the batch
+        self._kept: deque[RollingCache] = deque(maxlen=kept)
+        self._count = 0
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """How many requests are being read or answered, and how many wait."""
+        return sum(a is not None for a in self._answers) + len(self._reading), len(self._waiting)
+
+    def add(self, request: Request) -> int:
+        """Queue a request; its number. Raises what `m7mlx.stream_generate` raises for its prompt and options."""
+        if request.max_tokens is not None and request.max_tokens < 1:
+            raise InputError(f"max_tokens must be at least 1, got {request.max_tokens}")
+        if isinstance(request.stop, str) or not all(request.stop):
+            raise InputError("stop must be a list of texts, none of them empty")
+        room = check_prompt(self._model, request.ids, self._new)
+        limits = [n for n in (room, request.max_tokens) if n is not None]
+        self._count += 1
+        self._waiting.append(_Answer(self._count, request, self._tokenizer, min(limits, default=None)))
+        return self._count
+
+    def cancel(self, number: int) -> Event | None:
+        """End a request, wherever it is; its last event, or None if it has ended already."""
+        everyone = (*self._waiting, *self._reading, *self._answers)
+        answer = next((a for a in everyone if a is not None and a.number == number), None)
+        if answer is None:
+            return None
+        if answer in self._waiting:
+            self._waiting.remove(answer)
+        elif answer in self._reading:
+            self._reading.remove(answer)
+        else:
+            self._retire(self._answers.index(answer))
+            self._shrink()
+        return answer.end("cancelled")
+
+    def step(self) -> tuple[list[Event], bool]:
+        """One chunk of a prompt, one token of every answer; their events, and whether there is more to do."""
+        events = self._read()
+        if any(self._answers):
+            events += self._decode()
+        return events, any(self.load)
+
+    # --- prompts ----------------------------------------------------------------------------------------
+
+    def _read(self) -> list[Event]:
+        """Read a chunk of the prompt whose turn it is; its answer joins the batch after the last one."""
+        while self._waiting and self.load[0] < self._rows:
+            self._reading.append(self._waiting.popleft())
+        if not self._reading:
+            return []
+        answer = self._reading.popleft()
+        try:
+            logits = self._chunk(answer)
+            if logits is None:
+                self._reading.append(answer)
+            else:
+                self._join(answer, answer.sampler(logits))
+        except (M7Error, RuntimeError, MemoryError) as error:  # of this request alone
+            return [answer.end("failed", error=error)]
+        return []
+
+    def _chunk(self, answer: _Answer) -> mx.array | None:
+        """Logits [1, vocab_size] once the whole prompt is read."""
+        if answer.cache is None:
+            answer.cache = self._longest_start(answer.ids)
+            answer.reused = answer.cache.offset
+        cache = answer.cache
+        part = answer.ids[cache.offset : cache.offset + default_chunk(self._model)]
+        hidden = self._model.hidden(mx.array([part]), cache)[:, -1:]
+        mx.eval(hidden, *cache.arrays)
+        cache.ids += part
+        mx.clear_cache()
+        return self._model.head(hidden)[:, -1] if cache.offset == len(answer.ids) else None
+
+    def _longest_start(self, ids: list[int]) -> RollingCache:
+        """A cache that holds as much of the start of `ids` as any conversation that has ended."""
+        cache = self._new.like()
+        snapshots = [kept.snapshot() for kept in self._kept if shared_start(kept.ids, ids)]
+        reuse(cache, ids, snapshots)
+        return cache
+
+    # --- the batch --------------------------------------------------------------------------------------
+
+    def _join(self, answer: _Answer, token: mx.array) -> None:
+        """Into the row of one that has ended, or a new one."""
+        cache, answer.cache = answer.cache, None
+        assert cache is not None
+        if self._batch is None:
+            self._batch, self._answers, self._tokens = BatchCache([cache]), [answer], token
+        elif None in self._answers:
+            row = self._answers.index(None)
+            self._batch.put(row, cache)
+            self._answers[row] = answer
+            self._tokens = mx.concatenate([self._tokens[:row], token, self._tokens[row + 1 :]])
+        else:
+            self._batch.join(cache)
+            self._answers.append(answer)
+            self._tokens = mx.concatenate([self._tokens, token])
+        mx.async_eval(self._tokens)
+
+    def _decode(self) -> list[Event]:
+        """The tokens chosen by the step before, and the next ones under way."""
+        batch, tokens = self._batch, self._tokens
+        assert batch is not None
+        try:
+            self._tokens = self._choose(self._step(tokens[:, None], batch)[:, -1])
+            mx.async_eval(self._tokens)
+            values: list[int] = tokens.tolist()  # type: ignore[assignment]
+        except (M7Error, RuntimeError, MemoryError) as error:  # of all that share the pass
+            lost = [answer for answer in self._answers if answer]
+            self._batch, self._answers = None, []
+            return [answer.end("failed", error=error) for answer in lost]
+        events = []
+        for row, (answer, value) in enumerate(zip(self._answers, values, strict=True)):
+            batch.ids[row].append(value)
+            if answer is not None:
+                events.append(answer.take(value))
+                if events[-1].reason is not None:
+                    self._retire(row)
+        self._shrink()
+        return events
+
+    def _choose(self, logits: mx.array) -> mx.array:  # [B, vocab_size] → [B]
+        answers = self._answers
+        if all(a is None or a.sampler.is_greedy for a in answers):
+            return mx.argmax(logits, axis=-1)
+        rows = [logits[i : i + 1] for i in range(len(answers))]
+        return mx.concatenate(
+            [mx.argmax(row, axis=-1) if a is None else a.sampler(row) for a, row in zip(answers, rows, strict=True)]
+        )
+
+    def _retire(self, row: int) -> None:
+        """End the answer of a row, and keep its conversation in the place of those that it goes on from."""
+        assert self._batch is not None
+        self._answers[row] = None
+        if self._kept.maxlen:
+            ended = self._batch.row(row)
+            others = [kept for kept in self._kept if shared_start(kept.ids, ended.ids) < len(kept.ids)]
+            self._kept = deque([*others, ended], self._kept.maxlen)
+
+    def _shrink(self) -> None:
+        """Give up the rows of answers that have ended, once they are half of the batch and nobody wants them."""
+        going = [i for i, answer in enumerate(self._answers) if answer]
+        if not going:
+            self._batch, self._answers = None, []
+        elif self._batch and not self._waiting and not self._reading and len(going) <= len(self._answers) // 2:
+            self._batch.keep(going)
+            self._answers, self._tokens = [self._answers[i] for i in going], self._tokens[mx.array(going)]
