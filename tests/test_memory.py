@@ -23,16 +23,17 @@ from m7mlx.safetensors import folder_weights
 from m7mlx.tokenizer import Tokenizer
 
 _CHAT = """
-import json, resource, sys
+import sys
 from m7mlx import load
 from m7mlx.decode import decode, default_chunk, prefill
 from m7mlx.sampling import Sampler, Sampling
+from m7mlx_bench.worker import peak_rss
 
 model, _ = load(sys.argv[1])
 cache, length = model.new_cache(), int(sys.argv[2])
 logits = prefill(model, [100 + i % 40_000 for i in range(length - 8)], cache, default_chunk(model))
 list(decode(model, logits, cache, Sampler(Sampling()), 7))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+print(peak_rss())
 """
 
 
