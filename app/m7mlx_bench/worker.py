@@ -78,9 +78,9 @@ def prompt(length: int, vocab: int) -> list[int]:
 
 def peak_rss() -> int:
     """Most bytes of memory that this process has held."""
-    if sys.platform == "linux":  # where getrusage counts what the parent held when it forked, too
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where getrusage counts what the parent held when it forked, too
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
