@@ -1,0 +1,3 @@
+from m7mlx_server.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,218 @@
+"""The routes, and what is measured of them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any, TypeVar
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from pydantic import BaseModel, ValidationError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from m7mlx_server.answers import RETRY_SECONDS, Answers
+from m7mlx_server.engine import BusyError, Engine
+from m7mlx_server.guard import ApiError, Guard
+from m7mlx_server.schemas import ChatRequest, CompletionRequest
+
+_Body = TypeVar("_Body", bound=BaseModel)
+# The page's own script and style, and nothing from anywhere else.
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_SAFE = {
+    "Content-Security-Policy": _POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+_PAGES = {
+    "/": ("page.html", "text/html"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/page.css": ("page.css", "text/css"),
+}
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a server is started with.
+
+    model       the name that clients use
+    max_tokens  longest answer; seconds, longest time for one
+    """
+
+    model: str
+    max_tokens: int | None = None
+    seconds: float = 600.0
+
+
+class Server:
+    """An ASGI application over an engine that has started."""
+
+    def __init__(self, engine: Engine, served: Served, hosts: Collection[str], key: str | None) -> None:
+        self._engine, self._served, self._started = engine, served, int(time.time())
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "m7mlx_requests", "Requests by path and status", ("path", "status"), registry=self._registry
+        )
+        self._tokens = Counter("m7mlx_tokens", "Tokens, read and generated", ("kind",), registry=self._registry)
+        self._seconds = Histogram(
+            "m7mlx_first_byte_seconds", "Seconds to the first byte of an answer", registry=self._registry
+        )
+        Gauge("m7mlx_open_requests", "Requests that have not ended", registry=self._registry).set_function(
+            lambda: engine.load
+        )
+        routes = [
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            Route("/v1/completions", self._completion, methods=["POST"]),
+            Route("/v1/models", self._models),
+            Route("/v1/models/{name:path}", self._model),
+            Route("/health", self._health),
+            Route("/metrics", self._metrics),
+            *(Route(path, self._page) for path in _PAGES),
+        ]
+        self.app = Starlette(
+            routes=routes,
+            middleware=[Middleware(Guard, hosts=hosts, key=key)],
+            exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _unforeseen},
+            lifespan=self._lifespan,
+        )
+
+    @asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        yield
+        self._engine.close()
+
+    # --- answers ----------------------------------------------------------------------------------------
+
+    async def _chat(self, request: Request) -> Response:
+        return await self._answer(request, _parsed(await request.body(), ChatRequest))
+
+    async def _completion(self, request: Request) -> Response:
+        return await self._answer(request, _parsed(await request.body(), CompletionRequest))
+
+    async def _answer(self, request: Request, body: ChatRequest | CompletionRequest) -> Response:
+        if body.model != self._served.model:
+            raise ApiError(404, f"the model {body.model[:100]!r} is not served here", "model_not_found")
+        if body.stream_options and not body.stream:
+            raise ApiError(400, "stream_options is for streams: set stream")
+        answers = Answers(self._engine, body, self._served.max_tokens, self._served.seconds)
+        began = time.perf_counter()
+        try:
+            if not body.stream:
+                found = await _unless_gone(request, answers.whole())
+                self._count(request.url.path, 200, began, found["usage"])
+                return JSONResponse(found)
+            events = answers.stream()
+            first = await anext(events)  # so that what cannot be answered gets a status of its own
+        except BusyError as error:
+            raise ApiError(429, str(error), "rate_limit_exceeded", {"Retry-After": str(RETRY_SECONDS)}) from None
+        self._count(request.url.path, 200, began)
+        return StreamingResponse(
+            _joined(first, events), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+        )
+
+    def _count(self, path: str, status: int, began: float, usage: dict[str, Any] | None = None) -> None:
+        self._requests.labels(path, status).inc()
+        self._seconds.observe(time.perf_counter() - began)
+        if usage:
+            self._tokens.labels("prompt").inc(usage["prompt_tokens"])
+            self._tokens.labels("generated").inc(usage["completion_tokens"])
+
+    # --- everything else --------------------------------------------------------------------------------
+
+    async def _models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._card(self._served.model)]})
+
+    async def _model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name != self._served.model:
+            raise ApiError(404, f"the model {name[:100]!r} is not served here", "model_not_found")
+        return JSONResponse(self._card(name))
+
+    def _card(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self._started, "owned_by": "m7mlx"}
+
+    async def _health(self, request: Request) -> Response:
+        alive = self._engine.alive
+        return JSONResponse({"status": "ok" if alive else "stopping"}, 200 if alive else 503)
+
+    async def _metrics(self, request: Request) -> Response:
+        return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def _page(self, request: Request) -> Response:
+        name, kind = _PAGES[request.url.path]
+        text = (files("m7mlx_server") / name).read_text(encoding="utf-8")
+        return HTMLResponse(text, media_type=kind, headers=_SAFE)
+
+
+async def _unless_gone(request: Request, answer: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+    """The answer; given up when its client leaves."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    work, left = asyncio.ensure_future(answer), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait((work, left), return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            return work.result()
+        raise ApiError(499, "the client has gone")
+    finally:
+        for task in (work, left):
+            task.cancel()
+        await asyncio.gather(work, left, return_exceptions=True)
+
+
+def _parsed(body: bytes, schema: type[_Body]) -> _Body:
+    """Raises ApiError with the place and the reason of everything that is wrong."""
+    try:
+        data = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+        return schema.model_validate(data)
+    except ValidationError as error:
+        wrong = [
+            f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}"
+            for e in error.errors(include_url=False, include_input=False)
+        ]
+        raise ApiError(400, "; ".join(wrong[:5])) from None
+    except (ValueError, RecursionError):
+        raise ApiError(400, "the body is not valid JSON") from None
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+async def _joined(first: str, rest: AsyncGenerator[str, None]) -> AsyncIterator[str]:
+    try:
+        yield first
+        async for event in rest:
+            yield event
+    finally:
+        await rest.aclose()
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return ApiError(error.status_code, str(error.detail), None, dict(error.headers or {})).response()
+
+
+async def _unforeseen(request: Request, error: Exception) -> Response:
+    return ApiError(500, "the request failed on the way").response()

@@ -1,0 +1,146 @@
+"""The command line of m7mlx-serve."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from m7mlx.cli import ArgumentParser, run
+from m7mlx.errors import InputError, RunError
+
+PROG = "m7mlx-serve"
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_DESCRIPTION = """\
+Serve a model to programs that speak OpenAI's API, many at once, and a chat page to a browser on this machine.
+
+It answers on this machine alone. Any other address needs a key, which clients send as `Authorization: Bearer …`."""
+_EPILOG = """\
+examples:
+  m7mlx-serve --model demo                                     http://127.0.0.1:8080/v1, and a page at /
+  m7mlx-serve --model mistral --rows 16 --kv-bits 8            sixteen answers at a time, in half the memory
+  m7mlx-serve --host 0.0.0.0 --api-key-file ~/.config/m7mlx/key --allow-host studio.local
+
+Memory is bounded by rows × window, and printed at the start. Exit status: 1 failed on the way, 2 bad usage or input,
+130 Ctrl-C."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return run(_serve, _parse(argv), PROG)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(PROG, _DESCRIPTION, _EPILOG)
+    parser.add_argument(
+        "--model", default="mistral", metavar="MODEL", help="folder, Hub repository or alias (mistral)"
+    )
+    parser.add_argument("--name", metavar="NAME", help="what clients call it (default: MODEL)")
+    net = parser.add_argument_group("network")
+    net.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on (%(default)s)")
+    net.add_argument("--port", type=int, default=8080, metavar="N", help="port (%(default)s); 0 takes a free one")
+    net.add_argument("--api-key-file", type=Path, metavar="FILE", help="a key, on the file's first line")
+    net.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME", help="a name that clients use; repeatable"
+    )
+    load = parser.add_argument_group("load")
+    load.add_argument("--rows", type=int, default=8, metavar="N", help="answers at a time (%(default)s)")
+    load.add_argument(
+        "--queue", type=int, default=64, metavar="N", help="requests that may wait; more get 429 (%(default)s)"
+    )
+    load.add_argument(
+        "--keep", type=int, default=8, metavar="N", help="ended conversations kept for reuse (%(default)s)"
+    )
+    load.add_argument("--kv-bits", type=int, choices=(4, 8), help="store keys and values in 4 or 8 bits")
+    load.add_argument("--max-tokens", type=int, metavar="N", help="longest answer")
+    load.add_argument(
+        "--max-seconds", type=float, default=600.0, metavar="S", help="longest time for one (%(default)g)"
+    )
+    load.add_argument("--max-memory", type=float, metavar="GB", help="load no model beyond it")
+    return parser.parse_args(argv)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    try:
+        import uvicorn
+
+        from m7mlx_server.app import Served, Server
+    except ImportError as error:
+        raise InputError(f"{PROG} needs the extra server ({error.name}): pip install 'm7mlx[server]'") from None
+    from m7mlx.hub import resolve
+    from m7mlx.memory import limit_memory
+    from m7mlx_server.engine import Engine, Limits, rows_memory
+
+    for name, low in (("rows", 1), ("queue", 0), ("keep", 0)):
+        if not low <= getattr(args, name) <= 1024:
+            raise InputError(f"--{name} must lie between {low} and 1024, not {getattr(args, name)}")
+    if args.max_tokens is not None and args.max_tokens < 1:
+        raise InputError(f"--max-tokens must be at least 1, not {args.max_tokens}")
+    if not 0 < args.max_seconds <= 86_400:
+        raise InputError(f"--max-seconds must lie between 0 and 86400, not {args.max_seconds:g}")
+    if not 0 <= args.port < 1 << 16:
+        raise InputError(f"--port must lie between 0 and 65535, not {args.port}")
+    key = _key(args.api_key_file)
+    hosts = _hosts(args.host, args.allow_host, key)
+    if args.max_memory is not None:
+        limit_memory(int(args.max_memory * 1e9))
+    limits = Limits(args.rows, args.queue, args.keep, args.kv_bits)
+    engine = Engine(resolve(args.model), limits)
+    print(f"loading {args.model} …", file=sys.stderr)
+    engine.start()
+    most = rows_memory(engine.model, limits)
+    server = Server(engine, Served(args.name or args.model, args.max_tokens, args.max_seconds), hosts, key)
+    config = uvicorn.Config(
+        server.app,
+        log_level="warning",  # nothing of a conversation is in the logs, nor who asked when
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=10,
+        timeout_keep_alive=30,
+        h11_max_incomplete_event_size=64 << 10,
+    )
+    bound = _bound(args.host, args.port)
+    memory = f"{engine.model.nbytes / 1e9:.2f} GB of weights, at most {most / 1e9:.2f} GB of keys and values"
+    print(f"m7mlx is at http://{args.host}:{bound.getsockname()[1]} · {memory} · Ctrl-C ends it", file=sys.stderr)
+    try:
+        uvicorn.Server(config).run(sockets=[bound])
+    finally:
+        engine.close()
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket that connections wait at from now on."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=256)
+    except OSError as error:
+        reason = error.strerror or error
+        raise RunError(f"{host}:{port} cannot be opened ({reason}); choose another with --port") from None
+
+
+def _key(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--api-key-file: {path} cannot be read ({error})") from None
+    key = lines[0].strip() if lines else ""
+    if len(key) < 16 or not key.isascii() or not key.isprintable():
+        raise InputError(f"--api-key-file: the first line of {path} must be a key of at least 16 ASCII characters")
+    return key
+
+
+def _hosts(host: str, allowed: Sequence[str], key: str | None) -> set[str]:
+    """The names that Host headers may have."""
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback and key is None:
+        raise InputError(f"--host {host} can be reached from other machines: give a key with --api-key-file")
+    names = {*_LOOPBACK, "[::1]", host.lower(), f"[{host.lower()}]"} - {"0.0.0.0", "::", "[::]"}
+    return names | {name.lower() for name in allowed}

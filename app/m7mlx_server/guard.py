@@ -1,0 +1,141 @@
+"""What stands before every request: who may ask, and how much they may send.
+
+A server on the loopback address can be reached by any page open in the machine's browser: by a name of its own that
+resolves to 127.0.0.1 (hence the Host check), and by requests that a browser sends without asking (hence Origin and
+the content type).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import re
+from collections.abc import Collection
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+MAX_BODY = 8 << 20  # bytes
+MAX_DEPTH = 64  # of objects and lists in a body
+BODY_SECONDS = 30.0
+_OPEN = ("/", "/page.js", "/page.css", "/health")  # without a key
+_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"', re.S)
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+class ApiError(Exception):
+    """An error as OpenAI's clients read it."""
+
+    def __init__(
+        self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.headers = status, code, headers or {}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), self.status, self.headers)
+
+    def body(self) -> dict[str, Any]:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": str(self), "type": kind, "param": None, "code": self.code}}
+
+
+class Guard:
+    """ASGI middleware: Host, Origin, key, content type, and a body that is bounded in size, depth and time.
+
+    hosts  names that this server answers to, lower-case, without a port
+    key    what `Authorization: Bearer …` must carry; None for anybody
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Collection[str], key: str | None) -> None:
+        self._app, self._hosts, self._key = app, frozenset(hosts), key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            headers = Headers(scope=scope)
+            self._check_caller(scope["path"], headers)
+            if scope["method"] == "POST":
+                body = await self._body(headers, receive)
+                receive = _replay(body, receive)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _check_caller(self, path: str, headers: Headers) -> None:
+        if _name(headers.get("host", "")) not in self._hosts:
+            raise ApiError(403, "this server does not answer to that Host", "forbidden_host")
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
+            raise ApiError(403, "pages of other sites are not answered", "forbidden_origin")
+        if self._key is not None and path not in _OPEN:
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._key.encode()):
+                raise ApiError(401, "a valid API key is needed: Authorization: Bearer …", "invalid_api_key")
+
+    async def _body(self, headers: Headers, receive: Receive) -> bytes:
+        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise ApiError(415, "the body must be JSON: Content-Type: application/json", "unsupported_media_type")
+        length = headers.get("content-length", "0")
+        if not length.isascii() or not length.isdigit():
+            raise ApiError(400, "Content-Length is not a number")
+        if int(length) > MAX_BODY:
+            raise ApiError(413, f"the body must not exceed {MAX_BODY:,} bytes", "too_large")
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await _read(receive)
+        except TimeoutError:
+            raise ApiError(408, f"the body did not come within {BODY_SECONDS:.0f} seconds") from None
+        if _too_deep(body):
+            raise ApiError(400, f"the body nests deeper than {MAX_DEPTH} levels")
+        return body
+
+
+def _name(host: str) -> str:
+    """A Host header's name without its port: "localhost", "127.0.0.1", "[::1]"."""
+    host = host.lower()
+    return host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
+
+
+async def _read(receive: Receive) -> bytes:
+    parts, size, more = [], 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ApiError(400, "the client has gone")
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > MAX_BODY:
+            raise ApiError(413, f"the body must not exceed {MAX_BODY:,} bytes", "too_large")
+        more = message.get("more_body", False)
+    return b"".join(parts)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """The body in one piece; after it, whatever comes (a disconnect)."""
+    sent = False
+
+    async def replay() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+def _too_deep(body: bytes) -> bool:
+    """Whether the brackets of a JSON text, those in strings left out, nest deeper than they may."""
+    depth = 0
+    for byte in _STRINGS.sub(b"", body).translate(None, _NO_BRACKETS):
+        depth += 1 if byte in b"[{" else -1
+        if depth > MAX_DEPTH:
+            return True
+    return False

@@ -1,0 +1,363 @@
+"""m7mlx-serve as its clients meet it: a process of its own, the real `openai` client, raw HTTP, what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from m7mlx import Sampling, load, stream_generate
+
+NAME = "small"
+
+
+@contextmanager
+def serving(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A server's address and its process."""
+    command = [sys.executable, "-m", "m7mlx_server", "--model", str(folder), "--name", NAME, "--port", "0", *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    assert process.stderr is not None
+    try:
+        said = ""
+        for line in process.stderr:
+            said += line
+            if found := re.search(r"http://\S+", line):
+                yield found[0], process
+                break
+        else:
+            raise AssertionError(said)
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+@pytest.fixture(scope="module")
+def url(model_folder: Path) -> Iterator[str]:
+    with serving(model_folder, "--rows", "4") as (found, _):
+        yield found
+
+
+def client(url: str, key: str = "none") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=60)
+
+
+def user(text: str) -> list[Any]:
+    return [{"role": "user", "content": text}]
+
+
+def alone(folder: Path, text: str, tokens: int, **sampling: Any) -> str:
+    model, tokenizer = load(folder)
+    pieces = stream_generate(model, tokenizer, user(text), max_tokens=tokens, sampling=Sampling(**sampling))
+    return "".join(piece.text for piece in pieces)
+
+
+def open_requests(url: str) -> float:
+    found = re.search(r"^m7mlx_open_requests (\S+)", httpx.get(f"{url}/metrics").text, re.M)
+    assert found
+    return float(found[1])
+
+
+def test_answers_are_those_of_the_library(url: str, model_folder: Path) -> None:
+    with client(url) as api:
+        assert [model.id for model in api.models.list()] == [NAME]
+        assert api.models.retrieve(NAME).owned_by == "m7mlx"
+        whole = api.chat.completions.create(model=NAME, messages=user("Hello"), temperature=0, max_tokens=12)
+        expected = alone(model_folder, "Hello", 12)
+        assert whole.choices[0].message.content == expected
+        assert whole.choices[0].finish_reason in ("length", "stop")
+        assert whole.usage and whole.usage.completion_tokens <= 12
+        assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+        stream = api.chat.completions.create(
+            model=NAME,
+            messages=user("Hello"),
+            temperature=0,
+            max_completion_tokens=12,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        chunks = list(stream)
+        assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == expected
+        assert chunks[0].choices[0].delta.role == "assistant"
+        assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason
+        assert chunks[-1].usage and chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+        assert chunks[-1].usage.prompt_tokens_details
+        assert chunks[-1].usage.prompt_tokens_details.cached_tokens == whole.usage.prompt_tokens - 1
+
+
+def test_texts_and_ids_are_gone_on_with(url: str, model_folder: Path) -> None:
+    model, tokenizer = load(model_folder)
+    expected = "".join(p.text for p in stream_generate(model, tokenizer, "Once upon", max_tokens=9))
+    ids = tokenizer.encode("Once upon", add_bos=True)
+    with client(url) as api:
+        for prompt in ("Once upon", ids):
+            found = api.completions.create(model=NAME, prompt=prompt, temperature=0, max_tokens=9)
+            assert found.choices[0].text == expected
+        stream = api.completions.create(model=NAME, prompt=ids, temperature=0, max_tokens=9, stream=True)
+        assert "".join(chunk.choices[0].text for chunk in stream) == expected
+        assert api.completions.create(model=NAME, prompt="a").usage.completion_tokens <= 16  # type: ignore[union-attr]
+
+
+def test_several_answers_differ_and_a_seed_repeats_them(url: str) -> None:
+    def three() -> list[str | None]:
+        with client(url) as api:
+            found = api.chat.completions.create(
+                model=NAME, messages=user("Hi"), n=3, seed=7, temperature=1.5, max_tokens=8
+            )
+        assert [choice.index for choice in found.choices] == [0, 1, 2]
+        return [choice.message.content for choice in found.choices]
+
+    assert three() == three()
+    assert len(set(three())) == 3
+    with client(url) as api:
+        stream = api.chat.completions.create(
+            model=NAME, messages=user("Hi"), n=3, seed=7, temperature=1.5, max_tokens=8, stream=True
+        )
+        texts = ["", "", ""]
+        for chunk in stream:
+            texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert texts == three()
+
+
+def test_many_at_once_get_their_own_answers(url: str, model_folder: Path) -> None:
+    """More than there are rows; every third goes away in the middle."""
+    model, tokenizer = load(model_folder)
+    questions = [f"Question {i}: {'why? ' * (i % 7)}" for i in range(18)]
+    expected = ["".join(p.text for p in stream_generate(model, tokenizer, user(q), max_tokens=20)) for q in questions]
+
+    def ask(i: int) -> str:
+        with client(url) as api:
+            stream = api.chat.completions.create(
+                model=NAME, messages=user(questions[i]), temperature=0, max_tokens=20, stream=True
+            )
+            text = ""
+            for chunk in stream:
+                text += chunk.choices[0].delta.content or ""
+                if i % 3 == 2 and text:
+                    stream.close()
+                    break
+        return text
+
+    with ThreadPoolExecutor(len(questions)) as pool:
+        found = list(pool.map(ask, range(len(questions))))
+    for i, (text, wanted) in enumerate(zip(found, expected, strict=True)):
+        assert wanted.startswith(text) if i % 3 == 2 else text == wanted
+    until = time.monotonic() + 20
+    while open_requests(url) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert open_requests(url) == 0  # those that went away have given their places back
+
+
+CHAT = {"model": NAME, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
+    "no messages": ({"messages": []}, 400, "messages"),
+    "another model": ({"model": "/etc"}, 404, "not served here"),
+    "a repository": ({"model": "evil/repo"}, 404, "not served here"),
+    "negative temperature": ({"temperature": -1}, 400, "temperature"),
+    "n of 0": ({"n": 0}, 400, "n: "),
+    "too many": ({"n": 9}, 400, "n: "),
+    "logit_bias": ({"logit_bias": {"99999999": 5}}, 400, "logit_bias"),
+    "response_format": ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+    "tools": ({"tools": [{"type": "function"}]}, 400, "tools"),
+    "logprobs": ({"logprobs": True}, 400, "logprobs"),
+    "penalty": ({"presence_penalty": 0.5}, 400, "presence_penalty"),
+    "empty stop": ({"stop": ""}, 400, "stop"),
+    "unknown field": ({"temprature": 1}, 400, "temprature"),
+    "a picture": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://10.0.0.1"}}]}]},
+        400,
+        "messages",
+    ),
+    "a role": ({"messages": [{"role": "wizard", "content": "x"}]}, 400, "role"),
+    "two system messages at the end": ({"messages": [{"role": "assistant", "content": "x"}]}, 400, ""),
+    "stream_options alone": ({"stream_options": {"include_usage": True}}, 400, "stream"),
+    "text for a number": ({"max_tokens": "many"}, 400, "max_tokens"),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_requests_that_cannot_be_met_are_refused(url: str, name: str, stream: bool) -> None:
+    changes, status, reason = REFUSED[name]
+    if "stream_options" in changes and stream:
+        return
+    found = httpx.post(f"{url}/v1/chat/completions", json=CHAT | changes | {"stream": stream}, timeout=30)
+    assert found.status_code == status
+    error = found.json()["error"]
+    assert reason in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_ids_outside_the_vocabulary_never_reach_the_model(url: str) -> None:
+    for ids in ([10_000_000], [-1], [1 << 70]):
+        found = httpx.post(f"{url}/v1/completions", json={"model": NAME, "prompt": ids}, timeout=30)
+        assert found.status_code == 400
+    assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status"),
+    [
+        (b"\xff\xfe{}", {}, 400),
+        (b"", {}, 400),
+        (b"[" * 100_000, {}, 400),
+        (b'{"a":' * 100 + b"1" + b"}" * 100, {}, 400),
+        (json.dumps(CHAT | {"temperature": float("nan")}).encode(), {}, 400),
+        (json.dumps(CHAT).encode(), {"Content-Type": "text/plain"}, 415),
+        (json.dumps(CHAT).encode(), {"Host": "evil.example"}, 403),
+        (json.dumps(CHAT).encode(), {"Host": "127.0.0.1.evil.example:80"}, 403),
+        (json.dumps(CHAT).encode(), {"Origin": "http://evil.example"}, 403),
+        (json.dumps(CHAT).encode(), {"Origin": "null"}, 403),
+        (b" " * (9 << 20), {}, 413),
+        (b'"' + b"[" * 1000 + b'"', {}, 400),  # brackets in a string are no depth
+    ],
+)
+def test_what_is_sent_is_bounded(url: str, body: bytes, headers: dict[str, str], status: int) -> None:
+    given = {"Content-Type": "application/json"} | headers
+    found = httpx.post(f"{url}/v1/chat/completions", content=body, headers=given, timeout=30)
+    assert found.status_code == status
+    assert found.json()["error"]["message"]
+    assert "access-control-allow-origin" not in found.headers
+
+
+def test_lengths_that_lie(url: str) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    for length, status in ((b"-1", b"400"), (b"99999999999", b"413"), (b"x", b"400")):
+        with socket.create_connection((host, int(port)), timeout=20) as raw:
+            raw.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b"Content-Length: " + length + b"\r\n\r\n{}"
+            )
+            assert status in raw.recv(100).splitlines()[0]
+
+
+def test_paths_and_methods_that_are_not_there(url: str) -> None:
+    for method, path, status in (
+        ("GET", "/v1/nothing", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("GET", "/v1/models/x", 404),
+    ):
+        found = httpx.request(method, url + path)
+        assert (found.status_code, found.json()["error"]["type"]) == (status, "invalid_request_error")
+
+
+def test_the_page_may_run_nothing_but_its_own(url: str) -> None:
+    page = httpx.get(url)
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "<script src=" in page.text and "onclick" not in page.text
+    assert httpx.get(f"{url}/page.js").headers["content-type"].startswith("text/javascript")
+    assert "innerHTML" not in httpx.get(f"{url}/page.js").text
+    assert httpx.get(f"{url}/page.css").status_code == 200
+
+
+def test_more_than_may_wait_are_told_to_come_back(model_folder: Path) -> None:
+    with serving(model_folder, "--rows", "1", "--queue", "1") as (url, _), client(url) as api:
+        going = [
+            api.chat.completions.create(
+                model=NAME, messages=user("Hi"), max_tokens=4000, temperature=1.2, stream=True, extra_body={"seed": i}
+            )
+            for i in range(1)
+        ]
+        next(iter(going[0]))
+        waiting = threading.Thread(
+            target=lambda: httpx.post(f"{url}/v1/chat/completions", json=CHAT, timeout=60), daemon=True
+        )
+        waiting.start()
+        until = time.monotonic() + 10
+        while open_requests(url) < 2 and time.monotonic() < until:
+            time.sleep(0.02)
+        for stream in (False, True):
+            found = httpx.post(f"{url}/v1/chat/completions", json=CHAT | {"stream": stream}, timeout=30)
+            assert found.status_code == 429
+            assert int(found.headers["retry-after"]) > 0
+        going[0].close()
+        waiting.join(30)
+        assert not waiting.is_alive()  # the place of the one that left was taken
+
+
+def test_a_key_is_asked_for(model_folder: Path, tmp_path: Path) -> None:
+    key = "a-key-of-some-length-1234"
+    (tmp_path / "key").write_text(key + "\n")
+    with serving(model_folder, "--api-key-file", str(tmp_path / "key")) as (url, _):
+        for path, status in (("/health", 200), ("/", 200), ("/v1/models", 401), ("/metrics", 401)):
+            assert httpx.get(url + path).status_code == status
+        with pytest.raises(openai.AuthenticationError), client(url, "wrong") as api:
+            api.models.list()
+        with client(url, key) as api:
+            assert api.chat.completions.create(model=NAME, messages=user("Hi"), max_tokens=1).choices
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_ending_under_load(model_folder: Path, sent: signal.Signals) -> None:
+    """What is under way ends, one way or another, and so does the process."""
+    with serving(model_folder, "--rows", "2") as (url, process):
+
+        def ask(i: int) -> str:
+            try:
+                with client(url) as api:
+                    stream = api.chat.completions.create(
+                        model=NAME, messages=user(f"Hi {i}"), max_tokens=100_000, temperature=1.3, stream=True
+                    )
+                    return "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+            except (openai.APIError, httpx.HTTPError):
+                return "cut"
+
+        with ThreadPoolExecutor(4) as pool:
+            asked = [pool.submit(ask, i) for i in range(4)]
+            until = time.monotonic() + 20
+            while open_requests(url) < 4 and time.monotonic() < until:
+                time.sleep(0.02)
+            process.send_signal(sent)
+            assert process.wait(30) in (0, 130, -sent)
+            assert all(one.result(10) for one in asked)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--host", "0.0.0.0"], "give a key with --api-key-file"),
+        (["--rows", "0"], "--rows must lie between"),
+        (["--port", "99999"], "--port must lie between"),
+        (["--model", "/no/such/model"], "/no/such/model"),
+        (["--api-key-file", "/no/such/key"], "cannot be read"),
+        (["--max-tokens", "0"], "--max-tokens"),
+    ],
+)
+def test_bad_options_are_one_line(options: list[str], reason: str) -> None:
+    command = [sys.executable, "-m", "m7mlx_server", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert reason in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_port_that_is_taken(model_folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "m7mlx_server", "--model", str(model_folder), "--port", port]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert "cannot be opened" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.demo
+def test_the_demo_model_answers(demo_model: Path) -> None:
+    with serving(demo_model) as (url, _), client(url) as api:
+        question = user("What is the capital of France?")
+        found = api.chat.completions.create(model=NAME, messages=question, temperature=0, max_tokens=20)
+        assert "Paris" in (found.choices[0].message.content or "")
