@@ -11,12 +11,17 @@ import copy
 import math
 import random
 import secrets
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 
 from m7mlx.errors import InputError
+
+if TYPE_CHECKING:
+    from m7mlx.constrain import Constraint
 
 
 @dataclass(frozen=True)
@@ -57,15 +62,38 @@ class Sampling:
                 raise InputError(f"{name} must lie between {low} and {high}, not {value!r}")
 
 
+class Scores(NamedTuple):
+    """Log probabilities of the model itself, before any filter: of a token [1], and of the likeliest ids [n], best
+    first."""
+
+    chosen: mx.array
+    ids: mx.array
+    values: mx.array
+
+
 class Sampler:
     """Chooses tokens for one request. Each call stays lazy: nothing is read back from the device.
 
     The n-th token is drawn with a key made of the seed and n alone. So the same tokens come out however many are
     looked at in one pass, which is what makes speculative decoding exact here (`m7mlx.speculative`).
+
+    bias        added to the logits of some ids
+    constraint  what the answer must follow (`m7mlx.constrain`): then each token is read before the next is chosen
+    logprobs    score this many alternatives to each token, besides itself, in `scores`; None for none
     """
 
-    def __init__(self, sampling: Sampling) -> None:
-        self.sampling = sampling
+    def __init__(
+        self,
+        sampling: Sampling,
+        *,
+        bias: Mapping[int, float] | None = None,
+        constraint: Constraint | None = None,
+        logprobs: int | None = None,
+    ) -> None:
+        self.sampling, self._bias, self._constraint = sampling, bias, constraint
+        self._logprobs = logprobs
+        self.scores: deque[Scores] = deque()  # of the tokens chosen and not yet taken from here
+        self._last: mx.array | None = None  # chosen, and not yet told to the constraint
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         self._seed = random.Random(seed).getrandbits(64)  # far apart for neighbouring seeds
         self._count = 0  # tokens chosen
@@ -74,7 +102,8 @@ class Sampler:
     @property
     def is_greedy(self) -> bool:
         """Whether it takes the most probable token, and needs to know nothing else."""
-        return self.sampling.temperature == 0 and self._recent is None
+        plain = not self._bias and self._constraint is None and self._logprobs is None
+        return plain and self.sampling.temperature == 0 and self._recent is None
 
     def see(self, ids: Sequence[int], chosen: int = 0) -> None:
         """Tell what the prompt is, for the repetition penalty; its last `chosen` tokens were chosen earlier on."""
@@ -84,16 +113,33 @@ class Sampler:
             self._recent = mx.array(list(ids[-context:]), dtype=mx.int32)
 
     def __call__(self, logits: mx.array) -> mx.array:  # [B, vocab_size] → ids [B], with B = 1
-        s = self.sampling
+        s, unchanged = self.sampling, logits
+        if self._bias:
+            ids, values = mx.array(list(self._bias)), mx.array(list(self._bias.values()), logits.dtype)
+            logits = mx.array(logits)
+            logits[:, ids] += values
         if self._recent is not None:
             logits = penalize(logits, self._recent, s.repetition_penalty)
+        if self._constraint is not None:
+            logits = self._constrained(logits)
         if s.temperature == 0:
             token = mx.argmax(logits, axis=-1)
         else:
             key = mx.random.key((self._seed + self._count) % (1 << 64))
             token = mx.random.categorical(filtered_logprobs(logits, s) / s.temperature, key=key)
+        if self._constraint is not None:
+            self._last = token
+        if self._logprobs is not None:
+            self.scores.append(_scores(unchanged, token, self._logprobs))
         self._advance(token, 1)
         return token
+
+    def _constrained(self, logits: mx.array) -> mx.array:
+        assert self._constraint is not None
+        mx.async_eval(logits)  # under way while the grammar thinks
+        if self._last is not None:
+            self._constraint.accept(self._last.item())  # type: ignore[arg-type]
+        return mx.where(self._constraint.mask(logits.shape[-1]), logits, -mx.inf)
 
     def preview(self, logits: mx.array, draft: Sequence[int]) -> mx.array:  # [1, L, vocab_size] → ids [L]
         """What would be chosen at each of L positions, had the L − 1 tokens of `draft` been chosen before."""
@@ -118,6 +164,13 @@ class Sampler:
         if self._recent is not None:
             context = self.sampling.repetition_context
             self._recent = mx.concatenate([self._recent, tokens.astype(mx.int32)])[-context:]
+
+
+def _scores(logits: mx.array, token: mx.array, n: int) -> Scores:
+    logits = logits[0].astype(mx.float32)
+    logprobs = logits - mx.logsumexp(logits)
+    best = mx.argsort(-logprobs)[:n]
+    return Scores(logprobs[token], best, logprobs[best])
 
 
 def filtered_logprobs(logits: mx.array, sampling: Sampling) -> mx.array:

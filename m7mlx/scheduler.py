@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import mlx.core as mx
@@ -18,11 +18,12 @@ import mlx.core as mx
 from m7mlx.batch import BatchCache
 from m7mlx.cache import RollingCache
 from m7mlx.compiled import step_of
+from m7mlx.constrain import Constraint
 from m7mlx.decode import default_chunk, reuse, shared_start
-from m7mlx.errors import InputError, M7Error
+from m7mlx.errors import InputError, M7Error, TokenizerError
 from m7mlx.generate import StopFilter, check_prompt
 from m7mlx.model import Mistral
-from m7mlx.sampling import Sampler, Sampling
+from m7mlx.sampling import Sampler, Sampling, Scores
 from m7mlx.tokenizer import Tokenizer
 
 Reason = Literal["stop", "length", "cancelled", "failed"]
@@ -32,7 +33,8 @@ Reason = Literal["stop", "length", "cancelled", "failed"]
 class Request:
     """A prompt, and how to answer it; options as for `m7mlx.stream_generate`.
 
-    at_start  whether the answer begins a message (chat), not the middle of a text
+    at_start    whether the answer begins a message (chat), not the middle of a text
+    logit_bias, logprobs, constraint  as for `m7mlx.sampling.Sampler`
     """
 
     ids: Sequence[int]
@@ -40,6 +42,9 @@ class Request:
     max_tokens: int | None = 512
     stop: Sequence[str] = ()
     at_start: bool = True
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)
@@ -47,13 +52,14 @@ class Event:
     """What has become of a request: more of its answer, or its end.
 
     request  the number that `Scheduler.add` gave
-    text     what can be shown since the event before; ids, the tokens generated since then
+    text     what can be shown since the event before; ids, the tokens generated since then; scores, theirs
     reason   None as long as it goes on; "failed" has an error
     """
 
     request: int
     text: str = ""
     ids: tuple[int, ...] = ()
+    scores: tuple[Scores, ...] = ()
     reason: Reason | None = None
     error: Exception | None = None
     usage: Usage | None = None
@@ -76,7 +82,9 @@ class _Answer:
     def __init__(self, number: int, request: Request, tokenizer: Tokenizer, limit: int | None) -> None:
         self.number, self.request, self.limit = number, request, limit
         self.ids = list(request.ids)
-        self.sampler = Sampler(request.sampling)
+        self.sampler = Sampler(
+            request.sampling, bias=request.logit_bias, constraint=request.constraint, logprobs=request.logprobs
+        )
         self.sampler.see(self.ids)
         self.text, self.stop = tokenizer.detokenizer(request.at_start), StopFilter(request.stop)
         self.eos = tokenizer.eos_ids
@@ -87,6 +95,10 @@ class _Answer:
 
     def take(self, token: int) -> Event:
         """The event of one more token."""
+        scores = (self.sampler.scores.popleft(),) if self.sampler.scores else ()
+        return replace(self._taken(token), scores=scores)
+
+    def _taken(self, token: int) -> Event:
         self.generated += 1
         self.first = self.first or time.perf_counter()
         if token in self.eos:
@@ -107,7 +119,8 @@ class _Answer:
             first_token=(self.first or now) - self.added,
             whole=now - self.added,
         )
-        return Event(self.number, text + self.stop.finish(self.text.finish()), ids, reason, error, usage)
+        shown = text + self.stop.finish(self.text.finish())
+        return Event(self.number, shown, ids, reason=reason, error=error, usage=usage)
 
 
 class Scheduler:
@@ -152,6 +165,9 @@ class Scheduler:
             raise InputError(f"max_tokens must be at least 1, got {request.max_tokens}")
         if isinstance(request.stop, str) or not all(request.stop):
             raise InputError("stop must be a list of texts, none of them empty")
+        for token in request.logit_bias:
+            if not 0 <= token < self._model.config.vocab_size:
+                raise TokenizerError(f"logit_bias: token id {token} is outside the model's vocabulary")
         room = check_prompt(self._model, request.ids, self._new)
         limits = [n for n in (room, request.max_tokens) if n is not None]
         self._count += 1

@@ -57,7 +57,9 @@ def test_a_question_through_a_pipe(demo_model: Path) -> None:
     ],
 )
 def test_the_answer_with_other_memory_and_other_speed(demo_model: Path, options: list[str]) -> None:
-    done = chat("--model", demo_model, "-p", CAPITAL, "--max-tokens", "20", *options)
+    # CAPITAL's first token is a near tie, which 8 bits may turn.
+    question = "Name the capital of France."
+    done = chat("--model", demo_model, "-p", question, "--max-tokens", "20", *options)
     assert done.returncode == 0, done.stderr
     assert b"Paris" in done.stdout
     assert done.stderr == b""

@@ -13,7 +13,7 @@ import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import mistral_file, random_weights, small_config
+from conftest import mistral_file, random_weights, small_config, weights_on_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from m7mlx_convert.cli import main
@@ -116,12 +116,10 @@ def test_weights_are_those_of_the_file(tmp_path: Path, kind: str, capfd: pytest.
     dtype = "float32" if kind == "F32" else None
     out = convert(str(tmp_path / "tiny.gguf"), tmp_path / "out", dtype=dtype, reporter=reporter)
     model, _ = load(out)
+    found = weights_on_disk(model)
     for name, array in expected.items():
-        found: Any = model
-        for part in name.split("."):
-            found = found[int(part)] if part.isdigit() else found[part]
         exact = kind == "F32" or (kind != "Q5_0" and array.ndim == 2)
-        np.testing.assert_allclose(np.array(found), array, rtol=2e-6 if exact else 4e-3, atol=1e-6 if exact else 2e-3)
+        np.testing.assert_allclose(found[name], array, rtol=2e-6 if exact else 4e-3, atol=1e-6 if exact else 2e-3)
     kept = {"Q8_0": Quantization(32, 8), "Q4_0": Quantization(32, 4), "Q4_1": Quantization(32, 4)}
     assert model.config.quantization == kept.get(kind)
     assert ("expanded to float16" in capfd.readouterr().err) == (kind == "Q5_0")
