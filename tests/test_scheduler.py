@@ -76,7 +76,7 @@ arrivals = st.lists(
         st.integers(0, 12),  # steps until the next one comes
         st.integers(1, 40),  # tokens of the prompt
         st.integers(1, 20),  # tokens wanted
-        st.sampled_from([Sampling(), Sampling(temperature=0.9, seed=3, top_p=0.9), Sampling(repetition_penalty=1.3)]),
+        st.sampled_from([Sampling(), Sampling(temperature=0.9, seed=3, top_k=4), Sampling(repetition_penalty=1.3)]),
         st.integers(-3, 25),  # cancelled after so many steps; below 0 never
     ),
     min_size=1,
