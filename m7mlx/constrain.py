@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from m7mlx.errors import InputError
+from m7mlx.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from m7mlx.tokenizer import Tokenizer
@@ -25,18 +25,21 @@ MAX_SCHEMA = 200_000  # characters
 class Constraint:
     """Where one answer stands in its grammar."""
 
-    def __init__(self, matcher: Any, vocab_size: int) -> None:
-        self._matcher, self._vocab_size = matcher, vocab_size
+    def __init__(self, matcher: Any, tokenizer: Tokenizer) -> None:
+        self._matcher, self._vocab_size, self._eos_ids = matcher, tokenizer.vocab_size, sorted(tokenizer.eos_ids)
 
     def mask(self, vocab_size: int) -> mx.array:
-        """Which ids may come next: bool [vocab_size]; all of them once the answer is over."""
+        """Which ids may come next: bool [vocab_size]."""
         from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
-        if self._matcher.is_stopped():
-            return mx.ones((vocab_size,), mx.bool_)
+        allowed = np.zeros(vocab_size, bool)
+        if self._matcher.is_stopped():  # nothing can follow
+            allowed[self._eos_ids] = True
+            return mx.array(allowed)
         words = allocate_token_bitmask(1, self._vocab_size)
         fill_next_token_bitmask(self._matcher, words, 0)
-        allowed = np.zeros(vocab_size, bool)
+        if self._matcher.is_error():
+            raise RunError(f"the grammar of this answer failed: {_one_line(self._matcher.get_error())}")
         bits = np.unpackbits(words.view(np.uint8), bitorder="little")[: min(vocab_size, self._vocab_size)]
         allowed[: bits.size] = bits
         return mx.array(allowed)
@@ -66,7 +69,7 @@ def json_constraint(tokenizer: Tokenizer, schema: Mapping[str, Any] | None = Non
         raise InputError(f"the JSON schema cannot be used: {_one_line(error)}") from None
     if matcher.is_error():
         raise InputError(f"the JSON schema cannot be used: {_one_line(matcher.get_error())}")
-    return Constraint(matcher, tokenizer.vocab_size)
+    return Constraint(matcher, tokenizer)
 
 
 def _one_line(error: object) -> str:
@@ -95,4 +98,10 @@ class _Ids:
         self._tokenizer = tokenizer
 
     def __call__(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text if isinstance(text, str) else text.decode())
+        """Ids of a text in the middle of another: sentencepiece would put a space before it."""
+        if not isinstance(text, str):
+            raise TypeError("bytes")  # llguidance asks whether it may give them
+        if not self._tokenizer.adds_leading_space:
+            return self._tokenizer.encode(text)
+        newline = self._tokenizer.encode("\n")
+        return self._tokenizer.encode("\n" + text)[len(newline) :]

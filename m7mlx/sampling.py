@@ -70,6 +70,19 @@ class Scores(NamedTuple):
     ids: mx.array
     values: mx.array
 
+    def read(self) -> TokenScores:
+        """… off the device."""
+        ids: list[int] = self.ids.tolist()  # type: ignore[assignment]
+        values: list[float] = self.values.tolist()  # type: ignore[assignment]
+        return TokenScores(self.chosen.item(), list(zip(ids, values, strict=True)))  # type: ignore[arg-type]
+
+
+class TokenScores(NamedTuple):
+    """The log probability of a token, and (id, log probability) of the likeliest, best first."""
+
+    chosen: float
+    best: list[tuple[int, float]]
+
 
 class Sampler:
     """Chooses tokens for one request. Each call stays lazy: nothing is read back from the device.

@@ -23,7 +23,7 @@ from m7mlx.decode import default_chunk, reuse, shared_start
 from m7mlx.errors import InputError, M7Error, TokenizerError
 from m7mlx.generate import StopFilter, check_prompt
 from m7mlx.model import Mistral
-from m7mlx.sampling import Sampler, Sampling, Scores
+from m7mlx.sampling import Sampler, Sampling, TokenScores
 from m7mlx.tokenizer import Tokenizer
 
 Reason = Literal["stop", "length", "cancelled", "failed"]
@@ -59,7 +59,7 @@ class Event:
     request: int
     text: str = ""
     ids: tuple[int, ...] = ()
-    scores: tuple[Scores, ...] = ()
+    scores: tuple[TokenScores, ...] = ()
     reason: Reason | None = None
     error: Exception | None = None
     usage: Usage | None = None
@@ -92,10 +92,11 @@ class _Answer:
         self.reused = self.generated = 0
         self.added = time.perf_counter()
         self.first = 0.0
+        self.error: M7Error | None = None  # its grammar has failed
 
     def take(self, token: int) -> Event:
         """The event of one more token."""
-        scores = (self.sampler.scores.popleft(),) if self.sampler.scores else ()
+        scores = (self.sampler.scores.popleft().read(),) if self.sampler.scores else ()
         return replace(self._taken(token), scores=scores)
 
     def _taken(self, token: int) -> Event:
@@ -270,7 +271,8 @@ class Scheduler:
         for row, (answer, value) in enumerate(zip(self._answers, values, strict=True)):
             batch.ids[row].append(value)
             if answer is not None:
-                events.append(answer.take(value))
+                broken = answer.error
+                events.append(answer.end("failed", error=broken) if broken else answer.take(value))
                 if events[-1].reason is not None:
                     self._retire(row)
         self._shrink()
@@ -280,10 +282,16 @@ class Scheduler:
         answers = self._answers
         if all(a is None or a.sampler.is_greedy for a in answers):
             return mx.argmax(logits, axis=-1)
-        rows = [logits[i : i + 1] for i in range(len(answers))]
-        return mx.concatenate(
-            [mx.argmax(row, axis=-1) if a is None else a.sampler(row) for a, row in zip(answers, rows, strict=True)]
-        )
+        chosen = []
+        for row, answer in enumerate(answers):
+            likeliest = logits[row : row + 1]
+            try:
+                chosen.append(answer.sampler(likeliest) if answer else mx.argmax(likeliest, axis=-1))
+            except M7Error as error:  # of this answer's grammar, and no other's
+                assert answer is not None
+                answer.error = error
+                chosen.append(mx.argmax(likeliest, axis=-1))
+        return mx.concatenate(chosen)
 
     def _retire(self, row: int) -> None:
         """End the answer of a row, and keep its conversation in the place of those that it goes on from."""

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 import m7mlx.scheduler
 from m7mlx import stream_generate
-from m7mlx.errors import InputError, PromptTooLongError, TokenizerError
+from m7mlx.constrain import Constraint
+from m7mlx.errors import InputError, PromptTooLongError, RunError, TokenizerError
 from m7mlx.sampling import Sampling
 from m7mlx.scheduler import Event, Request, Scheduler
 from m7mlx.tokenizer import Tokenizer
@@ -228,3 +229,27 @@ def test_requests_that_make_no_sense_are_refused_at_once(tokenizer: Tokenizer) -
     for bad in ({"rows": 0}, {"kept": -1}):
         with pytest.raises(InputError):
             Scheduler(MODELS[7], tokenizer, **bad)
+
+
+def test_a_grammar_that_fails_fails_its_own_answer(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = iter([True, True, False])
+
+    class Broken(Constraint):
+        def __init__(self) -> None:
+            pass
+
+        def mask(self, vocab_size: int) -> mx.array:
+            if next(masks):
+                return mx.ones((vocab_size,), mx.bool_)
+            raise RunError("the grammar of this answer failed: too complex")
+
+        def accept(self, token: int) -> None:
+            pass
+
+    clients = Clients(Scheduler(MODELS[7], tokenizer, rows=2))
+    bad = clients.scheduler.add(Request(prompt(1, 5), max_tokens=9, constraint=Broken()))
+    good = clients.scheduler.add(Request(prompt(2, 5), max_tokens=9))
+    clients.run()
+    assert clients.answer(bad)[2] == "failed"
+    assert "too complex" in str(clients.events[bad][-1].error)
+    assert clients.answer(good) == alone(MODELS[7], tokenizer, Request(prompt(2, 5), max_tokens=9))

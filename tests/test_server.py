@@ -163,6 +163,124 @@ def test_many_at_once_get_their_own_answers(url: str, model_folder: Path) -> Non
     assert open_requests(url) == 0  # those that went away have given their places back
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def test_json_is_enforced_even_of_a_model_that_knows_nothing(url: str) -> None:
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
+    with client(url) as api:
+        for seed in range(4):
+            found = api.chat.completions.create(
+                model=NAME, messages=user("Who?"), response_format=wanted, seed=seed, max_tokens=400, temperature=1
+            )
+            assert found.choices[0].finish_reason == "stop"
+            person = json.loads(found.choices[0].message.content or "")
+            assert set(person) == {"name", "age"} and isinstance(person["age"], int)
+        stream = api.chat.completions.create(
+            model=NAME,
+            messages=user("Who?"),
+            response_format=wanted,
+            seed=3,
+            max_tokens=400,
+            temperature=1,
+            stream=True,
+        )
+        assert json.loads("".join(chunk.choices[0].delta.content or "" for chunk in stream)) == person
+        biased = api.chat.completions.create(
+            model=NAME, messages=user("?"), response_format={"type": "json_object"}, max_tokens=30, temperature=0
+        )
+        assert (biased.choices[0].message.content or "").startswith("{")
+
+
+TOOLS: list[Any] = [
+    {
+        "type": "function",
+        "function": {"name": name, "parameters": {**SCHEMA, "properties": properties, "required": [*properties]}},
+    }
+    for name, properties in (
+        ("weather", {"city": {"type": "string", "maxLength": 8}}),
+        (
+            "add",
+            {
+                "a": {"type": "integer", "minimum": 0, "maximum": 9},
+                "b": {"type": "integer", "minimum": 0, "maximum": 9},
+            },
+        ),
+    )
+]
+
+
+def test_tools_that_must_be_called_are_called(url: str) -> None:
+    with client(url) as api:
+        options: dict[str, Any] = {
+            "model": NAME,
+            "messages": user("2 + 3?"),
+            "tools": TOOLS,
+            "seed": 1,
+            "max_tokens": 300,
+        }
+        found = api.chat.completions.create(**options, tool_choice="required", parallel_tool_calls=False)
+        (call,) = found.choices[0].message.tool_calls or []
+        assert found.choices[0].finish_reason == "tool_calls"
+        assert re.fullmatch("[A-Za-z0-9]{9}", call.id)
+        assert call.type == "function" and call.function.name in ("weather", "add")
+        named = {"type": "function", "function": {"name": "add"}}
+        stream = api.chat.completions.create(**options, tool_choice=named, stream=True, parallel_tool_calls=False)
+        name, arguments, reason = "", "", None
+        for chunk in stream:
+            for part in chunk.choices[0].delta.tool_calls or []:
+                assert part.index == 0
+                name += part.function.name or ""  # type: ignore[union-attr]
+                arguments += part.function.arguments or ""  # type: ignore[union-attr]
+            reason = chunk.choices[0].finish_reason or reason
+        assert (name, reason) == ("add", "tool_calls")
+        assert set(json.loads(arguments)) == {"a", "b"}
+        # What was called and what came of it goes back into the conversation.
+        result = {"role": "tool", "tool_call_id": call.id, "content": '{"sum": 5}'}
+        history = [*user("2 + 3?"), found.choices[0].message.model_dump(exclude_none=True), result]
+        again = api.chat.completions.create(model=NAME, messages=history, tools=TOOLS, max_tokens=4)
+        assert again.usage and again.usage.prompt_tokens > (found.usage.prompt_tokens if found.usage else 0)
+        without = api.chat.completions.create(**options, tool_choice="none")
+        assert without.choices[0].message.tool_calls is None
+
+
+def test_log_probabilities_and_bias(url: str, model_folder: Path) -> None:
+    with client(url) as api:
+        found = api.chat.completions.create(
+            model=NAME, messages=user("Hi"), temperature=0, max_tokens=6, logprobs=True, top_logprobs=4
+        )
+        content = (found.choices[0].logprobs.content if found.choices[0].logprobs else None) or []
+        assert len(content) == 6
+        for scored in content:
+            assert len(scored.top_logprobs) == 4
+            assert scored.logprob == scored.top_logprobs[0].logprob < 0  # greedy: the likeliest
+            assert scored.token.encode() == bytes(scored.bytes or []) or "\ufffd" in scored.token
+        model, tokenizer = load(model_folder)
+        ids = tokenizer.chat.encode(user("Hi"))
+        banned = next(iter(stream_generate(model, tokenizer, ids, max_tokens=1))).ids[0]
+        other = api.chat.completions.create(
+            model=NAME, messages=user("Hi"), temperature=0, max_tokens=6, logit_bias={str(banned): -100}
+        )
+        assert other.choices[0].message.content != found.choices[0].message.content
+        text = api.completions.create(model=NAME, prompt="Hi", temperature=0, max_tokens=3, logprobs=2)
+        assert text.choices[0].logprobs and len(text.choices[0].logprobs.token_logprobs or []) == 3
+        streamed = api.chat.completions.create(
+            model=NAME, messages=user("Hi"), temperature=0, max_tokens=6, logprobs=True, stream=True
+        )
+        parts = [c.choices[0].logprobs.content for c in streamed if c.choices[0].logprobs]
+        assert [s.logprob for part in parts for s in part or []] == pytest.approx(
+            [s.logprob for s in content], abs=1e-4
+        )
+
+
 CHAT = {"model": NAME, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
 REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "no messages": ({"messages": []}, 400, "messages"),
@@ -172,9 +290,18 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "n of 0": ({"n": 0}, 400, "n: "),
     "too many": ({"n": 9}, 400, "n: "),
     "logit_bias": ({"logit_bias": {"99999999": 5}}, 400, "logit_bias"),
-    "response_format": ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+    "response_format": ({"response_format": {"type": "yaml"}}, 400, "response_format"),
+    "a schema that is none": (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "zebra"}}}},
+        400,
+        "the JSON schema cannot be used",
+    ),
+    "a schema left out": ({"response_format": {"type": "json_schema"}}, 400, "json_schema"),
     "tools": ({"tools": [{"type": "function"}]}, 400, "tools"),
-    "logprobs": ({"logprobs": True}, 400, "logprobs"),
+    "no tools to call": ({"tool_choice": "required"}, 400, "there are no tools"),
+    "logprobs": ({"top_logprobs": 3}, 400, "logprobs"),
+    "too many logprobs": ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
+    "a word to bias": ({"logit_bias": {"cat": 5}}, 400, "logit_bias"),
     "penalty": ({"presence_penalty": 0.5}, 400, "presence_penalty"),
     "empty stop": ({"stop": ""}, 400, "stop"),
     "unknown field": ({"temprature": 1}, 400, "temprature"),

@@ -10,13 +10,16 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, Literal
 
+from m7mlx.constrain import Constraint, json_constraint
 from m7mlx.errors import InputError
 from m7mlx.sampling import Sampling
 from m7mlx.scheduler import Event, Request, Usage
 from m7mlx.tokenizer import Tokenizer
+from m7mlx_server.choices import Choice
 from m7mlx_server.engine import BusyError, Engine, Prepare
 from m7mlx_server.guard import ApiError
-from m7mlx_server.schemas import ChatRequest, CompletionRequest, Generation
+from m7mlx_server.schemas import ChatRequest, CompletionRequest, Generation, NamedTool
+from m7mlx_server.tools import MARK, calls_schema
 
 RETRY_SECONDS = 5
 _SAMPLED = 0.7  # OpenAI's default is 1, which is too wild for models of this size
@@ -42,28 +45,27 @@ class Answers:
                 found = await asyncio.gather(*(self._collect(i) for i in range(self._body.n)))
         except TimeoutError:
             raise ApiError(504, "the answer took too long; ask for fewer tokens, or for a stream") from None
-        choices = [self._choice(i, text, reason) for i, (text, reason, _) in enumerate(found)]
-        return self._envelope(choices, "") | {"usage": _usage([usage for *_, usage in found])}
+        return self._envelope([choice for choice, _ in found], "") | {"usage": _usage([usage for _, usage in found])}
 
     async def stream(self) -> AsyncGenerator[str, None]:
         """Server-sent events. What fails before the first token raises; after it, it is an event of its own."""
         events = self._merged()
+        choices = [self._choice(i) for i in range(self._body.n)]
         usages: list[Usage] = []
+        begun = False
         try:
-            begun = False
             async for index, event in events:
                 if not begun and self._is_chat:
-                    for i in range(self._body.n):
-                        yield self._sse([self._delta(i, {"role": "assistant", "content": ""}, None)])
+                    for choice in choices:
+                        yield self._sse(choice.role())
                 begun = True
-                if event.reason == "failed" or event.reason == "cancelled":
+                if event.reason in ("failed", "cancelled"):
                     yield f"data: {json.dumps(_error(event).body())}\n\n"
                     return
                 if event.usage:
                     usages.append(event.usage)
-                if event.text or event.reason:
-                    delta = {"content": event.text} if event.text else {}
-                    yield self._sse([self._delta(index, delta, event.reason)])
+                for chunk in choices[index].feed(event):
+                    yield self._sse(chunk)
             if self._body.stream_options and self._body.stream_options.include_usage:
                 yield f"data: {json.dumps(self._envelope([], '.chunk') | {'usage': _usage(usages)})}\n\n"
             yield "data: [DONE]\n\n"
@@ -75,32 +77,16 @@ class Answers:
     # --- the engine's side ------------------------------------------------------------------------------
 
     def _prepare(self, index: int) -> Prepare:
-        body, most = self._body, self._most
+        return lambda tokenizer: _request(self._body, tokenizer, index, self._most)
 
-        def prepare(tokenizer: Tokenizer) -> Request:
-            if isinstance(body, ChatRequest):
-                ids = tokenizer.chat.encode([message.plain() for message in body.messages])
-                wanted = body.max_completion_tokens or body.max_tokens
-            else:
-                text = body.prompt
-                ids = tokenizer.encode(text, add_bos=tokenizer.add_bos) if isinstance(text, str) else list(text)
-                wanted = body.max_tokens or 16  # OpenAI's default
-            limits = [n for n in (wanted, most) if n is not None]
-            stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-            return Request(
-                ids, _sampling(body, index), min(limits, default=None), stop, at_start=isinstance(body, ChatRequest)
-            )
-
-        return prepare
-
-    async def _collect(self, index: int) -> tuple[str, str, Usage]:
-        texts: list[str] = []
+    async def _collect(self, index: int) -> tuple[dict[str, Any], Usage]:
+        choice = self._choice(index)
         async with aclosing(self._engine.ask(self._prepare(index))) as events:
             async for event in events:
-                texts.append(event.text)
-        if event.reason in ("failed", "cancelled") or event.usage is None or event.reason is None:
+                choice.feed(event)
+        if event.reason in ("failed", "cancelled") or event.usage is None:
             raise _error(event)
-        return "".join(texts), event.reason, event.usage
+        return choice.whole(), event.usage
 
     async def _merged(self) -> AsyncGenerator[tuple[int, Event], None]:
         """The events of all answers as they come. Raises ApiError for what fails before its first token."""
@@ -134,6 +120,13 @@ class Answers:
 
     # --- the client's side ------------------------------------------------------------------------------
 
+    def _choice(self, index: int) -> Choice:
+        mark, forced = None, False
+        tokenizer = self._engine.tokenizer
+        if isinstance(self._body, ChatRequest) and self._body.tools and self._body.tool_choice != "none":
+            mark, forced = tokenizer.control_id(MARK), _demanded(self._body) is not None
+        return Choice(index, tokenizer, self._is_chat, mark, forced)
+
     def _envelope(self, choices: Sequence[dict[str, Any]], suffix: Literal["", ".chunk"]) -> dict[str, Any]:
         kind = f"chat.completion{suffix}" if self._is_chat else "text_completion"
         return {
@@ -144,18 +137,65 @@ class Answers:
             "choices": list(choices),
         }
 
-    def _choice(self, index: int, text: str, reason: str) -> dict[str, Any]:
-        said = (
-            {"message": {"role": "assistant", "content": text, "refusal": None}} if self._is_chat else {"text": text}
+    def _sse(self, choice: dict[str, Any]) -> str:
+        return f"data: {json.dumps(self._envelope([choice], '.chunk'), ensure_ascii=False)}\n\n"
+
+
+def _request(body: ChatRequest | CompletionRequest, tokenizer: Tokenizer, index: int, most: int | None) -> Request:
+    """What the engine is asked for the `index`-th answer. Raises InputError for what the model cannot do."""
+    constraint: Constraint | None = None
+    if isinstance(body, ChatRequest):
+        tools = (
+            [tool.model_dump(exclude_none=True) for tool in body.tools or []] if body.tool_choice != "none" else []
         )
-        return {"index": index, **said, "logprobs": None, "finish_reason": reason}
+        mark = tokenizer.control_id(MARK)
+        if tools and mark is None:
+            raise InputError("this model's chat format has no tools; leave out tools")
+        ids = tokenizer.chat.encode([message.plain() for message in body.messages], tools)
+        demanded = _demanded(body)
+        if demanded is not None and mark is not None:
+            ids = [*ids, mark]
+            constraint = json_constraint(tokenizer, calls_schema(demanded, body.parallel_tool_calls is not False))
+        elif body.response_format and body.response_format.type != "text":
+            wanted_schema = body.response_format.json_schema
+            constraint = json_constraint(tokenizer, wanted_schema.schema_ if wanted_schema else None)
+        wanted, logprobs = (
+            body.max_completion_tokens or body.max_tokens,
+            (body.top_logprobs or 0) if body.logprobs else None,
+        )
+    else:
+        text = body.prompt
+        ids = tokenizer.encode(text, add_bos=tokenizer.add_bos) if isinstance(text, str) else list(text)
+        wanted, logprobs = body.max_tokens or 16, body.logprobs  # 16 is OpenAI's default
+    limits = [n for n in (wanted, most) if n is not None]
+    return Request(
+        ids,
+        _sampling(body, index),
+        min(limits, default=None),
+        [body.stop] if isinstance(body.stop, str) else body.stop or [],
+        at_start=isinstance(body, ChatRequest),
+        logit_bias=_bias(body),
+        logprobs=logprobs,
+        constraint=constraint,
+    )
 
-    def _delta(self, index: int, delta: dict[str, str], reason: str | None) -> dict[str, Any]:
-        said: dict[str, Any] = {"delta": delta} if self._is_chat else {"text": delta.get("content", "")}
-        return {"index": index, **said, "logprobs": None, "finish_reason": reason}
 
-    def _sse(self, choices: Sequence[dict[str, Any]]) -> str:
-        return f"data: {json.dumps(self._envelope(choices, '.chunk'), ensure_ascii=False)}\n\n"
+def _demanded(body: ChatRequest) -> list[dict[str, Any]] | None:
+    """The functions one of which must be called; None where the model may answer otherwise."""
+    if isinstance(body.tool_choice, NamedTool):
+        name = body.tool_choice.function.name
+    elif body.tool_choice == "required":
+        name = None
+    else:
+        return None
+    return [tool.function.model_dump() for tool in body.tools or [] if name in (None, tool.function.name)]
+
+
+def _bias(body: Generation) -> dict[int, float]:
+    try:
+        return {int(token): value for token, value in (body.logit_bias or {}).items()}
+    except ValueError:
+        raise InputError("logit_bias: its keys are token ids") from None
 
 
 def _sampling(body: Generation, index: int) -> Sampling:

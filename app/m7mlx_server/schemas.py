@@ -26,19 +26,83 @@ class TextPart(_Strict):
     text: Text
 
 
+class CalledFunction(_Strict):
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    arguments: Text = "{}"
+
+
+class ToolCall(_Strict):
+    """What an assistant message has called."""
+
+    id: Annotated[str, Field(max_length=100)]
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None  # some clients send back what they were streamed
+
+
 class ChatMessage(_Strict):
     """One message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | list[TextPart] | None = None
     name: str | None = None
     refusal: None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
+    tool_call_id: Annotated[str, Field(max_length=100)] | None = None
 
     def plain(self) -> dict[str, Any]:
         """As `m7mlx.chat` takes it."""
         content = self.content or ""
         text = content if isinstance(content, str) else "".join(part.text for part in content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        found: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        if self.tool_calls:
+            found["tool_calls"] = [call.model_dump(exclude={"index"}) for call in self.tool_calls]
+        return found | {k: v for k in ("name", "tool_call_id") if (v := getattr(self, k)) is not None}
+
+
+class Function(_Strict):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    description: Text = ""
+    parameters: dict[str, Any] = Field(default_factory=lambda: {"type": "object", "properties": {}})
+    strict: bool | None = None
+
+
+class Tool(_Strict):
+    """A function that the model may call."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(_Strict):
+    name: str
+
+
+class NamedTool(_Strict):
+    """This function and no other."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchema(_Strict):
+    name: str = "answer"
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(_Strict):
+    """Text, any JSON object, or the JSON of a schema; enforced, not asked for."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema comes with type json_schema, and with no other")
+        return self
 
 
 class StreamOptions(_Strict):
@@ -60,6 +124,7 @@ class Generation(_Strict):
     n: Annotated[int, Field(ge=1, le=8)] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
+    logit_bias: dict[str, Annotated[Finite, Field(ge=-100, le=100)]] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -67,7 +132,7 @@ class Generation(_Strict):
         """… here, and what asks for nothing: null, and penalties of 0."""
         if not isinstance(data, dict):
             return data
-        neutral = {"presence_penalty": 0, "frequency_penalty": 0, "logprobs": False, "tools": [], "logit_bias": {}}
+        neutral = {"presence_penalty": 0, "frequency_penalty": 0}
         return {
             key: value
             for key, value in data.items()
@@ -80,6 +145,27 @@ class ChatRequest(Generation):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is for logprobs: set it")
+        names = [tool.function.name for tool in self.tools or []]
+        if len(set(names)) < len(names):
+            raise ValueError("tools: two of them have the same name")
+        if self.tool_choice == "required" and not names:
+            raise ValueError("tool_choice: there are no tools")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise ValueError("tool_choice: there is no tool of that name")
+        if self.response_format and self.response_format.type != "text" and names and self.tool_choice != "none":
+            raise ValueError("response_format: an answer in JSON cannot call tools")
+        return self
 
 
 class CompletionRequest(Generation):
@@ -87,3 +173,4 @@ class CompletionRequest(Generation):
 
     prompt: Text | Annotated[list[int], Field(min_length=1)]
     echo: Literal[False] = False
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
