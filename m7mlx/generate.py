@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from m7mlx.cache import RollingCache
 from m7mlx.chat import Message
+from m7mlx.constrain import Constraint
 from m7mlx.decode import decode, default_chunk, prefill, reuse
 from m7mlx.errors import InputError, PromptTooLongError, TokenizerError
 from m7mlx.memory import positions_that_fit
@@ -68,6 +69,7 @@ class Options(TypedDict, total=False):
     on_prefill: Callable[[int, int], None] | None
     prefill_chunk: int | None
     continues: Sequence[int]
+    constraint: Constraint | None
 
 
 def generate(model: Mistral, tokenizer: Tokenizer, prompt: Prompt, **options: Unpack[Options]) -> str:
@@ -88,6 +90,7 @@ def stream_generate(
     on_prefill: Callable[[int, int], None] | None = None,
     prefill_chunk: int | None = None,
     continues: Sequence[int] = (),
+    constraint: Constraint | None = None,
 ) -> Generator[Piece, None, None]:
     """Yield the answer to `prompt` piece by piece.
 
@@ -99,6 +102,7 @@ def stream_generate(
     stop        texts that end the answer; they are not part of it
     on_prefill  called with (tokens done, tokens to do) before, between and after the chunks; what it raises
                 ends the prefill and leaves the cache valid
+    constraint  a grammar that the answer follows (`m7mlx.constrain`); not together with a drafter
     continues   ids of an answer that was broken off. It goes on after them, with the same seed as if it had never
                 been broken off
 
@@ -124,7 +128,9 @@ def stream_generate(
     if cache is None:
         cache = model.new_cache() if drafter is None else model.new_cache(slack=DRAFT_SLACK)
     room = check_prompt(model, ids, cache)
-    sampler = Sampler(sampling or Sampling())
+    if constraint is not None and (drafter is not None or continues):
+        raise InputError("an answer that follows a grammar is neither speculated on nor gone on with")
+    sampler = Sampler(sampling or Sampling(), constraint=constraint)
     sampler.see(ids, chosen=len(continues))
     limit = room if max_tokens is None else max_tokens if room is None else min(max_tokens, room)
     return _stream(

@@ -310,3 +310,42 @@ def test_whatever_ends_it_what_was_said_is_kept(model_folder: Path, number: int)
     else:
         assert answer.status == "interrupted"
         assert len(answer.text) > len(whole) / 4  # a second of three, at the very most, is missing
+
+
+# --- answers in JSON -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.demo
+def test_an_answer_fits_its_schema(demo_model: Path, tmp_path: Path) -> None:
+    fields = {"capital": {"type": "string", "maxLength": 20}, "country": {"const": "France"}}
+    schema = {
+        "type": "object",
+        "properties": fields,
+        "required": ["capital", "country"],
+        "additionalProperties": False,
+    }
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    options = ["-p", "Name the capital of France.", "--json-schema", str(tmp_path / "schema.json")]
+    done = chat("--model", demo_model, *options)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert "Paris" in found["capital"] and found["country"] == "France"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "cannot be read"), ("{", "cannot be read"), ("[]", "not a JSON object"), ('{"type": "zebra"}', "schema")],
+)
+def test_schemas_that_are_none(model_folder: Path, tmp_path: Path, content: str | None, reason: str) -> None:
+    path = tmp_path / "schema.json"
+    if content is not None:
+        path.write_text(content)
+    done = chat("--model", model_folder, "-p", "Hi", "--json-schema", str(path))
+    assert done.returncode == 2
+    assert reason.encode() in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_schema_is_for_a_single_answer(model_folder: Path, tmp_path: Path) -> None:
+    done = chat("--model", model_folder, "-p", "Hi", "-i", "--json-schema", str(tmp_path / "x"))
+    assert done.returncode == 2
+    assert b"--json-schema is for a single answer" in done.stderr

@@ -392,6 +392,20 @@ def test_the_page_may_run_nothing_but_its_own(url: str) -> None:
     assert httpx.get(f"{url}/page.css").status_code == 200
 
 
+def test_the_api_describes_itself(url: str) -> None:
+    data = httpx.get(f"{url}/openapi.json").json()
+    assert data["openapi"].startswith("3.1")
+    assert set(data["paths"]) >= {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics"}
+    text = json.dumps(data)
+    for name in re.findall(r"#/components/schemas/(\w+)", text):
+        assert name in data["components"]["schemas"]
+    fields = data["components"]["schemas"]["ChatRequest"]["properties"]
+    assert {"messages", "tools", "response_format", "logit_bias", "stream"} <= set(fields)
+    shown = httpx.get(f"{url}/docs")
+    assert "POST /v1/chat/completions" in shown.text
+    assert "default-src 'none'" in shown.headers["content-security-policy"]
+
+
 def test_more_than_may_wait_are_told_to_come_back(model_folder: Path) -> None:
     with serving(model_folder, "--rows", "1", "--queue", "1") as (url, _), client(url) as api:
         going = [

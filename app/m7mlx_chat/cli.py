@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from m7mlx.cli import ArgumentParser, run
 
@@ -53,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object a line for everything that happens"
+    )
+    parser.add_argument(
+        "--json-schema", type=Path, metavar="FILE", help="with -p: an answer in JSON that fits this schema"
     )
     parser.add_argument("--no-save", action="store_true", help="keep nothing of this conversation")
     parser.add_argument(
@@ -124,6 +128,8 @@ def _chat(args: argparse.Namespace) -> int:
         from m7mlx.memory import limit_memory
 
         limit_memory(args.max_memory)
+    if args.json_schema and (args.interactive or not (asked or not in_terminal)):
+        raise InputError("--json-schema is for a single answer: give the question with -p")
     if args.json and args.interactive:
         raise InputError("--json prints, --interactive shows the chat: choose one")
     if args.web:
@@ -143,4 +149,12 @@ def _chat(args: argparse.Namespace) -> int:
         return launch(config, settings, question=first, go_on=args.go_on, save=not args.no_save, chosen=chosen)
     from m7mlx_chat.headless import answer
 
-    return answer(settings, args.prompt, args.file, go_on=args.go_on, save=not args.no_save, as_json=args.json)
+    return answer(
+        settings,
+        args.prompt,
+        args.file,
+        go_on=args.go_on,
+        save=not args.no_save,
+        as_json=args.json,
+        schema=args.json_schema,
+    )

@@ -21,6 +21,7 @@ import mlx.core as mx
 
 from m7mlx import Mistral, RollingCache, Tokenizer, load, reuse, stream_generate
 from m7mlx.config import ModelConfig
+from m7mlx.constrain import json_constraint
 from m7mlx.decode import shared_start
 from m7mlx.errors import M7Error
 from m7mlx.memory import budget, cache_bytes
@@ -224,6 +225,7 @@ class Engine:
             stop=request.stop,
             on_prefill=on_prefill,
             continues=begun,
+            constraint=None if request.schema is None else json_constraint(tokenizer, request.schema),
         )
         looked = 0.0
         try:

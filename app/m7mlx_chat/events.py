@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,13 +12,14 @@ from m7mlx.sampling import Sampling
 @dataclass(frozen=True)
 class Request:
     """What to answer, and how. `begun` is an answer that was broken off, to go on with: its text and, if they are
-    known, its ids."""
+    known, its ids. `schema` is a JSON schema that the answer must fit."""
 
     messages: Sequence[dict[str, Any]]
     sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     begun: tuple[str, Sequence[int] | None] | None = None
+    schema: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

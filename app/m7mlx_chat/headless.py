@@ -33,13 +33,16 @@ def answer(
     go_on: bool = False,
     save: bool = True,
     as_json: bool = False,
+    schema: Path | None = None,
 ) -> int:
     """Answer `prompt`, with files and what is piped in after it, on stdout; returns the exit status.
 
     The question is kept before the model sees it, the answer at least every second. Control characters are made
-    visible where a terminal would obey them; into a pipe the text goes as it is.
+    visible where a terminal would obey them; into a pipe the text goes as it is. With `schema`, a file, the answer is
+    JSON that fits it.
     """
     asked = question(prompt, files)
+    fitting = None if schema is None else read_schema(schema)
     if sys.stdout is None:  # closed by whoever started us
         raise RunError("standard output is closed; there is nowhere to print the answer")
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
@@ -50,6 +53,7 @@ def answer(
     with open_store(save) as store:
         engine = Engine()
         session = Session(store, engine, settings)
+        session.schema = fitting
         if go_on:
             go_on_with_the_last(session)
         engine.start()
@@ -86,6 +90,17 @@ def _print(session: Session, drain: Any, printer: _Plain | _Json) -> None:
 def _until_done(session: Session, drain: Any) -> Iterator[Event]:
     while session.under_way is not None:
         yield from drain(_WAIT)
+
+
+def read_schema(path: Path) -> dict[str, Any]:
+    """A JSON schema. Raises InputError for a file that holds none."""
+    try:
+        schema = json.loads(path.expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"--json-schema: {path} cannot be read ({error})") from None
+    if not isinstance(schema, dict):
+        raise InputError(f"--json-schema: {path} is not a JSON object")
+    return schema
 
 
 def fetch(settings: Settings) -> tuple[Path, Path | None]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -63,6 +63,7 @@ class Session:
         self.conversation: int | None = None
         self.line: list[int] = []
         self.under_way: UnderWay | None = None
+        self.schema: Mapping[str, Any] | None = None  # JSON that every answer must fit
         self._unsaved: list[Callable[[], None]] = []
         self._engine = engine
         self._defaults = settings
@@ -252,6 +253,7 @@ class Session:
                 settings.max_tokens,
                 settings.stop,
                 under_way.begun,
+                self.schema,
             )
         )
 

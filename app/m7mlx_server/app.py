@@ -23,6 +23,7 @@ from starlette.routing import Route
 from m7mlx_server.answers import RETRY_SECONDS, Answers
 from m7mlx_server.engine import BusyError, Engine
 from m7mlx_server.guard import ApiError, Guard
+from m7mlx_server.openapi import document, page
 from m7mlx_server.schemas import ChatRequest, CompletionRequest
 
 _Body = TypeVar("_Body", bound=BaseModel)
@@ -80,6 +81,8 @@ class Server:
             Route("/v1/models/{name:path}", self._model),
             Route("/health", self._health),
             Route("/metrics", self._metrics),
+            Route("/openapi.json", lambda request: JSONResponse(document(key is not None))),
+            Route("/docs", lambda request: HTMLResponse(page(key is not None), headers=_SAFE)),
             *(Route(path, self._page) for path in _PAGES),
         ]
         self.app = Starlette(
