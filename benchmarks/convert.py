@@ -17,30 +17,17 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 from common import machine, spread, table
+from m7mlx_bench.models import SHAPES
 
-from m7mlx import ModelConfig
 from m7mlx.safetensors import folder_weights
 
-CONFIG = ModelConfig(
-    model_type="mistral",
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=14336,
-    n_layers=32,
-    n_heads=32,
-    n_kv_heads=8,
-    head_dim=128,
-    norm_eps=1e-5,
-    rope_theta=10000.0,
-    max_position_embeddings=32768,
-    sliding_window=4096,
-    tie_word_embeddings=False,
-)
+CONFIG = replace(SHAPES["7b"], max_position_embeddings=32768)
 SHARDS = 3
 
 

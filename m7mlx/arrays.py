@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from m7mlx.quantization import Quantization
 
@@ -94,6 +95,11 @@ def dequantize(arrays: Mapping[str, mx.array], scheme: Quantization) -> mx.array
         mode=scheme.mode,
         dtype=mx.float32,
     )
+
+
+def nbytes(module: nn.Module) -> int:
+    """Bytes of all arrays of a module."""
+    return sum(array.nbytes for array in dict(tree_flatten(module.parameters())).values())
 
 
 def raw_bytes(array: mx.array) -> memoryview:

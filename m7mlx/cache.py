@@ -117,33 +117,27 @@ class RollingCache:
 
     def step(self, length: int) -> Step:
         """Describe a forward pass over the next `length` tokens; `advance` ends it."""
-        if not self.intact:
-            raise RollbackError("a forward pass was broken off and overwrote keys still needed; reset the cache")
+        self.begin(length)
         in_place = length <= self.slack + 1
         queries = mx.arange(self.offset, self.offset + length) - self._starts
-        rope_offset, config = self._rope_offset, self.config
-        step = Step(
+        rope_offset = self._rope_offset
+        return Step(
             offset=self.offset,
             length=length,
             rope_offset=rope_offset,
             mask=self._mask(queries, in_place),
             in_place=in_place,
-            rotation=rotation_of(rope_offset, config.rope_theta, config.head_dim)
-            if length == 1 and on_cpu()
-            else None,
+            rotation=self._rotation(rope_offset) if length == 1 else None,
             new_sinks=self._new_sinks(length),
             sinks=self._sink_step(queries),
         )
-        # Counted as written before any layer writes: a pass broken off half-way must not go unnoticed.
-        self.written = max(self.written, self.offset + length)
-        return step
 
     def step_at(self, offset: mx.array, starts: mx.array, rows: int) -> Step:
         """`step(1)` for any offset [1]: all that changes from token to token is an array, and so traced only once.
 
         starts  [B, 1]; rows  of the buffers, which hold the token's slot already
         """
-        capacity, config = self.rings[0].capacity, self.config
+        capacity = self.rings[0].capacity
         keys = offset - (offset - mx.arange(rows)) % capacity  # as in `_mask`
         position = (offset - starts)[:, 0] if starts.size > 1 else offset
         return Step(
@@ -153,13 +147,22 @@ class RollingCache:
             mask=window_mask(offset - starts, keys - starts, self.window)[:, None],
             in_place=True,
             slot=offset % capacity,
-            rotation=rotation_of(position, config.rope_theta, config.head_dim) if on_cpu() else None,
+            rotation=self._rotation(position),
         )
 
     @property
     def starts(self) -> mx.array:
         """Where each row began on the clock, [B, 1]; 0 but in a batch."""
         return mx.array([[0]]) if isinstance(self._starts, int) else self._starts
+
+    def begin(self, length: int) -> None:
+        """Count `length` tokens as written before any layer writes: a pass broken off must not go unnoticed.
+
+        Raises RollbackError where one was broken off before.
+        """
+        if not self.intact:
+            raise RollbackError("a forward pass was broken off and overwrote keys still needed; reset the cache")
+        self.written = max(self.written, self.offset + length)
 
     def advance(self, step: Step) -> None:
         """Count the tokens of a finished forward pass as seen."""
@@ -168,6 +171,9 @@ class RollingCache:
     @property
     def _rope_offset(self) -> int | mx.array:
         return self.offset if isinstance(self._starts, int) else self.offset - self._starts[:, 0]
+
+    def _rotation(self, offset: int | mx.array) -> mx.array | None:
+        return rotation_of(offset, self.config.rope_theta, self.config.head_dim) if on_cpu() else None
 
     def _mask(self, queries: mx.array, in_place: bool) -> mx.array | str:
         """Which query sees which row of what `LayerRing.update` will return; `queries` [(B,) length] positions."""

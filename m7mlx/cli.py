@@ -39,6 +39,14 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(EXIT_USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
+def gigabytes(text: str) -> int:
+    """An option's value, in GB → bytes."""
+    try:
+        return int(float(text) * 1e9)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of gigabytes") from None
+
+
 def run(body: Callable[[argparse.Namespace], int | None], args: argparse.Namespace, prog: str) -> int:
     """Run a command's body; every foreseeable failure becomes one line on stderr and an exit status."""
     _open_standard_streams()

@@ -40,7 +40,7 @@ class CompiledStep:
         clock = cache.clock if isinstance(cache, BatchCache) else cache
         if ids.shape[1] != 1 or clock.n_sinks or not clock.rings[0].buffers:
             return self._model(ids, cache)
-        step = clock.step(1)
+        clock.begin(1)
         for ring in clock.rings:
             ring.reserve(clock.offset + 1, ring.buffers)
         key = (clock.window, clock.slack, clock.format)
@@ -51,7 +51,7 @@ class CompiledStep:
         # From here on nobody holds the old names of the buffers: the rows are written in place.
         for ring, rows in zip(clock.rings, written, strict=True):
             ring.buffers = rows
-        clock.advance(step)
+        clock.offset += 1
         return logits
 
     def _traced(self, like: RollingCache) -> Callable[..., tuple[mx.array, list[Rows]]]:

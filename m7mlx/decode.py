@@ -75,14 +75,19 @@ def prefill(
     hidden = None
     for start in range(0, len(ids), chunk):
         report(start, len(ids))
-        part = list(ids[start : start + chunk])
-        hidden = model.hidden(mx.array([part]), cache)[:, -1:]
-        mx.eval(hidden, *cache.arrays)
-        cache.ids += part
-        mx.clear_cache()  # the chunk's temporaries would stay in MLX's pool
+        hidden = read_chunk(model, list(ids[start : start + chunk]), cache)
     report(len(ids), len(ids))
     assert hidden is not None
     return model.head(hidden)[:, -1]
+
+
+def read_chunk(model: Mistral, ids: list[int], cache: RollingCache) -> mx.array:
+    """Read one chunk into the cache, evaluated; the hidden state [1, 1, hidden_size] of its last token."""
+    hidden = model.hidden(mx.array([ids]), cache)[:, -1:]
+    mx.eval(hidden, *cache.arrays)
+    cache.ids += ids
+    mx.clear_cache()  # the chunk's temporaries would stay in MLX's pool
+    return hidden
 
 
 def decode(

@@ -119,8 +119,7 @@ def stream_generate(
         prefill_chunk = default_chunk(model)
     if prefill_chunk < 1:
         raise InputError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
-    if isinstance(stop, str) or not all(stop):
-        raise InputError("stop must be a list of texts, none of them empty")
+    stop_filter = StopFilter(stop)
     ids = [*encode_prompt(tokenizer, prompt), *continues]
     text = tokenizer.detokenizer(at_start=not isinstance(prompt, str))
     for token in continues:
@@ -134,7 +133,7 @@ def stream_generate(
     sampler.see(ids, chosen=len(continues))
     limit = room if max_tokens is None else max_tokens if room is None else min(max_tokens, room)
     return _stream(
-        model, tokenizer, ids, cache, drafter, sampler, limit, StopFilter(stop), text, on_prefill, prefill_chunk
+        model, tokenizer, ids, cache, drafter, sampler, limit, stop_filter, text, on_prefill, prefill_chunk
     )  # fmt: skip
 
 
@@ -219,7 +218,7 @@ def check_prompt(model: Mistral, ids: Sequence[int], cache: RollingCache) -> int
             raise TokenizerError(f"token id {token} is outside the model's vocabulary of {config.vocab_size}")
     if cache.window is not None:
         return None
-    bits = 8 * model.dtype.size if cache.format.bits is None else cache.format.bits + 32 / cache.format.group_size
+    bits = cache.format.stored_bits(model.dtype)
     fit, context = positions_that_fit(config, model.nbytes, bits), config.max_position_embeddings
     if len(ids) > min(fit, context):
         what = f"the model's context holds {context}" if context <= fit else f"memory holds {fit} beside the model"
@@ -234,6 +233,9 @@ class StopFilter:
     """Cuts a stream at the first of several texts, which may lie across the borders of its pieces."""
 
     def __init__(self, stops: Sequence[str]) -> None:
+        """Raises InputError for what is no list of texts."""
+        if isinstance(stops, str) or not all(stops):
+            raise InputError("stop must be a list of texts, none of them empty")
         self._stops = stops
         self._held = ""  # could be the beginning of a stop text
         self.found = False

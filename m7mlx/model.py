@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Unpack
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
-from m7mlx.arrays import swiglu
+from m7mlx.arrays import nbytes, swiglu
 from m7mlx.attention import Attention
 from m7mlx.batch import BatchCache
 from m7mlx.cache import CacheOptions, RollingCache
@@ -116,4 +115,4 @@ class Mistral(nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes of all weights."""
-        return sum(array.nbytes for array in dict(tree_flatten(self.parameters())).values())
+        return nbytes(self)

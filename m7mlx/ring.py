@@ -41,6 +41,10 @@ class KVFormat:
                 f"not in {self.bits} bits in groups of {self.group_size}"
             )
 
+    def stored_bits(self, dtype: mx.Dtype) -> float:
+        """Bits that a number takes, its share of scales and biases included."""
+        return 8 * dtype.size if self.bits is None else self.bits + 32 / self.group_size
+
     def turn(self, x: mx.array) -> mx.array:  # [..., head_dim], keys or queries, already rotated to their positions
         """Into the basis that keys are stored in: orthonormal, the same for keys and queries."""
         odd = x.shape[-1] // (x.shape[-1] & -x.shape[-1])

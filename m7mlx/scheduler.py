@@ -19,9 +19,10 @@ from m7mlx.batch import BatchCache
 from m7mlx.cache import RollingCache
 from m7mlx.compiled import step_of
 from m7mlx.constrain import Constraint
-from m7mlx.decode import default_chunk, reuse, shared_start
+from m7mlx.decode import default_chunk, read_chunk, reuse, shared_start
 from m7mlx.errors import InputError, M7Error, TokenizerError
 from m7mlx.generate import StopFilter, check_prompt
+from m7mlx.memory import CHAT_SLACK
 from m7mlx.model import Mistral
 from m7mlx.sampling import Sampler, Sampling, TokenScores
 from m7mlx.tokenizer import Tokenizer
@@ -79,14 +80,16 @@ class Usage:
 class _Answer:
     """One request on its way."""
 
-    def __init__(self, number: int, request: Request, tokenizer: Tokenizer, limit: int | None) -> None:
-        self.number, self.request, self.limit = number, request, limit
+    def __init__(
+        self, number: int, request: Request, stop: StopFilter, tokenizer: Tokenizer, limit: int | None
+    ) -> None:
+        self.number, self.limit = number, limit
         self.ids = list(request.ids)
         self.sampler = Sampler(
             request.sampling, bias=request.logit_bias, constraint=request.constraint, logprobs=request.logprobs
         )
         self.sampler.see(self.ids)
-        self.text, self.stop = tokenizer.detokenizer(request.at_start), StopFilter(request.stop)
+        self.text, self.stop = tokenizer.detokenizer(request.at_start), stop
         self.eos = tokenizer.eos_ids
         self.cache: RollingCache | None = None  # as long as the prompt is being read
         self.reused = self.generated = 0
@@ -138,7 +141,7 @@ class Scheduler:
         *,
         rows: int = 8,
         kept: int = 8,
-        slack: int = 64,
+        slack: int = CHAT_SLACK,
         kv_bits: int | None = None,
     ) -> None:
         """Raises InputError for numbers that make no sense."""
@@ -164,15 +167,14 @@ class Scheduler:
         """Queue a request; its number. Raises what `m7mlx.stream_generate` raises for its prompt and options."""
         if request.max_tokens is not None and request.max_tokens < 1:
             raise InputError(f"max_tokens must be at least 1, got {request.max_tokens}")
-        if isinstance(request.stop, str) or not all(request.stop):
-            raise InputError("stop must be a list of texts, none of them empty")
+        stop = StopFilter(request.stop)
         for token in request.logit_bias:
             if not 0 <= token < self._model.config.vocab_size:
                 raise TokenizerError(f"logit_bias: token id {token} is outside the model's vocabulary")
         room = check_prompt(self._model, request.ids, self._new)
         limits = [n for n in (room, request.max_tokens) if n is not None]
         self._count += 1
-        self._waiting.append(_Answer(self._count, request, self._tokenizer, min(limits, default=None)))
+        self._waiting.append(_Answer(self._count, request, stop, self._tokenizer, min(limits, default=None)))
         return self._count
 
     def cancel(self, number: int) -> Event | None:
@@ -223,10 +225,7 @@ class Scheduler:
             answer.reused = answer.cache.offset
         cache = answer.cache
         part = answer.ids[cache.offset : cache.offset + default_chunk(self._model)]
-        hidden = self._model.hidden(mx.array([part]), cache)[:, -1:]
-        mx.eval(hidden, *cache.arrays)
-        cache.ids += part
-        mx.clear_cache()
+        hidden = read_chunk(self._model, part, cache)
         return self._model.head(hidden)[:, -1] if cache.offset == len(answer.ids) else None
 
     def _longest_start(self, ids: list[int]) -> RollingCache:

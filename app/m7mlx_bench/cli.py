@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,8 +113,8 @@ def _bench(args: argparse.Namespace) -> int:
         if not path.absolute().parent.is_dir():
             raise InputError(f"{path}: there is no folder {path.absolute().parent}")
     engines = _engines(args)
-    with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="m7mlx-bench-")))
+    with tempfile.TemporaryDirectory(prefix="m7mlx-bench-") as made:
+        scratch = Path(made)
         folder, name, config = _model(args, scratch)
         results = report.Results(
             model={"name": name, "window": config.sliding_window, "config": config.to_dict()},

@@ -42,12 +42,13 @@ class M7:
     kv_bits: int | None = None
 
     def __init__(self, folder: Path) -> None:
+        from m7mlx.arrays import nbytes
         from m7mlx.load import load_model
 
         os.environ["M7MLX_COMPILE"] = "1" if self.compiled else ""
 
         self._model = load_model(folder)
-        untied = 0 if self._model.config.tie_word_embeddings else _nbytes(self._model.model.embed_tokens)
+        untied = 0 if self._model.config.tie_word_embeddings else nbytes(self._model.model.embed_tokens)
         self.moved_bytes = self._model.nbytes - untied
 
     def read(self, ids: Sequence[int]) -> None:
@@ -102,27 +103,21 @@ class M7FourBits(M7):
     kv_bits = 4
 
 
-def _nbytes(module: Any) -> int:
-    from mlx.utils import tree_flatten
-
-    return sum(array.nbytes for array in dict(tree_flatten(module.parameters())).values())
-
-
 class MlxLm:
     """mlx-lm as shipped: it takes Mistral for a Llama and has no window."""
 
     rotating = False
 
     def __init__(self, folder: Path) -> None:
-        import m7mlx  # noqa: F401  its BLAS, before MLX is imported
+        from m7mlx.arrays import nbytes  # first: its BLAS, before MLX is imported
 
         # isort: split
         from mlx_lm.utils import load_model
 
         self._model, self._config = load_model(folder)
         tied = self._config.get("tie_word_embeddings")
-        untied = 0 if tied else _nbytes(self._model.model.embed_tokens)
-        self.moved_bytes = _nbytes(self._model) - untied
+        untied = 0 if tied else nbytes(self._model.model.embed_tokens)
+        self.moved_bytes = nbytes(self._model) - untied
 
     def _new_cache(self) -> list[Any]:
         from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache

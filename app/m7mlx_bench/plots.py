@@ -6,18 +6,15 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from m7mlx.errors import InputError
 from m7mlx_bench.report import Results, describe
 
 FORMATS = (".png", ".svg")
 
 
 def plot(results: Results, path: Path) -> None:
-    """Write a PNG or SVG. Raises InputError without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("plots need matplotlib: pip install 'm7mlx[bench]'") from None
+    """Write a PNG or SVG, with matplotlib."""
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

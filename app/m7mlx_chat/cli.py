@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from m7mlx.cli import ArgumentParser, run
+from m7mlx.cli import ArgumentParser, gigabytes, run
 
 PROG = "m7mlx-chat"
 _DESCRIPTION = """\
@@ -69,14 +69,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _gigabytes(text: str) -> int:
-    """Bytes."""
-    try:
-        return int(float(text) * 1e9)
-    except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of gigabytes") from None
-
-
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     """Options named after `settings.FIELDS`; those not given stay as the user's file has them."""
     parser.add_argument("--preset", metavar="NAME", help="settings kept under a name in config.toml")
@@ -84,7 +76,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer (default: 4096)")
     memory = parser.add_argument_group("memory")
     memory.add_argument(
-        "--max-memory", type=_gigabytes, metavar="GB", help="load no model, and let no conversation grow, beyond it"
+        "--max-memory", type=gigabytes, metavar="GB", help="load no model, and let no conversation grow, beyond it"
     )
     memory.add_argument("--kv-bits", type=int, choices=(4, 8), help="store keys and values in 4 or 8 bits")
     memory.add_argument("--kv-group-size", type=int, choices=(32, 64, 128), help="in groups of (default: 64)")

@@ -21,7 +21,7 @@ from m7mlx_server.guard import ApiError
 from m7mlx_server.schemas import ChatRequest, CompletionRequest, Generation, NamedTool
 from m7mlx_server.tools import MARK, calls_schema
 
-RETRY_SECONDS = 5
+_RETRY_SECONDS = 5
 _SAMPLED = 0.7  # OpenAI's default is 1, which is too wild for models of this size
 
 
@@ -81,9 +81,12 @@ class Answers:
 
     async def _collect(self, index: int) -> tuple[dict[str, Any], Usage]:
         choice = self._choice(index)
-        async with aclosing(self._engine.ask(self._prepare(index))) as events:
-            async for event in events:
-                choice.feed(event)
+        try:
+            async with aclosing(self._engine.ask(self._prepare(index))) as events:
+                async for event in events:
+                    choice.feed(event)
+        except BusyError as error:
+            raise _busy(error) from None
         if event.reason in ("failed", "cancelled") or event.usage is None:
             raise _error(event)
         return choice.whole(), event.usage
@@ -224,7 +227,7 @@ def _usage(usages: Sequence[Usage]) -> dict[str, Any]:
 
 
 def _busy(error: Exception) -> ApiError:
-    return ApiError(429, str(error), "rate_limit_exceeded", {"Retry-After": str(RETRY_SECONDS)})
+    return ApiError(429, str(error), "rate_limit_exceeded", {"Retry-After": str(_RETRY_SECONDS)})
 
 
 def _error(event: Event) -> ApiError:

@@ -20,8 +20,8 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from m7mlx_server.answers import RETRY_SECONDS, Answers
-from m7mlx_server.engine import BusyError, Engine
+from m7mlx_server.answers import Answers
+from m7mlx_server.engine import Engine
 from m7mlx_server.guard import ApiError, Guard
 from m7mlx_server.openapi import document, page
 from m7mlx_server.schemas import ChatRequest, CompletionRequest
@@ -112,15 +112,12 @@ class Server:
             raise ApiError(400, "stream_options is for streams: set stream")
         answers = Answers(self._engine, body, self._served.max_tokens, self._served.seconds)
         began = time.perf_counter()
-        try:
-            if not body.stream:
-                found = await _unless_gone(request, answers.whole())
-                self._count(request.url.path, 200, began, found["usage"])
-                return JSONResponse(found)
-            events = answers.stream()
-            first = await anext(events)  # so that what cannot be answered gets a status of its own
-        except BusyError as error:
-            raise ApiError(429, str(error), "rate_limit_exceeded", {"Retry-After": str(RETRY_SECONDS)}) from None
+        if not body.stream:
+            found = await _unless_gone(request, answers.whole())
+            self._count(request.url.path, 200, began, found["usage"])
+            return JSONResponse(found)
+        events = answers.stream()
+        first = await anext(events)  # so that what cannot be answered gets a status of its own
         self._count(request.url.path, 200, began)
         return StreamingResponse(
             _joined(first, events), media_type="text/event-stream", headers={"Cache-Control": "no-store"}

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from m7mlx.cli import ArgumentParser, run
+from m7mlx.cli import ArgumentParser, gigabytes, run
 from m7mlx.errors import InputError, RunError
 
 PROG = "m7mlx-serve"
@@ -59,7 +59,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     load.add_argument(
         "--max-seconds", type=float, default=600.0, metavar="S", help="longest time for one (%(default)g)"
     )
-    load.add_argument("--max-memory", type=float, metavar="GB", help="load no model beyond it")
+    load.add_argument("--max-memory", type=gigabytes, metavar="GB", help="load no model beyond it")
     return parser.parse_args(argv)
 
 
@@ -86,7 +86,7 @@ def _serve(args: argparse.Namespace) -> None:
     key = _key(args.api_key_file)
     hosts = _hosts(args.host, args.allow_host, key)
     if args.max_memory is not None:
-        limit_memory(int(args.max_memory * 1e9))
+        limit_memory(args.max_memory)
     limits = Limits(args.rows, args.queue, args.keep, args.kv_bits)
     engine = Engine(resolve(args.model), limits)
     print(f"loading {args.model} …", file=sys.stderr)

@@ -17,8 +17,9 @@ import mlx.core as mx
 
 from m7mlx import load
 from m7mlx.errors import RunError
-from m7mlx.memory import cache_bytes
+from m7mlx.memory import CHAT_SLACK, cache_bytes
 from m7mlx.model import Mistral
+from m7mlx.ring import KVFormat
 from m7mlx.scheduler import Event, Request, Scheduler
 from m7mlx.tokenizer import Tokenizer
 
@@ -178,6 +179,6 @@ class _Answer:
 def rows_memory(model: Mistral, limits: Limits) -> int:
     """Bytes that keys and values take at most: every row, and every conversation kept."""
     config = model.config
-    positions = (config.sliding_window or config.max_position_embeddings) + 64
-    bits = 8 * model.dtype.size if limits.kv_bits is None else limits.kv_bits + 32 / 64
+    positions = (config.sliding_window or config.max_position_embeddings) + CHAT_SLACK
+    bits = KVFormat(limits.kv_bits).stored_bits(model.dtype)
     return (limits.rows + limits.kept) * cache_bytes(config, positions, bits)
