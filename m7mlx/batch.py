@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from m7mlx.cache import RollingCache
 from m7mlx.errors import InputError, RollbackError
-from m7mlx.ring import LayerRing, Rows, Sinks, Step
+from m7mlx.ring import GROWTH, LayerRing, Rows, Sinks, Step
 
 
 class BatchCache:
@@ -131,7 +131,6 @@ class BatchCache:
             raise InputError("the last row cannot leave its batch; take `row(0)` and drop the batch")
         left = self.row(row)
         self.keep([i for i in range(len(self)) if i != row % len(self)])
-        mx.eval(left.arrays)
         return left
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -146,6 +145,15 @@ class BatchCache:
             self._set(self._clock.offset, self._clock.written, self._starts)
         mx.eval(self.arrays)
 
+    def outgrown(self, rows: Sequence[int]) -> bool:
+        """Whether `keep(rows)` would spare memory that full attention is about to take: the clock has run ahead.
+
+        Rows that take the place of others begin at its time, and it never goes back by itself.
+        """
+        clock, longest = self._clock, max(self.offsets[i] for i in rows)
+        need = clock.rings[0].rows_for
+        return clock.window is None and need(clock.offset + 1) > need(longest + GROWTH // 4)
+
     def row(self, row: int) -> RollingCache:
         """One row as a cache of its own, a copy."""
         start, clock = self._starts[row], self._clock
@@ -158,6 +166,7 @@ class BatchCache:
                 _copy(source, target, row, first, clock.offset, -start)
             if source.sinks is not None:
                 target.sinks = Sinks(*(mx.contiguous(a[row][None]) for a in source.sinks))
+        mx.eval(cache.arrays)  # a pending copy would hold the batch's buffers, and the next step copy them all
         return cache
 
     def _must_be_turned(self, cache: RollingCache) -> bool:

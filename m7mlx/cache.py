@@ -181,7 +181,7 @@ class RollingCache:
         if isinstance(self._starts, int) and (self.window is None or end <= self.window):
             return "causal"
         if in_place:  # the ring as it lies: slot s holds the last position that is s modulo capacity
-            slots = mx.arange(max(ring.rows, ring.rows_for(end)))
+            slots = mx.arange(ring.filled(end))
             keys = end - 1 - (end - 1 - slots) % ring.capacity  # negative where nothing has been written yet
         else:
             keys = mx.arange(0 if self.window is None else max(0, self.offset - self.window + 1), end)

@@ -158,6 +158,10 @@ class LayerRing:
         # From one window on the ring has its final size, so that its memory is the same ever after.
         return self.capacity if rows >= self.window else rows
 
+    def filled(self, positions: int) -> int:
+        """How many slots the positions 0 … positions − 1 take: the first ones, until the ring has turned."""
+        return min(positions, self.capacity)
+
     def update(self, k: mx.array, v: mx.array, step: Step) -> KeysValues:
         """Store the new keys and values [B, n_kv_heads, length, head_dim]; return all those to attend to."""
         if step.new_sinks is not None:
@@ -169,9 +173,8 @@ class LayerRing:
             return self._split(self.buffers, self.format)
         if step.in_place:
             self.write(new, step.offset)
-            in_order = isinstance(step.mask, str)  # nothing has left the window: the rows so far, and no others
-            rows = self._read(slice(step.offset + step.length)) if in_order else self.buffers
-            return self._split(rows, self.format)
+            filled = self.filled(step.offset + step.length)
+            return self._split(self._read(slice(filled)), self.format)
         pieces = [self._read(slots) for slots in self._past(step.offset)] + [new]
         rows = tuple(mx.concatenate(list(parts), axis=2) for parts in zip(*pieces, strict=True))
         keep = min(step.length, self.capacity)

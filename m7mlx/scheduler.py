@@ -302,10 +302,13 @@ class Scheduler:
             self._kept = deque([*others, ended], self._kept.maxlen)
 
     def _shrink(self) -> None:
-        """Give up the rows of answers that have ended, once they are half of the batch and nobody wants them."""
+        """Give up the rows of answers that have ended, once they cost more than laying the others out anew."""
         going = [i for i, answer in enumerate(self._answers) if answer]
         if not going:
             self._batch, self._answers = None, []
-        elif self._batch and not self._waiting and not self._reading and len(going) <= len(self._answers) // 2:
+        elif self._batch and (self._batch.outgrown(going) or self._deserted(going)):
             self._batch.keep(going)
             self._answers, self._tokens = [self._answers[i] for i in going], self._tokens[mx.array(going)]
+
+    def _deserted(self, going: list[int]) -> bool:
+        return not self._waiting and not self._reading and len(going) <= len(self._answers) // 2

@@ -138,8 +138,7 @@ class Engine:
             except Empty:
                 pass
             events, more = self._scheduler.step()
-            for event in events:
-                self._tell(event)
+            self._tell(events)
 
     def _add(self, answer: _Answer, prepare: Prepare) -> None:
         try:
@@ -153,12 +152,17 @@ class Engine:
         if self._answers.pop(answer.number, None):
             self._scheduler.cancel(answer.number)
 
-    def _tell(self, event: Event) -> None:
-        answer = self._answers.get(event.request)
-        if answer is not None:
-            answer.tell(event)
-            if event.reason is not None:
-                del self._answers[event.request]
+    def _tell(self, events: list[Event]) -> None:
+        """Hand over the events of a step: each loop is woken once, not once for every answer."""
+        told: dict[asyncio.AbstractEventLoop, list[tuple[_Answer, Event]]] = {}
+        for event in events:
+            answer = self._answers.get(event.request)
+            if answer is not None:
+                told.setdefault(answer.loop, []).append((answer, event))
+                if event.reason is not None:
+                    del self._answers[event.request]
+        for loop, pairs in told.items():
+            _on(loop, pairs)
 
 
 class _Answer:
@@ -167,13 +171,21 @@ class _Answer:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.number = 0
         self.events: asyncio.Queue[Event] = asyncio.Queue()
-        self._loop = loop
+        self.loop = loop
 
     def tell(self, event: Event) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self.events.put_nowait, event)
-        except RuntimeError:  # the loop has ended: nobody listens any more
-            return
+        _on(self.loop, [(self, event)])
+
+
+def _on(loop: asyncio.AbstractEventLoop, pairs: list[tuple[_Answer, Event]]) -> None:
+    def put() -> None:
+        for answer, event in pairs:
+            answer.events.put_nowait(event)
+
+    try:
+        loop.call_soon_threadsafe(put)
+    except RuntimeError:  # the loop has ended: nobody listens any more
+        return
 
 
 def rows_memory(model: Mistral, limits: Limits) -> int:
