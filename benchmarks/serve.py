@@ -87,7 +87,7 @@ async def ask(session: aiohttp.ClientSession, url: str, model: str, text: str, t
     """Tokens of the answer, and seconds to the first."""
     body = {
         "model": model,
-        "messages": [{"role": "user", "content": text + "\nGo on with this list of words for as long as you can."}],
+        "messages": [{"role": "user", "content": text + "\nWrite a long story in which these words occur."}],
         "max_tokens": tokens,
         "temperature": 0,
         "stream": True,

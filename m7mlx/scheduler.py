@@ -28,6 +28,7 @@ from m7mlx.sampling import Sampler, Sampling, TokenScores
 from m7mlx.tokenizer import Tokenizer
 
 Reason = Literal["stop", "length", "cancelled", "failed"]
+_TURNS = 4  # prompts of which a chunk is read between two steps: more would stall the answers under way
 
 
 @dataclass(frozen=True)
@@ -202,21 +203,42 @@ class Scheduler:
     # --- prompts ----------------------------------------------------------------------------------------
 
     def _read(self) -> list[Event]:
-        """Read a chunk of the prompt whose turn it is; its answer joins the batch after the last one."""
+        """Read a chunk of each of the prompts whose turn it is; what is whole joins the batch."""
         while self._waiting and self.load[0] < self._rows:
             self._reading.append(self._waiting.popleft())
-        if not self._reading:
-            return []
-        answer = self._reading.popleft()
-        try:
-            logits = self._chunk(answer)
-            if logits is None:
+        events, turns = [], 0
+        for _ in range(len(self._reading)):
+            if turns == _TURNS:
+                break
+            answer = self._reading.popleft()
+            if self._may_wait(answer):
                 self._reading.append(answer)
-            else:
-                self._join(answer, answer.sampler(logits))
-        except (M7Error, RuntimeError, MemoryError) as error:  # of this request alone
-            return [answer.end("failed", error=error)]
-        return []
+                continue
+            turns += 1
+            try:
+                logits = self._chunk(answer)
+                if logits is None:
+                    self._reading.append(answer)
+                else:
+                    self._join(answer, answer.sampler(logits))
+            except (M7Error, RuntimeError, MemoryError) as error:  # of this request alone
+                events.append(answer.end("failed", error=error))
+        return events
+
+    def _may_wait(self, answer: _Answer) -> bool:
+        """Whether a prompt that came before is being read and will soon hold more of the start of this one.
+
+        The wait ends one chunk before they part: a ring that has turned could not go back to there.
+        """
+        if answer.cache is not None:
+            return False
+        chunk = default_chunk(self._model)
+        soon = [
+            shared_start(a.ids, answer.ids)
+            for a in self._reading
+            if a.cache is not None and shared_start(a.ids, answer.ids) >= a.cache.offset + chunk
+        ]
+        return bool(soon) and max(soon) >= self._longest_start(answer.ids).offset + chunk
 
     def _chunk(self, answer: _Answer) -> mx.array | None:
         """Logits [1, vocab_size] once the whole prompt is read."""
@@ -224,15 +246,22 @@ class Scheduler:
             answer.cache = self._longest_start(answer.ids)
             answer.reused = answer.cache.offset
         cache = answer.cache
-        part = answer.ids[cache.offset : cache.offset + default_chunk(self._model)]
-        hidden = read_chunk(self._model, part, cache)
+        chunk = default_chunk(self._model)
+        end = cache.offset + chunk
+        if len(answer.ids) - end < chunk // 2:  # so few rows would cost nearly as much as a whole chunk
+            end = len(answer.ids)
+        hidden = read_chunk(self._model, answer.ids[cache.offset : end], cache)
         return self._model.head(hidden)[:, -1] if cache.offset == len(answer.ids) else None
 
     def _longest_start(self, ids: list[int]) -> RollingCache:
-        """A cache that holds as much of the start of `ids` as any conversation that has ended."""
+        """A cache that holds as much of the start of `ids` as any conversation that has ended or is being read."""
         cache = self._new.like()
-        snapshots = [kept.snapshot() for kept in self._kept if shared_start(kept.ids, ids)]
-        reuse(cache, ids, snapshots)
+        held = [*self._kept, *(a.cache for a in self._reading if a.cache is not None)]
+        best = reuse(cache, ids, [other.snapshot() for other in held if shared_start(other.ids, ids)])
+        used = next((kept for kept in self._kept if best and shared_start(kept.ids, ids) >= best), None)
+        if used is not None:  # what is of use is given up last
+            self._kept.remove(used)
+            self._kept.append(used)
         return cache
 
     # --- the batch --------------------------------------------------------------------------------------
@@ -298,8 +327,7 @@ class Scheduler:
         self._answers[row] = None
         if self._kept.maxlen:
             ended = self._batch.row(row)
-            others = [kept for kept in self._kept if shared_start(kept.ids, ended.ids) < len(kept.ids)]
-            self._kept = deque([*others, ended], self._kept.maxlen)
+            self._kept = deque([*(k for k in self._kept if not _goes_on(k, ended)), ended], self._kept.maxlen)
 
     def _shrink(self) -> None:
         """Give up the rows of answers that have ended, once they cost more than laying the others out anew."""
@@ -311,4 +339,10 @@ class Scheduler:
             self._answers, self._tokens = [self._answers[i] for i in going], self._tokens[mx.array(going)]
 
     def _deserted(self, going: list[int]) -> bool:
-        return not self._waiting and not self._reading and len(going) <= len(self._answers) // 2
+        return not self._waiting and not self._reading and len(going) <= len(self._answers) * 3 // 4
+
+
+def _goes_on(cache: RollingCache, later: RollingCache) -> bool:
+    """Whether `later` goes on from `cache`, and can go back to there."""
+    is_start = shared_start(cache.ids, later.ids) == len(cache.ids)
+    return is_start and later.offset - cache.offset <= later.max_rollback

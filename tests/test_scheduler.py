@@ -157,6 +157,40 @@ def test_what_was_read_before_is_not_read_again(tokenizer: Tokenizer, window: in
     assert len(clients.scheduler._kept) == 2  # the first is a part of the second
 
 
+@pytest.mark.parametrize("window", [7, None])
+def test_what_is_being_read_is_read_once_for_all_that_begin_with_it(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, window: int | None
+) -> None:
+    """Within a chunk: a ring that has turned cannot go back, so they go on by themselves before they part."""
+    monkeypatch.setattr(m7mlx.scheduler, "default_chunk", lambda model: 10)
+    model = MODELS[window]
+    opening = prompt(1, 95)
+    requests = [Request([*opening, *prompt(5 + i, 12 + i)], max_tokens=5) for i in range(6)]
+    requests.append(Request(prompt(4, 30), max_tokens=5))  # has nothing to wait for
+    clients = Clients(Scheduler(model, tokenizer, rows=5, kept=0, slack=2))
+    numbers = [clients.scheduler.add(request) for request in requests]
+    clients.run()
+    for number, request in zip(numbers, requests, strict=True):
+        assert clients.answer(number) == alone(model, tokenizer, request)
+    reused = [clients.events[n][-1].usage.reused_tokens for n in numbers]  # type: ignore[union-attr]
+    assert reused[0] == reused[6] == 0
+    assert all(len(opening) - 10 <= n <= len(opening) for n in reused[1:5])
+
+
+def test_a_start_stays_where_what_goes_on_from_it_cannot_go_back(tokenizer: Tokenizer) -> None:
+    clients = Clients(Scheduler(MODELS[7], tokenizer, rows=1, kept=2, slack=2))
+    opening = prompt(1, 6)
+    clients.scheduler.add(Request(opening, max_tokens=1))
+    clients.run()
+    for _ in range(2):
+        number = clients.scheduler.add(Request([*opening, *prompt(9, 30)], max_tokens=4))
+        clients.run()
+        assert clients.events[number][-1].usage.reused_tokens >= len(opening)  # type: ignore[union-attr]
+        other = clients.scheduler.add(Request([*opening, *prompt(8, 30)], max_tokens=4))
+        clients.run()
+        assert clients.events[other][-1].usage.reused_tokens >= len(opening)  # type: ignore[union-attr]
+
+
 def test_one_that_fails_fails_alone(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     model = MODELS[7]
     clients = Clients(Scheduler(model, tokenizer, rows=3))
