@@ -12,7 +12,6 @@ import hmac
 import re
 from collections.abc import Collection
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -22,6 +21,7 @@ MAX_BODY = 8 << 20  # bytes
 MAX_HEADERS, MAX_HEADER_BYTES = 100, 16 << 10
 MAX_DEPTH = 64  # of objects and lists in a body
 BODY_SECONDS = 30.0
+_ONCE = ("authorization", "content-type", "host", "origin")  # h11 sees to lengths
 _LARGE = 64 << 10  # looked through on a thread of its own
 _OPEN = ("/", "/page.js", "/page.css", "/health")  # without a key
 _STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"', re.S)
@@ -76,7 +76,7 @@ class Guard:
         if _name(headers.get("host", "")) not in self._hosts:
             raise ApiError(403, "this server does not answer to that Host", "forbidden_host")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
+        if origin is not None and origin.lower().partition("://")[2] != headers.get("host", "").lower():
             raise ApiError(403, "pages of other sites are not answered", "forbidden_origin")
         if self._key is not None and path not in _OPEN:
             scheme, _, given = headers.get("authorization", "").partition(" ")
@@ -106,10 +106,14 @@ def _check_headers(scope: Scope, headers: Headers) -> None:
     if len(headers.raw) > MAX_HEADERS or size > MAX_HEADER_BYTES:
         reason = f"at most {MAX_HEADERS} headers of together {MAX_HEADER_BYTES:,} bytes are read"
         raise ApiError(431, reason, "headers_too_large")
+    for name in _ONCE:
+        if len(headers.getlist(name)) > 1:
+            raise ApiError(400, f"the header {name} is given twice", "bad_headers")
     if not scope["path"].startswith("/"):
         raise ApiError(400, "only paths of this server are answered: no other's address, no *", "bad_target")
     if "transfer-encoding" in headers and "content-length" in headers:
-        raise ApiError(400, "a body has a Content-Length or a Transfer-Encoding, not both", "bad_framing")
+        reason = "a body has a Content-Length or a Transfer-Encoding, not both"
+        raise ApiError(400, reason, "bad_framing", {"Connection": "close"})
 
 
 def _name(host: str) -> str:

@@ -14,6 +14,7 @@ import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from types import FrameType
 from typing import Any
 
@@ -92,6 +93,7 @@ class Connection(H11Protocol):
         data = json.dumps(error.body()).encode()
         status = h11.Response(
             status_code=error.status,
+            reason=HTTPStatus(error.status).phrase.encode(),
             headers=[
                 ("Content-Type", "application/json"),
                 ("Content-Length", str(len(data))),

@@ -14,11 +14,17 @@ from pydantic.json_schema import models_json_schema
 from m7mlx_server import replies
 from m7mlx_server.schemas import ChatRequest, CompletionRequest
 
-_POSTS: dict[str, tuple[type[BaseModel], type[BaseModel], str]] = {
-    "/v1/chat/completions": (ChatRequest, replies.ChatCompletion, "Answer a conversation"),
-    "/v1/completions": (CompletionRequest, replies.TextCompletion, "Go on from a text or from ids"),
+_Model = type[BaseModel]
+_POSTS: dict[str, tuple[_Model, _Model, _Model, str]] = {
+    "/v1/chat/completions": (ChatRequest, replies.ChatCompletion, replies.ChatChunk, "Answer a conversation"),
+    "/v1/completions": (
+        CompletionRequest,
+        replies.TextCompletion,
+        replies.TextChunk,
+        "Go on from a text or from ids",
+    ),
 }
-_GETS: dict[str, tuple[type[BaseModel] | None, str]] = {
+_GETS: dict[str, tuple[_Model | None, str]] = {
     "/v1/models": (replies.ModelList, "The model that is served"),
     "/v1/models/{name}": (replies.ModelCard, "The same by its name"),
     "/health": (replies.Health, "Whether requests can be answered"),
@@ -26,8 +32,7 @@ _GETS: dict[str, tuple[type[BaseModel] | None, str]] = {
 }
 PATHS, POSTS = (*_POSTS, *_GETS), tuple(_POSTS)
 _EVENTS = (
-    "With `stream`: server-sent events, each `data:` with a chunk as OpenAI has it (`chat.completion.chunk`, "
-    "`text_completion`), at the end `data: [DONE]`; what fails on the way is a last event with an error."
+    "With `stream`: events, each with a chunk, then `[DONE]`; what fails on the way is a last one with an error."
 )
 _EVERYWHERE = {
     "400": "The request cannot be met; the message says what is wrong with it",
@@ -51,15 +56,15 @@ _ANSWERING = {
 def document(model: str, with_key: bool) -> dict[str, Any]:
     """The OpenAPI document of a server of `model`; `with_key` if requests must carry one."""
     asked = [(body, "validation") for body, *_ in _POSTS.values()]
-    told = [(reply, "serialization") for _, reply, _ in _POSTS.values()]
+    told = [(reply, "serialization") for _, *both, _ in _POSTS.values() for reply in both]
     told += [(reply, "serialization") for reply, _ in _GETS.values() if reply]
     pairs = [*asked, *told, (replies.ErrorReply, "serialization")]
     _, schemas = models_json_schema(pairs, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     paths: dict[str, Any] = {}
-    for path, (body, reply, summary) in _POSTS.items():
+    for path, (body, reply, chunk, summary) in _POSTS.items():
         schemas["$defs"][body.__name__]["properties"]["model"]["enum"] = [model]
         answer = _answer(reply, f"The answers. {_EVENTS}")
-        answer["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        answer["content"]["text/event-stream"] = {"schema": _event(chunk)}
         request = {"required": True, "content": {"application/json": {"schema": _ref(body)}}}
         responses = {"200": answer} | _errors(_EVERYWHERE | _ANSWERING)
         paths[path] = {"post": {"summary": summary, "requestBody": request, "responses": responses}}
@@ -109,11 +114,18 @@ def page(model: str, with_key: bool) -> str:
     return f'<!doctype html><html lang="en">{head}<title>m7mlx-serve: API</title>{links}{body}</html>'
 
 
-def _ref(model: type[BaseModel]) -> dict[str, Any]:
+def _ref(model: _Model) -> dict[str, Any]:
     return {"$ref": f"#/components/schemas/{model.__name__}"}
 
 
-def _answer(model: type[BaseModel] | None, about: str) -> dict[str, Any]:
+def _event(chunk: _Model) -> dict[str, Any]:
+    """One of a stream, but the last: `[DONE]`."""
+    said = {"anyOf": [_ref(chunk), _ref(replies.ErrorReply)]}
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": said}
+    return {"type": "object", "required": ["data"], "properties": {"data": data}}
+
+
+def _answer(model: _Model | None, about: str) -> dict[str, Any]:
     """Of JSON; without a model, of text."""
     content = (
         {"application/json": {"schema": _ref(model)}} if model else {"text/plain": {"schema": {"type": "string"}}}

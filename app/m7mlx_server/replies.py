@@ -96,6 +96,56 @@ class TextCompletion(_Envelope):
     choices: Annotated[list[TextChoice], Field(min_length=1)]
 
 
+class CallDelta(_Reply):
+    class Function(_Reply):
+        name: str | None = None
+        arguments: str
+
+    index: Count
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: Function
+
+
+class ChatDelta(_Reply):
+    class Delta(_Reply):
+        role: Literal["assistant"] | None = None
+        content: str | None = None
+        tool_calls: list[CallDelta] | None = None
+
+    index: Count
+    delta: Delta
+    logprobs: ChatScores | None
+    finish_reason: Reason | None
+
+
+class TextDelta(_Reply):
+    index: Count
+    text: str
+    logprobs: TextScores | None
+    finish_reason: Reason | None
+
+
+class ChatChunk(_Reply):
+    """With `include_usage` a last one has no choices."""
+
+    id: str
+    created: int
+    model: str
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChatDelta]
+    usage: UsageReply | None = None
+
+
+class TextChunk(_Reply):
+    id: str
+    created: int
+    model: str
+    object: Literal["text_completion"]
+    choices: list[TextDelta]
+    usage: UsageReply | None = None
+
+
 class ModelCard(_Reply):
     id: str
     object: Literal["model"]
