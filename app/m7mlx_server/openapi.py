@@ -31,9 +31,7 @@ _GETS: dict[str, tuple[_Model | None, str]] = {
     "/metrics": (None, "Figures for Prometheus"),
 }
 PATHS, POSTS = (*_POSTS, *_GETS), tuple(_POSTS)
-_EVENTS = (
-    "With `stream`: events, each with a chunk, then `[DONE]`; what fails on the way is a last one with an error."
-)
+_EVENTS = "With `stream`: events, each with a chunk, then `[DONE]`; what fails on the way is a last one, an error."
 _EVERYWHERE = {
     "400": "The request cannot be met; the message says what is wrong with it",
     "401": "A key is needed",
