@@ -4,11 +4,11 @@
 
 Without --model it is a small one with random weights and a window of 16. Before the server starts, the library
 answers every question alone, greedily. Then each client asks one after another: streamed or whole, one answer or
-several, with stop texts, a JSON schema or a tool that must be called; a quarter leave, before the first token or in the
-middle. Every answer that comes must be the library's, letter for letter; of one that was left, its beginning.
+several, with stop texts, a JSON schema or a tool that must be called; a quarter leave, before the first token or in
+the middle. Every answer that comes must be the library's, letter for letter; of one that was left, its beginning.
 
-Rounding in a batch differs by some 1e-5 of a logit, so a near tie could fall the other way: only questions are asked in
-whose answers the first token is ahead of the second by at least 0.001 at every step. Under a grammar the margin is
+Rounding in a batch differs by some 1e-5 of a logit, so a near tie could fall the other way: only questions are asked
+in whose answers the first token is ahead of the second by at least 0.001 at every step. Under a grammar the margin is
 not told; a near tie there would count as a wrong answer.
 """
 
@@ -243,7 +243,8 @@ def serving(folder: Path, *options: str) -> Iterator[tuple[str, int]]:
             raise SystemExit("the server did not start")
     finally:
         process.terminate()
-        print(process.stderr.read(), end="", file=sys.stderr)
+        with process.stderr:
+            print(process.stderr.read(), end="", file=sys.stderr)
         if process.wait(30):
             raise SystemExit(f"the server has ended with {process.returncode}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -157,10 +158,7 @@ def test_many_at_once_get_their_own_answers(url: str, model_folder: Path) -> Non
         found = list(pool.map(ask, range(len(questions))))
     for i, (text, wanted) in enumerate(zip(found, expected, strict=True)):
         assert wanted.startswith(text) if i % 3 == 2 else text == wanted
-    until = time.monotonic() + 20
-    while open_requests(url) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert open_requests(url) == 0  # those that went away have given their places back
+    settle(url, 0)  # those that went away have given their places back
 
 
 SCHEMA = {
@@ -443,29 +441,150 @@ def test_a_key_is_asked_for(model_folder: Path, tmp_path: Path) -> None:
             assert api.chat.completions.create(model=NAME, messages=user("Hi"), max_tokens=1).choices
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_ending_under_load(model_folder: Path, sent: signal.Signals) -> None:
-    """What is under way ends, one way or another, and so does the process."""
-    with serving(model_folder, "--rows", "2") as (url, process):
+ENDLESS = {
+    "model": NAME,
+    "messages": user("Hi"),
+    "temperature": 0,
+    "max_tokens": 1_000_000,
+    "logit_bias": {"2": -100},
+}
 
-        def ask(i: int) -> str:
-            try:
-                with client(url) as api:
-                    stream = api.chat.completions.create(
-                        model=NAME, messages=user(f"Hi {i}"), max_tokens=100_000, temperature=1.3, stream=True
-                    )
-                    return "".join(chunk.choices[0].delta.content or "" for chunk in stream)
-            except (openai.APIError, httpx.HTTPError):
-                return "cut"
 
+def settle(url: str, count: int) -> None:
+    """Wait until so many requests are open."""
+    until = time.monotonic() + 20
+    while open_requests(url) != count:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_whoever_leaves_gives_the_place_back(url: str) -> None:
+    """A stream that is closed, a time-out, a task that is cancelled; in the queue, and in the middle."""
+    with client(url) as api:
+        going = [api.chat.completions.create(**ENDLESS, stream=True) for _ in range(4)]  # all rows
+        for stream in going:
+            next(iter(stream))
+        for stream in (False, True):  # they wait, and wait in vain
+            with pytest.raises(openai.APITimeoutError):
+                api.with_options(timeout=0.3).chat.completions.create(**ENDLESS, stream=stream)
+            settle(url, 4)
+
+        async def cancelled(stream: bool) -> None:
+            async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as other:
+                task = asyncio.create_task(other.chat.completions.create(**ENDLESS, stream=stream))
+                while await asyncio.to_thread(open_requests, url) < 5:
+                    await asyncio.sleep(0.02)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+
+        asyncio.run(cancelled(False))
+        settle(url, 4)
+        asyncio.run(cancelled(True))
+        settle(url, 4)
+        for stream in going:
+            stream.close()
+        settle(url, 0)
+        with pytest.raises(openai.APITimeoutError):  # a row of its own
+            api.with_options(timeout=0.5).chat.completions.create(**ENDLESS, n=3)
+        settle(url, 0)
+        assert api.chat.completions.create(model=NAME, messages=user("Hi"), max_tokens=2).choices
+
+
+def figures(url: str) -> dict[str, float]:
+    found = re.findall(r"^(m7mlx_[^ #]+) (\S+)$", httpx.get(f"{url}/metrics").text, re.M)
+    return {name: float(value) for name, value in found}
+
+
+def test_metrics(url: str) -> None:
+    before = figures(url)
+    with client(url) as api:
+        question: Any = CHAT | {"temperature": 0, "max_tokens": 5, "logit_bias": {"2": -100}}
+        whole = api.chat.completions.create(**question)
+        list(api.chat.completions.create(**question, stream=True))
+        left = api.chat.completions.create(**ENDLESS, stream=True)
+        for _ in range(4):
+            next(left)
+        running = figures(url)
+        left.close()
+        settle(url, 0)
+        assert whole.usage
+    for path in ("/v1/chat/completions", "/v1/what/ever", "/no/such/path"):
+        httpx.post(url + path, json={})
+    httpx.get(f"{url}/v1/models/x")
+    httpx.get(url, headers={"Host": "evil.example"})
+    after = figures(url)
+
+    def more(name: str) -> float:
+        return after[name] - before.get(name, 0)
+
+    def requests(path: str, status: int) -> float:
+        return more(f'm7mlx_requests_total{{path="{path}",status="{status}"}}')
+
+    assert (requests("/v1/chat/completions", 200), requests("/v1/chat/completions", 400)) == (3, 1)
+    assert (requests("other", 404), requests("/v1/models/…", 404), requests("/", 403)) == (2, 1, 1)
+    assert running["m7mlx_requests_running"] == 1 and running["m7mlx_requests_waiting"] == 0
+    assert (after["m7mlx_requests_running"], after["m7mlx_open_requests"]) == (0, 0)
+    assert more('m7mlx_tokens_total{kind="prompt"}') == 3 * whole.usage.prompt_tokens
+    assert more('m7mlx_tokens_total{kind="generated"}') >= 5 + 5 + 3  # of the one that was left, as far as it came
+    assert more('m7mlx_tokens_total{kind="reused"}') > 0
+    assert more('m7mlx_answers_total{reason="length"}') == 2 and more('m7mlx_answers_total{reason="left"}') == 1
+    assert more("m7mlx_time_to_first_token_seconds_count") == 3
+    assert more("m7mlx_time_per_output_token_seconds_count") == 3
+    assert more("m7mlx_time_per_output_token_seconds_sum") > 0
+
+
+def closed(url: str) -> None:
+    """Wait until nobody new is let in."""
+    host, port = url.removeprefix("http://").split(":")
+    until = time.monotonic() + 20
+    while True:
+        try:
+            socket.create_connection((host, int(port))).close()
+        except ConnectionError:
+            return
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_ending_under_load(model_folder: Path) -> None:
+    """What can finish finishes; the rest is told; nobody new is let in; and it is no failure."""
+    with serving(model_folder, "--rows", "4") as (url, process):
+        asked = {
+            "short stream": {"stream": True, "max_tokens": 300},
+            "short": {"max_tokens": 300},
+            "endless stream": {"stream": True},
+            "endless": {},
+        }
         with ThreadPoolExecutor(4) as pool:
-            asked = [pool.submit(ask, i) for i in range(4)]
-            until = time.monotonic() + 20
-            while open_requests(url) < 4 and time.monotonic() < until:
-                time.sleep(0.02)
-            process.send_signal(sent)
-            assert process.wait(30) in (0, 130, -sent)
-            assert all(one.result(10) for one in asked)
+            going = {
+                name: pool.submit(httpx.post, f"{url}/v1/chat/completions", json=ENDLESS | changes, timeout=60)
+                for name, changes in asked.items()
+            }
+            settle(url, 4)
+            process.send_signal(signal.SIGTERM)
+            closed(url)
+            assert process.wait(40) == 0
+            found = {name: one.result(10) for name, one in going.items()}
+        assert found["short stream"].text.endswith("data: [DONE]\n\n")
+        assert found["short"].json()["usage"]["completion_tokens"] == 300
+        *_, before, last = found["endless stream"].text.strip().split("\n\n")
+        assert json.loads(before[6:])["choices"]
+        assert json.loads(last[6:])["error"]["code"] == "shutting_down"
+        assert found["endless"].status_code == 503
+        assert found["endless"].json()["error"]["code"] == "shutting_down"
+
+
+def test_ending_at_once(model_folder: Path) -> None:
+    """A second signal waits for nobody."""
+    with serving(model_folder, "--rows", "2") as (url, process), client(url) as api:
+        stream = api.chat.completions.create(**ENDLESS, stream=True)
+        next(stream)
+        process.send_signal(signal.SIGINT)
+        closed(url)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(8) == -signal.SIGINT
+        stream.close()
 
 
 @pytest.mark.parametrize(
