@@ -159,7 +159,7 @@ async def ask(
                 if response.status == 429:
                     tally.ended["refused"] += 1
                     await response.read()
-                    await asyncio.sleep(draw.uniform(0.05, 0.5))
+                    await asyncio.sleep(draw.uniform(0.2, 1.5))
                     continue
                 if response.status != 200:
                     tally.failed.append(f"{response.status}: {await response.text()}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import resource
 import signal
 import socket
@@ -140,6 +141,7 @@ class Listener(uvicorn.Server):
             )
         )
         self._cancel = cancel
+        logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of every client that leaves
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         async def cancel() -> None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from m7mlx_server import replies
-from m7mlx_server.schemas import ChatRequest, CompletionRequest
+from m7mlx_server.schemas import MEANINGLESS, NEUTRAL, ChatRequest, CompletionRequest
 
 _Model = type[BaseModel]
 _POSTS: dict[str, tuple[_Model, _Model, _Model, str]] = {
@@ -60,7 +60,7 @@ def document(model: str, with_key: bool) -> dict[str, Any]:
     _, schemas = models_json_schema(pairs, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     paths: dict[str, Any] = {}
     for path, (body, reply, chunk, summary) in _POSTS.items():
-        schemas["$defs"][body.__name__]["properties"]["model"]["enum"] = [model]
+        _complete(schemas["$defs"][body.__name__], model)
         answer = _answer(reply, f"The answers. {_EVENTS}")
         answer["content"]["text/event-stream"] = {"schema": _event(chunk)}
         request = {"required": True, "content": {"application/json": {"schema": _ref(body)}}}
@@ -112,14 +112,26 @@ def page(model: str, with_key: bool) -> str:
     return f'<!doctype html><html lang="en">{head}<title>m7mlx-serve: API</title>{links}{body}</html>'
 
 
+def _complete(schema: dict[str, Any], model: str) -> None:
+    """What `Generation` does before its fields are looked at: null asks for nothing, and some fields mean nothing."""
+    properties = schema["properties"]
+    for name, value in properties.items():
+        if name not in schema["required"] and {"type": "null"} not in value.get("anyOf", ()):
+            properties[name] = {"anyOf": [value, {"type": "null"}]}
+    properties["model"]["enum"] = [model]
+    properties |= {name: {"description": "Accepted; it has no meaning here"} for name in MEANINGLESS}
+    properties |= {name: {"enum": [value, None]} for name, value in NEUTRAL.items()}
+
+
 def _ref(model: _Model) -> dict[str, Any]:
     return {"$ref": f"#/components/schemas/{model.__name__}"}
 
 
 def _event(chunk: _Model) -> dict[str, Any]:
-    """One of a stream, but the last: `[DONE]`."""
+    """One of a stream."""
     said = {"anyOf": [_ref(chunk), _ref(replies.ErrorReply)]}
-    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": said}
+    chunked = {"contentMediaType": "application/json", "contentSchema": said}
+    data = {"type": "string", "anyOf": [{"const": "[DONE]"}, chunked]}
     return {"type": "object", "required": ["data"], "properties": {"data": data}}
 
 

@@ -14,7 +14,8 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Text = Annotated[str, Field(max_length=4_000_000)]
-_MEANINGLESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+MEANINGLESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+NEUTRAL = {"presence_penalty": 0, "frequency_penalty": 0}  # other values are not served
 
 
 class _Strict(BaseModel):
@@ -136,11 +137,10 @@ class Generation(_Strict):
         """… here, and what asks for nothing: null, and penalties of 0."""
         if not isinstance(data, dict):
             return data
-        neutral = {"presence_penalty": 0, "frequency_penalty": 0}
         return {
             key: value
             for key, value in data.items()
-            if value is not None and key not in _MEANINGLESS and not (key in neutral and value == neutral[key])
+            if value is not None and key not in MEANINGLESS and not (key in NEUTRAL and value == NEUTRAL[key])
         }
 
 
