@@ -279,6 +279,10 @@ def test_log_probabilities_and_bias(url: str, model_folder: Path) -> None:
         )
 
 
+def schema(wanted: dict[str, Any]) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"schema": wanted}}}
+
+
 CHAT = {"model": NAME, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
 REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "no messages": ({"messages": []}, 400, "messages"),
@@ -311,6 +315,29 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "a role": ({"messages": [{"role": "wizard", "content": "x"}]}, 400, "role"),
     "two system messages at the end": ({"messages": [{"role": "assistant", "content": "x"}]}, 400, ""),
     "stream_options alone": ({"stream_options": {"include_usage": True}}, 400, "stream"),
+    "many stops": ({"stop": [f"s{i}" for i in range(65)]}, 400, "stop"),
+    "a stop of 4 MB": ({"stop": "x" * 4_000_000}, 400, "stop"),
+    "a bias for everybody": ({"logit_bias": {str(i): 1 for i in range(2000)}}, 400, "logit_bias"),
+    "a bias in other digits": ({"logit_bias": {"٣": 1}}, 400, "logit_bias"),
+    "one that fails of several": ({"n": 8, "logit_bias": {"99999999": 1}}, 400, "vocabulary"),
+    "a message of 4 MB": ({"messages": user("word " * 790_000)}, 400, "messages"),
+    "7 MB of messages": ({"messages": user("x" * 990_000) * 7}, 400, "characters are more than"),
+    "a schema that is itself": (schema({"$ref": "#"}), 400, "nothing fits it"),
+    "a schema from elsewhere": (schema({"$ref": "http://10.0.0.1/x"}), 400, "cannot be used"),
+    "a schema of this machine's": (schema({"$ref": "file:///etc/passwd"}), 400, "cannot be used"),
+    "a schema of 4,000 others": (
+        schema({"anyOf": [{"type": "object", "properties": {f"p{i}": {"type": "null"}}} for i in range(1500)]}),
+        400,
+        "too many",
+    ),
+    "a schema and tools": (schema({}) | {"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools"),
+    "true for a number": ({"max_tokens": True}, 400, "max_tokens"),
+    "a number for true": ({"logprobs": 1}, 400, "logprobs"),
+    "a fraction for a number": ({"n": 1.0}, 400, "n: "),
+    "a large seed": ({"seed": 1 << 63}, 400, "seed"),
+    "half a character": ({"messages": user("\ud800")}, 400, "not valid JSON"),
+    "half a character for a name": ({"\ud800": 1}, 400, "not valid JSON"),
+    "half a character in a schema": (schema({"enum": ["\udfff"]}), 400, "not valid JSON"),
     "text for a number": ({"max_tokens": "many"}, 400, "max_tokens"),
 }
 
@@ -326,6 +353,29 @@ def test_requests_that_cannot_be_met_are_refused(url: str, name: str, stream: bo
     error = found.json()["error"]
     assert reason in error["message"]
     assert set(error) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("field", "status"),
+    [
+        (b'"temperature": 1e400', 400),
+        (b'"temperature": 1e-400', 200),
+        (b'"temperature": -0.0', 200),
+        (b'"temperature": 9, "temperature": 0', 200),  # the last one counts
+        (b'"seed": ' + b"9" * 5000, 400),
+        (b'"user": "\xf0\x9f\x98\x80\xe2\x80\xae\\u0000"', 200),
+        (b'"stop": "\\u0000"', 200),
+        (b'"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "number", "maximum": 1e999}}}', 400),  # noqa: E501
+        (b'"response_format": {"type": "json_schema", "json_schema": {"schema": {"pattern": "^(a+)+$"}}}', 200),
+        (b'"response_format": {"type": "json_schema", "json_schema": {"schema": {"maxItems": 1000000000}}}', 200),
+    ],
+)  # fmt: skip
+def test_what_json_can_say(url: str, field: bytes, status: int) -> None:
+    body = json.dumps(CHAT).encode()[:-1] + b", " + field + b"}"
+    found = httpx.post(
+        f"{url}/v1/chat/completions", content=body, headers={"Content-Type": "application/json"}, timeout=30
+    )
+    assert found.status_code == status
 
 
 def test_ids_outside_the_vocabulary_never_reach_the_model(url: str) -> None:

@@ -183,7 +183,7 @@ def _parsed(body: bytes, schema: type[_Body]) -> _Body:
         return schema.model_validate(data)
     except ValidationError as error:
         wrong = [
-            f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}"[:300]
+            f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg'].removeprefix('Value error, ')}"[:300]
             for e in error.errors(include_url=False, include_input=False)[:5]
         ]
         raise ApiError(400, "; ".join(wrong)) from None
