@@ -325,8 +325,8 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "a schema that is itself": (schema({"$ref": "#"}), 400, "nothing fits it"),
     "a schema from elsewhere": (schema({"$ref": "http://10.0.0.1/x"}), 400, "cannot be used"),
     "a schema of this machine's": (schema({"$ref": "file:///etc/passwd"}), 400, "cannot be used"),
-    "a schema of 4,000 others": (
-        schema({"anyOf": [{"type": "object", "properties": {f"p{i}": {"type": "null"}}} for i in range(1500)]}),
+    "a schema of 3,000 others": (
+        schema({"anyOf": [{"type": "object", "properties": {f"p{i}": {"type": "null"}}} for i in range(3000)]}),
         400,
         "too many",
     ),
@@ -335,9 +335,6 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "a number for true": ({"logprobs": 1}, 400, "logprobs"),
     "a fraction for a number": ({"n": 1.0}, 400, "n: "),
     "a large seed": ({"seed": 1 << 63}, 400, "seed"),
-    "half a character": ({"messages": user("\ud800")}, 400, "not valid JSON"),
-    "half a character for a name": ({"\ud800": 1}, 400, "not valid JSON"),
-    "half a character in a schema": (schema({"enum": ["\udfff"]}), 400, "not valid JSON"),
     "text for a number": ({"max_tokens": "many"}, 400, "max_tokens"),
 }
 
@@ -365,6 +362,9 @@ def test_requests_that_cannot_be_met_are_refused(url: str, name: str, stream: bo
         (b'"seed": ' + b"9" * 5000, 400),
         (b'"user": "\xf0\x9f\x98\x80\xe2\x80\xae\\u0000"', 200),
         (b'"stop": "\\u0000"', 200),
+        (b'"stop": "\\ud800"', 400),
+        (b'"\\uDFFF": 1', 400),
+        (b'"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": ["\\ud800"]}}}', 400),
         (b'"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "number", "maximum": 1e999}}}', 400),  # noqa: E501
         (b'"response_format": {"type": "json_schema", "json_schema": {"schema": {"pattern": "^(a+)+$"}}}', 200),
         (b'"response_format": {"type": "json_schema", "json_schema": {"schema": {"maxItems": 1000000000}}}', 200),
@@ -445,7 +445,7 @@ def test_the_api_describes_itself(url: str) -> None:
     assert data["openapi"].startswith("3.1")
     assert set(data["paths"]) >= {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics"}
     text = json.dumps(data)
-    for name in re.findall(r"#/components/schemas/(\w+)", text):
+    for name in re.findall(r"#/components/schemas/([^"]+)", text):
         assert name in data["components"]["schemas"]
     fields = data["components"]["schemas"]["ChatRequest"]["properties"]
     assert {"messages", "tools", "response_format", "logit_bias", "stream"} <= set(fields)
