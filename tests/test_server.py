@@ -445,7 +445,7 @@ def test_the_api_describes_itself(url: str) -> None:
     assert data["openapi"].startswith("3.1")
     assert set(data["paths"]) >= {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics"}
     text = json.dumps(data)
-    for name in re.findall(r"#/components/schemas/([^"]+)", text):
+    for name in re.findall(r'#/components/schemas/([^"]+)', text):
         assert name in data["components"]["schemas"]
     fields = data["components"]["schemas"]["ChatRequest"]["properties"]
     assert {"messages", "tools", "response_format", "logit_bias", "stream"} <= set(fields)
