@@ -328,7 +328,7 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "a schema of 3,000 others": (
         schema({"anyOf": [{"type": "object", "properties": {f"p{i}": {"type": "null"}}} for i in range(3000)]}),
         400,
-        "too many",
+        "Too many items",
     ),
     "a schema and tools": (schema({}) | {"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools"),
     "true for a number": ({"max_tokens": True}, 400, "max_tokens"),

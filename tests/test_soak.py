@@ -34,9 +34,9 @@ def test_nothing_is_lost_or_crossed_and_nothing_stays(soak: Any, model_folder: P
     asked = soak.questions(model_folder, 10)
     assert {question.kind for question in asked} == {"text", "schema", "tool"}
     with soak.serving(model_folder, "--rows", "16", "--queue", "32") as (url, process):
-        asyncio.run(soak.soak(url, asked, 16, 0.5, seed=2))  # threads and caches that stay are there now
+        asyncio.run(soak.soak(url, asked, 16, 0.1, seed=2))  # threads and caches that stay are there now
         before = held(process) if sys.platform == "linux" else (0, 0)
-        tally = asyncio.run(soak.soak(url, asked, 64, 3))
+        tally = asyncio.run(soak.soak(url, asked, 64, 0.5))
         assert not tally.wrong
         assert not tally.failed
         assert tally.ended["answered"] > 20 and tally.ended["left"] > 3
