@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from m7mlx.errors import InputError, RunError
+from m7mlx.errors import InputError
 
 if TYPE_CHECKING:
     from m7mlx.tokenizer import Tokenizer
 
 MAX_SCHEMA = 200_000  # characters
+_AT_ONCE = 1000  # places of a grammar that an answer may stand at
+_UNUSABLE = "the JSON schema cannot be used"
 
 
 class Constraint:
@@ -39,7 +41,7 @@ class Constraint:
         words = allocate_token_bitmask(1, self._vocab_size)
         fill_next_token_bitmask(self._matcher, words, 0)
         if self._matcher.is_error():
-            raise RunError(f"the grammar of this answer failed: {_one_line(self._matcher.get_error())}")
+            raise InputError(f"{_UNUSABLE}: it asks for too many possibilities at once")
         bits = np.unpackbits(words.view(np.uint8), bitorder="little")[: min(vocab_size, self._vocab_size)]
         allowed[: bits.size] = bits
         return mx.array(allowed)
@@ -56,7 +58,7 @@ def json_constraint(tokenizer: Tokenizer, schema: Mapping[str, Any] | None = Non
     Raises InputError for a schema that is none, or that asks for what cannot be enforced, and without llguidance.
     """
     try:
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
     except ImportError:
         raise InputError("answers in JSON need llguidance: pip install 'm7mlx[server]'") from None
     text = json.dumps({"type": "object"} if schema is None else schema)
@@ -64,16 +66,21 @@ def json_constraint(tokenizer: Tokenizer, schema: Mapping[str, Any] | None = Non
         raise InputError(f"the JSON schema is longer than {MAX_SCHEMA:,} characters")
     try:
         grammar = LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_flexible": False})
-        matcher = LLMatcher(_vocabulary(tokenizer), grammar)
+        # What it would log is of the answer. Limits: one mask may not hold up the others that share a batch.
+        limits = LLParserLimits(max_items_in_row=_AT_ONCE, step_max_items=20 * _AT_ONCE)
+        matcher = LLMatcher(_vocabulary(tokenizer), grammar, log_level=0, limits=limits)
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # here, not where others wait, and a schema that nothing fits shows
     except ValueError as error:
-        raise InputError(f"the JSON schema cannot be used: {_one_line(error)}") from None
+        raise InputError(f"{_UNUSABLE}: {_one_line(error)}") from None
     if matcher.is_error():
-        raise InputError(f"the JSON schema cannot be used: {_one_line(matcher.get_error())}")
+        raise InputError(f"{_UNUSABLE}: {_one_line(matcher.get_error())}")
     return Constraint(matcher, tokenizer)
 
 
 def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:300]
+    said = str(error).partition("<state>")[0].replace("NoExtensionBias", "nothing fits it")  # llguidance's words
+    return " ".join(said.split())[:300]
 
 
 @lru_cache(maxsize=4)

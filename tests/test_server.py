@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -157,10 +158,7 @@ def test_many_at_once_get_their_own_answers(url: str, model_folder: Path) -> Non
         found = list(pool.map(ask, range(len(questions))))
     for i, (text, wanted) in enumerate(zip(found, expected, strict=True)):
         assert wanted.startswith(text) if i % 3 == 2 else text == wanted
-    until = time.monotonic() + 20
-    while open_requests(url) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert open_requests(url) == 0  # those that went away have given their places back
+    settle(url, 0)  # those that went away have given their places back
 
 
 SCHEMA = {
@@ -281,6 +279,10 @@ def test_log_probabilities_and_bias(url: str, model_folder: Path) -> None:
         )
 
 
+def schema(wanted: dict[str, Any]) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"schema": wanted}}}
+
+
 CHAT = {"model": NAME, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
 REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "no messages": ({"messages": []}, 400, "messages"),
@@ -313,6 +315,26 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "a role": ({"messages": [{"role": "wizard", "content": "x"}]}, 400, "role"),
     "two system messages at the end": ({"messages": [{"role": "assistant", "content": "x"}]}, 400, ""),
     "stream_options alone": ({"stream_options": {"include_usage": True}}, 400, "stream"),
+    "many stops": ({"stop": [f"s{i}" for i in range(65)]}, 400, "stop"),
+    "a stop of 4 MB": ({"stop": "x" * 4_000_000}, 400, "stop"),
+    "a bias for everybody": ({"logit_bias": {str(i): 1 for i in range(2000)}}, 400, "logit_bias"),
+    "a bias in other digits": ({"logit_bias": {"٣": 1}}, 400, "logit_bias"),
+    "one that fails of several": ({"n": 8, "logit_bias": {"99999999": 1}}, 400, "vocabulary"),
+    "a message of 4 MB": ({"messages": user("word " * 790_000)}, 400, "messages"),
+    "7 MB of messages": ({"messages": user("x" * 990_000) * 7}, 400, "characters are more than"),
+    "a schema that is itself": (schema({"$ref": "#"}), 400, "nothing fits it"),
+    "a schema from elsewhere": (schema({"$ref": "http://10.0.0.1/x"}), 400, "cannot be used"),
+    "a schema of this machine's": (schema({"$ref": "file:///etc/passwd"}), 400, "cannot be used"),
+    "a schema of 3,000 others": (
+        schema({"anyOf": [{"type": "object", "properties": {f"p{i}": {"type": "null"}}} for i in range(3000)]}),
+        400,
+        "Too many items",
+    ),
+    "a schema and tools": (schema({}) | {"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools"),
+    "true for a number": ({"max_tokens": True}, 400, "max_tokens"),
+    "a number for true": ({"logprobs": 1}, 400, "logprobs"),
+    "a fraction for a number": ({"n": 1.0}, 400, "n: "),
+    "a large seed": ({"seed": 1 << 63}, 400, "seed"),
     "text for a number": ({"max_tokens": "many"}, 400, "max_tokens"),
 }
 
@@ -328,6 +350,32 @@ def test_requests_that_cannot_be_met_are_refused(url: str, name: str, stream: bo
     error = found.json()["error"]
     assert reason in error["message"]
     assert set(error) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("field", "status"),
+    [
+        (b'"temperature": 1e400', 400),
+        (b'"temperature": 1e-400', 200),
+        (b'"temperature": -0.0', 200),
+        (b'"temperature": 9, "temperature": 0', 200),  # the last one counts
+        (b'"seed": ' + b"9" * 5000, 400),
+        (b'"user": "\xf0\x9f\x98\x80\xe2\x80\xae\\u0000"', 200),
+        (b'"stop": "\\u0000"', 200),
+        (b'"stop": "\\ud800"', 400),
+        (b'"\\uDFFF": 1', 400),
+        (b'"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": ["\\ud800"]}}}', 400),
+        (b'"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "number", "maximum": 1e999}}}', 400),  # noqa: E501
+        (b'"response_format": {"type": "json_schema", "json_schema": {"schema": {"pattern": "^(a+)+$"}}}', 200),
+        (b'"response_format": {"type": "json_schema", "json_schema": {"schema": {"maxItems": 1000000000}}}', 200),
+    ],
+)  # fmt: skip
+def test_what_json_can_say(url: str, field: bytes, status: int) -> None:
+    body = json.dumps(CHAT).encode()[:-1] + b", " + field + b"}"
+    found = httpx.post(
+        f"{url}/v1/chat/completions", content=body, headers={"Content-Type": "application/json"}, timeout=30
+    )
+    assert found.status_code == status
 
 
 def test_ids_outside_the_vocabulary_never_reach_the_model(url: str) -> None:
@@ -397,7 +445,7 @@ def test_the_api_describes_itself(url: str) -> None:
     assert data["openapi"].startswith("3.1")
     assert set(data["paths"]) >= {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics"}
     text = json.dumps(data)
-    for name in re.findall(r"#/components/schemas/(\w+)", text):
+    for name in re.findall(r'#/components/schemas/([^"]+)', text):
         assert name in data["components"]["schemas"]
     fields = data["components"]["schemas"]["ChatRequest"]["properties"]
     assert {"messages", "tools", "response_format", "logit_bias", "stream"} <= set(fields)
@@ -443,29 +491,150 @@ def test_a_key_is_asked_for(model_folder: Path, tmp_path: Path) -> None:
             assert api.chat.completions.create(model=NAME, messages=user("Hi"), max_tokens=1).choices
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_ending_under_load(model_folder: Path, sent: signal.Signals) -> None:
-    """What is under way ends, one way or another, and so does the process."""
-    with serving(model_folder, "--rows", "2") as (url, process):
+ENDLESS = {
+    "model": NAME,
+    "messages": user("Hi"),
+    "temperature": 0,
+    "max_tokens": 1_000_000,
+    "logit_bias": {"2": -100},
+}
 
-        def ask(i: int) -> str:
-            try:
-                with client(url) as api:
-                    stream = api.chat.completions.create(
-                        model=NAME, messages=user(f"Hi {i}"), max_tokens=100_000, temperature=1.3, stream=True
-                    )
-                    return "".join(chunk.choices[0].delta.content or "" for chunk in stream)
-            except (openai.APIError, httpx.HTTPError):
-                return "cut"
 
+def settle(url: str, count: int) -> None:
+    """Wait until so many requests are open."""
+    until = time.monotonic() + 20
+    while open_requests(url) != count:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_whoever_leaves_gives_the_place_back(url: str) -> None:
+    """A stream that is closed, a time-out, a task that is cancelled; in the queue, and in the middle."""
+    with client(url) as api:
+        going = [api.chat.completions.create(**ENDLESS, stream=True) for _ in range(4)]  # all rows
+        for stream in going:
+            next(iter(stream))
+        for stream in (False, True):  # they wait, and wait in vain
+            with pytest.raises(openai.APITimeoutError):
+                api.with_options(timeout=0.3).chat.completions.create(**ENDLESS, stream=stream)
+            settle(url, 4)
+
+        async def cancelled(stream: bool) -> None:
+            async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as other:
+                task = asyncio.create_task(other.chat.completions.create(**ENDLESS, stream=stream))
+                while await asyncio.to_thread(open_requests, url) < 5:
+                    await asyncio.sleep(0.02)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+
+        asyncio.run(cancelled(False))
+        settle(url, 4)
+        asyncio.run(cancelled(True))
+        settle(url, 4)
+        for stream in going:
+            stream.close()
+        settle(url, 0)
+        with pytest.raises(openai.APITimeoutError):  # a row of its own
+            api.with_options(timeout=0.5).chat.completions.create(**ENDLESS, n=3)
+        settle(url, 0)
+        assert api.chat.completions.create(model=NAME, messages=user("Hi"), max_tokens=2).choices
+
+
+def figures(url: str) -> dict[str, float]:
+    found = re.findall(r"^(m7mlx_[^ #]+) (\S+)$", httpx.get(f"{url}/metrics").text, re.M)
+    return {name: float(value) for name, value in found}
+
+
+def test_metrics(url: str) -> None:
+    before = figures(url)
+    with client(url) as api:
+        question: Any = CHAT | {"temperature": 0, "max_tokens": 5, "logit_bias": {"2": -100}}
+        whole = api.chat.completions.create(**question)
+        list(api.chat.completions.create(**question, stream=True))
+        left = api.chat.completions.create(**ENDLESS, stream=True)
+        for _ in range(4):
+            next(left)
+        running = figures(url)
+        left.close()
+        settle(url, 0)
+        assert whole.usage
+    for path in ("/v1/chat/completions", "/v1/what/ever", "/no/such/path"):
+        httpx.post(url + path, json={})
+    httpx.get(f"{url}/v1/models/x")
+    httpx.get(url, headers={"Host": "evil.example"})
+    after = figures(url)
+
+    def more(name: str) -> float:
+        return after[name] - before.get(name, 0)
+
+    def requests(path: str, status: int) -> float:
+        return more(f'm7mlx_requests_total{{path="{path}",status="{status}"}}')
+
+    assert (requests("/v1/chat/completions", 200), requests("/v1/chat/completions", 400)) == (3, 1)
+    assert (requests("other", 404), requests("/v1/models/…", 404), requests("/", 403)) == (2, 1, 1)
+    assert running["m7mlx_requests_running"] == 1 and running["m7mlx_requests_waiting"] == 0
+    assert (after["m7mlx_requests_running"], after["m7mlx_open_requests"]) == (0, 0)
+    assert more('m7mlx_tokens_total{kind="prompt"}') == 3 * whole.usage.prompt_tokens
+    assert more('m7mlx_tokens_total{kind="generated"}') >= 5 + 5 + 3  # of the one that was left, as far as it came
+    assert more('m7mlx_tokens_total{kind="reused"}') > 0
+    assert more('m7mlx_answers_total{reason="length"}') == 2 and more('m7mlx_answers_total{reason="left"}') == 1
+    assert more("m7mlx_time_to_first_token_seconds_count") == 3
+    assert more("m7mlx_time_per_output_token_seconds_count") == 3
+    assert more("m7mlx_time_per_output_token_seconds_sum") > 0
+
+
+def closed(url: str) -> None:
+    """Wait until nobody new is let in."""
+    host, port = url.removeprefix("http://").split(":")
+    until = time.monotonic() + 20
+    while True:
+        try:
+            socket.create_connection((host, int(port))).close()
+        except ConnectionError:
+            return
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_ending_under_load(model_folder: Path) -> None:
+    """What can finish finishes; the rest is told; nobody new is let in; and it is no failure."""
+    with serving(model_folder, "--rows", "4") as (url, process):
+        asked = {
+            "short stream": {"stream": True, "max_tokens": 300},
+            "short": {"max_tokens": 300},
+            "endless stream": {"stream": True},
+            "endless": {},
+        }
         with ThreadPoolExecutor(4) as pool:
-            asked = [pool.submit(ask, i) for i in range(4)]
-            until = time.monotonic() + 20
-            while open_requests(url) < 4 and time.monotonic() < until:
-                time.sleep(0.02)
-            process.send_signal(sent)
-            assert process.wait(30) in (0, 130, -sent)
-            assert all(one.result(10) for one in asked)
+            going = {
+                name: pool.submit(httpx.post, f"{url}/v1/chat/completions", json=ENDLESS | changes, timeout=60)
+                for name, changes in asked.items()
+            }
+            settle(url, 4)
+            process.send_signal(signal.SIGTERM)
+            closed(url)
+            assert process.wait(40) == 0
+            found = {name: one.result(10) for name, one in going.items()}
+        assert found["short stream"].text.endswith("data: [DONE]\n\n")
+        assert found["short"].json()["usage"]["completion_tokens"] == 300
+        *_, before, last = found["endless stream"].text.strip().split("\n\n")
+        assert json.loads(before[6:])["choices"]
+        assert json.loads(last[6:])["error"]["code"] == "shutting_down"
+        assert found["endless"].status_code == 503
+        assert found["endless"].json()["error"]["code"] == "shutting_down"
+
+
+def test_ending_at_once(model_folder: Path) -> None:
+    """A second signal waits for nobody."""
+    with serving(model_folder, "--rows", "2") as (url, process), client(url) as api:
+        stream = api.chat.completions.create(**ENDLESS, stream=True)
+        next(stream)
+        process.send_signal(signal.SIGINT)
+        closed(url)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(8) == -signal.SIGINT
+        stream.close()
 
 
 @pytest.mark.parametrize(

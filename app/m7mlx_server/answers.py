@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import sys
 import time
-from collections.abc import AsyncGenerator, Sequence
+import traceback
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any, Literal
 
 from m7mlx.constrain import Constraint, json_constraint
@@ -16,11 +19,12 @@ from m7mlx.sampling import Sampling
 from m7mlx.scheduler import Event, Request, Usage
 from m7mlx.tokenizer import Tokenizer
 from m7mlx_server.choices import Choice
-from m7mlx_server.engine import BusyError, Engine, Prepare
+from m7mlx_server.engine import BusyError, Prepare
 from m7mlx_server.guard import ApiError
 from m7mlx_server.schemas import ChatRequest, CompletionRequest, Generation, NamedTool
 from m7mlx_server.tools import MARK, calls_schema
 
+Ask = Callable[[Prepare], AsyncGenerator[Event, None]]
 _RETRY_SECONDS = 5
 _SAMPLED = 0.7  # OpenAI's default is 1, which is too wild for models of this size
 
@@ -29,10 +33,10 @@ class Answers:
     """The answers to one request: `n` of them, each a request to the engine."""
 
     def __init__(
-        self, engine: Engine, body: ChatRequest | CompletionRequest, most: int | None, seconds: float
+        self, tokenizer: Tokenizer, ask: Ask, body: ChatRequest | CompletionRequest, most: int | None, seconds: float
     ) -> None:
-        """`most` tokens and `seconds` bound each answer."""
-        self._engine, self._body, self._most = engine, body, most
+        """`ask` is the engine's; `most` tokens and `seconds` bound each answer."""
+        self._tokenizer, self._ask, self._body, self._most = tokenizer, ask, body, most
         self._until = asyncio.get_running_loop().time() + seconds
         self._is_chat = isinstance(body, ChatRequest)
         self._id = ("chatcmpl-" if self._is_chat else "cmpl-") + secrets.token_hex(12)
@@ -82,7 +86,7 @@ class Answers:
     async def _collect(self, index: int) -> tuple[dict[str, Any], Usage]:
         choice = self._choice(index)
         try:
-            async with aclosing(self._engine.ask(self._prepare(index))) as events:
+            async with aclosing(self._ask(self._prepare(index))) as events:
                 async for event in events:
                     choice.feed(event)
         except BusyError as error:
@@ -97,7 +101,7 @@ class Answers:
 
         async def pump(index: int) -> None:
             try:
-                async with aclosing(self._engine.ask(self._prepare(index))) as events:
+                async with aclosing(self._ask(self._prepare(index))) as events:
                     async for event in events:
                         queue.put_nowait((index, event))
             except BusyError as error:
@@ -125,7 +129,7 @@ class Answers:
 
     def _choice(self, index: int) -> Choice:
         mark, forced = None, False
-        tokenizer = self._engine.tokenizer
+        tokenizer = self._tokenizer
         if isinstance(self._body, ChatRequest) and self._body.tools and self._body.tool_choice != "none":
             mark, forced = tokenizer.control_id(MARK), _demanded(self._body) is not None
         return Choice(index, tokenizer, self._is_chat, mark, forced)
@@ -177,7 +181,7 @@ def _request(body: ChatRequest | CompletionRequest, tokenizer: Tokenizer, index:
         min(limits, default=None),
         [body.stop] if isinstance(body.stop, str) else body.stop or [],
         at_start=isinstance(body, ChatRequest),
-        logit_bias=_bias(body),
+        logit_bias={int(token): value for token, value in (body.logit_bias or {}).items()},
         logprobs=logprobs,
         constraint=constraint,
     )
@@ -192,13 +196,6 @@ def _demanded(body: ChatRequest) -> list[dict[str, Any]] | None:
     else:
         return None
     return [tool.function.model_dump() for tool in body.tools or [] if name in (None, tool.function.name)]
-
-
-def _bias(body: Generation) -> dict[int, float]:
-    try:
-        return {int(token): value for token, value in (body.logit_bias or {}).items()}
-    except ValueError:
-        raise InputError("logit_bias: its keys are token ids") from None
 
 
 def _sampling(body: Generation, index: int) -> Sampling:
@@ -237,4 +234,13 @@ def _error(event: Event) -> ApiError:
         return ApiError(400, str(event.error), code)
     if event.reason == "cancelled":
         return ApiError(503, "the server is shutting down", "shutting_down")
+    if event.error is not None:
+        report(event.error)
     return ApiError(500, "the request failed on the way")
+
+
+def report(error: BaseException) -> None:
+    """For whoever runs the server: what failed and where, without its message, which could be of a conversation."""
+    places = traceback.extract_tb(error.__traceback__)[-3:]
+    where = " < ".join(f"{Path(place.filename).name}:{place.lineno}" for place in reversed(places))
+    print(f"m7mlx-serve: a request failed: {type(error).__name__} at {where}", file=sys.stderr)

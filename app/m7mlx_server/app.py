@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, TypeVar
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -20,13 +22,17 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from m7mlx_server.answers import Answers
+from m7mlx_server.answers import Answers, report
 from m7mlx_server.engine import Engine
 from m7mlx_server.guard import ApiError, Guard
-from m7mlx_server.openapi import document, page
+from m7mlx_server.metrics import Counted, Metrics
+from m7mlx_server.openapi import PATHS, POSTS, document, page
 from m7mlx_server.schemas import ChatRequest, CompletionRequest
 
 _Body = TypeVar("_Body", bound=BaseModel)
+_Found = TypeVar("_Found")
+_SURROGATES = re.compile(rb"\\u[dD][89a-fA-F]")
+_LARGE = 64 << 10  # bytes of a body that is read on a thread of its own
 # The page's own script and style, and nothing from anywhere else.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
@@ -63,34 +69,25 @@ class Server:
 
     def __init__(self, engine: Engine, served: Served, hosts: Collection[str], key: str | None) -> None:
         self._engine, self._served, self._started = engine, served, int(time.time())
-        self._registry = CollectorRegistry()
-        self._requests = Counter(
-            "m7mlx_requests", "Requests by path and status", ("path", "status"), registry=self._registry
-        )
-        self._tokens = Counter("m7mlx_tokens", "Tokens, read and generated", ("kind",), registry=self._registry)
-        self._seconds = Histogram(
-            "m7mlx_first_byte_seconds", "Seconds to the first byte of an answer", registry=self._registry
-        )
-        Gauge("m7mlx_open_requests", "Requests that have not ended", registry=self._registry).set_function(
-            lambda: engine.load
-        )
+        self._metrics = Metrics(engine)
         routes = [
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._completion, methods=["POST"]),
             Route("/v1/models", self._models),
             Route("/v1/models/{name:path}", self._model),
             Route("/health", self._health),
-            Route("/metrics", self._metrics),
-            Route("/openapi.json", lambda request: JSONResponse(document(key is not None))),
-            Route("/docs", lambda request: HTMLResponse(page(key is not None), headers=_SAFE)),
+            Route("/metrics", self._figures),
+            Route("/openapi.json", lambda request: JSONResponse(document(served.model, key is not None))),
+            Route("/docs", lambda request: HTMLResponse(page(served.model, key is not None), headers=_SAFE)),
             *(Route(path, self._page) for path in _PAGES),
         ]
-        self.app = Starlette(
+        app = Starlette(
             routes=routes,
-            middleware=[Middleware(Guard, hosts=hosts, key=key)],
+            middleware=[Middleware(Guard, posts=POSTS, hosts=hosts, key=key)],
             exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _unforeseen},
             lifespan=self._lifespan,
         )
+        self.app = Counted(app, self._metrics, {*PATHS, *_PAGES, "/docs", "/openapi.json"})
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -100,35 +97,26 @@ class Server:
     # --- answers ----------------------------------------------------------------------------------------
 
     async def _chat(self, request: Request) -> Response:
-        return await self._answer(request, _parsed(await request.body(), ChatRequest))
+        return await self._answer(request, await _read(request, ChatRequest))
 
     async def _completion(self, request: Request) -> Response:
-        return await self._answer(request, _parsed(await request.body(), CompletionRequest))
+        return await self._answer(request, await _read(request, CompletionRequest))
 
     async def _answer(self, request: Request, body: ChatRequest | CompletionRequest) -> Response:
         if body.model != self._served.model:
             raise ApiError(404, f"the model {body.model[:100]!r} is not served here", "model_not_found")
         if body.stream_options and not body.stream:
             raise ApiError(400, "stream_options is for streams: set stream")
-        answers = Answers(self._engine, body, self._served.max_tokens, self._served.seconds)
-        began = time.perf_counter()
+        answers = Answers(
+            self._engine.tokenizer, self._metrics.ask, body, self._served.max_tokens, self._served.seconds
+        )
         if not body.stream:
-            found = await _unless_gone(request, answers.whole())
-            self._count(request.url.path, 200, began, found["usage"])
-            return JSONResponse(found)
+            return JSONResponse(await _unless_gone(request, answers.whole()))
         events = answers.stream()
-        first = await anext(events)  # so that what cannot be answered gets a status of its own
-        self._count(request.url.path, 200, began)
+        first = await _unless_gone(request, anext(events))  # so that what cannot be answered has its own status
         return StreamingResponse(
             _joined(first, events), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
         )
-
-    def _count(self, path: str, status: int, began: float, usage: dict[str, Any] | None = None) -> None:
-        self._requests.labels(path, status).inc()
-        self._seconds.observe(time.perf_counter() - began)
-        if usage:
-            self._tokens.labels("prompt").inc(usage["prompt_tokens"])
-            self._tokens.labels("generated").inc(usage["completion_tokens"])
 
     # --- everything else --------------------------------------------------------------------------------
 
@@ -148,8 +136,8 @@ class Server:
         alive = self._engine.alive
         return JSONResponse({"status": "ok" if alive else "stopping"}, 200 if alive else 503)
 
-    async def _metrics(self, request: Request) -> Response:
-        return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
+    async def _figures(self, request: Request) -> Response:
+        return Response(self._metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     async def _page(self, request: Request) -> Response:
         name, kind = _PAGES[request.url.path]
@@ -157,7 +145,7 @@ class Server:
         return HTMLResponse(text, media_type=kind, headers=_SAFE)
 
 
-async def _unless_gone(request: Request, answer: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+async def _unless_gone(request: Request, answer: Awaitable[_Found]) -> _Found:
     """The answer; given up when its client leaves."""
 
     async def gone() -> None:
@@ -176,23 +164,39 @@ async def _unless_gone(request: Request, answer: Coroutine[Any, Any, dict[str, A
         await asyncio.gather(work, left, return_exceptions=True)
 
 
+async def _read(request: Request, schema: type[_Body]) -> _Body:
+    body = await request.body()
+    if len(body) < _LARGE:
+        return _parsed(body, schema)
+    return await asyncio.to_thread(_parsed, body, schema)
+
+
 def _parsed(body: bytes, schema: type[_Body]) -> _Body:
     """Raises ApiError with the place and the reason of everything that is wrong."""
     try:
-        data = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+        data = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
+        if _SURROGATES.search(body):
+            json.dumps(data, ensure_ascii=False).encode()  # halves of characters, names of fields included
+    except (ValueError, RecursionError):
+        raise ApiError(400, "the body is not valid JSON") from None
+    try:
         return schema.model_validate(data)
     except ValidationError as error:
         wrong = [
-            f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}"
-            for e in error.errors(include_url=False, include_input=False)
+            f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg'].removeprefix('Value error, ')}"[:300]
+            for e in error.errors(include_url=False, include_input=False)[:5]
         ]
-        raise ApiError(400, "; ".join(wrong[:5])) from None
-    except (ValueError, RecursionError):
-        raise ApiError(400, "the body is not valid JSON") from None
+        raise ApiError(400, "; ".join(wrong)) from None
 
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
+
+
+def _finite(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"{text} is too large")
+    return value
 
 
 async def _joined(first: str, rest: AsyncGenerator[str, None]) -> AsyncIterator[str]:
@@ -215,4 +219,5 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _unforeseen(request: Request, error: Exception) -> Response:
+    report(error)
     return ApiError(500, "the request failed on the way").response()

@@ -21,8 +21,8 @@ class Choice:
     def __init__(self, index: int, tokenizer: Tokenizer, is_chat: bool, mark: int | None, calling: bool) -> None:
         self.index, self._tokenizer, self._is_chat = index, tokenizer, is_chat
         self._mark, self._calling, self._reader = mark, calling, CallReader()
+        self._led = False  # what stood before the calls has been told
         self._texts: list[str] = []
-        self._calls: list[dict[str, Any]] = []
         self._scores: list[dict[str, Any]] = []
         self.reason: str | None = None
 
@@ -36,16 +36,18 @@ class Choice:
         self._calling = self._calling or (self._mark is not None and self._mark in event.ids)
         if self._calling:
             calls, text = self._reader.add(text), ""
-            if event.reason is not None:
+            if calls and not self._led:
+                self._led, text = True, self._reader.lead
+            if event.reason is not None and not self._reader.calls:
                 text = self._reader.rest
         self._texts.append(text)
-        self._calls += calls
         found = []
         if text or scores:
             found.append(self._chunk({"content": text} if text else {}, scores))
-        found += [self._chunk({"tool_calls": [part]}, []) for call in calls for part in _parts(call)]
+        found += [self._chunk({"tool_calls": [call]}, []) for call in calls]
         if event.reason is not None:
-            self.reason = "tool_calls" if self._calls else event.reason
+            called = event.reason == "stop" and self._reader.calls and not self._reader.is_open
+            self.reason = "tool_calls" if called else event.reason
             found.append(self._chunk({}, [], self.reason))
         return found
 
@@ -59,9 +61,8 @@ class Choice:
         if not self._is_chat:
             return {"index": self.index, "text": text, "logprobs": scores, "finish_reason": self.reason}
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-        if self._calls:
-            calls = [{k: v for k, v in call.items() if k != "index"} for call in self._calls]
-            message |= {"content": text or None, "tool_calls": calls}
+        if self._reader.calls:
+            message |= {"content": text or None, "tool_calls": self._reader.calls}
         return {"index": self.index, "message": message, "logprobs": scores, "finish_reason": self.reason}
 
     def _chunk(
@@ -81,15 +82,6 @@ class Choice:
             "top_logprobs": [{top["token"]: top["logprob"] for top in score["top_logprobs"]} for score in scores],
             "text_offset": [0] * len(scores),
         }
-
-
-def _parts(call: dict[str, Any]) -> list[dict[str, Any]]:
-    """A call in two pieces, as clients put them together: its name, then its arguments."""
-    name = {"name": call["function"]["name"], "arguments": ""}
-    return [
-        call | {"function": name},
-        {"index": call["index"], "function": {"arguments": call["function"]["arguments"]}},
-    ]
 
 
 def _scored(tokenizer: Tokenizer, token: int, scores: TokenScores) -> dict[str, Any]:

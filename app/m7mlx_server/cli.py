@@ -65,9 +65,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _serve(args: argparse.Namespace) -> None:
     try:
-        import uvicorn
-
         from m7mlx_server.app import Served, Server
+        from m7mlx_server.listen import Listener
     except ImportError as error:
         raise InputError(f"{PROG} needs the extra server ({error.name}): pip install 'm7mlx[server]'") from None
     from m7mlx.hub import resolve
@@ -93,20 +92,11 @@ def _serve(args: argparse.Namespace) -> None:
     engine.start()
     most = rows_memory(engine.model, limits)
     server = Server(engine, Served(args.name or args.model, args.max_tokens, args.max_seconds), hosts, key)
-    config = uvicorn.Config(
-        server.app,
-        log_level="warning",  # nothing of a conversation is in the logs, nor who asked when
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=10,
-        timeout_keep_alive=30,
-        h11_max_incomplete_event_size=64 << 10,
-    )
     bound = _bound(args.host, args.port)
     memory = f"{engine.model.nbytes / 1e9:.2f} GB of weights, at most {most / 1e9:.2f} GB of keys and values"
     print(f"m7mlx is at http://{args.host}:{bound.getsockname()[1]} · {memory} · Ctrl-C ends it", file=sys.stderr)
     try:
-        uvicorn.Server(config).run(sockets=[bound])
+        Listener(server.app, engine.close).run(sockets=[bound])
     finally:
         engine.close()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -23,7 +24,7 @@ from m7mlx.ring import KVFormat
 from m7mlx.scheduler import Event, Request, Scheduler
 from m7mlx.tokenizer import Tokenizer
 
-Prepare = Callable[[Tokenizer], Request]  # runs on the engine's thread, before the request is queued
+Prepare = Callable[[Tokenizer], Request]  # runs on a thread of its own, before the request is queued
 
 
 class BusyError(RunError):
@@ -57,6 +58,7 @@ class Engine:
         self._ready: threading.Event = threading.Event()
         self._failed: Exception | None = None
         self._closing = False
+        self._preparing = ThreadPoolExecutor(8, "m7mlx-prepare")
         self._thread = threading.Thread(target=self._run, name="m7mlx-engine", daemon=True)
 
     def start(self) -> None:
@@ -76,6 +78,12 @@ class Engine:
         """Requests that have not ended."""
         return self._open
 
+    @property
+    def running(self) -> int:
+        """Requests that are read or answered; the others wait."""
+        scheduler: Scheduler | None = self.__dict__.get("_scheduler")
+        return scheduler.load[0] if scheduler else 0
+
     async def ask(self, prepare: Prepare) -> AsyncGenerator[Event, None]:
         """The events of a request, the last of which has a reason. Closing the iterator cancels it.
 
@@ -86,8 +94,14 @@ class Engine:
                 raise BusyError("too many requests are waiting; try again later")
             self._open += 1
         answer = _Answer(asyncio.get_running_loop())
-        self._commands.put(lambda: self._add(answer, prepare))
         try:
+            try:
+                # Long prompts and large grammars take a while: nobody else waits for them.
+                request = await answer.loop.run_in_executor(self._preparing, prepare, self.tokenizer)
+            except Exception as error:
+                yield Event(0, reason="cancelled" if self._closing else "failed", error=error)
+                return
+            self._put(lambda: self._add(answer, request), answer)
             while True:
                 event = await answer.events.get()
                 yield event
@@ -100,9 +114,19 @@ class Engine:
 
     def close(self, timeout: float = 10.0) -> None:
         """Cancel what is under way and end the thread."""
-        self._closing = True
+        with self._lock:
+            self._closing = True
         self._commands.put(lambda: None)
         self._thread.join(timeout)
+        self._preparing.shutdown(wait=False)
+
+    def _put(self, command: Callable[[], None], answer: _Answer) -> None:
+        """… on the engine's thread; once that has ended, the request has ended too."""
+        with self._lock:
+            if not self._closing:
+                self._commands.put(command)
+                return
+        answer.tell(Event(0, reason="cancelled"))
 
     # --- on the engine's thread -------------------------------------------------------------------------
 
@@ -121,6 +145,10 @@ class Engine:
                 self._ready.set()
             self._serve()
         finally:
+            with self._lock:
+                self._closing = True  # if it was not asked to end
+            while not self._commands.empty():
+                self._commands.get()()
             for answer in self._answers.values():
                 answer.tell(Event(0, reason="cancelled"))
             self._answers.clear()
@@ -140,9 +168,9 @@ class Engine:
             events, more = self._scheduler.step()
             self._tell(events)
 
-    def _add(self, answer: _Answer, prepare: Prepare) -> None:
+    def _add(self, answer: _Answer, request: Request) -> None:
         try:
-            answer.number = self._scheduler.add(prepare(self.tokenizer))
+            answer.number = self._scheduler.add(request)
         except Exception as error:  # of this request alone
             answer.tell(Event(0, reason="failed", error=error))
         else:

@@ -12,17 +12,19 @@ import hmac
 import re
 from collections.abc import Collection
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BODY = 8 << 20  # bytes
+MAX_HEADERS, MAX_HEADER_BYTES = 100, 16 << 10
 MAX_DEPTH = 64  # of objects and lists in a body
 BODY_SECONDS = 30.0
+_ONCE = ("authorization", "content-type", "host", "origin")  # h11 sees to lengths
+_LARGE = 64 << 10  # looked through on a thread of its own
 _OPEN = ("/", "/page.js", "/page.css", "/health")  # without a key
-_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"', re.S)
+_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.S)
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
@@ -46,12 +48,13 @@ class ApiError(Exception):
 class Guard:
     """ASGI middleware: Host, Origin, key, content type, and a body that is bounded in size, depth and time.
 
+    posts  paths that bodies are sent to
     hosts  names that this server answers to, lower-case, without a port
     key    what `Authorization: Bearer …` must carry; None for anybody
     """
 
-    def __init__(self, app: ASGIApp, hosts: Collection[str], key: str | None) -> None:
-        self._app, self._hosts, self._key = app, frozenset(hosts), key
+    def __init__(self, app: ASGIApp, posts: Collection[str], hosts: Collection[str], key: str | None) -> None:
+        self._app, self._posts, self._hosts, self._key = app, frozenset(posts), frozenset(hosts), key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -59,8 +62,9 @@ class Guard:
             return
         try:
             headers = Headers(scope=scope)
+            _check_headers(scope, headers)
             self._check_caller(scope["path"], headers)
-            if scope["method"] == "POST":
+            if scope["method"] == "POST" and scope["path"] in self._posts:
                 body = await self._body(headers, receive)
                 receive = _replay(body, receive)
         except ApiError as error:
@@ -72,7 +76,7 @@ class Guard:
         if _name(headers.get("host", "")) not in self._hosts:
             raise ApiError(403, "this server does not answer to that Host", "forbidden_host")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
+        if origin is not None and origin.lower().partition("://")[2] != headers.get("host", "").lower():
             raise ApiError(403, "pages of other sites are not answered", "forbidden_origin")
         if self._key is not None and path not in _OPEN:
             scheme, _, given = headers.get("authorization", "").partition(" ")
@@ -92,9 +96,24 @@ class Guard:
                 body = await _read(receive)
         except TimeoutError:
             raise ApiError(408, f"the body did not come within {BODY_SECONDS:.0f} seconds") from None
-        if _too_deep(body):
+        if await asyncio.to_thread(_too_deep, body) if len(body) > _LARGE else _too_deep(body):
             raise ApiError(400, f"the body nests deeper than {MAX_DEPTH} levels")
         return body
+
+
+def _check_headers(scope: Scope, headers: Headers) -> None:
+    size = sum(len(name) + len(value) for name, value in headers.raw)
+    if len(headers.raw) > MAX_HEADERS or size > MAX_HEADER_BYTES:
+        reason = f"at most {MAX_HEADERS} headers of together {MAX_HEADER_BYTES:,} bytes are read"
+        raise ApiError(431, reason, "headers_too_large")
+    for name in _ONCE:
+        if len(headers.getlist(name)) > 1:
+            raise ApiError(400, f"the header {name} is given twice", "bad_headers")
+    if not scope["path"].startswith("/"):
+        raise ApiError(400, "only paths of this server are answered: no other's address, no *", "bad_target")
+    if "transfer-encoding" in headers and "content-length" in headers:
+        reason = "a body has a Content-Length or a Transfer-Encoding, not both"
+        raise ApiError(400, reason, "bad_framing", {"Connection": "close"})
 
 
 def _name(host: str) -> str:

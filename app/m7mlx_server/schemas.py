@@ -6,13 +6,20 @@ client (`user`, `metadata`, `store`) are let through.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Text = Annotated[str, Field(max_length=4_000_000)]
-_MEANINGLESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+MAX_TEXT = (
+    1_000_000  # characters of all messages and tools together, or of a prompt; more ids than the model ever sees
+)
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
+MEANINGLESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+NEUTRAL = {"presence_penalty": 0, "frequency_penalty": 0}  # other values are not served
 
 
 class _Strict(BaseModel):
@@ -49,6 +56,13 @@ class ChatMessage(_Strict):
     refusal: None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
     tool_call_id: Annotated[str, Field(max_length=100)] | None = None
+
+    @property
+    def size(self) -> int:
+        """In characters."""
+        content = self.content or ""
+        texts = [content] if isinstance(content, str) else [part.text for part in content]
+        return sum(map(len, [*texts, *(call.function.arguments for call in self.tool_calls or [])]))
 
     def plain(self) -> dict[str, Any]:
         """As `m7mlx.chat` takes it."""
@@ -120,11 +134,13 @@ class Generation(_Strict):
     repetition_penalty: Annotated[Finite, Field(ge=0.01, le=100)] | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=64)] | None = None
     n: Annotated[int, Field(ge=1, le=8)] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
-    logit_bias: dict[str, Annotated[Finite, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[TokenId, Annotated[Finite, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = (
+        None
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -132,11 +148,10 @@ class Generation(_Strict):
         """… here, and what asks for nothing: null, and penalties of 0."""
         if not isinstance(data, dict):
             return data
-        neutral = {"presence_penalty": 0, "frequency_penalty": 0}
         return {
             key: value
             for key, value in data.items()
-            if value is not None and key not in _MEANINGLESS and not (key in neutral and value == neutral[key])
+            if value is not None and key not in MEANINGLESS and not (key in NEUTRAL and value == NEUTRAL[key])
         }
 
 
@@ -156,6 +171,11 @@ class ChatRequest(Generation):
     def _fits_together(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs is for logprobs: set it")
+        size = sum(message.size for message in self.messages)
+        if self.tools and size <= MAX_TEXT:
+            size += len(json.dumps([tool.model_dump() for tool in self.tools]))
+        if size > MAX_TEXT:
+            raise ValueError(f"messages: with tools, {size:,} characters are more than {MAX_TEXT:,}")
         names = [tool.function.name for tool in self.tools or []]
         if len(set(names)) < len(names):
             raise ValueError("tools: two of them have the same name")
@@ -171,6 +191,6 @@ class ChatRequest(Generation):
 class CompletionRequest(Generation):
     """POST /v1/completions: a text or ids to go on from."""
 
-    prompt: Text | Annotated[list[int], Field(min_length=1)]
+    prompt: Text | Annotated[list[int], Field(min_length=1, max_length=MAX_TEXT)]
     echo: Literal[False] = False
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None

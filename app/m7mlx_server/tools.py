@@ -1,7 +1,8 @@
 """Tool calls in Mistral's v3 format: [TOOL_CALLS], then a JSON list of {"name": …, "arguments": …}.
 
-Calls are told to the client as they are written: each one's name as soon as it is known, its arguments when they are
-whole. A call that the client demands is demanded of the model by a grammar.
+Calls are told to the client as they are written: a call's name as soon as it is known, its arguments letter by
+letter. A call that the client demands is demanded of the model by a grammar; any other may be malformed: what was
+told of it stays told, and where nothing could be told at all the text is an answer like any other.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 MARK = "[TOOL_CALLS]"
 _ID = string.ascii_letters + string.digits
+_SPACE = " \t\r\n"
 
 
 def call_id() -> str:
@@ -37,33 +39,181 @@ def calls_schema(functions: Sequence[Mapping[str, Any]], parallel: bool) -> dict
 
 
 class CallReader:
-    """Text after [TOOL_CALLS], piece by piece → calls as OpenAI has them."""
+    """Text after [TOOL_CALLS], piece by piece → deltas of calls as OpenAI has them.
+
+    However the text is cut, the deltas joined are the same, and they are `calls`.
+    """
 
     def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []  # as far as they have been told
         self._text = ""
-        self._at = 0  # what is before has been read
-        self.count = 0
+        self._scanner = _Scanner()
+        self._told: list[dict[str, Any]] = []
 
     def add(self, text: str) -> list[dict[str, Any]]:
-        """The calls that are whole now."""
+        """The deltas that `text` makes: names, and pieces of arguments."""
         self._text += text
-        decoder = json.JSONDecoder()
-        found: list[dict[str, Any]] = []
-        while True:
-            start = self._text.find("{", self._at)
-            if start < 0:
-                return found
-            try:
-                call, self._at = decoder.raw_decode(self._text, start)
-            except (ValueError, RecursionError):  # not whole yet
-                return found
-            if isinstance(call, dict) and isinstance(call.get("name"), str):
-                arguments = json.dumps(call.get("arguments", {}), ensure_ascii=False)
-                function = {"name": call["name"], "arguments": arguments}
-                found.append({"index": self.count, "id": call_id(), "type": "function", "function": function})
-                self.count += 1
+        self._told = []
+        for letter in text:
+            for what, value in self._scanner.see(letter):
+                self._name(value) if what == "name" else self._arguments(value)
+        return self._told
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a call that was told of has not come to its end."""
+        return self._scanner.name is not None
+
+    @property
+    def lead(self) -> str:
+        """What stands before the list: no call, but text."""
+        lead = self._scanner.lead
+        return lead if lead.strip() else ""
 
     @property
     def rest(self) -> str:
         """What is no call, if there was none at all: it is shown as it is."""
-        return "" if self.count else self._text
+        return "" if self.calls else self._text
+
+    def _name(self, name: str) -> None:
+        call = {"id": call_id(), "type": "function"}
+        self._told.append({"index": len(self.calls), **call, "function": {"name": name, "arguments": ""}})
+        self.calls.append(call | {"function": {"name": name, "arguments": ""}})
+
+    def _arguments(self, text: str) -> None:
+        index = len(self.calls) - 1
+        self.calls[-1]["function"]["arguments"] += text
+        last = self._told[-1] if self._told else None
+        if last is not None and last["index"] == index and "id" not in last:
+            last["function"]["arguments"] += text
+        else:
+            self._told.append({"index": index, "function": {"arguments": text}})
+
+
+class _Scanner:
+    """Letters of a list of calls → ("name", …) and ("arguments", …), as soon as they are certain.
+
+    It takes what it can use and is not a judge of JSON: a call ends where its brackets do; where no key or value can
+    be, nothing more is read.
+    """
+
+    def __init__(self) -> None:
+        self.lead = ""
+        self.name: str | None = None  # of the call that is open
+        self._where = "before"  # before, between, key, colon, value, in value, after value, broken
+        self._key = self._value = ""
+        self._held: str | None = None  # arguments that came before their name
+        self._given = False
+        self._depth = 0
+        self._in_string = self._escaped = False
+
+    def see(self, letter: str) -> list[tuple[str, str]]:
+        match self._where:
+            case "before" | "between":
+                if letter == "{":
+                    self.name, self._held, self._given, self._where = None, None, False, "key"
+                    self._key = ""
+                elif letter == "[":
+                    self._where = "between"
+                elif self._where == "before":
+                    self.lead += letter
+            case "key":
+                return self._in_key(letter)
+            case "colon":
+                if letter not in _SPACE:
+                    self._where = "value" if letter == ":" else "broken"
+            case "value":
+                return self._begin(letter) if letter not in _SPACE else []
+            case "in value":
+                return self._in_value(letter)
+            case "after value":
+                return self._after(letter)
+        return []
+
+    def _in_key(self, letter: str) -> list[tuple[str, str]]:
+        if not self._key and letter in _SPACE:
+            return []
+        if not self._key and letter == "}":
+            return self._after(letter)
+        self._key += letter
+        if not self._key.startswith('"'):
+            self._where = "broken"
+        elif self._string_ends(letter):
+            self._key, self._where = _text(self._key) or "", "colon"
+        return []
+
+    def _begin(self, letter: str) -> list[tuple[str, str]]:
+        self._value, self._depth, self._in_string, self._escaped = "", 0, False, False
+        self._where = "in value"
+        return self._in_value(letter)
+
+    def _in_value(self, letter: str) -> list[tuple[str, str]]:
+        if self._in_string:
+            ended = self._string_ends(letter) and not self._depth
+        elif letter == '"' and (self._depth or not self._value):
+            self._in_string, ended = True, False
+        elif letter in "{[":
+            self._depth, ended = self._depth + 1, False
+        elif letter in "}]" and self._depth:
+            self._depth -= 1
+            ended = not self._depth
+        elif not self._depth and letter in _SPACE + ",}]":  # a number or a word has ended before it
+            return [*self._end(), *self._after(letter)]
+        else:
+            ended = False
+        self._value += letter
+        found = self._argument(letter) if self._key == "arguments" else []
+        return [*found, *self._end()] if ended else found
+
+    def _string_ends(self, letter: str) -> bool:
+        """Whether a string that has begun ends with this letter."""
+        if not self._in_string:
+            self._in_string = True  # its first quotation mark
+            return False
+        if self._escaped:
+            self._escaped = False
+        elif letter == "\\":
+            self._escaped = True
+        elif letter == '"':
+            self._in_string = False
+            return True
+        return False
+
+    def _argument(self, letter: str) -> list[tuple[str, str]]:
+        if self._given:
+            return []  # a second time
+        if self.name is not None:
+            return [("arguments", letter)]
+        self._held = (self._held or "") + letter
+        return []
+
+    def _end(self) -> list[tuple[str, str]]:
+        """Of a value."""
+        self._where = "after value"
+        if self._key == "arguments":
+            self._given = self._given or bool(self._value)
+        elif self._key == "name" and self.name is None and (name := _text(self._value)):
+            self.name = name
+            held = [("arguments", self._held)] if self._held is not None else []
+            return [("name", name), *held]
+        return []
+
+    def _after(self, letter: str) -> list[tuple[str, str]]:
+        if letter == ",":
+            self._key, self._where = "", "key"
+        elif letter == "}":
+            missing = self.name is not None and not self._given
+            self.name, self._where = None, "between"
+            return [("arguments", "{}")] if missing else []
+        elif letter not in _SPACE:
+            self._where = "broken"
+        return []
+
+
+def _text(literal: str) -> str | None:
+    """The text of a JSON string; None for anything else."""
+    try:
+        value = json.loads(literal, strict=False)
+    except ValueError:
+        return None
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else None

@@ -1,0 +1,174 @@
+"""What clients are answered, for the OpenAPI document: the shapes that `answers` and `choices` make."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Count = Annotated[int, Field(ge=0)]
+Reason = Literal["stop", "length", "tool_calls"]
+
+
+class _Reply(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Cached(_Reply):
+    cached_tokens: Count
+
+
+class UsageReply(_Reply):
+    """The prompt is counted once, however many answers it gets."""
+
+    prompt_tokens: Count
+    completion_tokens: Count
+    total_tokens: Count
+    prompt_tokens_details: Cached
+
+
+class ScoredToken(_Reply):
+    token: str
+    logprob: float
+    bytes: list[Annotated[int, Field(ge=0, le=255)]]
+
+
+class Scored(ScoredToken):
+    top_logprobs: list[ScoredToken]
+
+
+class ChatScores(_Reply):
+    content: list[Scored]
+    refusal: None
+
+
+class TextScores(_Reply):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CallReply(_Reply):
+    class Function(_Reply):
+        name: str
+        arguments: str
+
+    id: Annotated[str, Field(pattern="^[A-Za-z0-9]{9}$")]
+    type: Literal["function"]
+    function: Function
+
+
+class ChatChoice(_Reply):
+    class Message(_Reply):
+        role: Literal["assistant"]
+        content: str | None
+        refusal: None
+        tool_calls: list[CallReply] = Field(default_factory=list)
+
+    index: Count
+    message: Message
+    logprobs: ChatScores | None
+    finish_reason: Reason
+
+
+class TextChoice(_Reply):
+    index: Count
+    text: str
+    logprobs: TextScores | None
+    finish_reason: Reason
+
+
+class _Envelope(_Reply):
+    id: str
+    created: int
+    model: str
+    usage: UsageReply
+
+
+class ChatCompletion(_Envelope):
+    object: Literal["chat.completion"]
+    choices: Annotated[list[ChatChoice], Field(min_length=1)]
+
+
+class TextCompletion(_Envelope):
+    object: Literal["text_completion"]
+    choices: Annotated[list[TextChoice], Field(min_length=1)]
+
+
+class CallDelta(_Reply):
+    class Function(_Reply):
+        name: str | None = None
+        arguments: str
+
+    index: Count
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: Function
+
+
+class ChatDelta(_Reply):
+    class Delta(_Reply):
+        role: Literal["assistant"] | None = None
+        content: str | None = None
+        tool_calls: list[CallDelta] | None = None
+
+    index: Count
+    delta: Delta
+    logprobs: ChatScores | None
+    finish_reason: Reason | None
+
+
+class TextDelta(_Reply):
+    index: Count
+    text: str
+    logprobs: TextScores | None
+    finish_reason: Reason | None
+
+
+class ChatChunk(_Reply):
+    """With `include_usage` a last one has no choices."""
+
+    id: str
+    created: int
+    model: str
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChatDelta]
+    usage: UsageReply | None = None
+
+
+class TextChunk(_Reply):
+    id: str
+    created: int
+    model: str
+    object: Literal["text_completion"]
+    choices: list[TextDelta]
+    usage: UsageReply | None = None
+
+
+class ModelCard(_Reply):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: Literal["m7mlx"]
+
+
+class ModelList(_Reply):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class Health(_Reply):
+    status: Literal["ok", "stopping"]
+
+
+class ErrorReply(_Reply):
+    """Every refusal and failure; in a stream that has begun, the data of its last event."""
+
+    class Error(_Reply):
+        message: str
+        type: Literal["invalid_request_error", "server_error"]
+        param: str | None
+        code: str | None
+
+    error: Error
