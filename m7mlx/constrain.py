@@ -25,9 +25,10 @@ _UNUSABLE = "the JSON schema cannot be used"
 
 
 class Constraint:
-    """Where one answer stands in its grammar."""
+    """Where one answer stands in its grammar, that of `schema`; None is any object."""
 
-    def __init__(self, matcher: Any, tokenizer: Tokenizer) -> None:
+    def __init__(self, matcher: Any, tokenizer: Tokenizer, schema: Mapping[str, Any] | None = None) -> None:
+        self.schema = schema
         self._matcher, self._vocab_size, self._eos_ids = matcher, tokenizer.vocab_size, sorted(tokenizer.eos_ids)
 
     def mask(self, vocab_size: int) -> mx.array:
@@ -75,7 +76,7 @@ def json_constraint(tokenizer: Tokenizer, schema: Mapping[str, Any] | None = Non
         raise InputError(f"{_UNUSABLE}: {_one_line(error)}") from None
     if matcher.is_error():
         raise InputError(f"{_UNUSABLE}: {_one_line(matcher.get_error())}")
-    return Constraint(matcher, tokenizer)
+    return Constraint(matcher, tokenizer, schema)
 
 
 def _one_line(error: object) -> str:

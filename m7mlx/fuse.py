@@ -29,9 +29,10 @@ def fuse(model: Mistral) -> None:
             for name in parent.children():
                 parent[name] = _stack([parent[name]])
         mx.eval(block.parameters())
-    model.model.embed_tokens = _stack([model.model.embed_tokens])
-    if "lm_head" in model:
-        model.lm_head = _stack([model.lm_head])
+    ends: tuple[tuple[nn.Module, str], ...] = ((model.model, "embed_tokens"), (model, "lm_head"))
+    for end, name in ends:
+        if name in end:  # a tied model has one, and so may a part of one
+            end[name] = _stack([end[name]])
     mx.eval(model.parameters())
 
 

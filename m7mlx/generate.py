@@ -127,9 +127,11 @@ def stream_generate(
     if cache is None:
         cache = model.new_cache() if drafter is None else model.new_cache(slack=DRAFT_SLACK)
     room = check_prompt(model, ids, cache)
+    if model.link is not None and drafter is not None:
+        raise InputError("a model that is divided among processes is not speculated on")
     if constraint is not None and (drafter is not None or continues):
         raise InputError("an answer that follows a grammar is neither speculated on nor gone on with")
-    sampler = Sampler(sampling or Sampling(), constraint=constraint)
+    sampler = Sampler(sampling or Sampling(), constraint=constraint, agree=model.agree)
     sampler.see(ids, chosen=len(continues))
     limit = room if max_tokens is None else max_tokens if room is None else min(max_tokens, room)
     return _stream(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from m7mlx.fuse import fuse
 from m7mlx.hub import resolve
 from m7mlx.memory import budget, cache_bytes, expands, loaded_bytes, machine_memory, settle
 from m7mlx.model import Mistral
-from m7mlx.safetensors import folder_weights, is_left_out, parameters
+from m7mlx.parts import Part
+from m7mlx.safetensors import StoredTensor, dtype_bytes, folder_weights, is_left_out, parameters, read_slices
 from m7mlx.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -25,6 +27,7 @@ def load(
     *,
     dtype: mx.Dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
+    part: Part | None = None,
 ) -> tuple[Mistral, Tokenizer]:
     """Load a model folder, a Hub repository ("org/name") or an alias ("mistral", "demo").
 
@@ -32,24 +35,30 @@ def load(
               where 16-bit arithmetic is emulated: there it is float32, and quantised weights are expanded
               to float32 if they fit into half of the memory
     progress  called with (bytes read, bytes to read)
+    part      read this part of the model only, for processes that share it (`m7mlx.distributed.World.load`)
 
     Use the model on the thread that called this: MLX's streams belong to their thread.
     Raises NotFoundError, DownloadError, ConfigError, WeightsError, TokenizerError; RunError if the machine has too
     little memory.
     """
-    folder, config, files = _checked(name, dtype)
+    folder, config, headers = _checked(name, dtype, part)
     tokenizer = load_tokenizer(folder, config.vocab_size)
-    return build(config, _read(files, progress), dtype), tokenizer
+    if part is None:
+        return build(config, _read(_files(headers), progress), dtype), tokenizer
+    weights = _read_part(headers, config, part, progress)
+    return build(part.config(config), weights, dtype, is_part=True), tokenizer
 
 
 def load_model(name: str | Path, *, dtype: mx.Dtype | None = None) -> Mistral:
     """The model alone, of a folder without a tokenizer too; otherwise as `load`."""
-    _, config, files = _checked(name, dtype)
-    return build(config, _read(files), dtype)
+    _, config, headers = _checked(name, dtype)
+    return build(config, _read(_files(headers)), dtype)
 
 
-def _checked(name: str | Path, dtype: mx.Dtype | None) -> tuple[Path, ModelConfig, list[Path]]:
-    """The folder, its configuration and its weight files, after all that can be known before they are read."""
+def _checked(
+    name: str | Path, dtype: mx.Dtype | None, part: Part | None = None
+) -> tuple[Path, ModelConfig, dict[str, StoredTensor]]:
+    """The folder, its configuration and its tensors, after all that can be known before they are read."""
     folder = resolve(name)
     if folder.is_file():
         raise ConfigError(f"{folder} is a file; a GGUF file is converted first: m7mlx-convert {folder}")
@@ -57,16 +66,32 @@ def _checked(name: str | Path, dtype: mx.Dtype | None) -> tuple[Path, ModelConfi
     headers = folder_weights(folder)
     check_folder(folder)
     parameters(folder, config, headers)
-    files = sorted({stored.path for stored in headers.values()})
-    _check_memory(folder, config, files, _compute_dtype(dtype))
-    return folder, config, files
+    headers = {name: stored for name, stored in headers.items() if not is_left_out(name, config)}
+    stored = sum(path.stat().st_size for path in _files(headers))
+    if part is None:
+        _check_memory(folder, config, stored, _compute_dtype(dtype))
+    else:
+        sizes = {n: (t.shape, math.prod(t.shape) * dtype_bytes(t.dtype)) for n, t in headers.items()}
+        _check_memory(folder, part.config(config), part.nbytes(sizes, config), _compute_dtype(dtype))
+    return folder, config, headers
 
 
-def build(config: ModelConfig, weights: dict[str, mx.array], dtype: mx.Dtype | None = None) -> Mistral:
-    """A model from its weights by name on disk; `dtype` as for `load`. `weights` is emptied on the way."""
+def _files(headers: dict[str, StoredTensor]) -> list[Path]:
+    return sorted({stored.path for stored in headers.values()})
+
+
+def build(
+    config: ModelConfig, weights: dict[str, mx.array], dtype: mx.Dtype | None = None, *, is_part: bool = False
+) -> Mistral:
+    """A model from its weights by name on disk; `dtype` as for `load`. `weights` is emptied on the way.
+
+    is_part  the embedding may be missing: other processes have it
+    """
     dtype = _compute_dtype(dtype)
     expand = config.quantization is not None and expands(config)
     model = Mistral(config)
+    if is_part and "model.embed_tokens.weight" not in weights:
+        del model.model["embed_tokens"]
     loaded: dict[str, mx.array] = {}
     for name in list(weights):
         if is_left_out(name, config):
@@ -113,9 +138,9 @@ def _compute_dtype(asked: mx.Dtype | None) -> mx.Dtype | None:
     return mx.float32 if asked is None and on_cpu() else asked
 
 
-def _check_memory(folder: Path, config: ModelConfig, files: list[Path], dtype: mx.Dtype | None) -> None:
-    """Raise RunError if weights and a window of keys and values exceed the budget (on macOS, a kernel panic)."""
-    stored = sum(path.stat().st_size for path in files)
+def _check_memory(folder: Path, config: ModelConfig, stored: int, dtype: mx.Dtype | None) -> None:
+    """Raise RunError if weights, of so many bytes in files, and a window of keys and values exceed the budget: on
+    macOS, a kernel panic."""
     weights = loaded_bytes(config, stored) if dtype is None or dtype == mx.float32 else stored
     positions = config.sliding_window or min(config.max_position_embeddings, 4096)
     cache = cache_bytes(config, positions, 8 * (dtype or mx.float16).size)
@@ -142,10 +167,34 @@ def _read(files: list[Path], progress: Callable[[int, int], None] | None = None)
         assert isinstance(arrays, dict)
         for name in arrays:
             array = arrays[name]
-            if mx.issubdtype(array.dtype, mx.floating) and not is_finite(array):
-                raise WeightsError(f"{path}: {name} holds NaN or infinite numbers; fetch or convert the model again")
+            _check_finite(path, name, array)
             done += array.nbytes
             progress(min(done, total), total)
         weights |= arrays
     progress(total, total)
     return weights
+
+
+def _read_part(
+    headers: dict[str, StoredTensor],
+    config: ModelConfig,
+    part: Part,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, mx.array]:
+    """The tensors of one part, by its model's names for them, checked to be finite; nothing else is read."""
+    names = {name: own for name in headers if (own := part.name(name, config)) is not None}
+    weights: dict[str, mx.array] = {}
+    for done, (name, own) in enumerate(names.items()):
+        if progress:
+            progress(done, len(names))
+        stored = headers[name]
+        weights[own] = read_slices(stored, name, part.slices(name, stored.shape))
+        _check_finite(stored.path, name, weights[own])
+    if progress:
+        progress(len(names), len(names))
+    return weights
+
+
+def _check_finite(path: Path, name: str, array: mx.array) -> None:
+    if mx.issubdtype(array.dtype, mx.floating) and not is_finite(array):
+        raise WeightsError(f"{path}: {name} holds NaN or infinite numbers; fetch or convert the model again")

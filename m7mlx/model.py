@@ -16,6 +16,7 @@ from m7mlx.ring import LayerRing, Step
 
 if TYPE_CHECKING:
     from m7mlx.config import ModelConfig
+    from m7mlx.link import Link
 
 
 class FeedForward(nn.Module):
@@ -68,7 +69,10 @@ class Mistral(nn.Module):
     model(ids)              logits [B, L, vocab_size] for ids [B, L], the whole sequence at once
     model(ids, cache)       the same for the tokens that follow those in the cache
     model.hidden(…)         without the head; `model.head` then gives the logits of the positions wanted
+    model.link              where other processes hold parts of it (`m7mlx.parts`); all of them run each pass
     """
+
+    link: Link | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -90,17 +94,29 @@ class Mistral(nn.Module):
 
     def through(self, ids: mx.array, rings: Sequence[LayerRing], step: Step) -> mx.array:
         """The same, for a step over rings that somebody else describes."""
-        x: mx.array = self.model.embed_tokens(ids)
+        x: mx.array
+        if self.link is None or self.link.is_first:
+            x = self.model.embed_tokens(ids)
+        else:
+            x = self.link.receive((*ids.shape, self.config.hidden_size), self.dtype)
         for block, ring in zip(self.model.layers, rings, strict=True):
             x = block(x, ring, step)
+        if self.link is not None and not self.link.is_last:
+            return self.link.send(x)
         normed: mx.array = self.model.norm(x)
         return normed
 
     def head(self, hidden: mx.array) -> mx.array:
         """Logits [B, L, vocab_size] of hidden states [B, L, hidden_size]."""
+        if self.link is not None:
+            hidden = self.link.from_last(hidden)
         tied = self.config.tie_word_embeddings
         logits: mx.array = self.model.embed_tokens.as_linear(hidden) if tied else self.lm_head(hidden)
         return logits
+
+    def agree(self, tokens: mx.array) -> mx.array:
+        """Chosen tokens, the same in all processes that share the model."""
+        return tokens if self.link is None else self.link.agree(tokens)
 
     def new_cache(self, **options: Unpack[CacheOptions]) -> RollingCache:
         """An empty cache for this model; options as for `RollingCache`."""

@@ -6,9 +6,13 @@ header goes through it first.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
 
 from m7mlx.config import ModelConfig, read_json
 from m7mlx.errors import ConfigError, WeightsError
@@ -16,6 +20,13 @@ from m7mlx.quantization import Quantization
 
 INDEX = "model.safetensors.index.json"
 _FLOATS = ("F32", "F16", "BF16")
+_KINDS: dict[str, tuple[type[np.generic], mx.Dtype]] = {  # NumPy has no bfloat16
+    "F32": (np.float32, mx.float32),
+    "F16": (np.float16, mx.float16),
+    "BF16": (np.uint16, mx.bfloat16),
+    "U32": (np.uint32, mx.uint32),
+    "U8": (np.uint8, mx.uint8),
+}
 _IGNORED = "rotary_emb.inv_freq"  # old checkpoints carry what is computed anyway
 
 
@@ -51,6 +62,24 @@ def validate_header(path: Path) -> dict[str, TensorInfo]:
             return {name: TensorInfo(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise WeightsError(f"{path} is not a whole safetensors file ({error}); fetch or convert it again") from None
+
+
+def dtype_bytes(dtype: str) -> int:
+    """Bytes of a number of a safetensors type that weights may have."""
+    return _KINDS[dtype][1].size
+
+
+def read_slices(stored: StoredTensor, name: str, slices: tuple[slice, ...]) -> mx.array:
+    """Rows and columns of one tensor, without the rest: MLX itself reads tensors whole.
+
+    Its header has been validated (`folder_weights`).
+    """
+    with stored.path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        start, _ = json.loads(file.read(length))[name]["data_offsets"]
+    numbers, kind = _KINDS[stored.dtype]
+    data = np.memmap(stored.path, numbers, "r", 8 + length + start, stored.shape)
+    return mx.array(np.ascontiguousarray(data[slices])).view(kind)
 
 
 def folder_weights(folder: Path, *, native: bool = False) -> dict[str, StoredTensor]:

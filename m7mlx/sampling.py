@@ -12,7 +12,7 @@ import math
 import random
 import secrets
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -93,6 +93,7 @@ class Sampler:
     bias        added to the logits of some ids
     constraint  what the answer must follow (`m7mlx.constrain`): then each token is read before the next is chosen
     logprobs    score this many alternatives to each token, besides itself, in `scores`; None for none
+    agree       makes of tokens [B] those that are taken, where several processes choose (`Mistral.agree`)
     """
 
     def __init__(
@@ -102,9 +103,10 @@ class Sampler:
         bias: Mapping[int, float] | None = None,
         constraint: Constraint | None = None,
         logprobs: int | None = None,
+        agree: Callable[[mx.array], mx.array] = lambda tokens: tokens,
     ) -> None:
         self.sampling, self._bias, self._constraint = sampling, bias, constraint
-        self._logprobs = logprobs
+        self._logprobs, self._agree = logprobs, agree
         self.scores: deque[Scores] = deque()  # of the tokens chosen and not yet taken from here
         self._last: mx.array | None = None  # chosen, and not yet told to the constraint
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
@@ -140,6 +142,7 @@ class Sampler:
         else:
             key = mx.random.key((self._seed + self._count) % (1 << 64))
             token = mx.random.categorical(filtered_logprobs(logits, s) / s.temperature, key=key)
+        token = self._agree(token)
         if self._constraint is not None:
             self._last = token
         if self._logprobs is not None:

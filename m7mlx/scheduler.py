@@ -82,15 +82,19 @@ class _Answer:
     """One request on its way."""
 
     def __init__(
-        self, number: int, request: Request, stop: StopFilter, tokenizer: Tokenizer, limit: int | None
+        self, number: int, request: Request, limit: int | None, model: Mistral, tokenizer: Tokenizer
     ) -> None:
         self.number, self.limit = number, limit
         self.ids = list(request.ids)
         self.sampler = Sampler(
-            request.sampling, bias=request.logit_bias, constraint=request.constraint, logprobs=request.logprobs
+            request.sampling,
+            bias=request.logit_bias,
+            constraint=request.constraint,
+            logprobs=request.logprobs,
+            agree=model.agree,
         )
         self.sampler.see(self.ids)
-        self.text, self.stop = tokenizer.detokenizer(request.at_start), stop
+        self.text, self.stop = tokenizer.detokenizer(request.at_start), StopFilter(request.stop)
         self.eos = tokenizer.eos_ids
         self.cache: RollingCache | None = None  # as long as the prompt is being read
         self.reused = self.generated = 0
@@ -150,6 +154,7 @@ class Scheduler:
             raise InputError(f"a scheduler needs at least one row, and may keep conversations: not {rows} and {kept}")
         self._model, self._tokenizer, self._rows = model, tokenizer, rows
         self._step = step_of(model)
+        self._shared = model.link is not None  # a failed pass failed here alone, and other processes wait for it
         self._new = model.new_cache(slack=slack, kv_bits=kv_bits)
         self._waiting: deque[_Answer] = deque()
         self._reading: deque[_Answer] = deque()  # their prompts take turns
@@ -166,16 +171,23 @@ class Scheduler:
 
     def add(self, request: Request) -> int:
         """Queue a request; its number. Raises what `m7mlx.stream_generate` raises for its prompt and options."""
+        return self.admit(request, self.check(request))
+
+    def check(self, request: Request) -> int | None:
+        """How many tokens its answer may have; raises as `add`."""
         if request.max_tokens is not None and request.max_tokens < 1:
             raise InputError(f"max_tokens must be at least 1, got {request.max_tokens}")
-        stop = StopFilter(request.stop)
+        StopFilter(request.stop)
         for token in request.logit_bias:
             if not 0 <= token < self._model.config.vocab_size:
                 raise TokenizerError(f"logit_bias: token id {token} is outside the model's vocabulary")
         room = check_prompt(self._model, request.ids, self._new)
-        limits = [n for n in (room, request.max_tokens) if n is not None]
+        return min((n for n in (room, request.max_tokens) if n is not None), default=None)
+
+    def admit(self, request: Request, limit: int | None) -> int:
+        """Queue a request that has been checked; its number."""
         self._count += 1
-        self._waiting.append(_Answer(self._count, request, stop, self._tokenizer, min(limits, default=None)))
+        self._waiting.append(_Answer(self._count, request, limit, self._model, self._tokenizer))
         return self._count
 
     def cancel(self, number: int) -> Event | None:
@@ -222,6 +234,8 @@ class Scheduler:
                 else:
                     self._join(answer, answer.sampler(logits))
             except (M7Error, RuntimeError, MemoryError) as error:  # of this request alone
+                if self._shared:
+                    raise
                 events.append(answer.end("failed", error=error))
         return events
 
@@ -292,6 +306,8 @@ class Scheduler:
             mx.async_eval(self._tokens)
             values: list[int] = tokens.tolist()  # type: ignore[assignment]
         except (M7Error, RuntimeError, MemoryError) as error:  # of all that share the pass
+            if self._shared:
+                raise
             lost = [answer for answer in self._answers if answer]
             self._batch, self._answers = None, []
             return [answer.end("failed", error=error) for answer in lost]
@@ -309,7 +325,7 @@ class Scheduler:
     def _choose(self, logits: mx.array) -> mx.array:  # [B, vocab_size] → [B]
         answers = self._answers
         if all(a is None or a.sampler.is_greedy for a in answers):
-            return mx.argmax(logits, axis=-1)
+            return self._model.agree(mx.argmax(logits, axis=-1))
         chosen = []
         for row, answer in enumerate(answers):
             likeliest = logits[row : row + 1]

@@ -1,0 +1,150 @@
+"""A line from the first of several processes to the others: what to do next, and whether all are still there.
+
+MLX's exchanges within a pass wait for ever if a process has died, and spin while they wait. So what is not numbers
+goes through sockets of our own: they sleep, and they close when a process ends.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import os
+import queue
+import secrets
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from m7mlx.errors import RunError
+
+_SECONDS = 60.0  # for all to connect
+KEY_BYTES = 16
+_END = {"do": "end"}
+
+
+class Channel:
+    """The first rank `tell`s, the others `hear`; when one ends before its time, all do."""
+
+    def __init__(self) -> None:
+        self._ending = threading.Event()
+        self._sockets: list[socket.socket] = []
+        self._heard: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """To all others, in this order. What cannot be sent any more ends this process (`_watch`)."""
+        data = json.dumps(message).encode() + b"\n"
+        with self._lock:
+            for one in self._sockets:
+                try:
+                    one.sendall(data)
+                except OSError:  # its watcher knows, and says which
+                    return
+
+    def hear(self) -> dict[str, Any]:
+        """What the first rank has told, or another of them answered; waits for it."""
+        return self._heard.get()
+
+    def close(self) -> None:
+        """The run is over: the others leave as well."""
+        if not self._ending.is_set():
+            self._ending.set()
+            self.tell(_END)
+
+    def _watch(self, one: socket.socket, rank: int) -> None:
+        """Read what a rank says until it closes the line, which nobody does before the end."""
+        with one.makefile("rb") as lines:
+            try:
+                for line in lines:
+                    message = json.loads(line)
+                    if message == _END:
+                        self._ending.set()
+                        leave(0)
+                    self._heard.put(message)
+            except (OSError, ValueError):
+                pass
+        if not self._ending.is_set():
+            die(f"process {rank} of this run has ended; the others cannot go on without it")
+
+    def _add(self, one: socket.socket, rank: int) -> None:
+        one.settimeout(None)
+        one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a machine that has lost power says nothing
+        idle = getattr(socket, "TCP_KEEPIDLE", getattr(socket, "TCP_KEEPALIVE", None))
+        for option, seconds in ((idle, 5), (getattr(socket, "TCP_KEEPINTVL", None), 5), (_probes(), 3)):
+            if option is not None:
+                one.setsockopt(socket.IPPROTO_TCP, option, seconds)
+        self._sockets.append(one)
+        threading.Thread(target=self._watch, args=(one, rank), name=f"m7mlx-rank-{rank}", daemon=True).start()
+
+
+def lead(size: int, address: str, publish: Callable[[int, bytes], object]) -> Channel:
+    """The first rank's end, once all others have connected to where `publish` (port, key) tells them.
+
+    Raises RunError if they do not.
+    """
+    key = secrets.token_bytes(KEY_BYTES)
+    channel = Channel()
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.create_server((address, 0), family=family, backlog=size) as server:
+        publish(server.getsockname()[1], key)
+        server.settimeout(_SECONDS)
+        missing = set(range(1, size))
+        while missing:
+            try:
+                one, _ = server.accept()
+                one.settimeout(5)
+                given = _exactly(one, KEY_BYTES + 2)
+            except TimeoutError:
+                raise RunError(f"{len(missing)} of {size} processes did not come within {_SECONDS:.0f} s") from None
+            except OSError:
+                continue
+            rank = int.from_bytes(given[KEY_BYTES:], "big")
+            if not hmac.compare_digest(given[:KEY_BYTES], key) or rank not in missing:
+                one.close()  # a stranger
+                continue
+            missing.discard(rank)
+            channel._add(one, rank)
+    return channel
+
+
+def follow(rank: int, address: str, port: int, key: bytes) -> Channel:
+    """Another rank's end. Raises RunError where the first cannot be reached."""
+    try:
+        one = socket.create_connection((address, port), timeout=_SECONDS)
+        one.sendall(key + rank.to_bytes(2, "big"))
+    except OSError as error:
+        raise RunError(f"the first process cannot be reached at {address}:{port} ({error})") from None
+    channel = Channel()
+    channel._add(one, 0)
+    return channel
+
+
+def die(reason: str) -> NoReturn:
+    """Leave at once with one line: a pass that waits for another process cannot be broken off otherwise."""
+    sys.stderr.write(f"m7mlx: error: {reason}\n")
+    leave(1)
+
+
+def leave(status: int) -> NoReturn:
+    """End the process from whatever thread."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    os._exit(status)
+
+
+def _exactly(one: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        more = one.recv(count - len(data))
+        if not more:
+            raise OSError("closed")
+        data += more
+    return data
+
+
+def _probes() -> int | None:
+    return getattr(socket, "TCP_KEEPCNT", None)

@@ -1,0 +1,252 @@
+"""One model over several processes, on one machine or many, started by `mlx.launch`.
+
+    mlx.launch -n 2 --backend ring -- m7mlx-chat -p "Hello" --model mistral
+
+Each process holds a part of the model (`m7mlx.parts`). The first one is the program that the user sees; the others do
+what it tells them (`follow`): the same passes over the same tokens, in the same order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from m7mlx import channel
+from m7mlx.channel import Channel
+from m7mlx.constrain import json_constraint
+from m7mlx.errors import InputError, M7Error, RunError
+from m7mlx.generate import check_prompt, stream_generate
+from m7mlx.link import connect
+from m7mlx.load import load
+from m7mlx.model import Mistral
+from m7mlx.parts import Mode, Part
+from m7mlx.sampling import Sampling
+from m7mlx.scheduler import Event, Request, Scheduler
+from m7mlx.tokenizer import Tokenizer
+
+# What `mlx.launch` and mpirun set for the processes that they start.
+_LAUNCHED = ("MLX_RANK", "MLX_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run; `rank` is this one's number."""
+
+    part: Part
+    group: mx.distributed.Group
+    channel: Channel
+
+    @property
+    def rank(self) -> int:
+        return self.part.rank
+
+    @property
+    def size(self) -> int:
+        return self.part.size
+
+    def load(self, name: str | Path, progress: Callable[[int, int], None] | None = None) -> tuple[Mistral, Tokenizer]:
+        """This rank's part of a model, connected with the others; returns when all have theirs. As `m7mlx.load`."""
+        model, tokenizer = load(name, part=self.part, progress=progress)
+        connect(model, self.part, self.group)
+        if self.rank:
+            self.channel.tell({"do": "ready"})
+        else:
+            for _ in range(self.size - 1):
+                self.channel.hear()
+        return model, tokenizer
+
+    def answer(self, request: Request, limit: int | None, begun: int, cache: dict[str, Any]) -> None:
+        """Let the others run the passes of the `stream_generate` that this rank is about to begin.
+
+        limit  tokens it generates at most; begun, ids at the end of the request that it `continues`; cache, options
+        """
+        self.channel.tell({"do": "answer", "limit": limit, "begun": begun, "cache": cache, **dump(request)})
+
+    def close(self) -> None:
+        """End the run, on the thread that computes: what is under way is finished, since the others wait for it."""
+        mx.synchronize()
+        self.channel.close()
+
+
+def launched() -> bool:
+    """Whether this process was started as one of several."""
+    return any(name in os.environ for name in _LAUNCHED)
+
+
+def join(mode: Mode | None, config_of: Callable[[], Any]) -> World | None:
+    """Meet the other processes; None where there are none.
+
+    mode  None divides heads where they can be divided, else layers; `config_of` gives the model's ModelConfig then
+
+    Raises RunError if they cannot be met.
+    """
+    if not launched():
+        return None
+    try:
+        group = mx.distributed.init(strict=True)
+    except (RuntimeError, ValueError) as error:
+        if os.environ.get("MLX_HOSTFILE") and not Path(os.environ["MLX_HOSTFILE"]).read_text().strip():
+            return None  # one process alone
+        raise RunError(f"the processes of this run cannot meet: {' '.join(str(error).split())}") from None
+    rank, size = group.rank(), group.size()
+    if size == 1:
+        return None
+    part = Part(mode or _fitting(config_of(), size), rank, size)
+    part.config(config_of())  # raises, on all of them
+    return World(part, group, _channel(rank, size, group))
+
+
+def _fitting(config: Any, size: int) -> Mode:
+    try:
+        Part("tensor", 0, size).config(config)
+    except InputError:
+        return "pipeline"
+    return "tensor"
+
+
+def _channel(rank: int, size: int, group: mx.distributed.Group) -> Channel:
+    """The first rank's address is known to all from what started them; port and key go through MLX."""
+    address = _first_address()
+
+    def share(numbers: list[int]) -> list[int]:
+        mine = mx.array(numbers if rank == 0 else [0] * len(numbers), mx.int32)
+        found: list[int] = mx.distributed.all_sum(mine, group=group).tolist()  # type: ignore[assignment]
+        return found
+
+    if rank == 0:
+        return channel.lead(size, address, lambda port, key: share([port, *key]))
+    port, *key = share([0] * (1 + channel.KEY_BYTES))
+    return channel.follow(rank, address, port, bytes(key))
+
+
+def _first_address() -> str:
+    hosts = os.environ.get("MLX_HOSTFILE")
+    if hosts:
+        first = json.loads(Path(hosts).read_text())[0]
+        return str(first[0] if isinstance(first, list) else first).rpartition(":")[0]
+    for name in ("MLX_JACCL_COORDINATOR", "NCCL_HOST_IP"):
+        if given := os.environ.get(name):
+            return given.rpartition(":")[0] or given
+    return socket.gethostbyname(os.environ.get("M7MLX_FIRST_HOST", socket.gethostname()))
+
+
+# --- the scheduler of all ranks -------------------------------------------------------------------------------
+
+
+class Leader:
+    """A Scheduler, as far as a server uses it, that the other ranks run as well."""
+
+    def __init__(self, scheduler: Scheduler, world: World, options: dict[str, Any]) -> None:
+        self._scheduler, self._channel = scheduler, world.channel
+        self._channel.tell({"do": "serve", **options})
+
+    @property
+    def load(self) -> tuple[int, int]:
+        return self._scheduler.load
+
+    def add(self, request: Request) -> int:
+        request = seeded(request)
+        limit = self._scheduler.check(request)
+        self._channel.tell({"do": "add", "limit": limit, **dump(request)})
+        return self._scheduler.admit(request, limit)
+
+    def cancel(self, number: int) -> Event | None:
+        self._channel.tell({"do": "cancel", "number": number})
+        return self._scheduler.cancel(number)
+
+    def step(self) -> tuple[list[Event], bool]:
+        self._channel.tell({"do": "step"})
+        return self._scheduler.step()
+
+
+def seeded(request: Request) -> Request:
+    """With a seed that all ranks can draw from."""
+    if request.sampling.seed is not None:
+        return request
+    return replace(request, sampling=replace(request.sampling, seed=int.from_bytes(os.urandom(7), "big")))
+
+
+def dump(request: Request) -> dict[str, Any]:
+    """A request as JSON: the inverse of `_request`."""
+    constraint = request.constraint
+    return {
+        "ids": list(request.ids),
+        "sampling": asdict(request.sampling),
+        "stop": list(request.stop),
+        "at_start": request.at_start,
+        "logit_bias": list(request.logit_bias.items()),
+        "logprobs": request.logprobs,
+        "grammar": None if constraint is None else {"schema": constraint.schema},
+    }
+
+
+def _request(told: dict[str, Any], tokenizer: Tokenizer) -> Request:
+    grammar = told["grammar"]
+    return Request(
+        told["ids"],
+        Sampling(**told["sampling"]),
+        told["limit"],
+        told["stop"],
+        told["at_start"],
+        dict(told["logit_bias"]),
+        told["logprobs"],
+        None if grammar is None else json_constraint(tokenizer, grammar["schema"]),
+    )
+
+
+def follow(world: World, name: str | Path) -> None:
+    """Load this rank's part and do what the first rank tells, until it ends, which ends this process."""
+    model, tokenizer = world.load(name)
+    scheduler: Scheduler | None = None
+    while True:
+        told = world.channel.hear()
+        match told.pop("do"):
+            case "serve":
+                scheduler = Scheduler(model, tokenizer, **told)
+            case "add" if scheduler:
+                scheduler.admit(_request(told, tokenizer), told["limit"])
+            case "cancel" if scheduler:
+                scheduler.cancel(told["number"])
+            case "step" if scheduler:
+                scheduler.step()
+            case "answer":
+                _answer(model, tokenizer, told)
+
+
+def _answer(model: Mistral, tokenizer: Tokenizer, told: dict[str, Any]) -> None:
+    request, cache = _request(told, tokenizer), model.new_cache(**told["cache"])
+    room = check_prompt(model, request.ids, cache)
+    if room is not None and (told["limit"] is None or told["limit"] > room):
+        raise RunError(f"this machine's memory holds {room:,} tokens of the answer, not {told['limit']:,}")
+    prompt = len(request.ids) - told["begun"]
+    stream = stream_generate(
+        model,
+        tokenizer,
+        list(request.ids[:prompt]),
+        cache=cache,
+        sampling=request.sampling,
+        max_tokens=told["limit"],
+        stop=request.stop,
+        continues=list(request.ids[prompt:]),
+        constraint=request.constraint,
+    )
+    for _ in stream:
+        pass
+
+
+def run_rank(world: World, name: str | Path) -> int:
+    """The body of every rank's program but the first's: an exit status, and one line for what goes wrong."""
+    try:
+        follow(world, name)
+    except M7Error as error:
+        channel.die(f"process {world.rank}: {error}")
+    except (RuntimeError, MemoryError) as error:
+        channel.die(f"process {world.rank} failed: {' '.join(str(error).split())}")
+    return 0
