@@ -47,6 +47,20 @@ def gigabytes(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of gigabytes") from None
 
 
+def launched() -> bool:
+    """Whether this process was started as one of several: by `mlx.launch`, or by mpirun."""
+    return any(name in os.environ for name in ("MLX_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
+
+
+def add_parallel(parser: argparse.ArgumentParser) -> None:
+    """The option of programs that `mlx.launch` can start several of (`m7mlx.distributed`)."""
+    parser.add_argument(
+        "--parallel",
+        choices=("tensor", "pipeline"),
+        help="under mlx.launch: divide each layer's heads (default, where they can be), or the layers (slow links)",
+    )
+
+
 def run(body: Callable[[argparse.Namespace], int | None], args: argparse.Namespace, prog: str) -> int:
     """Run a command's body; every foreseeable failure becomes one line on stderr and an exit status."""
     _open_standard_streams()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +20,9 @@ from typing import Any
 import mlx.core as mx
 
 from m7mlx import channel
+from m7mlx.cache import CacheOptions, RollingCache
 from m7mlx.channel import Channel
+from m7mlx.cli import launched
 from m7mlx.constrain import json_constraint
 from m7mlx.errors import InputError, M7Error, RunError
 from m7mlx.generate import check_prompt, stream_generate
@@ -30,9 +33,6 @@ from m7mlx.parts import Mode, Part
 from m7mlx.sampling import Sampling
 from m7mlx.scheduler import Event, Request, Scheduler
 from m7mlx.tokenizer import Tokenizer
-
-# What `mlx.launch` and mpirun set for the processes that they start.
-_LAUNCHED = ("MLX_RANK", "MLX_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 @dataclass(frozen=True)
@@ -62,22 +62,23 @@ class World:
                 self.channel.hear()
         return model, tokenizer
 
-    def answer(self, request: Request, limit: int | None, begun: int, cache: dict[str, Any]) -> None:
-        """Let the others run the passes of the `stream_generate` that this rank is about to begin.
+    def answer(
+        self, request: Request, begun: int, model: Mistral, cache: RollingCache, options: CacheOptions
+    ) -> Request:
+        """Let the others run the passes of the `stream_generate` that this rank is about to begin; with what options.
 
-        limit  tokens it generates at most; begun, ids at the end of the request that it `continues`; cache, options
+        begun  ids at the end of the request that it `continues`; options, those that `cache`, an empty one, has
         """
-        self.channel.tell({"do": "answer", "limit": limit, "begun": begun, "cache": cache, **dump(request)})
+        room = check_prompt(model, request.ids, cache)
+        limit = min((n for n in (room, request.max_tokens) if n is not None), default=None)
+        request = seeded(replace(request, max_tokens=limit))
+        self.channel.tell({"do": "answer", "begun": begun, "cache": options, **dump(request)})
+        return request
 
     def close(self) -> None:
         """End the run, on the thread that computes: what is under way is finished, since the others wait for it."""
         mx.synchronize()
         self.channel.close()
-
-
-def launched() -> bool:
-    """Whether this process was started as one of several."""
-    return any(name in os.environ for name in _LAUNCHED)
 
 
 def join(mode: Mode | None, config_of: Callable[[], Any]) -> World | None:
@@ -143,9 +144,9 @@ def _first_address() -> str:
 class Leader:
     """A Scheduler, as far as a server uses it, that the other ranks run as well."""
 
-    def __init__(self, scheduler: Scheduler, world: World, options: dict[str, Any]) -> None:
+    def __init__(self, scheduler: Scheduler, world: World) -> None:
         self._scheduler, self._channel = scheduler, world.channel
-        self._channel.tell({"do": "serve", **options})
+        self._channel.tell({"do": "serve", **scheduler.options})
 
     @property
     def load(self) -> tuple[int, int]:
@@ -154,7 +155,7 @@ class Leader:
     def add(self, request: Request) -> int:
         request = seeded(request)
         limit = self._scheduler.check(request)
-        self._channel.tell({"do": "add", "limit": limit, **dump(request)})
+        self._channel.tell({"do": "add", **dump(replace(request, max_tokens=limit))})
         return self._scheduler.admit(request, limit)
 
     def cancel(self, number: int) -> Event | None:
@@ -178,6 +179,7 @@ def dump(request: Request) -> dict[str, Any]:
     constraint = request.constraint
     return {
         "ids": list(request.ids),
+        "max_tokens": request.max_tokens,
         "sampling": asdict(request.sampling),
         "stop": list(request.stop),
         "at_start": request.at_start,
@@ -192,7 +194,7 @@ def _request(told: dict[str, Any], tokenizer: Tokenizer) -> Request:
     return Request(
         told["ids"],
         Sampling(**told["sampling"]),
-        told["limit"],
+        told["max_tokens"],
         told["stop"],
         told["at_start"],
         dict(told["logit_bias"]),
@@ -211,7 +213,7 @@ def follow(world: World, name: str | Path) -> None:
             case "serve":
                 scheduler = Scheduler(model, tokenizer, **told)
             case "add" if scheduler:
-                scheduler.admit(_request(told, tokenizer), told["limit"])
+                scheduler.admit(_request(told, tokenizer), told["max_tokens"])
             case "cancel" if scheduler:
                 scheduler.cancel(told["number"])
             case "step" if scheduler:
@@ -223,8 +225,8 @@ def follow(world: World, name: str | Path) -> None:
 def _answer(model: Mistral, tokenizer: Tokenizer, told: dict[str, Any]) -> None:
     request, cache = _request(told, tokenizer), model.new_cache(**told["cache"])
     room = check_prompt(model, request.ids, cache)
-    if room is not None and (told["limit"] is None or told["limit"] > room):
-        raise RunError(f"this machine's memory holds {room:,} tokens of the answer, not {told['limit']:,}")
+    if room is not None and (request.max_tokens is None or request.max_tokens > room):
+        raise RunError(f"this machine's memory holds {room} tokens of the answer, not {request.max_tokens}")
     prompt = len(request.ids) - told["begun"]
     stream = stream_generate(
         model,
@@ -232,7 +234,7 @@ def _answer(model: Mistral, tokenizer: Tokenizer, told: dict[str, Any]) -> None:
         list(request.ids[:prompt]),
         cache=cache,
         sampling=request.sampling,
-        max_tokens=told["limit"],
+        max_tokens=request.max_tokens,
         stop=request.stop,
         continues=list(request.ids[prompt:]),
         constraint=request.constraint,
@@ -243,6 +245,7 @@ def _answer(model: Mistral, tokenizer: Tokenizer, told: dict[str, Any]) -> None:
 
 def run_rank(world: World, name: str | Path) -> int:
     """The body of every rank's program but the first's: an exit status, and one line for what goes wrong."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of them; the first says when it is over
     try:
         follow(world, name)
     except M7Error as error:

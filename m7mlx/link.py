@@ -45,13 +45,17 @@ class Link:
         """The last rank's hidden states, on all of them."""
         if not self._in_turn:
             return hidden
-        if not self.is_last:  # 0 in the sum, and not before its own have been sent
-            hidden = mx.depends([mx.zeros_like(hidden)], [hidden])[0]
-        return mx.distributed.all_sum(hidden, group=self._group)
+        return self._from(self._size - 1, hidden)
 
     def agree(self, tokens: mx.array) -> mx.array:
         """The first rank's tokens. Processors that differ may round differently, and a near tie fall either way."""
-        return mx.distributed.all_sum(tokens if self._rank == 0 else mx.zeros_like(tokens), group=self._group)
+        return self._from(0, tokens)
+
+    def _from(self, rank: int, x: mx.array) -> mx.array:
+        """One rank's numbers on all: the others add 0, once they have their own, for which they took part in the pass."""
+        if self._rank != rank:
+            x = mx.depends([mx.zeros_like(x)], [x])[0]
+        return mx.distributed.all_sum(x, group=self._group)
 
 
 def connect(model: Mistral, part: Part, group: mx.distributed.Group) -> None:

@@ -153,6 +153,7 @@ class Scheduler:
         if rows < 1 or kept < 0:
             raise InputError(f"a scheduler needs at least one row, and may keep conversations: not {rows} and {kept}")
         self._model, self._tokenizer, self._rows = model, tokenizer, rows
+        self.options = {"rows": rows, "kept": kept, "slack": slack, "kv_bits": kv_bits}
         self._step = step_of(model)
         self._shared = model.link is not None  # a failed pass failed here alone, and other processes wait for it
         self._new = model.new_cache(slack=slack, kv_bits=kv_bits)

@@ -1,6 +1,6 @@
-"""What `mlx.launch` runs for test_distributed.py: the passes of one rank. The first one writes the logits that it gets.
+"""What `mlx.launch` runs for test_distributed.py: the passes of one rank, and the logits that it gets.
 
-    ranks.py FOLDER OUT MODE [quantised]
+ranks.py FOLDER OUT MODE [quantised]
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import m7mlx  # noqa: F401  first: it loads a fast BLAS
+import m7mlx  # first: it loads a fast BLAS
 
 # isort: split
 import mlx.core as mx
@@ -49,7 +49,10 @@ def main() -> None:
         assert world is not None
         model, _ = world.load(folder)
         found = passes(model)
-        found |= {"bytes": np.array(model.nbytes), "shape": np.array([model.config.n_kv_heads, model.config.n_layers])}
+        found |= {
+            "bytes": np.array(model.nbytes),
+            "shape": np.array([model.config.n_kv_heads, model.config.n_layers]),
+        }
         np.savez(Path(out) / f"{mode}-{world.rank}.npz", **found)
         mx.eval(mx.distributed.all_sum(mx.array(1)))  # all have written
     if world.rank == 0:

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import httpx
-import mlx.core as mx
 import numpy as np
-import openai
 import pytest
-from conftest import random_weights, small_config, write_folder
+from conftest import small_config, write_folder
 from ranks import passes
 
-from m7mlx.config import ModelConfig
-from m7mlx.errors import ConfigError
 from m7mlx.load import load_model
-from m7mlx.parts import Part
 
 LAUNCH = shutil.which("mlx.launch", path=str(Path(sys.executable).parent)) or "mlx.launch"
 PORTS = iter(range(24_000 + os.getpid() % 400 * 16, 32_000, 8))
@@ -62,7 +54,7 @@ RANKS = str(Path(__file__).parent / "ranks.py")
 @pytest.mark.parametrize("count", [2, 4])
 def test_logits_are_those_of_one_process(folder: Path, tmp_path: Path, count: int) -> None:
     """Chunks, tokens across the wrap, a rollback, rows of a batch; and nobody holds what is not its own."""
-    out, err = launched(count, RANKS, str(folder), str(tmp_path), "tensor,pipeline")
+    _, err = launched(count, RANKS, str(folder), str(tmp_path), "tensor,pipeline")
     whole = load_model(folder)
     expected = passes(whole)
     for mode in ("tensor", "pipeline"):

@@ -6,8 +6,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from m7mlx.cli import ArgumentParser, gigabytes, run
+from m7mlx.cli import ArgumentParser, add_parallel, gigabytes, launched, run
+
+if TYPE_CHECKING:
+    from m7mlx.distributed import World
+    from m7mlx.parts import Mode
+    from m7mlx_chat.settings import Settings
 
 PROG = "m7mlx-chat"
 _DESCRIPTION = """\
@@ -63,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "--import", dest="load", metavar="FILE", help="take in conversations (ours, ChatGPT's) and leave"
     )
     _add_settings(parser)
+    add_parallel(parser)
     web = parser.add_argument_group("in a browser")
     web.add_argument("--web", action="store_true", help="serve the chat to a browser on this machine (extra: web)")
     web.add_argument("--port", type=int, default=8765, metavar="N", help="its port (default: %(default)s)")
@@ -124,6 +131,8 @@ def _chat(args: argparse.Namespace) -> int:
         raise InputError("--json-schema is for a single answer: give the question with -p")
     if args.json and args.interactive:
         raise InputError("--json prints, --interactive shows the chat: choose one")
+    if launched() and (args.web or args.interactive or not asked):
+        raise InputError('under mlx.launch there is no terminal: give the question with -p "…"')
     if args.web:
         from m7mlx_chat.web import serve
 
@@ -141,6 +150,12 @@ def _chat(args: argparse.Namespace) -> int:
         return launch(config, settings, question=first, go_on=args.go_on, save=not args.no_save, chosen=chosen)
     from m7mlx_chat.headless import answer
 
+    world = _others(args.parallel, settings)
+    if world is not None and world.rank:
+        from m7mlx.distributed import run_rank
+        from m7mlx.hub import resolve
+
+        return run_rank(world, resolve(settings.model))
     return answer(
         settings,
         args.prompt,
@@ -149,4 +164,19 @@ def _chat(args: argparse.Namespace) -> int:
         save=not args.no_save,
         as_json=args.json,
         schema=args.json_schema,
+        world=world,
     )
+
+
+def _others(mode: Mode | None, settings: Settings) -> World | None:
+    """The processes that `mlx.launch` has started this one with."""
+    if not launched():
+        return None
+    from m7mlx.config import ModelConfig
+    from m7mlx.distributed import join
+    from m7mlx.errors import InputError
+    from m7mlx.hub import resolve
+
+    if settings.speculate != "off":
+        raise InputError("--speculate: a model that is divided among processes is not speculated on; leave it out")
+    return join(mode, lambda: ModelConfig.from_folder(resolve(settings.model)))

@@ -20,11 +20,14 @@ from typing import Literal
 import mlx.core as mx
 
 from m7mlx import Mistral, RollingCache, Tokenizer, load, reuse, stream_generate
+from m7mlx.cache import CacheOptions
 from m7mlx.config import ModelConfig
 from m7mlx.constrain import json_constraint
 from m7mlx.decode import shared_start
+from m7mlx.distributed import World
 from m7mlx.errors import M7Error
 from m7mlx.memory import budget, cache_bytes
+from m7mlx.scheduler import Request as Passes
 from m7mlx.speculative import Drafter, PromptLookup, load_draft_model
 from m7mlx_chat.branches import Branches
 from m7mlx_chat.events import Done, Event, Failed, Loading, Prefill, Ready, Request, Seen, Statistics, Text
@@ -72,7 +75,9 @@ class _Answer:
 class Engine:
     """Start it, `load` a model, `submit` requests, `drain` events. All methods return at once, on any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, world: World | None = None) -> None:
+        """`world`, where the model is divided among processes, of which this is the first."""
+        self._world = world
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._events: list[Event] = []
         self._changed = threading.Condition()
@@ -84,6 +89,7 @@ class Engine:
         self._model: Mistral | None = None
         self._tokenizer: Tokenizer | None = None
         self._cache: RollingCache | None = None
+        self._cache_options: CacheOptions = {}
         self._drafter: Drafter | None = None
         self._ready: Ready | None = None
         self._branches = Branches(int(budget() * _BRANCHES))
@@ -149,6 +155,8 @@ class Engine:
                 except Exception as error:  # whatever it was, the app must hear of it
                     self._emit(_failed(error, fatal=self._model is None))
         finally:
+            if self._world is not None:
+                self._world.close()
             self._forget()
             # Streams left to the thread's own end abort the process every third time (mlx 0.32, Linux).
             mx.clear_streams()
@@ -173,7 +181,8 @@ class Engine:
         if folder != self._folder or self._model is None or self._tokenizer is None:
             ModelConfig.from_folder(folder)  # raises, before the model that is here goes to make room
             self._forget()
-            self._model, self._tokenizer = load(folder, progress=progress)
+            read = load if self._world is None else self._world.load
+            self._model, self._tokenizer = read(folder, progress=progress)
             self._folder = folder
         try:
             drafter = _drafter(settings.speculate, self._model, self._tokenizer)
@@ -185,7 +194,7 @@ class Engine:
             self._emit(_failed(error))  # the model goes on as it was
         else:
             self._branches.clear()
-            self._drafter, self._cache = drafter, cache
+            self._drafter, self._cache, self._cache_options = drafter, cache, settings.cache
             self._ready = _described(self._model, cache, folder)
         self._emit(self._ready)
 
@@ -214,18 +223,22 @@ class Engine:
                 if not can_roll_back(cache, request.max_tokens):
                     self._branches.keep(cache)  # another answer to the same question needs it as it is now
 
+        constraint = None if request.schema is None else json_constraint(tokenizer, request.schema)
+        asked = Passes(whole, request.sampling, request.max_tokens, request.stop, constraint=constraint)
+        if self._world is not None:
+            asked = self._world.answer(asked, len(begun), model, cache, self._cache_options)
         stream = stream_generate(
             model,
             tokenizer,
             prompt,
             cache=cache,
             drafter=self._drafter,
-            sampling=request.sampling,
-            max_tokens=request.max_tokens,
-            stop=request.stop,
+            sampling=asked.sampling,
+            max_tokens=asked.max_tokens,
+            stop=asked.stop,
             on_prefill=on_prefill,
             continues=begun,
-            constraint=None if request.schema is None else json_constraint(tokenizer, request.schema),
+            constraint=constraint,
         )
         looked = 0.0
         try:

@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from m7mlx.cli import launched
 from m7mlx.errors import InputError, RunError
 from m7mlx.hub import DEMO, resolve
 from m7mlx_chat.events import Done, Event, Failed, Loading, Prefill, Text
@@ -20,6 +21,7 @@ from m7mlx_chat.store import Store
 from m7mlx_chat.terminal import visible
 
 if TYPE_CHECKING:
+    from m7mlx.distributed import World
     from m7mlx_chat.session import Session
 
 _WAIT = 0.5  # seconds to wait for an event at a time: signals come through in between
@@ -34,12 +36,13 @@ def answer(
     save: bool = True,
     as_json: bool = False,
     schema: Path | None = None,
+    world: World | None = None,
 ) -> int:
     """Answer `prompt`, with files and what is piped in after it, on stdout; returns the exit status.
 
     The question is kept before the model sees it, the answer at least every second. Control characters are made
     visible where a terminal would obey them; into a pipe the text goes as it is. With `schema`, a file, the answer is
-    JSON that fits it.
+    JSON that fits it. `world`, where several processes share the model, of which this is the first.
     """
     asked = question(prompt, files)
     fitting = None if schema is None else read_schema(schema)
@@ -51,7 +54,7 @@ def answer(
     from m7mlx_chat.session import Session
 
     with open_store(save) as store:
-        engine = Engine()
+        engine = Engine(world)
         session = Session(store, engine, settings)
         session.schema = fitting
         if go_on:
@@ -236,7 +239,12 @@ class _Json:
 def question(prompt: str | None, files: Sequence[str] = ()) -> str:
     """The question from -p, from files and from standard input. Raises InputError if there is none."""
     parts = [prompt or "", *map(attached, files)]
-    if sys.stdin is not None and ((prompt is None and not files) or (not sys.stdin.isatty() and _has_input())):
+    # mlx.launch gives its processes a pipe, and never closes it.
+    if (
+        not launched()
+        and sys.stdin is not None
+        and ((prompt is None and not files) or (not sys.stdin.isatty() and _has_input()))
+    ):
         parts.append(sys.stdin.buffer.read().decode("utf-8", "replace").strip("\n"))
     asked = "\n\n".join(part for part in parts if part.strip())
     if not asked:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from m7mlx.cli import ArgumentParser, gigabytes, run
+from m7mlx.cli import ArgumentParser, add_parallel, gigabytes, run
 from m7mlx.errors import InputError, RunError
 
 PROG = "m7mlx-serve"
@@ -23,6 +23,7 @@ examples:
   m7mlx-serve --model demo                                     http://127.0.0.1:8080/v1, and a page at /
   m7mlx-serve --model mistral --rows 16 --kv-bits 8            sixteen answers at a time, in half the memory
   m7mlx-serve --host 0.0.0.0 --api-key-file ~/.config/m7mlx/key --allow-host studio.local
+  mlx.launch --hostfile macs.json -- "$(which m7mlx-serve)" --model mistral      one model over several Macs
 
 Memory is bounded by rows × window, and printed at the start. Exit status: 1 failed on the way, 2 bad usage or input,
 130 Ctrl-C."""
@@ -60,15 +61,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--max-seconds", type=float, default=600.0, metavar="S", help="longest time for one (%(default)g)"
     )
     load.add_argument("--max-memory", type=gigabytes, metavar="GB", help="load no model beyond it")
+    add_parallel(parser)
     return parser.parse_args(argv)
 
 
-def _serve(args: argparse.Namespace) -> None:
+def _serve(args: argparse.Namespace) -> int | None:
     try:
         from m7mlx_server.app import Served, Server
         from m7mlx_server.listen import Listener
     except ImportError as error:
         raise InputError(f"{PROG} needs the extra server ({error.name}): pip install 'm7mlx[server]'") from None
+    from m7mlx.config import ModelConfig
+    from m7mlx.distributed import join, run_rank
     from m7mlx.hub import resolve
     from m7mlx.memory import limit_memory
     from m7mlx_server.engine import Engine, Limits, rows_memory
@@ -87,18 +91,25 @@ def _serve(args: argparse.Namespace) -> None:
     if args.max_memory is not None:
         limit_memory(args.max_memory)
     limits = Limits(args.rows, args.queue, args.keep, args.kv_bits)
-    engine = Engine(resolve(args.model), limits)
+    folder = resolve(args.model)
+    world = join(args.parallel, lambda: ModelConfig.from_folder(folder))
+    if world is not None and world.rank:
+        return run_rank(world, folder)
+    engine = Engine(folder, limits, world)
     print(f"loading {args.model} …", file=sys.stderr)
     engine.start()
     most = rows_memory(engine.model, limits)
     server = Server(engine, Served(args.name or args.model, args.max_tokens, args.max_seconds), hosts, key)
     bound = _bound(args.host, args.port)
     memory = f"{engine.model.nbytes / 1e9:.2f} GB of weights, at most {most / 1e9:.2f} GB of keys and values"
+    if world is not None:
+        memory += f" in each of {world.size} processes ({world.part.mode} parallel)"
     print(f"m7mlx is at http://{args.host}:{bound.getsockname()[1]} · {memory} · Ctrl-C ends it", file=sys.stderr)
     try:
         Listener(server.app, engine.close).run(sockets=[bound])
     finally:
         engine.close()
+    return None
 
 
 def _bound(host: str, port: int) -> socket.socket:

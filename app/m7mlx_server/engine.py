@@ -17,6 +17,8 @@ from queue import Empty, SimpleQueue
 import mlx.core as mx
 
 from m7mlx import load
+from m7mlx.channel import die
+from m7mlx.distributed import Leader, World
 from m7mlx.errors import RunError
 from m7mlx.memory import CHAT_SLACK, cache_bytes
 from m7mlx.model import Mistral
@@ -49,8 +51,9 @@ class Limits:
 class Engine:
     """Start it, then `ask` from any event loop; `close` ends what is under way."""
 
-    def __init__(self, folder: Path, limits: Limits) -> None:
-        self._folder, self._limits = folder, limits
+    def __init__(self, folder: Path, limits: Limits, world: World | None = None) -> None:
+        """`world`, where the model is divided among processes, of which this is the first."""
+        self._folder, self._limits, self._world = folder, limits, world
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._answers: dict[int, _Answer] = {}  # by the scheduler's numbers; the engine's thread alone
         self._open = 0  # requests asked and not ended; event loops alone, under the lock
@@ -81,7 +84,7 @@ class Engine:
     @property
     def running(self) -> int:
         """Requests that are read or answered; the others wait."""
-        scheduler: Scheduler | None = self.__dict__.get("_scheduler")
+        scheduler: Scheduler | Leader | None = self.__dict__.get("_scheduler")
         return scheduler.load[0] if scheduler else 0
 
     async def ask(self, prepare: Prepare) -> AsyncGenerator[Event, None]:
@@ -133,17 +136,19 @@ class Engine:
     def _run(self) -> None:
         try:
             try:
-                self.model, self.tokenizer = load(self._folder)
-                limits = self._limits
-                self._scheduler = Scheduler(
-                    self.model, self.tokenizer, rows=limits.rows, kept=limits.kept, kv_bits=limits.kv_bits
-                )
+                read = load if self._world is None else self._world.load
+                self.model, self.tokenizer = read(self._folder)
+                self._scheduler = self._scheduled()
             except Exception as error:
                 self._failed = error
                 return
             finally:
                 self._ready.set()
             self._serve()
+        except Exception as error:
+            if self._world is None:
+                raise
+            die(f"a pass failed: {' '.join(str(error).split())}")  # the others wait for its end
         finally:
             with self._lock:
                 self._closing = True  # if it was not asked to end
@@ -152,9 +157,16 @@ class Engine:
             for answer in self._answers.values():
                 answer.tell(Event(0, reason="cancelled"))
             self._answers.clear()
+            if self._world is not None:
+                self._world.close()
             self.__dict__.pop("model", None)
             self.__dict__.pop("_scheduler", None)
             mx.clear_streams()  # left to the thread's own end they abort the process every third time (mlx 0.32)
+
+    def _scheduled(self) -> Scheduler | Leader:
+        limits = self._limits
+        scheduler = Scheduler(self.model, self.tokenizer, rows=limits.rows, kept=limits.kept, kv_bits=limits.kv_bits)
+        return scheduler if self._world is None else Leader(scheduler, self._world)
 
     def _serve(self) -> None:
         more = False
