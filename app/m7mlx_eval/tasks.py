@@ -68,10 +68,11 @@ def prepare() -> None:
     for name in ("datasets", "evaluate", "huggingface_hub", "fsspec"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if not _hub_answers():
-        import huggingface_hub.constants as hub
+        import evaluate.config
+        import huggingface_hub.constants
 
-        hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        evaluate.config.HF_EVALUATE_OFFLINE = True
 
 
 def _hub_answers() -> bool:
