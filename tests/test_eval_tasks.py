@@ -325,7 +325,7 @@ def test_tasks_that_cannot_be_run_are_one_line(
         return everything if include_defaults else manager(include_path=include_path, include_defaults=False)
 
     monkeypatch.setattr(harness, "TaskManager", once)  # reading 14,000 task files takes seconds
-    (tmp_path / "wrong.yaml").write_text("task: wrong\ndataset_path: json\noutput_type: multiple_choice\n")
+    (tmp_path / "wrong.yaml").write_text("task: wrong\ndataset_path: /no/such.py\ntest_split: test\n")
     (tmp_path / "bad.yaml").write_text("task: [")
     cases: list[tuple[list[str], str]] = [
         (["gsm8kk"], "there is no task 'gsm8kk'; there is gsm8k"),
@@ -334,7 +334,7 @@ def test_tasks_that_cannot_be_run_are_one_line(
         (["humaneval"], "humaneval runs programs that the model writes"),
         (["humaneval", "--allow-code"], "the data of humaneval cannot be reached"),
         (["no.yaml"], "there is no task file no.yaml"),
-        ([str(tmp_path / "wrong.yaml")], "wrong.yaml cannot be loaded"),
+        ([str(tmp_path / "wrong.yaml")], "wrong.yaml cannot be loaded: RuntimeError: Dataset scripts are no longer"),
         ([str(tmp_path / "bad.yaml")], "bad.yaml cannot be loaded"),
         (["own_choice", "--include-path", "/no/such"], "--include-path: there is no folder /no/such"),
         ([","], "--tasks names no task"),
