@@ -117,18 +117,24 @@ def plot(found: dict[str, Any], title: str, path: Path) -> None:
     for axis, label in zip(axes, ("KL from the reference, nats", "perplexity"), strict=True):
         for family in FAMILIES:
             rows = [(name, row) for name, row in found.items() if row["family"] == family]
+            if not rows:
+                continue
             rows.sort(key=lambda item: item[1]["file_bytes"])
             sizes = [row["file_bytes"] / 1e6 for _, row in rows]
             values = [row["kl"]["mean"] if axis is axes[0] else row["perplexity"] for _, row in rows]
             joined = "-" if family.startswith("affine") else ""
             axis.plot(sizes, values, marker="o", markersize=5, linestyle=joined, linewidth=1.2, label=family)
             if not joined:
-                for (name, _), x, y in zip(rows, sizes, values, strict=True):
-                    axis.annotate(f" {name}", (x, y), fontsize=7, va="bottom")
+                for i, ((name, _), x, y) in enumerate(zip(rows, sizes, values, strict=True)):
+                    side = ("right", "bottom") if i % 2 else ("left", "top")
+                    axis.annotate(f" {name} ", (x, y), fontsize=7, ha=side[0], va=side[1], clip_on=True)
         axis.set(xlabel="weight files, MB", ylabel=label, yscale="log")
         axis.grid(which="major", alpha=0.3)
-    axes[1].axhline(first["reference"]["perplexity"], color="grey", linestyle=":", linewidth=1)
-    axes[1].yaxis.set_major_formatter(lambda y, _: f"{y:,g}")
+    lowest = first["reference"]["perplexity"]
+    axes[1].axhline(lowest, color="grey", linestyle=":", linewidth=1)
+    axes[1].set_ylim(0.95 * lowest, 12 * lowest)  # what lies above is no model any more
+    for ticks in (axes[1].yaxis.set_major_formatter, axes[1].yaxis.set_minor_formatter):
+        ticks(lambda y, _: f"{y:,g}")
     axes[0].legend(fontsize=8)
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=120)
