@@ -18,53 +18,30 @@ blas = preload_blas()
 
 from pydoc_data.topics import topics  # noqa: E402
 
-import mlx.core as mx  # noqa: E402
+import numpy as np  # noqa: E402
 
-from m7mlx import Mistral, RollingCache, load  # noqa: E402
+from m7mlx import Mistral, load  # noqa: E402
 from m7mlx.decode import decode, prefill  # noqa: E402
 from m7mlx.sampling import Sampler, Sampling  # noqa: E402
+from m7mlx.scoring import compare, score  # noqa: E402
 
 CHUNK = 128
 STORY = Sampling(temperature=0.9, top_k=40, repetition_penalty=1.1, repetition_context=256, seed=1)
 
 
-def logprobs(model: Mistral, ids: list[int], cache: RollingCache) -> list[mx.array]:
-    """Log probabilities of what follows each token, [CHUNK, vocab_size] at a time."""
-    found = []
-    for start in range(0, len(ids), CHUNK):
-        logits = model(mx.array([ids[start : start + CHUNK]]), cache)[0]
-        found.append(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-        mx.eval(found[-1], cache.arrays)
-    return found
-
-
-def losses(rows: list[mx.array], ids: list[int]) -> list[float]:
-    """−log probability of each token but the first."""
-    found: list[float] = []
-    for i, row in enumerate(rows):
-        following = ids[i * CHUNK + 1 : i * CHUNK + 1 + len(row)]
-        picked = mx.take_along_axis(row[: len(following)], mx.array(following)[:, None], axis=-1)
-        found += (-picked[:, 0]).tolist()  # type: ignore[arg-type]
-    return found
-
-
-def perplexity(values: list[float]) -> float:
-    return math.exp(sum(values) / len(values))
+def perplexity(logprobs: np.ndarray) -> float:
+    return math.exp(-logprobs.mean())
 
 
 def in_fewer_bits(model: Mistral, ids: list[int]) -> None:
-    exact = logprobs(model, ids, model.new_cache())
     rows = []
     for bits in (None, 8, 4):
         cache = model.new_cache(kv_bits=bits)
-        found = logprobs(model, ids, cache)
-        kl = sum((mx.exp(a) * (a - b)).sum().item() for a, b in zip(exact, found, strict=True)) / len(ids)
-        pairs = zip(exact, found, strict=True)
-        same = sum((mx.argmax(a, -1) == mx.argmax(b, -1)).sum().item() for a, b in pairs) / len(ids)
+        found = compare(model, model, ids, caches=(cache, model.new_cache()))
         per_number = cache.nbytes / 2 / model.config.n_layers / model.config.n_kv_heads / model.config.head_dim
         per_number *= 8 / cache.rings[0].rows
         name = "as computed" if bits is None else f"{bits} bits"
-        loss = perplexity(losses(found, ids))
+        loss, kl, same = perplexity(found.logprobs), found.kl.mean(), found.agrees.mean()
         rows.append([name, f"{per_number:.2f}", f"{loss:.3f}", f"{kl:.5f}", f"{same:.1%}"])
     table(["keys and values", "bits a number", "perplexity", "KL", "top-1"], rows)
 
@@ -74,7 +51,7 @@ def streaming(model: Mistral, ids: list[int], size: int) -> None:
     part = len(ids) // 4
     rows = []
     for sinks in (4, 0):
-        loss = losses(logprobs(model, ids, model.new_cache(max_kv_size=size, sinks=sinks)), ids)
+        loss = score(model, ids, cache=model.new_cache(max_kv_size=size, sinks=sinks)).logprobs
         head = perplexity(loss[: size - CHUNK])
         rows.append(
             [f"{sinks} sinks", f"{head:.2f}", *(f"{perplexity(loss[i * part :][:part]):.2f}" for i in range(4))]

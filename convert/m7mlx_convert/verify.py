@@ -21,6 +21,7 @@ from m7mlx.cache import RollingCache
 from m7mlx.config import ModelConfig
 from m7mlx.errors import InputError
 from m7mlx.model import Block
+from m7mlx.scoring import compare_logits
 from m7mlx_convert.progress import Reporter
 from m7mlx_convert.source import Source, Tensor
 from m7mlx_convert.text import Text
@@ -158,18 +159,13 @@ class _Both:
         found = []
         for start in range(0, states.shape[1], _HEAD_CHUNK):
             part = states[:, start : start + _HEAD_CHUNK]
-            logits = head.product(part)
-            p, q = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-            following = ids[start + 1 : start + 1 + part.shape[1], None]
-            kl = (mx.exp(p) * (p - q)).sum(axis=-1)
-            agrees = p.argmax(axis=-1) == q.argmax(axis=-1)
-            losses = [-mx.take_along_axis(side, following, axis=-1)[:, 0] for side in (p, q)]
-            found.append([np.array(array) for array in (mx.maximum(kl, 0), agrees, mx.stack(losses))])
+            source, result = head.product(part)
+            found.append(compare_logits(result, source, ids[start + 1 : start + 1 + part.shape[1]]))
             mx.clear_cache()
             advance(part.shape[1])
         advance(1)
-        kls, agreements, both_losses = zip(*found, strict=True)
-        return np.concatenate(kls), np.concatenate(agreements), np.concatenate(both_losses, axis=1)
+        kl, agrees, *logprobs = map(np.concatenate, zip(*found, strict=True))
+        return kl, agrees, -np.stack(logprobs[::-1])
 
     def _pair(self, module: str) -> _Pair:
         name = f"{module}.weight"

@@ -1,0 +1,103 @@
+"""Answers as they come, in a file: a run that was killed goes on where it stood.
+
+One line of JSON each, behind a header that says what they belong to. A line that a kill cut short is dropped. The
+file's name holds a hash of the header, so that another model's answers are never taken, nor overwritten.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from mlx.utils import tree_flatten
+
+from m7mlx.arrays import fingerprint
+from m7mlx.errors import InputError
+from m7mlx.hub import resolve
+from m7mlx.model import Mistral
+
+_FORMAT = "m7mlx-eval answers 1"
+
+
+class Journal:
+    """Answers by key, kept in a folder; a context manager that closes the file."""
+
+    def __init__(self, folder: Path, binding: Mapping[str, Any]) -> None:
+        """Open the file of these bindings, or begin it. Raises InputError for one that is damaged."""
+        header = {"format": _FORMAT, **binding}
+        folder = folder.expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"answers-{_digest(header)[:16]}.jsonl"
+        self.answers: dict[str, Any] = {}
+        end = self._read(header)
+        self._file = self.path.open("ab")
+        self._file.truncate(end)
+        if not end:
+            self._write(header)
+
+    def _read(self, header: Mapping[str, Any]) -> int:
+        """Take over what is there; where its last whole line ends."""
+        end = 0
+        if not self.path.exists():
+            return end
+        with self.path.open("rb") as lines:
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    entry = json.loads(line)
+                    if end:
+                        self.answers[entry["key"]] = entry["answer"]
+                    elif entry != header:
+                        raise ValueError
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    raise InputError(
+                        f"{self.path} is damaged; delete it, and all its answers are made anew"
+                    ) from None
+                end += len(line)
+        return end
+
+    def add(self, key: str, answer: Any) -> None:
+        """Keep an answer: once this returns, a kill does not lose it."""
+        self.answers[key] = answer
+        self._write({"key": key, "answer": answer})
+
+    def _write(self, entry: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(entry).encode() + b"\n")
+        self._file.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def binding(name: str, model: Mistral, **options: Any) -> dict[str, Any]:
+    """What answers depend on besides their questions: configuration, weights, tokenizer files and options."""
+    folder, digest = resolve(name), hashlib.sha256()
+    for path in sorted([*folder.glob("token*"), *folder.glob("chat_template*")]):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return {
+        "config": _digest(model.config.to_dict()),
+        "weights": fingerprint(dict(tree_flatten(model.parameters()))),
+        "tokenizer": digest.hexdigest(),
+        "m7mlx": version("m7mlx"),
+        **options,
+    }
+
+
+def key_of(kind: str, arguments: Any, repeat: int) -> str:
+    """A name for a request: what is asked, and for the how manieth time."""
+    return _digest([kind, arguments, repeat])
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

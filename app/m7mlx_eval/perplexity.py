@@ -1,0 +1,196 @@
+"""Perplexity of texts, and the distance of two models on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from m7mlx.cache import RollingCache
+from m7mlx.errors import InputError
+from m7mlx.memory import positions_that_fit
+from m7mlx.model import Mistral
+from m7mlx.scoring import Window, compare, score, windows
+from m7mlx.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How texts are read.
+
+    context     read in windows of so many tokens; None streams each text once through the rolling cache
+    stride      by how many tokens the windows advance; None by half of them, which gives each token half at least
+    max_tokens  tokens of all texts together
+    kv_bits     of the model's keys and values, as for `RollingCache`; a reference keeps its own as computed
+    """
+
+    context: int | None = None
+    stride: int | None = None
+    max_tokens: int | None = None
+    kv_bits: int | None = None
+
+    def cache(self, model: Mistral) -> RollingCache:
+        """An empty cache. Raises InputError for bits that do not fit the model."""
+        return model.new_cache(kv_bits=self.kv_bits)
+
+
+@dataclass
+class Mean:
+    """A mean over tokens, and its standard error as if they were independent; no value is kept."""
+
+    count: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+    largest: float = -math.inf
+
+    def add(self, values: np.ndarray) -> None:
+        wide = values.astype(np.float64)
+        self.count += wide.size
+        self.total += float(wide.sum())
+        self.squares += float(np.square(wide).sum())
+        self.largest = max(self.largest, float(wide.max()))
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.count
+
+    @property
+    def error(self) -> float:
+        if self.count < 2:
+            return math.nan
+        variance = max(0.0, self.squares - self.total**2 / self.count) / (self.count - 1)
+        return math.sqrt(variance / self.count)
+
+
+@dataclass
+class Result:
+    """What was found; logarithms are natural.
+
+    loss         −log p of each token scored
+    nbytes       of the text that those tokens stand for, in UTF-8
+    reference    the other model's losses; kl, KL(reference ‖ model); agrees, whether both like the same token most.
+                 Empty without another model
+    """
+
+    documents: int = 0
+    windows: int = 0
+    nbytes: int = 0
+    loss: Mean = field(default_factory=Mean)
+    reference: Mean = field(default_factory=Mean)
+    kl: Mean = field(default_factory=Mean)
+    agrees: Mean = field(default_factory=Mean)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `--json` writes it."""
+        found: dict[str, Any] = {
+            "documents": self.documents,
+            "tokens": self.loss.count,
+            "bytes": self.nbytes,
+            "windows": self.windows,
+            **self._likelihood(self.loss),
+        }
+        if self.kl.count:
+            found["reference"] = self._likelihood(self.reference)
+            found["kl"] = {"mean": self.kl.mean, "stderr": self.kl.error, "max": self.kl.largest}
+            found["top1_agreement"] = {"mean": self.agrees.mean, "stderr": self.agrees.error}
+        return found
+
+    def _likelihood(self, loss: Mean) -> dict[str, float]:
+        perplexity = math.exp(loss.mean)
+        return {
+            "loss": loss.mean,
+            "loss_stderr": loss.error,
+            "perplexity": perplexity,
+            "perplexity_stderr": perplexity * loss.error,
+            "bits_per_byte": loss.total / math.log(2) / self.nbytes if self.nbytes else math.nan,
+        }
+
+
+def evaluate(
+    model: Mistral,
+    tokenizer: Tokenizer,
+    texts: Iterable[str],
+    reading: Reading,
+    *,
+    reference: Mistral | None = None,
+    note: Callable[[str], None] = lambda text: None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Result:
+    """Score every token of the texts, each read by itself; with a reference, compare the two models on them.
+
+    note  is told what was decided for the user
+
+    Raises InputError where there is nothing to score, or two models cannot be compared; PromptTooLongError.
+    """
+    both = [model, *([reference] if reference else [])]
+    result, told = Result(), False
+    for ids in _encoded(texts, tokenizer, reading.max_tokens):
+        context, stride = _context(both, reading, len(ids))
+        if context != reading.context and not told:
+            told = True
+            note(f"texts beyond the model's context are read in windows of {context:,} that advance by {stride:,}")
+        for window in windows(len(ids), context, stride):
+            _add(result, both, ids, window, reading, advance)
+        result.documents += 1
+        result.nbytes += len(tokenizer.decode(ids).encode()) - len(tokenizer.decode(ids[:1]).encode())
+    if not result.documents:
+        raise InputError("there is nothing to score; give a text of at least two tokens")
+    return result
+
+
+def _add(
+    result: Result,
+    both: Sequence[Mistral],
+    ids: list[int],
+    window: Window,
+    reading: Reading,
+    advance: Callable[[int], None],
+) -> None:
+    part, first = ids[window.start : window.end], window.first - window.start
+    result.windows += 1
+    if len(both) == 1:
+        result.loss.add(-score(both[0], part, first, reading.cache(both[0]), advance).logprobs)
+        return
+    model, reference = both
+    found = compare(model, reference, part, first, (reading.cache(model), reference.new_cache()), advance)
+    result.loss.add(-found.logprobs)
+    result.reference.add(-found.reference)
+    result.kl.add(found.kl)
+    result.agrees.add(found.agrees)
+
+
+def _encoded(texts: Iterable[str], tokenizer: Tokenizer, limit: int | None) -> Iterator[list[int]]:
+    """Ids of each text of two tokens or more, with the start token where the model wants one; `limit` in all."""
+    for text in texts:
+        ids = tokenizer.encode(text, add_bos=tokenizer.add_bos)[:limit]
+        if len(ids) >= 2:
+            yield ids
+        if limit is not None:
+            limit -= len(ids)
+            if limit < 2:
+                return
+
+
+def _context(both: Sequence[Mistral], reading: Reading, length: int) -> tuple[int | None, int | None]:
+    """Context and stride for a text of so many tokens: as asked for, or where a model's own context ends."""
+    most = min((n for model in both if (n := longest(model, reading)) is not None), default=None)
+    context, stride = reading.context, reading.stride
+    if most is not None:
+        if context is not None and context > most:
+            raise InputError(f"--context {context} is more than the {most:,} tokens that the model sees at most")
+        if context is None and length - 1 > most:
+            context = most
+    if context is not None and stride is None:
+        stride = max(1, context // 2)
+    return context, stride
+
+
+def longest(model: Mistral, reading: Reading) -> int | None:
+    """Tokens that a text may have to be read at once; None where a window lets it go on for ever."""
+    if model.config.sliding_window is not None:
+        return None
+    bits = reading.cache(model).format.stored_bits(model.dtype)
+    return min(model.config.max_position_embeddings, positions_that_fit(model.config, model.nbytes, bits))

@@ -1,0 +1,78 @@
+"""Figures for people, and files for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from m7mlx.errors import DiskError
+
+_KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "higher_is_better", "n-samples")
+
+
+def show_text(found: Mapping[str, Any]) -> None:
+    """The figures of `m7mlx_eval.perplexity.Result.to_dict` on stdout."""
+    reference = found.get("reference")
+    sides = [(found["model"], found), *([(found["against"], reference)] if reference else [])]
+    table = _table("", *(name for name, _ in sides))
+    table.add_row("perplexity", *(f"{s['perplexity']:.4f} ± {s['perplexity_stderr']:.4f}" for _, s in sides))
+    table.add_row("loss, nats a token", *(f"{s['loss']:.4f} ± {s['loss_stderr']:.4f}" for _, s in sides))
+    table.add_row("bits per byte", *(f"{s['bits_per_byte']:.4f}" for _, s in sides))
+    if reference:
+        kl, agrees = found["kl"], found["top1_agreement"]
+        table.add_row(f"KL from {found['against']}", f"{kl['mean']:.5f} ± {kl['stderr']:.5f}", "")
+        table.add_row("top-1 agreement", f"{agrees['mean']:.2%} ± {agrees['stderr']:.2%}", "")
+    _print(table)
+    print(
+        f"{found['tokens']:,} tokens scored, {found['bytes']:,} bytes, in {found['documents']:,} "
+        f"document{'s' * (found['documents'] != 1)} and {found['windows']:,} window{'s' * (found['windows'] != 1)}"
+    )
+
+
+def task_figures(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the harness's results what is worth keeping, under its names."""
+    return {name: results[name] for name in _KEPT if results.get(name)}
+
+
+def show_tasks(found: Mapping[str, Any]) -> None:
+    """The results of tasks and groups on stdout."""
+    table = _table("task", "examples", "filter", "metric", "value", "±")
+    for name, metrics in (found.get("results", {}) | found.get("groups", {})).items():
+        for key, value in metrics.items():
+            metric, _, kind = key.partition(",")
+            if metric.endswith("_stderr") or not kind or not isinstance(value, int | float):
+                continue
+            error = metrics.get(f"{metric}_stderr,{kind}")
+            shown = f"{error:.4f}" if isinstance(error, int | float) else ""
+            table.add_row(name, str(found.get("n-shot", {}).get(name, "")), kind, metric, f"{value:.4f}", shown)
+    _print(table)
+
+
+def write_samples(folder: Path, found: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+    """results.json, and samples-TASK.jsonl with each question, what was asked and what came. Raises DiskError."""
+    try:
+        text = json.dumps(found, indent=1, default=str)
+        (folder / "results.json").write_text(text + "\n", encoding="utf-8")
+        for name, samples in (results.get("samples") or {}).items():
+            safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+            lines = (json.dumps(sample, default=str) + "\n" for sample in samples)
+            (folder / f"samples-{safe}.jsonl").write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        raise DiskError(f"{folder} cannot be written to: {error.strerror or error}") from None
+
+
+def _table(*heads: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="left" if i == 0 else "right")
+    return table
+
+
+def _print(table: Table) -> None:
+    Console(width=None if sys.stdout.isatty() else 1000, markup=False, highlight=False).print(table)
