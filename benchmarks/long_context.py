@@ -45,12 +45,12 @@ from pydoc_data.topics import topics  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
 from long_context_cost import ENGINES, measure  # noqa: E402
+from long_context_passkey import told_and_asked  # noqa: E402
 from long_context_plots import plot  # noqa: E402
+from long_context_reach import TOY, moved, random_model  # noqa: E402
 from m7mlx_bench.models import SMALL, write_random  # noqa: E402
 
-from m7mlx import Mistral, ModelConfig, RollingCache, Tokenizer, load  # noqa: E402
-from m7mlx.decode import prefill  # noqa: E402
-from m7mlx.load import build  # noqa: E402
+from m7mlx import Mistral, RollingCache, Tokenizer, load  # noqa: E402
 
 CHUNK = 64  # tokens read at a time: of 16 … 256 the fastest with 8,192 keys
 Caches = dict[str, Callable[[], RollingCache]]
@@ -104,7 +104,7 @@ def by_bucket(values: Sequence[float], size: int) -> list[float]:
 def perplexity(args: argparse.Namespace, keep: Keep) -> None:
     """Mean losses in nats by bucket of one window, of each way and each text."""
     model, tokenizer = demo()
-    window, length = args.window, args.windows * args.window
+    window, length, context = args.window, args.windows * args.window, model.config.max_position_embeddings
     ids = tokenizer.encode("\n".join(topics[name] for name in sorted(topics)))
     # Each text has a window of others before it, for the fresh reading.
     starts = [window + i * (len(ids) - length - window) // max(args.texts - 1, 1) for i in range(args.texts)]
@@ -112,87 +112,44 @@ def perplexity(args: argparse.Namespace, keep: Keep) -> None:
     for start in starts:
         ways = caches(model, window)
         if start != starts[0]:
-            del ways["full"]  # in quadratic time, one text must do
+            del ways["full"]  # in quadratic time, one text must do, and half as much again as the trained context
         for name in ("fresh", *ways):
             if name == "fresh":
                 values = fresh_losses(model, ids[start - window : start + length], window)
             else:  # the token before the text makes its first one count
-                values = losses(model, ids[start - 1 : start + length], ways[name]())
+                end = min(length, context * 3 // 2) if name == "full" else length
+                values = losses(model, ids[start - 1 : start + end], ways[name]())
             runs.setdefault(name, []).append(by_bucket(values, window))
             print(f"text at {start:,}, {name}: perplexity {math.exp(statistics.fmean(values)):.2f}", flush=True)
-            keep({"window": window, "starts": starts, "runs": runs})
+            keep({"window": window, "context": context, "starts": starts, "runs": runs})
     show_perplexity(runs)
 
 
 def ratios(fresh: list[list[float]], found: list[list[float]], first: int = 0, end: int | None = None) -> list[float]:
-    """Perplexity over that of the fresh reading of the same tokens, in the windows first … end − 1, by text."""
-    pairs = zip(found, fresh, strict=False)
-    return [math.exp(statistics.fmean(a[first:end]) - statistics.fmean(b[first:end])) for a, b in pairs]
+    """Perplexity over that of the fresh reading of the same tokens, in the windows first … end − 1, by text.
+
+    As far as the text was read; nothing for a text that was not read so far.
+    """
+    pairs = [(a[first:end], b[first:end]) for a, b in zip(found, fresh, strict=False) if len(a) > first]
+    return [math.exp(statistics.fmean(a) - statistics.fmean(b[: len(a)])) for a, b in pairs]
 
 
 def show_perplexity(runs: dict[str, list[list[float]]]) -> None:
-    """Perplexity of all, and its ratio to the fresh reading by spans of windows that double."""
+    """The ratios by spans of windows that double; and perplexity itself, of all that was read."""
     windows = len(runs["fresh"][0])
     edges = [0, *(1 << n for n in range(windows.bit_length())), windows]
     spans = [(a, b) for a, b in pairwise(edges) if a < b]
     rows = []
     for name, found in runs.items():
-        cells = (
-            [spread(ratios(runs["fresh"], found, a, b)) for a, b in spans] if name != "fresh" else ["1"] * len(spans)
-        )
-        rows.append([name, spread([math.exp(statistics.fmean(one)) for one in found]), *cells])
-    table(["", "perplexity", *(f"window {b}" if b - a == 1 else f"{a + 1}–{b}" for a, b in spans)], rows)
+        cells = [ratios(runs["fresh"], found, a, b) for a, b in spans]
+        own = [math.exp(statistics.fmean(losses)) for losses in found]
+        rows.append([name, *(spread(cell) if cell else "–" for cell in cells), spread(own)])
+    table(["window", *(f"{b}" if b - a == 1 else f"{a + 1}–{b}" for a, b in spans), "perplexity"], rows)
 
 
 # --- passkey ------------------------------------------------------------------------------------------------
 
-INTRO = "There is an important number hidden in a long text. Find it and remember it.\n"
-FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-ASKED = "\nWhat is the pass key? The pass key is "
 PLACES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 15 / 16, 17 / 16, 5 / 4, 3 / 2, 2, 3, 4, 6, 8)  # distances in windows
-
-
-def passkey_prompt(tokenizer: Tokenizer, key: str, lead: int, distance: int) -> tuple[list[int], list[int]]:
-    """A text with `key` in it, after `lead` tokens of filler, and the question; in tokens.
-
-    The last token of the question, which the first digit is to follow, stands `distance` tokens after the last
-    digit told. For other distances the text is the same, cut elsewhere.
-    """
-    asked = tokenizer.encode(ASKED)
-    filler = tokenizer.encode(FILLER * ((lead + distance) // 16 + 1))
-    told = tokenizer.encode(INTRO) + filler[:lead] + tokenizer.encode(f" The pass key is {key}")
-    after = tokenizer.encode(". Remember it. ") + filler
-    return told + after[: distance - len(asked)], asked
-
-
-def digits_known(
-    model: Mistral, asked: list[int], digits: list[int], cache: RollingCache
-) -> tuple[float, bool]:  # leaves the cache as it was
-    """Log probability in nats a digit of `digits` after the question; whether greedy decoding would give them all."""
-    before = cache.snapshot()
-    logits = model(mx.array([asked + digits[:-1]]), cache)[0, -len(digits) :]
-    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    found = mx.take_along_axis(logprobs, mx.array(digits)[:, None], axis=-1).mean().item()
-    greedy = mx.argmax(logits, axis=-1).tolist() == digits
-    cache.restore(before)
-    return float(found), greedy  # type: ignore[arg-type]
-
-
-def told_and_asked(
-    model: Mistral,
-    tokenizer: Tokenizer,
-    keys: Sequence[str],
-    lead: int,
-    distances: Sequence[int],
-    cache: RollingCache,
-) -> list[list[tuple[float, bool]]]:  # [distances][keys]
-    """The first of `keys` told, and each of `keys` scored as the answer, at growing distances."""
-    found = []
-    for distance in distances:
-        text, asked = passkey_prompt(tokenizer, keys[0], lead, distance)
-        prefill(model, text[cache.offset :], cache, CHUNK)
-        found.append([digits_known(model, asked, tokenizer.encode(key), cache) for key in keys])
-    return found
 
 
 def passkey(args: argparse.Namespace, keep: Keep) -> None:
@@ -202,19 +159,20 @@ def passkey(args: argparse.Namespace, keep: Keep) -> None:
     distances = [int(place * window) for place in PLACES]
     keys = [str(key) for key in random.Random(1).sample(range(10000, 100000), args.keys)]
     leads = [32, window]
-    runs: dict[str, dict[str, list[list[float]]]] = {}
-    for name, cache in caches(model, window).items():
-        greedy: list[list[float]] = [[] for _ in distances]
-        margins: list[list[float]] = [[] for _ in distances]
-        for lead in leads:
-            pairs = [(key, keys[(i + 1) % len(keys)]) for i, key in enumerate(keys)]
+    runs: dict[str, dict[str, list[list[float]]]] = {
+        name: {"greedy": [[] for _ in distances], "margins": [[] for _ in distances]}
+        for name in caches(model, window)
+    }
+    pairs = [(key, keys[(i + 1) % len(keys)]) for i, key in enumerate(keys)]
+    for lead in leads:
+        for name, cache in caches(model, window).items():
             told = [told_and_asked(model, tokenizer, pair, lead, distances, cache()) for pair in pairs]
             for at in range(len(distances)):
                 for i in range(len(keys)):
                     (own, right), (rival, _) = told[i][at][0], told[i - 1][at][1]
-                    greedy[at].append(right)
-                    margins[at].append(own - rival)  # the same digits, this number told and the one before it
-            runs[name] = {"greedy": greedy, "margins": margins}
+                    runs[name]["greedy"][at].append(right)
+                    # The same digits, after this number and after the one before it.
+                    runs[name]["margins"][at].append(own - rival)
             print(f"{name}, {lead} tokens before the number", flush=True)
             keep({"window": window, "keys": keys, "leads": leads, "distances": distances, "runs": runs})
     show_passkey(runs, distances)
@@ -233,47 +191,8 @@ def show_passkey(runs: dict[str, dict[str, list[list[float]]]], distances: Seque
 
 # --- reach --------------------------------------------------------------------------------------------------
 
-TOY = replace(
-    SMALL,
-    vocab_size=256,
-    hidden_size=128,
-    intermediate_size=256,
-    n_layers=6,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=32,
-    sliding_window=None,
-)
 TOY_WINDOW = 64
 DEMO_WINDOW = 32  # its 30 layers reach 930 positions
-
-
-def random_model(config: ModelConfig) -> Mistral:
-    """Weights so large that every path through the model shows in its logits."""
-    mx.random.seed(0)
-    weights = {
-        name: mx.random.normal(shape) * 1.5 * shape[-1] ** -0.5 if len(shape) > 1 else mx.ones(shape)
-        for name, shape in config.weight_shapes().items()
-    }
-    return build(config, weights)
-
-
-def moved(model: Mistral, ids: list[int], window: int, distances: Sequence[int]) -> list[float]:
-    """Greatest change of a logit after the last of `ids` when the token so many positions before it is another one.
-
-    Everything is computed in the same order each time: where nothing arrives the change is 0, not a rounding error.
-    """
-    config = replace(model.config, sliding_window=window)
-
-    def last(tokens: list[int]) -> mx.array:
-        return prefill(model, tokens, RollingCache(config), CHUNK)
-
-    base, found = last(ids), []
-    for distance in distances:
-        changed = list(ids)
-        changed[-1 - distance] = (ids[-1 - distance] + 1) % config.vocab_size
-        found.append(mx.abs(last(changed) - base).max().item())
-    return found  # type: ignore[return-value]
 
 
 def reach(args: argparse.Namespace, keep: Keep) -> None:

@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 COLOURS = {"window": "C0", "4 sinks": "C2", "full": "C1", "m7mlx": "C0", "mlx-lm": "C1"}
-NAMES = {"window": "window", "4 sinks": "4 sinks and the last", "full": "full attention"}
 OURS = ("window", "m7mlx")
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Write a PNG or SVG with a panel for each part that `results` holds."""
+    """Write a PNG or SVG with a panel for each part that `results` holds, for the cost three."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    wanted: list[tuple[str, Callable[[Any, dict[str, Any]], None]]] = [
-        ("perplexity", _perplexity),
-        ("passkey", _passkey),
-        ("reach", _reach),
-        ("cost", _cost("ms", 1, "decode, ms per token")),
-        ("cost", _cost("kv", 1e6, "keys and values, MB")),
-        ("cost", _cost("rss", 1e6, "memory of the process, MB")),
+    wanted: list[tuple[str, str, Callable[[Any, dict[str, Any]], None]]] = [
+        ("perplexity", "perplexity by position", _perplexity),
+        ("passkey", "a number, asked for later", _passkey),
+        ("reach", "how far a token reaches", _reach),
+        ("cost", "time", _cost("ms", 1, "decode, ms per token")),
+        ("cost", "keys and values", _cost("kv", 1e6, "MB")),
+        ("cost", "memory of the process", _cost("rss", 1e6, "MB")),
     ]
-    panels = [(name, draw) for name, draw in wanted if name in results]
+    panels = [panel for panel in wanted if panel[0] in results]
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure, axes = pyplot.subplots(
@@ -36,119 +35,97 @@ def plot(results: dict[str, Any], path: Path) -> None:
     )
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    for axis, (name, draw) in zip(axes.flat, panels, strict=False):
+    for axis, (name, title, draw) in zip(axes.flat, panels, strict=False):
         draw(axis, results[name])
+        axis.set_title(title, fontsize=11)
         axis.grid(which="major", alpha=0.3)
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
-def _line(axis: Any, x: list[float], runs: list[list[float]], name: str, label: str) -> None:
-    """Means of `runs` [x][repeats], and lowest to highest as a band."""
-    (line,) = axis.plot(
-        x,
-        [statistics.fmean(values) for values in runs],
-        marker="o",
-        markersize=3,
-        linewidth=2.5 if name in OURS else 1.2,
-        color=COLOURS.get(name),
-        label=label,
-        zorder=3 if name in OURS else 2,
-    )
-    axis.fill_between(x, [min(v) for v in runs], [max(v) for v in runs], color=line.get_color(), alpha=0.15)
-
-
 def _perplexity(axis: Any, found: dict[str, Any]) -> None:
+    """Means over the texts, and lowest to highest as a band."""
     window, fresh = found["window"], found["runs"]["fresh"]
     for name, texts in found["runs"].items():
         if name == "fresh":
             continue
-        pairs = list(zip(texts, fresh, strict=False))
-        by_window = [[math.exp(a[i] - b[i]) for a, b in pairs] for i in range(len(texts[0]))]
-        x = [(i + 0.5) * window for i in range(len(by_window))]
-        _line(axis, x, by_window, name, f"{NAMES[name]}{f' {window:,}' if name != 'full' else ''}")
-    axis.axvline(8192, color="grey", linestyle=":", linewidth=1)
-    axis.annotate(
-        " trained context", (8192, 1), xycoords=("data", "axes fraction"), va="top", color="grey", fontsize=8
-    )
-    axis.set(
-        yscale="log",
-        xlabel=f"position, to {len(by_window)} windows",
-        ylabel="perplexity / that of the same text read afresh",
-    )
-    axis.yaxis.set_major_formatter(lambda y, _: f"{y:,g}")
-    axis.yaxis.set_minor_formatter(lambda y, _: f"{y:,g}" if f"{y:.1e}"[0] in "1235" else "")
-    axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+        pairs = list(zip(texts, fresh, strict=False))  # fewer texts where one took long enough to read
+        ratios = [[math.exp(a[i] - b[i]) for a, b in pairs] for i in range(len(texts[0]))]
+        x = [(i + 0.5) * window for i in range(len(ratios))]
+        _line(axis, x, [statistics.fmean(values) for values in ratios], name, _name(name, window))
+        low, high = [min(values) for values in ratios], [max(values) for values in ratios]
+        axis.fill_between(x, low, high, color=COLOURS[name], alpha=0.15)
+    _mark(axis, found["context"], "trained context")
+    axis.axhline(1, color="grey", linewidth=0.8)
+    axis.set(yscale="log", xlabel="position, tokens", ylabel="perplexity / that with fresh context")
+    axis.xaxis.set_major_formatter(_number)
+    axis.yaxis.set_major_formatter(_number)
+    axis.yaxis.set_minor_formatter(_some)
 
 
 def _passkey(axis: Any, found: dict[str, Any]) -> None:
-    window = found["window"]
+    """How much the number moves the probability of its digits, either way; filled where decoding gives it."""
+    window, distances = found["window"], found["distances"]
     for name, run in found["runs"].items():
-        count = len(run["greedy"][0])
-        right = [sum(values) for values in run["greedy"]]
-        _line(
-            axis, found["distances"], run["margins"], name, NAMES[name] + (f" {window:,}" if name != "full" else "")
-        )
-        for at, n in enumerate(right):  # filled where greedy decoding gives the number
-            axis.plot(
-                found["distances"][at],
-                statistics.fmean(run["margins"][at]),
-                "o",
-                markersize=7,
-                color=COLOURS[name],
-                fillstyle="full" if 2 * n > count else "none",
-                zorder=4,
-            )
-    _mark_window(axis, window)
-    axis.set(xscale="log", xlabel="distance of the number, tokens", ylabel="margin of the right digits, nats a digit")
-    axis.set_yscale("symlog", linthresh=1e-3)
-    axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+        moves = [statistics.fmean(map(abs, margins)) for margins in run["margins"]]
+        _line(axis, distances, moves, name, _name(name, window))
+        for distance, move, right in zip(distances, moves, run["greedy"], strict=True):
+            fill = COLOURS[name] if 2 * sum(right) > len(right) else "white"
+            axis.plot(distance, move, "o", markersize=6, color=COLOURS[name], markerfacecolor=fill, zorder=4)
+    _mark(axis, window, "window")
+    axis.set(xscale="log", yscale="log", xlabel="distance, tokens (filled: the answer is right)")
+    axis.set(ylabel="what it moves its digits by, nats each")
+    axis.xaxis.set_major_formatter(_number)
 
 
 def _reach(axis: Any, runs: dict[str, Any]) -> None:
+    """The part that is not 0: a logarithmic axis has no place for the rest."""
     for i, (name, run) in enumerate(runs.items()):
         hops = [distance / (run["window"] - 1) for distance in run["distances"]]
         within = [(x, y) for x, y in zip(hops, run["changes"], strict=True) if y > 0]
-        axis.plot(
-            *zip(*within, strict=True),
-            color=f"C{i}",
-            linewidth=1.5,
-            marker="o",
-            markersize=2,
-            label=f"{name}, window {run['window']}",
-        )
-        axis.axvline(run["layers"], color=f"C{i}", linestyle=":", linewidth=1)
-        axis.annotate(
-            f" {run['layers']} layers: 0 from here on",
-            (run["layers"], 0.02),
-            xycoords=("data", "axes fraction"),
-            rotation=90,
-            ha="right",
-            color=f"C{i}",
-            fontsize=8,
-        )
-    axis.set(
-        xscale="log",
-        yscale="log",
-        xlabel="distance of the changed token / (W − 1)",
-        ylabel="greatest change of a logit",
-    )
-    axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        x, y = zip(*within, strict=True)
+        axis.plot(x, y, color=f"C{i}", marker="o", markersize=2, label=f"{name}, window {run['window']}")
+        _mark(axis, run["layers"], f"{run['layers']} layers: exactly 0 beyond", f"C{i}", at=0.03)
+    axis.set(xscale="log", yscale="log", xlabel="distance of the changed token / (W − 1)")
+    axis.set(ylabel="greatest change of a logit")
+    axis.xaxis.set_major_formatter(_number)
 
 
 def _cost(key: str, unit: float, label: str) -> Callable[[Any, dict[str, Any]], None]:
     def draw(axis: Any, found: dict[str, Any]) -> None:
         for engine, rows in found["runs"].items():
-            _line(axis, [row["position"] for row in rows], [[row[key] / unit] for row in rows], engine, engine)
-        _mark_window(axis, found["window"])
-        axis.set(xscale="log", yscale="log", xlabel="position", ylabel=label)
-        axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-        axis.yaxis.set_major_formatter(lambda y, _: f"{y:,g}")
+            _line(axis, [row["position"] for row in rows], [row[key] / unit for row in rows], engine, engine)
+        _mark(axis, found["window"], "window")
+        axis.set(xscale="log", yscale="log", xlabel="position, tokens", ylabel=label)
+        axis.xaxis.set_major_formatter(_number)
+        axis.yaxis.set_major_formatter(_number)
+        axis.yaxis.set_minor_formatter(_some)
 
     return draw
 
 
-def _mark_window(axis: Any, window: int) -> None:
-    axis.axvline(window, color="grey", linestyle=":", linewidth=1)
-    axis.annotate(" window", (window, 1), xycoords=("data", "axes fraction"), va="top", color="grey", fontsize=8)
+def _line(axis: Any, x: Sequence[float], y: Sequence[float], name: str, label: str) -> None:
+    ours = name in OURS
+    width = 2.5 if ours else 1.2
+    axis.plot(x, y, "o-", markersize=3, linewidth=width, color=COLOURS[name], label=label, zorder=3 if ours else 2)
+
+
+def _mark(axis: Any, x: float, text: str, color: str = "grey", at: float = 1) -> None:
+    """A dotted line at x, and beside it what it stands for; `at` below 1 upright from there."""
+    axis.axvline(x, color=color, linestyle=":", linewidth=1)
+    place = {"va": "top"} if at == 1 else {"va": "bottom", "ha": "right", "rotation": 90}
+    axis.annotate(f" {text}", (x, at), xycoords=("data", "axes fraction"), color=color, fontsize=8, **place)
+
+
+def _name(way: str, window: int) -> str:
+    return {"window": f"window {window:,}", "4 sinks": f"4 sinks and {window - 4:,}", "full": "full attention"}[way]
+
+
+def _number(x: float, _: int) -> str:
+    return f"{x:,g}"
+
+
+def _some(x: float, _: int) -> str:
+    """Of the minor ticks of a logarithmic axis: 2 and 5."""
+    return f"{x:,g}" if f"{x:e}"[0] in "25" else ""

@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import long_context
 import long_context_cost
+import long_context_passkey
+import long_context_reach
 
 CONFIG = small_config(sliding_window=None, n_layers=2)
 MODEL = small_model(CONFIG)
@@ -72,6 +74,8 @@ def test_buckets_and_ratios() -> None:
     fresh, found = [[0.0, 0.0], [1.0, 1.0]], [[np.log(2), np.log(8)]]
     assert long_context.ratios(fresh, found) == pytest.approx([4])
     assert long_context.ratios(fresh, found, 1, 2) == pytest.approx([8])
+    assert long_context.ratios(fresh, [[0.0]], 0, 2) == [1]  # read half as far
+    assert long_context.ratios(fresh, [[0.0]], 1, 2) == []
 
 
 @pytest.mark.demo
@@ -81,13 +85,13 @@ def test_the_number_stands_at_the_distance(words: Tokenizer, lead: int) -> None:
     assert len(digits) == 5
     before: list[int] = []
     for distance in (16, 17, 40, 133):
-        text, asked = long_context.passkey_prompt(words, "68425", lead, distance)
+        text, asked = long_context_passkey.passkey_prompt(words, "68425", lead, distance)
         ids = text + asked
         told = next(i for i in range(len(ids)) if ids[i : i + 5] == digits)
         assert len(ids) - 1 - (told + 4) == distance
         assert text[: len(before)] == before  # so that one reading serves all distances
         before = text
-    assert "68425" in words.decode(text) and words.decode(asked) == long_context.ASKED
+    assert "68425" in words.decode(text) and words.decode(asked) == long_context_passkey.ASKED
 
 
 @pytest.mark.demo
@@ -97,7 +101,7 @@ def test_a_number_is_worth_exactly_nothing_beyond_the_reach(words: Tokenizer, re
     margins: dict[str, list[float]] = {}
     for name, new in long_context.caches(reader, 24).items():
         told, other = (
-            long_context.told_and_asked(reader, words, keys, 3, distances, new())
+            long_context_passkey.told_and_asked(reader, words, keys, 3, distances, new())
             for keys in (["68425", "17039"], ["17039", "68425"])
         )
         margins[name] = [a[0][0] - b[1][0] for a, b in zip(told, other, strict=True)]
@@ -107,10 +111,10 @@ def test_a_number_is_worth_exactly_nothing_beyond_the_reach(words: Tokenizer, re
 
 @pytest.mark.demo
 def test_asking_leaves_the_cache_as_it_was(words: Tokenizer, reader: Mistral) -> None:
-    found = long_context.told_and_asked(
+    found = long_context_passkey.told_and_asked(
         reader, words, ["68425"], 3, [20, 60], long_context.caches(reader, 24)["window"]()
     )
-    text, asked = long_context.passkey_prompt(words, "68425", 3, 60)
+    text, asked = long_context_passkey.passkey_prompt(words, "68425", 3, 60)
     digits = words.encode("68425")
     logits = reader(mx.array([text + asked + digits]), long_context.caches(reader, 24)["window"]())[0, -6:-1]
     logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
@@ -120,7 +124,7 @@ def test_asking_leaves_the_cache_as_it_was(words: Tokenizer, reader: Mistral) ->
 
 def test_a_change_moves_the_logits_within_the_reach_and_by_nothing_beyond() -> None:
     distances = list(range(1, 60))
-    changes = long_context.moved(MODEL, IDS, WINDOW, distances)
+    changes = long_context_reach.moved(MODEL, IDS, WINDOW, distances)
     assert [change > 0 for change in changes] == [d <= CONFIG.n_layers * (WINDOW - 1) for d in distances]
 
 
