@@ -202,7 +202,7 @@ def reach(args: argparse.Namespace, keep: Keep) -> None:
     runs = {}
     for kind, one, window, every in (
         ("random", random_model(TOY), TOY_WINDOW, 1),
-        ("demo model", model, DEMO_WINDOW, DEMO_WINDOW - 1),
+        ("demo model", model, DEMO_WINDOW, 3 * (DEMO_WINDOW - 1)),
     ):
         n_layers = one.config.n_layers
         name = f"{kind}, {n_layers} layers"

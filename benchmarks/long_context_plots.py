@@ -39,7 +39,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         draw(axis, results[name])
         axis.set_title(title, fontsize=11)
         axis.grid(which="major", alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper right" if name == "reach" else "best")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
@@ -59,6 +59,8 @@ def _perplexity(axis: Any, found: dict[str, Any]) -> None:
     _mark(axis, found["context"], "trained context")
     axis.axhline(1, color="grey", linewidth=0.8)
     axis.set(yscale="log", xlabel="position, tokens", ylabel="perplexity / that with fresh context")
+    axis.set_ylim(bottom=min(0.8, axis.get_ylim()[0]))
+    axis.locator_params(axis="x", nbins=5)
     axis.xaxis.set_major_formatter(_number)
     axis.yaxis.set_major_formatter(_number)
     axis.yaxis.set_minor_formatter(_some)
@@ -87,9 +89,7 @@ def _reach(axis: Any, runs: dict[str, Any]) -> None:
         x, y = zip(*within, strict=True)
         axis.plot(x, y, color=f"C{i}", marker="o", markersize=2, label=f"{name}, window {run['window']}")
         _mark(axis, run["layers"], f"{run['layers']} layers: exactly 0 beyond", f"C{i}", at=0.03)
-    axis.set(xscale="log", yscale="log", xlabel="distance of the changed token / (W − 1)")
-    axis.set(ylabel="greatest change of a logit")
-    axis.xaxis.set_major_formatter(_number)
+    axis.set(yscale="log", xlabel="distance of the changed token / (W − 1)", ylabel="greatest change of a logit")
 
 
 def _cost(key: str, unit: float, label: str) -> Callable[[Any, dict[str, Any]], None]:
@@ -98,6 +98,8 @@ def _cost(key: str, unit: float, label: str) -> Callable[[Any, dict[str, Any]], 
             _line(axis, [row["position"] for row in rows], [row[key] / unit for row in rows], engine, engine)
         _mark(axis, found["window"], "window")
         axis.set(xscale="log", yscale="log", xlabel="position, tokens", ylabel=label)
+        low, high = axis.get_ylim()
+        axis.set_ylim(low / 2, high * 2)  # or what is flat would show its noise alone
         axis.xaxis.set_major_formatter(_number)
         axis.yaxis.set_major_formatter(_number)
         axis.yaxis.set_minor_formatter(_some)
