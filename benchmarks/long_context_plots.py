@@ -71,8 +71,8 @@ def _passkey(axis: Any, found: dict[str, Any]) -> None:
     window, distances = found["window"], found["distances"]
     for name, run in found["runs"].items():
         moves = [statistics.fmean(map(abs, margins)) for margins in run["margins"]]
-        _line(axis, distances, moves, name, _name(name, window))
-        for distance, move, right in zip(distances, moves, run["greedy"], strict=True):
+        _line(axis, distances[: len(moves)], moves, name, _name(name, window))
+        for distance, move, right in zip(distances, moves, run["greedy"], strict=False):
             fill = COLOURS[name] if 2 * sum(right) > len(right) else "white"
             axis.plot(distance, move, "o", markersize=6, color=COLOURS[name], markerfacecolor=fill, zorder=4)
     _mark(axis, window, "window")
