@@ -207,7 +207,7 @@ def reach(args: argparse.Namespace, keep: Keep) -> None:
         n_layers = one.config.n_layers
         name = f"{kind}, {n_layers} layers"
         end = n_layers * (window - 1)
-        distances = sorted({*range(every, end + 2 * window, every), end + 1})
+        distances = sorted({*range(every, end + 2 * window, every), end, end + 1})
         ids = [token % one.config.vocab_size for token in text[: end + 3 * window]]
         changes = moved(one, ids, window, distances)
         runs[name] = {"window": window, "layers": n_layers, "distances": distances, "changes": changes}
