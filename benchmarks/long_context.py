@@ -2,11 +2,11 @@
 
     python benchmarks/long_context.py [perplexity] [passkey] [reach] [cost] [--json long.json] [--plot long.png]
 
-Without a name all four run, in about an hour on two cores. With --json each adds its figures to those that the file
+Without a name all four run, which takes an hour or more on two cores. With --json each adds its figures to those that the file
 holds already, so that they can run one by one; --plot draws what there is.
 
 perplexity  of Python's reference documentation by position, to 32 windows: the demo model with a window put on it,
-            with a bounded stream and sinks, and with full attention, which ends at the trained context. Each text is
+            with a bounded stream and sinks, and with full attention, to 1.5 times the trained context. Each text is
             also scored by full attention with W to 2 W tokens before every token, wherever it stands: the ratio to
             that is what position does, since each text's difficulty cancels token by token.
 passkey     a number told, then asked for after a distance of W / 8 to 8 W tokens. The margin is how much more
