@@ -2,8 +2,8 @@
 
     python benchmarks/long_context.py [perplexity] [passkey] [reach] [cost] [--json long.json] [--plot long.png]
 
-Without a name all four run, which takes an hour or more on two cores. With --json each adds its figures to those that the file
-holds already, so that they can run one by one; --plot draws what there is.
+Without a name all four run, which takes an hour or more on two cores. With --json each adds its figures to
+those that the file holds already, so that they can run one by one; --plot draws what there is.
 
 perplexity  of Python's reference documentation by position, to 32 windows: the demo model with a window put on it,
             with a bounded stream and sinks, and with full attention, to 1.5 times the trained context. Each text is
