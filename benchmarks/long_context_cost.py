@@ -1,0 +1,81 @@
+"""What a token takes at growing positions of one sequence: the part of `long_context.py` that other processes run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common import preload_blas
+
+preload_blas()
+
+import mlx.core as mx  # noqa: E402
+from m7mlx_bench.engines import M7, MlxLm  # noqa: E402
+from m7mlx_bench.models import SMALL  # noqa: E402
+from m7mlx_bench.worker import prompt, step_ms  # noqa: E402
+
+from m7mlx.decode import default_chunk, prefill  # noqa: E402
+
+
+class ReadsOn(M7):
+    """m7mlx, in one sequence that goes on from `read` to `tokens` to `read`; `position` is where it stands."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._cache = self._model.new_cache()
+
+    @property
+    def position(self) -> int:
+        return self._cache.offset
+
+    def read(self, ids: Sequence[int]) -> None:
+        self._logits = prefill(self._model, ids, self._cache, default_chunk(self._model))
+        mx.eval(self._logits)
+
+
+class MlxLmReadsOn(MlxLm):
+    """mlx-lm as shipped, the same."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._kept = super()._new_cache()
+
+    def _new_cache(self) -> list[Any]:
+        return self._kept
+
+    @property
+    def position(self) -> int:
+        return int(self._kept[0].offset)
+
+
+ENGINES: dict[str, type[ReadsOn] | type[MlxLmReadsOn]] = {"m7mlx": ReadsOn, "mlx-lm": MlxLmReadsOn}
+
+
+def measure(engine: str, folder: Path, positions: Sequence[int], tokens: int) -> list[dict[str, float]]:
+    """What a token takes at each position; everything before has been read, or decoded at an earlier one."""
+    reader = ENGINES[engine](folder)
+    found = []
+    for position in positions:
+        mx.reset_peak_memory()
+        count, began = position - reader.position, time.perf_counter()
+        reader.read(prompt(count, SMALL.vocab_size))
+        read_s = time.perf_counter() - began
+        ms = step_ms(reader, tokens)
+        found.append(
+            {
+                "position": position,
+                "prefill": count / read_s,
+                "ms": ms,
+                "kv": reader.kv_bytes(),
+                "peak": mx.get_peak_memory(),
+                "rss": resident(),
+            }
+        )
+    return found
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds now (Linux)."""
+    return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024

@@ -1,0 +1,58 @@
+"""How far the change of one token is felt: a part of `long_context.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from common import preload_blas
+
+preload_blas()
+
+import mlx.core as mx  # noqa: E402
+from m7mlx_bench.models import SMALL  # noqa: E402
+
+from m7mlx import Mistral, ModelConfig, RollingCache  # noqa: E402
+from m7mlx.decode import prefill  # noqa: E402
+from m7mlx.load import build  # noqa: E402
+
+CHUNK = 64  # tokens read at a time
+TOY = replace(
+    SMALL,
+    vocab_size=256,
+    hidden_size=128,
+    intermediate_size=256,
+    n_layers=6,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=32,
+    sliding_window=None,
+)
+
+
+def random_model(config: ModelConfig) -> Mistral:
+    """Weights so large that every path through the model shows in its logits."""
+    mx.random.seed(0)
+    weights = {
+        name: mx.random.normal(shape) * 1.5 * shape[-1] ** -0.5 if len(shape) > 1 else mx.ones(shape)
+        for name, shape in config.weight_shapes().items()
+    }
+    return build(config, weights)
+
+
+def moved(model: Mistral, ids: list[int], window: int, distances: Sequence[int]) -> list[float]:
+    """Greatest change of a logit after the last of `ids` when the token so many positions before it is another one.
+
+    Everything is computed in the same order each time: where nothing arrives the change is 0, not a rounding error.
+    """
+    config = replace(model.config, sliding_window=window)
+
+    def last(tokens: list[int]) -> mx.array:
+        return prefill(model, tokens, RollingCache(config), CHUNK)
+
+    base, found = last(ids), []
+    for distance in distances:
+        changed = list(ids)
+        changed[-1 - distance] = (ids[-1 - distance] + 1) % config.vocab_size
+        found.append(mx.abs(last(changed) - base).max().item())
+    return found  # type: ignore[return-value]
