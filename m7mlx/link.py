@@ -52,7 +52,7 @@ class Link:
         return self._from(0, tokens)
 
     def _from(self, rank: int, x: mx.array) -> mx.array:
-        """One rank's numbers on all: the others add 0, once they have their own, for which they took part in the pass."""
+        """One rank's numbers on all. The others add 0, once they have theirs: they take part in the whole pass."""
         if self._rank != rank:
             x = mx.depends([mx.zeros_like(x)], [x])[0]
         return mx.distributed.all_sum(x, group=self._group)

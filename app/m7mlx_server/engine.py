@@ -172,7 +172,7 @@ class Engine:
         more = False
         while not self._closing:
             try:
-                while True:
+                while not self._closing:
                     self._commands.get(block=not more)()
                     more = more or any(self._scheduler.load)
             except Empty:
