@@ -1,7 +1,7 @@
 """What a model takes of each of several machines, and what goes over the wire: `m7mlx-plan`.
 
-From headers and arithmetic alone. Times are a model, not a measurement: the weights of a rank over the bandwidth of its
-memory, and for every exchange its hops times the link's latency, and its bytes over the link's bandwidth.
+From headers and arithmetic alone. Times are a model, not a measurement: the weights of a rank over the bandwidth of
+its memory, and for every exchange its hops times the link's latency, and its bytes over the link's bandwidth.
 """
 
 from __future__ import annotations
