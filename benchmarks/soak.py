@@ -84,8 +84,9 @@ def questions(folder: Path, count: int) -> list[Question]:
 
     from m7mlx import load
     from m7mlx.constrain import Constraint, json_constraint
+    from m7mlx.request import Request
     from m7mlx.sampling import Sampling
-    from m7mlx.scheduler import Request, Scheduler
+    from m7mlx.scheduler import Scheduler
 
     model, tokenizer = load(folder)
     scheduler = Scheduler(model, tokenizer, rows=1)

@@ -30,8 +30,9 @@ from m7mlx.link import connect
 from m7mlx.load import load
 from m7mlx.model import Mistral
 from m7mlx.parts import Mode, Part
+from m7mlx.request import Event, Request
 from m7mlx.sampling import Sampling
-from m7mlx.scheduler import Event, Request, Scheduler
+from m7mlx.scheduler import Scheduler
 from m7mlx.tokenizer import Tokenizer
 
 

@@ -7,129 +7,22 @@ kept, so that a request that begins like an earlier one reads only what is new.
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import mlx.core as mx
 
 from m7mlx.batch import BatchCache
 from m7mlx.cache import RollingCache
 from m7mlx.compiled import step_of
-from m7mlx.constrain import Constraint
 from m7mlx.decode import default_chunk, read_chunk, reuse, shared_start
 from m7mlx.errors import InputError, M7Error, TokenizerError
 from m7mlx.generate import StopFilter, check_prompt
 from m7mlx.memory import CHAT_SLACK
 from m7mlx.model import Mistral
-from m7mlx.sampling import Sampler, Sampling, TokenScores
+from m7mlx.request import Answer, Event, Request
 from m7mlx.tokenizer import Tokenizer
 
-Reason = Literal["stop", "length", "cancelled", "failed"]
 _TURNS = 4  # prompts of which a chunk is read between two steps: more would stall the answers under way
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt, and how to answer it; options as for `m7mlx.stream_generate`.
-
-    at_start    whether the answer begins a message (chat), not the middle of a text
-    logit_bias, logprobs, constraint  as for `m7mlx.sampling.Sampler`
-    """
-
-    ids: Sequence[int]
-    sampling: Sampling = field(default_factory=Sampling)
-    max_tokens: int | None = 512
-    stop: Sequence[str] = ()
-    at_start: bool = True
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    logprobs: int | None = None
-    constraint: Constraint | None = None
-
-
-@dataclass(frozen=True)
-class Event:
-    """What has become of a request: more of its answer, or its end.
-
-    request  the number that `Scheduler.add` gave
-    text     what can be shown since the event before; ids, the tokens generated since then; scores, theirs
-    reason   None as long as it goes on; "failed" has an error
-    """
-
-    request: int
-    text: str = ""
-    ids: tuple[int, ...] = ()
-    scores: tuple[TokenScores, ...] = ()
-    reason: Reason | None = None
-    error: Exception | None = None
-    usage: Usage | None = None
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Tokens of the prompt, how many of them were held already, and tokens generated; seconds from `add` on."""
-
-    prompt_tokens: int
-    reused_tokens: int
-    generated_tokens: int
-    first_token: float
-    whole: float
-
-
-class _Answer:
-    """One request on its way."""
-
-    def __init__(
-        self, number: int, request: Request, limit: int | None, model: Mistral, tokenizer: Tokenizer
-    ) -> None:
-        self.number, self.limit = number, limit
-        self.ids = list(request.ids)
-        self.sampler = Sampler(
-            request.sampling,
-            bias=request.logit_bias,
-            constraint=request.constraint,
-            logprobs=request.logprobs,
-            agree=model.agree,
-        )
-        self.sampler.see(self.ids)
-        self.text, self.stop = tokenizer.detokenizer(request.at_start), StopFilter(request.stop)
-        self.eos = tokenizer.eos_ids
-        self.cache: RollingCache | None = None  # as long as the prompt is being read
-        self.reused = self.generated = 0
-        self.added = time.perf_counter()
-        self.first = 0.0
-        self.error: M7Error | None = None  # its grammar has failed
-
-    def take(self, token: int) -> Event:
-        """The event of one more token."""
-        scores = (self.sampler.scores.popleft().read(),) if self.sampler.scores else ()
-        return replace(self._taken(token), scores=scores)
-
-    def _taken(self, token: int) -> Event:
-        self.generated += 1
-        self.first = self.first or time.perf_counter()
-        if token in self.eos:
-            return self.end("stop", ids=(token,))
-        shown = self.stop.add(self.text.add(token))
-        if self.stop.found:
-            return self.end("stop", shown, (token,))
-        if self.generated == self.limit:
-            return self.end("length", shown, (token,))
-        return Event(self.number, shown, (token,))
-
-    def end(self, reason: Reason, text: str = "", ids: tuple[int, ...] = (), error: Exception | None = None) -> Event:
-        now = time.perf_counter()
-        usage = Usage(
-            prompt_tokens=len(self.ids),
-            reused_tokens=self.reused,
-            generated_tokens=self.generated,
-            first_token=(self.first or now) - self.added,
-            whole=now - self.added,
-        )
-        shown = text + self.stop.finish(self.text.finish())
-        return Event(self.number, shown, ids, reason=reason, error=error, usage=usage)
 
 
 class Scheduler:
@@ -157,10 +50,10 @@ class Scheduler:
         self._step = step_of(model)
         self._shared = model.link is not None  # a failed pass failed here alone, and other processes wait for it
         self._new = model.new_cache(slack=slack, kv_bits=kv_bits)
-        self._waiting: deque[_Answer] = deque()
-        self._reading: deque[_Answer] = deque()  # their prompts take turns
+        self._waiting: deque[Answer] = deque()
+        self._reading: deque[Answer] = deque()  # their prompts take turns
         self._batch: BatchCache | None = None
-        self._answers: list[_Answer | None] = []  # by row of the batch; None where one has ended
+        self._answers: list[Answer | None] = []  # by row of the batch; None where one has ended
         self._tokens = mx.array([0])  # chosen for each row, not yet read, nor in the batch
         self._kept: deque[RollingCache] = deque(maxlen=kept)
         self._count = 0
@@ -188,7 +81,7 @@ class Scheduler:
     def admit(self, request: Request, limit: int | None) -> int:
         """Queue a request that has been checked; its number."""
         self._count += 1
-        self._waiting.append(_Answer(self._count, request, limit, self._model, self._tokenizer))
+        self._waiting.append(Answer(self._count, request, limit, self._model, self._tokenizer))
         return self._count
 
     def cancel(self, number: int) -> Event | None:
@@ -240,7 +133,7 @@ class Scheduler:
                 events.append(answer.end("failed", error=error))
         return events
 
-    def _may_wait(self, answer: _Answer) -> bool:
+    def _may_wait(self, answer: Answer) -> bool:
         """Whether a prompt that came before is being read and will soon hold more of the start of this one.
 
         The wait ends one chunk before they part: a ring that has turned could not go back to there.
@@ -255,7 +148,7 @@ class Scheduler:
         ]
         return bool(soon) and max(soon) >= self._longest_start(answer.ids).offset + chunk
 
-    def _chunk(self, answer: _Answer) -> mx.array | None:
+    def _chunk(self, answer: Answer) -> mx.array | None:
         """Logits [1, vocab_size] once the whole prompt is read."""
         if answer.cache is None:
             answer.cache = self._longest_start(answer.ids)
@@ -281,7 +174,7 @@ class Scheduler:
 
     # --- the batch --------------------------------------------------------------------------------------
 
-    def _join(self, answer: _Answer, token: mx.array) -> None:
+    def _join(self, answer: Answer, token: mx.array) -> None:
         """Into the row of one that has ended, or a new one."""
         cache, answer.cache = answer.cache, None
         assert cache is not None

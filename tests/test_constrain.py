@@ -13,8 +13,9 @@ from conftest import small_config, small_model
 from m7mlx import load
 from m7mlx.constrain import json_constraint
 from m7mlx.errors import InputError
+from m7mlx.request import Request
 from m7mlx.sampling import Sampler, Sampling
-from m7mlx.scheduler import Request, Scheduler
+from m7mlx.scheduler import Scheduler
 from m7mlx.tokenizer import Tokenizer
 
 SCHEMAS: list[dict[str, Any]] = [

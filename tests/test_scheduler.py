@@ -15,8 +15,9 @@ import m7mlx.scheduler
 from m7mlx import stream_generate
 from m7mlx.constrain import Constraint
 from m7mlx.errors import InputError, PromptTooLongError, RunError, TokenizerError
+from m7mlx.request import Event, Request
 from m7mlx.sampling import Sampling
-from m7mlx.scheduler import Event, Request, Scheduler
+from m7mlx.scheduler import Scheduler
 from m7mlx.tokenizer import Tokenizer
 
 MODELS = {window: small_model(small_config(vocab_size=32000, sliding_window=window)) for window in (7, None)}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from m7mlx_server.choices import Choice
 from m7mlx_server.tools import MARK, CallReader
 
-from m7mlx.scheduler import Event
+from m7mlx.request import Event
 from m7mlx.tokenizer import Tokenizer
 
 JSON = st.recursive(

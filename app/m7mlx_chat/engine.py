@@ -27,7 +27,7 @@ from m7mlx.decode import shared_start
 from m7mlx.distributed import World
 from m7mlx.errors import M7Error
 from m7mlx.memory import budget, cache_bytes
-from m7mlx.scheduler import Request as Passes
+from m7mlx.request import Request as Passes
 from m7mlx.speculative import Drafter, PromptLookup, load_draft_model
 from m7mlx_chat.branches import Branches
 from m7mlx_chat.events import Done, Event, Failed, Loading, Prefill, Ready, Request, Seen, Statistics, Text

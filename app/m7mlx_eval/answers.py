@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from m7mlx.errors import InputError
+from m7mlx.request import Request
 from m7mlx.sampling import Sampling
-from m7mlx.scheduler import Request
 
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is given
 _DEFAULT_LENGTH = 256

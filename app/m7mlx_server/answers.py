@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from m7mlx.constrain import Constraint, json_constraint
 from m7mlx.errors import InputError
+from m7mlx.request import Event, Request, Usage
 from m7mlx.sampling import Sampling
-from m7mlx.scheduler import Event, Request, Usage
 from m7mlx.tokenizer import Tokenizer
 from m7mlx_server.choices import Choice
 from m7mlx_server.engine import BusyError, Prepare

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from m7mlx.request import Event
 from m7mlx.sampling import TokenScores
-from m7mlx.scheduler import Event
 from m7mlx.tokenizer import Tokenizer
 from m7mlx_server.tools import CallReader
 

@@ -22,8 +22,9 @@ from m7mlx.distributed import Leader, World
 from m7mlx.errors import RunError
 from m7mlx.memory import CHAT_SLACK, cache_bytes
 from m7mlx.model import Mistral
+from m7mlx.request import Event, Request
 from m7mlx.ring import KVFormat
-from m7mlx.scheduler import Event, Request, Scheduler
+from m7mlx.scheduler import Scheduler
 from m7mlx.tokenizer import Tokenizer
 
 Prepare = Callable[[Tokenizer], Request]  # runs on a thread of its own, before the request is queued

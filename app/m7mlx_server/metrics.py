@@ -9,7 +9,7 @@ from contextlib import aclosing
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from m7mlx.scheduler import Event, Request
+from m7mlx.request import Event, Request
 from m7mlx.tokenizer import Tokenizer
 from m7mlx_server.engine import BusyError, Engine, Prepare
 
