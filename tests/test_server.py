@@ -270,6 +270,9 @@ def test_log_probabilities_and_bias(url: str, model_folder: Path) -> None:
         assert other.choices[0].message.content != found.choices[0].message.content
         text = api.completions.create(model=NAME, prompt="Hi", temperature=0, max_tokens=3, logprobs=2)
         assert text.choices[0].logprobs and len(text.choices[0].logprobs.token_logprobs or []) == 3
+        pieces, offsets = text.choices[0].logprobs.tokens or [], text.choices[0].logprobs.text_offset or []
+        assert offsets[0] == 0 and offsets == sorted(offsets) and len(set(offsets)) > 1
+        assert text.choices[0].text[offsets[1] :].startswith(pieces[1].rstrip("\ufffd"))
         streamed = api.chat.completions.create(
             model=NAME, messages=user("Hi"), temperature=0, max_tokens=6, logprobs=True, stream=True
         )

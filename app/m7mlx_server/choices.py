@@ -24,6 +24,7 @@ class Choice:
         self._led = False  # what stood before the calls has been told
         self._texts: list[str] = []
         self._scores: list[dict[str, Any]] = []
+        self._offsets: list[int] = []  # characters told before the token of each score
         self.reason: str | None = None
 
     def feed(self, event: Event) -> list[dict[str, Any]]:
@@ -31,7 +32,9 @@ class Choice:
         scores = [
             _scored(self._tokenizer, token, score) for token, score in zip(event.ids, event.scores, strict=False)
         ]
+        offsets = [sum(map(len, self._texts))] * len(scores) if scores else []
         self._scores += scores
+        self._offsets += offsets
         text, calls = event.text, []
         self._calling = self._calling or (self._mark is not None and self._mark in event.ids)
         if self._calling:
@@ -43,7 +46,7 @@ class Choice:
         self._texts.append(text)
         found = []
         if text or scores:
-            found.append(self._chunk({"content": text} if text else {}, scores))
+            found.append(self._chunk({"content": text} if text else {}, scores, offsets=offsets))
         found += [self._chunk({"tool_calls": [call]}, []) for call in calls]
         if event.reason is not None:
             called = event.reason == "stop" and self._reader.calls and not self._reader.is_open
@@ -57,7 +60,7 @@ class Choice:
 
     def whole(self) -> dict[str, Any]:
         text = "".join(self._texts)
-        scores = self._logprobs(self._scores)
+        scores = self._logprobs(self._scores, self._offsets)
         if not self._is_chat:
             return {"index": self.index, "text": text, "logprobs": scores, "finish_reason": self.reason}
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
@@ -66,12 +69,16 @@ class Choice:
         return {"index": self.index, "message": message, "logprobs": scores, "finish_reason": self.reason}
 
     def _chunk(
-        self, delta: dict[str, Any], scores: Sequence[dict[str, Any]], reason: str | None = None
+        self,
+        delta: dict[str, Any],
+        scores: Sequence[dict[str, Any]],
+        reason: str | None = None,
+        offsets: Sequence[int] = (),
     ) -> dict[str, Any]:
         said: dict[str, Any] = {"delta": delta} if self._is_chat else {"text": delta.get("content", "")}
-        return {"index": self.index, **said, "logprobs": self._logprobs(scores), "finish_reason": reason}
+        return {"index": self.index, **said, "logprobs": self._logprobs(scores, offsets), "finish_reason": reason}
 
-    def _logprobs(self, scores: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    def _logprobs(self, scores: Sequence[dict[str, Any]], offsets: Sequence[int]) -> dict[str, Any] | None:
         if not scores:
             return None
         if self._is_chat:
@@ -80,7 +87,7 @@ class Choice:
             "tokens": [score["token"] for score in scores],
             "token_logprobs": [score["logprob"] for score in scores],
             "top_logprobs": [{top["token"]: top["logprob"] for top in score["top_logprobs"]} for score in scores],
-            "text_offset": [0] * len(scores),
+            "text_offset": list(offsets),
         }
 
 
