@@ -135,7 +135,7 @@ class BatchCache:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows alone, in this order."""
-        if self._clock.window is None:  # a long row that has left need not be provided for any more
+        if self.outgrown(rows):  # a long row that has left need not be provided for any more
             self._become(BatchCache([self.row(i) for i in rows]))
         else:
             for ring in self.rings:
