@@ -132,7 +132,7 @@ def _first_address() -> str:
     hosts = os.environ.get("MLX_HOSTFILE")
     if hosts:
         first = json.loads(Path(hosts).read_text())[0]
-        return str(first[0] if isinstance(first, list) else first).rpartition(":")[0]
+        return str(first[0] if isinstance(first, list) else first).rpartition(":")[0].strip("[]")
     for name in ("MLX_JACCL_COORDINATOR", "NCCL_HOST_IP"):
         if given := os.environ.get(name):
             return given.rpartition(":")[0] or given
