@@ -73,7 +73,8 @@ class Channel:
         one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a machine that has lost power says nothing
         idle = getattr(socket, "TCP_KEEPIDLE", getattr(socket, "TCP_KEEPALIVE", None))
-        for option, seconds in ((idle, 5), (getattr(socket, "TCP_KEEPINTVL", None), 5), (_probes(), 3)):
+        interval, probes = getattr(socket, "TCP_KEEPINTVL", None), getattr(socket, "TCP_KEEPCNT", None)
+        for option, seconds in ((idle, 5), (interval, 5), (probes, 3)):
             if option is not None:
                 one.setsockopt(socket.IPPROTO_TCP, option, seconds)
         self._sockets.append(one)
@@ -144,7 +145,3 @@ def _exactly(one: socket.socket, count: int) -> bytes:
             raise OSError("closed")
         data += more
     return data
-
-
-def _probes() -> int | None:
-    return getattr(socket, "TCP_KEEPCNT", None)

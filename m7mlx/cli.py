@@ -47,6 +47,13 @@ def gigabytes(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of gigabytes") from None
 
 
+def positive(text: str) -> int:
+    """An option's value: a whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
 def launched() -> bool:
     """Whether this process was started as one of several: by `mlx.launch`, or by mpirun."""
     return any(name in os.environ for name in ("MLX_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))

@@ -18,7 +18,15 @@ from m7mlx.hub import resolve
 from m7mlx.memory import budget, cache_bytes, expands, loaded_bytes, machine_memory, settle
 from m7mlx.model import Mistral
 from m7mlx.parts import Part
-from m7mlx.safetensors import StoredTensor, dtype_bytes, folder_weights, is_left_out, parameters, read_slices
+from m7mlx.safetensors import (
+    StoredTensor,
+    data_starts,
+    dtype_bytes,
+    folder_weights,
+    is_left_out,
+    parameters,
+    read_slices,
+)
 from m7mlx.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -183,12 +191,13 @@ def _read_part(
 ) -> dict[str, mx.array]:
     """The tensors of one part, by its model's names for them, checked to be finite; nothing else is read."""
     names = {name: own for name in headers if (own := part.name(name, config)) is not None}
+    starts = {path: data_starts(path) for path in _files(headers)}
     weights: dict[str, mx.array] = {}
     for done, (name, own) in enumerate(names.items()):
         if progress:
             progress(done, len(names))
         stored = headers[name]
-        weights[own] = read_slices(stored, name, part.slices(name, stored.shape))
+        weights[own] = read_slices(stored, starts[stored.path][name], part.slices(name, stored.shape))
         _check_finite(stored.path, name, weights[own])
     if progress:
         progress(len(names), len(names))

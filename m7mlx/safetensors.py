@@ -69,16 +69,18 @@ def dtype_bytes(dtype: str) -> int:
     return _KINDS[dtype][1].size
 
 
-def read_slices(stored: StoredTensor, name: str, slices: tuple[slice, ...]) -> mx.array:
-    """Rows and columns of one tensor, without the rest: MLX itself reads tensors whole.
-
-    Its header has been validated (`folder_weights`).
-    """
-    with stored.path.open("rb") as file:
+def data_starts(path: Path) -> dict[str, int]:
+    """Where in a file the numbers of each tensor begin. Its header has been validated (`folder_weights`)."""
+    with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        start, _ = json.loads(file.read(length))[name]["data_offsets"]
+        header = json.loads(file.read(length))
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+
+
+def read_slices(stored: StoredTensor, start: int, slices: tuple[slice, ...]) -> mx.array:
+    """Rows and columns of one tensor whose numbers begin at `start`, without the rest: MLX itself reads it whole."""
     numbers, kind = _KINDS[stored.dtype]
-    data = np.memmap(stored.path, numbers, "r", 8 + length + start, stored.shape)
+    data = np.memmap(stored.path, numbers, "r", start, stored.shape)
     return mx.array(np.ascontiguousarray(data[slices])).view(kind)
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from m7mlx.cli import EXIT_FAILED, ArgumentParser, run
+from m7mlx.cli import EXIT_FAILED, ArgumentParser, positive, run
 from m7mlx.errors import ConfigError, InputError, RunError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         ("kv-heads", "key-value heads"),
         ("vocab", "vocabulary"),
     ):
-        shape.add_argument(f"--{name}", type=_positive, metavar="N", help=f"{meaning}, instead of the shape's")
+        shape.add_argument(f"--{name}", type=positive, metavar="N", help=f"{meaning}, instead of the shape's")
     shape.add_argument("--window", type=_window, metavar="N", help="sliding window, or none")
     shape.add_argument("--q-bits", type=int, choices=(2, 3, 4, 6, 8), help="quantised, in groups of 64")
     what = parser.add_argument_group("what to measure")
@@ -73,32 +73,26 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     what.add_argument("--gguf", type=Path, metavar="FILE", help="the same model for llama.cpp")
     what.add_argument(
-        "--prompt", type=_positive, nargs="+", default=[34, 256], metavar="N", help="tokens to read (34 256)"
+        "--prompt", type=positive, nargs="+", default=[34, 256], metavar="N", help="tokens to read (34 256)"
     )
     what.add_argument(
         "--positions",
-        type=_positive,
+        type=positive,
         nargs="+",
         default=[1024, 4096],
         metavar="N",
         help="where to decode (1024 4096)",
     )
-    what.add_argument("--tokens", type=_positive, default=24, metavar="N", help="tokens to decode at each (24)")
-    what.add_argument("--rounds", type=_positive, default=3, metavar="N", help="how often, in turn (3)")
+    what.add_argument("--tokens", type=positive, default=24, metavar="N", help="tokens to decode at each (24)")
+    what.add_argument("--rounds", type=positive, default=3, metavar="N", help="how often, in turn (3)")
     out = parser.add_argument_group("results")
     out.add_argument("--json", type=Path, metavar="FILE", help="all figures of all runs")
     out.add_argument("--plot", type=Path, metavar="FILE", action="append", default=[], help="a .png or .svg")
     return parser.parse_args(argv)
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)
-
-
 def _window(text: str) -> int:
-    return 0 if text == "none" else _positive(text)
+    return 0 if text == "none" else positive(text)
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -15,16 +15,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import mlx.core as mx
 
 from m7mlx import Mistral, RollingCache, Tokenizer, load, reuse, stream_generate
-from m7mlx.cache import CacheOptions
 from m7mlx.config import ModelConfig
 from m7mlx.constrain import json_constraint
 from m7mlx.decode import shared_start
-from m7mlx.distributed import World
 from m7mlx.errors import M7Error
 from m7mlx.memory import budget, cache_bytes
 from m7mlx.request import Request as Passes
@@ -32,6 +30,10 @@ from m7mlx.speculative import Drafter, PromptLookup, load_draft_model
 from m7mlx_chat.branches import Branches
 from m7mlx_chat.events import Done, Event, Failed, Loading, Prefill, Ready, Request, Seen, Statistics, Text
 from m7mlx_chat.settings import Settings
+
+if TYPE_CHECKING:
+    from m7mlx.cache import CacheOptions
+    from m7mlx.distributed import World
 
 _BRANCHES = 0.1  # of the machine's memory, for caches of branches that were left
 _TOLD_SECONDS = 0.1  # between two looks at the cache, or at the progress of loading

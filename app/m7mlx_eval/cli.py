@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from m7mlx.cli import ArgumentParser, gigabytes, run
+from m7mlx.cli import ArgumentParser, gigabytes, positive, run
 from m7mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -60,13 +60,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     text = parser.add_argument_group("with --text")
     text.add_argument("--against", metavar="MODEL", help="the reference: KL divergence, top-1 agreement, perplexity")
     text.add_argument("--field", metavar="NAME", help="where a data set keeps its texts (text)")
-    text.add_argument("--stride", type=_positive, metavar="N", help="tokens that windows advance by (half of them)")
-    text.add_argument("--max-tokens", type=_positive, metavar="N", help="read no more than so many")
+    text.add_argument("--stride", type=positive, metavar="N", help="tokens that windows advance by (half of them)")
+    text.add_argument("--max-tokens", type=positive, metavar="N", help="read no more than so many")
     tasks = parser.add_argument_group("with --tasks")
     tasks.add_argument("--include-path", type=Path, metavar="DIR", help="more task files")
     tasks.add_argument("--num-fewshot", type=_count, metavar="N", help="examples before each question")
-    tasks.add_argument("--limit", type=_positive, metavar="N", help="questions of each task, the first ones")
-    tasks.add_argument("--batch-size", type=_positive, metavar="N", help="questions at a time (8)")
+    tasks.add_argument("--limit", type=positive, metavar="N", help="questions of each task, the first ones")
+    tasks.add_argument("--batch-size", type=positive, metavar="N", help="questions at a time (8)")
     tasks.add_argument("--chat", action="store_true", help="ask in the model's chat format")
     tasks.add_argument("--system", metavar="TEXT", help="the system prompt, with --chat")
     tasks.add_argument(
@@ -80,7 +80,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     both = parser.add_argument_group("with both")
     both.add_argument(
-        "--context", type=_positive, metavar="N", help="tokens that are read at once at most (what the model allows)"
+        "--context", type=positive, metavar="N", help="tokens that are read at once at most (what the model allows)"
     )
     both.add_argument("--kv-bits", type=int, choices=(4, 8), help="store MODEL's keys and values in 4 or 8 bits")
     both.add_argument("--json", type=Path, metavar="FILE", help="the figures")
@@ -109,14 +109,8 @@ def _check_usage(parser: ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"the folder of {args.json} does not exist")
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)
-
-
 def _count(text: str) -> int:
-    return 0 if text == "0" else _positive(text)
+    return 0 if text == "0" else positive(text)
 
 
 def _eval(args: argparse.Namespace) -> None:
