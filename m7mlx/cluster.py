@@ -18,7 +18,7 @@ from m7mlx.errors import ConfigError, InputError, NotFoundError
 from m7mlx.hub import ALIASES, local
 from m7mlx.memory import CHAT_SLACK, cache_bytes
 from m7mlx.parts import MODES, Mode, Part
-from m7mlx.safetensors import dtype_bytes, folder_weights, is_left_out
+from m7mlx.safetensors import DTYPES, folder_weights, is_left_out
 
 PROG = "m7mlx-plan"
 _EFFICIENCY = 0.65  # of the memory bandwidth, as published decoding figures have it (docs/performance.md)
@@ -110,7 +110,7 @@ def stored(name: str, bits: int | None) -> tuple[ModelConfig, dict[str, tuple[tu
         config = ModelConfig.from_folder(folder)
         if bits is None:
             headers = {n: t for n, t in folder_weights(folder).items() if not is_left_out(n, config)}
-            return config, {n: (t.shape, math.prod(t.shape) * dtype_bytes(t.dtype)) for n, t in headers.items()}
+            return config, {n: (t.shape, math.prod(t.shape) * DTYPES[t.dtype].size) for n, t in headers.items()}
     elif name in ALIASES:
         config = ModelConfig.from_dict({"model_type": "mistral", "vocab_size": 32768, "sliding_window": None})
     else:

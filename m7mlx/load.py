@@ -19,9 +19,9 @@ from m7mlx.memory import budget, cache_bytes, expands, loaded_bytes, machine_mem
 from m7mlx.model import Mistral
 from m7mlx.parts import Part
 from m7mlx.safetensors import (
+    DTYPES,
     StoredTensor,
     data_starts,
-    dtype_bytes,
     folder_weights,
     is_left_out,
     parameters,
@@ -79,7 +79,7 @@ def _checked(
     if part is None:
         _check_memory(folder, config, stored, _compute_dtype(dtype))
     else:
-        sizes = {n: (t.shape, math.prod(t.shape) * dtype_bytes(t.dtype)) for n, t in headers.items()}
+        sizes = {n: (t.shape, math.prod(t.shape) * DTYPES[t.dtype].size) for n, t in headers.items()}
         _check_memory(folder, part.config(config), part.nbytes(sizes, config), _compute_dtype(dtype))
     return folder, config, headers
 

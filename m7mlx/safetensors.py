@@ -20,12 +20,12 @@ from m7mlx.quantization import Quantization
 
 INDEX = "model.safetensors.index.json"
 _FLOATS = ("F32", "F16", "BF16")
-_KINDS: dict[str, tuple[type[np.generic], mx.Dtype]] = {  # NumPy has no bfloat16
-    "F32": (np.float32, mx.float32),
-    "F16": (np.float16, mx.float16),
-    "BF16": (np.uint16, mx.bfloat16),
-    "U32": (np.uint32, mx.uint32),
-    "U8": (np.uint8, mx.uint8),
+DTYPES: dict[str, mx.Dtype] = {  # safetensors' names → MLX's types, of those that weights have
+    "F32": mx.float32,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "U32": mx.uint32,
+    "U8": mx.uint8,
 }
 _IGNORED = "rotary_emb.inv_freq"  # old checkpoints carry what is computed anyway
 
@@ -64,11 +64,6 @@ def validate_header(path: Path) -> dict[str, TensorInfo]:
         raise WeightsError(f"{path} is not a whole safetensors file ({error}); fetch or convert it again") from None
 
 
-def dtype_bytes(dtype: str) -> int:
-    """Bytes of a number of a safetensors type that weights may have."""
-    return _KINDS[dtype][1].size
-
-
 def data_starts(path: Path) -> dict[str, int]:
     """Where in a file the numbers of each tensor begin. Its header has been validated (`folder_weights`)."""
     with path.open("rb") as file:
@@ -79,9 +74,10 @@ def data_starts(path: Path) -> dict[str, int]:
 
 def read_slices(stored: StoredTensor, start: int, slices: tuple[slice, ...]) -> mx.array:
     """Rows and columns of one tensor whose numbers begin at `start`, without the rest: MLX itself reads it whole."""
-    numbers, kind = _KINDS[stored.dtype]
-    data = np.memmap(stored.path, numbers, "r", start, stored.shape)
-    return mx.array(np.ascontiguousarray(data[slices])).view(kind)
+    dtype = DTYPES[stored.dtype]
+    words = np.dtype(f"u{dtype.size}")  # NumPy has no bfloat16
+    data = np.memmap(stored.path, words, "r", start, stored.shape)
+    return mx.array(np.ascontiguousarray(data[slices])).view(dtype)
 
 
 def folder_weights(folder: Path, *, native: bool = False) -> dict[str, StoredTensor]:

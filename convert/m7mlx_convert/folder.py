@@ -12,10 +12,9 @@ import mlx.core as mx
 from m7mlx.checksums import check_folder
 from m7mlx.config import ModelConfig, read_json
 from m7mlx.errors import ConfigError
-from m7mlx.safetensors import StoredTensor, folder_weights, parameters
+from m7mlx.safetensors import DTYPES, StoredTensor, folder_weights, parameters
 from m7mlx_convert import native, packed
 from m7mlx_convert.source import Source, Tensor, named_dtype, reader
-from m7mlx_convert.writer import DTYPES
 
 # By name, not by pattern: a "tokenizer.bin" may be pickle, a "tokenizer.py" is code.
 _COPIED = (

@@ -21,20 +21,13 @@ from m7mlx.arrays import raw_bytes
 from m7mlx.checksums import MANIFEST
 from m7mlx.errors import RunError, WeightsError
 from m7mlx.quantization import Quantization
-from m7mlx.safetensors import INDEX, validate_header
+from m7mlx.safetensors import DTYPES, INDEX, validate_header
 
 MAX_SHARD_BYTES = 5 * 10**9
 JOURNAL = ".journal"
 _SYNC_EVERY = 1 << 28  # bytes
 _PIECE = 1 << 22
-DTYPE_NAMES = {  # MLX's types → safetensors' names
-    mx.float32: "F32",
-    mx.float16: "F16",
-    mx.bfloat16: "BF16",
-    mx.uint32: "U32",
-    mx.uint8: "U8",
-}
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Spec(NamedTuple):
