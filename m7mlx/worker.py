@@ -30,7 +30,7 @@ from importlib.util import find_spec
 from typing import Any, Self
 
 from m7mlx.errors import WorkerDiedError, WorkerError, WorkerMemoryError, WorkerTimeError
-from m7mlx.worker_process import DONE, MAX_FRAME, OUT_OF_MEMORY, REPLY, REQUEST
+from m7mlx.worker_process import COPY, DONE, ENDED, MAX_FRAME, OUT_OF_MEMORY, PROCESS, REPLY, REQUEST, STATUS
 
 RLIMITS = True  # the operating system bounds the memory where it can; otherwise it is looked at while a job runs
 _LOOK = 0.2  # seconds between looks whether this process is ending …
@@ -65,7 +65,7 @@ class Worker:
         self._restart = restart
         self._closed = self._ready = self._lost = False
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | _Copy | None = None
         self._line: socket.socket | None = None
         self._seen: Any = None  # psutil's view of the process, where its memory has to be looked at
         _open.add(self)
@@ -101,6 +101,41 @@ class Worker:
         with self._lock:
             self._get_ready()
             return self._exchange(data, seconds, cpu or seconds)
+
+    def copy(self) -> Worker:
+        """A worker that knows all that this one does, at once; what it learns is its own, and lost when it ends."""
+        ours, its = socket.socketpair()
+        try:
+            with its:
+                (number,) = PROCESS.unpack(self._tell(REQUEST.pack(COPY, 0, 0), its.fileno()))
+        except BaseException:
+            ours.close()
+            raise
+        copy = Worker(self._module, memory=self._memory, restart=False)
+        copy._line, copy._process, copy._ready = ours, _Copy(number, self), True
+        if self._seen:
+            import psutil
+
+            with suppress(psutil.Error):
+                copy._seen = psutil.Process(number)
+        return copy
+
+    def _tell(self, request: bytes, file: int | None = None) -> bytes:
+        """The reply to a request that is no job; with it an open file of ours may go."""
+        with self._lock:
+            self._get_ready()
+            assert self._line
+            try:
+                self._line.settimeout(self._startup)
+                self._line.sendall(request)
+                if file is not None:
+                    socket.send_fds(self._line, [b"."], [file])
+                return self._reply(time.monotonic() + self._startup)
+            except OSError:
+                raise self._death() from None
+            except BaseException:
+                self._end()
+                raise
 
     def close(self) -> None:
         """End the process, in the middle of a job too; whoever waits for that, and asks later, gets an error."""
@@ -267,6 +302,32 @@ class Worker:
             self._process.returncode = 0  # not for this one to wait for
         self._line = self._process = self._seen = None
         self._ready = False
+
+
+class _Copy:
+    """A copied process, as far as `subprocess.Popen` would be used. Only its original can wait for it."""
+
+    def __init__(self, pid: int, original: Worker) -> None:
+        self.pid, self.returncode = pid, None
+        self._original, self._parent = original, original.pid
+
+    returncode: int | None
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def kill(self) -> None:
+        """Do nothing: its line has been closed, which ends it."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            self.returncode = -signal.SIGKILL  # for all we know; without its original, the system itself waits for it
+            with suppress(WorkerError):
+                if self._original.alive and self._original.pid == self._parent:
+                    request = REQUEST.pack(ENDED, 0, 0) + PROCESS.pack(self.pid)
+                    (self.returncode,) = STATUS.unpack(self._original._tell(request))
+        assert self.returncode is not None
+        return self.returncode
 
 
 _LATE = "a process of our own ran out of time"

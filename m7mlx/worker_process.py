@@ -8,6 +8,9 @@ which is the process's standard input:
 
 The first reply, before any request, says whether the operating system bounds the memory; the first request is the
 setup. The end of the line is the end of the process, in the middle of a job too.
+
+A process can make copies of itself, with all that it knows, each with a line of its own (COPY, with the other end of
+that line), and is asked how they have ended (ENDED).
 """
 
 from __future__ import annotations
@@ -19,8 +22,10 @@ import os
 import resource
 import select
 import signal
+import socket
 import struct
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
@@ -29,6 +34,8 @@ REQUEST = struct.Struct("=Idd")
 REPLY = struct.Struct("=cI")
 DONE, OUT_OF_MEMORY, FAILED = b"+", b"m", b"!"
 MAX_FRAME = 64 << 20  # bytes, either way
+COPY, ENDED = 0xFFFFFFFF, 0xFFFFFFFE  # in the place of a request's size; a process's number comes after ENDED
+PROCESS, STATUS = struct.Struct("=I"), struct.Struct("=i")
 _FILES = 64  # that may be open at once
 _LINE = 0
 # SIGIO ends a process by itself on Linux. Elsewhere Python's handler does, as soon as Python runs; the job's clock
@@ -47,7 +54,13 @@ def serve(module: str, memory: int) -> NoReturn:
         _send(DONE, b"bounded" if _limit(memory) else b"")
         answer: Callable[[bytes], bytes] | None = None
         while True:
-            data, cpu, clock = _receive()
+            size, cpu, clock = REQUEST.unpack(_read(REQUEST.size))
+            if size in (COPY, ENDED):
+                _copy() if size == COPY else _tell_end(PROCESS.unpack(_read(PROCESS.size))[0])
+                continue
+            if size > MAX_FRAME:
+                raise MemoryError
+            data = _read(size)
             _begin_job(cpu, clock)
             if answer is None:
                 answer, reply = handler(data), b""
@@ -114,11 +127,30 @@ def _end_job() -> None:
     fcntl.fcntl(_LINE, fcntl.F_SETFL, fcntl.fcntl(_LINE, fcntl.F_GETFL) & ~os.O_ASYNC)
 
 
-def _receive() -> tuple[bytes, float, float]:
-    size, cpu, clock = REQUEST.unpack(_read(REQUEST.size))
-    if size > MAX_FRAME:
-        raise MemoryError
-    return _read(size), cpu, clock
+def _copy() -> None:
+    """Make a copy of this process, which goes on at the line that came with the request."""
+    with socket.socket(fileno=os.dup(_LINE)) as line:
+        _, (given,), *_ = socket.recv_fds(line, 1, 1)
+    number = os.fork()
+    if not number:
+        os.dup2(given, _LINE)
+        fcntl.fcntl(_LINE, fcntl.F_SETOWN, os.getpid())
+    os.close(given)
+    if number:
+        _send(DONE, PROCESS.pack(number))
+
+
+def _tell_end(number: int) -> None:
+    """Say how a copy has ended; it is helped to, if its line's end was not enough."""
+    for _ in range(100):
+        found, status = os.waitpid(number, os.WNOHANG)
+        if found:
+            break
+        time.sleep(0.01)
+    else:
+        os.kill(number, signal.SIGKILL)
+        _, status = os.waitpid(number, 0)
+    _send(DONE, STATUS.pack(os.waitstatus_to_exitcode(status)))
 
 
 def _read(size: int) -> bytes:
