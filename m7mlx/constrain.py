@@ -1,115 +1,269 @@
 """Answers that follow a grammar: a JSON schema, by masks from llguidance (extra `server`).
 
 Before each token the grammar says which ids may come next; the end token may where the answer is complete. The model
-chooses among them, so that what comes out always fits, and the schema need not be explained to it.
+chooses among them, so that what comes out always fits, and the schema need not be explained to it. An answer is
+complete and valid, cut off by a limit that it names, or an error.
+
+Schemas are strangers': each is prepared, and its masks are made, in a process of its own (`m7mlx.grammar`) that the
+operating system bounds in time and memory. It is remembered, so that preparing is done once.
 """
 
 from __future__ import annotations
 
+import base64
 import json
+import threading
+import time
+import weakref
+from collections import OrderedDict, deque
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 
-from m7mlx.errors import InputError
+from m7mlx.errors import InputError, WorkerError, WorkerMemoryError, WorkerTimeError
+from m7mlx.grammar import NUMBER, STEP
+from m7mlx.worker import Worker
 
 if TYPE_CHECKING:
     from m7mlx.tokenizer import Tokenizer
 
 MAX_SCHEMA = 200_000  # characters
-_AT_ONCE = 1000  # places of a grammar that an answer may stand at
+CUT = "a stop text came before the JSON was complete; leave out stop, since an answer in JSON ends by itself"
+_MEMORY = 640 << 20  # bytes of address space for one schema's process, the vocabulary included
+_PREPARE_SECONDS = 5.0  # of the processor; of the clock, on a busy machine …
+_BUSY = 4  # … as many times that
+_MASK_SECONDS = 1.0
+_SPENT_SECONDS, _SPENT_EACH = 2.0, 0.05  # what all masks of an answer may take: so much, and so much a token
+_AT_ONCE = 16  # schemas that have a process
+_REFUSED = 64  # schemas that could not be used, and are remembered as such
 _UNUSABLE = "the JSON schema cannot be used"
+_OURS = "x-guidance"  # options of llguidance's own: they could lift its limits
 
 
 class Constraint:
-    """Where one answer stands in its grammar, that of `schema`; None is any object."""
+    """Where one answer stands in its grammar."""
 
-    def __init__(self, matcher: Any, tokenizer: Tokenizer, schema: Mapping[str, Any] | None = None) -> None:
-        self.schema = schema
-        self._matcher, self._vocab_size, self._eos_ids = matcher, tokenizer.vocab_size, sorted(tokenizer.eos_ids)
+    def __init__(self, grammar: _Grammar, number: int, vocab_size: int) -> None:
+        self._grammar, self._number, self._vocab_size = grammar, number, vocab_size
+        self._token = -1  # chosen, and not yet told to the grammar
+        self._tokens, self._spent = 0, 0.0
+        self._error: InputError | None = None
+        self.is_complete = False  # as far as the tokens that the last mask has seen
 
     def mask(self, vocab_size: int) -> mx.array:
-        """Which ids may come next: bool [vocab_size]."""
-        from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
-
-        allowed = np.zeros(vocab_size, bool)
-        if self._matcher.is_stopped():  # nothing can follow
-            allowed[self._eos_ids] = True
-            return mx.array(allowed)
-        words = allocate_token_bitmask(1, self._vocab_size)
-        fill_next_token_bitmask(self._matcher, words, 0)
-        if self._matcher.is_error():
-            raise InputError(f"{_UNUSABLE}: it asks for too many possibilities at once")
-        bits = np.unpackbits(words.view(np.uint8), bitorder="little")[: min(vocab_size, self._vocab_size)]
-        allowed[: bits.size] = bits
-        return mx.array(allowed)
+        """Which ids may come next: bool [vocab_size]. Raises InputError where the grammar cannot go on."""
+        if self._error is None:
+            try:
+                return self._mask(vocab_size)
+            except WorkerError as error:
+                self._error = InputError(f"{_UNUSABLE}: {_why(error, 'to follow')}")
+            except ValueError as error:
+                self._error = InputError(f"{_UNUSABLE} for this answer: {error}")
+        raise self._error
 
     def accept(self, token: int) -> None:
-        """The answer goes on with `token`."""
-        if not self._matcher.is_stopped():
-            self._matcher.consume_token(token)
+        """The answer goes on with `token`; the next mask tells whether it may."""
+        self._token = token
+        self._tokens += 1
+
+    def _mask(self, vocab_size: int) -> mx.array:
+        began = time.perf_counter()
+        bits = self._grammar.step(self._number, self._token)
+        self._spent += time.perf_counter() - began
+        if self._spent > _SPENT_SECONDS + _SPENT_EACH * self._tokens:
+            raise WorkerTimeError
+        self.is_complete = bits[0] == 1
+        ids = min(vocab_size, self._vocab_size)
+        allowed = np.zeros(vocab_size, bool)
+        allowed[:ids] = np.unpackbits(np.frombuffer(bits, np.uint8, offset=1), bitorder="little")[:ids]
+        if not allowed.any():
+            raise ValueError("no token can come next")
+        return mx.array(allowed)
+
+
+class Unconstrained(Constraint):
+    """In the place of a grammar that another process enforces, whose tokens are taken here."""
+
+    def __init__(self) -> None:
+        self.is_complete = True
+
+    def mask(self, vocab_size: int) -> mx.array:
+        return mx.ones((vocab_size,), mx.bool_)
+
+    def accept(self, token: int) -> None:
+        pass
+
+
+class _Grammar:
+    """A schema that has a process, prepared by whoever asks first."""
+
+    def __init__(self, schema: str, worker: Worker) -> None:
+        self._schema, self._worker = schema, worker
+        self._lock = threading.Lock()
+        self._ready, self._failure = False, ""
+        self.forgotten: deque[int] = deque()  # numbers of answers that are no more
+        self.users = 0  # answers that are, and will be; the lock of `_Grammars`
+
+    def begin(self) -> int:
+        """The number of a new answer. Raises ValueError with the reason, or WorkerError."""
+        with self._lock:
+            if self._failure:
+                raise ValueError(self._failure)
+            if not self._ready:
+                try:
+                    self._ask(b"c" + self._schema.encode(), _PREPARE_SECONDS)
+                except (WorkerError, ValueError) as error:
+                    self._failure = _why(error, "to prepare") if isinstance(error, WorkerError) else str(error)
+                    raise ValueError(self._failure) from None
+                self._ready = True
+        gone = [self.forgotten.popleft() for _ in range(len(self.forgotten))]
+        found: int = NUMBER.unpack(self._ask(b"n" + b"".join(map(NUMBER.pack, gone)), _MASK_SECONDS))[0]
+        return found
+
+    def step(self, number: int, token: int) -> bytes:
+        return self._ask(b"t" + STEP.pack(number, token), _MASK_SECONDS)
+
+    def close(self) -> None:
+        self._worker.close()
+
+    def _ask(self, frame: bytes, seconds: float) -> bytes:
+        reply = self._worker.ask(frame, seconds * _BUSY, seconds)
+        if reply[:1] != b"+":
+            raise ValueError(reply[1:].decode())
+        return reply[1:]
+
+
+class _Grammars:
+    """The grammars of one vocabulary, the last ones used kept."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._vocab_size = tokenizer.vocab_size
+        self._vocabulary = Worker("m7mlx.grammar", _described(tokenizer), memory=_MEMORY)
+        self._lock = threading.Lock()
+        self._held: OrderedDict[str, _Grammar] = OrderedDict()  # by schema, the last one used last
+        self._refused: OrderedDict[str, str] = OrderedDict()  # schema → why
+        self._ended: deque[tuple[_Grammar, int]] = deque()  # filled by finalizers, which may take no lock
+
+    def constraint(self, schema: str) -> Constraint:
+        """The beginning of an answer. Raises InputError for a schema that cannot be used."""
+        grammar = self._grammar(schema)
+        try:
+            number = grammar.begin()
+        except (WorkerError, ValueError) as error:
+            why = _why(error, "to follow") if isinstance(error, WorkerError) else str(error)
+            with self._lock:
+                self._refused[schema] = why
+                if len(self._refused) > _REFUSED:
+                    self._refused.popitem(last=False)
+                if self._held.get(schema) is grammar:
+                    del self._held[schema]
+            grammar.close()
+            raise InputError(f"{_UNUSABLE}: {why}") from None
+        found = Constraint(grammar, number, self._vocab_size)
+        weakref.finalize(found, self._ended.append, (grammar, number)).atexit = False
+        return found
+
+    def _grammar(self, schema: str) -> _Grammar:
+        until = time.monotonic() + _PREPARE_SECONDS * _BUSY
+        while True:
+            with self._lock:
+                if schema in self._refused:
+                    raise InputError(f"{_UNUSABLE}: {self._refused[schema]}")
+                self._let_go()
+                found = self._held.get(schema)
+                if found is None and len(self._held) < _AT_ONCE:
+                    found = self._held[schema] = _Grammar(schema, self._vocabulary.copy())
+                if found is not None:
+                    self._held.move_to_end(schema)
+                    found.users += 1
+                    return found
+            if time.monotonic() > until:
+                raise InputError(f"answers to {_AT_ONCE} other JSON schemas are under way; try again later")
+            time.sleep(0.05)
+
+    def _let_go(self) -> None:
+        """Count the answers that have ended, and where there is no room left, end a process that has none."""
+        while self._ended:
+            grammar, number = self._ended.popleft()
+            grammar.users -= 1
+            grammar.forgotten.append(number)
+        if len(self._held) >= _AT_ONCE:
+            idle = next((schema for schema, grammar in self._held.items() if not grammar.users), None)
+            if idle is not None:
+                self._held.pop(idle).close()
+
+    def close(self) -> None:
+        self._vocabulary.close()
+        for grammar in list(self._held.values()):
+            grammar.close()
+
+
+_all: weakref.WeakKeyDictionary[Tokenizer, _Grammars] = weakref.WeakKeyDictionary()
+_all_lock = threading.Lock()
 
 
 def json_constraint(tokenizer: Tokenizer, schema: Mapping[str, Any] | None = None) -> Constraint:
-    """An answer that is one JSON value of a schema; without one, any object.
+    """The beginning of an answer that is one JSON value of a schema; without one, any object.
 
-    Raises InputError for a schema that is none, or that asks for what cannot be enforced, and without llguidance.
+    Raises InputError for a schema that is none, asks for what cannot be enforced or takes too much to prepare, and
+    without llguidance.
     """
     try:
-        from llguidance import LLMatcher, LLParserLimits
+        import llguidance  # noqa: F401
     except ImportError:
         raise InputError("answers in JSON need llguidance: pip install 'm7mlx[server]'") from None
-    text = json.dumps({"type": "object"} if schema is None else schema)
+    try:
+        text = json.dumps({"type": "object"} if schema is None else schema)
+    except (RecursionError, TypeError, ValueError) as error:
+        raise InputError(f"{_UNUSABLE}: it is not JSON ({type(error).__name__})") from None
     if len(text) > MAX_SCHEMA:
         raise InputError(f"the JSON schema is longer than {MAX_SCHEMA:,} characters")
-    try:
-        grammar = LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_flexible": False})
-        # What it would log is of the answer. Limits: one mask may not hold up the others that share a batch.
-        limits = LLParserLimits(max_items_in_row=_AT_ONCE, step_max_items=20 * _AT_ONCE)
-        matcher = LLMatcher(_vocabulary(tokenizer), grammar, log_level=0, limits=limits)
-        if not matcher.is_error():
-            matcher.compute_bitmask()  # here, not where others wait, and a schema that nothing fits shows
-    except ValueError as error:
-        raise InputError(f"{_UNUSABLE}: {_one_line(error)}") from None
-    if matcher.is_error():
-        raise InputError(f"{_UNUSABLE}: {_one_line(matcher.get_error())}")
-    return Constraint(matcher, tokenizer, schema)
+    if f'"{_OURS}"' in text:
+        raise InputError(f"{_UNUSABLE}: leave out {_OURS!r}, which is no JSON schema's")
+    if not tokenizer.eos_ids:
+        raise InputError("the model has no token that ends an answer, so no grammar can end one")
+    with _all_lock:
+        grammars = _all.get(tokenizer)
+        if grammars is None:
+            grammars = _all[tokenizer] = _Grammars(tokenizer)
+            weakref.finalize(tokenizer, grammars.close).atexit = False
+    return grammars.constraint(text)
 
 
-def _one_line(error: object) -> str:
-    said = str(error).partition("<state>")[0].replace("NoExtensionBias", "nothing fits it")  # llguidance's words
-    return " ".join(said.split())[:300]
+def close_grammars() -> None:
+    """End the processes of all grammars; answers that follow one, and schemas that are being prepared, fail."""
+    with _all_lock:
+        for grammars in list(_all.values()):
+            grammars.close()
+        _all.clear()
 
 
-@lru_cache(maxsize=4)
-def _vocabulary(tokenizer: Tokenizer) -> Any:
-    """The bytes of all ids, in llguidance's own form."""
-    from llguidance import LLTokenizer, TokenizerWrapper
+def _why(error: WorkerError, what: str) -> str:
+    if isinstance(error, WorkerTimeError):
+        return f"it takes too long {what}; make it simpler"
+    if isinstance(error, WorkerMemoryError):
+        return f"it takes too much memory {what}; make it simpler"
+    return f"it is too complex {what}; make it simpler"
 
-    return LLTokenizer(TokenizerWrapper(_Ids(tokenizer)), eos_token=sorted(tokenizer.eos_ids))
 
-
-class _Ids:
-    """What llguidance wants to know of a tokenizer."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        ids = range(tokenizer.vocab_size)
-        self.eos_token_id, self.bos_token_id = min(tokenizer.eos_ids), tokenizer.bos_id
-        self.special_token_ids = [i for i in ids if tokenizer.is_control(i)]
-        names = {i: name.encode() for name, i in tokenizer.control_ids().items()}
-        self.tokens = [
-            names.get(i, b"<control>") if tokenizer.is_control(i) else tokenizer.token_bytes(i) for i in ids
-        ]
-        self._tokenizer = tokenizer
-
-    def __call__(self, text: str) -> list[int]:
-        """Ids of a text in the middle of another: sentencepiece would put a space before it."""
-        if not isinstance(text, str):
-            raise TypeError("bytes")  # llguidance asks whether it may give them
-        if not self._tokenizer.adds_leading_space:
-            return self._tokenizer.encode(text)
-        newline = self._tokenizer.encode("\n")
-        return self._tokenizer.encode("\n" + text)[len(newline) :]
+def _described(tokenizer: Tokenizer) -> bytes:
+    """A tokenizer as `m7mlx.grammar` reads it."""
+    ids = range(tokenizer.vocab_size)
+    special = [i for i in ids if tokenizer.is_control(i)]
+    names = {i: name.encode() for name, i in tokenizer.control_ids().items()}
+    tokens = [tokenizer.token_bytes(i) for i in ids]
+    for i in special:
+        tokens[i] = names.get(i, b"<control>")
+    library, data = tokenizer.library()
+    told = {
+        "tokens": [token.hex() for token in tokens],
+        "special": special,
+        "eos": sorted(tokenizer.eos_ids),
+        "bos": tokenizer.bos_id,
+        "leading_space": tokenizer.adds_leading_space,
+        "library": library,
+        "data": base64.b85encode(data).decode(),
+    }
+    return json.dumps(told).encode()

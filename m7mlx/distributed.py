@@ -23,7 +23,7 @@ from m7mlx import channel
 from m7mlx.cache import CacheOptions, RollingCache
 from m7mlx.channel import Channel
 from m7mlx.cli import launched
-from m7mlx.constrain import json_constraint
+from m7mlx.constrain import Unconstrained
 from m7mlx.errors import InputError, M7Error, RunError
 from m7mlx.generate import check_prompt, stream_generate
 from m7mlx.link import connect
@@ -165,7 +165,9 @@ class Leader:
 
     def step(self) -> tuple[list[Event], bool]:
         self._channel.tell({"do": "step"})
-        return self._scheduler.step()
+        events, more = self._scheduler.step()
+        ended = [self.cancel(number) for number in self._scheduler.broken()]
+        return events + [event for event in ended if event], more
 
 
 def seeded(request: Request) -> Request:
@@ -176,8 +178,7 @@ def seeded(request: Request) -> Request:
 
 
 def dump(request: Request) -> dict[str, Any]:
-    """A request as JSON: the inverse of `_request`."""
-    constraint = request.constraint
+    """A request as JSON: the inverse of `_request`. Its grammar stays here: the others take this rank's tokens."""
     return {
         "ids": list(request.ids),
         "max_tokens": request.max_tokens,
@@ -186,12 +187,11 @@ def dump(request: Request) -> dict[str, Any]:
         "at_start": request.at_start,
         "logit_bias": list(request.logit_bias.items()),
         "logprobs": request.logprobs,
-        "grammar": None if constraint is None else {"schema": constraint.schema},
+        "constrained": request.constraint is not None,
     }
 
 
-def _request(told: dict[str, Any], tokenizer: Tokenizer) -> Request:
-    grammar = told["grammar"]
+def _request(told: dict[str, Any]) -> Request:
     return Request(
         told["ids"],
         Sampling(**told["sampling"]),
@@ -200,7 +200,7 @@ def _request(told: dict[str, Any], tokenizer: Tokenizer) -> Request:
         told["at_start"],
         dict(told["logit_bias"]),
         told["logprobs"],
-        None if grammar is None else json_constraint(tokenizer, grammar["schema"]),
+        Unconstrained() if told["constrained"] else None,
     )
 
 
@@ -214,7 +214,7 @@ def follow(world: World, name: str | Path) -> None:
             case "serve":
                 scheduler = Scheduler(model, tokenizer, **told)
             case "add" if scheduler:
-                scheduler.admit(_request(told, tokenizer), told["max_tokens"])
+                scheduler.admit(_request(told), told["max_tokens"])
             case "cancel" if scheduler:
                 scheduler.cancel(told["number"])
             case "step" if scheduler:
@@ -224,7 +224,7 @@ def follow(world: World, name: str | Path) -> None:
 
 
 def _answer(model: Mistral, tokenizer: Tokenizer, told: dict[str, Any]) -> None:
-    request, cache = _request(told, tokenizer), model.new_cache(**told["cache"])
+    request, cache = _request(told), model.new_cache(**told["cache"])
     room = check_prompt(model, request.ids, cache)
     if room is not None and (request.max_tokens is None or request.max_tokens > room):
         raise RunError(f"this machine's memory holds {room} tokens of the answer, not {request.max_tokens}")

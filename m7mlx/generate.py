@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from m7mlx.cache import RollingCache
 from m7mlx.chat import Message
-from m7mlx.constrain import Constraint
+from m7mlx.constrain import CUT, Constraint
 from m7mlx.decode import decode, default_chunk, prefill, reuse
 from m7mlx.errors import InputError, PromptTooLongError, TokenizerError
 from m7mlx.memory import positions_that_fit
@@ -131,7 +131,9 @@ def stream_generate(
         raise InputError("a model that is divided among processes is not speculated on")
     if constraint is not None and (drafter is not None or continues):
         raise InputError("an answer that follows a grammar is neither speculated on nor gone on with")
-    sampler = Sampler(sampling or Sampling(), constraint=constraint, agree=model.agree)
+    sampler = Sampler(
+        sampling or Sampling(), constraint=constraint, vocab_size=tokenizer.vocab_size, agree=model.agree
+    )
     sampler.see(ids, chosen=len(continues))
     limit = room if max_tokens is None else max_tokens if room is None else min(max_tokens, room)
     return _stream(
@@ -176,6 +178,9 @@ def _stream(
             break
         shown = stop.add(text.add(token))
         if stop.found:
+            if sampler.constraint is not None and not sampler.constraint.is_complete:
+                decoded.close()
+                raise InputError(CUT)
             finish, last = "stop", shown
             break
         if shown:

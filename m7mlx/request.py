@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from m7mlx.cache import RollingCache
-from m7mlx.constrain import Constraint
-from m7mlx.errors import M7Error
+from m7mlx.constrain import CUT, Constraint
+from m7mlx.errors import InputError
 from m7mlx.generate import StopFilter
 from m7mlx.model import Mistral
 from m7mlx.sampling import Sampler, Sampling, TokenScores
@@ -73,11 +73,13 @@ class Answer:
     ) -> None:
         self.number, self.limit = number, limit
         self.ids = list(request.ids)
+        self._constraint = request.constraint
         self.sampler = Sampler(
             request.sampling,
             bias=request.logit_bias,
             constraint=request.constraint,
             logprobs=request.logprobs,
+            vocab_size=tokenizer.vocab_size,
             agree=model.agree,
         )
         self.sampler.see(self.ids)
@@ -87,7 +89,7 @@ class Answer:
         self.reused = self.generated = 0
         self.added = time.perf_counter()
         self.first = 0.0
-        self.error: M7Error | None = None  # its grammar has failed
+        self.error: Exception | None = None  # its grammar has failed
 
     def take(self, token: int) -> Event:
         """The event of one more token."""
@@ -101,6 +103,8 @@ class Answer:
             return self.end("stop", ids=(token,))
         shown = self.stop.add(self.text.add(token))
         if self.stop.found:
+            if self._constraint is not None and not self._constraint.is_complete:
+                self.error = self.error or InputError(CUT)
             return self.end("stop", shown, (token,))
         if self.generated == self.limit:
             return self.end("length", shown, (token,))
@@ -115,5 +119,9 @@ class Answer:
             first_token=(self.first or now) - self.added,
             whole=now - self.added,
         )
-        shown = text + self.stop.finish(self.text.finish())
+        shown = text if reason == "failed" else text + self.stop.finish(self.text.finish())
         return Event(self.number, shown, ids, reason=reason, error=error, usage=usage)
+
+    def fail(self, error: Exception) -> Event:
+        """Its last event, where it cannot go on."""
+        return self.end("failed", error=error)

@@ -93,6 +93,7 @@ class Sampler:
     bias        added to the logits of some ids
     constraint  what the answer must follow (`m7mlx.constrain`): then each token is read before the next is chosen
     logprobs    score this many alternatives to each token, besides itself, in `scores`; None for none
+    vocab_size  that of the tokenizer: ids from there on, which padded embeddings have, are never chosen
     agree       makes of tokens [B] those that are taken, where several processes choose (`Mistral.agree`)
     """
 
@@ -103,10 +104,11 @@ class Sampler:
         bias: Mapping[int, float] | None = None,
         constraint: Constraint | None = None,
         logprobs: int | None = None,
+        vocab_size: int | None = None,
         agree: Callable[[mx.array], mx.array] = lambda tokens: tokens,
     ) -> None:
-        self.sampling, self._bias, self._constraint = sampling, bias, constraint
-        self._logprobs, self._agree = logprobs, agree
+        self.sampling, self._bias, self.constraint = sampling, bias, constraint
+        self._logprobs, self._vocab_size, self._agree = logprobs, vocab_size, agree
         self.scores: deque[Scores] = deque()  # of the tokens chosen and not yet taken from here
         self._last: mx.array | None = None  # chosen, and not yet told to the constraint
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
@@ -117,7 +119,7 @@ class Sampler:
     @property
     def is_greedy(self) -> bool:
         """Whether it takes the most probable token, and needs to know nothing else."""
-        plain = not self._bias and self._constraint is None and self._logprobs is None
+        plain = not self._bias and self.constraint is None and self._logprobs is None
         return plain and self.sampling.temperature == 0 and self._recent is None
 
     def see(self, ids: Sequence[int], chosen: int = 0) -> None:
@@ -129,13 +131,14 @@ class Sampler:
 
     def __call__(self, logits: mx.array) -> mx.array:  # [B, vocab_size] → ids [B], with B = 1
         s, unchanged = self.sampling, logits
+        logits = known(logits, self._vocab_size)
         if self._bias:
             ids, values = mx.array(list(self._bias)), mx.array(list(self._bias.values()), logits.dtype)
             logits = mx.array(logits)
             logits[:, ids] += values
         if self._recent is not None:
             logits = penalize(logits, self._recent, s.repetition_penalty)
-        if self._constraint is not None:
+        if self.constraint is not None:
             logits = self._constrained(logits)
         if s.temperature == 0:
             token = mx.argmax(logits, axis=-1)
@@ -143,7 +146,7 @@ class Sampler:
             key = mx.random.key((self._seed + self._count) % (1 << 64))
             token = mx.random.categorical(filtered_logprobs(logits, s) / s.temperature, key=key)
         token = self._agree(token)
-        if self._constraint is not None:
+        if self.constraint is not None:
             self._last = token
         if self._logprobs is not None:
             self.scores.append(_scores(unchanged, token, self._logprobs))
@@ -151,16 +154,16 @@ class Sampler:
         return token
 
     def _constrained(self, logits: mx.array) -> mx.array:
-        assert self._constraint is not None
+        assert self.constraint is not None
         mx.async_eval(logits)  # under way while the grammar thinks
         if self._last is not None:
-            self._constraint.accept(self._last.item())  # type: ignore[arg-type]
-        return mx.where(self._constraint.mask(logits.shape[-1]), logits, -mx.inf)
+            self.constraint.accept(self._last.item())  # type: ignore[arg-type]
+        return mx.where(self.constraint.mask(logits.shape[-1]), logits, -mx.inf)
 
     def preview(self, logits: mx.array, draft: Sequence[int]) -> mx.array:  # [1, L, vocab_size] → ids [L]
         """What would be chosen at each of L positions, had the L − 1 tokens of `draft` been chosen before."""
         if self.is_greedy:
-            return mx.argmax(logits[0], axis=-1)
+            return mx.argmax(known(logits[0], self._vocab_size), axis=-1)
         after, chosen = self.fork(), []
         for i in range(logits.shape[1]):
             chosen.append(after.fork()(logits[:, i]))
@@ -180,6 +183,11 @@ class Sampler:
         if self._recent is not None:
             context = self.sampling.repetition_context
             self._recent = mx.concatenate([self._recent, tokens.astype(mx.int32)])[-context:]
+
+
+def known(logits: mx.array, vocab_size: int | None) -> mx.array:
+    """Logits [..., ids] of the ids that a tokenizer of this size has; None keeps all."""
+    return logits if vocab_size is None or vocab_size >= logits.shape[-1] else logits[..., :vocab_size]
 
 
 def _scores(logits: mx.array, token: mx.array, n: int) -> Scores:

@@ -15,11 +15,12 @@ from m7mlx.batch import BatchCache
 from m7mlx.cache import RollingCache
 from m7mlx.compiled import step_of
 from m7mlx.decode import default_chunk, read_chunk, reuse, shared_start
-from m7mlx.errors import InputError, M7Error, TokenizerError
+from m7mlx.errors import InputError, TokenizerError
 from m7mlx.generate import StopFilter, check_prompt
 from m7mlx.memory import CHAT_SLACK
 from m7mlx.model import Mistral
 from m7mlx.request import Answer, Event, Request
+from m7mlx.sampling import known
 from m7mlx.tokenizer import Tokenizer
 
 _TURNS = 4  # prompts of which a chunk is read between two steps: more would stall the answers under way
@@ -56,6 +57,7 @@ class Scheduler:
         self._answers: list[Answer | None] = []  # by row of the batch; None where one has ended
         self._tokens = mx.array([0])  # chosen for each row, not yet read, nor in the batch
         self._kept: deque[RollingCache] = deque(maxlen=kept)
+        self._late: list[Event] = []  # of answers that ended outside of a step
         self._count = 0
 
     @property
@@ -73,7 +75,7 @@ class Scheduler:
             raise InputError(f"max_tokens must be at least 1, got {request.max_tokens}")
         StopFilter(request.stop)
         for token in request.logit_bias:
-            if not 0 <= token < self._model.config.vocab_size:
+            if not 0 <= token < min(self._model.config.vocab_size, self._tokenizer.vocab_size):
                 raise TokenizerError(f"logit_bias: token id {token} is outside the model's vocabulary")
         room = check_prompt(self._model, request.ids, self._new)
         return min((n for n in (room, request.max_tokens) if n is not None), default=None)
@@ -96,15 +98,20 @@ class Scheduler:
             self._reading.remove(answer)
         else:
             self._retire(self._answers.index(answer))
-            self._shrink()
-        return answer.end("cancelled")
+            self._late += self._shrink()
+        return answer.fail(answer.error) if answer.error else answer.end("cancelled")
+
+    def broken(self) -> list[int]:
+        """Numbers of answers that have failed and wait to be cancelled, where other processes must hear of it."""
+        return [a.number for a in self._answers if a is not None and a.error] if self._shared else []
 
     def step(self) -> tuple[list[Event], bool]:
         """One chunk of a prompt, one token of every answer; their events, and whether there is more to do."""
         events = self._read()
         if any(self._answers):
             events += self._decode()
-        return events, any(self.load)
+        late, self._late = self._late, []
+        return late + events, any(self.load)
 
     # --- prompts ----------------------------------------------------------------------------------------
 
@@ -127,10 +134,10 @@ class Scheduler:
                     self._reading.append(answer)
                 else:
                     self._join(answer, answer.sampler(logits))
-            except (M7Error, RuntimeError, MemoryError) as error:  # of this request alone
+            except Exception as error:  # of this request alone
                 if self._shared:
                     raise
-                events.append(answer.end("failed", error=error))
+                events.append(answer.fail(error))
         return events
 
     def _may_wait(self, answer: Answer) -> bool:
@@ -178,18 +185,38 @@ class Scheduler:
         """Into the row of one that has ended, or a new one."""
         cache, answer.cache = answer.cache, None
         assert cache is not None
+        mx.async_eval(token)
         if self._batch is None:
             self._batch, self._answers, self._tokens = BatchCache([cache]), [answer], token
-        elif None in self._answers:
-            row = self._answers.index(None)
-            self._batch.put(row, cache)
-            self._answers[row] = answer
-            self._tokens = mx.concatenate([self._tokens[:row], token, self._tokens[row + 1 :]])
+            return
+        others = list(range(len(self._answers)))
+        row = self._answers.index(None) if None in self._answers else len(others)
+        try:
+            self._batch.join(cache) if row == len(others) else self._batch.put(row, cache)
+            tokens = mx.concatenate([self._tokens[:row], token, self._tokens[row + 1 :]])
+            mx.async_eval(tokens)
+        except Exception:
+            self._keep(others)  # without what has come of it
+            raise
+        self._answers[row:] = [answer, *self._answers[row + 1 :]]
+        self._tokens = tokens
+
+    def _keep(self, rows: list[int]) -> None:
+        assert self._batch is not None
+        try:
+            self._batch.keep(rows)
+        except Exception as error:  # nobody knows what the batch holds now
+            self._late += self._lose(error)
         else:
-            self._batch.join(cache)
-            self._answers.append(answer)
-            self._tokens = mx.concatenate([self._tokens, token])
-        mx.async_eval(self._tokens)
+            self._answers, self._tokens = [self._answers[i] for i in rows], self._tokens[mx.array(rows)]
+
+    def _lose(self, error: Exception) -> list[Event]:
+        """End all answers of the batch, which has failed; their events."""
+        if self._shared:
+            raise error
+        lost = [answer for answer in self._answers if answer]
+        self._batch, self._answers = None, []
+        return [answer.fail(error) for answer in lost]
 
     def _decode(self) -> list[Event]:
         """The tokens chosen by the step before, and the next ones under way."""
@@ -199,54 +226,72 @@ class Scheduler:
             self._tokens = self._choose(self._step(tokens[:, None], batch)[:, -1])
             mx.async_eval(self._tokens)
             values: list[int] = tokens.tolist()  # type: ignore[assignment]
-        except (M7Error, RuntimeError, MemoryError) as error:  # of all that share the pass
-            if self._shared:
-                raise
-            lost = [answer for answer in self._answers if answer]
-            self._batch, self._answers = None, []
-            return [answer.end("failed", error=error) for answer in lost]
+        except Exception as error:  # of all that share the pass
+            return self._lose(error)
         events = []
         for row, (answer, value) in enumerate(zip(self._answers, values, strict=True)):
             batch.ids[row].append(value)
-            if answer is not None:
-                broken = answer.error
-                events.append(answer.end("failed", error=broken) if broken else answer.take(value))
-                if events[-1].reason is not None:
+            if answer is not None and (event := self._taken(answer, value)):
+                events.append(event)
+                if event.reason is not None:
                     self._retire(row)
-        self._shrink()
-        return events
+        return events + self._shrink()
+
+    def _taken(self, answer: Answer, token: int) -> Event | None:
+        """The event of one more token of an answer; what goes wrong with it is its own."""
+        try:
+            event = answer.take(token)
+        except Exception as error:
+            if self._shared:
+                raise
+            return answer.fail(error)
+        if answer.error is None:
+            return event
+        if self._shared and event.reason is None:
+            return None  # the other processes go on with it: it ends when it is cancelled on all of them
+        return answer.fail(answer.error)
 
     def _choose(self, logits: mx.array) -> mx.array:  # [B, vocab_size] → [B]
         answers = self._answers
+        size = self._tokenizer.vocab_size
         if all(a is None or a.sampler.is_greedy for a in answers):
-            return self._model.agree(mx.argmax(logits, axis=-1))
+            return self._model.agree(mx.argmax(known(logits, size), axis=-1))
         chosen = []
         for row, answer in enumerate(answers):
             likeliest = logits[row : row + 1]
             try:
                 chosen.append(answer.sampler(likeliest) if answer else mx.argmax(likeliest, axis=-1))
-            except M7Error as error:  # of this answer's grammar, and no other's
+            except Exception as error:  # of this answer's grammar, and no other's
                 assert answer is not None
                 answer.error = error
-                chosen.append(mx.argmax(likeliest, axis=-1))
+                chosen.append(self._model.agree(mx.argmax(known(likeliest, size), axis=-1)))
         return mx.concatenate(chosen)
 
     def _retire(self, row: int) -> None:
         """End the answer of a row, and keep its conversation in the place of those that it goes on from."""
         assert self._batch is not None
         self._answers[row] = None
-        if self._kept.maxlen:
+        if not self._kept.maxlen:
+            return
+        try:
             ended = self._batch.row(row)
             self._kept = deque([*(k for k in self._kept if not _goes_on(k, ended)), ended], self._kept.maxlen)
+        except Exception:  # it would have saved some reading, no more
+            if self._shared:
+                raise
 
-    def _shrink(self) -> None:
+    def _shrink(self) -> list[Event]:
         """Give up the rows of answers that have ended, once they cost more than laying the others out anew."""
         going = [i for i, answer in enumerate(self._answers) if answer]
-        if not going:
-            self._batch, self._answers = None, []
-        elif self._batch and (self._batch.outgrown(going) or self._deserted(going)):
-            self._batch.keep(going)
-            self._answers, self._tokens = [self._answers[i] for i in going], self._tokens[mx.array(going)]
+        try:
+            if not going:
+                self._batch, self._answers = None, []
+            elif self._batch and (self._batch.outgrown(going) or self._deserted(going)):
+                self._batch.keep(going)
+                self._answers, self._tokens = [self._answers[i] for i in going], self._tokens[mx.array(going)]
+        except Exception as error:
+            return self._lose(error)
+        return []
 
     def _deserted(self, going: list[int]) -> bool:
         return not self._waiting and not self._reading and len(going) <= len(self._answers) * 3 // 4

@@ -44,9 +44,9 @@ class Detokenizer:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("m7mlx.replace_bytes")
 
     def add(self, token: int) -> str:
-        """The text that `token` completes; "" for control ids and inside a multi-byte character."""
+        """The text that `token` completes; "" for ids without a text and inside a multi-byte character."""
         data = self._tokenizer.token_bytes(token)
-        if self._at_start and not self._tokenizer.is_control(token):
+        if self._at_start and token < self._tokenizer.vocab_size and not self._tokenizer.is_control(token):
             self._at_start = False
             if self._tokenizer.starts_with_space(token):
                 data = data[1:]
@@ -92,6 +92,10 @@ class Tokenizer(ABC):
     def _token_bytes(self, token: int) -> bytes: ...
 
     @abstractmethod
+    def library(self) -> tuple[str, bytes]:
+        """Name and data of what encodes texts, for another process: "sentencepiece" or "tokenizers"."""
+
+    @abstractmethod
     def starts_with_space(self, token: int) -> bool:
         """Whether decoding drops a leading space when `token` comes first."""
 
@@ -114,10 +118,15 @@ class Tokenizer(ABC):
         return self.control_ids().get(name)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes `token` stands for; none for control ids. Raises TokenizerError past the vocabulary."""
+        """The bytes `token` stands for; none for control ids, and for those that a padded embedding has besides.
+
+        Raises TokenizerError for what is no id.
+        """
+        if token >= self.vocab_size:
+            return b""
         if token not in self._bytes:
-            if not 0 <= token < self.vocab_size:
-                raise TokenizerError(f"token id {token} is outside the vocabulary of {self.vocab_size}")
+            if token < 0:
+                raise TokenizerError(f"{token} is not a token id")
             self._bytes[token] = b"" if self.is_control(token) else self._token_bytes(token)
         return self._bytes[token]
 
@@ -171,6 +180,9 @@ class SentencePieceTokenizer(Tokenizer):
         piece: str = self._model.id_to_piece(token)
         byte = _BYTE.fullmatch(piece) if self._model.is_byte(token) else None
         return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE, " ").encode()
+
+    def library(self) -> tuple[str, bytes]:
+        return "sentencepiece", self._model.serialized_model_proto()
 
     def starts_with_space(self, token: int) -> bool:
         return bool(self._model.id_to_piece(token).startswith(SPACE))

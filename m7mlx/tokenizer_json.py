@@ -95,6 +95,9 @@ class JsonTokenizer(Tokenizer):
         byte = _BYTE.fullmatch(piece)
         return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE, " ").encode()
 
+    def library(self) -> tuple[str, bytes]:
+        return "tokenizers", self._library.to_str().encode()
+
     def starts_with_space(self, token: int) -> bool:
         return (self._library.id_to_token(token) or "").startswith(SPACE)
 

@@ -2,128 +2,94 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import secrets
-import sys
 import time
-import traceback
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, Literal
 
-from m7mlx.constrain import Constraint, json_constraint
 from m7mlx.errors import InputError
 from m7mlx.request import Event, Request, Usage
 from m7mlx.sampling import Sampling
 from m7mlx.tokenizer import Tokenizer
 from m7mlx_server.choices import Choice
-from m7mlx_server.engine import BusyError, Prepare
+from m7mlx_server.engine import BusyError, LateError, Prepare, Prepared, report
 from m7mlx_server.guard import ApiError
 from m7mlx_server.schemas import ChatRequest, CompletionRequest, Generation, NamedTool
 from m7mlx_server.tools import MARK, calls_schema
 
-Ask = Callable[[Prepare], AsyncGenerator[Event, None]]
+Ask = Callable[[Prepare, int, float], AsyncGenerator[tuple[int, Event], None]]
 _RETRY_SECONDS = 5
 _SAMPLED = 0.7  # OpenAI's default is 1, which is too wild for models of this size
 
 
 class Answers:
-    """The answers to one request: `n` of them, each a request to the engine."""
+    """The answers to one request: `n` of them."""
 
     def __init__(
         self, tokenizer: Tokenizer, ask: Ask, body: ChatRequest | CompletionRequest, most: int | None, seconds: float
     ) -> None:
         """`ask` is the engine's; `most` tokens and `seconds` bound each answer."""
         self._tokenizer, self._ask, self._body, self._most = tokenizer, ask, body, most
-        self._until = asyncio.get_running_loop().time() + seconds
+        self._seconds = seconds
         self._is_chat = isinstance(body, ChatRequest)
         self._id = ("chatcmpl-" if self._is_chat else "cmpl-") + secrets.token_hex(12)
         self._created = int(time.time())
 
     async def whole(self) -> dict[str, Any]:
         """One object with all answers."""
-        try:
-            async with asyncio.timeout_at(self._until):
-                found = await asyncio.gather(*(self._collect(i) for i in range(self._body.n)))
-        except TimeoutError:
-            raise ApiError(504, "the answer took too long; ask for fewer tokens, or for a stream") from None
-        return self._envelope([choice for choice, _ in found], "") | {"usage": _usage([usage for _, usage in found])}
+        choices, usages = [self._choice(i) for i in range(self._body.n)], []
+        async with aclosing(self._events()) as events:
+            async for index, event in events:
+                choices[index].feed(event)
+                if event.usage:
+                    usages.append(event.usage)
+        return self._envelope([choice.whole() for choice in choices], "") | {"usage": _usage(usages)}
 
     async def stream(self) -> AsyncGenerator[str, None]:
         """Server-sent events. What fails before the first token raises; after it, it is an event of its own."""
-        events = self._merged()
         choices = [self._choice(i) for i in range(self._body.n)]
         usages: list[Usage] = []
         begun = False
         try:
-            async for index, event in events:
-                if not begun and self._is_chat:
-                    for choice in choices:
-                        yield self._sse(choice.role())
-                begun = True
-                if event.reason in ("failed", "cancelled"):
-                    yield f"data: {json.dumps(_error(event).body())}\n\n"
-                    return
-                if event.usage:
-                    usages.append(event.usage)
-                for chunk in choices[index].feed(event):
-                    yield self._sse(chunk)
-            if self._body.stream_options and self._body.stream_options.include_usage:
-                yield f"data: {json.dumps(self._envelope([], '.chunk') | {'usage': _usage(usages)})}\n\n"
-            yield "data: [DONE]\n\n"
-        except TimeoutError:
-            yield f"data: {json.dumps(ApiError(504, 'the answer took too long').body())}\n\n"
-        finally:
-            await events.aclose()
+            async with aclosing(self._events()) as events:
+                async for index, event in events:
+                    if not begun and self._is_chat:
+                        for choice in choices:
+                            yield self._sse(choice.role())
+                    begun = True
+                    if event.usage:
+                        usages.append(event.usage)
+                    for chunk in choices[index].feed(event):
+                        yield self._sse(chunk)
+        except ApiError as error:
+            if not begun:
+                raise
+            yield f"data: {json.dumps(error.body())}\n\n"
+            return
+        if self._body.stream_options and self._body.stream_options.include_usage:
+            yield f"data: {json.dumps(self._envelope([], '.chunk') | {'usage': _usage(usages)})}\n\n"
+        yield "data: [DONE]\n\n"
 
-    # --- the engine's side ------------------------------------------------------------------------------
-
-    def _prepare(self, index: int) -> Prepare:
-        return lambda tokenizer: _request(self._body, tokenizer, index, self._most)
-
-    async def _collect(self, index: int) -> tuple[dict[str, Any], Usage]:
-        choice = self._choice(index)
+    async def _events(self) -> AsyncGenerator[tuple[int, Event], None]:
+        """(number of the answer, event) of all answers as they come. Raises ApiError for what fails: then all end."""
         try:
-            async with aclosing(self._ask(self._prepare(index))) as events:
-                async for event in events:
-                    choice.feed(event)
+            async with aclosing(self._ask(self._prepare, self._body.n, self._seconds)) as events:
+                async for index, event in events:
+                    if event.reason in ("failed", "cancelled"):
+                        raise _error(event)
+                    yield index, event
         except BusyError as error:
-            raise _busy(error) from None
-        if event.reason in ("failed", "cancelled") or event.usage is None:
-            raise _error(event)
-        return choice.whole(), event.usage
+            raise ApiError(429, str(error), "rate_limit_exceeded", {"Retry-After": str(_RETRY_SECONDS)}) from None
+        except LateError as error:
+            raise ApiError(504, str(error)) from None
+        except InputError as error:
+            raise ApiError(400, str(error)) from None
 
-    async def _merged(self) -> AsyncGenerator[tuple[int, Event], None]:
-        """The events of all answers as they come. Raises ApiError for what fails before its first token."""
-        queue: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
-
-        async def pump(index: int) -> None:
-            try:
-                async with aclosing(self._ask(self._prepare(index))) as events:
-                    async for event in events:
-                        queue.put_nowait((index, event))
-            except BusyError as error:
-                queue.put_nowait((index, error))
-
-        tasks = [asyncio.create_task(pump(i)) for i in range(self._body.n)]
-        try:
-            going, begun = self._body.n, False
-            while going:
-                async with asyncio.timeout_at(self._until):
-                    index, event = await queue.get()
-                if isinstance(event, Exception):
-                    raise _busy(event)
-                if event.reason == "failed" and not begun:
-                    raise _error(event)
-                begun = True
-                going -= event.reason is not None
-                yield index, event
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+    def _prepare(self, tokenizer: Tokenizer) -> Prepared:
+        return _prepared(self._body, tokenizer, self._most)
 
     # --- the client's side ------------------------------------------------------------------------------
 
@@ -148,9 +114,9 @@ class Answers:
         return f"data: {json.dumps(self._envelope([choice], '.chunk'), ensure_ascii=False)}\n\n"
 
 
-def _request(body: ChatRequest | CompletionRequest, tokenizer: Tokenizer, index: int, most: int | None) -> Request:
-    """What the engine is asked for the `index`-th answer. Raises InputError for what the model cannot do."""
-    constraint: Constraint | None = None
+def _prepared(body: ChatRequest | CompletionRequest, tokenizer: Tokenizer, most: int | None) -> Prepared:
+    """What the engine is asked for. Raises InputError for what the model cannot do."""
+    schema: Mapping[str, Any] | None = None
     if isinstance(body, ChatRequest):
         tools = (
             [tool.model_dump(exclude_none=True) for tool in body.tools or []] if body.tool_choice != "none" else []
@@ -162,10 +128,10 @@ def _request(body: ChatRequest | CompletionRequest, tokenizer: Tokenizer, index:
         demanded = _demanded(body)
         if demanded is not None and mark is not None:
             ids = [*ids, mark]
-            constraint = json_constraint(tokenizer, calls_schema(demanded, body.parallel_tool_calls is not False))
+            schema = calls_schema(demanded, body.parallel_tool_calls is not False)
         elif body.response_format and body.response_format.type != "text":
             wanted_schema = body.response_format.json_schema
-            constraint = json_constraint(tokenizer, wanted_schema.schema_ if wanted_schema else None)
+            schema = wanted_schema.schema_ if wanted_schema else {"type": "object"}
         wanted, logprobs = (
             body.max_completion_tokens or body.max_tokens,
             (body.top_logprobs or 0) if body.logprobs else None,
@@ -175,16 +141,15 @@ def _request(body: ChatRequest | CompletionRequest, tokenizer: Tokenizer, index:
         ids = tokenizer.encode(text, add_bos=tokenizer.add_bos) if isinstance(text, str) else list(text)
         wanted, logprobs = body.max_tokens or 16, body.logprobs  # 16 is OpenAI's default
     limits = [n for n in (wanted, most) if n is not None]
-    return Request(
+    request = Request(
         ids,
-        _sampling(body, index),
-        min(limits, default=None),
-        [body.stop] if isinstance(body.stop, str) else body.stop or [],
+        max_tokens=min(limits, default=None),
+        stop=[body.stop] if isinstance(body.stop, str) else body.stop or [],
         at_start=isinstance(body, ChatRequest),
         logit_bias={int(token): value for token, value in (body.logit_bias or {}).items()},
         logprobs=logprobs,
-        constraint=constraint,
     )
+    return Prepared([replace(request, sampling=_sampling(body, i)) for i in range(body.n)], schema)
 
 
 def _demanded(body: ChatRequest) -> list[dict[str, Any]] | None:
@@ -223,10 +188,6 @@ def _usage(usages: Sequence[Usage]) -> dict[str, Any]:
     }
 
 
-def _busy(error: Exception) -> ApiError:
-    return ApiError(429, str(error), "rate_limit_exceeded", {"Retry-After": str(_RETRY_SECONDS)})
-
-
 def _error(event: Event) -> ApiError:
     """Of a request that did not end well. What was not foreseen is not told to strangers."""
     if isinstance(event.error, InputError):
@@ -234,13 +195,8 @@ def _error(event: Event) -> ApiError:
         return ApiError(400, str(event.error), code)
     if event.reason == "cancelled":
         return ApiError(503, "the server is shutting down", "shutting_down")
+    if isinstance(event.error, LateError):
+        return ApiError(504, str(event.error))
     if event.error is not None:
         report(event.error)
     return ApiError(500, "the request failed on the way")
-
-
-def report(error: BaseException) -> None:
-    """For whoever runs the server: what failed and where, without its message, which could be of a conversation."""
-    places = traceback.extract_tb(error.__traceback__)[-3:]
-    where = " < ".join(f"{Path(place.filename).name}:{place.lineno}" for place in reversed(places))
-    print(f"m7mlx-serve: a request failed: {type(error).__name__} at {where}", file=sys.stderr)

@@ -22,8 +22,8 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from m7mlx_server.answers import Answers, report
-from m7mlx_server.engine import Engine
+from m7mlx_server.answers import Answers
+from m7mlx_server.engine import Engine, report
 from m7mlx_server.guard import ApiError, Guard
 from m7mlx_server.metrics import Counted, Metrics
 from m7mlx_server.openapi import PATHS, POSTS, document, page

@@ -97,5 +97,5 @@ def _scored(tokenizer: Tokenizer, token: int, scores: TokenScores) -> dict[str, 
 
 
 def _token(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
-    data = tokenizer.token_bytes(token) if token < tokenizer.vocab_size else b""
+    data = tokenizer.token_bytes(token)
     return {"token": data.decode("utf-8", "replace"), "logprob": max(logprob, -9999.0), "bytes": list(data)}

@@ -75,7 +75,7 @@ def _serve(args: argparse.Namespace) -> int | None:
     from m7mlx.distributed import join, run_rank
     from m7mlx.hub import resolve
     from m7mlx.memory import limit_memory
-    from m7mlx_server.engine import Engine, Limits, rows_memory
+    from m7mlx_server.engine import Engine, Limits, report, rows_memory
 
     for name, low in (("rows", 1), ("queue", 0), ("keep", 0)):
         if not low <= getattr(args, name) <= 1024:
@@ -95,7 +95,13 @@ def _serve(args: argparse.Namespace) -> int | None:
     world = join(args.parallel, lambda: ModelConfig.from_folder(folder))
     if world is not None and world.rank:
         return run_rank(world, folder)
-    engine = Engine(folder, limits, world)
+    listener: Listener | None = None
+
+    def stop() -> None:
+        if listener is not None:
+            listener.should_exit = True
+
+    engine = Engine(folder, limits, world, failed=stop)
     print(f"loading {args.model} …", file=sys.stderr)
     engine.start()
     most = rows_memory(engine.model, limits)
@@ -105,10 +111,15 @@ def _serve(args: argparse.Namespace) -> int | None:
     if world is not None:
         memory += f" in each of {world.size} processes ({world.part.mode} parallel)"
     print(f"m7mlx is at http://{args.host}:{bound.getsockname()[1]} · {memory} · Ctrl-C ends it", file=sys.stderr)
+    listener = Listener(server.app, engine.close)
     try:
-        Listener(server.app, engine.close).run(sockets=[bound])
+        if engine.alive:
+            listener.run(sockets=[bound])
     finally:
         engine.close()
+    if engine.failure is not None:
+        report(engine.failure)
+        raise RunError("the thread that computes has ended, which must not happen; start the server again")
     return None
 
 

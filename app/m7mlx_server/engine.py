@@ -7,19 +7,24 @@ is shared but numbers and events.
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
-from collections.abc import AsyncGenerator, Callable
+import time
+import traceback
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from m7mlx import load
 from m7mlx.channel import die
+from m7mlx.constrain import close_grammars, json_constraint
 from m7mlx.distributed import Leader, World
-from m7mlx.errors import RunError
+from m7mlx.errors import InputError, RunError
 from m7mlx.memory import CHAT_SLACK, cache_bytes
 from m7mlx.model import Mistral
 from m7mlx.request import Event, Request
@@ -27,11 +32,23 @@ from m7mlx.ring import KVFormat
 from m7mlx.scheduler import Scheduler
 from m7mlx.tokenizer import Tokenizer
 
-Prepare = Callable[[Tokenizer], Request]  # runs on a thread of its own, before the request is queued
+
+class Prepared(NamedTuple):
+    """Requests for several answers, and the JSON schema that all of them follow, if any."""
+
+    requests: Sequence[Request]
+    schema: Mapping[str, Any] | None = None
+
+
+Prepare = Callable[[Tokenizer], Prepared]  # runs on a thread of its own, before the requests are queued
 
 
 class BusyError(RunError):
     """As many requests wait as may wait."""
+
+
+class LateError(RunError):
+    """An answer took longer than it may."""
 
 
 @dataclass(frozen=True)
@@ -52,25 +69,35 @@ class Limits:
 class Engine:
     """Start it, then `ask` from any event loop; `close` ends what is under way."""
 
-    def __init__(self, folder: Path, limits: Limits, world: World | None = None) -> None:
-        """`world`, where the model is divided among processes, of which this is the first."""
-        self._folder, self._limits, self._world = folder, limits, world
+    def __init__(
+        self,
+        folder: Path,
+        limits: Limits,
+        world: World | None = None,
+        failed: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`world`, where the model is divided among processes, of which this is the first.
+
+        failed  called on the engine's thread if it ends without being asked to; `failure` then says why
+        """
+        self._folder, self._limits, self._world, self._on_failure = folder, limits, world, failed
+        self.failure: Exception | None = None
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._answers: dict[int, _Answer] = {}  # by the scheduler's numbers; the engine's thread alone
         self._open = 0  # requests asked and not ended; event loops alone, under the lock
         self._lock = threading.Lock()
         self._ready: threading.Event = threading.Event()
-        self._failed: Exception | None = None
         self._closing = False
         self._preparing = ThreadPoolExecutor(8, "m7mlx-prepare")
+        self._compiling = ThreadPoolExecutor(4, "m7mlx-grammar")  # nobody without a grammar waits for one
         self._thread = threading.Thread(target=self._run, name="m7mlx-engine", daemon=True)
 
     def start(self) -> None:
         """Load the model. Raises what `m7mlx.load` raises."""
         self._thread.start()
         self._ready.wait()
-        if self._failed is not None:
-            raise self._failed
+        if self.failure is not None:
+            raise self.failure
 
     @property
     def alive(self) -> bool:
@@ -88,47 +115,77 @@ class Engine:
         scheduler: Scheduler | Leader | None = self.__dict__.get("_scheduler")
         return scheduler.load[0] if scheduler else 0
 
-    async def ask(self, prepare: Prepare) -> AsyncGenerator[Event, None]:
-        """The events of a request, the last of which has a reason. Closing the iterator cancels it.
+    async def ask(
+        self, prepare: Prepare, n: int = 1, seconds: float = float("inf")
+    ) -> AsyncGenerator[tuple[int, Event], None]:
+        """(number of the answer, event) of `n` answers, as they come; the last event of each has a reason.
 
-        Raises BusyError at once; what `prepare` and the scheduler refuse comes as an event.
+        Closing the iterator cancels them all. Nothing of them goes on for longer than `seconds`.
+
+        Raises BusyError at once, and LateError; what `prepare`, grammar and scheduler refuse comes as an event.
         """
+        places = self._limits.rows + self._limits.queue
+        if n > places:
+            raise InputError(f"n: {n} answers at a time are more than the {places} that this server has places for")
         with self._lock:
-            if self._open >= self._limits.rows + self._limits.queue:
+            if self._open + n > places:
                 raise BusyError("too many requests are waiting; try again later")
-            self._open += 1
-        answer = _Answer(asyncio.get_running_loop())
+            self._open += n
+        events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        loop, until = asyncio.get_running_loop(), time.monotonic() + seconds
+        answers = [_Answer(loop, events, index, until) for index in range(n)]
         try:
-            try:
-                # Long prompts and large grammars take a while: nobody else waits for them.
-                request = await answer.loop.run_in_executor(self._preparing, prepare, self.tokenizer)
-            except Exception as error:
-                yield Event(0, reason="cancelled" if self._closing else "failed", error=error)
-                return
-            self._put(lambda: self._add(answer, request), answer)
-            while True:
-                event = await answer.events.get()
-                yield event
-                if event.reason is not None:
+            async with asyncio.timeout(None if seconds == float("inf") else seconds) as clock:
+                try:
+                    # Long prompts and large grammars take a while: nobody else waits for them.
+                    requests = await self._prepared(prepare)
+                except Exception as error:
+                    yield 0, Event(0, reason="cancelled" if self._closing else "failed", error=error)
                     return
+                for answer, request in zip(answers, requests, strict=True):
+                    self._put(answer, request)
+                going = n
+                while going:
+                    index, event = await events.get()
+                    going -= event.reason is not None
+                    yield index, event
+        except TimeoutError:
+            if not clock.expired():
+                raise
+            raise LateError(f"the answer took longer than {seconds:g} seconds; ask for fewer tokens") from None
         finally:
-            self._commands.put(lambda: self._drop(answer))
+            for answer in answers:
+                self._commands.put(lambda answer=answer: self._drop(answer))  # type: ignore[misc]
             with self._lock:
-                self._open -= 1
+                self._open -= n
+
+    async def _prepared(self, prepare: Prepare) -> list[Request]:
+        def constrained(prepared: Prepared) -> list[Request]:
+            return [
+                replace(r, constraint=json_constraint(self.tokenizer, prepared.schema)) for r in prepared.requests
+            ]
+
+        loop = asyncio.get_running_loop()
+        prepared = await loop.run_in_executor(self._preparing, prepare, self.tokenizer)
+        if prepared.schema is None:
+            return list(prepared.requests)
+        return await loop.run_in_executor(self._compiling, constrained, prepared)
 
     def close(self, timeout: float = 10.0) -> None:
         """Cancel what is under way and end the thread."""
         with self._lock:
             self._closing = True
         self._commands.put(lambda: None)
+        self._preparing.shutdown(wait=False, cancel_futures=True)
+        self._compiling.shutdown(wait=False, cancel_futures=True)
         self._thread.join(timeout)
-        self._preparing.shutdown(wait=False)
+        close_grammars()
 
-    def _put(self, command: Callable[[], None], answer: _Answer) -> None:
-        """… on the engine's thread; once that has ended, the request has ended too."""
+    def _put(self, answer: _Answer, request: Request) -> None:
+        """Hand a request to the engine's thread; once that has ended, the request has ended too."""
         with self._lock:
             if not self._closing:
-                self._commands.put(command)
+                self._commands.put(lambda: self._add(answer, request))
                 return
         answer.tell(Event(0, reason="cancelled"))
 
@@ -141,23 +198,25 @@ class Engine:
                 self.model, self.tokenizer = read(self._folder)
                 self._scheduler = self._scheduled()
             except Exception as error:
-                self._failed = error
+                self.failure = error
                 return
             finally:
                 self._ready.set()
             self._serve()
         except Exception as error:
-            if self._world is None:
-                raise
-            die(f"a pass failed: {' '.join(str(error).split())}")  # the others wait for its end
+            if self._world is not None:
+                die(f"a pass failed: {' '.join(str(error).split())}")  # the others wait for its end
+            self.failure = error
         finally:
             with self._lock:
                 self._closing = True  # if it was not asked to end
             while not self._commands.empty():
-                self._commands.get()()
+                self._do(self._commands.get())
             for answer in self._answers.values():
                 answer.tell(Event(0, reason="cancelled"))
             self._answers.clear()
+            if self.failure is not None:
+                self._on_failure()
             if self._world is not None:
                 self._world.close()
             self.__dict__.pop("model", None)
@@ -174,12 +233,28 @@ class Engine:
         while not self._closing:
             try:
                 while not self._closing:
-                    self._commands.get(block=not more)()
+                    self._do(self._commands.get(block=not more))
                     more = more or any(self._scheduler.load)
             except Empty:
                 pass
             events, more = self._scheduler.step()
             self._tell(events)
+            self._expire()
+
+    def _do(self, command: Callable[[], None]) -> None:
+        try:
+            command()
+        except Exception as error:  # of one answer, which has ended
+            if self._world is not None:
+                raise
+            report(error)
+
+    def _expire(self) -> None:
+        """End what has run out of time, whoever should have done so."""
+        now = time.monotonic()
+        for answer in [a for a in self._answers.values() if a.until < now]:
+            self._do(lambda answer=answer: self._drop(answer))  # type: ignore[misc]
+            answer.tell(Event(0, reason="failed", error=LateError("the answer took too long; ask for fewer tokens")))
 
     def _add(self, answer: _Answer, request: Request) -> None:
         try:
@@ -207,12 +282,17 @@ class Engine:
 
 
 class _Answer:
-    """Where the events of one request go."""
+    """Where the events of one answer go, and when it has to have ended (time.monotonic)."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.number = 0
-        self.events: asyncio.Queue[Event] = asyncio.Queue()
-        self.loop = loop
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        events: asyncio.Queue[tuple[int, Event]],
+        index: int,
+        until: float,
+    ) -> None:
+        self.number = 0  # the scheduler's
+        self.loop, self.events, self.index, self.until = loop, events, index, until
 
     def tell(self, event: Event) -> None:
         _on(self.loop, [(self, event)])
@@ -221,12 +301,19 @@ class _Answer:
 def _on(loop: asyncio.AbstractEventLoop, pairs: list[tuple[_Answer, Event]]) -> None:
     def put() -> None:
         for answer, event in pairs:
-            answer.events.put_nowait(event)
+            answer.events.put_nowait((answer.index, event))
 
     try:
         loop.call_soon_threadsafe(put)
     except RuntimeError:  # the loop has ended: nobody listens any more
         return
+
+
+def report(error: BaseException) -> None:
+    """For whoever runs the server: what failed and where, without its message, which could be of a conversation."""
+    places = traceback.extract_tb(error.__traceback__)[-3:]
+    where = " < ".join(f"{Path(place.filename).name}:{place.lineno}" for place in reversed(places))
+    print(f"m7mlx-serve: a request failed: {type(error).__name__} at {where}", file=sys.stderr)
 
 
 def rows_memory(model: Mistral, limits: Limits) -> int:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from m7mlx.request import Event, Request
+from m7mlx.errors import InputError
+from m7mlx.request import Event
 from m7mlx.tokenizer import Tokenizer
-from m7mlx_server.engine import BusyError, Engine, Prepare
+from m7mlx_server.engine import BusyError, Engine, Prepare, Prepared
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
@@ -49,40 +51,58 @@ class Metrics:
     def text(self) -> bytes:
         return generate_latest(self._registry)
 
-    async def ask(self, prepare: Prepare) -> AsyncGenerator[Event, None]:
+    async def ask(self, prepare: Prepare, n: int, seconds: float) -> AsyncGenerator[tuple[int, Event], None]:
         """`Engine.ask`, measured: an answer that its client leaves counts as far as it came."""
-        began = time.perf_counter()
-        first, prompt, generated, reason = 0.0, 0, 0, "left"
+        answers = [_Measured(time.perf_counter()) for _ in range(n)]
 
-        def prepared(tokenizer: Tokenizer) -> Request:
-            nonlocal prompt
-            request = prepare(tokenizer)
-            prompt = len(request.ids)
-            return request
+        def prepared(tokenizer: Tokenizer) -> Prepared:
+            found = prepare(tokenizer)
+            for answer, request in zip(answers, found.requests, strict=True):
+                answer.prompt = len(request.ids)
+            return found
 
         try:
-            async with aclosing(self._engine.ask(prepared)) as events:
-                async for event in events:
-                    generated += len(event.ids)
-                    if event.ids and not first:
-                        first = time.perf_counter()
-                        self._first.observe(first - began)
-                        self._prompt.inc(prompt)
-                    if event.reason is not None:
-                        reason = event.reason
-                        self._reused.inc(event.usage.reused_tokens if event.usage else 0)
-                    yield event
-        except BusyError:
-            reason = "refused"
+            async with aclosing(self._engine.ask(prepared, n, seconds)) as events:
+                async for index, event in events:
+                    self._seen(answers[index], event)
+                    yield index, event
+        except (BusyError, InputError):
+            for answer in answers:
+                answer.reason = "refused"
             raise
         finally:
-            now = time.perf_counter()
-            self._generated.inc(generated)
-            self._ended[reason].inc()
-            if first:
-                self._whole.observe(now - began)
-            if generated > 1:
-                self._each.observe((now - first) / (generated - 1))
+            for answer in answers:
+                self._ends(answer)
+
+    def _seen(self, answer: _Measured, event: Event) -> None:
+        answer.generated += len(event.ids)
+        if event.ids and not answer.first:
+            answer.first = time.perf_counter()
+            self._first.observe(answer.first - answer.began)
+            self._prompt.inc(answer.prompt)
+        if event.reason is not None:
+            answer.reason = event.reason
+            self._reused.inc(event.usage.reused_tokens if event.usage else 0)
+
+    def _ends(self, answer: _Measured) -> None:
+        now = time.perf_counter()
+        self._generated.inc(answer.generated)
+        self._ended[answer.reason].inc()
+        if answer.first:
+            self._whole.observe(now - answer.began)
+        if answer.generated > 1:
+            self._each.observe((now - answer.first) / (answer.generated - 1))
+
+
+@dataclass
+class _Measured:
+    """One answer so far; times by time.perf_counter."""
+
+    began: float
+    first: float = 0.0
+    prompt: int = 0
+    generated: int = 0
+    reason: str = "left"
 
 
 class Counted:

@@ -16,6 +16,8 @@ from typing import Any
 MARK = "[TOOL_CALLS]"
 _ID = string.ascii_letters + string.digits
 _SPACE = " \t\r\n"
+_NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # schemas by names
+_VALUES = ("const", "enum", "default", "examples")  # no schemas, whatever they hold
 
 
 def call_id() -> str:
@@ -24,18 +26,39 @@ def call_id() -> str:
 
 
 def calls_schema(functions: Sequence[Mapping[str, Any]], parallel: bool) -> dict[str, Any]:
-    """The JSON schema of a list of calls to these functions, at least one."""
+    """The JSON schema of a list of calls to these functions, at least one.
+
+    Each function's parameters are a definition of their own: what they refer to in themselves is found there.
+    """
     calls = [
         {
             "type": "object",
-            "properties": {"name": {"const": function["name"]}, "arguments": function["parameters"]},
+            "properties": {"name": {"const": function["name"]}, "arguments": {"$ref": f"#/$defs/{i}"}},
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }
-        for function in functions
+        for i, function in enumerate(functions)
     ]
     most = {} if parallel else {"maxItems": 1}
-    return {"type": "array", "items": {"anyOf": calls}, "minItems": 1, **most}
+    defs = {str(i): _moved(function["parameters"], f"#/$defs/{i}") for i, function in enumerate(functions)}
+    return {"type": "array", "items": {"anyOf": calls}, "minItems": 1, **most, "$defs": defs}
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """A schema whose references to itself (`#`, `#/…`) hold where it stands at `place` of another."""
+    if isinstance(schema, list):
+        return [_moved(item, place) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    moved: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in _NAMED and isinstance(value, Mapping):
+            moved[key] = {name: _moved(item, place) for name, item in value.items()}
+        elif key == "$ref" and isinstance(value, str) and value.startswith("#"):
+            moved[key] = place + value[1:]
+        elif key not in ("$id", "$schema"):
+            moved[key] = value if key in _VALUES else _moved(value, place)
+    return moved
 
 
 class CallReader:

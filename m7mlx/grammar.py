@@ -1,0 +1,125 @@
+"""JSON schemas → masks over ids, by llguidance: what a `Worker` runs for `m7mlx.constrain`, in a process of its own.
+
+A stranger's schema can take any time and memory, and overflow the library's stack. So none of it is ever prepared in
+the process that computes. Frames, all numbers in the machine's order:
+
+    setup                  JSON: the vocabulary (`vocabulary`)
+    "c" schema             prepare it; from here on this process is of this schema
+    "n" [number …]         begin an answer, once the numbered ones have been forgotten; its number
+    "t" number token       the answer goes on with it; whether it is complete, and as bits which ids may follow
+
+Each reply begins with "+", or is "-" and why not.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+from collections.abc import Callable
+from typing import Any
+
+NUMBER = struct.Struct("=I")
+STEP = struct.Struct("=Ii")  # answer, token; −1 for none
+_AT_ONCE = 1000  # places of a grammar that an answer may stand at
+
+
+def handler(setup: bytes) -> Callable[[bytes], bytes]:
+    """The function that answers frames, for a vocabulary."""
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    told = json.loads(setup)
+    return _Answers(LLTokenizer(TokenizerWrapper(_Vocabulary(told)), eos_token=told["eos"]), told["eos"])
+
+
+class _Answers:
+    """The answers under way that follow one schema."""
+
+    def __init__(self, vocabulary: Any, eos: list[int]) -> None:
+        self._vocabulary, self._eos = vocabulary, eos
+        self._beginning: Any = None
+        self._under_way: dict[int, Any] = {}
+        self._count = 0
+
+    def __call__(self, frame: bytes) -> bytes:
+        what, data = frame[:1], frame[1:]
+        try:
+            if what == b"c":
+                self._prepare(data.decode())
+                return b"+"
+            return b"+" + (self._begin(data) if what == b"n" else self._step(*STEP.unpack(data)))
+        except ValueError as error:
+            return b"-" + _one_line(error).encode()
+
+    def _prepare(self, schema: str) -> None:
+        from llguidance import LLMatcher, LLParserLimits
+
+        grammar = LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_flexible": False})
+        limits = LLParserLimits(max_items_in_row=_AT_ONCE, step_max_items=20 * _AT_ONCE)
+        matcher = LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits)
+        _check(matcher)
+        matcher.compute_bitmask()  # a schema that nothing fits shows here
+        _check(matcher)
+        self._beginning = matcher
+
+    def _begin(self, forgotten: bytes) -> bytes:
+        for (number,) in NUMBER.iter_unpack(forgotten):
+            self._under_way.pop(number, None)
+        self._count += 1
+        self._under_way[self._count] = self._beginning.deep_copy()
+        return NUMBER.pack(self._count)
+
+    def _step(self, number: int, token: int) -> bytes:
+        matcher = self._under_way[number]
+        if token >= 0 and token not in self._eos and not matcher.consume_token(token):
+            _check(matcher)
+            raise ValueError(f"the token {token} does not fit")
+        mask = matcher.compute_bitmask()
+        _check(matcher)  # an error looks like an end
+        if matcher.is_stopped():  # nothing but the end can follow
+            mask = bytearray(len(mask))
+            for end in self._eos:
+                mask[end // 8] |= 1 << end % 8
+        return bytes([matcher.is_accepting()]) + bytes(mask)
+
+
+class _Vocabulary:
+    """What llguidance wants to know of a tokenizer."""
+
+    def __init__(self, told: dict[str, Any]) -> None:
+        self.tokens = [bytes.fromhex(token) for token in told["tokens"]]
+        self.special_token_ids, self.eos_token_id, self.bos_token_id = told["special"], told["eos"][0], told["bos"]
+        self._encode = _encoder(told["library"], base64.b85decode(told["data"]))
+        self._after = "\n" if told["leading_space"] else ""  # sentencepiece would put a space before what comes first
+        self._before = len(self._encode(self._after)) if self._after else 0
+
+    def __call__(self, text: str) -> list[int]:
+        """Ids of a text in the middle of another."""
+        if not isinstance(text, str):
+            raise TypeError("bytes")  # llguidance asks whether it may give them
+        return self._encode(self._after + text)[self._before :]
+
+
+def _encoder(library: str, data: bytes) -> Callable[[str], list[int]]:
+    if library == "sentencepiece":
+        from sentencepiece import SentencePieceProcessor
+
+        encode: Callable[[str], list[int]] = SentencePieceProcessor(model_proto=data).encode
+        return encode
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(data.decode())
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _check(matcher: Any) -> None:
+    if matcher.is_error():
+        raise ValueError(matcher.get_error())
+
+
+def _one_line(error: object) -> str:
+    """llguidance's words for what a schema lacks; a panic's are of the library, and of no use to anybody."""
+    said = str(error).partition("<state>")[0]
+    if any(word in said for word in ("panic", "backtrace", "fuel")):
+        return "it is too complex"
+    return " ".join(said.replace("NoExtensionBias", "nothing fits it").split())[:300]
