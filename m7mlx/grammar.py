@@ -21,7 +21,8 @@ from typing import Any
 
 NUMBER = struct.Struct("=I")
 STEP = struct.Struct("=Ii")  # answer, token; −1 for none
-_AT_ONCE = 1000  # places of a grammar that an answer may stand at
+_AT_ONCE = 20_000  # places of a grammar that an answer may stand at; the clock ends what takes too long before
+_TOO_MUCH = ("panic", "backtrace", "fuel", "Parser Error")  # the library's own limits, in its own words
 
 
 def handler(setup: bytes) -> Callable[[bytes], bytes]:
@@ -118,8 +119,8 @@ def _check(matcher: Any) -> None:
 
 
 def _one_line(error: object) -> str:
-    """llguidance's words for what a schema lacks; a panic's are of the library, and of no use to anybody."""
+    """llguidance's words for what a schema lacks; those of its inside are of no use to anybody."""
     said = str(error).partition("<state>")[0]
-    if any(word in said for word in ("panic", "backtrace", "fuel")):
-        return "it is too complex"
+    if any(word in said for word in _TOO_MUCH):
+        return "it allows too much at once; make it simpler"
     return " ".join(said.replace("NoExtensionBias", "nothing fits it").split())[:300]

@@ -7,14 +7,18 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from conftest import small_config, small_model
+from conftest import random_weights, small_config, small_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import m7mlx.batch
+import m7mlx.request
+import m7mlx.sampling
 import m7mlx.scheduler
 from m7mlx import stream_generate
 from m7mlx.constrain import Constraint
 from m7mlx.errors import InputError, PromptTooLongError, RunError, TokenizerError
+from m7mlx.load import build
 from m7mlx.request import Event, Request
 from m7mlx.sampling import Sampling
 from m7mlx.scheduler import Scheduler
@@ -288,3 +292,95 @@ def test_a_grammar_that_fails_fails_its_own_answer(tokenizer: Tokenizer, monkeyp
     assert clients.answer(bad)[2] == "failed"
     assert "too complex" in str(clients.events[bad][-1].error)
     assert clients.answer(good) == alone(MODELS[7], tokenizer, Request(prompt(2, 5), max_tokens=9))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "lost"),
+    [
+        (m7mlx.request.Answer, "_taken", {"first"}),
+        (m7mlx.request.StopFilter, "add", {"first"}),
+        (m7mlx.sampling.Sampler, "__call__", {"second"}),
+        (m7mlx.batch.BatchCache, "row", set()),  # its conversation is not kept, that is all
+        (m7mlx.batch.BatchCache, "put", {"late"}),
+        (m7mlx.batch.BatchCache, "join", {"second"}),
+        (m7mlx.batch.BatchCache, "keep", {"second", "first"}),  # of all that are laid out anew
+    ],
+)
+def test_whatever_fails_ends_no_more_than_it_must(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, owner: type, name: str, lost: set[str]
+) -> None:
+    """One call of it fails, with an error that nobody foresees; the scheduler goes on, and answers as if alone."""
+    model = MODELS[7]
+    sampling = Sampling(temperature=0.8, seed=5)
+    asked = {
+        "first": Request(prompt(1, 5), sampling, 24, stop=("zzz",)),
+        "second": Request(prompt(2, 5), max_tokens=6),
+        "third": Request(prompt(4, 5), max_tokens=4),
+        "late": Request(prompt(3, 6), max_tokens=9),
+    }
+    expected = {key: alone(model, tokenizer, request) for key, request in asked.items()}
+    clients = Clients(Scheduler(model, tokenizer, rows=3))
+    real, broken = getattr(owner, name), [True]
+
+    def once(*args: Any, **options: Any) -> Any:
+        if broken:
+            broken.clear()
+            raise KeyError("nobody foresees this")
+        return real(*args, **options)
+
+    def breaks() -> None:
+        monkeypatch.setattr(owner, name, once)
+
+    numbers = {"first": clients.scheduler.add(asked["first"])}
+    clients.step()
+    if name != "keep" and name != "put":
+        breaks()
+    for key in ("second", "third"):
+        numbers[key] = clients.scheduler.add(asked[key])
+    if name == "keep":
+        breaks()
+    while not clients.events[numbers["third"]] or clients.events[numbers["third"]][-1].reason is None:
+        clients.step()
+    if name == "put":
+        breaks()
+    numbers["late"] = clients.scheduler.add(asked["late"])
+    clients.run()
+    assert not broken
+    for key, number in numbers.items():
+        if key in lost and clients.answer(number)[2] == "failed":
+            assert isinstance(clients.events[number][-1].error, KeyError)
+            lost = lost - {key}
+        else:
+            assert clients.answer(number) == expected[key], key
+    assert not lost or name == "keep"
+    again = clients.scheduler.add(asked["first"])
+    clients.run()
+    assert clients.answer(again) == expected["first"]
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(temperature=1.5, seed=1), Sampling(repetition_penalty=1.2)]
+)
+def test_ids_that_the_tokenizer_does_not_have_are_never_chosen(tokenizer: Tokenizer, sampling: Sampling) -> None:
+    config = small_config(vocab_size=32064, n_layers=1)
+    weights = random_weights(config)
+    weights["lm_head.weight"][32000:] *= 100  # they would win nearly always
+    model = build(config, {name: mx.array(array) for name, array in weights.items()})
+    for request in (
+        Request(prompt(1, 5), sampling, 20),
+        Request(prompt(2, 5), sampling, 20, logprobs=2, logit_bias={7: 1.0}),
+    ):
+        clients = Clients(Scheduler(model, tokenizer))
+        number, other = clients.scheduler.add(request), clients.scheduler.add(Request(prompt(3, 4), max_tokens=20))
+        clients.run()
+        for one in (number, other):
+            ids = clients.answer(one)[1]
+            assert ids and max(ids) < 32000
+    drafted = stream_generate(
+        model, tokenizer, prompt(1, 5), sampling=sampling, max_tokens=30, drafter=m7mlx.PromptLookup()
+    )
+    plain = stream_generate(model, tokenizer, prompt(1, 5), sampling=sampling, max_tokens=30)
+    ids = [i for piece in drafted for i in piece.ids]
+    assert ids == [i for piece in plain for i in piece.ids] and max(ids) < 32000
+    with pytest.raises(TokenizerError, match="logit_bias"):
+        Scheduler(model, tokenizer).add(Request([1], logit_bias={32001: 100.0}))

@@ -43,6 +43,10 @@ class Prepared(NamedTuple):
 Prepare = Callable[[Tokenizer], Prepared]  # runs on a thread of its own, before the requests are queued
 
 
+_SCHEMAS = 8  # requests whose schemas are prepared, or wait for that; more would take the places of others
+_LATE = "the answer took too long; ask for fewer tokens"
+
+
 class BusyError(RunError):
     """As many requests wait as may wait."""
 
@@ -84,6 +88,7 @@ class Engine:
         self.failure: Exception | None = None
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._answers: dict[int, _Answer] = {}  # by the scheduler's numbers; the engine's thread alone
+        self._schemas = 0  # requests that wait for one; event loops alone
         self._open = 0  # requests asked and not ended; event loops alone, under the lock
         self._lock = threading.Lock()
         self._ready: threading.Event = threading.Event()
@@ -139,6 +144,8 @@ class Engine:
                 try:
                     # Long prompts and large grammars take a while: nobody else waits for them.
                     requests = await self._prepared(prepare)
+                except BusyError:
+                    raise
                 except Exception as error:
                     yield 0, Event(0, reason="cancelled" if self._closing else "failed", error=error)
                     return
@@ -152,7 +159,7 @@ class Engine:
         except TimeoutError:
             if not clock.expired():
                 raise
-            raise LateError(f"the answer took longer than {seconds:g} seconds; ask for fewer tokens") from None
+            raise LateError(_LATE) from None
         finally:
             for answer in answers:
                 self._commands.put(lambda answer=answer: self._drop(answer))  # type: ignore[misc]
@@ -169,7 +176,13 @@ class Engine:
         prepared = await loop.run_in_executor(self._preparing, prepare, self.tokenizer)
         if prepared.schema is None:
             return list(prepared.requests)
-        return await loop.run_in_executor(self._compiling, constrained, prepared)
+        if self._schemas >= _SCHEMAS:
+            raise BusyError("too many JSON schemas are being prepared; try again later")
+        self._schemas += 1
+        try:
+            return await loop.run_in_executor(self._compiling, constrained, prepared)
+        finally:
+            self._schemas -= 1
 
     def close(self, timeout: float = 10.0) -> None:
         """Cancel what is under way and end the thread."""
@@ -254,7 +267,7 @@ class Engine:
         now = time.monotonic()
         for answer in [a for a in self._answers.values() if a.until < now]:
             self._do(lambda answer=answer: self._drop(answer))  # type: ignore[misc]
-            answer.tell(Event(0, reason="failed", error=LateError("the answer took too long; ask for fewer tokens")))
+            answer.tell(Event(0, reason="failed", error=LateError(_LATE)))
 
     def _add(self, answer: _Answer, request: Request) -> None:
         try:
