@@ -105,7 +105,7 @@ def check(out: Path, count: int, whole: Mistral, err: str, rounding: float) -> N
 def test_logits_are_those_of_one_process(folder: Path, tmp_path: Path, count: int) -> None:
     """Chunks, tokens across the wrap, a rollback, rows of a batch."""
     _, err = launched(count, RANKS, str(folder), str(tmp_path), "tensor,pipeline")
-    check(tmp_path, count, load_model(folder), err, 2e-6)
+    check(tmp_path, count, load_model(folder), err, 1e-5)  # sums in another order; how far apart depends on the BLAS
 
 
 def test_so_are_those_of_quantised_weights(quantised: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
