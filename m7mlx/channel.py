@@ -6,7 +6,6 @@ goes through sockets of our own: they sleep, and they close when a process ends.
 
 from __future__ import annotations
 
-import hmac
 import json
 import os
 import queue
@@ -14,10 +13,12 @@ import secrets
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from m7mlx.errors import RunError
+from m7mlx.handshake import AT_ONCE, greet, meet
 
 _SECONDS = 60.0  # for all to connect
 KEY_BYTES = 16
@@ -84,40 +85,45 @@ class Channel:
 def lead(size: int, address: str, publish: Callable[[int, bytes], object]) -> Channel:
     """The first rank's end, once all others have connected to where `publish` (port, key) tells them.
 
-    Raises RunError if they do not.
+    It listens at this one address. Raises RunError if it cannot, or if the others do not come.
     """
     key = secrets.token_bytes(KEY_BYTES)
     channel = Channel()
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.create_server((address, 0), family=family, backlog=size) as server:
+    try:
+        server = socket.create_server((address, 0), family=family, backlog=AT_ONCE)
+    except OSError as error:
+        raise RunError(
+            f"the first process cannot listen at {address} ({error.strerror}); M7MLX_FIRST_HOST names an address of "
+            "its machine"
+        ) from None
+    with server:
         publish(server.getsockname()[1], key)
-        server.settimeout(_SECONDS)
-        missing = set(range(1, size))
-        while missing:
-            try:
-                one, _ = server.accept()
-                one.settimeout(5)
-                given = _exactly(one, KEY_BYTES + 2)
-            except TimeoutError:
-                raise RunError(f"{len(missing)} of {size} processes did not come within {_SECONDS:.0f} s") from None
-            except OSError:
-                continue
-            rank = int.from_bytes(given[KEY_BYTES:], "big")
-            if not hmac.compare_digest(given[:KEY_BYTES], key) or rank not in missing:
-                one.close()  # a stranger
-                continue
-            missing.discard(rank)
+        for rank, one in meet(server, size, key, _SECONDS).items():
             channel._add(one, rank)
     return channel
 
 
 def follow(rank: int, address: str, port: int, key: bytes) -> Channel:
-    """Another rank's end. Raises RunError where the first cannot be reached."""
-    try:
-        one = socket.create_connection((address, port), timeout=_SECONDS)
-        one.sendall(key + rank.to_bytes(2, "big"))
-    except OSError as error:
-        raise RunError(f"the first process cannot be reached at {address}:{port} ({error})") from None
+    """Another rank's end. Raises RunError where the first cannot be reached, or somebody else answers."""
+    until = time.monotonic() + _SECONDS
+    while True:
+        try:
+            one = socket.create_connection((address, port), timeout=max(until - time.monotonic(), 0.1))
+        except OSError as error:
+            raise RunError(f"the first process cannot be reached at {address}:{port} ({error})") from None
+        try:
+            one.settimeout(_SECONDS)
+            greet(one, rank, key)
+            break
+        except OSError as error:  # it had to make room, among many strangers
+            one.close()
+            if time.monotonic() > until:
+                raise RunError(f"the first process at {address}:{port} does not answer ({error})") from None
+            time.sleep(0.1)
+        except RunError:
+            one.close()
+            raise
     channel = Channel()
     channel._add(one, 0)
     return channel
@@ -135,13 +141,3 @@ def leave(status: int) -> NoReturn:
         if stream is not None:
             stream.flush()
     os._exit(status)
-
-
-def _exactly(one: socket.socket, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        more = one.recv(count - len(data))
-        if not more:
-            raise OSError("closed")
-        data += more
-    return data

@@ -129,14 +129,29 @@ def _channel(rank: int, size: int, group: mx.distributed.Group) -> Channel:
 
 
 def _first_address() -> str:
-    hosts = os.environ.get("MLX_HOSTFILE")
-    if hosts:
-        first = json.loads(Path(hosts).read_text())[0]
-        return str(first[0] if isinstance(first, list) else first).rpartition(":")[0].strip("[]")
+    """Where the first rank listens, and nowhere else: what M7MLX_FIRST_HOST says, or what started the processes.
+
+    Raises RunError where there is no such place.
+    """
+    name = os.environ.get("M7MLX_FIRST_HOST") or _given_address() or socket.gethostname()
+    try:
+        found = socket.getaddrinfo(name.strip("[]"), None, type=socket.SOCK_STREAM)
+        return str(min(found, key=lambda one: one[0] != socket.AF_INET)[4][0])
+    except (OSError, UnicodeError):
+        raise RunError(f"no machine is called {name!r}; M7MLX_FIRST_HOST names the first one's address") from None
+
+
+def _given_address() -> str:
+    if hosts := os.environ.get("MLX_HOSTFILE"):
+        try:
+            first = json.loads(Path(hosts).read_text())[0]
+            return str(first[0] if isinstance(first, list) else first).rpartition(":")[0]
+        except (OSError, ValueError, LookupError):
+            raise RunError(f"{hosts} does not list hosts as MLX's ring has them") from None
     for name in ("MLX_JACCL_COORDINATOR", "NCCL_HOST_IP"):
         if given := os.environ.get(name):
-            return given.rpartition(":")[0] or given
-    return socket.gethostbyname(os.environ.get("M7MLX_FIRST_HOST", socket.gethostname()))
+            return given.rpartition(":")[0] if "]" in given or given.count(":") == 1 else given
+    return ""
 
 
 # --- the scheduler of all ranks -------------------------------------------------------------------------------

@@ -14,7 +14,9 @@ from typing import Any
 
 import mistral_common
 import mlx.core as mx
+import needs
 import numpy as np
+import processes
 import pytest
 from mlx.utils import tree_flatten
 
@@ -29,6 +31,19 @@ MISTRAL_FILES = {
     "v2": "mistral_instruct_tokenizer_240216.model.v2",
     "v3": "mistral_instruct_tokenizer_240323.model.v3",
 }
+
+
+def pytest_configure() -> None:
+    processes.take_signals()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    needs.skip_without(item.iter_markers())
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if told := needs.summary(terminalreporter.stats.get("skipped", [])):
+        terminalreporter.write_line(told)
 
 
 def small_config(**changes: Any) -> ModelConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def test_the_demo_model_is_what_is_measured_by_default(
         return json.dumps(run_of(2.0))
 
     monkeypatch.setattr(cli, "_worker", answer)
+    monkeypatch.setattr("m7mlx_bench.engines.available", lambda name: True)  # no engine but the first runs here
     assert main(["--engines", "m7mlx,mlx-lm,mlx-lm rotating,transformers", "--rounds", "1", "--prompt", "8"]) == 0
     shown = capsys.readouterr().out
     assert [job.engine for job in jobs] == ["m7mlx", "mlx-lm", "transformers"]
@@ -104,7 +106,6 @@ def test_copies_for_peers_hold_the_same_numbers(tmp_path: Path) -> None:
     [
         (["demo", "--shape", "small"], "leave out either MODEL or the options"),
         (["--engines", "vllm"], "there is no engine 'vllm'; there are m7mlx, "),
-        (["--engines", "llama.cpp"], "llama.cpp is not installed"),
         (["--gguf", "/no/such.gguf"], "/no/such.gguf is not a file"),
         (["--plot", "figures.gif"], "a plot is a .png or .svg file"),
         (["--json", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),
@@ -124,6 +125,12 @@ def test_bad_input_is_one_line(options: list[str], reason: str, capsys: pytest.C
     said = capsys.readouterr().err
     assert reason in said
     assert len(said.splitlines()) == 1
+
+
+def test_an_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    assert main(["--engines", "llama.cpp"]) == 2
+    assert capsys.readouterr().err == "m7mlx-bench: error: llama.cpp is not installed: pip install llama-cpp-python\n"
 
 
 def test_a_worker_that_fails_says_why() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from m7mlx_chat.store import Store
+from processes import running
 
 CHAT = str(Path(sys.executable).parent / "m7mlx-chat")
 CAPITAL = "What is the capital of France?"
@@ -145,14 +146,11 @@ def test_debug_shows_the_traceback(model_folder: Path) -> None:
 
 def test_control_c_keeps_what_was_answered(model_folder: Path) -> None:
     command = [CHAT, "--model", str(model_folder), "-p", "x", "--max-tokens", "1000000"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL
-    ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
+    pipe = subprocess.PIPE
+    with running(command, stdout=pipe, stderr=pipe, stdin=subprocess.DEVNULL) as process:
         first = process.stdout.read(1)
         process.send_signal(signal.SIGINT)
-        rest, noise = process.stdout.read(), process.stderr.read()
+        rest, noise = process.communicate(timeout=60)
     assert process.returncode == 130
     assert first
     assert rest.endswith(b"\n")
@@ -291,8 +289,7 @@ def test_conversations_come_in_from_a_file(tmp_path: Path) -> None:
 def test_whatever_ends_it_what_was_said_is_kept(model_folder: Path, number: int) -> None:
     command = [CHAT, "--model", str(model_folder), "-p", "tell me", "--max-tokens", "1000000"]
     said = b""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        assert process.stdout is not None
+    with running(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         until = time.monotonic() + 3
         while time.monotonic() < until:
             said += process.stdout.read1(65536)

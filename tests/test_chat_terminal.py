@@ -14,13 +14,12 @@ from m7mlx_chat.store import Store
 from terminal import Terminal
 
 CHAT = str(Path(sys.executable).parent / "m7mlx-chat")
+pytestmark = pytest.mark.tmux
 CAPITAL = "What is the capital of France?"
 
 
 @pytest.fixture
 def terminal() -> Iterator[Callable[[str], Terminal]]:
-    if not shutil.which("tmux"):
-        pytest.skip("tmux is not installed")
     opened: list[Terminal] = []
 
     def open_terminal(command: str) -> Terminal:

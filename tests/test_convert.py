@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from m7mlx_convert.cli import main
 from m7mlx_convert.convert import convert
 from m7mlx_convert.scheme import Recipe
 from m7mlx_convert.writer import Piece, ShardWriter, Spec
+from processes import running
 from test_load import DAMAGE, shard
 
 from m7mlx import load
@@ -319,41 +320,31 @@ def large(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def started(large: Path, tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
-    """Start a conversion and wait until it writes weights."""
-    processes = []
-
-    def start() -> subprocess.Popen[str]:
-        tool = str(Path(sys.executable).parent / "m7mlx-convert")
-        command = [tool, str(large), "--mlx-path", str(tmp_path / "out"), "--q-bits", "3"]
-        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+def started(large: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A conversion that writes weights."""
+    tool = Path(sys.executable).parent / "m7mlx-convert"
+    command = [tool, large, "--mlx-path", tmp_path / "out", "--q-bits", "3"]
+    with running(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob(".out.partial-*/*.safetensors")):
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        return processes[-1]
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
+        yield process
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_cleans_up(started: Callable[[], subprocess.Popen[str]], tmp_path: Path, number: int) -> None:
-    process = started()
-    process.send_signal(number)
-    out, error = process.communicate(timeout=60)
-    assert (process.returncode, out, error) == (130, "", "")
+def test_a_signal_cleans_up(started: subprocess.Popen[str], tmp_path: Path, number: int) -> None:
+    started.send_signal(number)
+    out, error = started.communicate(timeout=60)
+    assert (started.returncode, out, error) == (130, "", "")
     assert [p.name for p in tmp_path.iterdir()] == ["large"]
 
 
 def test_a_killed_run_leaves_no_result_and_the_next_one_cleans_up(
-    started: Callable[[], subprocess.Popen[str]], large: Path, tmp_path: Path
+    started: subprocess.Popen[str], large: Path, tmp_path: Path
 ) -> None:
-    process = started()
-    process.kill()
-    process.communicate()
+    started.kill()
+    started.communicate(timeout=60)
     assert not (tmp_path / "out").exists()
     assert list(tmp_path.glob(".out.partial-*"))
     (tmp_path / f".out.partial-{os.getpid()}").mkdir()  # of a process that lives: ours

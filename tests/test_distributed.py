@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -11,6 +10,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import openai
 import pytest
 from conftest import small_config, write_folder
 from m7mlx_convert.cli import main as convert
+from processes import running
 from ranks import passes
 
 from m7mlx import Mistral, load, stream_generate
@@ -39,25 +40,21 @@ def user(text: str) -> list[Any]:
     return [{"role": "user", "content": text}]
 
 
-def launch(count: int, *command: str, **options: Any) -> subprocess.Popen[str]:
+def launch(count: int, *command: str) -> AbstractContextManager[subprocess.Popen[str]]:
     ring = ["-n", str(count), "--backend", "ring", "--starting-port", str(next(PORTS))]
     env = ["--env", "OPENBLAS_NUM_THREADS=1"]
-    return subprocess.Popen(
+    return running(
         [LAUNCH, *ring, *env, "--", sys.executable, *command],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **options,
     )
 
 
 def launched(count: int, *command: str) -> tuple[str, str]:
-    process = launch(count, *command)
-    try:
+    with launch(count, *command) as process:
         out, err = process.communicate(timeout=120)
-    finally:
-        process.kill()
     return out, err
 
 
@@ -108,7 +105,7 @@ def check(out: Path, count: int, whole: Mistral, err: str, rounding: float) -> N
 def test_logits_are_those_of_one_process(folder: Path, tmp_path: Path, count: int) -> None:
     """Chunks, tokens across the wrap, a rollback, rows of a batch."""
     _, err = launched(count, RANKS, str(folder), str(tmp_path), "tensor,pipeline")
-    check(tmp_path, count, load_model(folder), err, 2e-6)
+    check(tmp_path, count, load_model(folder), err, 1e-5)  # sums in another order; how far apart depends on the BLAS
 
 
 def test_so_are_those_of_quantised_weights(quantised: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,8 +150,7 @@ def address(process: subprocess.Popen[str]) -> str:
 def test_a_server_of_two_processes_and_a_rank_that_is_killed(folder: Path) -> None:
     """Answers of many at once are the library's; a client that leaves disturbs nobody; then one rank dies."""
     serve = ["-m", "m7mlx_server", "--model", str(folder), "--name", "m", "--port", "0", "--rows", "3"]
-    process = launch(2, *serve, start_new_session=True)
-    try:
+    with launch(2, *serve) as process:
         url = address(process)
         model, tokenizer = load(folder)
         questions = ["Hi", "Hello there, how are you?", "Why?", "What is this?"]
@@ -193,10 +189,6 @@ def test_a_server_of_two_processes_and_a_rank_that_is_killed(folder: Path) -> No
         assert "Traceback" not in err
         with pytest.raises(httpx.TransportError):
             httpx.get(f"{url}/health", timeout=5)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def ranks(process: subprocess.Popen[str]) -> list[int]:
@@ -207,17 +199,12 @@ def ranks(process: subprocess.Popen[str]) -> list[int]:
 
 def test_a_server_that_is_told_to_end_takes_the_others_along(folder: Path) -> None:
     serve = ["-m", "m7mlx_server", "--model", str(folder), "--port", "0", "--parallel", "pipeline"]
-    process = launch(2, *serve, start_new_session=True)
-    try:
+    with launch(2, *serve) as process:
         assert httpx.get(f"{address(process)}/health", timeout=30).json() == {"status": "ok"}
         first = next(p for p in ranks(process) if b"MLX_RANK=0" in Path(f"/proc/{p}/environ").read_bytes())
         os.kill(first, signal.SIGTERM)
         _, err = process.communicate(timeout=60)
         assert "error" not in err and "exited with code" not in err
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 @pytest.mark.parametrize(

@@ -113,11 +113,12 @@ def test_each_document_of_a_data_set_is_read_by_itself(tmp_path: Path, model_fol
     assert few["tokens"] == 31 and few["documents"] == 2  # each begins with a token that is not scored
 
 
+@pytest.mark.eval
 def test_parquet_and_stdin(tmp_path: Path, model_folder: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = figures(tmp_path, model_folder, "--text", text)
     monkeypatch.setattr(sys, "stdin", io.StringIO(TEXT * 3))
     assert figures(tmp_path, model_folder, "--text", "-") == plain | {"text": "-"}
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow
     from pyarrow import parquet
 
     table = tmp_path / "texts.parquet"

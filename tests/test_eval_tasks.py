@@ -17,10 +17,10 @@ import mlx.core as mx
 import pytest
 from conftest import random_weights, small_config, write_folder
 from eval_tasks import write_tasks
+from needs import require
 
-datasets = pytest.importorskip("datasets")
-pytest.importorskip("lm_eval")
-
+require("eval")
+import datasets  # noqa: E402
 import evaluate.config  # noqa: E402
 import huggingface_hub.constants  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
@@ -34,7 +34,10 @@ from m7mlx.errors import InputError  # noqa: E402
 from m7mlx.load import load  # noqa: E402
 from m7mlx.model import Mistral  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.eval,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +88,6 @@ def test_results_are_those_of_the_harness_for_hugging_face(
     kind: str, max_length: int | None, tmp_path: Path, tasks: Path, mistral_folder: Path, demo_model: Path
 ) -> None:
     """The same weights in float32: whole, and where everything is longer than what is seen."""
-    pytest.importorskip("accelerate")
     folder, more = mistral_folder, {"add_bos_token": True}  # which transformers takes from a file that is not there
     if kind == "tokenizer.json":
         more = {}

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 from conftest import small_config, write_folder
 from hub_server import Hub, serve
+from processes import running
 
 from m7mlx import hub as m7hub
 from m7mlx.errors import DiskError, NotFoundError
@@ -53,10 +55,10 @@ def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
     return os.environ | settings
 
 
-def start(hub: Hub, tmp_path: Path, name: str) -> subprocess.Popen[str]:
+def start(hub: Hub, tmp_path: Path, name: str) -> AbstractContextManager[subprocess.Popen[str]]:
     command = [sys.executable, "-c", CODE, name, "", "huggingface"]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment(hub, tmp_path), stdout=pipe, stderr=pipe, text=True)
+    return running(command, env=environment(hub, tmp_path), stdout=pipe, stderr=pipe, text=True)
 
 
 def resolve(
@@ -120,16 +122,14 @@ def fetched(hub: Hub) -> list[tuple[str, str]]:
 def test_a_killed_download_is_gone_on_with(hub: Hub, tmp_path: Path) -> None:
     """kill -9 in the middle: the next process asks for the rest only, and nothing is left over."""
     hub.slow = 0.005
-    process = start(hub, tmp_path, REPO)
-    parts: list[Path] = []
-    deadline = time.monotonic() + 60
-    while not parts or parts[0].stat().st_size < 1_000_000:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
-        parts = list((tmp_path / "hf").rglob("*.m7mlx-part"))
-    process.kill()
-    process.communicate()
+    with start(hub, tmp_path, REPO) as process:
+        parts: list[Path] = []
+        deadline = time.monotonic() + 60
+        while not parts or parts[0].stat().st_size < 1_000_000:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.01)
+            parts = list((tmp_path / "hf").rglob("*.m7mlx-part"))
     size = parts[0].stat().st_size
     hub.slow = 0
     hub.requests.clear()
@@ -156,10 +156,10 @@ def test_what_other_killed_downloads_left_is_removed_and_live_ones_are_not(hub: 
 
 def test_two_processes_fetch_once(hub: Hub, tmp_path: Path) -> None:
     hub.slow = 0.002
-    processes = [start(hub, tmp_path, REPO) for _ in range(2)]
-    for process in processes:
-        out, error = process.communicate(timeout=120)
-        assert "model.safetensors" in out, error
+    with start(hub, tmp_path, REPO) as one, start(hub, tmp_path, REPO) as other:
+        for process in (one, other):
+            out, error = process.communicate(timeout=120)
+            assert "model.safetensors" in out, error
     assert [name for name, _ in fetched(hub)].count("model.safetensors") == 1
 
 

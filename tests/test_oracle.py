@@ -12,13 +12,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import mistral_file
+from needs import require
 
-from m7mlx import load
-from m7mlx.decode import decode, prefill
-from m7mlx.sampling import Sampler, Sampling
+require("oracle")
+import torch  # noqa: E402
+import transformers  # noqa: E402
 
-torch = pytest.importorskip("torch", reason="the extra `oracle` is not installed")
-transformers = pytest.importorskip("transformers", reason="the extra `oracle` is not installed")
+from m7mlx import load  # noqa: E402
+from m7mlx.decode import decode, prefill  # noqa: E402
+from m7mlx.sampling import Sampler, Sampling  # noqa: E402
+
 pytestmark = [
     pytest.mark.oracle,
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),

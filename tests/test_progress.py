@@ -13,6 +13,7 @@ import pytest
 from conftest import small_config, write_folder
 from m7mlx_convert.cli import main
 from m7mlx_convert.progress import Reporter
+from processes import running
 
 
 def test_json_is_one_object_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,9 +49,7 @@ def test_a_terminal_gets_a_bar_and_a_pipe_none(tmp_path: Path) -> None:
     assert piped.stderr == ""
     ours, theirs = pty.openpty()
     environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100"}
-    with subprocess.Popen(
-        [*command, str(tmp_path / "b")], stdout=subprocess.DEVNULL, stderr=theirs, env=environment
-    ) as process:
+    with running([*command, tmp_path / "b"], stdout=subprocess.DEVNULL, stderr=theirs, env=environment) as process:
         os.close(theirs)
         shown = b""
         try:
@@ -58,8 +57,8 @@ def test_a_terminal_gets_a_bar_and_a_pipe_none(tmp_path: Path) -> None:
                 shown += data
         except OSError:  # Linux says so where the other side has gone
             pass
+        assert process.wait(60) == 0
     os.close(ours)
-    assert process.returncode == 0
     assert b"Converting" in shown
     assert b"Checking" in shown
 

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from conftest import random_weights, small_config, write_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from m7mlx_convert.writer import JOURNAL, Piece, ShardWriter, Spec
+from processes import running
 
 from m7mlx.errors import WeightsError
 
@@ -116,10 +116,8 @@ def test_kill_at_any_moment(tmp_path: Path) -> None:
     rng = random.Random(4)
     moments = [duration * (i + rng.random()) / 20 for i in range(20)]
     for moment in rng.sample(moments, 20):
-        process = subprocess.Popen(command(source, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        time.sleep(moment)
-        process.kill()
-        process.communicate()
+        with running(command(source, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
+            time.sleep(moment)
         if out.exists():
             assert expected.items() <= content(out).items()
             shutil.rmtree(out)
@@ -131,16 +129,14 @@ def test_kill_at_any_moment(tmp_path: Path) -> None:
 
 def killed_halfway(source: Path, out: Path) -> None:
     """Kill a run once it has written some of its tensors."""
-    process = subprocess.Popen(command(source, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while True:
-        journals = [path / JOURNAL for path in partial(out.parent)]
-        if journals and journals[0].is_file() and len(journals[0].read_text().splitlines()) > 10:
-            break
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    with running(command(source, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
+        deadline = time.monotonic() + 60
+        while True:
+            journals = [path / JOURNAL for path in partial(out.parent)]
+            if journals and journals[0].is_file() and len(journals[0].read_text().splitlines()) > 10:
+                break
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
 
 
 def test_the_next_run_takes_up_what_is_there(tmp_path: Path) -> None:
@@ -170,10 +166,8 @@ def test_a_source_that_changed_is_not_taken_up(tmp_path: Path) -> None:
 
 def test_two_runs_at_once_do_not_hurt_each_other(tmp_path: Path) -> None:
     source, out = model(tmp_path / "source"), tmp_path / "out"
-    runs = [subprocess.Popen(command(source, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
-    statuses = [process.wait(timeout=120) for process in runs]
-    for process in runs:
-        process.communicate()
+    with running(command(source, out)) as one, running(command(source, out)) as other:
+        statuses = [process.wait(timeout=120) for process in (one, other)]
     assert 0 in statuses
     assert not partial(tmp_path)
     digest = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=out, capture_output=True, check=False)

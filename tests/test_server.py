@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import signal
 import socket
@@ -21,6 +20,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from processes import running
 
 from m7mlx import Sampling, load, stream_generate
 
@@ -31,9 +31,7 @@ NAME = "small"
 def serving(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A server's address and its process."""
     command = [sys.executable, "-m", "m7mlx_server", "--model", str(folder), "--name", NAME, "--port", "0", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
-    assert process.stderr is not None
-    try:
+    with running(command, stderr=subprocess.PIPE, text=True) as process:
         said = ""
         for line in process.stderr:
             said += line
@@ -42,10 +40,6 @@ def serving(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen
                 break
         else:
             raise AssertionError(said)
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,7 @@ async def browsing(profile: Path) -> AsyncIterator[Page]:
         await browser.communicate()
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
+@pytest.mark.chromium
 async def test_a_chat_in_the_browser(model_folder: Path, tmp_path: Path) -> None:
     with serving(model_folder) as (url, _):
         async with browsing(tmp_path) as page:

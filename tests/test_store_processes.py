@@ -18,6 +18,7 @@ from m7mlx_chat import store as store_module
 from m7mlx_chat.store import Store
 from m7mlx_chat.store.instances import Instance
 from m7mlx_chat.store.rows import Node, Tree
+from processes import running
 from test_store import check_database
 
 from m7mlx.errors import RunError
@@ -80,13 +81,9 @@ sys.stdin.read()
 @contextmanager
 def program(script: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
     """A Python process of its own, dead when the block ends."""
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    with process:
-        try:
-            yield process
-        finally:
-            process.kill()
+    command = [sys.executable, "-c", script, *arguments]
+    with running(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
 
 
 def lines(process: subprocess.Popen[str]) -> Iterator[list[str]]:

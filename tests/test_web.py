@@ -13,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from processes import running
 
 CHAT = str(Path(sys.executable).parent / "m7mlx-chat")
 
@@ -23,15 +24,14 @@ def port(model_folder: Path) -> Iterator[int]:
         free.bind(("127.0.0.1", 0))
         number = free.getsockname()[1]
     command = [CHAT, "--web", "--port", str(number), "--model", str(model_folder), "--no-save"]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
-        try:
-            until = time.monotonic() + 60
-            while not answers(number):
-                assert time.monotonic() < until
-                time.sleep(0.1)
-            yield number
-        finally:
-            process.send_signal(signal.SIGINT)
+    with running(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        until = time.monotonic() + 60
+        while not answers(number):
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        yield number
+        process.send_signal(signal.SIGINT)
+        process.wait(30)
 
 
 def answers(port: int) -> bool:

@@ -140,7 +140,7 @@ def _check_plot(path: Path) -> None:
 
 
 def _engines(args: argparse.Namespace) -> list[str]:
-    from m7mlx_bench.engines import DEFAULT, ENGINES, available
+    from m7mlx_bench.engines import DEFAULT, ENGINES, available, packages
 
     if args.gguf and not args.gguf.is_file():
         raise InputError(f"{args.gguf} is not a file")
@@ -151,7 +151,7 @@ def _engines(args: argparse.Namespace) -> list[str]:
         if name not in ENGINES:
             raise InputError(f"there is no engine {name!r}; there are {', '.join(ENGINES)}")
         if not available(name):
-            raise InputError(f"{name} is not installed")
+            raise InputError(f"{name} is not installed: pip install {packages(name)}")
     if "llama.cpp" in asked and not args.gguf:
         raise InputError("llama.cpp reads GGUF files only; give one with --gguf")
     return list(dict.fromkeys(asked))

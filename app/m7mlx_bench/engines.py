@@ -272,7 +272,11 @@ ENGINES: dict[str, type[Engine]] = {
     "transformers bf16": TransformersHalf,
     "llama.cpp": LlamaCpp,
 }
-_NEEDS = {"mlx-lm": "mlx_lm", "transformers": "torch", "llama.cpp": "llama_cpp"}
+_NEEDS = {  # the start of an engine's name: what it imports, and what pip calls that
+    "mlx-lm": ("mlx_lm", "mlx-lm"),
+    "transformers": ("torch", "torch transformers"),
+    "llama.cpp": ("llama_cpp", "llama-cpp-python"),
+}
 
 
 DEFAULT = ("m7mlx", "mlx-lm", "mlx-lm rotating", "transformers", "transformers bf16", "llama.cpp")
@@ -282,5 +286,13 @@ def available(name: str) -> bool:
     """Whether the packages of an engine are installed."""
     import importlib.util
 
-    package = next((needed for start, needed in _NEEDS.items() if name.startswith(start)), "m7mlx")
-    return importlib.util.find_spec(package) is not None
+    return importlib.util.find_spec(_needs(name)[0]) is not None
+
+
+def packages(name: str) -> str:
+    """What `pip install` has to bring for an engine."""
+    return _needs(name)[1]
+
+
+def _needs(name: str) -> tuple[str, str]:
+    return next((needed for start, needed in _NEEDS.items() if name.startswith(start)), ("m7mlx", "m7mlx"))
