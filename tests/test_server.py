@@ -403,6 +403,7 @@ def test_ids_outside_the_vocabulary_never_reach_the_model(url: str) -> None:
         (json.dumps(CHAT).encode(), {"Origin": "null"}, 403),
         (b" " * (9 << 20), {}, 413),
         (b'"' + b"[" * 1000 + b'"', {}, 400),  # brackets in a string are no depth
+        (b'"' + b'\\"' * 100_000, {}, 400),  # a string without an end
     ],
 )
 def test_what_is_sent_is_bounded(url: str, body: bytes, headers: dict[str, str], status: int) -> None:

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from m7mlx.constrain import Constraint, json_constraint
-from m7mlx.errors import InputError
+from m7mlx.errors import InputError, PromptTooLongError
 from m7mlx.request import Event, Request, Usage
 from m7mlx.sampling import Sampling
 from m7mlx.tokenizer import Tokenizer
 from m7mlx_server.choices import Choice
 from m7mlx_server.engine import BusyError, Prepare
 from m7mlx_server.guard import ApiError
-from m7mlx_server.schemas import ChatRequest, CompletionRequest, Generation, NamedTool
+from m7mlx_server.reading import Asked, demanded
+from m7mlx_server.schemas import ChatRequest, Generation
 from m7mlx_server.tools import MARK, calls_schema
 
 Ask = Callable[[Prepare], AsyncGenerator[Event, None]]
@@ -32,13 +33,12 @@ _SAMPLED = 0.7  # OpenAI's default is 1, which is too wild for models of this si
 class Answers:
     """The answers to one request: `n` of them, each a request to the engine."""
 
-    def __init__(
-        self, tokenizer: Tokenizer, ask: Ask, body: ChatRequest | CompletionRequest, most: int | None, seconds: float
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, ask: Ask, asked: Asked, most: int | None, seconds: float) -> None:
         """`ask` is the engine's; `most` tokens and `seconds` bound each answer."""
-        self._tokenizer, self._ask, self._body, self._most = tokenizer, ask, body, most
+        self._tokenizer, self._ask, self._asked, self._most = tokenizer, ask, asked, most
+        self._body = asked.body
         self._until = asyncio.get_running_loop().time() + seconds
-        self._is_chat = isinstance(body, ChatRequest)
+        self._is_chat = isinstance(asked.body, ChatRequest)
         self._id = ("chatcmpl-" if self._is_chat else "cmpl-") + secrets.token_hex(12)
         self._created = int(time.time())
 
@@ -81,7 +81,7 @@ class Answers:
     # --- the engine's side ------------------------------------------------------------------------------
 
     def _prepare(self, index: int) -> Prepare:
-        return lambda tokenizer: _request(self._body, tokenizer, index, self._most)
+        return lambda tokenizer: _request(self._asked, tokenizer, index, self._most)
 
     async def _collect(self, index: int) -> tuple[dict[str, Any], Usage]:
         choice = self._choice(index)
@@ -131,7 +131,7 @@ class Answers:
         mark, forced = None, False
         tokenizer = self._tokenizer
         if isinstance(self._body, ChatRequest) and self._body.tools and self._body.tool_choice != "none":
-            mark, forced = tokenizer.control_id(MARK), _demanded(self._body) is not None
+            mark, forced = tokenizer.control_id(MARK), demanded(self._body) is not None
         return Choice(index, tokenizer, self._is_chat, mark, forced)
 
     def _envelope(self, choices: Sequence[dict[str, Any]], suffix: Literal["", ".chunk"]) -> dict[str, Any]:
@@ -148,21 +148,14 @@ class Answers:
         return f"data: {json.dumps(self._envelope([choice], '.chunk'), ensure_ascii=False)}\n\n"
 
 
-def _request(body: ChatRequest | CompletionRequest, tokenizer: Tokenizer, index: int, most: int | None) -> Request:
+def _request(asked: Asked, tokenizer: Tokenizer, index: int, most: int | None) -> Request:
     """What the engine is asked for the `index`-th answer. Raises InputError for what the model cannot do."""
     constraint: Constraint | None = None
+    body = asked.body
     if isinstance(body, ChatRequest):
-        tools = (
-            [tool.model_dump(exclude_none=True) for tool in body.tools or []] if body.tool_choice != "none" else []
-        )
-        mark = tokenizer.control_id(MARK)
-        if tools and mark is None:
-            raise InputError("this model's chat format has no tools; leave out tools")
-        ids = tokenizer.chat.encode([message.plain() for message in body.messages], tools)
-        demanded = _demanded(body)
-        if demanded is not None and mark is not None:
-            ids = [*ids, mark]
-            constraint = json_constraint(tokenizer, calls_schema(demanded, body.parallel_tool_calls is not False))
+        if (tools := demanded(body)) is not None:
+            functions = [tool.function.model_dump() for tool in tools]
+            constraint = json_constraint(tokenizer, calls_schema(functions, body.parallel_tool_calls is not False))
         elif body.response_format and body.response_format.type != "text":
             wanted_schema = body.response_format.json_schema
             constraint = json_constraint(tokenizer, wanted_schema.schema_ if wanted_schema else None)
@@ -171,12 +164,10 @@ def _request(body: ChatRequest | CompletionRequest, tokenizer: Tokenizer, index:
             (body.top_logprobs or 0) if body.logprobs else None,
         )
     else:
-        text = body.prompt
-        ids = tokenizer.encode(text, add_bos=tokenizer.add_bos) if isinstance(text, str) else list(text)
         wanted, logprobs = body.max_tokens or 16, body.logprobs  # 16 is OpenAI's default
     limits = [n for n in (wanted, most) if n is not None]
     return Request(
-        ids,
+        asked.ids,
         _sampling(body, index),
         min(limits, default=None),
         [body.stop] if isinstance(body.stop, str) else body.stop or [],
@@ -185,17 +176,6 @@ def _request(body: ChatRequest | CompletionRequest, tokenizer: Tokenizer, index:
         logprobs=logprobs,
         constraint=constraint,
     )
-
-
-def _demanded(body: ChatRequest) -> list[dict[str, Any]] | None:
-    """The functions one of which must be called; None where the model may answer otherwise."""
-    if isinstance(body.tool_choice, NamedTool):
-        name = body.tool_choice.function.name
-    elif body.tool_choice == "required":
-        name = None
-    else:
-        return None
-    return [tool.function.model_dump() for tool in body.tools or [] if name in (None, tool.function.name)]
 
 
 def _sampling(body: Generation, index: int) -> Sampling:
@@ -227,11 +207,16 @@ def _busy(error: Exception) -> ApiError:
     return ApiError(429, str(error), "rate_limit_exceeded", {"Retry-After": str(_RETRY_SECONDS)})
 
 
+def refusal(error: InputError) -> ApiError:
+    """Of what the model cannot do."""
+    code = "context_length_exceeded" if isinstance(error, PromptTooLongError) else None
+    return ApiError(400, str(error), code)
+
+
 def _error(event: Event) -> ApiError:
     """Of a request that did not end well. What was not foreseen is not told to strangers."""
     if isinstance(event.error, InputError):
-        code = "context_length_exceeded" if type(event.error).__name__ == "PromptTooLongError" else None
-        return ApiError(400, str(event.error), code)
+        return refusal(event.error)
     if event.reason == "cancelled":
         return ApiError(503, "the server is shutting down", "shutting_down")
     if event.error is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import re
 from collections.abc import Collection
 from typing import Any
 
@@ -19,13 +18,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BODY = 8 << 20  # bytes
 MAX_HEADERS, MAX_HEADER_BYTES = 100, 16 << 10
-MAX_DEPTH = 64  # of objects and lists in a body
 BODY_SECONDS = 30.0
 _ONCE = ("authorization", "content-type", "host", "origin")  # h11 sees to lengths
-_LARGE = 64 << 10  # looked through on a thread of its own
 _OPEN = ("/", "/page.js", "/page.css", "/health")  # without a key
-_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.S)
-_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 class ApiError(Exception):
@@ -46,7 +41,7 @@ class ApiError(Exception):
 
 
 class Guard:
-    """ASGI middleware: Host, Origin, key, content type, and a body that is bounded in size, depth and time.
+    """ASGI middleware: Host, Origin, key, content type, and a body that is bounded in size and time.
 
     posts  paths that bodies are sent to
     hosts  names that this server answers to, lower-case, without a port
@@ -96,8 +91,6 @@ class Guard:
                 body = await _read(receive)
         except TimeoutError:
             raise ApiError(408, f"the body did not come within {BODY_SECONDS:.0f} seconds") from None
-        if await asyncio.to_thread(_too_deep, body) if len(body) > _LARGE else _too_deep(body):
-            raise ApiError(400, f"the body nests deeper than {MAX_DEPTH} levels")
         return body
 
 
@@ -148,13 +141,3 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
-
-
-def _too_deep(body: bytes) -> bool:
-    """Whether the brackets of a JSON text, those in strings left out, nest deeper than they may."""
-    depth = 0
-    for byte in _STRINGS.sub(b"", body).translate(None, _NO_BRACKETS):
-        depth += 1 if byte in b"[{" else -1
-        if depth > MAX_DEPTH:
-            return True
-    return False
