@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-import sys
 import time
-import traceback
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any, Literal
 
 from m7mlx.constrain import Constraint, json_constraint
@@ -20,7 +17,7 @@ from m7mlx.sampling import Sampling
 from m7mlx.tokenizer import Tokenizer
 from m7mlx_server.choices import Choice
 from m7mlx_server.engine import BusyError, Prepare
-from m7mlx_server.guard import ApiError
+from m7mlx_server.guard import ApiError, report
 from m7mlx_server.reading import Asked, demanded
 from m7mlx_server.schemas import ChatRequest, Generation
 from m7mlx_server.tools import MARK, calls_schema
@@ -222,10 +219,3 @@ def _error(event: Event) -> ApiError:
     if event.error is not None:
         report(event.error)
     return ApiError(500, "the request failed on the way")
-
-
-def report(error: BaseException) -> None:
-    """For whoever runs the server: what failed and where, without its message, which could be of a conversation."""
-    places = traceback.extract_tb(error.__traceback__)[-3:]
-    where = " < ".join(f"{Path(place.filename).name}:{place.lineno}" for place in reversed(places))
-    print(f"m7mlx-serve: a request failed: {type(error).__name__} at {where}", file=sys.stderr)

@@ -19,9 +19,9 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from m7mlx.errors import InputError
-from m7mlx_server.answers import Answers, refusal, report
+from m7mlx_server.answers import Answers, refusal
 from m7mlx_server.engine import Engine
-from m7mlx_server.guard import ApiError, Guard
+from m7mlx_server.guard import ApiError, Guard, report
 from m7mlx_server.metrics import Counted, Metrics
 from m7mlx_server.openapi import PATHS, POSTS, document, page
 from m7mlx_server.reading import Asked, read

@@ -116,13 +116,14 @@ class Engine:
             with self._lock:
                 self._open -= 1
 
-    def close(self, timeout: float = 10.0) -> None:
-        """Cancel what is under way and end the thread."""
+    def close(self, timeout: float = 10.0) -> bool:
+        """Cancel what is under way and end the thread; whether it has ended."""
         with self._lock:
             self._closing = True
         self._commands.put(lambda: None)
         self._thread.join(timeout)
         self._preparing.shutdown(wait=False)
+        return not self._thread.is_alive()
 
     def _put(self, command: Callable[[], None], answer: _Answer) -> None:
         """… on the engine's thread; once that has ended, the request has ended too."""
