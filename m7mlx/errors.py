@@ -13,7 +13,11 @@
     └── RunError                   a sound request that failed on the way       exit status 1
         ├── DownloadError          network, wrong bytes
         ├── DiskError              full disk, no permission
-        └── RollbackError          more tokens than the cache's slack can undo
+        ├── RollbackError          more tokens than the cache's slack can undo
+        └── WorkerError            work for a stranger's input, in a process of its own, that was broken off
+            ├── WorkerTimeError    it took too long
+            ├── WorkerMemoryError  it took too much memory
+            └── WorkerDiedError    its process ended
 
 Each message is one line: the cause, then the mend. The command-line tools print it on stderr and leave
 with `exit_status`; a traceback is a bug (`--debug` shows it).
@@ -78,3 +82,19 @@ class DiskError(RunError):
 
 class RollbackError(RunError):
     """A rollback past the cache's slack; the cache is unchanged."""
+
+
+class WorkerError(RunError):
+    """Work for a stranger's input, in a process of its own, that was broken off."""
+
+
+class WorkerTimeError(WorkerError):
+    """The work took too long."""
+
+
+class WorkerMemoryError(WorkerError):
+    """The work took too much memory."""
+
+
+class WorkerDiedError(WorkerError):
+    """The process that did the work ended, or was ended."""
