@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 Version = Literal["v1", "v2", "v3"]
 ROLES = ("system", "user", "assistant", "tool")
+MAX_DEPTH = 64  # of lists and objects in what tools are given and give back
+_NESTED = (dict, list, tuple)
 
 
 class ChatFormat(ABC):
@@ -224,11 +226,30 @@ def _tools_json(tools: Sequence[Mapping[str, Any]]) -> str:
     return _json(written)
 
 
+def nests_deeper(value: Any, levels: int) -> bool:
+    """Whether lists and mappings nest deeper than so many levels; a level at a time, not going down into it."""
+    level = [value] if isinstance(value, _NESTED) else []
+    for _ in range(levels):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, _NESTED)
+        ]
+    return bool(level)
+
+
 def _parsed(value: Any) -> Any:
+    """JSON in a text → its value; other texts stay what they are. Raises ChatFormatError where it nests too deep."""
     try:
-        return json.loads(value) if isinstance(value, str) else value
+        value = json.loads(value) if isinstance(value, str) else value
+        if not nests_deeper(value, MAX_DEPTH):
+            return value
     except ValueError:
         return value
+    except RecursionError:
+        pass
+    raise ChatFormatError(f"a tool's arguments or its answer nest deeper than {MAX_DEPTH} levels")
 
 
 def _json(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import socket
 import threading
@@ -12,9 +13,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from m7mlx_server import guard, listen
-from test_server import serving
+from test_server import CHAT, ENDLESS, serving, settle
 
 HOST = b"Host: localhost\r\n"
 POST = b"POST /v1/completions HTTP/1.1\r\n" + HOST + b"Content-Type: application/json\r\n"
@@ -44,7 +46,49 @@ def get(path: bytes, headers: bytes = HOST, version: bytes = b"HTTP/1.1") -> byt
     return b"GET " + path + b" " + version + b"\r\n" + headers + b"\r\n"
 
 
+def host(name: bytes) -> bytes:
+    return get(b"/health", b"Host: " + name + b"\r\n")
+
+
 RAW: dict[str, tuple[bytes, int]] = {
+    **{
+        f"host {name.decode()}": (host(name), 200)
+        for name in (b"localhost", b"LOCALHOST:80", b"127.0.0.1:65535", b"[::1]", b"[::1]:8080")
+    },
+    **{
+        f"host {name.decode('latin-1')}": (host(name), 403)
+        for name in (
+            b"[::1]evil.example",
+            b"[::1]:80evil.example",
+            b"[::1",
+            b"::1",
+            b"localhost:abc",
+            b"localhost:80:80",
+            b"localhost:99999",
+            b"localhost:-1",
+            b"localhost:",
+            b":80",
+            b"",
+            b"evil@localhost",
+            b"localhost@evil",
+            b"localhost.",
+            b"localhost.evil.example",
+            b"localhost/",
+            b"localhost?",
+            b"local\xdfhost",
+            b"[localhost]",
+            b"localhost, evil.example",
+            b"127.0.0.1.",
+            b"127.1",
+            b"2130706433",
+            b"localhost\t:80",
+            b"localhost:\xb2",
+        )
+    },
+    "an origin of another kind": (get(b"/health", HOST + b"Origin: evil://localhost\r\n"), 403),
+    "its own origin": (get(b"/health", HOST + b"Origin: http://localhost\r\n"), 200),
+    "many short headers": (get(b"/health", HOST + b"x:\r\n" * 5000), 431),
+    "a header of many lines": (get(b"/health", HOST + b"x: y\r\n" + b" z\r\n" * 3000), 431),
     "two hosts": (get(b"/health", HOST + b"Host: evil.example\r\n"), 400),
     "no host": (get(b"/health", b""), 400),
     "1.0 without a host": (get(b"/health", b"", b"HTTP/1.0"), 403),
@@ -165,3 +209,99 @@ def test_one_connection_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
             raw.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert raw.recv(12) == b"HTTP/1.1 200"
     assert listen.most_connections() >= 16
+
+
+def test_small_answers_are_sent_at_once() -> None:
+    with listening() as (port, server), socket.create_connection(("127.0.0.1", port)):
+        wait_for(lambda: server.server_state.connections)
+        (connection,) = server.server_state.connections
+        accepted = connection.transport.get_extra_info("socket")
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def ask(**changes: Any) -> bytes:
+    """A POST in bytes."""
+    body = json.dumps(CHAT | changes).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\n" + HOST + b"Content-Type: application/json\r\n"
+    return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+def rest(raw: socket.socket) -> bytes:
+    said = b""
+    while more := raw.recv(1 << 16):
+        said += more
+    return said
+
+
+def test_who_has_closed_one_half_is_answered(port: int) -> None:
+    for data, answers in (
+        (ask(max_tokens=300, logit_bias={"2": -100}), 1),
+        (ask(max_tokens=5) + ask(max_tokens=5) + get(b"/health"), 3),
+        (ask(max_tokens=300, stream=True), 1),
+        (get(b"/health"), 1),
+    ):
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
+            raw.sendall(data)
+            raw.shutdown(socket.SHUT_WR)
+            said = rest(raw)  # and then it is closed
+        assert said.count(b"HTTP/1.1 200 OK") == answers
+        assert b"data: [DONE]" in said if b'"stream": true' in data else said.endswith(b"}")
+    for data in (ask()[:-1], CHUNKED + b"\r\n5\r\n{", b"GET /heal", b""):  # nothing that could be answered
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
+            raw.sendall(data)
+            raw.shutdown(socket.SHUT_WR)
+            assert rest(raw) == b""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_has_closed_one_half_and_leaves_is_noticed(port: int, stream: bool) -> None:
+    url = f"http://127.0.0.1:{port}"
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
+        raw.sendall(ask(**ENDLESS | {"stream": stream}))
+        raw.shutdown(socket.SHUT_WR)
+        settle(url, 1)
+    settle(url, 0)
+
+
+def test_chunks_of_one_byte_hold_nobody_up() -> None:
+    """Parsing a read of them takes a second. The bound is generous: here it is for those of all connections."""
+    chunked = (
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n"
+    )
+    with listening() as (port, _), ExitStack() as opened:
+        senders = []
+        for _ in range(8):
+            raw = opened.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60))
+            raw.sendall(chunked + b"\r\n")
+            data = b"1\r\n{\r\n" * 20_000 + b"0\r\n\r\n"
+            senders.append(threading.Thread(target=raw.sendall, args=(data,)))
+        for sender in senders:
+            sender.start()
+        worst = 0.0
+        for _ in range(20):
+            began = time.perf_counter()
+            with socket.create_connection(("127.0.0.1", port), timeout=60) as other:
+                other.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n")
+                assert answered(other)[0] == 415
+            worst = max(worst, time.perf_counter() - began)
+        for sender in senders:
+            sender.join()
+    assert worst < 1
+
+
+def test_more_connections_than_file_numbers(model_folder: Path) -> None:
+    """What cannot be served is told so, nothing is written of it, and others are served later on."""
+    with serving(model_folder, files=128) as (url, process), ExitStack() as opened:
+        port = int(url.rpartition(":")[2])
+        for _ in range(2):
+            with ExitStack() as many:
+                for _ in range(200):
+                    raw = many.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
+                    raw.setblocking(False)
+                time.sleep(1)
+            wait_for(lambda: httpx.get(f"{url}/health", timeout=5).status_code == 200)
+        opened.callback(process.kill)
+        assert httpx.post(f"{url}/v1/chat/completions", json=CHAT, timeout=20).status_code == 200
+        process.terminate()
+        assert process.stderr is not None and process.stderr.read() == ""
+        assert process.wait(30) == 0

@@ -28,9 +28,11 @@ NAME = "small"
 
 
 @contextmanager
-def serving(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """A server's address and its process."""
+def serving(folder: Path, *options: str, files: int | None = None) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A server's address and its process, which may have so many files."""
     command = [sys.executable, "-m", "m7mlx_server", "--model", str(folder), "--name", NAME, "--port", "0", *options]
+    if files is not None:
+        command = ["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh", *command]
     with running(command, stderr=subprocess.PIPE, text=True) as process:
         said = ""
         for line in process.stderr:
@@ -397,6 +399,7 @@ def test_ids_outside_the_vocabulary_never_reach_the_model(url: str) -> None:
         (json.dumps(CHAT).encode(), {"Origin": "null"}, 403),
         (b" " * (9 << 20), {}, 413),
         (b'"' + b"[" * 1000 + b'"', {}, 400),  # brackets in a string are no depth
+        (b'"' + b'\\"' * 100_000, {}, 400),  # a string without an end
     ],
 )
 def test_what_is_sent_is_bounded(url: str, body: bytes, headers: dict[str, str], status: int) -> None:
@@ -660,6 +663,31 @@ def test_a_port_that_is_taken(model_folder: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1
     assert "cannot be opened" in done.stderr.splitlines()[-1]
+    assert "loading" not in done.stderr
+
+
+def test_control_c_while_the_model_is_loaded(model_folder: Path) -> None:
+    """What loads is not waited for: a model may take minutes."""
+    program = f"""
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import m7mlx_server.engine
+from m7mlx_server.cli import main
+m7mlx_server.engine.load = lambda folder: time.sleep(60)
+sys.exit(main(["--model", {str(model_folder)!r}, "--port", "0"]))
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        assert process.stderr.readline().startswith("loading")
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+        assert process.stderr.read() == "m7mlx-serve: stopped while loading\n"
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
 
 
 @pytest.mark.demo

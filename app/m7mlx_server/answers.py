@@ -10,17 +10,18 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, Literal
 
-from m7mlx.errors import InputError
+from m7mlx.errors import InputError, PromptTooLongError
 from m7mlx.request import Event, Request, Usage
 from m7mlx.sampling import Sampling
 from m7mlx.tokenizer import Tokenizer
 from m7mlx_server.choices import Choice
-from m7mlx_server.engine import BusyError, LateError, Prepare, Prepared, report
-from m7mlx_server.guard import ApiError
-from m7mlx_server.schemas import ChatRequest, CompletionRequest, Generation, NamedTool
+from m7mlx_server.engine import BusyError, LateError, Prepared
+from m7mlx_server.guard import ApiError, report
+from m7mlx_server.reading import Asked, demanded
+from m7mlx_server.schemas import ChatRequest, Generation
 from m7mlx_server.tools import MARK, calls_schema
 
-Ask = Callable[[Prepare, int, float], AsyncGenerator[tuple[int, Event], None]]
+Ask = Callable[[Prepared, float], AsyncGenerator[tuple[int, Event], None]]
 _RETRY_SECONDS = 5
 _SAMPLED = 0.7  # OpenAI's default is 1, which is too wild for models of this size
 
@@ -28,13 +29,11 @@ _SAMPLED = 0.7  # OpenAI's default is 1, which is too wild for models of this si
 class Answers:
     """The answers to one request: `n` of them."""
 
-    def __init__(
-        self, tokenizer: Tokenizer, ask: Ask, body: ChatRequest | CompletionRequest, most: int | None, seconds: float
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, ask: Ask, asked: Asked, most: int | None, seconds: float) -> None:
         """`ask` is the engine's; `most` tokens and `seconds` bound each answer."""
-        self._tokenizer, self._ask, self._body, self._most = tokenizer, ask, body, most
-        self._seconds = seconds
-        self._is_chat = isinstance(body, ChatRequest)
+        self._tokenizer, self._ask, self._asked, self._most = tokenizer, ask, asked, most
+        self._body, self._seconds = asked.body, seconds
+        self._is_chat = isinstance(asked.body, ChatRequest)
         self._id = ("chatcmpl-" if self._is_chat else "cmpl-") + secrets.token_hex(12)
         self._created = int(time.time())
 
@@ -76,7 +75,7 @@ class Answers:
     async def _events(self) -> AsyncGenerator[tuple[int, Event], None]:
         """(number of the answer, event) of all answers as they come. Raises ApiError for what fails: then all end."""
         try:
-            async with aclosing(self._ask(self._prepare, self._body.n, self._seconds)) as events:
+            async with aclosing(self._ask(_prepared(self._asked, self._most), self._seconds)) as events:
                 async for index, event in events:
                     if event.reason in ("failed", "cancelled"):
                         raise _error(event)
@@ -88,16 +87,13 @@ class Answers:
         except InputError as error:
             raise ApiError(400, str(error)) from None
 
-    def _prepare(self, tokenizer: Tokenizer) -> Prepared:
-        return _prepared(self._body, tokenizer, self._most)
-
     # --- the client's side ------------------------------------------------------------------------------
 
     def _choice(self, index: int) -> Choice:
         mark, forced = None, False
         tokenizer = self._tokenizer
         if isinstance(self._body, ChatRequest) and self._body.tools and self._body.tool_choice != "none":
-            mark, forced = tokenizer.control_id(MARK), _demanded(self._body) is not None
+            mark, forced = tokenizer.control_id(MARK), demanded(self._body) is not None
         return Choice(index, tokenizer, self._is_chat, mark, forced)
 
     def _envelope(self, choices: Sequence[dict[str, Any]], suffix: Literal["", ".chunk"]) -> dict[str, Any]:
@@ -114,21 +110,14 @@ class Answers:
         return f"data: {json.dumps(self._envelope([choice], '.chunk'), ensure_ascii=False)}\n\n"
 
 
-def _prepared(body: ChatRequest | CompletionRequest, tokenizer: Tokenizer, most: int | None) -> Prepared:
-    """What the engine is asked for. Raises InputError for what the model cannot do."""
+def _prepared(asked: Asked, most: int | None) -> Prepared:
+    """What the engine is asked for."""
     schema: Mapping[str, Any] | None = None
+    body = asked.body
     if isinstance(body, ChatRequest):
-        tools = (
-            [tool.model_dump(exclude_none=True) for tool in body.tools or []] if body.tool_choice != "none" else []
-        )
-        mark = tokenizer.control_id(MARK)
-        if tools and mark is None:
-            raise InputError("this model's chat format has no tools; leave out tools")
-        ids = tokenizer.chat.encode([message.plain() for message in body.messages], tools)
-        demanded = _demanded(body)
-        if demanded is not None and mark is not None:
-            ids = [*ids, mark]
-            schema = calls_schema(demanded, body.parallel_tool_calls is not False)
+        if (tools := demanded(body)) is not None:
+            functions = [tool.function.model_dump() for tool in tools]
+            schema = calls_schema(functions, body.parallel_tool_calls is not False)
         elif body.response_format and body.response_format.type != "text":
             wanted_schema = body.response_format.json_schema
             schema = wanted_schema.schema_ if wanted_schema else {"type": "object"}
@@ -137,12 +126,10 @@ def _prepared(body: ChatRequest | CompletionRequest, tokenizer: Tokenizer, most:
             (body.top_logprobs or 0) if body.logprobs else None,
         )
     else:
-        text = body.prompt
-        ids = tokenizer.encode(text, add_bos=tokenizer.add_bos) if isinstance(text, str) else list(text)
         wanted, logprobs = body.max_tokens or 16, body.logprobs  # 16 is OpenAI's default
     limits = [n for n in (wanted, most) if n is not None]
     request = Request(
-        ids,
+        asked.ids,
         max_tokens=min(limits, default=None),
         stop=[body.stop] if isinstance(body.stop, str) else body.stop or [],
         at_start=isinstance(body, ChatRequest),
@@ -150,17 +137,6 @@ def _prepared(body: ChatRequest | CompletionRequest, tokenizer: Tokenizer, most:
         logprobs=logprobs,
     )
     return Prepared([replace(request, sampling=_sampling(body, i)) for i in range(body.n)], schema)
-
-
-def _demanded(body: ChatRequest) -> list[dict[str, Any]] | None:
-    """The functions one of which must be called; None where the model may answer otherwise."""
-    if isinstance(body.tool_choice, NamedTool):
-        name = body.tool_choice.function.name
-    elif body.tool_choice == "required":
-        name = None
-    else:
-        return None
-    return [tool.function.model_dump() for tool in body.tools or [] if name in (None, tool.function.name)]
 
 
 def _sampling(body: Generation, index: int) -> Sampling:
@@ -188,11 +164,16 @@ def _usage(usages: Sequence[Usage]) -> dict[str, Any]:
     }
 
 
+def refusal(error: InputError) -> ApiError:
+    """Of what the model cannot do."""
+    code = "context_length_exceeded" if isinstance(error, PromptTooLongError) else None
+    return ApiError(400, str(error), code)
+
+
 def _error(event: Event) -> ApiError:
     """Of a request that did not end well. What was not foreseen is not told to strangers."""
     if isinstance(event.error, InputError):
-        code = "context_length_exceeded" if type(event.error).__name__ == "PromptTooLongError" else None
-        return ApiError(400, str(event.error), code)
+        return refusal(event.error)
     if event.reason == "cancelled":
         return ApiError(503, "the server is shutting down", "shutting_down")
     if isinstance(event.error, LateError):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import math
-import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Collection
 from contextlib import asynccontextmanager
@@ -14,7 +11,6 @@ from importlib.resources import files
 from typing import Any, TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -22,17 +18,15 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from m7mlx_server.answers import Answers
-from m7mlx_server.engine import Engine, report
-from m7mlx_server.guard import ApiError, Guard
+from m7mlx.errors import InputError
+from m7mlx_server.answers import Answers, refusal
+from m7mlx_server.engine import Engine
+from m7mlx_server.guard import ApiError, Guard, report
 from m7mlx_server.metrics import Counted, Metrics
 from m7mlx_server.openapi import PATHS, POSTS, document, page
-from m7mlx_server.schemas import ChatRequest, CompletionRequest
+from m7mlx_server.reading import Asked, read
 
-_Body = TypeVar("_Body", bound=BaseModel)
 _Found = TypeVar("_Found")
-_SURROGATES = re.compile(rb"\\u[dD][89a-fA-F]")
-_LARGE = 64 << 10  # bytes of a body that is read on a thread of its own
 # The page's own script and style, and nothing from anywhere else.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
@@ -71,8 +65,7 @@ class Server:
         self._engine, self._served, self._started = engine, served, int(time.time())
         self._metrics = Metrics(engine)
         routes = [
-            Route("/v1/chat/completions", self._chat, methods=["POST"]),
-            Route("/v1/completions", self._completion, methods=["POST"]),
+            *(Route(path, self._answer, methods=["POST"]) for path in POSTS),
             Route("/v1/models", self._models),
             Route("/v1/models/{name:path}", self._model),
             Route("/health", self._health),
@@ -96,27 +89,25 @@ class Server:
 
     # --- answers ----------------------------------------------------------------------------------------
 
-    async def _chat(self, request: Request) -> Response:
-        return await self._answer(request, await _read(request, ChatRequest))
-
-    async def _completion(self, request: Request) -> Response:
-        return await self._answer(request, await _read(request, CompletionRequest))
-
-    async def _answer(self, request: Request, body: ChatRequest | CompletionRequest) -> Response:
-        if body.model != self._served.model:
-            raise ApiError(404, f"the model {body.model[:100]!r} is not served here", "model_not_found")
-        if body.stream_options and not body.stream:
-            raise ApiError(400, "stream_options is for streams: set stream")
+    async def _answer(self, request: Request) -> Response:
+        """To a POST of either kind."""
+        asked = await self._read(request.url.path, await request.body())
         answers = Answers(
-            self._engine.tokenizer, self._metrics.ask, body, self._served.max_tokens, self._served.seconds
+            self._engine.tokenizer, self._metrics.ask, asked, self._served.max_tokens, self._served.seconds
         )
-        if not body.stream:
+        if not asked.body.stream:
             return JSONResponse(await _unless_gone(request, answers.whole()))
         events = answers.stream()
         first = await _unless_gone(request, anext(events))  # so that what cannot be answered has its own status
         return StreamingResponse(
             _joined(first, events), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
         )
+
+    async def _read(self, path: str, data: bytes) -> Asked:
+        try:
+            return await asyncio.to_thread(read, path, data, self._served.model, self._engine.tokenizer)
+        except InputError as error:
+            raise refusal(error) from None
 
     # --- everything else --------------------------------------------------------------------------------
 
@@ -162,41 +153,6 @@ async def _unless_gone(request: Request, answer: Awaitable[_Found]) -> _Found:
         for task in (work, left):
             task.cancel()
         await asyncio.gather(work, left, return_exceptions=True)
-
-
-async def _read(request: Request, schema: type[_Body]) -> _Body:
-    body = await request.body()
-    if len(body) < _LARGE:
-        return _parsed(body, schema)
-    return await asyncio.to_thread(_parsed, body, schema)
-
-
-def _parsed(body: bytes, schema: type[_Body]) -> _Body:
-    """Raises ApiError with the place and the reason of everything that is wrong."""
-    try:
-        data = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
-        if _SURROGATES.search(body):
-            json.dumps(data, ensure_ascii=False).encode()  # halves of characters, names of fields included
-    except (ValueError, RecursionError):
-        raise ApiError(400, "the body is not valid JSON") from None
-    try:
-        return schema.model_validate(data)
-    except ValidationError as error:
-        wrong = [
-            f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg'].removeprefix('Value error, ')}"[:300]
-            for e in error.errors(include_url=False, include_input=False)[:5]
-        ]
-        raise ApiError(400, "; ".join(wrong)) from None
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _finite(text: str) -> float:
-    if math.isinf(value := float(text)):
-        raise ValueError(f"{text} is too large")
-    return value
 
 
 async def _joined(first: str, rest: AsyncGenerator[str, None]) -> AsyncIterator[str]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import os
 import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from m7mlx.cli import ArgumentParser, add_parallel, gigabytes, run
+from m7mlx.cli import EXIT_FAILED, EXIT_INTERRUPTED, ArgumentParser, add_parallel, gigabytes, launched, run
 from m7mlx.errors import InputError, RunError
 
 PROG = "m7mlx-serve"
@@ -68,14 +70,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _serve(args: argparse.Namespace) -> int | None:
     try:
         from m7mlx_server.app import Served, Server
-        from m7mlx_server.listen import Listener
+        from m7mlx_server.listen import BACKLOG, Listener
     except ImportError as error:
         raise InputError(f"{PROG} needs the extra server ({error.name}): pip install 'm7mlx[server]'") from None
     from m7mlx.config import ModelConfig
     from m7mlx.distributed import join, run_rank
     from m7mlx.hub import resolve
     from m7mlx.memory import limit_memory
-    from m7mlx_server.engine import Engine, Limits, report, rows_memory
+    from m7mlx_server.engine import Engine, Limits, rows_memory
+    from m7mlx_server.guard import report
 
     for name, low in (("rows", 1), ("queue", 0), ("keep", 0)):
         if not low <= getattr(args, name) <= 1024:
@@ -91,10 +94,13 @@ def _serve(args: argparse.Namespace) -> int | None:
     if args.max_memory is not None:
         limit_memory(args.max_memory)
     limits = Limits(args.rows, args.queue, args.keep, args.kv_bits)
+    # Before the model, which may take minutes, a port that is taken is told; but only the first of several takes it.
+    bound = None if launched() else _bound(args.host, args.port)
     folder = resolve(args.model)
     world = join(args.parallel, lambda: ModelConfig.from_folder(folder))
     if world is not None and world.rank:
         return run_rank(world, folder)
+    bound = bound or _bound(args.host, args.port)
     listener: Listener | None = None
 
     def stop() -> None:
@@ -103,34 +109,60 @@ def _serve(args: argparse.Namespace) -> int | None:
 
     engine = Engine(folder, limits, world, failed=stop)
     print(f"loading {args.model} …", file=sys.stderr)
-    engine.start()
-    most = rows_memory(engine.model, limits)
-    server = Server(engine, Served(args.name or args.model, args.max_tokens, args.max_seconds), hosts, key)
-    bound = _bound(args.host, args.port)
-    memory = f"{engine.model.nbytes / 1e9:.2f} GB of weights, at most {most / 1e9:.2f} GB of keys and values"
-    if world is not None:
-        memory += f" in each of {world.size} processes ({world.part.mode} parallel)"
-    print(f"m7mlx is at http://{args.host}:{bound.getsockname()[1]} · {memory} · Ctrl-C ends it", file=sys.stderr)
-    listener = Listener(server.app, engine.close)
     try:
+        engine.start()
+    except KeyboardInterrupt:  # what loads cannot be stopped, and would abort a process that ends in its own way
+        _leave(EXIT_INTERRUPTED, "stopped while loading")
+    try:
+        most = rows_memory(engine.model, limits)
+        server = Server(engine, Served(args.name or args.model, args.max_tokens, args.max_seconds), hosts, key)
+        _listen(bound, BACKLOG)
+        memory = f"{engine.model.nbytes / 1e9:.2f} GB of weights, at most {most / 1e9:.2f} GB of keys and values"
+        if world is not None:
+            memory += f" in each of {world.size} processes ({world.part.mode} parallel)"
+        print(f"m7mlx is at http://{args.host}:{bound.getsockname()[1]} · {memory} · Ctrl-C ends it", file=sys.stderr)
+        listener = Listener(server.app, engine.close)
         if engine.alive:
             listener.run(sockets=[bound])
     finally:
-        engine.close()
+        if not engine.close():
+            _leave(EXIT_FAILED, "ended in the middle of a pass that took too long")
     if engine.failure is not None:
         report(engine.failure)
         raise RunError("the thread that computes has ended, which must not happen; start the server again")
     return None
 
 
+def _leave(status: int, why: str) -> NoReturn:
+    """End at once, whatever other threads do."""
+    print(f"{PROG}: {why}", file=sys.stderr, flush=True)
+    os._exit(status)
+
+
 def _bound(host: str, port: int) -> socket.socket:
-    """A socket that connections wait at from now on."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    """A socket that nobody else gets; connections are refused until it listens."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        return socket.create_server((host, port), family=family, backlog=256)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # also just after another server's end
+        if bound.family == socket.AF_INET6:
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        bound.bind((host, port))
     except OSError as error:
-        reason = error.strerror or error
-        raise RunError(f"{host}:{port} cannot be opened ({reason}); choose another with --port") from None
+        bound.close()
+        raise _taken(host, port, error) from None
+    return bound
+
+
+def _listen(bound: socket.socket, waiting: int) -> None:
+    try:
+        bound.listen(waiting)
+    except OSError as error:  # another that was starting at the same time has been faster
+        host, port = bound.getsockname()[:2]
+        raise _taken(host, port, error) from None
+
+
+def _taken(host: str, port: int, error: OSError) -> RunError:
+    return RunError(f"{host}:{port} cannot be opened ({error.strerror or error}); choose another with --port")
 
 
 def _key(path: Path | None) -> str | None:

@@ -7,10 +7,8 @@ is shared but numbers and events.
 from __future__ import annotations
 
 import asyncio
-import sys
 import threading
 import time
-import traceback
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -30,7 +28,7 @@ from m7mlx.model import Mistral
 from m7mlx.request import Event, Request
 from m7mlx.ring import KVFormat
 from m7mlx.scheduler import Scheduler
-from m7mlx.tokenizer import Tokenizer
+from m7mlx_server.guard import report
 
 
 class Prepared(NamedTuple):
@@ -38,9 +36,6 @@ class Prepared(NamedTuple):
 
     requests: Sequence[Request]
     schema: Mapping[str, Any] | None = None
-
-
-Prepare = Callable[[Tokenizer], Prepared]  # runs on a thread of its own, before the requests are queued
 
 
 _SCHEMAS = 8  # requests whose schemas are prepared, or wait for that; more would take the places of others
@@ -93,7 +88,6 @@ class Engine:
         self._lock = threading.Lock()
         self._ready: threading.Event = threading.Event()
         self._closing = False
-        self._preparing = ThreadPoolExecutor(8, "m7mlx-prepare")
         self._compiling = ThreadPoolExecutor(4, "m7mlx-grammar")  # nobody without a grammar waits for one
         self._thread = threading.Thread(target=self._run, name="m7mlx-engine", daemon=True)
 
@@ -120,16 +114,14 @@ class Engine:
         scheduler: Scheduler | Leader | None = self.__dict__.get("_scheduler")
         return scheduler.load[0] if scheduler else 0
 
-    async def ask(
-        self, prepare: Prepare, n: int = 1, seconds: float = float("inf")
-    ) -> AsyncGenerator[tuple[int, Event], None]:
-        """(number of the answer, event) of `n` answers, as they come; the last event of each has a reason.
+    async def ask(self, prepared: Prepared, seconds: float = float("inf")) -> AsyncGenerator[tuple[int, Event], None]:
+        """(number of the answer, event) of several answers, as they come; the last event of each has a reason.
 
         Closing the iterator cancels them all. Nothing of them goes on for longer than `seconds`.
 
-        Raises BusyError at once, and LateError; what `prepare`, grammar and scheduler refuse comes as an event.
+        Raises BusyError at once, and LateError; what grammar and scheduler refuse comes as an event.
         """
-        places = self._limits.rows + self._limits.queue
+        n, places = len(prepared.requests), self._limits.rows + self._limits.queue
         if n > places:
             raise InputError(f"n: {n} answers at a time are more than the {places} that this server has places for")
         with self._lock:
@@ -142,8 +134,7 @@ class Engine:
         try:
             async with asyncio.timeout(None if seconds == float("inf") else seconds) as clock:
                 try:
-                    # Long prompts and large grammars take a while: nobody else waits for them.
-                    requests = await self._prepared(prepare)
+                    requests = await self._constrained(prepared)
                 except BusyError:
                     raise
                 except Exception as error:
@@ -166,33 +157,32 @@ class Engine:
             with self._lock:
                 self._open -= n
 
-    async def _prepared(self, prepare: Prepare) -> list[Request]:
-        def constrained(prepared: Prepared) -> list[Request]:
+    async def _constrained(self, prepared: Prepared) -> list[Request]:
+        if prepared.schema is None:
+            return list(prepared.requests)
+
+        def constrained() -> list[Request]:
             return [
                 replace(r, constraint=json_constraint(self.tokenizer, prepared.schema)) for r in prepared.requests
             ]
 
-        loop = asyncio.get_running_loop()
-        prepared = await loop.run_in_executor(self._preparing, prepare, self.tokenizer)
-        if prepared.schema is None:
-            return list(prepared.requests)
         if self._schemas >= _SCHEMAS:
             raise BusyError("too many JSON schemas are being prepared; try again later")
         self._schemas += 1
         try:
-            return await loop.run_in_executor(self._compiling, constrained, prepared)
+            return await asyncio.get_running_loop().run_in_executor(self._compiling, constrained)
         finally:
             self._schemas -= 1
 
-    def close(self, timeout: float = 10.0) -> None:
-        """Cancel what is under way and end the thread."""
+    def close(self, timeout: float = 10.0) -> bool:
+        """Cancel what is under way and end the thread; whether it has ended."""
         with self._lock:
             self._closing = True
         self._commands.put(lambda: None)
-        self._preparing.shutdown(wait=False, cancel_futures=True)
         self._compiling.shutdown(wait=False, cancel_futures=True)
         self._thread.join(timeout)
         close_grammars()
+        return not self._thread.is_alive()
 
     def _put(self, answer: _Answer, request: Request) -> None:
         """Hand a request to the engine's thread; once that has ended, the request has ended too."""
@@ -320,13 +310,6 @@ def _on(loop: asyncio.AbstractEventLoop, pairs: list[tuple[_Answer, Event]]) -> 
         loop.call_soon_threadsafe(put)
     except RuntimeError:  # the loop has ended: nobody listens any more
         return
-
-
-def report(error: BaseException) -> None:
-    """For whoever runs the server: what failed and where, without its message, which could be of a conversation."""
-    places = traceback.extract_tb(error.__traceback__)[-3:]
-    where = " < ".join(f"{Path(place.filename).name}:{place.lineno}" for place in reversed(places))
-    print(f"m7mlx-serve: a request failed: {type(error).__name__} at {where}", file=sys.stderr)
 
 
 def rows_memory(model: Mistral, limits: Limits) -> int:

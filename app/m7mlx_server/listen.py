@@ -2,7 +2,8 @@
 
 uvicorn waits for a request's headers as long as a client likes, takes as many connections as come, and cuts off what
 is under way when the time to end has run out. Here an idle or dribbling connection is closed, one too many is told,
-and streams that cannot finish in time get a last event that says why they end.
+and streams that cannot finish in time get a last event that says why they end. A client that has sent all and closed
+its half of the connection gets its answer.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import logging
 import resource
 import signal
 import socket
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from http import HTTPStatus
 from types import FrameType
 from typing import Any
@@ -23,19 +27,45 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from m7mlx_server.guard import ApiError
+from m7mlx_server.guard import ApiError, report
 
 HEADER_SECONDS = 30.0  # from a connection's beginning, or the end of an answer, to the end of the next headers
 WRITE_SECONDS = 60.0  # for a client that does not read what it asked for
-HEADER_BYTES = 64 << 10  # more than `guard` lets through, so that what is a little too large gets a proper answer
+HEADER_BYTES, HEADER_LINES = 20 << 10, 120  # more than `guard` lets through; parsing takes time with each line
 GRACE_SECONDS = 10.0  # for what is under way when the server is told to end
 _LAST_SECONDS = 5.0  # for last events to be read
-_FILES = 64  # kept for everything but connections
+_FILES = 64  # kept for everything but connections, those that are just accepted to be refused among it
+_AT_ONCE = 16  # connections accepted in one turn of the loop
+BACKLOG = 256  # connections that wait to be accepted
+_READ = 64 << 10  # bytes read from a connection at a time
+_SLICE, _TURN_SECONDS = 512, 0.003  # of chunked bodies: bytes parsed at a time, and how long in one turn of the loop
+_PROBE_SECONDS, _LOOK_SECONDS = 10.0, 1.0
 
 
 def most_connections() -> int:
     """As many as there are file numbers for."""
-    return max(16, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _FILES, 4096))
+    return max(16, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _FILES, 1024))
+
+
+class Turns:
+    """Chunked bodies are parsed a little at a time: chunks of one byte would take the loop a second for each read."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Connection] = deque()
+
+    def add(self, connection: Connection) -> None:
+        self._waiting.append(connection)
+        if len(self._waiting) == 1:
+            connection.loop.call_soon(self._take)
+
+    def _take(self) -> None:
+        until = time.perf_counter() + _TURN_SECONDS
+        while self._waiting and time.perf_counter() < until:
+            connection = self._waiting.popleft()
+            if connection.parse_slice():
+                self._waiting.append(connection)
+        if self._waiting:
+            self._waiting[0].loop.call_soon(self._take)
 
 
 class Connection(H11Protocol):
@@ -43,23 +73,102 @@ class Connection(H11Protocol):
 
     _patience: asyncio.TimerHandle | None = None  # for headers
     _stalled: asyncio.TimerHandle | None = None  # nothing can be written since
+    _looking: asyncio.TimerHandle | None = None  # whether the client is there that has closed its half
     _most = most_connections()
+
+    def __init__(self, turns: Turns, **given: Any) -> None:
+        super().__init__(**given)
+        self._turns = turns
+        self._unread = bytearray()  # of a chunked body, not parsed yet
+        self._ended = False  # the client sends nothing more
+        self._probed = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        with contextlib.suppress(OSError):  # it has gone already
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if hasattr(transport, "max_size"):  # asyncio reads four times as much
+            transport.max_size = _READ
         if len(self.connections) > self._most:
             self._refuse(ApiError(503, "too many connections are open; try again later", "too_many_connections"))
         else:
             self._wait()
 
+    def data_received(self, data: bytes) -> None:
+        if self._in_chunks():
+            if not self._unread:
+                self._turns.add(self)
+            self._unread += data
+            self.transport.pause_reading()
+        else:
+            super().data_received(data)
+
+    def parse_slice(self) -> bool:
+        """Parse a little of a chunked body; whether there is more of it."""
+        data = bytes(self._unread[:_SLICE])
+        del self._unread[:_SLICE]
+        if not self.transport.is_closing():
+            super().data_received(data)
+        if self.transport.is_closing():
+            self._unread.clear()
+        if self._unread:
+            return True
+        if not self.flow.read_paused:
+            self.transport.resume_reading()
+        if self._ended:
+            self._serve_out()
+        return False
+
+    def _in_chunks(self) -> bool:
+        return bool(self._unread) or (
+            self.conn.their_state is h11.SEND_BODY and any(name == b"transfer-encoding" for name, _ in self.headers)
+        )
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        self._ended = True
+        if not self._unread:
+            self._serve_out()
+        return not self.transport.is_closing()
+
+    def _serve_out(self) -> None:
+        """Close, unless there is an answer to wait for: the client may have closed its half only, or have gone."""
+        if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
+            self.transport.close()
+        elif self.conn.their_http_version == b"1.0":
+            self.transport.close()  # nothing could be sent to find out
+        elif self._looking is None:
+            self._look()
+
+    def _look(self) -> None:
+        """Look whether the client that has closed its half is still there.
+
+        Only what is sent tells: the system of one that has gone refuses it. Before an answer, "100 Continue" may be
+        said at any time, and is not heeded.
+        """
+        self._looking = None
+        if self.transport.is_closing() or self.cycle.response_complete:
+            return
+        if self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.transport.abort()
+            return
+        now, soon = self.loop.time(), _LOOK_SECONDS
+        if self.conn.our_state is h11.SEND_RESPONSE and now - self._probed >= _PROBE_SECONDS:
+            self._probed, soon = now, _LOOK_SECONDS / 20
+            self.transport.write(self.conn.send(h11.InformationalResponse(status_code=100, headers=[])) or b"")
+        self._looking = self.loop.call_later(soon, self._look)
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._wait_no_more()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
-        if self._stalled is not None:
-            self._stalled.cancel()
+        for timer in (self._stalled, self._looking):
+            if timer is not None:
+                timer.cancel()
 
     def handle_events(self) -> None:
+        if self.conn.their_state is h11.IDLE and self._lines() > HEADER_LINES:
+            self._refuse(ApiError(431, f"headers must not have more than {HEADER_LINES} lines", "headers_too_large"))
+            return
         super().handle_events()
         if self.conn.their_state is not h11.IDLE and self.conn.our_state is not h11.DONE:
             self._wait_no_more()  # the headers are there: bodies have a time of their own
@@ -77,6 +186,8 @@ class Connection(H11Protocol):
     def on_response_complete(self) -> None:
         self._wait()  # first: what is asked already is read in the next line
         super().on_response_complete()
+        if self._ended and self.cycle.response_complete:
+            self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
         large = self.conn.trailing_data[0] and len(self.conn.trailing_data[0]) > HEADER_BYTES
@@ -85,6 +196,12 @@ class Connection(H11Protocol):
             if large
             else ApiError(400, "this is not HTTP as this server understands it", "bad_request")
         )
+
+    def _lines(self) -> int:
+        """Of the headers that are there and not parsed yet."""
+        data = self.conn.trailing_data[0]
+        ends = [end for mark in (b"\n\r\n", b"\n\n") if (end := data.find(mark)) >= 0]
+        return data.count(b"\n", 0, min(ends, default=len(data)))
 
     def _should_upgrade(self) -> bool:
         return False  # it is a request like any other
@@ -125,12 +242,12 @@ class Connection(H11Protocol):
 class Listener(uvicorn.Server):
     """SIGTERM or SIGINT ends it: what is under way may go on a while, the rest is told; another ends it at once."""
 
-    def __init__(self, app: Any, cancel: Callable[[], None]) -> None:
+    def __init__(self, app: Any, cancel: Callable[[], object]) -> None:
         """`cancel` ends all answers; it may take a while."""
         super().__init__(
             uvicorn.Config(
                 app,
-                http=Connection,
+                http=partial(Connection, Turns()),  # type: ignore[arg-type]
                 ws="none",
                 log_level="critical",  # nothing of a conversation is in the logs, nor who asked when
                 access_log=False,
@@ -138,10 +255,17 @@ class Listener(uvicorn.Server):
                 timeout_graceful_shutdown=int(GRACE_SECONDS + _LAST_SECONDS),
                 timeout_keep_alive=int(HEADER_SECONDS),
                 h11_max_incomplete_event_size=HEADER_BYTES,
+                backlog=_AT_ONCE,
             )
         )
         self._cancel = cancel
         logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of every client that leaves
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(_told)
+        await super().startup(sockets)
+        for listener in sockets or []:
+            listener.listen(BACKLOG)  # asyncio takes one number for those that wait and those it accepts at once
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         async def cancel() -> None:
@@ -166,3 +290,10 @@ class Listener(uvicorn.Server):
             yield
             if signal.SIGTERM in self._captured_signals:
                 self._captured_signals.clear()
+
+
+def _told(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """In the place of asyncio's tracebacks. When file numbers run out, it tries again in a second."""
+    error = context.get("exception")
+    if isinstance(error, Exception) and not isinstance(error, OSError):
+        report(error)

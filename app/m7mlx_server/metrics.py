@@ -12,8 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from m7mlx.errors import InputError
 from m7mlx.request import Event
-from m7mlx.tokenizer import Tokenizer
-from m7mlx_server.engine import BusyError, Engine, Prepare, Prepared
+from m7mlx_server.engine import BusyError, Engine, Prepared
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
@@ -51,18 +50,11 @@ class Metrics:
     def text(self) -> bytes:
         return generate_latest(self._registry)
 
-    async def ask(self, prepare: Prepare, n: int, seconds: float) -> AsyncGenerator[tuple[int, Event], None]:
+    async def ask(self, prepared: Prepared, seconds: float) -> AsyncGenerator[tuple[int, Event], None]:
         """`Engine.ask`, measured: an answer that its client leaves counts as far as it came."""
-        answers = [_Measured(time.perf_counter()) for _ in range(n)]
-
-        def prepared(tokenizer: Tokenizer) -> Prepared:
-            found = prepare(tokenizer)
-            for answer, request in zip(answers, found.requests, strict=True):
-                answer.prompt = len(request.ids)
-            return found
-
+        answers = [_Measured(time.perf_counter(), len(request.ids)) for request in prepared.requests]
         try:
-            async with aclosing(self._engine.ask(prepared, n, seconds)) as events:
+            async with aclosing(self._engine.ask(prepared, seconds)) as events:
                 async for index, event in events:
                     self._seen(answers[index], event)
                     yield index, event
@@ -99,8 +91,8 @@ class _Measured:
     """One answer so far; times by time.perf_counter."""
 
     began: float
+    prompt: int
     first: float = 0.0
-    prompt: int = 0
     generated: int = 0
     reason: str = "left"
 

@@ -7,9 +7,9 @@ client (`user`, `metadata`, `store`) are let through.
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -18,12 +18,26 @@ MAX_TEXT = (
     1_000_000  # characters of all messages and tools together, or of a prompt; more ids than the model ever sees
 )
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
+Name = Annotated[str, Field(max_length=200)]
+_MOST_BIASED = 1024
 MEANINGLESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 NEUTRAL = {"presence_penalty": 0, "frequency_penalty": 0}  # other values are not served
 
 
 class _Strict(BaseModel):
+    """A body may hold millions of mistakes: of a list only the first is looked for, and of unknown fields too."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
+    also: ClassVar[frozenset[str]] = frozenset()  # fields that are known and not kept
+
+    @model_validator(mode="before")
+    @classmethod
+    def _knows_all_fields(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            known = {field.alias or name for name, field in cls.model_fields.items()} | cls.also
+            if unknown := next((name for name in data if name not in known), None):
+                raise ValueError(f"there is no field {unknown[:100]!r}")
+        return data
 
 
 class TextPart(_Strict):
@@ -51,10 +65,10 @@ class ChatMessage(_Strict):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart] | None = None
-    name: str | None = None
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    name: Name | None = None
     refusal: None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=128, fail_fast=True)] | None = None
     tool_call_id: Annotated[str, Field(max_length=100)] | None = None
 
     @property
@@ -62,7 +76,9 @@ class ChatMessage(_Strict):
         """In characters."""
         content = self.content or ""
         texts = [content] if isinstance(content, str) else [part.text for part in content]
-        return sum(map(len, [*texts, *(call.function.arguments for call in self.tool_calls or [])]))
+        for call in self.tool_calls or []:
+            texts += (call.id, call.function.name, call.function.arguments)
+        return sum(map(len, [*texts, self.name or "", self.tool_call_id or ""]))
 
     def plain(self) -> dict[str, Any]:
         """As `m7mlx.chat` takes it."""
@@ -89,7 +105,7 @@ class Tool(_Strict):
 
 
 class NamedFunction(_Strict):
-    name: str
+    name: Name
 
 
 class NamedTool(_Strict):
@@ -100,8 +116,8 @@ class NamedTool(_Strict):
 
 
 class JsonSchema(_Strict):
-    name: str = "answer"
-    description: str | None = None
+    name: Name = "answer"
+    description: Text | None = None
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
     strict: bool | None = None
 
@@ -134,13 +150,22 @@ class Generation(_Strict):
     repetition_penalty: Annotated[Finite, Field(ge=0.01, le=100)] | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=64)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=64, fail_fast=True)] | None = None
     n: Annotated[int, Field(ge=1, le=8)] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
-    logit_bias: Annotated[dict[TokenId, Annotated[Finite, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = (
-        None
-    )
+    logit_bias: (
+        Annotated[dict[TokenId, Annotated[Finite, Field(ge=-100, le=100)]], Field(max_length=_MOST_BIASED)] | None
+    ) = None
+    also: ClassVar[frozenset[str]] = frozenset({*MEANINGLESS, *NEUTRAL})
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _biases_few(cls, data: Any) -> Any:
+        """… before each of them is looked at."""
+        if isinstance(data, dict) and len(data) > _MOST_BIASED:
+            raise ValueError(f"at most {_MOST_BIASED:,} ids can be biased")
+        return data
 
     @model_validator(mode="before")
     @classmethod
@@ -158,12 +183,12 @@ class Generation(_Strict):
 class ChatRequest(Generation):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
 
@@ -191,6 +216,6 @@ class ChatRequest(Generation):
 class CompletionRequest(Generation):
     """POST /v1/completions: a text or ids to go on from."""
 
-    prompt: Text | Annotated[list[int], Field(min_length=1, max_length=MAX_TEXT)]
+    prompt: Text | Annotated[list[int], Field(min_length=1, max_length=MAX_TEXT, fail_fast=True)]
     echo: Literal[False] = False
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None

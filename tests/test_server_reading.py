@@ -1,0 +1,127 @@
+"""Bodies → what the engine is asked: what a stranger may write costs little, and nothing typed is more than text."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from m7mlx_server.guard import ApiError
+from m7mlx_server.reading import parsed, read
+from m7mlx_server.schemas import ChatRequest
+
+from m7mlx.errors import InputError
+from m7mlx.tokenizer import Tokenizer
+
+CHAT = "/v1/chat/completions"
+BODY: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
+CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+# Names of bodies of up to 8 MB → Python that makes them.
+LARGE = {
+    "a quotation mark never closed": r"""b'"' + b'\\"' * 4_000_000""",
+    "many strings": "b'[' + b'\"\",' * 2_700_000 + b'\"\"]'",
+    "parts that are numbers": (
+        """b'{"model":"m","messages":[{"role":"user","content":[' + b'0,' * 3_999_000 + b'0]}]}'"""
+    ),
+    "messages that are lists": """b'{"model":"m","messages":[' + b'[],' * 2_600_000 + b'[]]}'""",
+    "unknown fields": """b'{"model":"m"' + b''.join(b',"x%d":0' % i for i in range(500_000)) + b'}'""",
+    "unknown fields of a message": (
+        """b'{"model":"m","messages":[{"role":"user"' + b''.join(b',"x%d":0' % i for i in range(500_000)) + b'}]}'"""
+    ),
+    "biases that are none": (
+        """b'{"model":"m","messages":[{"role":"user","content":"a"}],"logit_bias":{"1":1'"""
+        """ + b''.join(b',"x%d":0' % i for i in range(500_000)) + b'}}'"""
+    ),
+    "stops that are numbers": """b'{"model":"m","stop":[' + b'0,' * 2_600_000 + b'0]}'""",
+    "ids that are texts": """b'{"model":"m","prompt":[' + b'"",' * 2_600_000 + b'0]}'""",
+    "brackets": "b'[' * 8_000_000",
+    "brackets in an object": """b'{"a":' * 1_300_000""",
+}
+
+
+@pytest.mark.parametrize("name", list(LARGE))
+def test_what_is_wrong_a_million_times_costs_little(name: str) -> None:
+    """Time and memory are those of parsing: under 0.5 GB, where an error takes 0.8 kB."""
+    path = "/v1/completions" if "ids" in name else CHAT
+    program = f"""
+import resource, sys
+from m7mlx_server.guard import ApiError
+from m7mlx_server.reading import SCHEMAS, parsed
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+data = {LARGE[name]}
+assert len(data) <= 8 << 20
+before = peak()
+try:
+    parsed(data, SCHEMAS[{path!r}])
+except ApiError as error:
+    print(peak() - before, error.status, len(str(error)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert not done.stderr
+    grown, status, length = map(int, done.stdout.split())
+    assert status == 400 and length < 2000
+    assert grown < 500e6
+
+
+def test_the_first_mistakes_are_told() -> None:
+    for change, said in (
+        ({"temprature": 1}, "'temprature'"),
+        ({"messages": [{"role": "user", "content": "a", "colour": "red"}]}, "messages.0: there is no field 'colour'"),
+        ({"messages": [*BODY["messages"], {"role": "wizard"}]}, "messages.1.role"),
+        ({"temperature": 9, "top_p": 9}, "temperature"),
+        ({"logit_bias": {str(i): 1 for i in range(2000)}}, "logit_bias: at most 1,024"),
+        ({"messages": [{"role": "user", "content": "a", "name": "n" * 1000}]}, "messages.0.name"),
+    ):
+        with pytest.raises(ApiError, match=said):
+            parsed(json.dumps(BODY | change).encode(), ChatRequest)
+
+
+@pytest.mark.parametrize("depth", [64, 65, 1000, 100_000])
+def test_depth_is_bounded_wherever_json_may_stand(mistral_tokenizers: dict[str, Tokenizer], depth: int) -> None:
+    nested = "[" * depth + "]" * depth
+    answer = {"role": "tool", "tool_call_id": "abcdefghi"}
+
+    def conversation(content: str = "1", arguments: str = "{}") -> bytes:
+        call = CALL | {"function": {"name": "f", "arguments": arguments}}
+        asked = [*BODY["messages"], {"role": "assistant", "tool_calls": [call]}, answer | {"content": content}]
+        return json.dumps(BODY | {"messages": asked}).encode()
+
+    plain = json.dumps(BODY).encode()[:-1]
+    parameters = b'{"type":"function","function":{"name":"f","parameters":{"a":%s}}}'
+    bodies = [
+        conversation(content=nested),
+        conversation(arguments=nested),
+        plain + b',"tools":[' + parameters % nested[: depth - 5].encode().ljust(2 * depth - 10, b"]") + b"]}",
+    ]
+    for data in bodies:
+        if depth == 64:
+            assert read(CHAT, data, "m", mistral_tokenizers["v3"]).ids
+        else:
+            with pytest.raises((ApiError, InputError), match="deeper than 64 levels"):
+                read(CHAT, data, "m", mistral_tokenizers["v3"])
+
+
+def test_what_has_been_read_keeps_no_texts(mistral_tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = mistral_tokenizers["v3"]
+    tools = [
+        {"type": "function", "function": {"name": name, "description": "long", "parameters": {"type": "object"}}}
+        for name in ("f", "g")
+    ]
+    asked = read(CHAT, json.dumps(BODY | {"tools": tools}).encode(), "m", tokenizer)
+    assert isinstance(asked.body, ChatRequest) and asked.body.tools
+    assert list(asked.ids) == tokenizer.chat.encode(BODY["messages"], tools)
+    assert (asked.body.messages, asked.body.tools[0].function.parameters) == ([], {})
+    named = {"tools": tools, "tool_choice": {"type": "function", "function": {"name": "g"}}}
+    asked = read(CHAT, json.dumps(BODY | named).encode(), "m", tokenizer)
+    assert isinstance(asked.body, ChatRequest) and asked.body.tools
+    assert [tool.function.parameters for tool in asked.body.tools] == [{}, {"type": "object"}]
+    assert asked.ids[-1] == tokenizer.control_id("[TOOL_CALLS]")
+    for prompt, ids in (("Hi", tokenizer.encode("Hi", add_bos=True)), ([5, 6], [5, 6])):
+        found = read("/v1/completions", json.dumps({"model": "m", "prompt": prompt}).encode(), "m", tokenizer)
+        assert list(found.ids) == ids
+    schema = {"type": "json_schema", "json_schema": {"schema": {"enum": ["x" * 200_000]}}}
+    with pytest.raises(InputError, match="longer than 200,000"):
+        read(CHAT, json.dumps(BODY | {"response_format": schema}).encode(), "m", tokenizer)
