@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from m7mlx import blas
 from m7mlx.errors import M7Error
+from m7mlx.terminal import guard_streams, one_line
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 _FULL = {
@@ -36,7 +37,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.add_argument("--version", action="version", version=f"%(prog)s {version('m7mlx')}")
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")
 
 
 def gigabytes(text: str) -> int:
@@ -71,8 +72,9 @@ def add_parallel(parser: argparse.ArgumentParser) -> None:
 def run(body: Callable[[argparse.Namespace], int | None], args: argparse.Namespace, prog: str) -> int:
     """Run a command's body; every foreseeable failure becomes one line on stderr and an exit status."""
     _open_standard_streams()
+    guard_streams()
     if told := blas.note():
-        print(f"{prog}: note: {_one_line(told)}", file=sys.stderr)
+        print(f"{prog}: note: {one_line(told)}", file=sys.stderr)
     try:
         return body(args) or 0
     except KeyboardInterrupt:
@@ -105,10 +107,5 @@ def _open_standard_streams() -> None:
 
 
 def _report(prog: str, message: str, status: int) -> int:
-    print(f"{prog}: error: {_one_line(message)}", file=sys.stderr)
+    print(f"{prog}: error: {one_line(message)}", file=sys.stderr)
     return status
-
-
-def _one_line(message: str) -> str:
-    # Names out of strangers' files can stand in a message: nothing of them may steer the terminal.
-    return " ".join("".join(c if c.isprintable() else " " for c in message).split())

@@ -7,7 +7,6 @@ its memory, and for every exchange its hops times the link's latency, and its by
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from m7mlx.hub import ALIASES, local
 from m7mlx.memory import CHAT_SLACK, cache_bytes
 from m7mlx.parts import MODES, Mode, Part
 from m7mlx.safetensors import DTYPES, folder_weights, is_left_out
+from m7mlx.terminal import json_line
 
 PROG = "m7mlx-plan"
 _EFFICIENCY = 0.65  # of the memory bandwidth, as published decoding figures have it (docs/performance.md)
@@ -161,13 +161,13 @@ def _plan(args: argparse.Namespace) -> None:
                 )
             except ConfigError as error:
                 print(
-                    json.dumps({"mode": mode, "ranks": ranks, "error": str(error)})
+                    json_line({"mode": mode, "ranks": ranks, "error": str(error)})
                     if args.json
                     else f"{label}: {error}"
                 )
                 continue
             if args.json:
-                print(json.dumps(asdict(found)))
+                print(json_line(asdict(found)))
                 continue
             fits = args.memory is None or found.weights + found.cache < args.memory
             print(

@@ -31,7 +31,7 @@ def outcome(error: BaseException, debug: bool = False) -> int:
         ),
         (MemoryError(), 1, "tool: error: out of memory\n"),
         (KeyboardInterrupt(), 130, ""),
-        (InputError("name \x1b]0;evil\x07 and \u202e"), 2, "tool: error: name ]0;evil and\n"),
+        (InputError("name \x1b]0;evil\x07 and \u202e"), 2, "tool: error: name ␛]0;evil␇ and ␦\n"),
     ],
     ids=repr,
 )

@@ -96,9 +96,8 @@ def _window(text: str) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from m7mlx import blas
+    from m7mlx.terminal import console
     from m7mlx_bench import report
 
     for path in args.plot:
@@ -120,7 +119,7 @@ def _bench(args: argparse.Namespace) -> int:
         _measure(args, results, engines, folder, scratch, config.vocab_size)
     if args.json:
         args.json.write_text(json.dumps(results.to_dict(), indent=1))
-    report.show(results, Console(width=None if sys.stdout.isatty() else 1000))
+    report.show(results, console(width=None if sys.stdout.isatty() else 1000))
     for path in args.plot:
         from m7mlx_bench.plots import plot
 
@@ -205,14 +204,14 @@ def _measure(
     args: argparse.Namespace, results: Results, engines: list[str], folder: Path, scratch: Path, vocab: int
 ) -> None:
     """Let the engines take turns; what fails is left out and noted."""
-    from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from m7mlx.terminal import console
     from m7mlx_bench.models import readable
     from m7mlx_bench.worker import Job
 
-    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    columns = (TextColumn("{task.description}", markup=False), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console(stderr=True), transient=True) as progress:
         task = progress.add_task("preparing", total=args.rounds * len(engines))
         jobs: dict[str, Job] = {}
         for engine in engines:

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 BASE = "mlx-lm"  # ratios are to this engine, where it ran
 _PACKAGES = ("mlx", "mlx-lm", "torch", "transformers", "llama-cpp-python")
@@ -71,7 +72,7 @@ def figures(results: Results) -> list[Figure]:
 
 def show(results: Results, console: Console) -> None:
     """The table, with ratios to mlx-lm in the same round, and what has to be said besides."""
-    console.print(f"[bold]{results.model['name']}[/] · {describe(results.machine)}", highlight=False)
+    console.print(Text.assemble((results.model["name"], "bold"), " · ", describe(results.machine)))
     rounds = max((len(runs) for runs in results.runs.values()), default=0)
     title = f"median (lowest–highest) of {rounds} rounds · × is the ratio to {BASE}, better when above 1"
     table = Table(title=title, title_justify="left", title_style="dim", highlight=False)
@@ -86,7 +87,7 @@ def show(results: Results, console: Console) -> None:
         table.add_row(*row)
     console.print(table)
     for note in [*agreement(results), *results.notes]:
-        console.print(f"• {note}", highlight=False)
+        console.print(f"• {note}")
 
 
 def cell(results: Results, figure: Figure, engine: str) -> str:

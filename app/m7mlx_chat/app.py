@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ from textual import on
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
 from textual.css.query import NoMatches
+from textual.filter import LineFilter
 from textual.widgets import Markdown, Static
 
 from m7mlx.errors import M7Error
@@ -20,6 +22,7 @@ from m7mlx_chat.commands import Commands
 from m7mlx_chat.config import Config
 from m7mlx_chat.engine import Engine
 from m7mlx_chat.events import Done, Event, Failed, Loading, Prefill, Ready, Text
+from m7mlx_chat.gate import Gate
 from m7mlx_chat.screens.models import Chosen, Models
 from m7mlx_chat.session import Session
 from m7mlx_chat.settings import ENGINE, Settings
@@ -84,7 +87,11 @@ class ChatApp(Commands):
         self._not_before = self._worked = 0.0
         self._quit_armed = False
         self.failure: Failed | None = None  # why there is no model
+        self._gate = Gate()
         self._working: Settings | None = None  # those that the engine was set up with
+
+    def get_line_filters(self) -> Sequence[LineFilter]:
+        return [*super().get_line_filters(), self._gate]
 
     def compose(self) -> ComposeResult:
         with Horizontal(id="top"):

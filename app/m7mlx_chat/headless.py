@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 from m7mlx.cli import launched
 from m7mlx.errors import InputError, RunError
 from m7mlx.hub import DEMO, resolve
+from m7mlx.terminal import console, json_line, visible
 from m7mlx_chat.events import Done, Event, Failed, Loading, Prefill, Text
 from m7mlx_chat.files import attached
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.store import Store
-from m7mlx_chat.terminal import visible
 
 if TYPE_CHECKING:
     from m7mlx.distributed import World
@@ -151,12 +151,11 @@ class _Plain:
     """The answer as text, with progress and figures on stderr if that is a terminal."""
 
     def __init__(self) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
         quiet = not sys.stderr.isatty()
-        self._bar = Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True)
+        self._bar = Progress(*columns, console=console(stderr=True), disable=quiet, transient=True)
         self._tasks: dict[str, Any] = {}
         self._on_terminal = sys.stdout.isatty()
         self._answering = False
@@ -230,7 +229,7 @@ class _Json:
                 pass
 
     def _write(self, kind: str, **fields: Any) -> None:
-        print(json.dumps({"event": kind} | fields, ensure_ascii=False), file=self._out, flush=True)
+        print(json_line({"event": kind} | fields), file=self._out, flush=True)
 
 
 # --- the question -----------------------------------------------------------------------------------------

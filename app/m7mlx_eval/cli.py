@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from m7mlx.cli import ArgumentParser, gigabytes, positive, run
 from m7mlx.errors import InputError
+from m7mlx.terminal import one_line
 
 if TYPE_CHECKING:
     from m7mlx.model import Mistral
@@ -149,7 +150,7 @@ def _text(args: argparse.Namespace) -> dict[str, Any]:
             chain([first], texts),
             reading,
             reference=reference,
-            note=lambda text: print(f"{PROG}: note: {text}", file=sys.stderr),
+            note=lambda text: print(f"{PROG}: note: {one_line(text)}", file=sys.stderr),
             advance=advance,
         )
     found = {"model": args.model, "against": args.against, "text": args.text} | result.to_dict()

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from m7mlx.errors import DiskError
+from m7mlx.terminal import console
 
 _KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "higher_is_better", "n-samples")
 
@@ -75,4 +75,4 @@ def _table(*heads: str) -> Table:
 
 
 def _print(table: Table) -> None:
-    Console(width=None if sys.stdout.isatty() else 1000, markup=False, highlight=False).print(table)
+    console(width=None if sys.stdout.isatty() else 1000).print(table)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
+
+from m7mlx.terminal import console, json_line, one_line
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -32,12 +33,12 @@ class Reporter:
         if self.style == "json":
             self.event("note", text=text)
         elif self.style == "text":
-            print(f"note: {text}", file=sys.stderr)
+            print(f"note: {one_line(text)}", file=sys.stderr)
 
     def event(self, kind: str, **fields: Any) -> None:
         """An object of JSON, in that style; nothing in the others."""
         if self.style == "json":
-            print(json.dumps({"event": kind} | fields, ensure_ascii=False), flush=True)
+            print(json_line({"event": kind} | fields), flush=True)
 
     def result(self, kind: str, shown: RenderableType, **fields: Any) -> None:
         """What the user asked for, on stdout: as text, or as an object of JSON."""
@@ -47,9 +48,7 @@ class Reporter:
         if isinstance(shown, str):
             print(shown)
             return
-        from rich.console import Console
-
-        Console(soft_wrap=True).print(shown)
+        console(soft_wrap=True).print(shown)
 
     @contextmanager
     def task(
@@ -80,7 +79,6 @@ class Reporter:
 
 @contextmanager
 def _bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -95,7 +93,7 @@ def _bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     counts: tuple[ProgressColumn, ...] = (DownloadColumn(), TransferSpeedColumn())
     if unit == "tokens":
         counts = (MofNCompleteColumn(),)
-    columns = (TextColumn(label), BarColumn(), *counts, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=total)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), *counts, TimeRemainingColumn())
+    with Progress(*columns, console=console(stderr=True), transient=True) as progress:
+        task = progress.add_task(label, total=total)
         yield lambda count: progress.advance(task, count)

@@ -14,6 +14,7 @@ from m7mlx.arrays import dequantize
 from m7mlx.config import ModelConfig
 from m7mlx.quantization import Quantization
 from m7mlx.safetensors import StoredTensor
+from m7mlx.terminal import one_line
 
 FLOATS = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 Arrays = dict[str, mx.array]  # {"weight"}, or {"weight", "scales"[, "biases"]}
@@ -103,5 +104,5 @@ def named_dtype(config: Mapping[str, Any]) -> mx.Dtype | None:
 
 def shown(text: object) -> str:
     """What a file of a stranger says, as one printable line of bounded length for a message or a card."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)[:200]).split())
+    line = one_line(str(text)[:200])
     return line if len(line) <= 100 else line[:99] + "…"

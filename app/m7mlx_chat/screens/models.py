@@ -116,7 +116,7 @@ class Models(ModalScreen[Chosen | None]):
         )
         if entry.problem:
             problem = entry.problem.replace(f"{entry.folder}/", "").replace(str(entry.folder), "it")
-            return text.append(f"\n    {problem[:_PROBLEM]}", style="not bold dim")
+            return text.append(f"\n    {visible(problem)[:_PROBLEM]}", style="not bold dim")
         text.append(f"{entry.nbytes / 1e9:6.2f} GB  {entry.bits}\n    ", style="not bold")
         text.append(f"{entry.fit} {entry.memory / 1e9:.1f} GB", style=_COLORS[entry.fit])
         sees = f"window {entry.window:,}" if entry.window else f"context {entry.context:,}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rich.text import Text
 from textual import on
 from textual.app import ComposeResult
 from textual.containers import Horizontal, VerticalScroll
@@ -56,7 +57,8 @@ class SettingsDrawer(ModalScreen[None]):
             yield Static("Settings of this conversation", classes="title")
             yield Static("", classes="told", markup=False)
             if self._presets:
-                yield Select([(name, name) for name in self._presets], prompt="take a preset", id="preset")
+                names = [(Text(visible(name)), name) for name in self._presets]  # no markup
+                yield Select(names, prompt="take a preset", id="preset")
             for name in ANSWER:
                 yield from self._field(name)
             yield Static("")

@@ -166,7 +166,7 @@ class Composer(TextArea):
             try:
                 content = attached(choice.text)
             except InputError as error:
-                self.app.notify(str(error), severity="warning", markup=False)
+                self.app.notify(visible(str(error)), severity="warning", markup=False)
                 return
             start, text = start - 1, self._folded(content, f"file {Path(choice.text).name}") + " "
         self._completion.close()

@@ -18,6 +18,7 @@ from textual.widgets.option_list import Option
 from m7mlx_chat.actions import bindings
 from m7mlx_chat.store import Store
 from m7mlx_chat.store.rows import Conversation, Hit
+from m7mlx_chat.terminal import visible
 
 _PAUSE = 0.15  # seconds after the last key before a search starts
 _LISTED, _FOUND = 500, 100
@@ -166,7 +167,7 @@ def _grouped(conversations: list[Conversation]) -> Iterator[Option]:
             heading = when
             yield Option(Text(heading, style="bold"), disabled=True)
         yield Option(
-            Text(conversation.title, no_wrap=True, overflow="ellipsis"), id=f"conversation-{conversation.id}"
+            Text(visible(conversation.title), no_wrap=True, overflow="ellipsis"), id=f"conversation-{conversation.id}"
         )
 
 
@@ -180,8 +181,8 @@ def _when(seconds: float, today: date | None = None) -> str:
 
 def _hit(hit: Hit) -> Text:
     who = "you" if hit.role == "user" else "model"
-    text = Text(f"{hit.title}", style="bold", no_wrap=True, overflow="ellipsis")
-    snippet = Text(f"{who}: {hit.snippet}", style="dim")
+    text = Text(visible(hit.title), style="bold", no_wrap=True, overflow="ellipsis")
+    snippet = Text(f"{who}: {visible(hit.snippet)}", style="dim")
     for first, last in hit.marks:
         snippet.stylize("not dim bold reverse", first + len(who) + 2, last + len(who) + 2)
     return Text("\n").join([text, snippet])

@@ -1,0 +1,118 @@
+"""The gate before a terminal: text from outside is data, and nothing of it is obeyed.
+
+Names of files and models, titles, error messages and answers come from strangers. Programs print with `print` and
+with `console()`; `guard_streams` stands behind both, so that no line of code has to remember it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TextIO, cast
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.segment import Segment
+
+# Each becomes a visible symbol, one for one. So nothing can hide, no sequence has to be recognised, and it
+# does not matter where a stream is cut: ESC ]52;… shows as ␛]52;….
+_SYMBOLS: dict[int, int] = {
+    **{c: 0x2400 + c for c in range(0x20)},  # C0 → ␀ … ␟
+    0x7F: 0x2421,  # DEL → ␡
+    **dict.fromkeys(range(0x80, 0xA0), 0x2426),  # C1, among them one-byte CSI and OSC → ␦
+    **dict.fromkeys([0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x2070)], 0x2426),  # bidi
+    **dict.fromkeys([0x180E, 0x200B, *range(0x2060, 0x2065), 0xFEFF], 0x2426),  # no width, no effect: they hide
+    **dict.fromkeys([*range(0xFFF9, 0xFFFC), *range(0xE0000, 0xE0080)], 0x2426),  # annotations, tags
+    **dict.fromkeys(range(0xD800, 0xE000), 0xFFFD),  # lone surrogates cannot be written
+    0x2028: 0x2424,
+    0x2029: 0x2424,  # line and paragraph separator → ␤
+}
+_TABLE: dict[int, int | None] = {**_SYMBOLS, 0x09: 0x09, 0x0A: 0x0A, 0x0D: None}
+_UNSAFE = re.compile("[" + "".join(f"\\U{c:08x}" for c in _SYMBOLS if c not in (0x09, 0x0A)) + "]")
+
+
+def visible(text: str) -> str:
+    """`text` without anything a terminal would obey: controls and bidi controls as symbols, CR dropped.
+
+    Joiners (of emoji, of Persian), combining marks and no-break spaces stay.
+    """
+    return text.translate(_TABLE)
+
+
+def one_line(text: str) -> str:
+    """`text`, visible, in one line."""
+    return " ".join(visible(text).split())
+
+
+def json_line(value: object) -> str:
+    """`value` as JSON in one line, in which everything that a terminal would obey is escaped: the same value."""
+    text = json.dumps(value, ensure_ascii=False)
+    return _UNSAFE.sub(lambda match: json.dumps(match[0]).strip('"').replace("\x7f", "\\u007f"), text)
+
+
+def guard(segments: Iterable[Segment]) -> list[Segment]:
+    """What rich is about to draw, safe to draw, in the same number of cells; links become plain text.
+
+    The places of all texts are known by then. So what takes no cell (by rich's reckoning, as most controls do) is
+    left out; who wants it seen shows `visible(text)` in the first place.
+    """
+    return [_guarded(segment) if _is_unsafe(segment) else segment for segment in segments]
+
+
+def _is_unsafe(segment: Segment) -> bool:
+    text, style, control = segment
+    return not control and (_UNSAFE.search(text) is not None or (style is not None and style.link is not None))
+
+
+def _guarded(segment: Segment) -> Segment:
+    from rich.cells import cell_len, set_cell_size
+    from rich.segment import Segment
+
+    text, style, _ = segment
+    shown = _UNSAFE.sub(lambda match: visible(match[0]) if cell_len(match[0]) else "", text)
+    if cell_len(shown) != cell_len(text):  # neighbours can have joined
+        shown = set_cell_size(shown, cell_len(text))
+    return Segment(shown, style.update_link(None) if style is not None else None)
+
+
+def console(*, stderr: bool = False, **options: Any) -> Console:
+    """Rich's console on stdout or stderr, behind the gate; square brackets are text."""
+    from rich.console import Console, ConsoleOptions, RenderableType
+
+    class Guarded(Console):
+        def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+            return guard(super().render(renderable, options))
+
+    stream = sys.stderr if stderr else sys.stdout
+    beneath = stream.beneath if isinstance(stream, _Guarded) else stream  # rich's own sequences are to be obeyed
+    return Guarded(file=beneath, **{"markup": False, "highlight": False, "emoji": False} | options)
+
+
+def guard_streams() -> None:
+    """Let `print` show what a terminal would obey. Into a pipe or a file the text goes as it is: it is data there."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, _Guarded) and stream.isatty():
+            setattr(sys, name, cast(TextIO, _Guarded(stream)))
+
+
+class _Guarded:
+    """A text stream onto a terminal."""
+
+    def __init__(self, beneath: TextIO) -> None:
+        self.beneath = beneath
+
+    def write(self, text: str) -> int:
+        # Progress bars of libraries start (and end) with a return, to draw their line anew.
+        head, tail = text.startswith("\r"), text.endswith("\r")
+        self.beneath.write("\r" * head + visible(text) + "\r" * tail)
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.beneath, name)
