@@ -131,19 +131,19 @@ class MistralFormat(ChatFormat):
 
 
 class TemplateFormat(ChatFormat):
-    """A model's own chat template (Jinja), rendered in a sandbox, with text kept apart from control tokens."""
+    """A model's own chat templates (Jinja), rendered in a sandbox, with text kept apart from control tokens."""
 
-    def __init__(self, tokenizer: Tokenizer, template: str | None, settings: Mapping[str, Any]) -> None:
+    def __init__(self, tokenizer: Tokenizer, templates: Mapping[str, str], settings: Mapping[str, Any]) -> None:
+        """`templates` by their names: "default", and "tool_use" for conversations with tools."""
         self._tokenizer = tokenizer
-        self._template = template
+        self._templates = templates
         self._settings = settings
 
     def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         from m7mlx.template import Guard, render
 
         check_messages(messages)
-        if self._template is None:
-            raise ChatFormatError("the model has no chat template: it completes text; give the prompt as a string")
+        template = self._template(bool(tools))
         # An answer whose ids are known goes through the template as a name that nothing else contains.
         nonce = secrets.token_hex(8)
         kept = {
@@ -153,22 +153,32 @@ class TemplateFormat(ChatFormat):
         }
         controls = self._tokenizer.control_ids()
         guard = Guard([*controls, *kept])
-        plain = guard.protect([{k: v for k, v in m.items() if k != "ids"} for m in messages])
+        bare = [{k: v for k, v in m.items() if k != "ids"} for m in messages]
+        *plain, given = guard.protect([*bare, {"tools": list(tools)}])
         for name in kept:
             plain[int(name.rpartition(":")[2][:-1])]["content"] = name
         context = {
             "messages": plain,
-            "tools": guard.protect(list(tools)) or None,
+            "tools": given["tools"] or None,
             "add_generation_prompt": True,
             **{k: _token_name(self._settings.get(k)) for k in ("bos_token", "eos_token", "unk_token", "pad_token")},
         }
         parts: list[str | int] = []
-        for part in guard.split(render(self._template, context)):
+        for part in guard.split(render(template, context)):
             if part.name in kept:
                 parts += kept[part.name]
             else:
                 parts.append(controls[part.name] if part.is_control else part.name)
         return self._tokenizer.encode_mixed(parts)
+
+    def _template(self, has_tools: bool) -> str:
+        if not self._templates:
+            raise ChatFormatError("the model has no chat template: it completes text; give the prompt as a string")
+        for name in ("tool_use", "default") if has_tools else ("default",):
+            if name in self._templates:
+                return self._templates[name]
+        names = ", ".join(map(repr, self._templates))
+        raise ChatFormatError(f"none of the model's chat templates is the default one; they are {names[:200]}")
 
 
 def check_messages(messages: Sequence[Message]) -> None:

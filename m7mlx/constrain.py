@@ -31,13 +31,14 @@ if TYPE_CHECKING:
 
 MAX_SCHEMA = 200_000  # characters
 CUT = "a stop text came before the JSON was complete; leave out stop, since an answer in JSON ends by itself"
-_MEMORY = 640 << 20  # bytes of address space for one schema's process, the vocabulary included
+_MEMORY = 512 << 20  # bytes for one schema's process, the vocabulary included
 _PREPARE_SECONDS = 5.0  # of the processor; of the clock, on a busy machine …
 _BUSY = 4  # … as many times that
 _MASK_SECONDS = 1.0
 _SPENT_SECONDS, _SPENT_EACH = 2.0, 0.05  # what all masks of an answer may take: so much, and so much a token
 _AT_ONCE = 16  # schemas that have a process
-_REFUSED = 64  # schemas that could not be used, and are remembered as such
+_REFUSED = 64  # schemas that could not be used, and are remembered as such …
+_REMEMBERED_SECONDS = 60.0  # … for so long: it may have been the machine that was too busy
 _UNUSABLE = "the JSON schema cannot be used"
 _OURS = "x-guidance"  # options of llguidance's own: they could lift its limits
 
@@ -143,7 +144,7 @@ class _Grammars:
         self._vocabulary = Worker("m7mlx.grammar", _described(tokenizer), memory=_MEMORY)
         self._lock = threading.Lock()
         self._held: OrderedDict[str, _Grammar] = OrderedDict()  # by schema, the last one used last
-        self._refused: OrderedDict[str, str] = OrderedDict()  # schema → why
+        self._refused: OrderedDict[str, tuple[float, str]] = OrderedDict()  # schema → until when, and why
         self._ended: deque[tuple[_Grammar, int]] = deque()  # filled by finalizers, which may take no lock
 
     def constraint(self, schema: str) -> Constraint:
@@ -154,7 +155,7 @@ class _Grammars:
         except (WorkerError, ValueError) as error:
             why = _why(error, "to follow") if isinstance(error, WorkerError) else str(error)
             with self._lock:
-                self._refused[schema] = why
+                self._refused[schema] = time.monotonic() + _REMEMBERED_SECONDS, why
                 if len(self._refused) > _REFUSED:
                     self._refused.popitem(last=False)
                 if self._held.get(schema) is grammar:
@@ -169,8 +170,9 @@ class _Grammars:
         until = time.monotonic() + _PREPARE_SECONDS * _BUSY
         while True:
             with self._lock:
-                if schema in self._refused:
-                    raise InputError(f"{_UNUSABLE}: {self._refused[schema]}")
+                refused_until, why = self._refused.get(schema, (0.0, ""))
+                if time.monotonic() < refused_until:
+                    raise InputError(f"{_UNUSABLE}: {why}")
                 self._let_go()
                 found = self._held.get(schema)
                 if found is None and len(self._held) < _AT_ONCE:

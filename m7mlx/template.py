@@ -1,24 +1,23 @@
-"""Chat templates: Jinja from a stranger's model folder, rendered in a sandbox with bounds on work and size."""
+"""Chat templates: Jinja from a stranger's model folder, and typed text that must stay text in it."""
 
 from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Iterable, Mapping
-from datetime import datetime
-from types import FrameType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-import jinja2
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from m7mlx.errors import ChatFormatError, WorkerDiedError, WorkerMemoryError, WorkerTimeError
+from m7mlx.worker import Worker
 
-from m7mlx.errors import ChatFormatError
-
-MAX_STEPS = 2_000_000  # lines of compiled template code; a conversation of 1,000 messages takes about 20,000
-MAX_CHARS = 64_000_000  # of any text that a template builds
-_PADDING = {"center", "ljust", "rjust", "zfill", "expandtabs", "indent", "format", "wordwrap", "truncate"}
+# What one rendering may take. A turn takes a millisecond; an honest template's work grows with the conversation only.
+_SECONDS, _SECONDS_PER_BYTE = 1.0, 1e-6  # of the processor; compiling included
+_PATIENCE = 5.0  # times that by the clock, where others need the processor too
+_MEMORY, _MEMORY_PER_BYTE = 64 << 20, 24  # a text can be held six times, in 4 bytes a character
+_TEXT, _TEXT_PER_BYTE = 2_000_000, 8  # characters that may come out; all of them will be tokenised
+_MAX_WORDS = 300  # characters of a template's own message
+_TEMPLATE = 1_000_000  # characters of a template itself; real ones have a few thousand
+_worker = Worker("m7mlx.template_process", memory=2 << 30)
 
 
 class Part(NamedTuple):
@@ -44,15 +43,31 @@ class Guard:
         self._mark = ""
 
     def protect(self, value: Any) -> Any:
-        """A copy of messages or tools with every string in it guarded."""
-        if not self._mark:
-            self._mark = self._unused_mark(json.dumps(value, ensure_ascii=False, default=str))
+        """A copy of messages and tools with every string in it guarded, names of fields included.
+
+        The fields of a message itself, and its role, are the template's own words.
+        """
+        try:
+            if not self._mark:
+                self._mark = self._unused_mark(json.dumps(value, ensure_ascii=False, default=str))
+            return self._guard_fields(value)
+        except (ValueError, RecursionError):
+            raise ChatFormatError("a message or a tool is nested too deep for a chat template") from None
+
+    def _guard_fields(self, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: v if k == "role" else self._guard(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._guard_fields(v) for v in value]
+        return self._guard(value)
+
+    def _guard(self, value: Any) -> Any:
         if isinstance(value, str):
             return self._guard_text(value)
         if isinstance(value, Mapping):
-            return {k: v if k == "role" else self.protect(v) for k, v in value.items()}
+            return {self._guard(k): self._guard(v) for k, v in value.items()}
         if isinstance(value, list | tuple):
-            return [self.protect(v) for v in value]
+            return [self._guard(v) for v in value]
         return value
 
     def _unused_mark(self, text: str) -> str:
@@ -83,126 +98,40 @@ class Guard:
 
 
 def render(template: str, context: Mapping[str, Any]) -> str:
-    """Render a chat template. Raises ChatFormatError for anything that goes wrong, endless work included."""
+    """Render a chat template in a process of its own. Raises ChatFormatError for anything that goes wrong, work
+    without end included."""
+    if len(template) > _TEMPLATE:
+        raise ChatFormatError(f"the model's chat template has more than {_TEMPLATE:,} characters")
     try:
-        compiled = _Environment().from_string(template)
-        # Compiled code joins with `~` through this name, past every hook of the sandbox.
-        compiled.root_render_func.__globals__["str_join"] = lambda parts: _join(map(str, parts))
-        with _StepLimit():
-            return compiled.render(**context)
-    except ChatFormatError:
-        raise
-    except RecursionError:
-        raise ChatFormatError("the model's chat template calls itself without end") from None
-    except (
-        jinja2.TemplateError,
-        TypeError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        ArithmeticError,
-        LookupError,
-    ) as e:
-        raise ChatFormatError(f"the model's chat template failed: {e}") from None
+        given = {"template": template, "context": context}
+        job = json.dumps(given, ensure_ascii=False, default=_inert).encode("utf-8", "surrogatepass")
+    except (ValueError, RecursionError):
+        raise ChatFormatError("a message or a tool is nested too deep for a chat template") from None
+    size = len(job) - len(template)
+    cpu = _SECONDS + _SECONDS_PER_BYTE * size
+    try:
+        answer = _worker.ask(job, cpu * _PATIENCE, cpu, _MEMORY + _MEMORY_PER_BYTE * size)
+    except WorkerTimeError:
+        raise ChatFormatError("the model's chat template does not come to an end") from None
+    except WorkerMemoryError:
+        raise ChatFormatError("the model's chat template takes too much memory") from None
+    except WorkerDiedError as error:
+        raise ChatFormatError(f"the model's chat template cannot be rendered: {_one_line(str(error))}") from None
+    found: dict[str, str] = json.loads(answer)
+    if "rendered" in found:
+        if len(found["rendered"]) > _TEXT + _TEXT_PER_BYTE * size:
+            raise ChatFormatError("the model's chat template writes far more than the conversation holds")
+        return found["rendered"]
+    ((kind, why),) = found.items()
+    what = "refuses the conversation" if kind == "refused" else "failed"
+    raise ChatFormatError(f"the model's chat template {what}: {_one_line(why) or 'it does not say why'}")
 
 
-class _StepLimit:
-    """Counts executed lines: deterministic, and no thread that would have to be stopped."""
-
-    def __enter__(self) -> None:
-        self._steps = 0
-        self._before = sys.gettrace()
-        sys.settrace(self._trace)
-
-    def __exit__(self, *_: object) -> None:
-        sys.settrace(self._before)
-
-    def _trace(self, frame: FrameType, event: str, arg: Any) -> Any:
-        self._steps += 1
-        if self._steps > MAX_STEPS:
-            raise ChatFormatError("the model's chat template does not come to an end")
-        return self._trace
+def _inert(value: Any) -> str:
+    """What a template sees of a value that JSON has no form for."""
+    return f"<{type(value).__name__}>"
 
 
-class _Generation(Extension):
-    """`{% generation %} … {% endgeneration %}` marks the assistant's text for training; here it is transparent."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2's own form
-
-    def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset({"*", "+", "**", "%"})
-
-    def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
-        self.globals |= {
-            "raise_exception": _raise,
-            "strftime_now": lambda form: datetime.now().strftime(form),
-        }
-        self.filters = {k: v for k, v in self.filters.items() if k not in _PADDING} | {
-            "tojson": _tojson,
-            "replace": _replace,
-            "join": lambda value, d="", attribute=None: _join_filter(self, value, d, attribute),
-        }
-
-    @staticmethod
-    def concat(parts: Iterable[str]) -> str:
-        return _join(parts)
-
-    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        return not (isinstance(obj, str) and attr in _PADDING) and super().is_safe_attribute(obj, attr, value)
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        sizes = [
-            len(x) if isinstance(x, str | list | tuple) else abs(x) for x in (left, right) if not isinstance(x, float)
-        ]
-        if operator in "**" and len(sizes) == 2 and sizes[0] * sizes[1] > MAX_CHARS:
-            _raise("a value grows too large")
-        if operator == "+" and isinstance(left, str | list | tuple) and sum(sizes) > MAX_CHARS:
-            _raise("a value grows too large")
-        if operator == "%" and isinstance(left, str):
-            _raise("% formatting is not supported")
-        return super().call_binop(context, operator, left, right)
-
-    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        text, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
-        if isinstance(text, str) and name == "replace":
-            return _replace(text, *args)
-        if isinstance(text, str) and name == "join":
-            return _join_filter(self, args[0] if args else (), text)
-        return super().call(context, obj, *args, **kwargs)
-
-
-def _replace(text: str, old: str, new: str, count: int = -1) -> str:
-    if (len(text) + 1) * len(new) > MAX_CHARS:
-        _raise("a text grows too long")
-    return str(text).replace(old, new, count)
-
-
-def _join_filter(environment: jinja2.Environment, value: Any, d: str = "", attribute: Any = None) -> str:
-    items = [str(environment.getitem(v, attribute) if attribute is not None else v) for v in value]
-    _join([*items, " " * min(len(d) * len(items), MAX_CHARS + 1)])
-    return d.join(items)
-
-
-def _join(parts: Iterable[str]) -> str:
-    kept, size = [], 0
-    for part in parts:
-        kept.append(part)
-        size += len(part)
-        if size > MAX_CHARS:
-            _raise("a text grows too long")
-    return "".join(kept)
-
-
-def _raise(message: str) -> NoReturn:
-    raise ChatFormatError(f"the model's chat template refuses the conversation: {message}")
-
-
-def _tojson(value: Any, indent: int | None = None, **_: Any) -> str:
-    """As transformers does it: no HTML escapes."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _one_line(text: str) -> str:
+    """A stranger's words, such that nothing of them can steer a terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text[:_MAX_WORDS]).split())

@@ -200,8 +200,8 @@ def load_tokenizer(folder: Path, embedding_size: int | None = None) -> Tokenizer
     from m7mlx.tokenizer_json import JsonTokenizer
 
     settings = _optional_json(folder / "tokenizer_config.json")
-    template = _chat_template(folder, settings)
-    is_mistral_chat = template is None or "[INST]" in template
+    templates = _chat_templates(folder, settings)
+    is_mistral_chat = "default" not in templates or "[INST]" in templates["default"]
     models = [folder / f"tokenizer.model{suffix}" for suffix in (".v3", ".v2", ".v1", "")]
     model = next((m for m in models if m.is_file()), None)
     json_file = folder / "tokenizer.json"
@@ -222,7 +222,7 @@ def load_tokenizer(folder: Path, embedding_size: int | None = None) -> Tokenizer
     if is_mistral_chat and version:
         tokenizer.chat = MistralFormat(tokenizer, version)
     else:
-        tokenizer.chat = TemplateFormat(tokenizer, template, settings)
+        tokenizer.chat = TemplateFormat(tokenizer, templates, settings)
     return tokenizer
 
 
@@ -243,19 +243,25 @@ def _eos_ids(folder: Path) -> frozenset[int]:
     return frozenset(found)
 
 
-def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """The model's chat template: chat_template.jinja, or the one in tokenizer_config.json."""
+def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """The model's chat templates by name: chat_template.jinja, or those in tokenizer_config.json."""
     try:
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return {"default": (folder / "chat_template.jinja").read_text(encoding="utf-8")}
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
         raise TokenizerError(f"{folder / 'chat_template.jinja'} cannot be read: {error}") from None
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # named templates
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, Mapping)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+    found = settings.get("chat_template")
+    if found is None:
+        return {}
+    if isinstance(found, list) and all(isinstance(t, Mapping) and isinstance(t.get("name"), str) for t in found):
+        found = {t["name"]: t.get("template") for t in found}
+    templates = found if isinstance(found, dict) else {"default": found}
+    if not all(isinstance(text, str) for text in templates.values()):
+        raise TokenizerError(
+            f"{folder / 'tokenizer_config.json'}: chat_template is neither a text nor texts with names"
+        )
+    return templates
 
 
 def _optional_json(path: Path) -> dict[str, Any]:

@@ -37,6 +37,9 @@ _LOOK = 0.2  # seconds between looks whether this process is ending …
 _LOOK_AT_MEMORY = 0.01  # … and at the memory of a job
 _OUT_OF_TIME = {-signal.SIGPROF, -signal.SIGALRM, -signal.SIGXCPU}  # how a process ends that has used up its time
 _ENVIRONMENT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "DYLD_FALLBACK_LIBRARY_PATH", "TZ")
+# glibc: one arena, since each takes 64 MB of the addresses, which are bounded; and what one job has freed is not kept
+# from the next.
+_MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 _START = """
 import json, sys, types
 given = json.loads(sys.argv[1])
@@ -59,7 +62,8 @@ class Worker:
     def __init__(
         self, module: str, setup: bytes = b"", *, memory: int = 512 << 20, startup: float = 30.0, restart: bool = True
     ) -> None:
-        """`memory` in bytes for the whole process; `startup` in seconds until it can answer, `setup` included."""
+        """`memory` in bytes for the setup and all jobs, beside what the module takes; `startup` in seconds until it
+        can answer."""
         self._module, self._setup = module, setup
         self._memory, self._startup = memory, startup
         self._restart = restart
@@ -68,6 +72,7 @@ class Worker:
         self._process: subprocess.Popen[bytes] | _Copy | None = None
         self._line: socket.socket | None = None
         self._seen: Any = None  # psutil's view of the process, where its memory has to be looked at
+        self._taken = self._most = 0  # bytes that the process takes without a job; that a job may take
         _open.add(self)
 
     @property
@@ -89,35 +94,32 @@ class Worker:
                 self._spawn()
         threading.Thread(target=self._warm, name="worker start", daemon=True).start()
 
-    def ask(self, data: bytes, seconds: float, cpu: float | None = None) -> bytes:
+    def ask(self, data: bytes, seconds: float, cpu: float | None = None, memory: int | None = None) -> bytes:
         """The handler's answer to `data`. Raises WorkerError: out of time, out of memory, or died.
 
         `seconds` are the clock's, `cpu` the processor's (of all threads together; the same if not given): on a busy
         machine a job may be given much of the one for little of the other. Both count from the moment that the
-        process is ready and nobody else is asking.
+        process is ready and nobody else is asking. `memory` is less than the worker's, for a job that needs less.
         """
         if len(data) > MAX_FRAME:
             raise WorkerMemoryError(f"more than {MAX_FRAME >> 20} MB were given to a process of our own")
         with self._lock:
             self._get_ready()
-            return self._exchange(data, seconds, cpu or seconds)
+            return self._exchange(data, seconds, cpu or seconds, min(memory or self._memory, self._memory))
 
     def copy(self) -> Worker:
         """A worker that knows all that this one does, at once; what it learns is its own, and lost when it ends."""
         ours, its = socket.socketpair()
         try:
             with its:
-                (number,) = PROCESS.unpack(self._tell(REQUEST.pack(COPY, 0, 0), its.fileno()))
+                (number,) = PROCESS.unpack(self._tell(REQUEST.pack(COPY, 0, 0, 0), its.fileno()))
         except BaseException:
             ours.close()
             raise
         copy = Worker(self._module, memory=self._memory, restart=False)
         copy._line, copy._process, copy._ready = ours, _Copy(number, self), True
         if self._seen:
-            import psutil
-
-            with suppress(psutil.Error):
-                copy._seen = psutil.Process(number)
+            copy._begin_to_look()
         return copy
 
     def _tell(self, request: bytes, file: int | None = None) -> bytes:
@@ -165,17 +167,13 @@ class Worker:
         if self._ready:
             return
         try:
-            deadline = time.monotonic() + self._startup
-            is_bounded = bool(self._reply(deadline))
+            is_bounded = bool(self._reply(time.monotonic() + self._startup))
             if not is_bounded:
-                import psutil
-
-                assert self._process
-                self._seen = psutil.Process(self._process.pid)
+                self._begin_to_look()
         except BaseException:
             self._end()
             raise
-        self._exchange(self._setup, self._startup, self._startup)
+        self._exchange(self._setup, self._startup, self._startup, self._memory)
         self._ready = True
 
     def _spawn(self) -> None:
@@ -198,8 +196,7 @@ class Worker:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 cwd="/",
-                # One arena: each takes 64 MB of the address space that is bounded.
-                env={k: os.environ[k] for k in _ENVIRONMENT if k in os.environ} | {"MALLOC_ARENA_MAX": "1"},
+                env=_MALLOC | {k: os.environ[k] for k in _ENVIRONMENT if k in os.environ},
                 start_new_session=True,  # Ctrl-C in a terminal is not for it
             )
         except (OSError, ValueError) as error:
@@ -209,13 +206,14 @@ class Worker:
             its.close()
         self._line = ours
 
-    def _exchange(self, data: bytes, seconds: float, cpu: float) -> bytes:
+    def _exchange(self, data: bytes, seconds: float, cpu: float, memory: int) -> bytes:
         deadline = time.monotonic() + seconds
         assert self._line
+        self._most = memory
         try:
             self._line.settimeout(seconds)
             try:
-                self._line.sendall(REQUEST.pack(len(data), cpu, seconds) + data)
+                self._line.sendall(REQUEST.pack(len(data), cpu, seconds, memory) + data)
             except TimeoutError:
                 raise WorkerTimeError(_LATE) from None
             except OSError:
@@ -257,6 +255,16 @@ class Worker:
             got += more
         return data
 
+    def _begin_to_look(self) -> None:
+        import psutil
+
+        assert self._process
+        try:
+            self._seen = psutil.Process(self._process.pid)
+            self._taken = self._seen.memory_info().rss
+        except psutil.Error:
+            raise self._death() from None
+
     def _look(self) -> None:
         """Raise if there is a reason to wait no longer, while a job runs."""
         if self._closed or not threading.main_thread().is_alive():
@@ -265,7 +273,7 @@ class Worker:
             import psutil
 
             with suppress(psutil.Error):  # it has just ended, which the line tells
-                if self._seen.memory_info().rss > self._memory:
+                if self._seen.memory_info().rss > self._taken + self._most:
                     raise WorkerMemoryError(_LARGE)
 
     def _death(self) -> WorkerError:
@@ -324,7 +332,7 @@ class _Copy:
             self.returncode = -signal.SIGKILL  # for all we know; without its original, the system itself waits for it
             with suppress(WorkerError):
                 if self._original.alive and self._original.pid == self._parent:
-                    request = REQUEST.pack(ENDED, 0, 0) + PROCESS.pack(self.pid)
+                    request = REQUEST.pack(ENDED, 0, 0, 0) + PROCESS.pack(self.pid)
                     (self.returncode,) = STATUS.unpack(self._original._tell(request))
         assert self.returncode is not None
         return self.returncode

@@ -3,7 +3,7 @@
 Imported by the process before anything else, so it needs nothing but the standard library. Frames go over a socket,
 which is the process's standard input:
 
-    request    bytes that follow, seconds of the processor, seconds of the clock; the bytes
+    request    bytes that follow, seconds of the processor, seconds of the clock, memory in bytes; the bytes
     reply      what became of it, bytes that follow; the bytes
 
 The first reply, before any request, says whether the operating system bounds the memory; the first request is the
@@ -30,7 +30,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
-REQUEST = struct.Struct("=Idd")
+REQUEST = struct.Struct("=IddQ")
 REPLY = struct.Struct("=cI")
 DONE, OUT_OF_MEMORY, FAILED = b"+", b"m", b"!"
 MAX_FRAME = 64 << 20  # bytes, either way
@@ -46,20 +46,27 @@ SIGIO_ENDS = sys.platform == "linux"
 def serve(module: str, memory: int) -> NoReturn:
     """Answer requests with the function that `module.handler(setup)` gives, until the line ends.
 
-    `memory` is the most that the process may take in bytes; 0 leaves that to whoever watches it.
+    `memory` is the most that jobs may take in bytes, beside what the module takes; 0 leaves that to whoever watches.
     """
     try:
         _reset_signals()
         handler = importlib.import_module(module).handler  # first: imports may write caches and open files
-        _send(DONE, b"bounded" if _limit(memory) else b"")
+        _limit_files()
+        taken = _limit_memory(memory)
+        _send(DONE, b"bounded" if taken is not None else b"")
         answer: Callable[[bytes], bytes] | None = None
+        now = memory
         while True:
-            size, cpu, clock = REQUEST.unpack(_read(REQUEST.size))
+            size, cpu, clock, most = REQUEST.unpack(_read(REQUEST.size))
             if size in (COPY, ENDED):
                 _copy() if size == COPY else _tell_end(PROCESS.unpack(_read(PROCESS.size))[0])
                 continue
             if size > MAX_FRAME:
                 raise MemoryError
+            if taken is not None and now != most:
+                _, hard = resource.getrlimit(resource.RLIMIT_AS)
+                resource.setrlimit(resource.RLIMIT_AS, (min(taken + most, hard), hard))
+                now = most
             data = _read(size)
             _begin_job(cpu, clock)
             if answer is None:
@@ -68,7 +75,7 @@ def serve(module: str, memory: int) -> NoReturn:
                 reply = answer(data)
             if len(reply) > MAX_FRAME:
                 raise MemoryError
-            _end_job()
+            _signal_the_end(False)
             _send(DONE, reply)
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.setitimer(signal.ITIMER_PROF, 0)
@@ -77,7 +84,7 @@ def serve(module: str, memory: int) -> NoReturn:
     except BaseException as error:  # a panic of Rust too, which is no Exception
         kind, text = FAILED, f"{type(error).__name__}: {error}"[:2000]
     with suppress(BaseException):
-        _end_job()
+        _signal_the_end(False)
         _send(kind, text.encode(errors="replace"))
     os._exit(1)
 
@@ -88,43 +95,51 @@ def _reset_signals() -> None:
     for one in (signal.SIGPROF, signal.SIGALRM, signal.SIGXCPU, signal.SIGTERM, signal.SIGINT):
         signal.signal(one, signal.SIG_DFL)
     signal.signal(signal.SIGIO, signal.SIG_DFL if SIGIO_ENDS else lambda *_: os._exit(1))
-    fcntl.fcntl(_LINE, fcntl.F_SETOWN, os.getpid())
+    with suppress(OSError):
+        fcntl.fcntl(_LINE, fcntl.F_SETOWN, os.getpid())
 
 
-def _limit(memory: int) -> bool:
-    """Limit what the process may use; whether that holds for its memory, which is tried."""
-    _lower(resource.RLIMIT_CORE, 0)
-    _lower(resource.RLIMIT_FSIZE, 0)
-    _lower(resource.RLIMIT_NOFILE, _FILES)
+def _limit_files() -> None:
+    for what, value in (resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NOFILE, _FILES):
+        _, hard = resource.getrlimit(what)
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        with suppress(OSError, ValueError):
+            resource.setrlimit(what, (value, value))
+
+
+def _limit_memory(memory: int) -> int | None:
+    """Limit the addresses that the process may take: what it has, and `memory` besides.
+
+    Returns what it has in bytes; None if the system does not enforce such a limit, which is tried.
+    """
     if not memory:
-        return False
-    _lower(resource.RLIMIT_AS, memory)
+        return None
     try:
-        mmap.mmap(-1, memory).close()  # takes addresses only
+        with open("/proc/self/statm") as sizes:
+            taken = int(sizes.read().split()[0]) * mmap.PAGESIZE
+    except OSError:
+        taken = 0
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = taken + memory if hard == resource.RLIM_INFINITY else min(taken + memory, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    except (OSError, ValueError):  # macOS
+        return None
+    try:
+        mmap.mmap(-1, limit).close()  # takes addresses only
     except (OSError, MemoryError):
-        return True
-    return False
-
-
-def _lower(what: int, value: int) -> None:
-    _, most = resource.getrlimit(what)
-    value = value if most == resource.RLIM_INFINITY else min(value, most)
-    with suppress(OSError, ValueError):  # macOS refuses some
-        resource.setrlimit(what, (value, value))
+        return taken
+    return None
 
 
 def _begin_job(cpu: float, clock: float) -> None:
     """From here on the process ends when its time is up, or the line is, whatever the job does."""
     signal.setitimer(signal.ITIMER_PROF, cpu)
     signal.setitimer(signal.ITIMER_REAL, clock)
-    fcntl.fcntl(_LINE, fcntl.F_SETFL, fcntl.fcntl(_LINE, fcntl.F_GETFL) | os.O_ASYNC)
+    _signal_the_end(True)
     # Nothing is sent during a job, so what can be read by now is the end.
     if select.select([_LINE], [], [], 0)[0]:
         os._exit(0)
-
-
-def _end_job() -> None:
-    fcntl.fcntl(_LINE, fcntl.F_SETFL, fcntl.fcntl(_LINE, fcntl.F_GETFL) & ~os.O_ASYNC)
 
 
 def _copy() -> None:
@@ -134,7 +149,8 @@ def _copy() -> None:
     number = os.fork()
     if not number:
         os.dup2(given, _LINE)
-        fcntl.fcntl(_LINE, fcntl.F_SETOWN, os.getpid())
+        with suppress(OSError):
+            fcntl.fcntl(_LINE, fcntl.F_SETOWN, os.getpid())
     os.close(given)
     if number:
         _send(DONE, PROCESS.pack(number))
@@ -151,6 +167,13 @@ def _tell_end(number: int) -> None:
         os.kill(number, signal.SIGKILL)
         _, status = os.waitpid(number, 0)
     _send(DONE, STATUS.pack(os.waitstatus_to_exitcode(status)))
+
+
+def _signal_the_end(on: bool) -> None:
+    """Whether whatever happens on the line is a SIGIO."""
+    flags = fcntl.fcntl(_LINE, fcntl.F_GETFL)
+    with suppress(OSError):  # a system without it has the clock
+        fcntl.fcntl(_LINE, fcntl.F_SETFL, flags | os.O_ASYNC if on else flags & ~os.O_ASYNC)
 
 
 def _read(size: int) -> bytes:

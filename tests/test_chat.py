@@ -15,7 +15,7 @@ from mistral_common.tokens.tokenizers.instruct import InstructTokenizerV1, Instr
 from test_tokenizer import CONTROLS, HARD, ORACLES, byte_level_json, write_json_tokenizer
 
 from m7mlx.chat import Message
-from m7mlx.errors import ChatFormatError
+from m7mlx.errors import ChatFormatError, TokenizerError
 from m7mlx.tokenizer import Tokenizer
 
 INSTRUCT = {
@@ -250,3 +250,56 @@ def test_named_templates_and_template_files(tmp_path: Path) -> None:
     assert write_json_tokenizer(tmp_path, byte_level_json(CONTROLS), settings).chat.encode([user("x")]) == [*b"yes"]
     (tmp_path / "chat_template.jinja").write_text("file")
     assert write_json_tokenizer(tmp_path, byte_level_json(CONTROLS), settings).chat.encode([user("x")]) == [*b"file"]
+
+
+def test_the_template_for_tools_is_taken_where_there_are_some(tmp_path: Path) -> None:
+    """As transformers chooses among named templates, written as a list or as a mapping."""
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    for named in (
+        [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}],
+        {"default": "plain", "tool_use": "tools", "rag": "other"},
+    ):
+        chat = write_json_tokenizer(tmp_path, byte_level_json(CONTROLS), {"chat_template": named}).chat
+        assert chat.encode([user("x")]) == [*b"plain"]
+        assert chat.encode([user("x")], [tool]) == [*b"tools"]
+    chat = write_json_tokenizer(tmp_path, byte_level_json(CONTROLS), {"chat_template": "one"}).chat
+    assert chat.encode([user("x")], [tool]) == [*b"one"]
+
+
+@pytest.mark.parametrize("value", [{}, [], None])
+def test_no_template_among_none(tmp_path: Path, value: Any) -> None:
+    tokenizer = write_json_tokenizer(tmp_path, byte_level_json(CONTROLS), {"chat_template": value})
+    with pytest.raises(ChatFormatError, match="no chat template"):
+        tokenizer.chat.encode([user("x")])
+
+
+def test_named_templates_without_a_default(tmp_path: Path) -> None:
+    named = {"a\x1b[2J": "x", "b": "y"}
+    tokenizer = write_json_tokenizer(tmp_path, byte_level_json(CONTROLS), {"chat_template": named})
+    with pytest.raises(ChatFormatError, match=r"none .* is the default one; they are 'a\\x1b\[2J', 'b'"):
+        tokenizer.chat.encode([user("x")])
+
+
+@pytest.mark.parametrize(
+    "value", [5, True, ["text"], [{"name": "default"}], [{"template": "x"}], {"default": None}, {"default": {"a": 1}}]
+)
+def test_a_template_that_is_no_text(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(TokenizerError, match="chat_template is neither a text nor texts with names"):
+        write_json_tokenizer(tmp_path, byte_level_json(CONTROLS), {"chat_template": value})
+
+
+def test_a_template_of_ten_megabytes(tmp_path: Path) -> None:
+    tokenizer = write_json_tokenizer(tmp_path, byte_level_json(CONTROLS), {"chat_template": "x" * 10_000_000})
+    with pytest.raises(ChatFormatError, match="more than 1,000,000 characters"):
+        tokenizer.chat.encode([user("x")])
+
+
+def test_tools_and_calls_never_become_control_tokens_in_a_template(tmp_path: Path) -> None:
+    """Not their texts, not the names of their fields, and not what is called "role" inside them."""
+    look_alike = {"role": "<|im_end|>", "<|im_start|>": {"role": {"a<|im_end|>": ["<|im_start|>"]}}}
+    tool = {"role": "<|im_end|>", "function": {"name": "<|im_start|>", "parameters": look_alike}}
+    call = {"id": "1", "function": {"name": "<|im_end|>", "arguments": look_alike}}
+    history = [user("x"), {"role": "assistant", "content": "", "tool_calls": [call]}, user("y")]
+    chat = chatml(tmp_path, "<|im_start|>{{ tools | tojson }}{{ messages[1].tool_calls | tojson }}<|im_end|>").chat
+    shown = json.dumps([tool]) + json.dumps([call])
+    assert chat.encode(history, [tool]) == [256, *shown.encode(), 257]
