@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 from textual import on
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
-from textual.css.query import NoMatches
 from textual.filter import LineFilter
 from textual.widgets import Markdown, Static
 
@@ -24,7 +23,7 @@ from m7mlx_chat.engine import Engine
 from m7mlx_chat.events import Done, Event, Failed, Loading, Prefill, Ready, Text
 from m7mlx_chat.gate import Gate
 from m7mlx_chat.screens.models import Chosen, Models
-from m7mlx_chat.session import Session
+from m7mlx_chat.session import Session, UnderWay
 from m7mlx_chat.settings import ENGINE, Settings
 from m7mlx_chat.terminal import visible
 from m7mlx_chat.widgets.completion import Completion
@@ -124,14 +123,17 @@ class ChatApp(Commands):
         self.set_interval(_DRAIN_SECONDS, self._drain_in_time)
         self.set_interval(_LOOK_SECONDS, self._look)
         self.sidebar.set_class(self.size.width >= _SIDEBAR_FROM, "-shown")
-        await self.show_all()
-        if self._folder is None:
-            self.choose_model(self.session.settings.model if self._fetch else "")
-        else:
-            self.reload()
-        if self._question is not None:
-            self.session.ask(self._question)
+        with self.going_on():
             await self.show_all()
+        with self.going_on():
+            if self._folder is None:
+                self.choose_model(self.session.settings.model if self._fetch else "")
+            else:
+                self.reload()
+        with self.going_on():
+            if self._question is not None:
+                self.session.ask(self._question)
+                await self.show_all()
 
     @property
     def state(self) -> State:
@@ -155,34 +157,29 @@ class ChatApp(Commands):
         if self.state == "no model":
             self.action_model()
             return
-        await self._try(lambda: self.session.edit(self._editing, text) if self._editing else self.session.ask(text))
+        await self._begin(lambda: self.session.edit(self._editing, text) if self._editing else self.session.ask(text))
 
-    async def _try(self, begin: object) -> bool:
-        """Begin an answer, and show it; a refusal is told, and the draft stays."""
-        try:
-            begin()  # type: ignore[operator]
-        except M7Error as error:
-            self.tell(str(error), is_error=True)
-            return False
+    async def _begin(self, begin: Callable[[], UnderWay]) -> None:
+        """Begin an answer, and show it; where that raises, the draft stays."""
+        begin()
         self.composer.reset()
         self._edit(None)
         self._first_text = 0.0
         self.composer.focus()
         await self.show_all()
-        return True
 
     async def action_retry(self) -> None:
-        await self._try(self.session.retry)
+        await self._begin(self.session.retry)
 
     async def action_resume(self) -> None:
-        await self._try(self.session.resume)
+        await self._begin(self.session.resume)
 
     async def action_replay(self) -> None:
-        await self._try(lambda: self.session.replay(self.session.line[-1]))
+        await self._begin(lambda: self.session.replay(self.session.line[-1]))
 
     async def action_retry_message(self) -> None:
         if (selected := self.selected) is not None:
-            await self._try(lambda: self.session.retry(selected.message.id))
+            await self._begin(lambda: self.session.retry(selected.message.id))
 
     def action_edit(self) -> None:
         questions = [m for m in self.store.read(self.session.line[-2:]) if m.role == "user"]
@@ -239,24 +236,15 @@ class ChatApp(Commands):
     async def drain(self) -> None:
         """Take what the engine has said since the last time."""
         for event in self.engine.drain():
-            if self._left():
+            if not self.is_running:
                 return
-            try:
+            with self.going_on():
                 await self._handle(event)
-            except NoMatches:
-                if self._left():  # in the middle of it: the widgets are gone
-                    return
-                raise
-
-    def _left(self) -> bool:
-        return not self.is_running
 
     async def _handle(self, event: Event) -> None:
         under_way, was_loading = self.session.under_way, self._loading
-        try:
+        with self.going_on():  # where the disk is full, say: what is on the screen stays, and is saved later
             self.session.handle(event)
-        except M7Error as error:  # the disk is full, say: what is on the screen stays, and is saved later
-            self.tell(str(error), is_error=True)
         answer = self.transcript.answer(under_way.answer) if under_way else None
         match event:
             case Loading(done, total):

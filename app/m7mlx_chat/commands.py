@@ -12,10 +12,10 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 from textual import on, work
-from textual.app import App, SuspendNotSupported, SystemCommand
+from textual.app import SuspendNotSupported, SystemCommand
 from textual.screen import ModalScreen, Screen
 
-from m7mlx.errors import InputError, M7Error
+from m7mlx.errors import InputError
 from m7mlx_chat.actions import ACTIONS, COMMANDS
 from m7mlx_chat.clipboard import code_blocks, copy_with_tool
 from m7mlx_chat.config import Config, read_config, save, save_preset
@@ -26,6 +26,7 @@ from m7mlx_chat.screens.dialogs import Ask, Figures, Help, Search
 from m7mlx_chat.screens.settings import SettingsDrawer
 from m7mlx_chat.session import Session
 from m7mlx_chat.settings import ENGINE, FIELDS, Settings
+from m7mlx_chat.steady import SteadyApp
 from m7mlx_chat.terminal import visible
 from m7mlx_chat.widgets.composer import Composer, Draft
 from m7mlx_chat.widgets.messages import MessageView
@@ -37,7 +38,7 @@ _NOT_IN_PALETTE = ("stop", "interrupt", "command_palette")
 _IN_DIALOGS = ("stop", "interrupt", "quit", "help")
 
 
-class Commands(App[None]):
+class Commands(SteadyApp):
     """The app's commands, over a session that it shows."""
 
     def __init__(self, session: Session, config: Config) -> None:
@@ -65,12 +66,6 @@ class Commands(App[None]):
         """The message that is selected."""
         return self.focused if isinstance(self.focused, MessageView) else None
 
-    def tell(self, text: str, *, is_error: bool = False) -> None:
-        """A line in the corner, for a while."""
-        self.notify(
-            visible(text), severity="error" if is_error else "information", timeout=6 if is_error else 3, markup=False
-        )
-
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """In a dialog only those of our keys work that make sense there."""
         ours = any(action == known.name.partition("(")[0] for known in ACTIONS)
@@ -91,14 +86,9 @@ class Commands(App[None]):
         if name not in COMMANDS:
             self.tell(f"there is no command /{name}; F1 shows all", is_error=True)
             return False
-        try:
-            done = getattr(self, f"action_{COMMANDS[name].name}")(
-                *([argument.strip()] if COMMANDS[name].takes else [])
-            )
-            if done is not None:
-                await done
-        except M7Error as error:
-            self.tell(str(error), is_error=True)
+        done = getattr(self, f"action_{COMMANDS[name].name}")(*([argument.strip()] if COMMANDS[name].takes else []))
+        if done is not None:
+            await done
         return True
 
     # --- copying and writing ----------------------------------------------------------------------------
@@ -274,19 +264,16 @@ class Commands(App[None]):
 
     @on(SettingsDrawer.Preset)
     def _preset(self, event: SettingsDrawer.Preset) -> None:
-        try:
-            if event.keep:
-                values = self.session.settings.given(FIELDS)
-                values.pop("model", None)
-                save_preset(self.config.path, event.name, values)
-                self.config = read_config(self.config.path)
-                self.tell(f"kept as {event.name}: /preset {event.name}, or --preset {event.name}")
-            else:
-                self.configure(self.session.settings.changed(self.config.preset(event.name)))
-                if isinstance(self.screen, SettingsDrawer):
-                    self.screen.show(self.session.settings)
-        except M7Error as error:
-            self.tell(str(error), is_error=True)
+        if event.keep:
+            values = self.session.settings.given(FIELDS)
+            values.pop("model", None)
+            save_preset(self.config.path, event.name, values)
+            self.config = read_config(self.config.path)
+            self.tell(f"kept as {event.name}: /preset {event.name}, or --preset {event.name}")
+        else:
+            self.configure(self.session.settings.changed(self.config.preset(event.name)))
+            if isinstance(self.screen, SettingsDrawer):
+                self.screen.show(self.session.settings)
 
     def action_theme(self, argument: str = "") -> None:
         if not argument:

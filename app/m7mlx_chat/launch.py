@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from m7mlx.checksums import cache_dir
+from m7mlx.cli import EXIT_FAILED
 from m7mlx.errors import InputError, M7Error, RunError
 from m7mlx.hub import ALIASES, DEMO, is_repo_id, local, resolve
 from m7mlx_chat.app import ChatApp
@@ -19,7 +20,10 @@ from m7mlx_chat.engine import Engine
 from m7mlx_chat.headless import go_on_with_the_last, open_store
 from m7mlx_chat.session import Session
 from m7mlx_chat.settings import Settings
+from m7mlx_chat.steady import log_path
 from m7mlx_chat.web import in_browser
+
+_FINISH_SECONDS = 3.0  # for the engine to end its token
 
 
 def launch(
@@ -37,7 +41,6 @@ def launch(
     can_be_fetched = settings.model in (DEMO, *ALIASES) or is_repo_id(settings.model)
     if chosen and not can_be_fetched and local(settings.model) is None:
         resolve(settings.model)  # raises: there is no such model
-    log = cache_dir() / "chat.log"
     with open_store(save) as store:
         if not chosen and local(settings.model) is None:  # the model of the last time, if it is still here
             for conversation in store.conversations(limit=1):
@@ -48,7 +51,7 @@ def launch(
         if go_on:
             go_on_with_the_last(session)
         folder = local(settings.model)
-        with _stderr_to_log(log), _keys_from_terminal():
+        with _stderr_to_log(log_path()), _keys_from_terminal():
             here = folder is not None and folder.is_dir()
             app = ChatApp(engine, session, config, folder=folder if here else None, fetch=chosen, question=question)
             keep_collections_short()
@@ -58,21 +61,26 @@ def launch(
                 _finish(session, engine)
     if app.failure is not None:  # seen in the chat, and worth keeping when the chat has left the screen
         raise (InputError if app.failure.exit_status == InputError.exit_status else RunError)(app.failure.message)
-    if app.return_code:
-        raise RunError(f"the interface failed; {log} says why")
-    return 0
+    if isinstance(app.failed, M7Error):
+        raise app.failed
+    if app.return_code == EXIT_FAILED:
+        raise RunError(f"the interface failed; {log_path()} says why")
+    return app.return_code or 0
 
 
 def _finish(session: Session, engine: Engine) -> None:
-    """End the answer under way, with all that was said."""
-    with contextlib.suppress(M7Error):
-        session.stop()
-        until = time.monotonic() + 3
+    """End the answer under way, with all that was said. Raises what the store does if that cannot be saved."""
+    try:
+        with contextlib.suppress(M7Error):
+            session.stop()
+        until = time.monotonic() + _FINISH_SECONDS
         while session.under_way is not None and time.monotonic() < until:
             for event in engine.drain(0.1):
-                session.handle(event)
+                with contextlib.suppress(M7Error):
+                    session.handle(event)
         session.save_again()
-    engine.close()
+    finally:
+        engine.close()
 
 
 def keep_collections_short() -> None:
@@ -103,19 +111,27 @@ def _keys_from_terminal() -> Iterator[None]:
 def _stderr_to_log(path: Path) -> Iterator[None]:
     """Send what native code writes to fd 2 into a file: on the screen it would land in the middle of the chat.
 
+    What is logged goes there too. Where the file cannot be written, the chat does without.
+
     Textual draws through `sys.__stderr__`. It gets the terminal that stdout is, since fd 2 may be redirected.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    errors = os.dup(2)
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    before = sys.__stderr__
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    except OSError:
+        log = os.open(os.devnull, os.O_WRONLY)
+    errors, before = os.dup(2), sys.__stderr__
+    handler = logging.StreamHandler(os.fdopen(log, "w", encoding="utf-8", errors="backslashreplace"))
     sys.__stderr__ = os.fdopen(os.dup(1), "w", encoding="utf-8")  # type: ignore[misc]
+    logging.getLogger().addHandler(handler)
     try:
         os.dup2(log, 2)
         yield
     finally:
+        logging.getLogger().removeHandler(handler)
         os.dup2(errors, 2)
         os.close(errors)
-        os.close(log)
-        sys.__stderr__.close()
+        for stream in (handler.stream, sys.__stderr__):
+            with contextlib.suppress(OSError):  # a full disk, a terminal that is gone
+                stream.close()
         sys.__stderr__ = before  # type: ignore[misc]
