@@ -14,7 +14,7 @@ import termios
 from pathlib import Path
 
 import pytest
-from chat_harness import chatting
+from chat_harness import chatting, done
 from hostile import EVIL, PLACES, SIZE, UNSAFE, Place, config, drawn, go_through, settings
 
 
@@ -33,6 +33,24 @@ async def test_nothing_that_a_widget_draws_is_a_control(tmp_path: Path, monkeypa
 
         await go_through(chat, tmp_path, look)
     assert not found
+
+
+async def test_what_is_recalled_is_asked_again_as_it_was(tmp_path: Path) -> None:
+    text = "Why \x1b]0;x\x07 \x7f\x9b \u202e\u200f\u200b [/x][@click=app.quit]?"
+    async with chatting(tmp_path) as chat:
+        chat.session.ask(text)
+        await chat.app.show_all()
+        await chat.say(done("Because."))
+        chat.app.composer.focus()
+        await chat.pilot.press("up", "enter")
+        await chat.pilot.pause()
+        assert chat.line()[::2] == [text, text]
+
+
+async def test_half_a_character_can_be_copied(tmp_path: Path) -> None:
+    async with chatting(tmp_path) as chat:
+        chat.app.copy_text("a\ud800b")
+        assert chat.app.clipboard == "a\ufffdb"
 
 
 OURS = re.compile(
@@ -55,13 +73,13 @@ def test_nothing_that_reaches_a_real_terminal_is_a_control_but_textuals_own(tmp_
     assert not set(UNSAFE.findall(left))
 
 
-def on_terminal(command: list[str], size: tuple[int, int] = SIZE, **environment: str) -> str:
+def on_terminal(command: list[str], size: tuple[int, int] = SIZE, cwd: Path | None = None, **environment: str) -> str:
     """All that a program writes to the terminal that it runs in."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
     values = os.environ | {"TERM": "xterm-256color"} | environment
     written = b""
-    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=values) as process:
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=values, cwd=cwd) as process:
         os.close(theirs)
         try:
             while data := os.read(ours, 65536):

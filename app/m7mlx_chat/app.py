@@ -25,6 +25,7 @@ from m7mlx_chat.gate import Gate
 from m7mlx_chat.screens.models import Chosen, Models
 from m7mlx_chat.session import Session, UnderWay
 from m7mlx_chat.settings import ENGINE, Settings
+from m7mlx_chat.store.rows import clean
 from m7mlx_chat.terminal import visible
 from m7mlx_chat.widgets.completion import Completion
 from m7mlx_chat.widgets.composer import Composer, folded
@@ -91,6 +92,9 @@ class ChatApp(Commands):
 
     def get_line_filters(self) -> Sequence[LineFilter]:
         return [*super().get_line_filters(), self._gate]
+
+    def copy_to_clipboard(self, text: str) -> None:
+        super().copy_to_clipboard(clean(text))  # a name of a file may be no UTF-8
 
     def compose(self) -> ComposeResult:
         with Horizontal(id="top"):
