@@ -23,13 +23,12 @@ import mlx.core as mx
 import numpy as np
 
 from m7mlx.errors import InputError, WorkerError, WorkerMemoryError, WorkerTimeError
-from m7mlx.grammar import NUMBER, STEP
+from m7mlx.grammar import MAX_SCHEMA, NUMBER, STEP
 from m7mlx.worker import Worker
 
 if TYPE_CHECKING:
     from m7mlx.tokenizer import Tokenizer
 
-MAX_SCHEMA = 200_000  # characters
 CUT = "a stop text came before the JSON was complete; leave out stop, since an answer in JSON ends by itself"
 _MEMORY = 512 << 20  # bytes for one schema's process, the vocabulary included
 _PREPARE_SECONDS = 5.0  # of the processor; of the clock, on a busy machine …

@@ -19,6 +19,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
+MAX_SCHEMA = 200_000  # characters
 NUMBER = struct.Struct("=I")
 STEP = struct.Struct("=Ii")  # answer, token; −1 for none
 _AT_ONCE = 20_000  # places of a grammar that an answer may stand at; the clock ends what takes too long before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import signal
@@ -408,6 +409,33 @@ def test_what_is_sent_is_bounded(url: str, body: bytes, headers: dict[str, str],
     assert found.status_code == status
     assert found.json()["error"]["message"]
     assert "access-control-allow-origin" not in found.headers
+
+
+def test_nobody_waits_while_others_are_read(url: str) -> None:
+    """What is large is parsed and tokenised elsewhere, and once however many answers are asked for. The bound is
+    generous: each of these took the loop a second and more."""
+    text = "".join(chr(0x4E00 + i * 7919 % 20_000) for i in range(990_000))
+    bodies = [
+        json.dumps(CHAT | {"messages": user(text), "n": 8}).encode(),
+        b"[" + b"[]," * 2_700_000 + b"0]",
+        b'{"messages":[' + b"{}," * 2_700_000 + b"{}]}",
+    ]
+
+    def ask(body: bytes) -> None:
+        with contextlib.suppress(httpx.TimeoutException):
+            headers = {"Content-Type": "application/json"}
+            httpx.post(f"{url}/v1/chat/completions", content=body, headers=headers, timeout=6)
+
+    worst = 0.0
+    with ThreadPoolExecutor(3) as pool, httpx.Client(timeout=60) as other:
+        asked = [pool.submit(ask, body) for body in bodies]
+        while not all(one.done() for one in asked):
+            began = time.perf_counter()
+            assert other.get(f"{url}/health").status_code == 200
+            worst = max(worst, time.perf_counter() - began)
+            time.sleep(0.02)
+    settle(url, 0)
+    assert worst < 0.5
 
 
 def test_lengths_that_lie(url: str) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from m7mlx_server.guard import ApiError
+from m7mlx_server.readers import Readers
 from m7mlx_server.reading import parsed, read
 from m7mlx_server.schemas import ChatRequest
 
 from m7mlx.errors import InputError
-from m7mlx.tokenizer import Tokenizer
+from m7mlx.tokenizer import Tokenizer, load_tokenizer
 
 CHAT = "/v1/chat/completions"
 BODY: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
@@ -113,7 +117,8 @@ def test_what_has_been_read_keeps_no_texts(mistral_tokenizers: dict[str, Tokeniz
     asked = read(CHAT, json.dumps(BODY | {"tools": tools}).encode(), "m", tokenizer)
     assert isinstance(asked.body, ChatRequest) and asked.body.tools
     assert list(asked.ids) == tokenizer.chat.encode(BODY["messages"], tools)
-    assert (asked.body.messages, asked.body.tools[0].function.parameters) == ([], {})
+    assert [message.content for message in asked.body.messages] == [""]
+    assert asked.body.tools[0].function.parameters == {}
     named = {"tools": tools, "tool_choice": {"type": "function", "function": {"name": "g"}}}
     asked = read(CHAT, json.dumps(BODY | named).encode(), "m", tokenizer)
     assert isinstance(asked.body, ChatRequest) and asked.body.tools
@@ -125,3 +130,77 @@ def test_what_has_been_read_keeps_no_texts(mistral_tokenizers: dict[str, Tokeniz
     schema = {"type": "json_schema", "json_schema": {"schema": {"enum": ["x" * 200_000]}}}
     with pytest.raises(InputError, match="longer than 200,000"):
         read(CHAT, json.dumps(BODY | {"response_format": schema}).encode(), "m", tokenizer)
+
+
+@pytest.fixture(scope="module")
+def readers(model_folder: Path) -> Iterator[Readers]:
+    found = Readers(model_folder, "m")
+    yield found
+    found.close()
+
+
+def unread(found: Readers, data: bytes, tokenizer: Tokenizer) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(found.read(CHAT, data, tokenizer))
+    return caught.value
+
+
+def test_a_process_of_its_own_reads_alike(
+    readers: Readers, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything that a body may say, once there and once here."""
+    tokenizer = load_tokenizer(model_folder)
+    schema = {"type": "object", "properties": {"a": {"type": "integer", "default": None}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    bodies: list[tuple[str, dict[str, Any]]] = [
+        (CHAT, BODY),
+        (CHAT, BODY | {"tools": [tool], "tool_choice": "required", "seed": (1 << 63) - 1, "n": 3}),
+        (CHAT, BODY | {"tools": [tool], "tool_choice": {"type": "function", "function": {"name": "f"}}}),
+        (CHAT, BODY | {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}),
+        (CHAT, BODY | {"logprobs": True, "top_logprobs": 3, "stop": ["a", "\u2028"], "temperature": 0.1}),
+        (CHAT, BODY | {"logit_bias": {"5": -1.5}, "stream": True, "stream_options": {"include_usage": True}}),
+        ("/v1/completions", {"model": "m", "prompt": "Ünïcödé 😀"}),
+        ("/v1/completions", {"model": "m", "prompt": [1, 2, 3], "logprobs": 2, "max_tokens": 7}),
+        (CHAT, BODY | {"model": "other"}),
+        (CHAT, BODY | {"messages": [{"role": "assistant", "content": "x"}]}),
+        (CHAT, BODY | {"temperature": -1}),
+    ]
+    for path, body in bodies:
+        found: list[Any] = []
+        for small in (1 << 20, 0):
+            monkeypatch.setattr("m7mlx_server.readers.SMALL", small)
+            try:
+                found.append(asyncio.run(readers.read(path, json.dumps(body).encode(), tokenizer)))
+            except ApiError as error:
+                found.append((error.status, str(error), error.code))
+        assert found[0] == found[1]
+
+
+def test_reading_is_bounded_by_the_system(readers: Readers, model_folder: Path, monkeypatch: Any) -> None:
+    tokenizer = load_tokenizer(model_folder)
+    large = json.dumps(BODY | {"messages": [{"role": "user", "content": "\u4e00\u9fff" * 400_000}]}).encode()
+    monkeypatch.setattr("m7mlx_server.readers._CPU_SECONDS", 0.05)
+    assert (unread(readers, large, tokenizer).status, str(unread(readers, large, tokenizer))) == (
+        400,
+        "the request takes too long to read; send less",
+    )
+    monkeypatch.undo()
+    monkeypatch.setattr("m7mlx_server.readers._MEMORY", 400 << 20)
+    small = Readers(model_folder, "m")
+    assert "too much memory" in str(unread(small, b"[" + b"[],[[]]," * 1_000_000 + b"0]", tokenizer))
+    small.close()
+    assert len(asyncio.run(readers.read(CHAT, large, tokenizer)).ids) > 400_000  # and it reads on
+
+
+def test_who_leaves_gives_up_the_place_in_the_line(readers: Readers, model_folder: Path) -> None:
+    tokenizer = load_tokenizer(model_folder)
+    large = json.dumps(BODY | {"messages": [{"role": "user", "content": "\u4e00\u9fff" * 400_000}]}).encode()
+
+    async def leave() -> float:
+        for _ in range(30):
+            task = asyncio.ensure_future(readers.read(CHAT, large, tokenizer))
+            await asyncio.sleep(0)
+            task.cancel()
+        return len((await readers.read(CHAT, large, tokenizer)).ids)
+
+    assert asyncio.run(asyncio.wait_for(leave(), 20)) > 400_000

@@ -10,14 +10,14 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, Literal
 
-from m7mlx.errors import InputError, PromptTooLongError
+from m7mlx.errors import InputError
 from m7mlx.request import Event, Request, Usage
 from m7mlx.sampling import Sampling
 from m7mlx.tokenizer import Tokenizer
 from m7mlx_server.choices import Choice
 from m7mlx_server.engine import BusyError, LateError, Prepared
 from m7mlx_server.guard import ApiError, report
-from m7mlx_server.reading import Asked, demanded
+from m7mlx_server.reading import Asked, demanded, refusal
 from m7mlx_server.schemas import ChatRequest, Generation
 from m7mlx_server.tools import MARK, calls_schema
 
@@ -162,12 +162,6 @@ def _usage(usages: Sequence[Usage]) -> dict[str, Any]:
         "total_tokens": prompt + generated,
         "prompt_tokens_details": {"cached_tokens": cached},
     }
-
-
-def refusal(error: InputError) -> ApiError:
-    """Of what the model cannot do."""
-    code = "context_length_exceeded" if isinstance(error, PromptTooLongError) else None
-    return ApiError(400, str(error), code)
 
 
 def _error(event: Event) -> ApiError:

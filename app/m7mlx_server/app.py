@@ -18,13 +18,12 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from m7mlx.errors import InputError
-from m7mlx_server.answers import Answers, refusal
+from m7mlx_server.answers import Answers
 from m7mlx_server.engine import Engine
 from m7mlx_server.guard import ApiError, Guard, report
 from m7mlx_server.metrics import Counted, Metrics
 from m7mlx_server.openapi import PATHS, POSTS, document, page
-from m7mlx_server.reading import Asked, read
+from m7mlx_server.readers import Readers
 
 _Found = TypeVar("_Found")
 # The page's own script and style, and nothing from anywhere else.
@@ -61,8 +60,10 @@ class Served:
 class Server:
     """An ASGI application over an engine that has started."""
 
-    def __init__(self, engine: Engine, served: Served, hosts: Collection[str], key: str | None) -> None:
-        self._engine, self._served, self._started = engine, served, int(time.time())
+    def __init__(
+        self, engine: Engine, readers: Readers, served: Served, hosts: Collection[str], key: str | None
+    ) -> None:
+        self._engine, self._readers, self._served, self._started = engine, readers, served, int(time.time())
         self._metrics = Metrics(engine)
         routes = [
             *(Route(path, self._answer, methods=["POST"]) for path in POSTS),
@@ -86,12 +87,14 @@ class Server:
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         yield
         self._engine.close()
+        self._readers.close()
 
     # --- answers ----------------------------------------------------------------------------------------
 
     async def _answer(self, request: Request) -> Response:
         """To a POST of either kind."""
-        asked = await self._read(request.url.path, await request.body())
+        reading = self._readers.read(request.url.path, await request.body(), self._engine.tokenizer)
+        asked = await _unless_gone(request, reading)
         answers = Answers(
             self._engine.tokenizer, self._metrics.ask, asked, self._served.max_tokens, self._served.seconds
         )
@@ -102,12 +105,6 @@ class Server:
         return StreamingResponse(
             _joined(first, events), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
         )
-
-    async def _read(self, path: str, data: bytes) -> Asked:
-        try:
-            return await asyncio.to_thread(read, path, data, self._served.model, self._engine.tokenizer)
-        except InputError as error:
-            raise refusal(error) from None
 
     # --- everything else --------------------------------------------------------------------------------
 

@@ -71,6 +71,7 @@ def _serve(args: argparse.Namespace) -> int | None:
     try:
         from m7mlx_server.app import Served, Server
         from m7mlx_server.listen import BACKLOG, Listener
+        from m7mlx_server.readers import Readers
     except ImportError as error:
         raise InputError(f"{PROG} needs the extra server ({error.name}): pip install 'm7mlx[server]'") from None
     from m7mlx.config import ModelConfig
@@ -107,7 +108,9 @@ def _serve(args: argparse.Namespace) -> int | None:
         if listener is not None:
             listener.should_exit = True
 
-    engine = Engine(folder, limits, world, failed=stop)
+    served = Served(args.name or args.model, args.max_tokens, args.max_seconds)
+    engine, readers = Engine(folder, limits, world, failed=stop), Readers(folder, served.model)
+    readers.start()
     print(f"loading {args.model} …", file=sys.stderr)
     try:
         engine.start()
@@ -115,7 +118,7 @@ def _serve(args: argparse.Namespace) -> int | None:
         _leave(EXIT_INTERRUPTED, "stopped while loading")
     try:
         most = rows_memory(engine.model, limits)
-        server = Server(engine, Served(args.name or args.model, args.max_tokens, args.max_seconds), hosts, key)
+        server = Server(engine, readers, served, hosts, key)
         _listen(bound, BACKLOG)
         memory = f"{engine.model.nbytes / 1e9:.2f} GB of weights, at most {most / 1e9:.2f} GB of keys and values"
         if world is not None:
@@ -125,6 +128,7 @@ def _serve(args: argparse.Namespace) -> int | None:
         if engine.alive:
             listener.run(sockets=[bound])
     finally:
+        readers.close()
         if not engine.close():
             _leave(EXIT_FAILED, "ended in the middle of a pass that took too long")
     if engine.failure is not None:

@@ -1,7 +1,7 @@
 """A request's body → what the engine is asked: JSON, its fields, and the ids of its prompt.
 
-All that strangers' text can make slow or large happens here. Nothing waits and nothing is shared, so that it can run
-anywhere: `readers` says where.
+All that strangers' text can make slow or large happens here. Nothing is waited for and nothing shared, so that it can
+run anywhere: `readers` says where.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from m7mlx.chat import MAX_DEPTH, nests_deeper
-from m7mlx.constrain import MAX_SCHEMA
-from m7mlx.errors import InputError, TokenizerError
+from m7mlx.errors import InputError, PromptTooLongError, TokenizerError
+from m7mlx.grammar import MAX_SCHEMA
 from m7mlx.tokenizer import Tokenizer
 from m7mlx_server.guard import ApiError
-from m7mlx_server.schemas import ChatRequest, CompletionRequest, Function, NamedTool, Tool
+from m7mlx_server.schemas import ChatMessage, ChatRequest, CompletionRequest, Function, NamedTool, Tool
 from m7mlx_server.tools import MARK
 
 Body = ChatRequest | CompletionRequest
@@ -91,6 +91,12 @@ def demanded(body: Body) -> list[Tool] | None:
     return body.tools if body.tool_choice == "required" else None
 
 
+def refusal(error: InputError) -> ApiError:
+    """Of what the model cannot do."""
+    code = "context_length_exceeded" if isinstance(error, PromptTooLongError) else None
+    return ApiError(400, str(error), code)
+
+
 def _chat_ids(body: ChatRequest, tokenizer: Tokenizer) -> array[int]:
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or []] if body.tool_choice != "none" else []
     mark = tokenizer.control_id(MARK)
@@ -123,7 +129,8 @@ def _without_texts(body: Body) -> Body:
     named = {tool.function.name: tool.function.parameters for tool in must}
     names = [tool.function.name for tool in body.tools or []]
     tools = [Tool(type="function", function=Function(name=n, parameters=named.get(n, {}))) for n in names]
-    return body.model_copy(update={"messages": [], "tools": tools or None})
+    nothing = [ChatMessage(role="user", content="")]
+    return body.model_copy(update={"messages": nothing, "tools": tools or None})
 
 
 def _refuse_constant(name: str) -> Any:
