@@ -328,7 +328,7 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "a schema of too many others": (
         schema({"allOf": [{"anyOf": [{"required": [f"p{i}{j}"]} for j in range(6)]} for i in range(9)]}),
         400,
-        "make it simpler",
+        "cannot be used",
     ),
     "a schema and tools": (schema({}) | {"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools"),
     "true for a number": ({"max_tokens": True}, 400, "max_tokens"),
