@@ -134,7 +134,9 @@ class Worker:
                     socket.send_fds(self._line, [b"."], [file])
                 return self._reply(time.monotonic() + self._startup)
             except OSError:
-                raise self._death() from None
+                died = self._death()
+                self._end()
+                raise died from None
             except BaseException:
                 self._end()
                 raise
@@ -180,8 +182,7 @@ class Worker:
         if self._closed or (self._lost and not self._restart):
             raise WorkerDiedError("a process of our own is closed")
         packages = {"m7mlx", self._module.partition(".")[0]}
-        specs = {name: find_spec(name) for name in packages}
-        places = {name: spec.submodule_search_locations for name, spec in specs.items() if spec}
+        places = {name: _places(name) for name in packages}
         given = {
             "path": [os.path.abspath(place) for place in sys.path],
             "packages": {name: [os.path.abspath(p) for p in found] for name, found in places.items() if found},
@@ -310,6 +311,14 @@ class Worker:
             self._process.returncode = 0  # not for this one to wait for
         self._line = self._process = self._seen = None
         self._ready = False
+
+
+def _places(package: str) -> list[str]:
+    """Where a package lies; none for a module. In a process of our own it has been stood in for, without a spec."""
+    if package in sys.modules:
+        return list(getattr(sys.modules[package], "__path__", ()))
+    spec = find_spec(package)
+    return list(spec.submodule_search_locations or ()) if spec else []
 
 
 class _Copy:

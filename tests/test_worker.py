@@ -452,3 +452,13 @@ def test_copies_are_bounded_where_the_system_does_not_bound_memory(monkeypatch: 
             copy.ask(b"kept = [b'x' * (50 << 20) for _ in range(20)]\nwhile True: time.sleep(1)", SECONDS)
         assert pid and is_gone(pid)
         assert original.ask(ECHO, SECONDS) == b"here"
+
+
+def test_a_job_may_have_a_process_of_its_own(worker: Worker) -> None:
+    job = b"from m7mlx.worker import Worker\nwith Worker('worker_jobs') as inner: reply = inner.ask(b'reply = setup', 20)"
+    assert worker.ask(job, SECONDS) == b""
+    worker.ask(b"inner = Worker('worker_jobs', b'given'); inner.ask(b'', 20)", SECONDS)
+    pid = int(worker.ask(b"reply = b'%d' % inner.pid", SECONDS))
+    assert psutil.pid_exists(pid)
+    worker.close()
+    assert is_gone(pid)
