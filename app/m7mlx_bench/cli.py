@@ -99,6 +99,7 @@ def _bench(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from m7mlx import blas
+    from m7mlx.disk import write_whole
     from m7mlx_bench import report
 
     for path in args.plot:
@@ -118,9 +119,9 @@ def _bench(args: argparse.Namespace) -> int:
             tokens=args.tokens,
         )
         _measure(args, results, engines, folder, scratch, config.vocab_size)
+    report.show(results, Console(width=None if sys.stdout.isatty() else 1000))  # whatever becomes of the files
     if args.json:
-        args.json.write_text(json.dumps(results.to_dict(), indent=1))
-    report.show(results, Console(width=None if sys.stdout.isatty() else 1000))
+        write_whole(args.json, json.dumps(results.to_dict(), indent=1))
     for path in args.plot:
         from m7mlx_bench.plots import plot
 
