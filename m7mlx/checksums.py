@@ -7,10 +7,10 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from pathlib import Path
 
-from m7mlx.errors import WeightsError
+from m7mlx.disk import write_whole
+from m7mlx.errors import DiskError, WeightsError
 
 MANIFEST = "SHA256SUMS"  # beside the weights, as `sha256sum` writes it
 _MAX_MANIFEST = 1_000_000  # bytes
@@ -54,9 +54,10 @@ def matches(path: Path, checksum: str) -> bool:
 
 def remember(path: Path, checksum: str) -> None:
     """Note that the file, as it is now, has this SHA-256."""
-    with contextlib.suppress(OSError):  # where nothing can be noted, it is read again the next time
+    with contextlib.suppress(OSError, DiskError):  # where nothing can be noted, it is read again the next time
         known = {file: entry for file, entry in _read(_record()).items() if Path(file).exists()}
-        _write(_record(), json.dumps(known | {str(path.resolve()): _state(path, checksum)}))
+        _record().parent.mkdir(parents=True, exist_ok=True)
+        write_whole(_record(), json.dumps(known | {str(path.resolve()): _state(path, checksum)}))
 
 
 def _record() -> Path:
@@ -93,11 +94,3 @@ def _read(record: Path) -> dict[str, object]:
     except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import sys
 from collections.abc import Callable
@@ -11,15 +10,11 @@ from importlib.metadata import version
 from typing import NoReturn
 
 from m7mlx import blas
+from m7mlx.disk import why
 from m7mlx.errors import M7Error
 from m7mlx.terminal import guard_streams, one_line
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
-_FULL = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "a file is too big",
-}
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -90,7 +85,7 @@ def run(body: Callable[[argparse.Namespace], int | None], args: argparse.Namespa
     except OSError as error:
         if args.debug:
             raise
-        return _report(prog, _FULL.get(error.errno or 0) or str(error), EXIT_FAILED)
+        return _report(prog, _told(error), EXIT_FAILED)
     except MemoryError:
         if args.debug:
             raise
@@ -109,3 +104,7 @@ def _open_standard_streams() -> None:
 def _report(prog: str, message: str, status: int) -> int:
     print(f"{prog}: error: {one_line(message)}", file=sys.stderr)
     return status
+
+
+def _told(error: OSError) -> str:
+    return f"{error.filename}: {why(error)}" if error.filename else why(error)

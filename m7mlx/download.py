@@ -8,7 +8,6 @@ takes it as its own. The lock is huggingface_hub's, so two processes wait for ea
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from urllib.parse import urlparse
 
 from m7mlx.checksums import remember, sha256
+from m7mlx.disk import sync, sync_path
 from m7mlx.errors import DiskError, DownloadError
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def fetch_blob(
                 part.unlink()
                 raise DownloadError(f"{name} is not what the Hub promised (wrong SHA-256) and was removed; try again")
             part.rename(blob)
+            sync_path(blob.parent)
             remember(blob, file.sha256)
 
 
@@ -110,7 +111,7 @@ def _fetch(
         try:
             http_get(
                 location,
-                cast(BinaryIO, _Counted(stream, advance)),
+                cast(BinaryIO, _Counted(stream, file.size, advance)),
                 resume_size=done,
                 headers=headers,
                 expected_size=file.size,
@@ -118,16 +119,19 @@ def _fetch(
             )
         finally:
             stream.flush()
-            os.fsync(stream.fileno())
+            sync(stream.fileno())
 
 
 class _Counted:
-    """A file that tells what is written to it."""
+    """A file that tells what is written to it, and takes no more than it should come to."""
 
-    def __init__(self, file: BinaryIO, advance: Callable[[int], None]) -> None:
-        self._file, self._advance = file, advance
+    def __init__(self, file: BinaryIO, size: int, advance: Callable[[int], None]) -> None:
+        self._file, self._size, self._advance = file, size, advance
 
     def write(self, data: bytes) -> int:
+        if self._file.tell() + len(data) > self._size:
+            self._file.truncate(0)
+            raise DownloadError(f"more came than the {self._size:,} bytes that the Hub promised; try again")
         self._advance(len(data))
         return self._file.write(data)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,6 +19,7 @@ from mlx.utils import tree_flatten
 
 from m7mlx.arrays import fingerprint, is_finite, raw_bytes
 from m7mlx.cache import RollingCache
+from m7mlx.disk import sync, sync_path
 from m7mlx.errors import CacheFileError, DiskError, InputError, NotFoundError, WeightsError
 from m7mlx.model import Mistral
 from m7mlx.ring import Sinks
@@ -87,8 +87,9 @@ def save_cache(
         mx.save_safetensors(str(partial), arrays, metadata=about)
         validate_header(partial)  # a full disk leaves a short file and no error
         with partial.open("rb+") as file:
-            os.fsync(file.fileno())
+            sync(file.fileno())
         partial.replace(path)
+        sync_path(path.parent)
     except (OSError, RuntimeError, WeightsError) as error:
         reason = error.strerror if isinstance(error, OSError) else "the disk may be full"
         raise DiskError(f"{path} could not be written: {reason}") from None

@@ -21,6 +21,7 @@ import processes
 import pytest
 from mlx.utils import tree_flatten
 
+from m7mlx import blas
 from m7mlx.config import ModelConfig
 from m7mlx.hub import resolve
 from m7mlx.load import build
@@ -36,6 +37,8 @@ MISTRAL_FILES = {
 
 def pytest_configure() -> None:
     processes.take_signals()
+    if not blas.library:  # the advice to install one is not what tests of a program's lines are about
+        os.environ["M7MLX_BLAS"] = "off"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

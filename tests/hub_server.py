@@ -8,7 +8,7 @@ import threading
 import time
 from base64 import b64decode
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ class Hub:
     only          … but only requests whose path contains this
     wrong_bytes   serve this file with its first byte flipped, under its true checksum
     cut_after     break the connection after so many bytes of a body, the first `cuts` times
+    ranges        whether a part of a file can be asked for; else all of it comes
+    padding       bytes that come behind every file of weights, and that its listing does not know of
     slow          seconds to wait between two pieces of 64 kB
     """
 
@@ -33,6 +35,8 @@ class Hub:
         self.wrong_bytes = ""
         self.cut_after, self.cuts = 0, 0
         self.slow = 0.0
+        self.ranges, self.padding = True, 0
+        self.sent = 0  # bytes of bodies
         self.requests: list[tuple[str, str, str]] = []  # method, path, Range
         self.uploaded: dict[str, bytes] = {}
         self.created: list[dict[str, Any]] = []
@@ -117,20 +121,24 @@ class Handler(BaseHTTPRequestHandler):
             data = bytes([data[0] ^ 1]) + data[1:]
         first, _, last = (self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")
         start, stop = int(first), min(int(last) + 1 if last else len(data), len(data))
+        if not hub.ranges:
+            start, stop = 0, len(data)
         headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{digest}"', "Accept-Ranges": "bytes"}
         if path.suffix in LARGE:  # these live elsewhere; their ETag is their SHA-256
             headers |= {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(data))}
         is_part = start > 0 or stop < len(data)
         if is_part:
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
-        self.reply(206 if is_part else 200, data[start:stop], headers, body)
+        self.reply(
+            206 if is_part else 200, data[start:stop], headers, body, hub.padding if path.suffix in LARGE else 0
+        )
 
-    def reply(self, status: int, data: bytes, headers: dict[str, str], body: bool = True) -> None:
+    def reply(self, status: int, data: bytes, headers: dict[str, str], body: bool = True, padding: int = 0) -> None:
         hub = self.hub
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Length", str(len(data) + padding))
         self.end_headers()
         if not body:
             return
@@ -146,6 +154,10 @@ class Handler(BaseHTTPRequestHandler):
             if hub.slow:
                 self.wfile.flush()
                 time.sleep(hub.slow)
+        with suppress(OSError):  # who has had enough leaves
+            for _ in range(0, padding, 1 << 20):
+                self.wfile.write(bytes(1 << 20))
+                hub.sent += 1 << 20
 
     # --- uploads ------------------------------------------------------------------------------------------
 
@@ -193,6 +205,7 @@ def serve(folder: Path, repo: str) -> Iterator[Hub]:
     """Serve a folder as a repository for as long as the block lasts."""
     hub = Hub(folder, repo)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": hub}))
+    server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that leaves is no fault
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"

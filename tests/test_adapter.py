@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import random_weights
+from m7mlx_convert import patterns
 from m7mlx_convert.cli import main
 from m7mlx_convert.convert import convert
 from m7mlx_convert.scheme import Recipe
@@ -92,6 +93,8 @@ def write_peft(folder: Path, modules: list[str], extra: dict[str, mx.array] | No
         ({"use_rslora": True}, 8 / 2.0),
         ({"alpha_pattern": {"q_proj": 2}}, 2 / RANK),
         ({"alpha_pattern": {"k_proj": 2, "layers.0.self_attn.q_proj": 12}}, 12 / RANK),
+        ({"alpha_pattern": {r"^model\.layers\.\d+\..*": 3, "q_proj": 5}}, 3 / RANK),
+        ({"alpha_pattern": {"proj": 3, "[qk]_proj": 5}}, 5 / RANK),
     ],
 )
 def test_peft(tmp_path: Path, settings: dict[str, Any], scale: float) -> None:
@@ -177,11 +180,45 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "holds NaN or infinite numbers",
     ),
     "a pattern that is none": (lambda f: break_config(f, alpha_pattern={"(": 1}), "cannot be merged"),
+    "a pattern without an end": (
+        lambda f: break_config(f, alpha_pattern={r"([a-z_.0-9]+)*!": 1, r"(?:(\w+)\.?)*!": 1}),
+        "matching takes more than 1 s; write it simpler",
+    ),
+    "a pattern without an end, of another kind": (
+        lambda f: break_config(f, alpha_pattern={"(.*)" * 30 + "!": 1}),
+        "matching takes more than 1 s",
+    ),
+    "patterns in a list": (lambda f: break_config(f, alpha_pattern=["q_proj"]), "alpha_pattern is ['q_proj'], not"),
+    "a link": (lambda f: move_away(f / "adapter_model.safetensors"), "outside of the folder"),
 }
 
 
+def move_away(file: Path) -> None:
+    place = file.parent.with_name("elsewhere")
+    file.rename(place)
+    file.symlink_to(place)
+
+
+def test_patterns_that_nothing_here_reads_take_no_time(tmp_path: Path) -> None:
+    """Which modules an adapter changes is said by the names of its tensors."""
+    write_source(tmp_path / "source", CONFIG)
+    endless = r"(.*.*)*.*(a|aa)+!"
+    write_peft(
+        tmp_path / "adapter",
+        ["model.layers.0.self_attn.v_proj"],
+        target_modules=endless,
+        exclude_modules=endless,
+        layers_pattern=[endless],
+        rank_pattern={endless: 3},
+    )
+    assert convert(str(tmp_path / "source"), tmp_path / "out", adapter=str(tmp_path / "adapter")).is_dir()
+
+
 @pytest.mark.parametrize("name", DAMAGE)
-def test_adapters_that_cannot_be_merged(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_adapters_that_cannot_be_merged(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patterns, "_SECONDS", 1.0)
     write_source(tmp_path / "source", CONFIG)
     write_peft(tmp_path / "adapter", ["model.layers.0.self_attn.v_proj"])
     change, message = DAMAGE[name]

@@ -17,6 +17,8 @@ from m7mlx_convert.cli import main
 from m7mlx_convert.output import _uninterrupted, whole_folder
 from test_convert_source import assert_same, little, quantisable, read, write_source
 
+from m7mlx.checksums import sha256
+
 DEAD = 999_999_999  # no such process: above every system's largest id
 
 
@@ -220,6 +222,97 @@ def test_interrupted_in_the_last_moment_it_is_still_whole(tmp_path: Path, monkey
         (work / "new").write_text("new")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in out.iterdir()] == ["new"]
+
+
+# --- links ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "tokenizer.model", "config.json", "README.md", "model.safetensors"])
+@pytest.mark.parametrize("way", ["straight", "over another", "by a folder"])
+def test_a_link_out_of_the_source_is_refused(
+    source: Path, tmp_path: Path, name: str, way: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    secret = tmp_path / "private" / name
+    secret.parent.mkdir()
+    if (source / name).exists():
+        (source / name).rename(secret)
+    else:
+        secret.write_text("SECRET")
+    link = source / name
+    if way == "straight":
+        link.symlink_to(secret)
+    elif way == "over another":
+        (source / "other").symlink_to(secret)
+        link.symlink_to("other")
+    else:
+        (source / "away").symlink_to(secret.parent, target_is_directory=True)
+        link.symlink_to(f"away/{name}")
+    assert f"{link} is a link to {secret}, outside of the folder" in refusal(
+        [source, "--mlx-path", tmp_path / "out"], capsys
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_within_a_source_and_those_of_the_hubs_cache_are_followed(source: Path, tmp_path: Path) -> None:
+    """A snapshot of the Hub's cache holds nothing but links into the blobs beside it."""
+    (source / "COPYING").write_text("Do what you like")
+    (source / "LICENSE").symlink_to("COPYING")
+    assert main([str(source), "--mlx-path", str(tmp_path / "plain"), "-q"]) == 0
+    assert (tmp_path / "plain" / "LICENSE").read_text() == "Do what you like"
+    assert not (tmp_path / "plain" / "LICENSE").is_symlink()
+
+    snapshot = tmp_path / "hub" / "models--a--b" / "snapshots" / ("0" * 40)
+    blobs = tmp_path / "hub" / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(path for path in source.iterdir() if not path.is_symlink()):
+        file.rename(blobs / f"{number}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    (tmp_path / "by-a-link").symlink_to(snapshot, target_is_directory=True)  # the whole folder may be one
+    for place in (snapshot, tmp_path / "by-a-link"):
+        out = tmp_path / f"from-{place.name}"
+        assert main([str(place), "--mlx-path", str(out), "-q"]) == 0
+        assert (out / "model.safetensors").read_bytes() == (tmp_path / "plain" / "model.safetensors").read_bytes()
+
+
+def test_blobs_of_another_repository_are_not_this_ones(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "hub" / "models--a--private" / "blobs" / "1"
+    other.parent.mkdir(parents=True)
+    other.write_text("SECRET")
+    snapshot = tmp_path / "hub" / "models--a--b" / "snapshots" / ("0" * 40)
+    snapshot.parent.mkdir(parents=True)
+    source.rename(snapshot)
+    (snapshot / "LICENSE").symlink_to("../../../models--a--private/blobs/1")
+    assert "outside of the folder" in refusal([snapshot, "--mlx-path", tmp_path / "out"], capsys)
+
+
+# --- what was written is read again ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "README.md", "SHA256SUMS", "model.safetensors.index.json"]
+)
+def test_a_file_that_the_disk_holds_otherwise_is_noticed(
+    source: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the weights alone: every byte of the result is read again before it gets its name."""
+    from m7mlx_convert import convert, writer
+
+    damaged: list[Path] = []
+
+    def reading(path: Path) -> str:
+        if path.name == name and ".partial-" in str(path):
+            damaged.append(path)
+            path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+        return sha256(path)
+
+    monkeypatch.setattr(writer, "sha256", reading)
+    monkeypatch.setattr(convert.ShardWriter.__init__, "__defaults__", (None, 60_000))  # several files, so an index
+    arguments: list[str | Path] = [source, "--mlx-path", tmp_path / "out"]
+    assert f"{name} is not on the disk as it was written" in refusal(arguments, capsys)
+    assert damaged and not (tmp_path / "out").exists()
 
 
 # --- the disk -------------------------------------------------------------------------------------------

@@ -72,6 +72,47 @@ def test_the_plan_of_a_repository_is_that_of_its_files(hub: Hub, tmp_path: Path,
     }
 
 
+PADDING = 400 << 20
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "gguf"])
+def test_a_mirror_that_sends_all_of_a_file_is_not_read_on(hub: Hub, tmp_path: Path, kind: str) -> None:
+    """Range is a wish; what comes in spite of it is neither kept in memory nor waited for."""
+    hub.folder.rmdir()
+    source = REPO
+    if kind == "gguf":
+        hub.folder.mkdir()
+        write_gguf(hub.folder / "tiny.gguf", GGUF_CONFIG, "Q8_0")
+        source = f"{REPO}/tiny.gguf"
+    else:
+        write_folder(hub.folder, quantisable(vocab_size=32000))
+    hub.ranges = False
+    plain = run(hub, tmp_path, source, "--plan", "--json")
+    assert plain.returncode == 0, plain.stderr
+    hub.padding = PADDING
+    code = (
+        "import resource, sys\nfrom m7mlx_convert.cli import main\nstatus = main(sys.argv[1:])\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\nsys.exit(status)"
+    )
+    command = [sys.executable, "-c", code, source, "--plan", "--json"]
+    done = subprocess.run(
+        command,
+        env=environment(hub, tmp_path),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    *said, peak = done.stdout.splitlines()
+    found, expected = json.loads(said[0]), json.loads(plain.stdout)
+    assert {**found, "disk_free_bytes": 0} == {**expected, "disk_free_bytes": 0}
+    if sys.platform == "linux":  # macOS counts in bytes
+        assert int(peak) < 400
+    assert hub.sent < PADDING / 4
+
+
 def test_a_damaged_header_on_the_hub(hub: Hub, tmp_path: Path) -> None:
     hub.folder.rmdir()
     write_folder(hub.folder, quantisable(vocab_size=32000))

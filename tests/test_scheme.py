@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from m7mlx_convert import patterns
 from m7mlx_convert.cli import main
 from m7mlx_convert.convert import convert
 from m7mlx_convert.scheme import MIXED, Recipe, Rule, scheme_of
@@ -113,9 +114,13 @@ def test_rules_alone_leave_the_rest_as_it_is(tmp_path: Path) -> None:
         ("v_proj=q4", "is no scheme"),
         ("v_proj=", "is no scheme"),
         ("nothing_like_it=4", "matches nothing"),
+        (r"([a-z_.0-9]+)*!=4", "matching takes more than 1 s; write it simpler"),
     ],
 )
-def test_rules_that_are_none(tmp_path: Path, rule: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rules_that_are_none(
+    tmp_path: Path, rule: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patterns, "_SECONDS", 1.0)
     write_source(tmp_path / "source", quantisable())
     assert main([str(tmp_path / "source"), "--q-rule", rule, "--mlx-path", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err

@@ -97,6 +97,7 @@ def _window(text: str) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     from m7mlx import blas
+    from m7mlx.disk import write_whole
     from m7mlx.terminal import console
     from m7mlx_bench import report
 
@@ -117,9 +118,9 @@ def _bench(args: argparse.Namespace) -> int:
             tokens=args.tokens,
         )
         _measure(args, results, engines, folder, scratch, config.vocab_size)
+    report.show(results, console(width=None if sys.stdout.isatty() else 1000))  # whatever becomes of the files
     if args.json:
-        args.json.write_text(json.dumps(results.to_dict(), indent=1))
-    report.show(results, console(width=None if sys.stdout.isatty() else 1000))
+        write_whole(args.json, json.dumps(results.to_dict(), indent=1))
     for path in args.plot:
         from m7mlx_bench.plots import plot
 

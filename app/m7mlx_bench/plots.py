@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import statistics
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from m7mlx.disk import write_whole
 from m7mlx_bench.report import Results, describe
 
 FORMATS = (".png", ".svg")
@@ -44,8 +46,10 @@ def plot(results: Results, path: Path) -> None:
             )
     axes[0].legend(fontsize=8)
     figure.suptitle(f"{results.model['name']} · {describe(results.machine)}", fontsize=9)
-    figure.savefig(path, dpi=120)
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=120, format=path.suffix[1:].lower())
     pyplot.close(figure)
+    write_whole(path, drawn.getvalue())
 
 
 def _line(axis: Any, runs: list[dict[str, Any]], key: str, engine: str) -> None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from m7mlx.disk import write_whole
 from m7mlx.errors import InputError
 from m7mlx_chat.settings import FIELDS, Settings
 
@@ -116,8 +117,6 @@ def _edit(path: Path, table: tuple[str, ...], changes: Mapping[str, Any]) -> Non
                 place[name] = value
         text = tomlkit.dumps(document)
         path.parent.mkdir(parents=True, exist_ok=True)
-        work = path.with_name(f"{path.name}.{os.getpid()}")
-        work.write_text(text, encoding="utf-8")
-        work.replace(path.resolve())
+        write_whole(path, text)
     except (OSError, UnicodeDecodeError, TOMLKitError) as error:
         raise InputError(f"{path} cannot be written ({error}); mend it or move it away") from None

@@ -8,7 +8,8 @@ import re
 import stat
 from pathlib import Path
 
-from m7mlx.errors import DiskError, InputError
+from m7mlx.disk import write_whole
+from m7mlx.errors import InputError
 
 MOST_BYTES = 2_000_000  # some 500,000 tokens: more than any model here reads
 
@@ -52,9 +53,6 @@ def free_name(folder: Path, title: str, suffix: str) -> Path:
 def write_new(path: Path, text: str) -> None:
     """Write a file that must not exist yet. Raises InputError, DiskError."""
     try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
+        write_whole(path, text, new=True)
     except FileExistsError:
         raise InputError(f"{path} exists; choose another name") from None
-    except OSError as error:
-        raise DiskError(f"{path} cannot be written ({error.strerror})") from None

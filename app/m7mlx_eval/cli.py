@@ -121,7 +121,9 @@ def _eval(args: argparse.Namespace) -> None:
         limit_memory(args.max_memory)
     found = _text(args) if args.text else _tasks(args)
     if args.json:
-        args.json.expanduser().write_text(json.dumps(found, indent=1, default=str) + "\n", encoding="utf-8")
+        from m7mlx.disk import write_whole
+
+        write_whole(args.json, json.dumps(found, indent=1, default=str) + "\n")
 
 
 # --- texts ----------------------------------------------------------------------------------------------

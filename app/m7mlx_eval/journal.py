@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +18,8 @@ from typing import Any, Self
 from mlx.utils import tree_flatten
 
 from m7mlx.arrays import fingerprint
-from m7mlx.errors import InputError
+from m7mlx.disk import why
+from m7mlx.errors import DiskError, InputError
 from m7mlx.hub import resolve
 from m7mlx.model import Mistral
 
@@ -68,8 +70,11 @@ class Journal:
         self._write({"key": key, "answer": answer})
 
     def _write(self, entry: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(entry).encode() + b"\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(entry).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise DiskError(f"{self.path} cannot be written: {why(error)}; the answers so far are kept") from None
 
     def __enter__(self) -> Self:
         return self
@@ -77,7 +82,8 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        with suppress(OSError):  # what could not be written was said
+            self._file.close()
 
 
 def binding(name: str, model: Mistral, **options: Any) -> dict[str, Any]:

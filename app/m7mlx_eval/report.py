@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from m7mlx.errors import DiskError
+from m7mlx.disk import write_whole
 from m7mlx.terminal import console
 
 _KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "higher_is_better", "n-samples")
@@ -56,15 +56,11 @@ def show_tasks(found: Mapping[str, Any]) -> None:
 
 def write_samples(folder: Path, found: Mapping[str, Any], results: Mapping[str, Any]) -> None:
     """results.json, and samples-TASK.jsonl with each question, what was asked and what came. Raises DiskError."""
-    try:
-        text = json.dumps(found, indent=1, default=str)
-        (folder / "results.json").write_text(text + "\n", encoding="utf-8")
-        for name, samples in (results.get("samples") or {}).items():
-            safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-            lines = (json.dumps(sample, default=str) + "\n" for sample in samples)
-            (folder / f"samples-{safe}.jsonl").write_text("".join(lines), encoding="utf-8")
-    except OSError as error:
-        raise DiskError(f"{folder} cannot be written to: {error.strerror or error}") from None
+    write_whole(folder / "results.json", json.dumps(found, indent=1, default=str) + "\n")
+    for name, samples in (results.get("samples") or {}).items():
+        safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+        lines = (json.dumps(sample, default=str) + "\n" for sample in samples)
+        write_whole(folder / f"samples-{safe}.jsonl", "".join(lines))
 
 
 def _table(*heads: str) -> Table:

@@ -17,9 +17,10 @@ import mlx.core as mx
 
 from m7mlx.arrays import is_finite
 from m7mlx.config import read_json
-from m7mlx.errors import ConfigError, InputError, WeightsError
+from m7mlx.errors import InputError, WeightsError
 from m7mlx.safetensors import StoredTensor, validate_header
-from m7mlx_convert.source import Arrays, Source, Tensor, reader, shown
+from m7mlx_convert.patterns import matches
+from m7mlx_convert.source import Arrays, Source, Tensor, check_links, reader, shown
 
 _PEFT_NAME = re.compile(r"base_model\.model\.(.+?)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?")
 _PEFT_WHOLE = re.compile(r"base_model\.model\.(.+?)(?:\.modules_to_save(?:\.default)?)?\.weight")
@@ -59,12 +60,13 @@ def with_adapter(source: Source, folder: Path) -> Source:
             f"{folder} holds no adapter: adapter_config.json beside {' or '.join(names)}"
             + (pickle if (folder / "adapter_model.bin").is_file() else "")
         )
+    check_links(folder, (file, folder / "adapter_config.json"))
     try:
         settings = read_json(folder / "adapter_config.json")
         is_peft = file.name == names[1]
         headers = {name: StoredTensor(file, *info) for name, info in validate_header(file).items()}
         lows, whole = _peft(settings, headers) if is_peft else _mlx_lm(settings, headers)
-    except (ConfigError, WeightsError, TypeError, ValueError, re.error) as error:
+    except (InputError, TypeError, ValueError) as error:
         raise InputError(f"the adapter {folder} cannot be merged: {error}") from None
     tensors = dict(source.tensors)
     for module in [*lows, *whole]:
@@ -126,8 +128,9 @@ def _peft(settings: Mapping[str, Any], headers: Mapping[str, StoredTensor]) -> t
         else:
             raise ValueError(f"{shown(name)} is not a part of a LoRA adapter")
     lows = {}
+    alphas = _alphas(settings.get("alpha_pattern") or {}, list(names))
     for module, found in names.items():
-        alpha = _by_pattern(settings.get("alpha_pattern"), module, settings.get("lora_alpha"))
+        alpha = alphas.get(module, settings.get("lora_alpha"))
         rank = headers[found["a"]].shape[0] if "a" in found else 0
         if not isinstance(alpha, int | float) or not rank:
             raise ValueError(f"lora_alpha or lora_A is missing for {shown(module)}")
@@ -136,12 +139,13 @@ def _peft(settings: Mapping[str, Any], headers: Mapping[str, StoredTensor]) -> t
     return lows, whole
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
-    """PEFT's way of giving single modules their own value (`get_pattern_key`)."""
-    for pattern, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            return value
-    return otherwise
+def _alphas(patterns: object, modules: list[str]) -> dict[str, Any]:
+    """PEFT's way of giving single modules their own value (`get_pattern_key`): the first pattern that matches."""
+    if not isinstance(patterns, dict):
+        raise ValueError(f"alpha_pattern is {shown(patterns)}, not a table")
+    found = matches([rf"\A(.*\.)?({pattern})$" for pattern in patterns], modules)
+    values = list(patterns.values())
+    return {module: values[numbers[0]] for module, numbers in zip(modules, found, strict=True) if numbers}
 
 
 def _check(folder: Path, name: str, tensor: Tensor, low: _Low, headers: Mapping[str, StoredTensor]) -> None:

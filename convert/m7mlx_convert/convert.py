@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,10 +22,12 @@ from m7mlx_convert.plan import Plan, make_plan
 from m7mlx_convert.progress import Reporter
 from m7mlx_convert.scheme import Recipe
 from m7mlx_convert.source import Source, open_source
-from m7mlx_convert.writer import ShardWriter
+from m7mlx_convert.writer import ShardWriter, check_written
 
 if TYPE_CHECKING:
     from m7mlx_convert.calibrated import Calibration
+
+_PIECE = 1 << 22  # bytes
 
 
 def convert(
@@ -67,9 +69,11 @@ def convert(
         reporter.note(note)
     check_space(target, plan.nbytes)
     with whole_folder(target, plan.key) as work:
-        _write_files(work, plan, model_card(plan, repo_of(source), _commit(path), command))
+        written = _write_files(work, plan, model_card(plan, repo_of(source), _commit(path), command))
         _check_tokenizer(work, plan.source)
         _write_weights(work, plan, reporter)
+        for name, checksum in written.items():
+            check_written(work / name, checksum)
     return given
 
 
@@ -122,14 +126,28 @@ def _commit(path: Path) -> str | None:
     return next((part for part in path.parts if re.fullmatch(r"[0-9a-f]{40}", part)), None)
 
 
-def _write_files(work: Path, plan: Plan, card: str = "") -> None:
-    for name, content in plan.source.files.items():
-        if isinstance(content, Path):
-            shutil.copyfile(content, work / name)
-        else:
-            (work / name).write_bytes(content)
-    (work / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
-    (work / "README.md").write_text(card, encoding="utf-8")
+def _write_files(work: Path, plan: Plan, card: str = "") -> dict[str, str]:
+    """Write all but the weights; file → SHA-256 of what should be in it."""
+    written = {}
+    config = json.dumps(plan.config, indent=2) + "\n"
+    made = {"config.json": config.encode(), "README.md": card.encode("utf-8", "replace")}
+    for name, content in (dict(plan.source.files) | made).items():
+        digest = hashlib.sha256()
+        with (work / name).open("wb") as file:
+            for piece in _pieces(content):
+                file.write(piece)
+                digest.update(piece)
+        written[name] = digest.hexdigest()
+    return written
+
+
+def _pieces(content: Path | bytes) -> Iterator[bytes]:
+    if isinstance(content, bytes):
+        yield content
+        return
+    with content.open("rb") as source:
+        while piece := source.read(_PIECE):
+            yield piece
 
 
 def _check_tokenizer(work: Path, source: Source) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from m7mlx.checksums import check_folder
+from m7mlx.checksums import MANIFEST, check_folder
 from m7mlx.config import ModelConfig, read_json
 from m7mlx.errors import ConfigError
 from m7mlx.safetensors import DTYPES, StoredTensor, folder_weights, parameters
 from m7mlx_convert import native, packed
-from m7mlx_convert.source import Source, Tensor, named_dtype, reader
+from m7mlx_convert.source import Source, Tensor, check_links, named_dtype, reader
 
 # By name, not by pattern: a "tokenizer.bin" may be pickle, a "tokenizer.py" is code.
 _COPIED = (
@@ -35,6 +35,8 @@ _COPIED = (
     "LICENSE.md",
     "NOTICE",
 )
+# All that a conversion reads; what lies beside it may lead anywhere.
+_READ = (*_COPIED, "config.json", "params.json", "README.md", "*.safetensors", "*.index.json", MANIFEST)
 # What points to code in the folder; none of it is run here, and none is passed on.
 _CODE_KEYS = frozenset({"auto_map", "model_file"})
 _QUANTISED_KEYS = frozenset({"quantization", "quantization_config"})
@@ -46,6 +48,7 @@ def open_folder(folder: Path, name: str, headers: Mapping[str, StoredTensor] | N
     `headers` are those of weights that are not in the folder, to plan with; such tensors cannot be loaded.
     Raises ConfigError, WeightsError.
     """
+    check_links(folder, sorted(path for pattern in _READ for path in folder.glob(pattern)))
     is_native = native.is_native(folder, headers)
     path = folder / "config.json"
     given = read_json(path) if path.is_file() else {}

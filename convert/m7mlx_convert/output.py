@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from m7mlx.disk import sync_path
 from m7mlx.errors import DiskError, InputError
 from m7mlx_convert.writer import JOURNAL
 
@@ -78,6 +79,7 @@ def whole_folder(target: Path, key: str | None = None) -> Iterator[Path]:
         _sync(work)
         with _uninterrupted():
             _replace(work, target)
+        sync_path(target.parent)
     except BaseException:
         with _uninterrupted():
             shutil.rmtree(work, ignore_errors=True)
@@ -126,11 +128,7 @@ def _left_by_the_dead(target: Path, kind: str) -> list[Path]:
 def _sync(folder: Path) -> None:
     """Have the disk hold all of a folder, so that after a power cut the name does not stand for half of it."""
     for path in (*folder.iterdir(), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_path(path)
 
 
 def _replace(work: Path, target: Path) -> None:

@@ -18,6 +18,7 @@ from m7mlx.arrays import is_finite
 from m7mlx.errors import InputError, WeightsError
 from m7mlx.memory import chat_memory
 from m7mlx.quantization import Quantization
+from m7mlx_convert.patterns import matches
 from m7mlx_convert.scheme import Recipe
 from m7mlx_convert.source import FLOATS, Source, Tensor, named_dtype
 from m7mlx_convert.writer import Spec, stored_specs
@@ -162,8 +163,10 @@ def make_plan(source: Source, recipe: Recipe, dtype: str | None) -> Plan:
     config = source.config
     asked = FLOATS[dtype] if dtype else (named_dtype(source.raw_config) if recipe.quantises else None)
     matrices = [name.removesuffix(".weight") for name, tensor in source.tensors.items() if tensor.is_matrix]
-    for rule in recipe.rules:
-        if not any(rule.pattern.search(module) for module in matrices):
+    ruled = matches([rule.pattern.pattern for rule in recipe.rules], matrices)
+    rules = {module: recipe.rules[found[0]] for module, found in zip(matrices, ruled, strict=True) if found}
+    for i, rule in enumerate(recipe.rules):
+        if not any(i in found for found in ruled):
             raise InputError(
                 f"the rule {rule.pattern.pattern!r} matches nothing; a name is {matrices[1]}, for example"
             )
@@ -171,7 +174,8 @@ def make_plan(source: Source, recipe: Recipe, dtype: str | None) -> Plan:
     for name, tensor in source.tensors.items():
         scheme = None
         if tensor.is_matrix:
-            scheme = recipe.scheme(name.removesuffix(".weight"), config.n_layers, tensor.default)
+            module = name.removesuffix(".weight")
+            scheme = recipe.scheme(module, config.n_layers, tensor.default, rules.get(module))
         if scheme and tensor.shape[-1] % scheme.group_size:
             raise InputError(
                 f"{name} has {tensor.shape[-1]} columns, which groups of {scheme.group_size} do not divide; "

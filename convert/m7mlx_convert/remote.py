@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from m7mlx.errors import NotFoundError, WeightsError
 from m7mlx.hub import HubOutage, RemoteFile, hub_errors, is_repo_id, list_files, snapshot, weight_files
-from m7mlx.safetensors import StoredTensor
+from m7mlx.safetensors import StoredTensor, validate_header
 from m7mlx_convert.convert import name_of, repo_of
 from m7mlx_convert.folder import open_folder
 from m7mlx_convert.gguf import open_gguf
 from m7mlx_convert.source import Source, shown
 
-_MAX_SIDE = 1 << 40
+_HEAD = 1 << 17  # bytes; the header of most files is less
+_MAX_HEADER = 100_000_000  # as in the safetensors library
+_PIECE = 1 << 16
 _GGUF_HEAD = 1 << 24  # bytes; the metadata of a vocabulary of 128,000 takes 8 MB
 
 
@@ -38,42 +41,57 @@ def open_remote(source: str, revision: str | None) -> Source | None:
         folder = snapshot(repo, revision, "any", weights=False)
         headers: dict[str, StoredTensor] = {}
         for name in names:
-            headers |= _header(repo, name, revision)
+            headers |= _header(repo, name, revision, files[name].size)
     return open_folder(folder, name_of(source), headers)
 
 
-def _header(repo: str, name: str, revision: str | None) -> dict[str, StoredTensor]:
+def _header(repo: str, name: str, revision: str | None, size: int) -> dict[str, StoredTensor]:
     """Tensor → where it is stored, from the first kilobytes of a file."""
-    from huggingface_hub import HfApi, errors
-
-    try:
-        found = HfApi().parse_safetensors_file_metadata(repo, name, revision=revision)
-        return {tensor: _stored(Path(name), info) for tensor, info in found.tensors.items()}
-    except (errors.SafetensorsParsingError, TypeError, ValueError) as error:
-        raise WeightsError(f"{repo}/{name} is damaged: {shown(error)}") from None
-
-
-def _stored(path: Path, info: Any) -> StoredTensor:
-    shape = tuple(info.shape)
-    if not all(type(side) is int and 0 <= side < _MAX_SIDE for side in shape):
-        raise ValueError(f"{shape} is no shape")
-    return StoredTensor(path, str(info.dtype), shape)
+    start = _start(repo, name, revision, _HEAD)
+    length = int.from_bytes(start[:8], "little")
+    if len(start) < 8 or length > _MAX_HEADER:
+        raise WeightsError(f"{repo}/{name} is damaged: it does not begin with a header")
+    if 8 + length > len(start):
+        start = _start(repo, name, revision, 8 + length)
+    with _with_a_hole(name, start[: 8 + length], size) as path:
+        try:
+            return {tensor: StoredTensor(Path(name), *info) for tensor, info in validate_header(path).items()}
+        except WeightsError as error:
+            raise WeightsError(f"{repo}/{name} is damaged: {shown(error)}") from None
 
 
 def _gguf(repo: str, name: str, revision: str | None, files: dict[str, RemoteFile]) -> Source:
-    """The start of the file, in a file of the same size with a hole for the rest."""
+    if name not in files:
+        raise NotFoundError(f"{repo} has no file {name}")
+    with _with_a_hole(name, _start(repo, name, revision, _GGUF_HEAD), files[name].size) as path:
+        return open_gguf(path)
+
+
+def _start(repo: str, name: str, revision: str | None, count: int) -> bytes:
+    """The first bytes of a file; where a mirror sends all of it, the rest is not read."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils._headers import build_hf_headers
     from huggingface_hub.utils._http import get_session, hf_raise_for_status
 
-    if name not in files:
-        raise NotFoundError(f"{repo} has no file {name}")
-    headers = {**build_hf_headers(), "range": f"bytes=0-{_GGUF_HEAD - 1}"}
-    response = get_session().get(hf_hub_url(repo, name, revision=revision), headers=headers, follow_redirects=True)
-    hf_raise_for_status(response)
+    # Packed, a few bytes could become many.
+    headers = {**build_hf_headers(), "range": f"bytes=0-{count - 1}", "accept-encoding": "identity"}
+    url = hf_hub_url(repo, name, revision=revision)
+    data = bytearray()
+    with get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
+        hf_raise_for_status(response)
+        for piece in response.iter_raw(_PIECE):
+            data += piece
+            if len(data) >= count:
+                break
+    return bytes(data[:count])
+
+
+@contextmanager
+def _with_a_hole(name: str, start: bytes, size: int) -> Iterator[Path]:
+    """A file of the true size with a hole for all but its start."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / Path(name).name
         with path.open("wb") as file:
-            file.write(response.content[:_GGUF_HEAD])
-            file.truncate(files[name].size)
-        return open_gguf(path)
+            file.write(start)
+            file.truncate(size)
+        yield path

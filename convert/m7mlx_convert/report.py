@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from m7mlx.disk import write_whole
 from m7mlx_convert.verify import Comparison
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def write_report(comparison: Comparison, path: Path) -> None:
         ],
         modules=sorted(comparison.weights.items(), key=lambda item: -item[1]),
     )
-    path.expanduser().write_text(html, encoding="utf-8", errors="replace")
+    write_whole(path, html)
 
 
 def _plot(title: str, lines: Sequence[Sequence[float] | np.ndarray], across: str) -> dict[str, Any]:

@@ -66,11 +66,15 @@ class Recipe:
         """Whether anything may come out in other bits than it went in."""
         return self.base is not None or any(rule.scheme for rule in self.rules)
 
-    def scheme(self, module: str, n_layers: int, as_it_is: Quantization | None) -> Quantization | None:
-        """The scheme of the matrix of `module`, which the source holds in the scheme `as_it_is`."""
-        for rule in self.rules:
-            if rule.pattern.search(module):
-                return rule.scheme
+    def scheme(
+        self, module: str, n_layers: int, as_it_is: Quantization | None, rule: Rule | None
+    ) -> Quantization | None:
+        """The scheme of the matrix of `module`, which the source holds in the scheme `as_it_is`.
+
+        rule  the first one that matches `module`
+        """
+        if rule:
+            return rule.scheme
         if self.base is None:
             return None if self.dequantize else as_it_is
         if self.mixed:

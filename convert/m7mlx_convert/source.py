@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from m7mlx.arrays import dequantize
 from m7mlx.config import ModelConfig
+from m7mlx.errors import InputError
 from m7mlx.quantization import Quantization
 from m7mlx.safetensors import StoredTensor
 from m7mlx.terminal import one_line
@@ -95,6 +96,24 @@ def reader(headers: Mapping[str, StoredTensor], names: Mapping[str, str]) -> Cal
         return arrays
 
     return read
+
+
+def check_links(folder: Path, files: Iterable[Path]) -> None:
+    """Raise InputError for a file of a source that is a link out of it: what it leads to was never meant to be
+    converted, and would be published with the result.
+
+    The Hub's cache is made of links, from models--org--name/snapshots/… into models--org--name/blobs.
+    """
+    home = folder.resolve()
+    homes = [home]
+    if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
+        homes.append(home.parent.parent / "blobs")
+    for file in files:
+        found = file.resolve()
+        if not any(found.is_relative_to(allowed) for allowed in homes):
+            raise InputError(
+                f"{file} is a link to {shown(found)}, outside of the folder; put the file itself there if it belongs"
+            )
 
 
 def named_dtype(config: Mapping[str, Any]) -> mx.Dtype | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +17,8 @@ from typing import Any, BinaryIO, NamedTuple
 import mlx.core as mx
 
 from m7mlx.arrays import raw_bytes
-from m7mlx.checksums import MANIFEST
+from m7mlx.checksums import MANIFEST, sha256
+from m7mlx.disk import sync
 from m7mlx.errors import RunError, WeightsError
 from m7mlx.quantization import Quantization
 from m7mlx.safetensors import DTYPES, INDEX, validate_header
@@ -139,11 +139,11 @@ class ShardWriter:
             found = validate_header(path)
             planned = {spec.name: (DTYPE_NAMES[spec.dtype], spec.shape) for group in shard for spec in group}
             if digest.hexdigest() != self._checksums[name] or found != planned or not header:
-                raise WeightsError(f"{name} is not on the disk as it was written; check the disk")
+                raise _damaged(path)
         lines = [f"{checksum}  {name}\n" for name, checksum in self._checksums.items()]
-        (self._folder / MANIFEST).write_text("".join(lines))
+        self._write_text(MANIFEST, "".join(lines))
         if len(self._shards) > 1:
-            self._write_index()
+            self._write_text(INDEX, self._index())
         (self._folder / JOURNAL).unlink()
 
     @property
@@ -166,7 +166,7 @@ class ShardWriter:
         if self._unflushed > _SYNC_EVERY and (self._flush is None or self._flush.done()):
             # The disk writes while the next tensors are computed; all at the end it would take its time then.
             self._unflushed = 0
-            self._flush = self._flusher.submit(os.fsync, self._file.fileno())
+            self._flush = self._flusher.submit(sync, self._file.fileno())
 
     def _next_shard(self) -> None:
         if self._file is not None:
@@ -177,7 +177,12 @@ class ShardWriter:
         self._checksums[self._names[self._shard]] = self._digest.hexdigest()
         self._shard, self._group = self._shard + 1, 0
 
-    def _write_index(self) -> None:
+    def _write_text(self, name: str, text: str) -> None:
+        path = self._folder / name
+        path.write_bytes(text.encode())
+        check_written(path, hashlib.sha256(text.encode()).hexdigest())
+
+    def _index(self) -> str:
         index = {
             "metadata": {"total_size": sum(s.nbytes for shard in self._shards for group in shard for s in group)},
             "weight_map": {
@@ -187,7 +192,7 @@ class ShardWriter:
                 for spec in group
             },
         }
-        (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        return json.dumps(index, indent=2) + "\n"
 
     # --- the journal --------------------------------------------------------------------------------------
 
@@ -239,6 +244,16 @@ class ShardWriter:
             self._digest = digest.copy()
             self._note(self._entry())
         return end if self._group else 0
+
+
+def check_written(path: Path, checksum: str) -> None:
+    """Read a file again. Raises WeightsError if the disk holds other bytes than were written."""
+    if sha256(path) != checksum:
+        raise _damaged(path)
+
+
+def _damaged(path: Path) -> WeightsError:
+    return WeightsError(f"{path.name} is not on the disk as it was written; check the disk")
 
 
 def _split(plan: Sequence[Sequence[Spec]], max_bytes: int) -> list[list[Sequence[Spec]]]:
