@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import defaultdict
 from typing import Any
 
@@ -11,9 +12,11 @@ from conftest import small_config, small_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import m7mlx.request
 import m7mlx.scheduler
 from m7mlx import stream_generate
 from m7mlx.constrain import Constraint
+from m7mlx.decode import shared_start
 from m7mlx.errors import InputError, PromptTooLongError, RunError, TokenizerError
 from m7mlx.request import Event, Request
 from m7mlx.sampling import Sampling
@@ -288,3 +291,26 @@ def test_a_grammar_that_fails_fails_its_own_answer(tokenizer: Tokenizer, monkeyp
     assert clients.answer(bad)[2] == "failed"
     assert "too complex" in str(clients.events[bad][-1].error)
     assert clients.answer(good) == alone(MODELS[7], tokenizer, Request(prompt(2, 5), max_tokens=9))
+
+
+def test_what_is_alike_is_compared_once(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many steps it takes to read it: of a million ids each comparison takes milliseconds."""
+    monkeypatch.setattr(m7mlx.scheduler, "default_chunk", lambda model: 4)
+    compared: list[int] = []
+
+    def counted(a: Any, b: Any) -> int:
+        compared.append(1)
+        return shared_start(a, b)
+
+    monkeypatch.setattr(m7mlx.request, "shared_start", counted)
+    monkeypatch.setattr(m7mlx.scheduler, "shared_start", counted)
+    clients = Clients(Scheduler(MODELS[7], tokenizer, rows=8, kept=4, slack=2))
+    request = Request(array("i", prompt(1, 200)), max_tokens=3)
+    for _ in range(3):
+        clients.scheduler.add(Request(prompt(2, 20), max_tokens=1))
+        clients.run()
+    for _ in range(6):
+        clients.scheduler.add(request)
+    compared.clear()
+    clients.run()
+    assert len(compared) <= 6 * 5 + 6 * 7 + 6 * 4  # with each other, with those kept, and those kept with the ended

@@ -40,7 +40,7 @@ class Answers:
         self._created = int(time.time())
 
     async def whole(self) -> dict[str, Any]:
-        """One object with all answers."""
+        """One object with all answers, for `choices.written`."""
         try:
             async with asyncio.timeout_at(self._until):
                 found = await asyncio.gather(*(self._collect(i) for i in range(self._body.n)))
@@ -129,7 +129,7 @@ class Answers:
         tokenizer = self._tokenizer
         if isinstance(self._body, ChatRequest) and self._body.tools and self._body.tool_choice != "none":
             mark, forced = tokenizer.control_id(MARK), demanded(self._body) is not None
-        return Choice(index, tokenizer, self._is_chat, mark, forced)
+        return Choice(index, tokenizer, self._is_chat, mark, forced, self._body.stream)
 
     def _envelope(self, choices: Sequence[dict[str, Any]], suffix: Literal["", ".chunk"]) -> dict[str, Any]:
         kind = f"chat.completion{suffix}" if self._is_chat else "text_completion"
