@@ -188,15 +188,17 @@ def _sampling(body: Generation, index: int) -> Sampling:
 
 
 def _usage(usages: Sequence[Usage]) -> dict[str, Any]:
-    """The prompt is counted once, however many answers it gets."""
+    """The prompt is counted once, however many answers it gets.
+
+    How much of it was held already is not told: it would tell a client how another's conversation begins.
+    """
     prompt = max((usage.prompt_tokens for usage in usages), default=0)
     generated = sum(usage.generated_tokens for usage in usages)
-    cached = max((usage.reused_tokens for usage in usages), default=0)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": generated,
         "total_tokens": prompt + generated,
-        "prompt_tokens_details": {"cached_tokens": cached},
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 

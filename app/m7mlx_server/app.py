@@ -21,7 +21,7 @@ from starlette.routing import Route
 from m7mlx_server.answers import Answers
 from m7mlx_server.choices import written
 from m7mlx_server.engine import Engine
-from m7mlx_server.guard import ApiError, Guard, report
+from m7mlx_server.guard import BODY, ApiError, Guard, report
 from m7mlx_server.metrics import Counted, Metrics
 from m7mlx_server.openapi import PATHS, POSTS, document, page
 from m7mlx_server.readers import Readers
@@ -94,8 +94,12 @@ class Server:
 
     async def _answer(self, request: Request) -> Response:
         """To a POST of either kind."""
-        reading = self._readers.read(request.url.path, await request.body(), self._engine.tokenizer)
+        data = (await request.receive())["body"]  # and no copy of it stays
+        reading = self._readers.read(request.url.path, data, self._engine.tokenizer)
+        del data
         asked = await _unless_gone(request, reading)
+        del reading
+        request.scope[BODY].drop()
         answers = Answers(
             self._engine.tokenizer, self._metrics.ask, asked, self._served.max_tokens, self._served.seconds
         )
