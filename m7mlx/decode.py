@@ -13,6 +13,8 @@ from m7mlx.compiled import step_of
 from m7mlx.model import Mistral
 from m7mlx.sampling import Sampler
 
+_COMPARED = 4096  # ids at a time
+
 
 def default_chunk(model: Mistral) -> int:
     """Tokens of a prompt to read at a time, by what was measured (docs/performance.md).
@@ -48,16 +50,26 @@ def reuse(cache: RollingCache, ids: Sequence[int], snapshots: Iterable[Snapshot]
 
 
 def shared_start(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many items two sequences begin with alike."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    """How many items two sequences begin with alike; compared many at a time."""
+    common = min(len(a), len(b))
+    for start in range(0, common, _COMPARED):
+        end = min(start + _COMPARED, common)
+        first, second = list(a[start:end]), list(b[start:end])
+        if first != second:
+            return start + next(i for i, (x, y) in enumerate(zip(first, second, strict=True)) if x != y)
+    return common
+
+
+def reusable(shared: int, offset: int, max_rollback: int, length: int) -> int:
+    """How many tokens of a prompt of `length`, but not its last, a cache can roll back to that shares its start."""
+    known = min(shared, length - 1)
+    return known if offset - known <= max_rollback else 0
 
 
 def _reusable(held: Sequence[int], offset: int, max_rollback: int, ids: Sequence[int]) -> int:
-    """How many tokens of `ids`, but not the last, are what a cache can roll back to."""
     if len(held) != offset:
         return 0
-    known = shared_start(held, ids[:-1])
-    return known if offset - known <= max_rollback else 0
+    return reusable(shared_start(held, ids), offset, max_rollback, len(ids))
 
 
 def prefill(

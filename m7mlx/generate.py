@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypedDict, Unpack
 
 import mlx.core as mx
+import numpy as np
 
 from m7mlx.cache import RollingCache
 from m7mlx.chat import Message
@@ -219,10 +220,11 @@ def check_prompt(model: Mistral, ids: Sequence[int], cache: RollingCache) -> int
     config = model.config
     if not ids:
         raise InputError("the prompt is empty; give at least one token")
-    for token in ids:
-        # An id past the embedding reads memory that is not the model's.
-        if not 0 <= token < config.vocab_size:
-            raise TokenizerError(f"token id {token} is outside the model's vocabulary of {config.vocab_size}")
+    found = np.asarray(ids)  # without a copy of those that a server reads
+    beyond = np.flatnonzero((found < 0) | (found >= config.vocab_size))
+    if beyond.size:  # it would read memory that is not the model's
+        token = ids[int(beyond[0])]
+        raise TokenizerError(f"token id {token} is outside the model's vocabulary of {config.vocab_size}")
     if cache.window is not None:
         return None
     bits = cache.format.stored_bits(model.dtype)
@@ -237,25 +239,30 @@ def check_prompt(model: Mistral, ids: Sequence[int], cache: RollingCache) -> int
 
 
 class StopFilter:
-    """Cuts a stream at the first of several texts, which may lie across the borders of its pieces."""
+    """Cuts a stream at the first of several texts to be whole, which may lie across the borders of its pieces.
+
+    However many there are and however alike, each letter costs each of them a step or two (Knuth, Morris, Pratt).
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         """Raises InputError for what is no list of texts."""
         if isinstance(stops, str) or not all(stops):
             raise InputError("stop must be a list of texts, none of them empty")
-        self._stops = stops
+        self._searches = [_Search(stop) for stop in stops]
         self._held = ""  # could be the beginning of a stop text
         self.found = False
 
     def add(self, text: str) -> str:
         """What of the stream so far, with `text`, can be shown."""
-        self._held += text
-        hits = [i for stop in self._stops if (i := self._held.find(stop)) >= 0]
-        if hits:
-            self.found = True
-            shown, self._held = self._held[: min(hits)], ""
-            return shown
-        shown_to = len(self._held) - self._unsure()
+        before, self._held = len(self._held), self._held + text
+        for end, letter in enumerate(text, before + 1):
+            whole = [search.length for search in self._searches if search.see(letter)]
+            if whole:
+                self.found = True
+                shown, self._held = self._held[: end - max(whole)], ""
+                return shown
+        unsure = max((search.begun for search in self._searches), default=0)
+        shown_to = len(self._held) - unsure
         shown, self._held = self._held[:shown_to], self._held[shown_to:]
         return shown
 
@@ -263,8 +270,22 @@ class StopFilter:
         """The rest, once the stream has ended."""
         return "" if self.found else self.add(text) + self._held
 
-    def _unsure(self) -> int:
-        """Length of the longest end of the held text that begins a stop text."""
-        longest = max(map(len, self._stops), default=1) - 1
-        ends = range(min(longest, len(self._held)), 0, -1)
-        return next((n for n in ends if any(s.startswith(self._held[-n:]) for s in self._stops)), 0)
+
+class _Search:
+    """Looks for one text letter by letter; `begun` of its letters are the last that were seen."""
+
+    def __init__(self, text: str) -> None:
+        self._text, self.length, self.begun = text, len(text), 0
+        self._shorter = [0]  # the longest beginning of the text that ends its first letter, its first two, …
+        for letter in text[1:]:
+            self._shorter.append(self._longer(self._shorter[-1], letter))
+
+    def see(self, letter: str) -> bool:
+        """Whether this letter makes it whole."""
+        self.begun = self._longer(self.begun, letter)
+        return self.begun == self.length
+
+    def _longer(self, begun: int, letter: str) -> int:
+        while begun and self._text[begun] != letter:
+            begun = self._shorter[begun - 1]
+        return begun + (self._text[begun] == letter)

@@ -6,9 +6,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 from m7mlx.cache import RollingCache
 from m7mlx.constrain import CUT, Constraint
+from m7mlx.decode import shared_start
 from m7mlx.errors import InputError
 from m7mlx.generate import StopFilter
 from m7mlx.model import Mistral
@@ -72,8 +74,9 @@ class Answer:
         self, number: int, request: Request, limit: int | None, model: Mistral, tokenizer: Tokenizer
     ) -> None:
         self.number, self.limit = number, limit
-        self.ids = list(request.ids)
+        self.ids = request.ids
         self._constraint = request.constraint
+        self.alike: WeakKeyDictionary[Answer | RollingCache, int] = WeakKeyDictionary()
         self.sampler = Sampler(
             request.sampling,
             bias=request.logit_bias,
@@ -90,6 +93,15 @@ class Answer:
         self.added = time.perf_counter()
         self.first = 0.0
         self.error: Exception | None = None  # its grammar has failed
+
+    def shares(self, other: Answer | RollingCache) -> int:
+        """How many ids its prompt and another, or a conversation that has ended, begin with alike.
+
+        It is looked at before each step, and neither changes: a million ids are compared once.
+        """
+        if other not in self.alike:
+            self.alike[other] = shared_start(self.ids, other.ids)
+        return self.alike[other]
 
     def take(self, token: int) -> Event:
         """The event of one more token."""

@@ -14,7 +14,7 @@ import mlx.core as mx
 from m7mlx.batch import BatchCache
 from m7mlx.cache import RollingCache
 from m7mlx.compiled import step_of
-from m7mlx.decode import default_chunk, read_chunk, reuse, shared_start
+from m7mlx.decode import default_chunk, read_chunk, reusable, reuse, shared_start
 from m7mlx.errors import InputError, TokenizerError
 from m7mlx.generate import StopFilter, check_prompt
 from m7mlx.memory import CHAT_SLACK
@@ -148,36 +148,45 @@ class Scheduler:
         if answer.cache is not None:
             return False
         chunk = default_chunk(self._model)
-        soon = [
-            shared_start(a.ids, answer.ids)
-            for a in self._reading
-            if a.cache is not None and shared_start(a.ids, answer.ids) >= a.cache.offset + chunk
-        ]
-        return bool(soon) and max(soon) >= self._longest_start(answer.ids).offset + chunk
+        reading = [a for a in self._reading if a.cache is not None]
+        soon = [answer.shares(a) for a in reading if a.cache and answer.shares(a) >= a.cache.offset + chunk]
+        return bool(soon) and max(soon) >= self._source(answer)[0] + chunk
 
     def _chunk(self, answer: Answer) -> mx.array | None:
         """Logits [1, vocab_size] once the whole prompt is read."""
         if answer.cache is None:
-            answer.cache = self._longest_start(answer.ids)
+            answer.cache = self._longest_start(answer)
             answer.reused = answer.cache.offset
         cache = answer.cache
         chunk = default_chunk(self._model)
         end = cache.offset + chunk
         if len(answer.ids) - end < chunk // 2:  # so few rows would cost nearly as much as a whole chunk
             end = len(answer.ids)
-        hidden = read_chunk(self._model, answer.ids[cache.offset : end], cache)
+        hidden = read_chunk(self._model, list(answer.ids[cache.offset : end]), cache)
         return self._model.head(hidden)[:, -1] if cache.offset == len(answer.ids) else None
 
-    def _longest_start(self, ids: list[int]) -> RollingCache:
-        """A cache that holds as much of the start of `ids` as any conversation that has ended or is being read."""
+    def _longest_start(self, answer: Answer) -> RollingCache:
+        """A cache that holds as much of the start of a prompt as any conversation that has ended or is being read."""
         cache = self._new.like()
-        held = [*self._kept, *(a.cache for a in self._reading if a.cache is not None)]
-        best = reuse(cache, ids, [other.snapshot() for other in held if shared_start(other.ids, ids)])
-        used = next((kept for kept in self._kept if best and shared_start(kept.ids, ids) >= best), None)
+        best, source = self._source(answer)
+        if source is not None:
+            reuse(cache, answer.ids, [source.snapshot()])
+        used = next((kept for kept in self._kept if best and answer.shares(kept) >= best), None)
         if used is not None:  # what is of use is given up last
             self._kept.remove(used)
             self._kept.append(used)
         return cache
+
+    def _source(self, answer: Answer) -> tuple[int, RollingCache | None]:
+        """How much of the start of a prompt is held, and by whom."""
+        best, source = 0, None
+        held = [(answer.shares(kept), kept) for kept in self._kept]
+        held += [(min(answer.shares(a), a.cache.offset), a.cache) for a in self._reading if a.cache is not None]
+        for shared, cache in held:
+            known = reusable(shared, cache.offset, cache.max_rollback, len(answer.ids))
+            if known > best:
+                best, source = known, cache
+        return best, source
 
     # --- the batch --------------------------------------------------------------------------------------
 
@@ -299,5 +308,7 @@ class Scheduler:
 
 def _goes_on(cache: RollingCache, later: RollingCache) -> bool:
     """Whether `later` goes on from `cache`, and can go back to there."""
-    is_start = shared_start(cache.ids, later.ids) == len(cache.ids)
-    return is_start and later.offset - cache.offset <= later.max_rollback
+    length = len(cache.ids)
+    if later.offset - cache.offset > later.max_rollback or cache.ids[-1:] != later.ids[max(length - 1, 0) : length]:
+        return False
+    return shared_start(cache.ids, later.ids) == length

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from array import array
+
 import mlx.core as mx
 import pytest
 from conftest import small_config, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import m7mlx.decode
 from m7mlx import Mistral, Sampling
-from m7mlx.decode import decode, prefill, reuse
+from m7mlx.decode import decode, prefill, reuse, shared_start
 from m7mlx.sampling import Sampler
 
 MODELS = {window: small_model(small_config(sliding_window=window)) for window in (5, None)}
@@ -54,3 +57,12 @@ def test_reuse_never_changes_the_answer(window: int | None, data: st.DataObject)
         assert mx.allclose(logits, expected, rtol=1e-4, atol=1e-4).item()
         base = ids + list(decode(model, logits, used, Sampler(Sampling()), data.draw(st.integers(0, 4), label="n")))
         assert used.ids == base
+
+
+@given(st.lists(st.integers(0, 2), max_size=40), st.lists(st.integers(0, 2), max_size=40), st.integers(1, 9))
+@settings(deadline=None)
+def test_starts_are_compared_many_ids_at_a_time(a: list[int], b: list[int], at_once: int) -> None:
+    expected = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(m7mlx.decode, "_COMPARED", at_once)
+        assert shared_start(a, b) == shared_start(array("i", a), b) == expected

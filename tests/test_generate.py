@@ -183,6 +183,20 @@ def test_stop_texts_across_any_borders(text: str, stops: list[str], cuts: list[i
         assert any(text[len(shown) :].startswith(s) for s in stops)
 
 
+@given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=6), max_size=4), st.integers(1, 30))
+@settings(max_examples=300, deadline=None)
+def test_stop_texts_cut_alike_whatever_the_pieces(text: str, stops: list[str], length: int) -> None:
+    def shown(size: int) -> str:
+        stream, parts = StopFilter(stops), []
+        for start in range(0, len(text), size):
+            parts.append(stream.add(text[start : start + size]))
+            if stream.found:
+                break
+        return "".join([*parts, stream.finish("")])
+
+    assert shown(length) == shown(1)
+
+
 def test_stop_texts_in_generation(loaded: tuple[Mistral, Tokenizer]) -> None:
     model, tokenizer = loaded
     whole = generate(model, tokenizer, [1, 44], max_tokens=40)

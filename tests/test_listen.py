@@ -195,6 +195,28 @@ def test_who_dribbles_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
         wait_for(lambda: len(server.server_state.connections) <= 1)  # `waiting` may ask something else
 
 
+def test_large_bodies_find_room_together_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is slow gives way to who waits; small ones need no room."""
+    monkeypatch.setattr(guard, "MAX_BODIES", 1 << 20)
+    monkeypatch.setattr(guard, "COMING_SECONDS", 0.5)
+    monkeypatch.setattr(guard, "ROOM_SECONDS", 3.0)
+    head = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
+    with listening() as (port, _), ExitStack() as opened:
+
+        def send(size: int, of: int) -> socket.socket:
+            raw = opened.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
+            raw.sendall(head + b"%d\r\n\r\n" % of + b" " * size)
+            return raw
+
+        slow = [send(300_000, 400_000) for _ in range(3)]  # two come, one waits
+        assert answered(send(50_000, 50_000))[0] == 200  # at once, though nobody has given way yet
+        fast = [send(400_000, 400_000) for _ in range(8)]
+        assert [answered(raw)[0] for raw in fast] == [200] * 8
+        assert [answered(raw)[0] for raw in slow[:2]] == [503, 503]
+        slow[2].sendall(b" " * 100_000)
+        assert answered(slow[2])[0] == 200  # there was room for it in the end
+
+
 def test_one_connection_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listen.Connection, "_most", 5)
     with listening() as (port, server):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import defaultdict
 from typing import Any
 
@@ -17,6 +18,7 @@ import m7mlx.sampling
 import m7mlx.scheduler
 from m7mlx import stream_generate
 from m7mlx.constrain import Constraint
+from m7mlx.decode import shared_start
 from m7mlx.errors import InputError, PromptTooLongError, RunError, TokenizerError
 from m7mlx.load import build
 from m7mlx.request import Event, Request
@@ -384,3 +386,26 @@ def test_ids_that_the_tokenizer_does_not_have_are_never_chosen(tokenizer: Tokeni
     assert ids == [i for piece in plain for i in piece.ids] and max(ids) < 32000
     with pytest.raises(TokenizerError, match="logit_bias"):
         Scheduler(model, tokenizer).add(Request([1], logit_bias={32001: 100.0}))
+
+
+def test_what_is_alike_is_compared_once(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many steps it takes to read it: of a million ids each comparison takes milliseconds."""
+    monkeypatch.setattr(m7mlx.scheduler, "default_chunk", lambda model: 4)
+    compared: list[int] = []
+
+    def counted(a: Any, b: Any) -> int:
+        compared.append(1)
+        return shared_start(a, b)
+
+    monkeypatch.setattr(m7mlx.request, "shared_start", counted)
+    monkeypatch.setattr(m7mlx.scheduler, "shared_start", counted)
+    clients = Clients(Scheduler(MODELS[7], tokenizer, rows=8, kept=4, slack=2))
+    request = Request(array("i", prompt(1, 200)), max_tokens=3)
+    for _ in range(3):
+        clients.scheduler.add(Request(prompt(2, 20), max_tokens=1))
+        clients.run()
+    for _ in range(6):
+        clients.scheduler.add(request)
+    compared.clear()
+    clients.run()
+    assert len(compared) <= 6 * 5 + 6 * 7 + 6 * 4  # with each other, with those kept, and those kept with the ended

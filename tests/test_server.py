@@ -95,7 +95,9 @@ def test_answers_are_those_of_the_library(url: str, model_folder: Path) -> None:
         assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason
         assert chunks[-1].usage and chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
         assert chunks[-1].usage.prompt_tokens_details
-        assert chunks[-1].usage.prompt_tokens_details.cached_tokens == whole.usage.prompt_tokens - 1
+        # The prompt has just been read, but by whom is nobody's business.
+        assert chunks[-1].usage.prompt_tokens_details.cached_tokens == 0
+        assert whole.usage.prompt_tokens_details and whole.usage.prompt_tokens_details.cached_tokens == 0
 
 
 def test_texts_and_ids_are_gone_on_with(url: str, model_folder: Path) -> None:
@@ -605,7 +607,7 @@ def test_metrics(url: str) -> None:
     assert (after["m7mlx_requests_running"], after["m7mlx_open_requests"]) == (0, 0)
     assert more('m7mlx_tokens_total{kind="prompt"}') == 3 * whole.usage.prompt_tokens
     assert more('m7mlx_tokens_total{kind="generated"}') >= 5 + 5 + 3  # of the one that was left, as far as it came
-    assert more('m7mlx_tokens_total{kind="reused"}') > 0
+    assert not any("reused" in name or "cached" in name for name in after)
     assert more('m7mlx_answers_total{reason="length"}') == 2 and more('m7mlx_answers_total{reason="left"}') == 1
     assert more("m7mlx_time_to_first_token_seconds_count") == 3
     assert more("m7mlx_time_per_output_token_seconds_count") == 3

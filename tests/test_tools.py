@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import tracemalloc
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from m7mlx_server.choices import Choice
+from m7mlx_server.choices import Choice, written
 from m7mlx_server.tools import MARK, CallReader
 
 from m7mlx.request import Event
+from m7mlx.sampling import TokenScores
 from m7mlx.tokenizer import Tokenizer
 
 JSON = st.recursive(
@@ -95,12 +97,41 @@ def test_what_models_write_besides(text: str, calls: list[tuple[str, str]], is_o
 
 def choice(tokenizer: Tokenizer, pieces: list[str | int], reason: Any) -> tuple[list[Any], Any]:
     """The chunks and the whole of an answer; numbers are ids."""
-    told = Choice(0, tokenizer, True, tokenizer.control_id(MARK), False)
+    both = [Choice(0, tokenizer, True, tokenizer.control_id(MARK), False, streamed) for streamed in (True, False)]
     chunks = []
     for piece in pieces:
         event = Event(1, piece, (9,)) if isinstance(piece, str) else Event(1, ids=(piece,))
-        chunks += told.feed(event)
-    return chunks + told.feed(Event(1, reason=reason)), told.whole()
+        chunks += [chunk for told in both for chunk in told.feed(event)]
+    return chunks + [chunk for told in both for chunk in told.feed(Event(1, reason=reason))], both[1].whole()
+
+
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_scores_are_kept_for_whole_answers_only(mistral_tokenizers: dict[str, Tokenizer], is_chat: bool) -> None:
+    """A stream of any length holds what it has not told yet; a whole answer is written in pieces."""
+    tokenizer = mistral_tokenizers["v3"]
+    event = Event(1, "é", (900,), (TokenScores(-0.5, [(900, -0.5), (901, -2.0)]),))
+    sizes = {}
+    for streamed in (True, False):
+        told = Choice(0, tokenizer, is_chat, None, False, streamed)
+        told.feed(event)
+        tracemalloc.start()
+        for _ in range(3000):
+            told.feed(event)
+        sizes[streamed] = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+    assert sizes[True] < 20_000 < 3000 * 100 < sizes[False]
+    told.feed(Event(1, reason="stop"))
+    pieces = list(written({"id": "x", "choices": [told.whole(), told.whole()]}))
+    assert max(map(len, pieces)) < 10_000
+    found = json.loads("".join(pieces))
+    assert found["choices"][0] == found["choices"][1]
+    scores = found["choices"][0]["logprobs"]
+    if is_chat:
+        assert len(scores["content"]) == 3001 and scores["refusal"] is None
+        assert [top["logprob"] for top in scores["content"][-1]["top_logprobs"]] == [-0.5, -2.0]
+    else:
+        assert scores["text_offset"] == list(range(3001)) and scores["token_logprobs"] == [-0.5] * 3001
+        assert len(scores["tokens"]) == len(scores["top_logprobs"]) == 3001
 
 
 def test_text_before_the_mark_is_content(mistral_tokenizers: dict[str, Tokenizer]) -> None:

@@ -38,7 +38,7 @@ class Answers:
         self._created = int(time.time())
 
     async def whole(self) -> dict[str, Any]:
-        """One object with all answers."""
+        """One object with all answers, for `choices.written`."""
         choices, usages = [self._choice(i) for i in range(self._body.n)], []
         async with aclosing(self._events()) as events:
             async for index, event in events:
@@ -94,7 +94,7 @@ class Answers:
         tokenizer = self._tokenizer
         if isinstance(self._body, ChatRequest) and self._body.tools and self._body.tool_choice != "none":
             mark, forced = tokenizer.control_id(MARK), demanded(self._body) is not None
-        return Choice(index, tokenizer, self._is_chat, mark, forced)
+        return Choice(index, tokenizer, self._is_chat, mark, forced, self._body.stream)
 
     def _envelope(self, choices: Sequence[dict[str, Any]], suffix: Literal["", ".chunk"]) -> dict[str, Any]:
         kind = f"chat.completion{suffix}" if self._is_chat else "text_completion"
@@ -152,15 +152,17 @@ def _sampling(body: Generation, index: int) -> Sampling:
 
 
 def _usage(usages: Sequence[Usage]) -> dict[str, Any]:
-    """The prompt is counted once, however many answers it gets."""
+    """The prompt is counted once, however many answers it gets.
+
+    How much of it was held already is not told: it would tell a client how another's conversation begins.
+    """
     prompt = max((usage.prompt_tokens for usage in usages), default=0)
     generated = sum(usage.generated_tokens for usage in usages)
-    cached = max((usage.reused_tokens for usage in usages), default=0)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": generated,
         "total_tokens": prompt + generated,
-        "prompt_tokens_details": {"cached_tokens": cached},
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 

@@ -19,8 +19,9 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from m7mlx_server.answers import Answers
+from m7mlx_server.choices import written
 from m7mlx_server.engine import Engine
-from m7mlx_server.guard import ApiError, Guard, report
+from m7mlx_server.guard import BODY, ApiError, Guard, report
 from m7mlx_server.metrics import Counted, Metrics
 from m7mlx_server.openapi import PATHS, POSTS, document, page
 from m7mlx_server.readers import Readers
@@ -93,13 +94,17 @@ class Server:
 
     async def _answer(self, request: Request) -> Response:
         """To a POST of either kind."""
-        reading = self._readers.read(request.url.path, await request.body(), self._engine.tokenizer)
+        data = (await request.receive())["body"]  # and no copy of it stays
+        reading = self._readers.read(request.url.path, data, self._engine.tokenizer)
+        del data
         asked = await _unless_gone(request, reading)
+        del reading
+        request.scope[BODY].drop()
         answers = Answers(
             self._engine.tokenizer, self._metrics.ask, asked, self._served.max_tokens, self._served.seconds
         )
         if not asked.body.stream:
-            return JSONResponse(await _unless_gone(request, answers.whole()))
+            return _whole(await _unless_gone(request, answers.whole()))
         events = answers.stream()
         first = await _unless_gone(request, anext(events))  # so that what cannot be answered has its own status
         return StreamingResponse(
@@ -150,6 +155,17 @@ async def _unless_gone(request: Request, answer: Awaitable[_Found]) -> _Found:
         for task in (work, left):
             task.cancel()
         await asyncio.gather(work, left, return_exceptions=True)
+
+
+def _whole(answer: dict[str, Any]) -> Response:
+    pieces = [piece.encode() for piece in written(answer)]
+
+    async def sent() -> AsyncIterator[bytes]:
+        for piece in pieces:
+            yield piece
+
+    size = {"Content-Length": str(sum(map(len, pieces)))}
+    return StreamingResponse(sent(), media_type="application/json", headers=size)
 
 
 async def _joined(first: str, rest: AsyncGenerator[str, None]) -> AsyncIterator[str]:

@@ -19,7 +19,11 @@ _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2
 
 
 class Metrics:
-    """Counters of one server. They know counts and times, and nothing of what was asked."""
+    """Counters of one server. They know counts and times, and nothing of what was asked.
+
+    How much of a prompt was held already is not among them: whoever asks may see them, and could find out how other
+    conversations begin.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -29,11 +33,11 @@ class Metrics:
         )
         tokens = Counter(
             "m7mlx_tokens",
-            "Tokens of prompts, of those the ones held already, generated",
+            "Tokens of prompts, and generated",
             ("kind",),
             registry=registry,
         )
-        self._prompt, self._reused, self._generated = map(tokens.labels, ("prompt", "reused", "generated"))
+        self._prompt, self._generated = map(tokens.labels, ("prompt", "generated"))
         reasons = ("stop", "length", "cancelled", "failed", "left", "refused")
         ended = Counter("m7mlx_answers", "Answers by how they ended", ("reason",), registry=registry)
         self._ended = {reason: ended.labels(reason) for reason in reasons}
@@ -74,7 +78,6 @@ class Metrics:
             self._prompt.inc(answer.prompt)
         if event.reason is not None:
             answer.reason = event.reason
-            self._reused.inc(event.usage.reused_tokens if event.usage else 0)
 
     def _ends(self, answer: _Measured) -> None:
         now = time.perf_counter()

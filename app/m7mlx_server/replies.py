@@ -15,7 +15,9 @@ class _Reply(BaseModel):
 
 
 class Cached(_Reply):
-    cached_tokens: Count
+    """Clients expect the field; what is held of others' conversations it does not tell."""
+
+    cached_tokens: Literal[0]
 
 
 class UsageReply(_Reply):

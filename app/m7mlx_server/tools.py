@@ -68,19 +68,33 @@ class CallReader:
     """
 
     def __init__(self) -> None:
-        self.calls: list[dict[str, Any]] = []  # as far as they have been told
-        self._text = ""
+        self._heads: list[dict[str, Any]] = []  # of calls, as far as they have been told
+        self._arguments: list[list[str]] = []  # in pieces, call by call
+        self._text: list[str] = []
         self._scanner = _Scanner()
         self._told: list[dict[str, Any]] = []
 
     def add(self, text: str) -> list[dict[str, Any]]:
         """The deltas that `text` makes: names, and pieces of arguments."""
-        self._text += text
+        if not self._heads:
+            self._text.append(text)
         self._told = []
         for letter in text:
             for what, value in self._scanner.see(letter):
-                self._name(value) if what == "name" else self._arguments(value)
+                self._name(value) if what == "name" else self._argue(value)
         return self._told
+
+    @property
+    def has_calls(self) -> bool:
+        return bool(self._heads)
+
+    @property
+    def calls(self) -> list[dict[str, Any]]:
+        """All calls, as far as they have been told."""
+        return [
+            {**head, "function": head["function"] | {"arguments": "".join(pieces)}}
+            for head, pieces in zip(self._heads, self._arguments, strict=True)
+        ]
 
     @property
     def is_open(self) -> bool:
@@ -90,22 +104,23 @@ class CallReader:
     @property
     def lead(self) -> str:
         """What stands before the list: no call, but text."""
-        lead = self._scanner.lead
+        lead = "".join(self._scanner.lead)
         return lead if lead.strip() else ""
 
     @property
     def rest(self) -> str:
         """What is no call, if there was none at all: it is shown as it is."""
-        return "" if self.calls else self._text
+        return "" if self._heads else "".join(self._text)
 
     def _name(self, name: str) -> None:
-        call = {"id": call_id(), "type": "function"}
-        self._told.append({"index": len(self.calls), **call, "function": {"name": name, "arguments": ""}})
-        self.calls.append(call | {"function": {"name": name, "arguments": ""}})
+        call = {"id": call_id(), "type": "function", "function": {"name": name, "arguments": ""}}
+        self._told.append({"index": len(self._heads), **call, "function": {"name": name, "arguments": ""}})
+        self._heads.append(call)
+        self._arguments.append([])
 
-    def _arguments(self, text: str) -> None:
-        index = len(self.calls) - 1
-        self.calls[-1]["function"]["arguments"] += text
+    def _argue(self, text: str) -> None:
+        index = len(self._heads) - 1
+        self._arguments[-1].append(text)
         last = self._told[-1] if self._told else None
         if last is not None and last["index"] == index and "id" not in last:
             last["function"]["arguments"] += text
@@ -121,11 +136,12 @@ class _Scanner:
     """
 
     def __init__(self) -> None:
-        self.lead = ""
+        self.lead: list[str] = []  # letters, as all that follows: an answer may be long
         self.name: str | None = None  # of the call that is open
         self._where = "before"  # before, between, key, colon, value, in value, after value, broken
-        self._key = self._value = ""
-        self._held: str | None = None  # arguments that came before their name
+        self._key = ""
+        self._letters: list[str] = []  # of a key or a value
+        self._held: list[str] | None = None  # arguments that came before their name
         self._given = False
         self._depth = 0
         self._in_string = self._escaped = False
@@ -135,11 +151,11 @@ class _Scanner:
             case "before" | "between":
                 if letter == "{":
                     self.name, self._held, self._given, self._where = None, None, False, "key"
-                    self._key = ""
+                    self._letters = []
                 elif letter == "[":
                     self._where = "between"
                 elif self._where == "before":
-                    self.lead += letter
+                    self.lead.append(letter)
             case "key":
                 return self._in_key(letter)
             case "colon":
@@ -154,26 +170,26 @@ class _Scanner:
         return []
 
     def _in_key(self, letter: str) -> list[tuple[str, str]]:
-        if not self._key and letter in _SPACE:
+        if not self._letters and letter in _SPACE:
             return []
-        if not self._key and letter == "}":
+        if not self._letters and letter == "}":
             return self._after(letter)
-        self._key += letter
-        if not self._key.startswith('"'):
+        self._letters.append(letter)
+        if self._letters[0] != '"':
             self._where = "broken"
         elif self._string_ends(letter):
-            self._key, self._where = _text(self._key) or "", "colon"
+            self._key, self._where = _text("".join(self._letters)) or "", "colon"
         return []
 
     def _begin(self, letter: str) -> list[tuple[str, str]]:
-        self._value, self._depth, self._in_string, self._escaped = "", 0, False, False
+        self._letters, self._depth, self._in_string, self._escaped = [], 0, False, False
         self._where = "in value"
         return self._in_value(letter)
 
     def _in_value(self, letter: str) -> list[tuple[str, str]]:
         if self._in_string:
             ended = self._string_ends(letter) and not self._depth
-        elif letter == '"' and (self._depth or not self._value):
+        elif letter == '"' and (self._depth or not self._letters):
             self._in_string, ended = True, False
         elif letter in "{[":
             self._depth, ended = self._depth + 1, False
@@ -184,7 +200,7 @@ class _Scanner:
             return [*self._end(), *self._after(letter)]
         else:
             ended = False
-        self._value += letter
+        self._letters.append(letter)
         found = self._argument(letter) if self._key == "arguments" else []
         return [*found, *self._end()] if ended else found
 
@@ -207,23 +223,25 @@ class _Scanner:
             return []  # a second time
         if self.name is not None:
             return [("arguments", letter)]
-        self._held = (self._held or "") + letter
+        if self._held is None:
+            self._held = []
+        self._held.append(letter)
         return []
 
     def _end(self) -> list[tuple[str, str]]:
         """Of a value."""
         self._where = "after value"
         if self._key == "arguments":
-            self._given = self._given or bool(self._value)
-        elif self._key == "name" and self.name is None and (name := _text(self._value)):
+            self._given = self._given or bool(self._letters)
+        elif self._key == "name" and self.name is None and (name := _text("".join(self._letters))):
             self.name = name
-            held = [("arguments", self._held)] if self._held is not None else []
+            held = [("arguments", "".join(self._held))] if self._held is not None else []
             return [("name", name), *held]
         return []
 
     def _after(self, letter: str) -> list[tuple[str, str]]:
         if letter == ",":
-            self._key, self._where = "", "key"
+            self._letters, self._where = [], "key"
         elif letter == "}":
             missing = self.name is not None and not self._given
             self.name, self._where = None, "between"
