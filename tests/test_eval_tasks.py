@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -350,6 +351,54 @@ def test_tasks_that_cannot_be_run_are_one_line(
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert main([str(model_folder), "--tasks", "gsm8k"]) == 2
     assert "--tasks needs the extra eval (lm_eval): pip install 'm7mlx[eval]'" in capsys.readouterr().err
+
+
+CODE = {
+    "a function": "doc_to_text: !function evil.text",
+    "a function of an included file": "include: sub/more.yaml",
+    "a function of the standard library": "doc_to_text: !function os.system",
+    "a function by a path": "doc_to_text: !function ../sub/evil.text",
+    "a class": "class: !function evil.Task",
+    "a metric": "metric_list:\n  - {metric: ./evil_metric, hf_evaluate: true}",
+    "a metric's function": "metric_list:\n  - {metric: !function evil.text}",
+    "a template": """doc_to_text: "{{ cycler.__init__.__globals__.os.system('touch RAN') }}" """,
+    "a template's target": """doc_to_target: "{{ ''.__class__.__mro__[1].__subclasses__() }}" """,
+}
+
+
+@pytest.mark.parametrize("kind", CODE)
+def test_no_program_of_a_stranger_runs_unasked(
+    kind: str, tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = tmp_path / "RAN"
+    write_tasks(tmp_path)
+    (tmp_path / "sub").mkdir()
+    evil = f"open({str(ran)!r}, 'w').close()\ndef text(doc):\n    return 'x'\nclass Task: ..."
+    for place in (tmp_path, tmp_path / "sub"):
+        (place / "evil.py").write_text(evil)
+    (tmp_path / "sub" / "more.yaml").write_text("doc_to_text: !function evil.text\n")
+    (tmp_path / "evil_metric").mkdir()
+    (tmp_path / "evil_metric" / "evil_metric.py").write_text(evil)
+    task = (tmp_path / "own_choice.yaml").read_text().replace("own_choice", "own_evil")
+    key = CODE[kind].split(":")[0]
+    if "!function" in CODE[kind] or "{{" in CODE[kind] or key == "metric_list":
+        task = "".join(block for block in re.split(r"(?m)^(?=\w)", task) if not block.startswith(key + ":"))
+    if key == "include":
+        task = "".join(line for line in task.splitlines(True) if not line.startswith("doc_to_text"))
+    (tmp_path / "own_evil.yaml").write_text(task + CODE[kind] + "\n")
+    given = [str(model_folder), "--tasks", str(tmp_path / "own_evil.yaml"), "--limit", "1"]
+    status = main(given)
+    said = capsys.readouterr().err
+    assert not ran.exists(), said
+    assert status != 0 and len([line for line in said.splitlines() if "m7mlx-eval: error" in line]) == 1, said
+    if "template" not in kind:
+        assert "--allow-code" in said
+    else:
+        assert "SecurityError" in said
+    if kind == "a function":
+        main([*given, "--allow-code"])
+        assert ran.exists()
 
 
 def test_a_task_file_by_its_path_and_few_examples(

@@ -15,8 +15,6 @@ import aiohttp
 import pytest
 from test_server import NAME, open_requests, serving
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
 
 class Page:
     """A tab; what goes wrong in it is collected."""
@@ -49,9 +47,10 @@ class Page:
 
 @asynccontextmanager
 async def browsing(profile: Path) -> AsyncIterator[Page]:
-    assert CHROMIUM
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    assert chromium
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0"]
-    command = [CHROMIUM, *options, f"--user-data-dir={profile}", "about:blank"]
+    command = [chromium, *options, f"--user-data-dir={profile}", "about:blank"]
     browser = await asyncio.create_subprocess_exec(*command, stderr=subprocess.PIPE)
     assert browser.stderr is not None
     try:

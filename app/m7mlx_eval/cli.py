@@ -77,7 +77,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="keep each answer, and the results; a killed run goes on from there",
     )
     tasks.add_argument(
-        "--allow-code", action="store_true", help="let HumanEval and its like run programs that the model writes"
+        "--allow-code",
+        action="store_true",
+        help="let HumanEval and its like run programs that the model writes, and task files that are not the "
+        "harness's own run theirs: !function, metrics from the Hub, templates without a sandbox",
     )
     both = parser.add_argument_group("with both")
     both.add_argument(

@@ -19,6 +19,7 @@ from urllib.request import getproxies
 import numpy as np
 
 from m7mlx.errors import InputError, M7Error, NotFoundError, RunError
+from m7mlx_eval.guard import only_the_harness_runs
 
 if TYPE_CHECKING:
     from m7mlx_eval.adapter import M7LM
@@ -36,7 +37,8 @@ class Selection:
     num_fewshot   examples before each question; None as the task says
     limit         questions of each task; None all
     chat          ask in the model's chat format, with `system` before it; examples are turns of their own
-    allow_code    let tasks that run what the model writes do so
+    allow_code    let tasks run what the model writes, and programs of their own: `!function` of files that are not
+                  the harness's, metrics that are fetched, templates without a sandbox
     """
 
     names: Sequence[str]
@@ -97,6 +99,12 @@ def run_tasks(make: Callable[[], M7LM], selection: Selection) -> dict[str, Any]:
     """
     if selection.allow_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+        return _run(make, selection)
+    with only_the_harness_runs():
+        return _run(make, selection)
+
+
+def _run(make: Callable[[], M7LM], selection: Selection) -> dict[str, Any]:
     found = _load(selection)
     for name, task in found["tasks"].items():
         _check_code(name, bool(getattr(task, "UNSAFE_CODE", False)), selection)
@@ -148,6 +156,8 @@ def _load(selection: Selection) -> dict[str, Any]:
         found: dict[str, Any] = manager.load(list(dict.fromkeys(names)))
     except (ConnectionError, FileNotFoundError) as error:
         raise NotFoundError(f"the data of {', '.join(selection.names)} cannot be reached: {error}") from error
+    except M7Error:
+        raise
     except Exception as error:  # what a task file can do wrong is without end
         raise InputError(f"{', '.join(selection.names)} cannot be loaded: {type(error).__name__}: {error}") from error
     return found
