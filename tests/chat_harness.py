@@ -109,6 +109,7 @@ async def chatting(
     settings: Settings | None = None,
     config: Config | None = None,
     model: Path | None = Path("/models/small"),
+    notifications: bool = False,
     **options: Any,
 ) -> AsyncIterator[Chat]:
     """The app over a database in `folder`."""
@@ -117,7 +118,7 @@ async def chatting(
         session = Session(store, engine, settings or Settings(model="a[b]/model"))  # type: ignore[arg-type]
         config = config or Config(folder / "config.toml")
         app = ChatApp(engine, session, config, folder=model, **options)  # type: ignore[arg-type]
-        async with app.run_test(size=size) as pilot:
+        async with app.run_test(size=size, notifications=notifications) as pilot:
             chat = Chat(app, engine, session, pilot)
             if ready:
                 await chat.say(READY)
