@@ -12,6 +12,7 @@ from typing import Literal
 from textual import on
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
+from textual.events import DescendantFocus
 from textual.filter import LineFilter
 from textual.widgets import Markdown, Static
 
@@ -39,6 +40,7 @@ _DRAWING = 0.04  # of this thread's time, while an answer comes: where the model
 _LOOK_SECONDS = 5.0  # what other windows changed, what could not be saved
 _COMMAND = re.compile(r"/[a-z]+( .*)?", re.DOTALL)
 _SIDEBAR_FROM = 120  # columns: where there is room for the conversations at the start
+_BESIDE_FROM, _FRAMED_FROM = 56, 10  # columns, rows: for the conversations beside the talk; for lines around it
 State = Literal["no model", "loading", "ready", "answering"]
 
 
@@ -47,17 +49,23 @@ class ChatApp(Commands):
 
     BINDINGS = bindings("app")
     TITLE = "m7mlx"
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (_BESIDE_FROM, "-wide")]  # noqa: RUF012
+    VERTICAL_BREAKPOINTS = [(0, "-low"), (_FRAMED_FROM, "-high")]  # noqa: RUF012
     CSS = """
     #top { height: 1; background: $panel; padding: 0 1; }
     #brand { width: auto; text-style: bold; color: $primary; }
     #model { width: 1fr; padding: 0 2; color: $text-muted; text-overflow: ellipsis; text-wrap: nowrap; }
     #gauge { width: auto; }
     #main { height: 1fr; }
-    #talk { width: 1fr; height: 1fr; }
+    #talk { width: 1fr; min-width: 20; height: 1fr; }
     #bottom { height: auto; background: $background; }
     #status { height: 1; padding: 0 2; }
     #state { width: 1fr; color: $text-muted; }
     #hints { width: auto; color: $text-muted; }
+    Screen.-narrow Sidebar { width: 100%; max-width: 100%; }
+    Screen.-narrow .row { height: auto; layout: vertical; }
+    Screen.-low #top, Screen.-low #status { display: none; }
+    Screen.-low Composer { border: none; min-height: 1; max-height: 3; }
     """
 
     def __init__(
@@ -354,6 +362,12 @@ class ChatApp(Commands):
         self.sidebar.toggle_class("-shown")
         self.show_conversations()
         (self.sidebar.conversations if self.sidebar.is_shown else self.composer).focus()
+
+    @on(DescendantFocus)
+    def _uncover(self, event: DescendantFocus) -> None:
+        """In a narrow terminal the list lies over the talk: who writes sees what he writes."""
+        if event.widget is self.composer and self.size.width < _BESIDE_FROM:
+            self.sidebar.remove_class("-shown")
 
     def action_find(self, argument: str = "") -> None:
         self.sidebar.add_class("-shown")

@@ -24,6 +24,8 @@ from textual import _callback
 from textual._context import active_app, active_message_pump
 from textual.actions import SkipAction
 from textual.app import App
+from textual.events import Resize
+from textual.geometry import Size
 from textual.message_pump import MessagePump
 from textual.screen import Screen
 from textual.worker import WorkerFailed
@@ -39,6 +41,7 @@ _UNDRAWN, _AGAIN = 30, 0.1  # frames in a row that could not be drawn, seconds b
 _DRAWING = {Screen._compositor_refresh.__code__, Screen._refresh_layout.__code__}
 _LONGEST = 200  # characters of an unforeseen error that are told
 _ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+SMALLEST = Size(20, 5)  # what is drawn; a smaller terminal shows a part of it
 _log = logging.getLogger(__name__)
 
 
@@ -157,10 +160,22 @@ class SteadyApp(App[None]):
                 if signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish
                     loop.add_signal_handler(number, self.exit, None, 128 + number)
 
+    @property
+    def size(self) -> Size:
+        return _at_least(super().size)
+
+    def _on_resize(self, event: Resize) -> None:  # type: ignore[override]
+        """Before the app's own. In less, there is no room inside of borders, and not every widget can be drawn."""
+        event.size = event.virtual_size = _at_least(event.size)
+
     def panic(self, *renderables: Any) -> None:
         """Where the thread that reads the keys has ended, because the terminal has: leave."""
         super().panic(*renderables)
         self._return_code = self._return_code or 1
+
+
+def _at_least(size: Size) -> Size:
+    return Size(max(size.width, SMALLEST.width), max(size.height, SMALLEST.height))
 
 
 def _guarded(call: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
