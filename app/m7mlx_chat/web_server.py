@@ -10,7 +10,9 @@ import secrets
 import signal
 import socket
 import sys
+from base64 import b64encode
 from collections.abc import Awaitable, Callable, Sequence
+from hashlib import sha256
 
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
@@ -23,6 +25,8 @@ _SESSIONS = 4  # each is a process with a model
 _CONNECTIONS = 64
 _IDLE_SECONDS = 10.0  # for a connection without a request
 _MESSAGE = 4 << 20  # bytes: the longest message of a page, a paste say
+# Once textual.js has made the terminal: keys go there, without a click before.
+_SCRIPT = 'addEventListener("load", () => document.querySelector(".xterm-helper-textarea").focus());'
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -37,6 +41,7 @@ body {{ background: #121212; overflow: hidden; }}
 body.-closed #ended {{ display: block; }}
 </style>
 <script src="/static/js/textual.js"></script>
+<script>{script}</script>
 </head>
 <body>
 <div id="terminal" class="textual-terminal" data-session-websocket-url="ws://{host}/ws" data-font-size="16"></div>
@@ -160,12 +165,13 @@ class ChatServer(Server):
         return hmac.compare_digest(given.encode("utf-8", "replace"), self._secret.encode())
 
     async def _add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
-        """What a browser may do with an answer. xterm.js writes styles into the page; no script is written there."""
+        """What a browser may do with an answer: run our scripts only; xterm.js writes styles into the page."""
+        script = b64encode(sha256(_SCRIPT.encode()).digest()).decode()
         sockets = " ".join(f"ws://{host}" for host in sorted(self._hosts))
         response.headers["Content-Security-Policy"] = (
-            "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; font-src 'self'; "
-            f"img-src 'self' data:; connect-src 'self' {sockets}; base-uri 'none'; form-action 'none'; "
-            "frame-ancestors 'none'"
+            f"default-src 'none'; script-src 'self' 'sha256-{script}'; style-src 'self' 'unsafe-inline'; "
+            f"font-src 'self'; img-src 'self' data:; connect-src 'self' {sockets}; "
+            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         )
         response.headers["X-Frame-Options"] = "DENY"
         response.headers["X-Content-Type-Options"] = "nosniff"
@@ -177,14 +183,14 @@ class ChatServer(Server):
     # --- the pages --------------------------------------------------------------------------------------
 
     async def _index(self, request: web.Request) -> web.Response:
-        if sum(session.is_alive for session in self._sessions) >= _SESSIONS:
-            return self._full()
-        return web.Response(text=_PAGE.format(host=request.host), content_type="text/html")
+        if self._is_full:
+            return _full()
+        return web.Response(text=_PAGE.format(host=request.host, script=_SCRIPT), content_type="text/html")
 
     async def _talk(self, request: web.Request) -> web.StreamResponse:
         """A page's websocket: a chat begins with it, and ends with it."""
-        if sum(session.is_alive for session in self._sessions) >= _SESSIONS:
-            return self._full()
+        if self._is_full:
+            return _full()
         page = web.WebSocketResponse(timeout=2, heartbeat=15, max_msg_size=_MESSAGE)
         session = Session(self._arguments, page, self.download_manager)
         self._sessions.add(session)
@@ -200,8 +206,13 @@ class ChatServer(Server):
             self._sessions.discard(session)
         return page
 
-    def _full(self) -> web.Response:
-        return web.Response(status=503, text=_TEXT.format(text=_FULL), content_type="text/html")
+    @property
+    def _is_full(self) -> bool:
+        return sum(session.is_alive for session in self._sessions) >= _SESSIONS
+
+
+def _full() -> web.Response:
+    return web.Response(status=503, text=_TEXT.format(text=_FULL), content_type="text/html")
 
 
 class _Refused(asyncio.Protocol):

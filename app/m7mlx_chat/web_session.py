@@ -108,7 +108,7 @@ class Session(AppService):
         assert self._process is not None and self._process.stdout is not None
         output = self._process.stdout
         errors = asyncio.create_task(self._errors())
-        with contextlib.suppress(asyncio.IncompleteReadError, ValueError):
+        with contextlib.suppress(asyncio.IncompleteReadError, asyncio.LimitOverrunError, ValueError, KeyError):
             await output.readuntil(b"__GANGLION__\n")
             while True:
                 head = await output.readexactly(5)
