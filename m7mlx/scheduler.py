@@ -133,7 +133,7 @@ class Scheduler:
                 if logits is None:
                     self._reading.append(answer)
                 else:
-                    self._join(answer, answer.sampler(logits))
+                    self._join(answer, self._token(answer, logits))
             except Exception as error:  # of this request alone
                 if self._shared:
                     raise
@@ -262,19 +262,18 @@ class Scheduler:
 
     def _choose(self, logits: mx.array) -> mx.array:  # [B, vocab_size] → [B]
         answers = self._answers
-        size = self._tokenizer.vocab_size
         if all(a is None or a.sampler.is_greedy for a in answers):
-            return self._model.agree(mx.argmax(known(logits, size), axis=-1))
-        chosen = []
-        for row, answer in enumerate(answers):
-            likeliest = logits[row : row + 1]
-            try:
-                chosen.append(answer.sampler(likeliest) if answer else mx.argmax(likeliest, axis=-1))
-            except Exception as error:  # of this answer's grammar, and no other's
-                assert answer is not None
-                answer.error = error
-                chosen.append(self._model.agree(mx.argmax(known(likeliest, size), axis=-1)))
-        return mx.concatenate(chosen)
+            return self._model.agree(mx.argmax(known(logits, self._tokenizer.vocab_size), axis=-1))
+        rows = [(answer, logits[row : row + 1]) for row, answer in enumerate(answers)]
+        return mx.concatenate([self._token(a, one) if a else mx.argmax(one, axis=-1) for a, one in rows])
+
+    def _token(self, answer: Answer, logits: mx.array) -> mx.array:  # [1, vocab_size] → [1]
+        """What an answer chooses. Where its grammar fails, any token: it will be told that it has failed."""
+        try:
+            return answer.sampler(logits)
+        except Exception as error:
+            answer.error = error
+            return self._model.agree(mx.argmax(known(logits, self._tokenizer.vocab_size), axis=-1))
 
     def _retire(self, row: int) -> None:
         """End the answer of a row, and keep its conversation in the place of those that it goes on from."""

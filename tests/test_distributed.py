@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,6 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import openai
+import psutil
 import pytest
 from conftest import small_config, write_folder
 from m7mlx_convert.cli import main as convert
@@ -181,6 +183,20 @@ def test_a_server_of_two_processes_and_a_rank_that_is_killed(folder: Path) -> No
         body = {"model": "m", "messages": user("Yes?"), "response_format": wanted, "temperature": 1, "max_tokens": 50}
         answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
         assert isinstance(json.loads(answer["choices"][0]["message"]["content"])["n"], bool)
+
+        first = next(p for p in ranks(process) if b"MLX_RANK=0" in Path(f"/proc/{p}/environ").read_bytes())
+        before = set(psutil.Process(first).children(recursive=True))
+        wanted["json_schema"]["schema"] = {"type": "string", "minLength": 3000}
+        with ThreadPoolExecutor(1) as pool:
+            going = pool.submit(
+                httpx.post, f"{url}/v1/chat/completions", json=body | {"max_tokens": 9000}, timeout=60
+            )
+            while not (grammar := set(psutil.Process(first).children(recursive=True)) - before):
+                assert not going.done()
+            time.sleep(0.5)
+            grammar.pop().kill()  # that answer fails, and the processes go on together
+            assert going.result(60).status_code == 400
+        assert ask("Hi") == found["Hi"]
 
         other = next(p for p in ranks(process) if b"MLX_RANK=1" in Path(f"/proc/{p}/environ").read_bytes())
         os.kill(other, signal.SIGKILL)
