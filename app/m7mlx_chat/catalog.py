@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -67,6 +68,17 @@ def models(others: Sequence[str] = ()) -> list[Entry]:
     return sorted([*found.values(), *missing], key=lambda entry: bool(entry.problem))
 
 
+def on_this_machine(name: str) -> Path | None:
+    """Where a model lies that can be used at once; None too for what can be the name of none.
+
+    A name may come from anywhere: an imported conversation, a folder in the Hub's cache.
+    """
+    try:
+        return local(name)
+    except (M7Error, OSError, ValueError):
+        return None
+
+
 def models_folder() -> Path:
     """Where the picker puts what it converts."""
     return data_dir() / "models"
@@ -77,10 +89,10 @@ def describe(name: str, folder: Path) -> Entry:
     try:
         config = ModelConfig.from_folder(folder)
         stored = folder_weights(folder)
-    except (M7Error, OSError) as error:
-        return Entry(name, folder, 0, problem=" ".join(str(error).split()))
-    nbytes = sum(path.stat().st_size for path in {tensor.path for tensor in stored.values()})
-    chat = chat_memory(config, nbytes)[0]
+        nbytes = sum(path.stat().st_size for path in {tensor.path for tensor in stored.values()})
+        chat = chat_memory(config, nbytes)[0]
+    except Exception as error:  # whatever it holds, the others are shown
+        return Entry(name, folder, 0, problem=" ".join(str(error).split()) or type(error).__name__)
     return Entry(
         name,
         folder,
@@ -111,8 +123,9 @@ def _folders(others: Sequence[str]) -> Iterator[tuple[str, Path]]:
     yield from _in_hub_cache()
     for name in others:
         path = Path(os.path.expanduser(name))
-        if (path / "config.json").is_file():
-            yield name, path
+        with contextlib.suppress(OSError, ValueError):
+            if (path / "config.json").is_file():
+                yield name, path
 
 
 def _in_hub_cache() -> Iterator[tuple[str, Path]]:
@@ -122,11 +135,11 @@ def _in_hub_cache() -> Iterator[tuple[str, Path]]:
     shorter = {repo: alias for alias, repo in reversed(ALIASES.items())}
     for storage in sorted(Path(constants.HF_HUB_CACHE).glob("models--*--*")):
         repo = storage.name.removeprefix("models--").replace("--", "/", 1)
-        folder = local(repo)
+        folder = on_this_machine(repo)
         if folder is None:
             continue
         try:
             ModelConfig.from_folder(folder)
-        except M7Error:
+        except Exception:
             continue  # another architecture: none of our business
         yield shorter.get(repo, repo), folder
