@@ -233,7 +233,7 @@ def _ids(given: Any) -> list[int]:
         given = given.tolist() if given.ndim == 1 else None
     is_list = isinstance(given, Iterable) and not isinstance(given, bytes | bytearray | memoryview | str)
     ids: list[Any] = list(given) if is_list else [None]
-    if not all(isinstance(i, Integral) and i is not True and i is not False for i in ids):
+    if not all(isinstance(i, Integral) for i in ids) or any(isinstance(i, bool) for i in ids):
         raise InputError("a prompt is a text, a list of ids or a list of messages")
     return [int(i) for i in ids]
 
