@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -59,17 +59,33 @@ def validate_header(path: Path) -> dict[str, TensorInfo]:
     try:
         with safe_open(str(path), framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            return {name: TensorInfo(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+            found = {name: TensorInfo(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+        json.loads(_header(path), object_pairs_hook=_once)  # of two with one name, each reader may take another
+        return found
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise WeightsError(f"{path} is not a whole safetensors file ({error}); fetch or convert it again") from None
 
 
 def data_starts(path: Path) -> dict[str, int]:
     """Where in a file the numbers of each tensor begin. Its header has been validated (`folder_weights`)."""
+    text = _header(path)
+    start = 8 + len(text)
+    return {name: start + e["data_offsets"][0] for name, e in json.loads(text).items() if name != "__metadata__"}
+
+
+def _header(path: Path) -> bytes:
+    """The header's JSON; the safetensors library has found it whole, flat and not too long."""
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+        return file.read(int.from_bytes(file.read(8), "little"))
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names differ. Raises ValueError."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for n, (name, _) in enumerate(pairs) if name in dict(pairs[:n]))
+        raise ValueError(f"{twice!r} is there twice")
+    return found
 
 
 def read_slices(stored: StoredTensor, start: int, slices: tuple[slice, ...]) -> mx.array:
