@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from m7mlx.config import ModelConfig, read_json
+from m7mlx.config import ModelConfig
 from m7mlx.errors import ConfigError, WeightsError
+from m7mlx.jsonfile import read_json, short
 from m7mlx.quantization import Quantization
 
+_MOST_INDEX = 64 << 20  # bytes
 INDEX = "model.safetensors.index.json"
 _FLOATS = ("F32", "F16", "BF16")
 DTYPES: dict[str, mx.Dtype] = {  # safetensors' names → MLX's types, of those that weights have
@@ -56,6 +58,8 @@ def validate_header(path: Path) -> dict[str, TensorInfo]:
     """Tensors of one safetensors file, by name. Raises WeightsError for anything malformed."""
     from safetensors import SafetensorError, safe_open
 
+    if not path.is_file():  # a pipe would be waited for
+        raise WeightsError(f"{path} is no regular file; fetch or convert it again")
     try:
         with safe_open(str(path), framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
@@ -130,7 +134,7 @@ def _stored(file: Path) -> dict[str, StoredTensor]:
 
 def _indexed(folder: Path, index: Path, files: list[Path]) -> dict[str, StoredTensor]:
     try:
-        weight_map = read_json(index).get("weight_map")
+        weight_map = read_json(index, _MOST_INDEX).get("weight_map")
     except ConfigError as error:
         raise WeightsError(str(error)) from None
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
@@ -138,17 +142,17 @@ def _indexed(folder: Path, index: Path, files: list[Path]) -> dict[str, StoredTe
     named = set(weight_map.values())
     present = {file.name for file in files}
     if missing := sorted(named - present):
-        raise WeightsError(f"{folder} lacks {missing[0]}, which {INDEX} names; fetch the model again")
+        raise WeightsError(f"{folder} lacks {short(missing[0])}, which {INDEX} names; fetch the model again")
     if stray := sorted(present - named):
-        raise WeightsError(f"{folder} has {stray[0]}, which {INDEX} does not name; remove one of them")
+        raise WeightsError(f"{folder} has {short(stray[0])}, which {INDEX} does not name; remove one of them")
     found: dict[str, StoredTensor] = {}
     for name in sorted(named):
         for tensor, stored in _stored(folder / name).items():
             if weight_map.get(tensor) != name:
-                raise WeightsError(f"{folder / name} holds {tensor}, which {INDEX} does not place there")
+                raise WeightsError(f"{folder / name} holds {short(tensor)}, which {INDEX} does not place there")
             found[tensor] = stored
     if absent := sorted(set(weight_map) - set(found)):
-        raise WeightsError(f"{folder / weight_map[absent[0]]} lacks {absent[0]}, which {INDEX} places there")
+        raise WeightsError(f"{folder / weight_map[absent[0]]} lacks {short(absent[0])}, which {INDEX} places there")
     return found
 
 

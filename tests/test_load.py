@@ -231,7 +231,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[M7Error], str]] = {
         WeightsError,
         "I32",
     ),
-    "10⁹ layers": (lambda f: edit_config(f, num_hidden_layers=10**9), WeightsError, "1000000000 layers"),
+    "10⁹ layers": (lambda f: edit_config(f, num_hidden_layers=10**9), ConfigError, "num_hidden_layers"),
+    "more layers than tensors": (lambda f: edit_config(f, num_hidden_layers=9999), WeightsError, "9999 layers"),
     "wrong shape": (
         lambda f: edit_config(f, intermediate_size=65),
         WeightsError,

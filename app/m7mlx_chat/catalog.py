@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,7 @@ from m7mlx.demo import here
 from m7mlx.errors import M7Error
 from m7mlx.hub import ALIASES, DEMO, local
 from m7mlx.memory import budget, chat_memory
-from m7mlx.safetensors import folder_weights
+from m7mlx.safetensors import folder_weights, parameters
 from m7mlx_chat.store.schema import data_dir
 
 Fit = Literal["fits", "tight", "too big"]
@@ -60,7 +60,7 @@ def models(others: Sequence[str] = ()) -> list[Entry]:
     (names used before) that are folders elsewhere; the suggested ones that are not here; then what cannot be."""
     found: dict[Path, Entry] = {}
     for name, folder in _folders(others):
-        real = folder.resolve()
+        real = Path(os.path.realpath(folder))
         if real not in found:
             found[real] = describe(name, folder)
     known = {entry.name for entry in found.values()}
@@ -89,6 +89,7 @@ def describe(name: str, folder: Path) -> Entry:
     try:
         config = ModelConfig.from_folder(folder)
         stored = folder_weights(folder)
+        parameters(folder, config, stored)
         nbytes = sum(path.stat().st_size for path in {tensor.path for tensor in stored.values()})
         chat = chat_memory(config, nbytes)[0]
     except Exception as error:  # whatever it holds, the others are shown
@@ -123,7 +124,7 @@ def _folders(others: Sequence[str]) -> Iterator[tuple[str, Path]]:
     yield from _in_hub_cache()
     for name in others:
         path = Path(os.path.expanduser(name))
-        with contextlib.suppress(OSError, ValueError):
+        with suppress(OSError, ValueError):  # no path, or one that may not be read
             if (path / "config.json").is_file():
                 yield name, path
 

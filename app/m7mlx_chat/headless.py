@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from m7mlx.cli import launched
+from m7mlx.disk import user_path
 from m7mlx.errors import InputError, RunError
 from m7mlx.hub import DEMO, resolve
 from m7mlx.terminal import console, json_line, visible
@@ -98,7 +99,7 @@ def _until_done(session: Session, drain: Any) -> Iterator[Event]:
 def read_schema(path: Path) -> dict[str, Any]:
     """A JSON schema. Raises InputError for a file that holds none."""
     try:
-        schema = json.loads(path.expanduser().read_text(encoding="utf-8"))
+        schema = json.loads(user_path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"--json-schema: {path} cannot be read ({error})") from None
     if not isinstance(schema, dict):
@@ -142,7 +143,7 @@ def take_in(name: str) -> int:
     from m7mlx_chat.portable import load_file
 
     with Store() as store:
-        count = len(store.plant(load_file(Path(name).expanduser())))
+        count = len(store.plant(load_file(user_path(name))))
     print(f"{count} conversation{'s' if count != 1 else ''} imported")
     return 0
 
