@@ -304,12 +304,28 @@ def test_whatever_ends_it_what_was_said_is_kept(model_folder: Path, number: int)
     assert question.text == "tell me"
     whole = (said + rest).decode("utf-8", "replace")
     assert whole.startswith(answer.text.rstrip("\n"))
-    if number == signal.SIGINT:
+    if number != signal.SIGKILL:
+        assert process.returncode == 128 + number
         assert answer.status == "stopped"
         assert answer.text == whole.removesuffix("\n")
     else:
         assert answer.status == "interrupted"
         assert len(answer.text) > len(whole) / 4  # a second of three, at the very most, is missing
+
+
+def test_a_second_signal_ends_it_at_once(model_folder: Path) -> None:
+    command = [CHAT, "--model", str(model_folder), "-p", "tell me", "--max-tokens", "1000000"]
+    for pause in (0.0, 0.01, 0.05):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            process.stdout.read(1)
+            for _ in range(3):
+                process.terminate()
+                time.sleep(pause)
+            process.stdout.read()
+            assert process.stderr.read() == b""
+        assert process.returncode == 128 + signal.SIGTERM  # and no abort
 
 
 # --- answers in JSON -----------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -53,7 +55,7 @@ def answer(
     from m7mlx_chat.engine import Engine
     from m7mlx_chat.session import Session
 
-    with open_store(save) as store:
+    with open_store(save) as store, _ended_by_signals():
         engine = Engine(world)
         session = Session(store, engine, settings)
         session.schema = fitting
@@ -68,7 +70,7 @@ def answer(
             with printer:
                 try:
                     _print(session, engine.drain, printer)
-                except KeyboardInterrupt:
+                except (KeyboardInterrupt, SystemExit):
                     session.stop()
                     _print(session, engine.drain, printer)  # what was said by then
                     raise
@@ -79,6 +81,27 @@ def answer(
                     session.handle(event)
             engine.close()
     return 0
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end it as Ctrl-C does, with what was said kept; another signal ends it at once."""
+
+    def at_once(number: int, _: object) -> None:
+        os._exit(128 + number)
+
+    def end(number: int, _: object) -> None:
+        for other in before:
+            signal.signal(other, at_once)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    heard = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _print(session: Session, drain: Any, printer: _Plain | _Json) -> None:
@@ -254,7 +277,6 @@ def question(prompt: str | None, files: Sequence[str] = ()) -> str:
 
 def _has_input() -> bool:
     """Whether standard input is a pipe or a file: a terminal's absence alone (cron, ssh -n) is no question."""
-    import os
     import stat
 
     try:
