@@ -55,7 +55,7 @@ def answer(
     from m7mlx_chat.engine import Engine
     from m7mlx_chat.session import Session
 
-    with open_store(save) as store, _ended_by_signals():
+    with _ended_by_signals(), open_store(save) as store:
         engine = Engine(world)
         session = Session(store, engine, settings)
         session.schema = fitting
