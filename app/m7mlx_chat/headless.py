@@ -105,12 +105,26 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def _print(session: Session, drain: Any, printer: _Plain | _Json) -> None:
+    begun = False
     for event in _until_done(session, drain):
         session.handle(event)
         printer.show(event)
+        begun = begun or isinstance(event, Text)
         if isinstance(event, Failed):
-            error = InputError if event.exit_status == InputError.exit_status else RunError
+            # What fails on the way, though it be for the schema's sake, is a run that failed.
+            error = InputError if event.exit_status == InputError.exit_status and not begun else RunError
             raise error(event.message)
+        if isinstance(event, Done) and event.reason == "length" and session.schema is not None:
+            _check_whole(event)
+
+
+def _check_whole(done: Done) -> None:
+    """Whoever asked for JSON gets JSON, or an error."""
+    try:
+        json.loads(done.text)
+    except (ValueError, RecursionError):
+        tokens = done.statistics.generated_tokens
+        raise RunError(f"{tokens} tokens were not enough for the whole JSON; allow more with --max-tokens") from None
 
 
 def _until_done(session: Session, drain: Any) -> Iterator[Event]:
