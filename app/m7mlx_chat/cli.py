@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m7mlx.cli import ArgumentParser, add_parallel, gigabytes, launched, run
+from m7mlx.cli import EXIT_FAILED, ArgumentParser, add_parallel, gigabytes, launched, run
 
 if TYPE_CHECKING:
     from m7mlx.distributed import World
@@ -40,7 +43,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = _parser()
     args = parser.parse_args(argv)
-    return run(_chat, args, PROG)
+    try:
+        status = run(_chat, args, PROG)
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else EXIT_FAILED
+    return _left(status)
+
+
+def _left(status: int) -> int:
+    """Where the model is still in the middle of a long step, end at once: to end in order would abort the process."""
+    engine = sys.modules.get("m7mlx_chat.engine")
+    if engine is not None and any(thread.name == engine.THREAD for thread in threading.enumerate()):
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(status)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
