@@ -18,7 +18,7 @@ from m7mlx.hub import ALIASES, local
 from m7mlx.jsonfile import said
 from m7mlx.memory import CHAT_SLACK, cache_bytes
 from m7mlx.parts import MODES, Mode, Part
-from m7mlx.safetensors import DTYPES, folder_weights, is_left_out, parameters
+from m7mlx.safetensors import DTYPES, folder_weights, head_as_stored, is_left_out, parameters, refuse_adapter
 from m7mlx.terminal import json_line
 
 PROG = "m7mlx-plan"
@@ -108,11 +108,13 @@ def stored(name: str, bits: int | None) -> tuple[ModelConfig, dict[str, tuple[tu
     """Configuration and tensors of a model on this machine, or of Mistral 7B; in so many bits a weight, or as is."""
     folder = local(name)
     if folder is not None and folder.is_dir():
+        refuse_adapter(folder)
         config = ModelConfig.from_folder(folder)
         if bits is None:
-            stored = folder_weights(folder)
-            parameters(folder, config, stored)
-            headers = {n: t for n, t in stored.items() if not is_left_out(n, config)}
+            found = folder_weights(folder)
+            config = head_as_stored(folder, config, found)
+            parameters(folder, config, found)
+            headers = {n: t for n, t in found.items() if not is_left_out(n, config)}
             return config, {n: (t.shape, math.prod(t.shape) * DTYPES[t.dtype].size) for n, t in headers.items()}
     elif name in ALIASES:
         config = ModelConfig.from_dict({"model_type": "mistral", "vocab_size": 32768, "sliding_window": None})

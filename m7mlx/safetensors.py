@@ -7,7 +7,9 @@ header goes through it first.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +20,10 @@ from m7mlx.config import ModelConfig
 from m7mlx.errors import ConfigError, WeightsError
 from m7mlx.jsonfile import read_json, short
 from m7mlx.quantization import Quantization
+from m7mlx.terminal import one_line
 
 _MOST_INDEX = 64 << 20  # bytes
+ADAPTERS = ("adapters.safetensors", "adapter_model.safetensors")  # mlx-lm's LoRA adapters and PEFT's
 INDEX = "model.safetensors.index.json"
 _FLOATS = ("F32", "F16", "BF16")
 DTYPES: dict[str, mx.Dtype] = {  # safetensors' names → MLX's types, of those that weights have
@@ -30,6 +34,7 @@ DTYPES: dict[str, mx.Dtype] = {  # safetensors' names → MLX's types, of those 
     "U8": mx.uint8,
 }
 _IGNORED = "rotary_emb.inv_freq"  # old checkpoints carry what is computed anyway
+_ROWS = 1024  # of two matrices that are compared
 
 
 class TensorInfo(NamedTuple):
@@ -105,8 +110,10 @@ def folder_weights(folder: Path, *, native: bool = False) -> dict[str, StoredTen
 
     Index, files and tensors must agree: a shard missing from the folder, a tensor the index does not
     name or a stray file beside the indexed ones is refused, never merged or skipped in silence.
+    A LoRA adapter is refused with what to do.
     `native` takes the weights in Mistral's own layout, which repositories may hold beside the others.
     """
+    refuse_adapter(folder)
     files = [f for f in sorted(folder.glob("*.safetensors")) if f.name.startswith("consolidated") == native]
     index = folder / (INDEX.replace("model", "consolidated") if native else INDEX)
     if index.is_file():
@@ -126,6 +133,31 @@ def folder_weights(folder: Path, *, native: bool = False) -> dict[str, StoredTen
     if len(files) > 1:
         raise WeightsError(f"{folder} has {len(files)} safetensors files but no {index.name} to say which belong")
     return _stored(files[0])
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise WeightsError for a folder that holds a LoRA adapter and no weights of a model."""
+    settings = folder / "adapter_config.json"
+    if settings.is_file() and not any(is_model_file(file.name) for file in folder.glob("*.safetensors")):
+        try:
+            data = read_json(settings)
+        except ConfigError:
+            data = {}
+        raise WeightsError(adapter_advice(str(folder), data.get("base_model_name_or_path") or data.get("model")))
+
+
+def is_model_file(name: str) -> bool:
+    """Whether a safetensors file can hold a model's weights; mlx-lm trains into 0000100_adapters.safetensors."""
+    return name not in ADAPTERS and not name.endswith("_adapters.safetensors")
+
+
+def adapter_advice(name: str, base: object = None) -> str:
+    """What to do with an adapter where a model is wanted; `base` is the model that it says it changes."""
+    model = shlex.quote(one_line(base)[:200]) if isinstance(base, str) and base.strip() else "MODEL"
+    return (
+        f"{name} is a LoRA adapter, which changes a model and is none; merge it into that model: "
+        f"m7mlx-convert {model} --adapter {shlex.quote(name)}"
+    )
 
 
 def _stored(file: Path) -> dict[str, StoredTensor]:
@@ -173,8 +205,52 @@ def parameters(folder: Path, config: ModelConfig, headers: Mapping[str, StoredTe
     return found
 
 
+def head_as_stored(
+    folder: Path,
+    config: ModelConfig,
+    headers: Mapping[str, StoredTensor],
+    embedding: str = "model.embed_tokens",
+    head: str = "lm_head",
+) -> ModelConfig:
+    """The config of what the files hold: a head in them that is not the embedding is the model's own, whatever
+    config.json says of tying. transformers reads such files so (`tie_weights`).
+
+    embedding, head  what the files call the two
+    A head in a file that is not here counts as its own. Raises WeightsError for one that stands for both.
+    """
+    own = {name.removeprefix(f"{head}."): t for name, t in headers.items() if name.startswith(f"{head}.")}
+    tied = {n.removeprefix(f"{embedding}."): t for n, t in headers.items() if n.startswith(f"{embedding}.")}
+    if not config.tie_word_embeddings or not own:
+        return config
+    if not tied:
+        raise WeightsError(
+            f"{folder} has {head} but not {embedding}, which is tied to it: they were saved without the second "
+            "name; save it again with transformers' save_pretrained"
+        )
+    same = own.keys() == tied.keys() and all(
+        _is_equal(own[kind], f"{head}.{kind}", tied[kind], f"{embedding}.{kind}") for kind in own
+    )
+    return config if same else replace(config, tie_word_embeddings=False)
+
+
+def _is_equal(a: StoredTensor, a_name: str, b: StoredTensor, b_name: str) -> bool:
+    """Whether two stored tensors hold the same numbers; a few rows at a time."""
+    if a.shape != b.shape or len(a.shape) != 2 or 0 in a.shape or {a.dtype, b.dtype} - DTYPES.keys():
+        return False
+    if not (a.path.is_file() and b.path.is_file()):
+        return False
+    starts = data_starts(a.path)[a_name], data_starts(b.path)[b_name]
+    for row in range(0, a.shape[0], _ROWS):
+        rows = (slice(row, row + _ROWS),)
+        x, y = read_slices(a, starts[0], rows), read_slices(b, starts[1], rows)
+        if not mx.array_equal(x, y if a.dtype == b.dtype else y.astype(x.dtype)).item():
+            return False
+    return True
+
+
 def is_left_out(name: str, config: ModelConfig) -> bool:
-    """Whether a tensor may stand in a file though the model has no use for it: computed anyway, or a tied head."""
+    """Whether a tensor may stand in a file though the model has no use for it: computed anyway, or a tied head
+    that is stored all the same (`head_as_stored`)."""
     return name.endswith(_IGNORED) or (config.tie_word_embeddings and name.startswith("lm_head."))
 
 
