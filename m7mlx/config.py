@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from m7mlx.config_keys import check_keys, check_params_keys
 from m7mlx.errors import ConfigError
 from m7mlx.jsonfile import given, number, read_json, said, texts, token_id, token_ids, whole
 from m7mlx.quantization import Quantization
@@ -51,18 +52,6 @@ _FIELDS = {  # what a config.json calls them
     "norm_eps": "rms_norm_eps",
 }
 
-# Keys that would change the computation, with the values that leave it as it is.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "hidden_act": ("silu", None),
-    "partial_rotary_factor": (1.0, None),
-    "pretraining_tp": (1, None),
-    "rope_traditional": (False, None),
-    "num_local_experts": (0, 1, None),
-    "use_sliding_window": (True, None),
-}
-
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -98,6 +87,9 @@ class ModelConfig:
                 number(value, field)
         if self.bos_token_id is not None:
             token_id(self.bos_token_id, "bos_token_id")
+        for field, ids in (("bos_token_id", (self.bos_token_id or 0,)), ("eos_token_id", self.eos_token_ids)):
+            if max(ids, default=0) >= self.vocab_size:
+                raise ConfigError(f"{field} {max(ids)} is outside the vocabulary of {self.vocab_size}")
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(
                 f"{self.n_heads} query heads cannot share {self.n_kv_heads} key-value heads: "
@@ -127,9 +119,7 @@ class ModelConfig:
         values = _DEFAULTS[model_type] | {k: v for k, v in data.items() if v is not None or k == "sliding_window"}
         if model_type == "llama" and values["sliding_window"] is not None:
             raise ConfigError("sliding_window is not a part of llama; say model_type mistral if it is meant")
-        for key, neutral in _NEUTRAL.items():
-            if data.get(key) not in neutral:
-                raise ConfigError(f"{key} = {said(data[key])} is not supported (only {neutral[0]!r})")
+        check_keys(data)
         n_heads, hidden = values["num_attention_heads"], values["hidden_size"]
         head_dim = values.get("head_dim")
         if head_dim is None:
@@ -167,6 +157,7 @@ class ModelConfig:
         """From Mistral's own params.json; defaults as in mistral-inference (`args.py`, `transformer.py`)."""
         if data.get("moe") or data.get("vision_encoder"):
             raise ConfigError("mixtures of experts and vision models are not supported; only dense Mistral is")
+        check_params_keys(data)
         window = data.get("sliding_window")
         if isinstance(window, list):
             raise ConfigError("a sliding_window for each layer is not supported")
@@ -182,7 +173,7 @@ class ModelConfig:
                 head_dim=data["head_dim"],
                 norm_eps=data["norm_eps"],
                 rope_theta=(1e4 if window else 1e6) if data.get("rope_theta") is None else data["rope_theta"],
-                max_position_embeddings=32768 if data.get("max_seq_len") is None else data["max_seq_len"],
+                max_position_embeddings=data.get("max_seq_len") or data.get("max_position_embeddings") or 32768,
                 sliding_window=window,
                 tie_word_embeddings=bool(data.get("tied_embeddings", False)),
             )
