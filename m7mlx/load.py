@@ -23,6 +23,7 @@ from m7mlx.safetensors import (
     StoredTensor,
     data_starts,
     folder_weights,
+    head_as_stored,
     is_left_out,
     parameters,
     read_slices,
@@ -73,6 +74,7 @@ def _checked(
     config = ModelConfig.from_folder(folder)
     headers = folder_weights(folder)
     check_folder(folder)
+    config = head_as_stored(folder, config, headers)
     parameters(folder, config, headers)
     headers = {name: stored for name, stored in headers.items() if not is_left_out(name, config)}
     stored = sum(path.stat().st_size for path in _files(headers))

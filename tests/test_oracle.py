@@ -100,3 +100,25 @@ def test_a_greedy_continuation_of_200_tokens_is_identical(checkpoint: tuple[Any,
     cache = model.new_cache()
     logits = prefill(model, prompt[0].tolist(), cache, chunk=16)
     assert list(decode(model, logits, cache, Sampler(Sampling()), 200)) == ids[0, 40:].tolist()
+
+
+@pytest.mark.parametrize("is_own", [False, True])
+def test_a_head_beside_a_tied_embedding(is_own: bool, tmp_path: Path) -> None:
+    """A config that says tied, a file with both: transformers ties them only where they are equal."""
+    from safetensors.torch import load_file, save_file
+
+    torch.manual_seed(3)
+    config = transformers.MistralConfig(**SMALL, tie_word_embeddings=True, attn_implementation="eager")
+    transformers.MistralForCausalLM(config).float().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    head = weights["model.embed_tokens.weight"].clone()
+    head[31_999, 63] += is_own
+    save_file(weights | {"lm_head.weight": head}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(mistral_file("v1"), tmp_path / "tokenizer.model")
+    oracle = transformers.MistralForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ids = torch.randint(0, 32000, (1, LENGTH))
+    with torch.no_grad():
+        expected = oracle(ids).logits[0]
+    model, _ = load(tmp_path)
+    assert model.config.tie_word_embeddings is not is_own
+    assert relative(model(mx.array(ids.tolist()))[0], expected) < 1e-4

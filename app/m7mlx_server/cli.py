@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import ipaddress
 import os
 import socket
@@ -119,6 +120,8 @@ def _serve(args: argparse.Namespace) -> int | None:
     try:
         most = rows_memory(engine.model, limits)
         server = Server(engine, readers, served, hosts, key)
+        gc.collect()
+        gc.freeze()  # what is there now, stays: looking through it now and then takes a tenth of a second
         _listen(bound, BACKLOG)
         memory = f"{engine.model.nbytes / 1e9:.2f} GB of weights, at most {most / 1e9:.2f} GB of keys and values"
         if world is not None:

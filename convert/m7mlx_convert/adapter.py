@@ -16,8 +16,8 @@ from typing import Any
 import mlx.core as mx
 
 from m7mlx.arrays import is_finite
-from m7mlx.config import read_json
-from m7mlx.errors import InputError, WeightsError
+from m7mlx.errors import ConfigError, InputError, WeightsError
+from m7mlx.jsonfile import given, number, read_json
 from m7mlx.safetensors import StoredTensor, validate_header
 from m7mlx_convert.patterns import matches
 from m7mlx_convert.source import Arrays, Source, Tensor, check_links, reader, shown
@@ -100,9 +100,10 @@ def _mlx_lm(
     kind = settings.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
         raise ValueError(f"fine_tune_type {shown(kind)} is not LoRA")
-    scale = (settings.get("lora_parameters") or {}).get("scale")
-    if not isinstance(scale, int | float):
+    scale = (given(settings, "lora_parameters", "an object") or {}).get("scale")
+    if scale is None:
         raise ValueError("adapter_config.json names no scale in lora_parameters")
+    scale = _scale(scale, "scale in lora_parameters")
     names: dict[str, dict[str, str]] = {}
     for name in headers:
         module, _, part = name.rpartition(".")
@@ -128,21 +129,28 @@ def _peft(settings: Mapping[str, Any], headers: Mapping[str, StoredTensor]) -> t
         else:
             raise ValueError(f"{shown(name)} is not a part of a LoRA adapter")
     lows = {}
-    alphas = _alphas(settings.get("alpha_pattern") or {}, list(names))
+    alphas = _alphas(given(settings, "alpha_pattern", "an object") or {}, list(names))
     for module, found in names.items():
         alpha = alphas.get(module, settings.get("lora_alpha"))
         rank = headers[found["a"]].shape[0] if "a" in found else 0
-        if not isinstance(alpha, int | float) or not rank:
+        if alpha is None or not rank:
             raise ValueError(f"lora_alpha or lora_A is missing for {shown(module)}")
-        scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+        scale = _scale(alpha, "lora_alpha or alpha_pattern") / (
+            math.sqrt(rank) if settings.get("use_rslora") else rank
+        )
         lows[module] = _Low(found, float(scale), True)
     return lows, whole
 
 
-def _alphas(patterns: object, modules: list[str]) -> dict[str, Any]:
+def _scale(value: Any, field: str) -> float:
+    """Any number, as a float has it."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{field} must be a number, not {shown(value)}")
+    return 0.0 if value == 0 else math.copysign(number(abs(value), field), value)
+
+
+def _alphas(patterns: Mapping[str, Any], modules: list[str]) -> dict[str, Any]:
     """PEFT's way of giving single modules their own value (`get_pattern_key`): the first pattern that matches."""
-    if not isinstance(patterns, dict):
-        raise ValueError(f"alpha_pattern is {shown(patterns)}, not a table")
     found = matches([rf"\A(.*\.)?({pattern})$" for pattern in patterns], modules)
     values = list(patterns.values())
     return {module: values[numbers[0]] for module, numbers in zip(modules, found, strict=True) if numbers}

@@ -10,9 +10,10 @@ from typing import Any
 import mlx.core as mx
 
 from m7mlx.checksums import MANIFEST, check_folder
-from m7mlx.config import ModelConfig, read_json
+from m7mlx.config import ModelConfig
 from m7mlx.errors import ConfigError
-from m7mlx.safetensors import DTYPES, StoredTensor, folder_weights, parameters
+from m7mlx.jsonfile import read_json
+from m7mlx.safetensors import DTYPES, StoredTensor, folder_weights, head_as_stored, parameters
 from m7mlx_convert import native, packed
 from m7mlx_convert.source import Source, Tensor, check_links, named_dtype, reader
 
@@ -61,6 +62,8 @@ def open_folder(folder: Path, name: str, headers: Mapping[str, StoredTensor] | N
     if headers is None:
         headers = folder_weights(folder, native=is_native)
         check_folder(folder)
+    names = (native.NAMES["model.embed_tokens"], native.NAMES["lm_head"]) if is_native else ()
+    config = head_as_stored(folder, config, headers, *names)
     if is_native:
         tensors = native.tensors(folder, config, headers)
     elif method:
@@ -95,7 +98,7 @@ def _tensors(
 
 
 def _whole_config(given: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """The source's config.json, and what it leaves to defaults written out.
+    """The source's config.json, with what it leaves to defaults written out and what the weights say of tying.
 
     Readers differ in their defaults: mlx-lm ties the head where tie_word_embeddings is absent, and does not look
     for RoPE's base in rope_parameters.
@@ -104,7 +107,7 @@ def _whole_config(given: Mapping[str, Any], config: ModelConfig) -> dict[str, An
     absent = {
         k: v for k, v in config.to_dict().items() if given.get(k) is None and (k not in given or k not in may_be_null)
     }
-    whole = dict(given) | absent
+    whole = dict(given) | absent | {"tie_word_embeddings": config.tie_word_embeddings}
     return {k: v for k, v in whole.items() if k not in _CODE_KEYS | _QUANTISED_KEYS}
 
 

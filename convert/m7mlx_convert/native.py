@@ -17,7 +17,7 @@ from m7mlx.errors import WeightsError
 from m7mlx.safetensors import DTYPES, StoredTensor
 from m7mlx_convert.source import Arrays, Tensor, reader, shown
 
-_NAMES = {  # name on disk → name in the file
+NAMES = {  # name on disk → name in the file
     "model.embed_tokens": "tok_embeddings",
     "model.norm": "norm",
     "lm_head": "output",
@@ -47,7 +47,8 @@ def tensors(folder: Path, config: ModelConfig, headers: Mapping[str, StoredTenso
         )
     found = {}
     names = {name: native_name(name) for name in config.weight_shapes()}
-    if extra := sorted(headers.keys() - set(names.values())):
+    tied = {f"{NAMES['lm_head']}.weight"} if config.tie_word_embeddings else set()
+    if extra := sorted(headers.keys() - set(names.values()) - tied):
         raise WeightsError(f"{folder}: tensor {shown(extra[0])} is not a part of a plain Mistral model")
     for name, shape in config.weight_shapes().items():
         stored = headers.get(names[name])
@@ -63,7 +64,7 @@ def tensors(folder: Path, config: ModelConfig, headers: Mapping[str, StoredTenso
     return found
 
 
-def native_name(name: str, names: Mapping[str, str] = _NAMES, layers: str = "layers") -> str:
+def native_name(name: str, names: Mapping[str, str] = NAMES, layers: str = "layers") -> str:
     """The name that other files give to the parameter `name`."""
     module = name.removesuffix(".weight")
     if not module.startswith("model.layers."):

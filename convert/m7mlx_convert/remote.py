@@ -41,12 +41,12 @@ def open_remote(source: str, revision: str | None) -> Source | None:
         folder = snapshot(repo, revision, "any", weights=False)
         headers: dict[str, StoredTensor] = {}
         for name in names:
-            headers |= _header(repo, name, revision, files[name].size)
+            headers |= _header(repo, name, revision, files[name].size, folder)
     return open_folder(folder, name_of(source), headers)
 
 
-def _header(repo: str, name: str, revision: str | None, size: int) -> dict[str, StoredTensor]:
-    """Tensor → where it is stored, from the first kilobytes of a file."""
+def _header(repo: str, name: str, revision: str | None, size: int, folder: Path) -> dict[str, StoredTensor]:
+    """Tensor → where in `folder` it will be stored, from the first kilobytes of a file."""
     start = _start(repo, name, revision, _HEAD)
     length = int.from_bytes(start[:8], "little")
     if len(start) < 8 or length > _MAX_HEADER:
@@ -55,7 +55,7 @@ def _header(repo: str, name: str, revision: str | None, size: int) -> dict[str, 
         start = _start(repo, name, revision, 8 + length)
     with _with_a_hole(name, start[: 8 + length], size) as path:
         try:
-            return {tensor: StoredTensor(Path(name), *info) for tensor, info in validate_header(path).items()}
+            return {tensor: StoredTensor(folder / name, *info) for tensor, info in validate_header(path).items()}
         except WeightsError as error:
             raise WeightsError(f"{repo}/{name} is damaged: {shown(error)}") from None
 
