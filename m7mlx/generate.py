@@ -189,7 +189,7 @@ def _stream(
             break
         shown = stop.add(text.add(token))
         if stop.found:
-            if sampler.constraint is not None and not sampler.constraint.is_complete:
+            if sampler.constraint is not None and sampler.constraint.enforced:
                 decoded.close()
                 raise InputError(CUT)
             finish, last = "stop", shown

@@ -126,7 +126,8 @@ def _serve(args: argparse.Namespace) -> int | None:
         memory = f"{engine.model.nbytes / 1e9:.2f} GB of weights, at most {most / 1e9:.2f} GB of keys and values"
         if world is not None:
             memory += f" in each of {world.size} processes ({world.part.mode} parallel)"
-        print(f"m7mlx is at http://{args.host}:{bound.getsockname()[1]} · {memory} · Ctrl-C ends it", file=sys.stderr)
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        print(f"m7mlx is at http://{host}:{bound.getsockname()[1]} · {memory} · Ctrl-C ends it", file=sys.stderr)
         listener = Listener(server.app, engine.close)
         if engine.alive:
             listener.run(sockets=[bound])
@@ -169,6 +170,7 @@ def _listen(bound: socket.socket, waiting: int) -> None:
 
 
 def _taken(host: str, port: int, error: OSError) -> RunError:
+    host = f"[{host}]" if ":" in host else host
     return RunError(f"{host}:{port} cannot be opened ({error.strerror or error}); choose another with --port")
 
 

@@ -30,6 +30,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from m7mlx_server.guard import ApiError, report
 
 HEADER_SECONDS = 30.0  # from a connection's beginning, or the end of an answer, to the end of the next headers
+UNSURE_SECONDS = 60.0  # that an answer is worked at while nothing can tell whether its client is there
 WRITE_SECONDS = 60.0  # for a client that does not read what it asked for
 HEADER_BYTES, HEADER_LINES = 20 << 10, 120  # more than `guard` lets through; parsing takes time with each line
 GRACE_SECONDS = 10.0  # for what is under way when the server is told to end
@@ -87,7 +88,7 @@ class Connection(H11Protocol):
         self._unread = bytearray()  # not parsed yet
         self._queued = False  # for a turn
         self._ended = False  # the client sends nothing more
-        self._probed = 0.0
+        self._probed = self._unsure_until = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -143,8 +144,6 @@ class Connection(H11Protocol):
         if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
             if not self._unread:
                 self.transport.close()
-        elif self.conn.their_http_version == b"1.0":
-            self.transport.close()  # nothing could be sent to find out
         elif self._looking is None:
             self._look()
 
@@ -152,7 +151,7 @@ class Connection(H11Protocol):
         """Look whether the client that has closed its half is still there.
 
         Only what is sent tells: the system of one that has gone refuses it. Before an answer, "100 Continue" may be
-        said at any time, and is not heeded.
+        said at any time, and is not heeded; but not to a client of HTTP/1.0, who is answered soon or not at all.
         """
         self._looking = None
         if self.transport.is_closing() or self.cycle.response_complete:
@@ -161,7 +160,14 @@ class Connection(H11Protocol):
             self.transport.abort()
             return
         now, soon = self.loop.time(), _LOOK_SECONDS
-        if self.conn.our_state is h11.SEND_RESPONSE and now - self._probed >= _PROBE_SECONDS:
+        if self.conn.our_state is not h11.SEND_RESPONSE:
+            pass  # the answer itself tells
+        elif self.conn.their_http_version == b"1.0":
+            if now > (self._unsure_until or now):
+                self.transport.abort()
+                return
+            self._unsure_until = self._unsure_until or now + UNSURE_SECONDS
+        elif now - self._probed >= _PROBE_SECONDS:
             self._probed, soon = now, _LOOK_SECONDS / 20
             self.transport.write(self.conn.send(h11.InformationalResponse(status_code=100, headers=[])) or b"")
         self._looking = self.loop.call_later(soon, self._look)
@@ -259,6 +265,7 @@ class Listener(uvicorn.Server):
                 app,
                 http=partial(Connection, Turns()),  # type: ignore[arg-type]
                 ws="none",
+                log_config=None,  # it would look at the standard streams, which may be closed
                 log_level="critical",  # nothing of a conversation is in the logs, nor who asked when
                 access_log=False,
                 server_header=False,
