@@ -54,10 +54,9 @@ def test_what_is_wrong_a_million_times_costs_little(name: str) -> None:
     """Time and memory are those of parsing: under 0.5 GB, where an error takes 0.8 kB."""
     path = "/v1/completions" if "ids" in name else CHAT
     program = f"""
-import resource, sys
+from m7mlx_bench.worker import peak_rss as peak
 from m7mlx_server.guard import ApiError
 from m7mlx_server.reading import SCHEMAS, parsed
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 data = {LARGE[name]}
 assert len(data) <= 8 << 20
 before = peak()
