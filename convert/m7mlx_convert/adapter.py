@@ -51,7 +51,13 @@ def with_adapter(source: Source, folder: Path) -> Source:
             tensors[name] = _merged(tensors[name], low, headers)
     notes.append(f"the adapter {shown(folder.resolve().name)} changes {len(changed)} of {len(tensors)} parameters")
     files = (*source.weight_files, file) if source.weight_files else ()
-    return replace(source, tensors=tensors, weight_files=files, notes=tuple(notes))
+    return replace(
+        source,
+        tensors=tensors,
+        weight_files=files,
+        settings={**source.settings, "adapter": settings},
+        notes=tuple(notes),
+    )
 
 
 def _untied(source: Source) -> Source:
