@@ -15,7 +15,7 @@ from m7mlx.checksums import MANIFEST, matches
 from m7mlx.demo import demo, here
 from m7mlx.errors import DiskError, DownloadError, NotFoundError, WeightsError
 from m7mlx.jsonfile import said
-from m7mlx.safetensors import folder_weights
+from m7mlx.safetensors import ADAPTERS, adapter_advice, folder_weights, is_model_file, refuse_adapter
 
 ALIASES = {
     "mistral": "mlx-community/Mistral-7B-Instruct-v0.3-4bit",
@@ -30,7 +30,7 @@ _SMALL = ("*.json", "tokenizer.model*", "*.jinja", "README.md", "LICENSE*", MANI
 _PICKLE = (".bin", ".pth", ".pt", ".pkl", ".ckpt")
 # What has to be here to do without a network; of a repository that has both layouts only one was fetched.
 _OFFLINE, _NOT_OFFLINE = [*_SMALL, "*.safetensors"], ["consolidated*", "*/*"]
-Layout = Literal["huggingface", "any"]
+Layout = Literal["huggingface", "any", "adapter"]
 Progress = Callable[[int, int], None]
 
 
@@ -51,12 +51,15 @@ def resolve(
     """The folder (or GGUF file) that a name stands for; downloads what is not here yet, with progress on stderr.
 
     A path that exists comes first, then "demo", the aliases, Hub repositories "org/name" and GGUF files in them,
-    "org/name/file.gguf". `layout` "any" takes weights in Mistral's own layout, too, which only the converter reads.
+    "org/name/file.gguf". `layout` "any" takes weights in Mistral's own layout, too, which only the converter reads;
+    "adapter" takes a LoRA adapter, which is refused otherwise.
     `progress` is called with (bytes here, bytes in all) of a repository's large files.
     Raises NotFoundError, WeightsError, DownloadError, DiskError.
     """
     text = str(name)
     if (path := existing(name)) is not None:
+        if layout != "adapter":
+            refuse_adapter(path)
         return path
     if text == DEMO:
         return demo()
@@ -230,6 +233,12 @@ def _small(files: Mapping[str, RemoteFile]) -> list[str]:
 def weight_files(repo: str, files: Mapping[str, RemoteFile], layout: Layout) -> list[str]:
     """The weight files to fetch. Raises WeightsError where there are none that can be used."""
     found = [name for name in files if "/" not in name and name.endswith(".safetensors")]
+    if layout == "adapter":
+        if adapters := [name for name in ADAPTERS if name in files]:
+            return adapters
+        raise WeightsError(f"{repo} holds no adapter ({' or '.join(ADAPTERS)})")
+    if "adapter_config.json" in files and not any(is_model_file(name) for name in found):
+        raise WeightsError(adapter_advice(repo))
     ours = [name for name in found if not name.startswith("consolidated")]
     if ours:
         return ours

@@ -58,6 +58,9 @@ NEEDS = {
         "pip install -e '.[oracle]'",
         _importable("torch", "transformers", "accelerate"),
     ),
+    "peft": Need(
+        "PEFT, torch and transformers", "pip install -e '.[oracle]'", _importable("torch", "transformers", "peft")
+    ),
     "eval": Need("lm_eval", "pip install -e '.[eval]'", _importable("lm_eval", "datasets", "pyarrow")),
     "demo": Need("the demo model", "connect to the network once", _demo),
     "tmux": Need("tmux", "brew or apt install tmux", _program("tmux")),

@@ -11,13 +11,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import random_weights
+from m7mlx_chat.cli import main as chat
 from m7mlx_convert import patterns
 from m7mlx_convert.cli import main
 from m7mlx_convert.convert import convert
 from m7mlx_convert.scheme import Recipe
 from test_convert_source import assert_same, quantisable, read, write_source
 
-from m7mlx.errors import InputError
+from m7mlx import cluster, load
+from m7mlx.config import ModelConfig
+from m7mlx.errors import InputError, WeightsError
 from m7mlx.quantization import Quantization
 
 CONFIG = quantisable()
@@ -31,44 +34,97 @@ def random(*shape: int, seed: int = 0) -> mx.array:
 # --- mlx-lm's -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_merged_as_mlx_lm_fuses_it(tmp_path: Path, kind: str) -> None:
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+QUERY, DOWN = "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+
+
+def write_mlx_lm(folder: Path, kind: str, modules: list[str]) -> None:
+    """An adapter as mlx-lm's trainer writes it."""
+    folder.mkdir()
+    keys = [module.rpartition("layers.1.")[2] for module in modules]
+    parameters = {"rank": RANK, "scale": 3.0, "dropout": 0.1, "keys": keys}
+    settings = {"fine_tune_type": kind, "num_layers": 1, "lora_parameters": parameters}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    arrays = {}
+    for module in modules:
+        rows, columns = CONFIG.weight_shapes()[f"{module}.weight"]
+        if kind == "full":
+            arrays[f"{module}.weight"] = random(rows, columns, seed=3)
+            continue
+        outer, inner = (rows, columns) if module == EMBEDDING else (columns, rows)
+        arrays[f"{module}.lora_a"] = random(outer, RANK)
+        arrays[f"{module}.lora_b"] = random(RANK, inner, seed=1)
+        if kind == "dora":
+            arrays[f"{module}.m"] = mx.abs(random(rows, seed=2)) + 1
+    mx.save_safetensors(str(folder / "adapters.safetensors"), arrays)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+@pytest.mark.parametrize(
+    ("is_tied", "modules"),
+    [(False, [QUERY, DOWN]), (False, [EMBEDDING]), (False, [HEAD, QUERY]), (True, [EMBEDDING, DOWN])],
+)
+def test_merged_as_mlx_lm_fuses_it(tmp_path: Path, kind: str, is_tied: bool, modules: list[str]) -> None:
     """Their model, their adapter, their fusing; then the same files through ours."""
     from mlx.utils import tree_flatten, tree_unflatten
     from mlx_lm.models import llama
     from mlx_lm.tuner.utils import load_adapters
 
-    write_source(tmp_path / "source", CONFIG, mx.float32)
+    config = quantisable(tie_word_embeddings=is_tied)
+    write_source(tmp_path / "source", config, mx.float32)
     weights = read(tmp_path / "source")
     folder = tmp_path / "adapter"
-    folder.mkdir()
-    keys = ["self_attn.q_proj", "mlp.down_proj"]
-    settings = {
-        "fine_tune_type": kind,
-        "num_layers": 1,
-        "lora_parameters": {"rank": RANK, "scale": 3.0, "dropout": 0.1, "keys": keys},
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    arrays = {}
-    for key in keys:
-        rows, columns = CONFIG.weight_shapes()[f"model.layers.1.{key}.weight"]
-        arrays[f"model.layers.1.{key}.lora_a"] = random(columns, RANK)
-        arrays[f"model.layers.1.{key}.lora_b"] = random(RANK, rows, seed=1)
-        if kind == "dora":
-            arrays[f"model.layers.1.{key}.m"] = mx.abs(random(rows, seed=2)) + 1
-    mx.save_safetensors(str(folder / "adapters.safetensors"), arrays)
-    model: Any = llama.Model(llama.ModelArgs.from_dict(CONFIG.to_dict() | {"model_type": "llama"}))
+    write_mlx_lm(folder, kind, modules)
+    model: Any = llama.Model(llama.ModelArgs.from_dict(config.to_dict() | {"model_type": "llama"}))
     model.load_weights(list(weights.items()))
     load_adapters(model, str(folder))
     fused = [(name, module.fuse()) for name, module in model.named_modules() if hasattr(module, "fuse")]
-    assert len(fused) == 2
+    assert len(fused) == (0 if kind == "full" else len(modules))
     model.update_modules(tree_unflatten(fused))
-    ours = read(convert(str(tmp_path / "source"), tmp_path / "out", adapter=str(folder)))
-    for name, array in dict(tree_flatten(model.parameters())).items():
+    out = convert(str(tmp_path / "source"), tmp_path / "out", adapter=str(folder))
+    ours, theirs = read(out), dict(tree_flatten(model.parameters()))
+    assert ours.keys() == theirs.keys()
+    for name, array in theirs.items():
         np.testing.assert_allclose(np.array(ours[name]), np.array(array), rtol=1e-5, atol=1e-6, err_msg=name)
-    assert not mx.allclose(
-        ours["model.layers.1.mlp.down_proj.weight"], weights["model.layers.1.mlp.down_proj.weight"]
-    )
+    changed = {name for name in weights if not mx.array_equal(ours[name], weights[name]).item()}
+    assert changed == {f"{module}.weight" for module in modules}
+    assert ModelConfig.from_folder(out).tie_word_embeddings is is_tied
+
+
+MLX_LM_DAMAGE: dict[str, tuple[Callable[[dict[str, Any], dict[str, mx.array]], object], str]] = {
+    "another kind": (
+        lambda s, a: s.update(fine_tune_type="ia3"),
+        "fine_tune_type ia3 is none of lora, dora and full",
+    ),
+    "no scale": (lambda s, a: s.update(lora_parameters={"alpha": 16}), "names no scale"),
+    "parameters in a list": (lambda s, a: s.update(lora_parameters=[3]), "cannot be merged"),
+    "a scale that is no number": (lambda s, a: s.update(lora_parameters={"scale": float("nan")}), "names no scale"),
+    "DoRA without magnitudes": (lambda s, a: s.update(fine_tune_type="dora"), "has no magnitude"),
+    "magnitudes without DoRA": (lambda s, a: a.update({f"{QUERY}.m": mx.ones((128,))}), "has a magnitude"),
+    "half": (lambda s, a: a.pop(f"{QUERY}.lora_b"), "lora_B is missing for model.layers.1.self_attn.q_proj"),
+    "a full one with other arrays": (lambda s, a: s.update(fine_tune_type="full"), "is not a part of a full"),
+    "transposed": (
+        lambda s, a: a.update({f"{QUERY}.lora_a": mx.zeros((RANK, 128)), f"{QUERY}.lora_b": mx.zeros((128, RANK))}),
+        "does not fit",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MLX_LM_DAMAGE)
+def test_adapters_of_mlx_lm_that_cannot_be_merged(tmp_path: Path, name: str) -> None:
+    write_source(tmp_path / "source", CONFIG)
+    folder = tmp_path / "adapter"
+    write_mlx_lm(folder, "lora", [QUERY])
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    arrays = mx.load(str(folder / "adapters.safetensors"))
+    assert isinstance(arrays, dict)
+    mx.eval(arrays)
+    change, message = MLX_LM_DAMAGE[name]
+    change(settings, arrays)
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    mx.save_safetensors(str(folder / "adapters.safetensors"), arrays)
+    with pytest.raises(InputError, match=message):
+        convert(str(tmp_path / "source"), tmp_path / "out", adapter=str(folder))
 
 
 # --- PEFT's ---------------------------------------------------------------------------------------------
@@ -174,6 +230,26 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: rewrite(f, "base_model.model.model.layers.0.self_attn.v_proj.lora_A.weight", mx.zeros((4, 64))),
         "does not fit model.layers.0.self_attn.v_proj.weight",
     ),
+    "half": (
+        lambda f: rewrite(f, "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight", mx.zeros((4, 128))),
+        "lora_B is missing for model.layers.0.mlp.up_proj",
+    ),
+    "whole and as LoRA": (
+        lambda f: rewrite(f, "base_model.model.model.layers.0.self_attn.v_proj.weight", mx.zeros((64, 128))),
+        "model.layers.0.self_attn.v_proj is there whole and as LoRA",
+    ),
+    "whole numbers": (
+        lambda f: rewrite(f, "base_model.model.lm_head.weight", mx.zeros((32000, 128), mx.int32)),
+        "lm_head.weight I32 [32000, 128], not floats",
+    ),
+    "DoRA without magnitudes": (lambda f: break_config(f, use_dora=True), "has no magnitude"),
+    "an embedding's for a matrix": (
+        lambda f: rewrite(f, "base_model.model.model.layers.0.mlp.up_proj.lora_embedding_A", mx.zeros((4, 128))),
+        "does not belong to that kind of module",
+    ),
+    "a setting that is new": (lambda f: break_config(f, use_magic={"a": 1}), "use_magic is not supported"),
+    "another bias": (lambda f: break_config(f, bias="some"), "bias some is not known"),
+    "an infinite alpha": (lambda f: break_config(f, lora_alpha=float("inf")), "lora_alpha or lora_A is missing"),
     "strange names": (lambda f: rewrite(f, "evil", mx.zeros(3)), "evil is not a part of a LoRA adapter"),
     "not finite": (
         lambda f: rewrite(
@@ -245,6 +321,48 @@ def test_an_adapter_that_is_not_there(tmp_path: Path) -> None:
     write_source(tmp_path / "source", CONFIG)
     with pytest.raises(InputError, match="is no folder here"):
         convert(str(tmp_path / "source"), tmp_path / "out", adapter=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "base"),
+    [
+        ({"base_model_name_or_path": "org/base"}, "org/base"),
+        ({"model": "/my models/base"}, "'/my models/base'"),
+        ({"base_model_name_or_path": "a\n\x1b[2J"}, "'a ␛[2J'"),
+        ({"base_model_name_or_path": 3}, "MODEL"),
+        ({}, "MODEL"),
+    ],
+)
+@pytest.mark.parametrize("name", ["adapters.safetensors", "adapter_model.safetensors"])
+def test_an_adapter_where_a_model_is_wanted(
+    tmp_path: Path, settings: dict[str, Any], base: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Loading, converting, planning and chatting say what to do with it."""
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    for file in (name, "0000100_adapters.safetensors"):
+        mx.save_safetensors(str(folder / file), {"x": mx.zeros((1,))})
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    advice = f"is a LoRA adapter, which changes a model and is none; merge it into that model: m7mlx-convert {base} "
+    with pytest.raises(WeightsError) as error:
+        load(folder)
+    assert f"{folder} {advice}--adapter {folder}" in str(error.value)
+    commands: list[tuple[Callable[[list[str]], int], list[str]]] = [
+        (main, [str(folder)]),
+        (main, [str(folder), "--plan"]),
+        (cluster.main, [str(folder)]),
+        (chat, ["--model", str(folder), "-p", "Hello"]),
+    ]
+    for command, arguments in commands:
+        assert command(arguments) == 2
+        assert advice in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_adapter_beside_a_models_weights_is_no_model_less(tmp_path: Path) -> None:
+    """The settings alone, left there by a merge, do no harm."""
+    write_source(tmp_path / "source", CONFIG)
+    (tmp_path / "source" / "adapter_config.json").write_text("{}")
+    assert convert(str(tmp_path / "source"), tmp_path / "out").is_dir()
 
 
 def test_an_adapter_that_adds_nothing_changes_nothing(tmp_path: Path) -> None:

@@ -80,6 +80,20 @@ def test_download_takes_what_a_model_needs_and_works_offline_afterwards(hub: Hub
     assert resolve(hub, tmp_path, REPO).stdout.strip() == expected
 
 
+def test_an_adapter_is_fetched_as_one_and_not_as_a_model(hub: Hub, tmp_path: Path) -> None:
+    served = tmp_path / "served"
+    (served / "model.safetensors").rename(served / "adapter_model.safetensors")
+    (served / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    for layout in ("huggingface", "any"):
+        done = resolve(hub, tmp_path, REPO, layout=layout)
+        assert f"m7mlx-convert MODEL --adapter {REPO}" in done.stderr
+    assert not any("adapter_model" in path for _, path, _ in hub.requests if "/resolve/" in path)
+    done = resolve(hub, tmp_path, REPO, layout="adapter")
+    assert "adapter_model.safetensors" in done.stdout, done.stderr
+    (served / "adapter_model.safetensors").unlink()
+    assert "holds no adapter" in resolve(hub, tmp_path, REPO, layout="adapter").stderr
+
+
 def test_progress_is_told_and_what_is_here_is_known_without_asking(hub: Hub, tmp_path: Path) -> None:
     code = (
         "import sys; from m7mlx.hub import local, resolve; name = sys.argv[1]; seen = []\n"

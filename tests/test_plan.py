@@ -9,11 +9,14 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from conftest import small_config, small_model, write_folder
+from m7mlx_convert import plan
 from m7mlx_convert.cli import main
 from m7mlx_convert.plan import size
+from m7mlx_convert.source import Tensor
 from test_convert_source import quantisable, write_source
 
 from m7mlx.memory import chat_memory
+from m7mlx.quantization import Quantization
 from m7mlx.safetensors import folder_weights
 
 
@@ -35,7 +38,7 @@ def test_the_size_promised_is_the_size_that_comes(
     before = sorted(tmp_path.rglob("*"))
     assert main([*arguments, "--plan"]) == 0
     assert sorted(tmp_path.rglob("*")) == before
-    plan: dict[str, Any] = json.loads(capsys.readouterr().out)
+    promised: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert main(arguments) == 0
     stored = folder_weights(tmp_path / "out")
     sizes = {"U32": 4, "U8": 1, "BF16": 2, "F32": 4}
@@ -45,8 +48,46 @@ def test_the_size_promised_is_the_size_that_comes(
         for side in tensor.shape:
             count *= side
         total += count * sizes[tensor.dtype]
-    assert plan["result_bytes"] == total == sum(group["bytes"] for group in plan["groups"])
-    assert plan["bits_per_weight"] == round(8 * total / plan["parameters"], 3)
+    assert promised["result_bytes"] == total == sum(group["bytes"] for group in promised["groups"])
+    assert promised["bits_per_weight"] == round(8 * total / promised["parameters"], 3)
+
+
+SCHEMES = [
+    Quantization(64, 4),
+    Quantization(32, 4, "mxfp4"),
+    Quantization(32, 8, "mxfp8"),
+    Quantization(16, 4, "nvfp4"),
+]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.mode)
+@pytest.mark.parametrize("rows", [1, 7, 8, 500])
+def test_rows_quantised_by_and_by_are_those_of_the_whole(
+    scheme: Quantization, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "_SLICE", 7 * 128)  # seven rows
+    monkeypatch.setattr(plan, "on_cpu", lambda: True)
+    weight = mx.random.normal((rows, 128), key=mx.random.key(rows)).astype(mx.bfloat16)
+    step = plan.Step("w.weight", Tensor((rows, 128), mx.bfloat16, lambda: {"weight": weight}), mx.bfloat16, scheme)
+    whole = mx.quantize(weight, group_size=scheme.group_size, bits=scheme.bits, mode=scheme.mode)
+    for found, expected in zip(step.arrays(), whole, strict=True):
+        assert mx.array_equal(found, expected).item()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.mode)
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
+def test_a_step_takes_no_more_memory_than_it_says(scheme: Quantization, dtype: mx.Dtype) -> None:
+    weight = mx.random.normal((3000, 1024)).astype(dtype)
+    mx.eval(weight)
+
+    def load() -> dict[str, mx.array]:
+        return {"weight": weight + 0}  # an array of its own, as out of a file
+
+    step = plan.Step("w.weight", Tensor(weight.shape, dtype, load), dtype, scheme)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(list(step.arrays()))
+    assert mx.get_peak_memory() - before <= 1.1 * step.memory
 
 
 def test_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,19 +10,31 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
 from conftest import random_weights, small_config, write_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from m7mlx_convert import plan
+from m7mlx_convert.convert import open_model
+from m7mlx_convert.output import whole_folder
+from m7mlx_convert.plan import make_plan
+from m7mlx_convert.scheme import Recipe
 from m7mlx_convert.writer import JOURNAL, Piece, ShardWriter, Spec
 from processes import running
+from test_adapter import write_mlx_lm
+from test_convert_source import quantisable, write_source
+from test_sources import write_packed
 
 from m7mlx.errors import WeightsError
+from m7mlx.quantization import Quantization
 
 TENSORS = {f"t{i}": mx.arange(i * 7 + 3, dtype=mx.float32) + i for i in range(9)}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 PLAN = [[Spec(name, array.dtype, array.shape)] for name, array in TENSORS.items()]
 
 
@@ -85,6 +97,57 @@ def test_what_the_disk_holds_is_read_again(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="not on the disk as it was written"):
         writer.finish()
     writer.close()
+
+
+# --- what a run that was killed is known by ---------------------------------------------------------------
+
+
+def settings_of(folder: Path, name: str, **changes: Any) -> None:
+    """Change a JSON file and keep its time, as a copy that keeps times would."""
+    path = folder / name
+    before = path.stat()
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_the_key_follows_all_that_decides_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_packed(tmp_path / "packed", "gptq", 4)
+    write_source(tmp_path / "plain", quantisable())
+    write_mlx_lm(tmp_path / "lora", "lora", ["model.layers.1.mlp.up_proj"])
+
+    def key(source: str, adapter: str | None = None, recipe: Recipe | None = None, dtype: str | None = None) -> str:
+        folder = str(tmp_path / adapter) if adapter else None
+        opened = open_model(tmp_path / source, source, folder)
+        found = make_plan(opened, recipe or Recipe(), dtype).key
+        assert found
+        return found
+
+    keys = [key("plain"), key("packed"), key("plain", "lora")]
+    assert keys == [key("plain"), key("packed"), key("plain", "lora")]
+    settings_of(tmp_path / "packed", "config.json", quantization_config=GPTQ | {"checkpoint_format": "gptq_v2"})
+    keys.append(key("packed"))
+    settings_of(tmp_path / "lora", "adapter_config.json", lora_parameters={"scale": 2.0})
+    keys.append(key("plain", "lora"))
+    settings_of(tmp_path / "lora", "adapter_config.json", fine_tune_type=None)
+    keys.append(key("plain", "lora"))
+    modes = [(32, 4, "affine"), (64, 4, "affine"), (32, 4, "mxfp4"), (16, 4, "nvfp4")]
+    keys += [key("plain", recipe=Recipe(Quantization(*mode))) for mode in modes]
+    keys.append(key("plain", dtype="float16"))
+    for package in ("m7mlx", "mlx", "numpy", "gguf"):
+        other = {package: "999"}
+        monkeypatch.setattr(plan, "version", lambda name, other=other: other.get(name, version(name)))
+        keys.append(key("plain"))
+    assert len(set(keys)) == len(keys)
+
+
+def test_what_the_source_has_no_more_is_not_taken_up(tmp_path: Path) -> None:
+    """Small files are written anew; a dead run's own are not mixed with them."""
+    work = tmp_path / ".out.partial-999999999"
+    work.mkdir()
+    for name in (JOURNAL, "model.safetensors", "tokenizer.model", "added_tokens.json"):
+        (work / name).write_text("key")
+    with whole_folder(tmp_path / "out", "key") as folder:
+        assert {path.name for path in folder.iterdir()} == {JOURNAL, "model.safetensors"}
 
 
 # --- the command ------------------------------------------------------------------------------------------

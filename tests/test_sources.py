@@ -14,6 +14,7 @@ from conftest import mistral_file, random_weights, small_config, write_folder
 from m7mlx_convert.cli import main
 from m7mlx_convert.convert import convert
 from m7mlx_convert.scheme import Recipe
+from test_convert_source import assert_same, read
 from test_gguf import permuted, write_gguf
 
 from m7mlx import load
@@ -160,7 +161,7 @@ def write_packed(folder: Path, method: str, bits: int, *, symmetric: bool = Fals
             continue
         rows, columns = array.shape
         q = rng.integers(0, 2**bits, (columns, rows))  # [in, out]
-        zeros = rng.integers(1, 2**bits, (columns // group, rows))
+        zeros = rng.integers(0, 2**bits, (columns // group, rows))
         zeros[:] = 2 ** (bits - 1) if symmetric else zeros
         scales = rng.uniform(0.01, 0.02, zeros.shape).astype(np.float16)
         each = (np.repeat(v, group, axis=0) for v in (zeros, scales.astype(np.float32)))
@@ -172,7 +173,8 @@ def write_packed(folder: Path, method: str, bits: int, *, symmetric: bool = Fals
             awq = (0, 2, 4, 6, 1, 3, 5, 7)  # AutoAWQ, `pack_intweight`
             packed, stored_zeros = pack(q, 4, awq), pack(zeros, 4, awq)
         else:
-            stored = zeros - (settings.get("checkpoint_format", "gptq") == "gptq")
+            is_v1 = settings.get("checkpoint_format") or settings.get("format") or "gptq"
+            stored = (zeros - (is_v1 == "gptq")) % 2**bits  # 0 is stored as the highest number
             packed, stored_zeros = pack(q.T, bits, straight).T, pack(stored, bits, straight)
         arrays[f"{module}.qweight"] = mx.array(np.ascontiguousarray(packed))
         arrays[f"{module}.scales"] = mx.array(scales)
@@ -195,7 +197,9 @@ def write_packed(folder: Path, method: str, bits: int, *, symmetric: bool = Fals
         ("awq", 4, {"symmetric": True}),
         ("gptq", 4, {}),
         ("gptq", 8, {}),
+        ("gptq", 2, {}),
         ("gptq", 2, {"checkpoint_format": "gptq_v2"}),
+        ("gptq", 4, {"format": "gptq_v2"}),
         ("gptq", 4, {"symmetric": True}),
     ],
 )
@@ -232,6 +236,10 @@ def test_awq_as_mlx_lm_reads_it(tmp_path: Path) -> None:
         ({"quant_method": ["awq"]}, "cannot be read"),
         ({"quant_method": "gptq", "bits": 3}, "gptq with 3 bits"),
         ({"quant_method": "awq", "bits": 4, "group_size": -1}, "groups of -1"),
+        (
+            {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "marlin"},
+            "in the layout marlin",
+        ),
         ({"quant_method": "awq", "bits": "4", "group_size": 32}, "awq with 4 bits"),
     ],
 )
@@ -241,6 +249,27 @@ def test_packings_without_a_counterpart(tmp_path: Path, settings: dict[str, Any]
     (tmp_path / "packed" / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
     with pytest.raises(ConfigError, match=message):
         convert(str(tmp_path / "packed"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+def test_biases_of_zeros_are_left_out_and_others_are_refused(tmp_path: Path, method: str, dtype: mx.Dtype) -> None:
+    write_packed(tmp_path / "packed", method, 4)
+    without = read(convert(str(tmp_path / "packed"), tmp_path / "without"))
+    file = tmp_path / "packed" / "model.safetensors"
+    arrays = mx.load(str(file))
+    assert isinstance(arrays, dict)
+    mx.eval(*arrays.values())
+    packed = [name.removesuffix(".qweight") for name in arrays if name.endswith(".qweight")]
+    arrays |= {f"{module}.bias": mx.zeros((arrays[f"{module}.scales"].shape[1],), dtype) for module in packed}
+    mx.save_safetensors(str(file), arrays)
+    assert_same(read(convert(str(tmp_path / "packed"), tmp_path / "with")), without)
+    last = f"{packed[-1]}.bias"
+    for value in (1e-4, float("nan")):
+        arrays[last] = mx.concatenate([arrays[last][:-1] * 0, mx.array([value], dtype)])
+        mx.save_safetensors(str(file), arrays)
+        with pytest.raises(WeightsError, match=f"{last} is not zero"):
+            convert(str(tmp_path / "packed"), tmp_path / "out")
 
 
 def test_gptq_in_activation_order_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -235,7 +235,7 @@ def _plan(args: argparse.Namespace, recipe: Recipe, reporter: Reporter) -> None:
         resolve_source(args.source, args.revision), args.source, None
     )
     if args.adapter:
-        source = with_adapter(source, resolve(args.adapter))
+        source = with_adapter(source, resolve(args.adapter, layout="adapter"))
     if calibration := _calibration(args):
         from m7mlx_convert.calibrated import planned
 

@@ -110,7 +110,7 @@ def resolve_source(source: str, revision: str | None) -> Path:
 def open_model(path: Path, source: str, adapter: str | None) -> Source:
     """The source at `path`, with the adapter merged into it."""
     opened = open_source(path, name_of(source))
-    return with_adapter(opened, resolve(adapter)) if adapter else opened
+    return with_adapter(opened, resolve(adapter, layout="adapter")) if adapter else opened
 
 
 def _calibrate(

@@ -76,6 +76,7 @@ def open_folder(folder: Path, name: str, headers: Mapping[str, StoredTensor] | N
         raw_config=_whole_config(given, config),
         tensors=tensors,
         files={n: _without_code(folder / n) for n in _COPIED if (folder / n).is_file()},
+        settings={"quantization_config": given.get("quantization_config")} if method else {},
         weight_files=tuple(sorted({stored.path for stored in headers.values()})),
         licence=_licence(folder),
     )

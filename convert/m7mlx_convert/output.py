@@ -104,6 +104,9 @@ def _adopt(target: Path, work: Path, key: str | None) -> None:
                 path.rename(work)  # of two processes that want it, one gets it
             except OSError:
                 continue
+            for file in work.iterdir():
+                if file.name != JOURNAL and file.suffix != ".safetensors":
+                    file.unlink()  # written anew, from what is in the source now
         else:
             shutil.rmtree(path, ignore_errors=True)
 

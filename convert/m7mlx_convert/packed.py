@@ -4,7 +4,7 @@ Both store a matrix [out, in] transposed, with w = scale · (q − zero), so bia
 
     AWQ   qweight [in, out / 8]  eight outputs to a word, in the order 0 2 4 6 1 3 5 7 (AutoAWQ, `packing_utils.py`)
     GPTQ  qweight [in / 8, out]  eight inputs to a word, in order; zeros are stored one too low, except in
-          "gptq_v2" (AutoGPTQ, `qlinear_cuda.py`)
+          "gptq_v2" (AutoGPTQ, `qlinear_cuda.py`), 0 as the highest number
 
 `qzeros` [groups, out / 8] is packed like AWQ's or, in order, like GPTQ's; `scales` is [groups, out]. Files that say
 GPTQ and have AWQ's shapes are read as AWQ, which is how mlx-lm reads them.
@@ -53,8 +53,12 @@ def method(path: Path, config: Mapping[str, Any]) -> Method | None:
             f"{path}: {name} with {shown(bits)} bits in groups of {shown(group)} has no counterpart in MLX; "
             "convert the unquantised model"
         )
-    is_v1 = given.get("checkpoint_format", "gptq") != "gptq_v2"
-    return Method(Quantization(group, bits), int(name == "gptq" and is_v1))
+    if name == "awq":
+        return Method(Quantization(group, bits), 0)
+    layout = given.get("checkpoint_format") or given.get("format") or "gptq"
+    if layout not in ("gptq", "gptq_v2"):
+        raise ConfigError(f"{path}: GPTQ in the layout {shown(layout)} cannot be read; convert the unquantised model")
+    return Method(Quantization(group, bits), int(layout == "gptq"))
 
 
 def tensors(
@@ -71,6 +75,8 @@ def tensors(
         if f"{module}.qweight" in headers:
             found[name] = _packed(folder, module, shape, headers, method)
             known |= {f"{module}.{kind}" for kind in ("qweight", "qzeros", "scales", "g_idx")}
+            if _is_without_effect(folder, f"{module}.bias", headers):
+                known.add(f"{module}.bias")
             continue
         stored = headers.get(name)
         if stored is None or stored.shape != shape or stored.dtype not in ("F32", "F16", "BF16"):
@@ -116,6 +122,18 @@ def _packed(
     return Tensor(shape, dtype, _repacked(read, bits, is_awq, offset), method.scheme, method.scheme)
 
 
+def _is_without_effect(folder: Path, name: str, headers: Mapping[str, StoredTensor]) -> bool:
+    """Whether a bias is there and nothing but zeros: old quantisers wrote one for every matrix."""
+    stored = headers.get(name)
+    if stored is None or stored.dtype not in ("F32", "F16", "BF16"):
+        return False
+    if stored.path.is_file() and mx.any(reader(headers, {"bias": name})()["bias"] != 0).item():
+        raise WeightsError(
+            f"{folder}: {name} is not zero, and the model has no biases; convert the unquantised model"
+        )
+    return True
+
+
 def _check_order(folder: Path, module: str, columns: int, group: int, headers: Mapping[str, StoredTensor]) -> None:
     """Raise WeightsError where the groups are not neighbours ("act-order"), which MLX cannot express."""
     if f"{module}.g_idx" not in headers or not headers[f"{module}.g_idx"].path.is_file():
@@ -135,7 +153,9 @@ def _repacked(read: Callable[[], Arrays], bits: int, is_awq: bool, zero_offset: 
         words = stored["qweight"].view(mx.uint32)
         q = _unpack(words, bits, is_awq).T if is_awq else _unpack(words.T, bits, is_awq)  # [out, in]
         if "qzeros" in stored:
-            zeros = _unpack(stored["qzeros"].view(mx.uint32), bits, is_awq).T.astype(mx.float32) + zero_offset
+            # A zero of 0, less one, was stored as all bits set: the sum wraps, as in AutoGPTQ's kernels.
+            zeros = (_unpack(stored["qzeros"].view(mx.uint32), bits, is_awq).T + zero_offset) & ((1 << bits) - 1)
+            zeros = zeros.astype(mx.float32)
         else:
             zeros = mx.array(float(1 << (bits - 1)))
         biases = -zeros * scales.astype(mx.float32)

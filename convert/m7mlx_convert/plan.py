@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from m7mlx.arrays import is_finite
+from m7mlx.arrays import is_finite, on_cpu
 from m7mlx.errors import InputError, WeightsError
 from m7mlx.memory import chat_memory
 from m7mlx.quantization import Quantization
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 IN_FLIGHT = 600_000_000  # bytes of tensors being read, quantised and written at one time, unless one alone is larger
 _BASE = 250_000_000  # bytes of memory that Python and MLX take
+_SLICE = 1 << 18  # numbers that are quantised at a time where that takes a table
+# Bytes a number: MLX's CPU backend compares each with every code there is.
+_TABLES = {"mxfp4": 78, "mxfp8": 10, "nvfp4": 78}
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,10 @@ class Step:
     def memory(self) -> int:
         """Bytes that `arrays` takes, about; what is not kept as it is passes through float32 or its own type."""
         is_read_plain = self.tensor.scheme is None
-        return self.nbytes + self.tensor.size * (self.tensor.dtype.size if is_read_plain else 4 + 1)
+        around = self.tensor.size * (self.tensor.dtype.size if is_read_plain else 4 + 1)
+        if self.scheme != self.tensor.scheme and (table := _table(self.scheme)):
+            around += self.nbytes + min(self.tensor.size, _SLICE) * table
+        return self.nbytes + around
 
     def arrays(self) -> Iterator[mx.array]:
         """The arrays for `specs`. Raises WeightsError for NaN and infinite numbers."""
@@ -65,8 +71,7 @@ class Step:
         if self.scheme is None:
             yield weight
             return
-        scheme = self.scheme
-        yield from mx.quantize(weight, group_size=scheme.group_size, bits=scheme.bits, mode=scheme.mode)
+        yield from _quantized(weight, self.scheme)
 
     def _finite(self, array: mx.array) -> mx.array:
         """`array` in this step's type."""
@@ -76,6 +81,22 @@ class Step:
                 raise WeightsError(f"{self.name} holds numbers too large for {self.dtype}; give another --dtype")
             raise WeightsError(f"{self.name} holds NaN or infinite numbers; the source is damaged")
         return cast
+
+
+def _table(scheme: Quantization | None) -> int:
+    """Bytes a number that quantising takes besides what goes in and comes out."""
+    return _TABLES.get(scheme.mode, 0) if scheme and on_cpu() else 0
+
+
+def _quantized(weight: mx.array, scheme: Quantization) -> list[mx.array]:
+    """`mx.quantize`, some rows at a time where that takes many times the memory of the weight."""
+    rows = max(1, _SLICE // weight.shape[1]) if _table(scheme) else weight.shape[0]
+    done: list[list[mx.array]] = []
+    for start in range(0, weight.shape[0], rows):
+        part = weight[start : start + rows]
+        done.append(list(mx.quantize(part, group_size=scheme.group_size, bits=scheme.bits, mode=scheme.mode)))
+        mx.eval(done[-1])
+    return [mx.concatenate(list(parts)) for parts in zip(*done, strict=True)] if len(done) > 1 else done[0]
 
 
 @dataclass(frozen=True)
@@ -116,13 +137,14 @@ class Plan:
         """
         if not self.source.weight_files:
             return None
-        digest = hashlib.sha256(f"m7mlx {version('m7mlx')} mlx {version('mlx')}\n".encode())
-        digest.update(json.dumps(self.config, sort_keys=True).encode())
+        made_by = [f"{name} {version(name)}" for name in ("m7mlx", "mlx", "numpy", "gguf")]
+        decided = [made_by, f"{mx.default_device()}", self.config, self.source.settings]
+        digest = hashlib.sha256(json.dumps(decided, sort_keys=True).encode())
         for file in self.source.weight_files:
             state = file.stat()
             digest.update(f"\n{file.resolve()} {state.st_size} {state.st_mtime_ns}".encode())
         for step in self.steps:
-            digest.update(f"\n{step.specs}".encode())
+            digest.update(f"\n{step.specs} {step.tensor.scheme} {step.scheme}".encode())
         return digest.hexdigest()
 
     def describe(self, target: Path) -> dict[str, Any]:

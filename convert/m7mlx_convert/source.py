@@ -69,6 +69,7 @@ class Source:
     tensors: Mapping[str, Tensor]  # by name on disk, in the model's order
     files: Mapping[str, Path | bytes] = field(default_factory=dict)  # tokenizer and the like, by name
     weight_files: tuple[Path, ...] = ()  # what `load` reads; empty where that cannot be read a second time
+    settings: Mapping[str, Any] = field(default_factory=dict)  # what else decides what `load` makes of them, as JSON
     licence: str | None = None
     notes: tuple[str, ...] = ()  # what the user should know, a line each
 

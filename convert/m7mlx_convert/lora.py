@@ -1,0 +1,243 @@
+"""What adapter files say: which matrices a LoRA adapter changes, and how.
+
+mlx-lm  adapters.safetensors       …q_proj.lora_a [in, r], lora_b [r, out], scale from lora_parameters
+                                   …embed_tokens.lora_a [vocabulary, r], lora_b [r, hidden]
+                                   a full fine-tune has whole weights under the model's own names
+PEFT    adapter_model.safetensors  …q_proj.lora_A.weight [r, in], lora_B.weight [out, r], scale = alpha / r
+                                   …embed_tokens.lora_embedding_A [r, vocabulary], lora_embedding_B [hidden, r]
+                                   modules_to_save and resized embeddings are whole weights
+
+A setting that is not understood is refused by name: each library adds new ones that change what is computed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard
+
+import mlx.core as mx
+
+from m7mlx.arrays import is_finite
+from m7mlx.errors import WeightsError
+from m7mlx.jsonfile import given
+from m7mlx.safetensors import StoredTensor
+from m7mlx_convert.patterns import matches
+from m7mlx_convert.source import Arrays, shown
+
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+_PEFT_NAME = re.compile(
+    r"base_model\.model\.(.+?)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+    r"(?:\.default)?(?:\.weight)?"
+)
+_PEFT_BASE = re.compile(r"base_model\.model\.(.+?)\.base_layer\.weight")
+_PEFT_WHOLE = re.compile(r"base_model\.model\.(.+?)(?:\.modules_to_save(?:\.default)?)?\.weight")
+_KINDS = {"lora_A": "a", "lora_B": "b", "lora_embedding_A": "a", "lora_embedding_B": "b"}
+_KINDS |= {"lora_magnitude_vector": "m", "lora_a": "a", "lora_b": "b", "m": "m"}
+# PEFT's settings that the merged weights follow from, or that only concern training and finding the modules, which
+# the names of the tensors say.
+_PEFT_KNOWN = {
+    *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying"),
+    *(
+        "eva_config",
+        "exclude_modules",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+    ),
+    *(
+        "loftq_config",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "modules_to_save",
+        "peft_type",
+    ),
+    *("peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules"),
+    *("task_type", "use_dora", "use_rslora"),
+}
+# The other ways to begin (`LoraLayer.update_layer`) take a part of the base weights away, and PEFT does so again on
+# loading, or cannot.
+_PEFT_INITS = {"true", "false", "gaussian", "eva", "orthogonal", "mica"}
+
+
+@dataclass(frozen=True)
+class Low:
+    """The update of one matrix [out, in]: names in the file, by kind ("a", "b" and for DoRA "m")."""
+
+    names: Mapping[str, str]
+    scale: float
+    is_peft: bool
+    is_embedding: bool = False
+
+    def merge(self, weight: mx.array, arrays: Arrays) -> mx.array:
+        """float32 [out, in]."""
+        parts = {kind: array.astype(mx.float32) for kind, array in arrays.items()}
+        for kind, array in parts.items():
+            if not is_finite(array):
+                raise WeightsError(f"{self.names[kind]} holds NaN or infinite numbers; the adapter is damaged")
+        product = parts["b"] @ parts["a"] if self.is_peft else parts["a"] @ parts["b"]
+        merged = weight.astype(mx.float32) + self.scale * (product.T if self._is_transposed else product)
+        if "m" in parts:  # a length for each output; for PEFT's embeddings, too: those are the hidden dimensions
+            axis = 0 if self.is_peft and self.is_embedding else 1
+            norms = mx.sqrt((merged * merged).sum(axis=axis, keepdims=True))
+            merged = merged * (parts["m"].reshape(norms.shape) / norms)
+        return merged
+
+    def fits(self, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Whether stored arrays of these shapes can be merged into a matrix of that one."""
+        first, second = (shapes.get(kind, ()) for kind in ("ba" if self.is_peft else "ab"))
+        if not len(shape) == len(first) == len(second) == 2 or first[1] != second[0]:
+            return False
+        rows, columns = (second[1], first[0]) if self._is_transposed else (first[0], second[1])
+        lengths = columns if self.is_peft and self.is_embedding else rows
+        return (rows, columns) == shape and math.prod(shapes.get("m", (lengths,))) == lengths
+
+    @property
+    def _is_transposed(self) -> bool:
+        return self.is_peft == self.is_embedding
+
+
+@dataclass(frozen=True)
+class Changes:
+    """All that an adapter changes.
+
+    low      updates, by module
+    whole    module → the tensor that takes the place of its weight
+    base     module → the tensor that its weight is before the update
+    apart    modules of a tied pair whose change is not the other's: the model is no longer tied
+    """
+
+    low: Mapping[str, Low] = field(default_factory=dict)
+    whole: Mapping[str, str] = field(default_factory=dict)
+    base: Mapping[str, str] = field(default_factory=dict)
+    apart: frozenset[str] = frozenset()
+
+
+def mlx_lm_changes(settings: Mapping[str, Any], names: Iterable[str]) -> Changes:
+    """Of an adapter of mlx-lm. Raises ValueError for what cannot be merged."""
+    kind = settings.get("fine_tune_type") or "lora"
+    if kind not in ("lora", "dora", "full"):
+        raise ValueError(f"fine_tune_type {shown(kind)} is none of lora, dora and full")
+    if kind == "full":
+        return Changes(whole={_part_of(name, "full fine-tune"): name for name in names})
+    scale = (given(settings, "lora_parameters", "an object") or {}).get("scale")
+    if not _is_number(scale):
+        raise ValueError("adapter_config.json names no scale in lora_parameters")
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+        module, _, part = name.rpartition(".")
+        if part not in ("lora_a", "lora_b", "m"):
+            raise ValueError(f"{shown(name)} is not a part of a LoRA adapter")
+        found.setdefault(module, {})[_KINDS[part]] = name
+    _check_parts(found, kind == "dora", "fine_tune_type dora")
+    return Changes({module: Low(kinds, float(scale), False, module == EMBEDDING) for module, kinds in found.items()})
+
+
+def peft_changes(settings: Mapping[str, Any], headers: Mapping[str, StoredTensor], is_tied: bool) -> Changes:
+    """Of an adapter of PEFT, for a model whose head is tied to the embedding or not.
+
+    Raises ValueError for what cannot be merged.
+    """
+    _check_peft(settings)
+    found: dict[str, dict[str, str]] = {}
+    whole: dict[str, str] = {}
+    base: dict[str, str] = {}
+    for name in headers:
+        if match := _PEFT_NAME.fullmatch(name):
+            if ("embedding" in match[2]) != (match[1] == EMBEDDING) and _KINDS[match[2]] != "m":
+                raise ValueError(f"{shown(name)} does not belong to that kind of module")
+            found.setdefault(match[1], {})[_KINDS[match[2]]] = name
+        elif match := _PEFT_BASE.fullmatch(name):
+            base[match[1]] = name
+        elif match := _PEFT_WHOLE.fullmatch(name):
+            whole[match[1]] = name
+        else:
+            raise ValueError(f"{shown(name)} is not a part of a LoRA adapter")
+    _check_parts(found, bool(settings.get("use_dora")), "use_dora")
+    if both := sorted(found.keys() & whole.keys()):
+        raise ValueError(f"{shown(both[0])} is there whole and as LoRA")
+    alphas = _alphas(given(settings, "alpha_pattern", "an object") or {}, list(found))
+    low = {}
+    for module, kinds in found.items():
+        alpha = alphas.get(module, settings.get("lora_alpha"))
+        rank = next(iter(headers[kinds["a"]].shape), 0)
+        if not _is_number(alpha) or not rank:
+            raise ValueError(f"lora_alpha or lora_A is missing for {shown(module)}")
+        scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+        low[module] = Low(kinds, float(scale), True, module == EMBEDDING)
+    changes = Changes(low, whole, base)
+    return _tied(changes, settings) if is_tied else changes
+
+
+def _tied(changes: Changes, settings: Mapping[str, Any]) -> Changes:
+    """The same for a tied model: what PEFT wraps has a change of its own, what it loads into the model's own weight
+    is the other's as well."""
+    saved = settings.get("modules_to_save") or []
+    own = {m for m in changes.whole if any(m.endswith(str(key)) for key in saved)} | changes.low.keys()
+    whole = {module: name for module, name in changes.whole.items() if module in own}
+    shared = {**changes.base, **{m: n for m, n in changes.whole.items() if m not in own}}
+    pair = own & {EMBEDDING, HEAD}
+    if settings.get("ensure_weight_tying") and pair:
+        if EMBEDDING not in pair:
+            raise ValueError("ensure_weight_tying without a change of the embedding is not understood")
+        pair = set()
+        whole.pop(HEAD, None)
+        low = {module: change for module, change in changes.low.items() if module != HEAD}
+    else:
+        low = dict(changes.low)
+    base = {module: name for module, name in shared.items() if module not in (EMBEDDING, HEAD)}
+    if weight := shared.get(HEAD) or shared.get(EMBEDDING):  # the later one stays
+        base |= dict.fromkeys((EMBEDDING, HEAD) if pair else (EMBEDDING,), weight)
+    return Changes(low, whole, base, frozenset(pair))
+
+
+def _check_peft(settings: Mapping[str, Any]) -> None:
+    if settings.get("peft_type") != "LORA":
+        raise ValueError(f"peft_type {shown(settings.get('peft_type'))} is not LORA")
+    for key, value in settings.items():
+        if value and key not in _PEFT_KNOWN:
+            raise ValueError(f"{shown(key)} is not supported")
+    if settings.get("bias") not in (None, "none", "lora_only", "all"):  # the model has none, whichever is trained
+        raise ValueError(f"bias {shown(settings['bias'])} is not known")
+    init = settings.get("init_lora_weights", True)
+    if str(init).lower() not in _PEFT_INITS:
+        raise ValueError(
+            f"init_lora_weights {shown(init)} changes the weights that the adapter is added to; where it was "
+            "trained, merge it, or save it as plain LoRA (path_initial_model_for_weight_conversion of PEFT)"
+        )
+
+
+def _check_parts(found: Mapping[str, Mapping[str, str]], is_dora: bool, setting: str) -> None:
+    for module, kinds in found.items():
+        for kind, name in (("a", "lora_A"), ("b", "lora_B")):
+            if kind not in kinds:
+                raise ValueError(f"{name} is missing for {shown(module)}")
+        if ("m" in kinds) != is_dora:
+            raise ValueError(
+                f"adapter_config.json {'says' if is_dora else 'does not say'} {setting}, but {shown(module)} has "
+                f"{'a' if 'm' in kinds else 'no'} magnitude"
+            )
+
+
+def _part_of(name: str, what: str) -> str:
+    if not name.endswith(".weight"):
+        raise ValueError(f"{shown(name)} is not a part of a {what}")
+    return name.removesuffix(".weight")
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _alphas(patterns: object, modules: list[str]) -> dict[str, Any]:
+    """PEFT's way of giving single modules their own value (`get_pattern_key`): the first pattern that matches."""
+    if not isinstance(patterns, dict):
+        raise ValueError(f"alpha_pattern is {shown(patterns)}, not a table")
+    found = matches([rf"\A(.*\.)?({pattern})$" for pattern in patterns], modules)
+    values = list(patterns.values())
+    return {module: values[numbers[0]] for module, numbers in zip(modules, found, strict=True) if numbers}
