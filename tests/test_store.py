@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -17,6 +18,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from m7mlx_chat.portable import dumps
+from m7mlx_chat.portable.page import to_html
 from m7mlx_chat.store import Store, schema
 from m7mlx_chat.store.rows import TITLE_LENGTH, Asked, Message, Node, Tree, clean, pack, title_of, unpack
 from m7mlx_chat.store.schema import MIGRATIONS, database_path, open_database
@@ -731,6 +734,46 @@ def test_any_damage_is_one_line(tmp_path: Path) -> None:
         except M7Error as error:
             refused.append(str(error))
     assert len(refused) > 50 and not any("\n" in message for message in refused)
+
+
+DAMAGED: list[Any] = ["x", b"\xff\x00", -1, 1e300, "{", "[1]", "[" * 100_000, '{"a": 1}']
+COLUMNS = {
+    "conversation": "archived deleted_at created updated leaf automatic title model system settings",
+    "message": "parent role status created owner model statistics text ids settings",
+}
+
+
+@pytest.mark.parametrize("column", [f"{t}.{c}" for t, found in COLUMNS.items() for c in found.split()])
+def test_a_row_that_is_damaged_is_one_line(tmp_path: Path, column: str) -> None:
+    """One column holds what it never should: read as something harmless, or told as damage."""
+    table, name = column.split(".")
+    for number, value in enumerate(DAMAGED):
+        path = tmp_path / str(number) / "chats.db"
+        path.parent.mkdir()
+        with Store(path) as store:
+            asked = store.ask(None, None, "q")
+            store.finish(asked.answer, "complete", "a", {"generated_tokens": 3}, [1, 2])
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.execute("PRAGMA ignore_check_constraints = 1")
+            with contextlib.suppress(sqlite3.IntegrityError):  # SQLite itself refuses that
+                db.execute(f"UPDATE {table} SET {name} = ?", [value])
+                db.commit()
+        with contextlib.suppress(M7Error), Store(path) as store:
+            for read in (
+                store.conversations,
+                store.prompts,
+                lambda s=store, a=asked: to_html(s.conversation(a.conversation), s.branch(a.answer)),
+                lambda s=store, a=asked: [message.ids for message in s.branch(a.answer)],
+                lambda s=store, a=asked: dumps(s.tree(a.conversation)),
+                lambda s=store: s.search("q"),
+                lambda s=store, a=asked: s.fork(a.answer),
+                lambda s=store, a=asked: s.again(a.question),
+            ):
+                try:
+                    read()
+                except M7Error as error:
+                    said = str(error)
+                    assert "\n" not in said and len(said) < 500
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

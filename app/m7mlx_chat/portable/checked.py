@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from m7mlx.errors import InputError
-from m7mlx_chat.store.rows import clean
+from m7mlx_chat.store.rows import LATEST, clean
 
-_LATEST = 253370764800.0  # the year 9999, the last one that datetime knows
 _DEEPEST = 16  # settings hold numbers, texts, and lists of these
 
 
@@ -53,7 +52,7 @@ class Record:
     def time(self, key: str) -> float:
         """Seconds since 1970."""
         value = self.get(key)
-        right = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _LATEST
+        right = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= LATEST
         return float(value) if right else self._wrong(key, "a time")
 
     def index(self, key: str, below: int) -> int | None:

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, TypeVar, get_args
 
 from m7mlx.errors import StoreError
-from m7mlx_chat.store.rows import Conversation, Head, Hit, Message, Node, Tree
+from m7mlx_chat.store.rows import LATEST, Conversation, Ending, Head, Hit, Message, Node, Role, Tree
 from m7mlx_chat.store.schema import damaged, one_line
 from m7mlx_chat.store.words import SEARCH, hit, match_of
 
 EVERYTHING = -1  # SQLite's LIMIT
 _T = TypeVar("_T")
+_ROLES = get_args(Role)
+_STATUSES = (*get_args(Ending), "answering", "interrupted")
 
 # `IS` also finds the siblings of roots, whose parent is NULL.
 _MESSAGE = """
@@ -144,7 +147,7 @@ class Reader:
         rows = self._rows(sql, values)
         try:
             return [build(row) for row in rows]
-        except (IndexError, TypeError, ValueError) as error:  # no JSON, or no column, where there was one
+        except (IndexError, TypeError, ValueError, RecursionError) as error:  # not what was written
             raise damaged(self.path, error) from None
 
 
@@ -181,19 +184,46 @@ def tree_of(head: Head, messages: Iterable[Message], leaf: int | None) -> Tree:
     )
 
 
+def _of(row: sqlite3.Row, name: str, kind: type | tuple[type, ...]) -> Any:
+    """A value of the type that was written. Raises TypeError."""
+    if not isinstance(row[name], kind):
+        raise TypeError(f"{name} is {type(row[name]).__name__}")
+    return row[name]
+
+
+def _one_of(row: sqlite3.Row, name: str, known: Collection[str]) -> Any:
+    if row[name] not in known:
+        raise ValueError(f"{name} is none of those that there are")
+    return row[name]
+
+
+def _object(row: sqlite3.Row, name: str) -> dict[str, Any]:
+    value = json.loads(_of(row, name, str))
+    if not isinstance(value, dict):
+        raise TypeError(f"{name} is {type(value).__name__}")
+    return value
+
+
+def _time(value: Any) -> Any:
+    """Seconds since 1970, as a date can show them, or None. Raises TypeError, ValueError."""
+    if value is not None and not 0 <= value <= LATEST:
+        raise ValueError(f"{value} is no time")
+    return value
+
+
 def _message(row: sqlite3.Row) -> Message:
     return Message(
         id=row["id"],
         conversation=row["conversation"],
-        parent=row["parent"],
-        role=row["role"],
-        text=row["text"],
-        status=row["status"],
-        created=row["created"],
-        model=row["model"],
-        settings=json.loads(row["settings"]),
-        statistics=json.loads(row["statistics"]),
-        packed_ids=row["ids"],
+        parent=_of(row, "parent", (int, NoneType)),
+        role=_one_of(row, "role", _ROLES),
+        text=_of(row, "text", str),
+        status=_one_of(row, "status", _STATUSES),
+        created=_time(row["created"]),
+        model=_of(row, "model", str),
+        settings=_object(row, "settings"),
+        statistics=_object(row, "statistics"),
+        packed_ids=_of(row, "ids", (bytes, NoneType)),
         place=row["place"],
         siblings=row["siblings"],
     )
@@ -202,16 +232,16 @@ def _message(row: sqlite3.Row) -> Message:
 def _conversation(row: sqlite3.Row) -> Conversation:
     return Conversation(
         id=row["id"],
-        title=row["title"],
+        title=_of(row, "title", str),
         automatic=bool(row["automatic"]),
-        created=row["created"],
-        updated=row["updated"],
+        created=_time(row["created"]),
+        updated=_time(row["updated"]),
         archived=bool(row["archived"]),
-        deleted_at=row["deleted_at"],
-        model=row["model"],
-        system=row["system"],
-        settings=json.loads(row["settings"]),
-        leaf=row["leaf"],
+        deleted_at=_time(row["deleted_at"]),
+        model=_of(row, "model", str),
+        system=_of(row, "system", str),
+        settings=_object(row, "settings"),
+        leaf=_of(row, "leaf", (int, NoneType)),
         messages=row["messages"],
     )
 

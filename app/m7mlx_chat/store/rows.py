@@ -20,6 +20,7 @@ Ending = Literal["complete", "stopped", "length", "error"]
 # Not ended: under way in an instance that lives, or left behind by one that died.
 Status = Ending | Literal["answering", "interrupted"]
 
+LATEST = 253370764800.0  # the year 9999, the last one that datetime knows
 UNTITLED = "Untitled"
 TITLE_LENGTH, CHOSEN_TITLE_LENGTH = 60, 200
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -42,8 +43,11 @@ class Node:
 
     @property
     def ids(self) -> list[int] | None:
-        """The token ids of an answer, if they are known."""
-        return None if self.packed_ids is None else unpack(self.packed_ids)
+        """The token ids of an answer, if they are known; damaged ones are not."""
+        try:
+            return None if self.packed_ids is None else unpack(self.packed_ids)
+        except (zlib.error, struct.error):
+            return None
 
 
 @dataclass(frozen=True, kw_only=True)
