@@ -220,7 +220,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "another method": (lambda f: break_config(f, peft_type="IA3"), "peft_type IA3 is not LORA"),
     "transposed": (lambda f: break_config(f, fan_in_fan_out=True), "fan_in_fan_out is not supported"),
     "no alpha": (lambda f: break_config(f, lora_alpha=None), "lora_alpha or lora_A is missing"),
-    "alpha no number": (lambda f: break_config(f, lora_alpha="x"), "lora_alpha or alpha_pattern must be a number"),
+    "alpha no number": (lambda f: break_config(f, lora_alpha="x"), "lora_alpha or alpha_pattern must be a finite number"),
     "alpha beyond floats": (lambda f: break_config(f, lora_alpha=10**400), "lora_alpha or alpha_pattern must be a"),
     "another model": (
         lambda f: rewrite(f, "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight", mx.zeros((4, 128))),
@@ -249,7 +249,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a setting that is new": (lambda f: break_config(f, use_magic={"a": 1}), "use_magic is not supported"),
     "another bias": (lambda f: break_config(f, bias="some"), "bias some is not known"),
-    "an infinite alpha": (lambda f: break_config(f, lora_alpha=float("inf")), "lora_alpha or lora_A is missing"),
+    "an infinite alpha": (lambda f: break_config(f, lora_alpha=float("inf")), "must be a finite number"),
     "strange names": (lambda f: rewrite(f, "evil", mx.zeros(3)), "evil is not a part of a LoRA adapter"),
     "not finite": (
         lambda f: rewrite(

@@ -169,7 +169,7 @@ def peft_changes(settings: Mapping[str, Any], headers: Mapping[str, StoredTensor
         if alpha is None or not rank:
             raise ValueError(f"lora_alpha or lora_A is missing for {shown(module)}")
         if not _is_number(alpha):
-            raise ValueError(f"lora_alpha or alpha_pattern must be a number, not {shown(alpha)}")
+            raise ValueError(f"lora_alpha or alpha_pattern must be a finite number, not {shown(alpha)}")
         scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
         low[module] = Low(kinds, float(scale), True, module == EMBEDDING)
     changes = Changes(low, whole, base)
