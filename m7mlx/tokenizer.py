@@ -15,15 +15,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from m7mlx.config import read_json
+from m7mlx.added_tokens import BYTE, Names, optional_json, read_names
 from m7mlx.errors import TokenizerError
+from m7mlx.pieces import with_added
 
 if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
     from m7mlx.chat import ChatFormat
 
 SPACE = "▁"  # how sentencepiece writes a space inside a piece
-_MISTRAL_CONTROLS = 771  # ids 0 … 770 of the v2 and v3 vocabularies
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def _one_mark_per_byte(error: UnicodeError) -> tuple[str, int]:
@@ -46,7 +47,7 @@ class Detokenizer:
     def add(self, token: int) -> str:
         """The text that `token` completes; "" for ids without a text and inside a multi-byte character."""
         data = self._tokenizer.token_bytes(token)
-        if self._at_start and token < self._tokenizer.vocab_size and not self._tokenizer.is_control(token):
+        if self._at_start and data:
             self._at_start = False
             if self._tokenizer.starts_with_space(token):
                 data = data[1:]
@@ -85,6 +86,10 @@ class Tokenizer(ABC):
         """Whether `token` is an id that no text encodes to."""
 
     @abstractmethod
+    def is_shown(self, token: int) -> bool:
+        """Whether `token` has a text where an answer is shown; of the control tokens, <think> and its like have."""
+
+    @abstractmethod
     def control_ids(self) -> Mapping[str, int]:
         """Name → id of all control tokens."""
 
@@ -118,7 +123,7 @@ class Tokenizer(ABC):
         return self.control_ids().get(name)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes `token` stands for; none for control ids, and for those that a padded embedding has besides.
+        """The bytes `token` stands for; none for ids that are not shown, and for those of a padded embedding besides.
 
         Raises TokenizerError for what is no id.
         """
@@ -127,7 +132,7 @@ class Tokenizer(ABC):
         if token not in self._bytes:
             if token < 0:
                 raise TokenizerError(f"{token} is not a token id")
-            self._bytes[token] = b"" if self.is_control(token) else self._token_bytes(token)
+            self._bytes[token] = self._token_bytes(token) if self.is_shown(token) else b""
         return self._bytes[token]
 
 
@@ -137,39 +142,86 @@ def clean(text: str) -> str:
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """Mistral's tokenizer.model (v1, v2, v3) and its like."""
+    """Mistral's tokenizer.model (v1, v2, v3) and its like, with the tokens that a fine-tune added to it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, names: Names | None = None) -> None:
         from sentencepiece import SentencePieceProcessor
 
         super().__init__()
+        names = names or Names()
         try:
             # From bytes: the library prints to fd 2 when it cannot open or parse a file itself.
-            self._model = SentencePieceProcessor(model_proto=path.read_bytes() or b"empty")
+            data = path.read_bytes() or b"empty"
+            original = SentencePieceProcessor(model_proto=data)
+            pieces = with_added(data, original, names)
+            self._model = SentencePieceProcessor(model_proto=pieces.data)
         except (RuntimeError, OSError) as error:
             raise TokenizerError(f"{path} is not a sentencepiece model ({str(error).strip()})") from None
         self.path = path
         self.vocab_size = self._model.get_piece_size()
-        self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else None
+        self._pieces = pieces
+        self._words = re.compile(f"({'|'.join(map(re.escape, sorted(pieces.words, key=len, reverse=True)))})")
+        self.bos_id = self._id(names.role("bos_token"), original.bos_id())
         self.add_bos = self.bos_id is not None
-        self.eos_ids = frozenset({self._model.eos_id()} - {-1})
+        eos = self._id(names.role("eos_token"), original.eos_id())
+        self.eos_ids = frozenset() if eos is None else frozenset({eos})
         self.adds_leading_space = self._model.id_to_piece(self._model.encode("a")[0]).startswith(SPACE)
+        # Does each text between control tokens get a space in front, or the first one only? transformers' `legacy`.
+        self._spaces_each = names.settings.get("legacy") is not False
+
+    def _id(self, name: str | None, otherwise: int) -> int | None:
+        token = self._pieces.ids.get(name, otherwise) if name else otherwise
+        return token if token >= 0 else None
 
     def encode_mixed(self, parts: Sequence[str | int]) -> list[int]:
         ids: list[int] = []
-        for part in parts:
-            ids += [part] if isinstance(part, int) else self._model.encode(clean(part))
+        split = self._split(parts)
+        for n, part in enumerate(split):
+            if isinstance(part, int):
+                ids.append(part)
+                continue
+            before, after = split[n - 1] if n else None, split[n + 1] if n + 1 < len(split) else None
+            part = part.lstrip() if before in self._pieces.strips_behind else part
+            part = part.rstrip() if after in self._pieces.strips_before else part
+            model = self._model if n == 0 or self._spaces_each else self._without_space
+            ids += model.encode(clean(part))
         return ids
 
+    def _split(self, parts: Sequence[str | int]) -> list[str | int]:
+        """The same, cut where texts hold words that are added tokens."""
+        if not self._pieces.words:
+            return list(parts)
+        found: list[str | int] = []
+        for part in parts:
+            cut = [part] if isinstance(part, int) else self._words.split(part)
+            found += [self._pieces.words.get(p, p) if isinstance(p, str) else p for p in cut if p != ""]
+        return found
+
+    @cached_property
+    def _without_space(self) -> SentencePieceProcessor:
+        """The same model, for texts that begin in the middle."""
+        from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+
+        pb: Any = sentencepiece_model_pb2
+        proto = pb.ModelProto.FromString(self._pieces.data)
+        proto.normalizer_spec.add_dummy_prefix = False
+        return SentencePieceProcessor(model_proto=proto.SerializeToString())
+
     def is_control(self, token: int) -> bool:
-        if token < _MISTRAL_CONTROLS and "[INST]" in self.control_ids():
-            return token != self._model.unk_id()
-        return bool(self._model.is_control(token))
+        return bool(self._model.is_control(token)) and token not in self._word_ids
+
+    def is_shown(self, token: int) -> bool:
+        return token in self._pieces.shown or not self.is_control(token)
+
+    @cached_property
+    def _word_ids(self) -> frozenset[int]:
+        return frozenset(self._pieces.words.values())
 
     @cached_property
     def _controls(self) -> dict[str, int]:
-        ids = (i for i in range(self.vocab_size) if self._model.is_control(i))
-        return {self._model.id_to_piece(i): i for i in ids}
+        found = {self._model.id_to_piece(i): i for i in range(self.vocab_size) if self.is_control(i)}
+        renamed = {i: name for name, i in self._pieces.ids.items()}
+        return {renamed.get(i, name): i for name, i in found.items()}
 
     def control_ids(self) -> Mapping[str, int]:
         return self._controls
@@ -178,11 +230,11 @@ class SentencePieceTokenizer(Tokenizer):
         if self._model.is_unknown(token):
             return " ⁇ ".encode()
         piece: str = self._model.id_to_piece(token)
-        byte = _BYTE.fullmatch(piece) if self._model.is_byte(token) else None
+        byte = BYTE.fullmatch(piece) if self._model.is_byte(token) else None
         return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE, " ").encode()
 
     def library(self) -> tuple[str, bytes]:
-        return "sentencepiece", self._model.serialized_model_proto()
+        return "sentencepiece", self._pieces.data
 
     def starts_with_space(self, token: int) -> bool:
         return bool(self._model.id_to_piece(token).startswith(SPACE))
@@ -199,17 +251,17 @@ def load_tokenizer(folder: Path, embedding_size: int | None = None) -> Tokenizer
     from m7mlx.chat import MistralFormat, TemplateFormat, mistral_version
     from m7mlx.tokenizer_json import JsonTokenizer
 
-    settings = _optional_json(folder / "tokenizer_config.json")
-    templates = _chat_templates(folder, settings)
+    templates = _chat_templates(folder)
+    names = read_names(folder, templates.values(), embedding_size)
     is_mistral_chat = "default" not in templates or "[INST]" in templates["default"]
     models = [folder / f"tokenizer.model{suffix}" for suffix in (".v3", ".v2", ".v1", "")]
     model = next((m for m in models if m.is_file()), None)
     json_file = folder / "tokenizer.json"
     tokenizer: Tokenizer
-    if model and (not json_file.is_file() or (is_mistral_chat and not _has_added_tokens(folder, settings))):
-        tokenizer = SentencePieceTokenizer(model)
+    if model and (not json_file.is_file() or (is_mistral_chat and not _has_added_tokens(folder, names.settings))):
+        tokenizer = SentencePieceTokenizer(model, names)
     elif json_file.is_file():
-        tokenizer = JsonTokenizer(json_file, settings)
+        tokenizer = JsonTokenizer(json_file, names)
     else:
         raise TokenizerError(f"{folder} has no tokenizer (tokenizer.model or tokenizer.json)")
     if embedding_size is not None and tokenizer.vocab_size > embedding_size:
@@ -222,13 +274,13 @@ def load_tokenizer(folder: Path, embedding_size: int | None = None) -> Tokenizer
     if is_mistral_chat and version:
         tokenizer.chat = MistralFormat(tokenizer, version)
     else:
-        tokenizer.chat = TemplateFormat(tokenizer, templates, settings)
+        tokenizer.chat = TemplateFormat(tokenizer, templates, names.settings)
     return tokenizer
 
 
 def _has_added_tokens(folder: Path, settings: Mapping[str, Any]) -> bool:
     """Whether a fine-tune put tokens past the end of the sentencepiece vocabulary."""
-    if _optional_json(folder / "added_tokens.json"):
+    if optional_json(folder / "added_tokens.json"):
         return True
     tokens = (t.get("content") for t in settings.get("added_tokens_decoder", {}).values())
     return any(t in ("<|im_start|>", "<|im_end|>") for t in tokens)
@@ -238,12 +290,12 @@ def _eos_ids(folder: Path) -> frozenset[int]:
     """End ids that config.json and generation_config.json name."""
     found: set[int] = set()
     for name in ("config.json", "generation_config.json"):
-        value = _optional_json(folder / name).get("eos_token_id")
+        value = optional_json(folder / name).get("eos_token_id")
         found |= set(value) if isinstance(value, list) else {value} if isinstance(value, int) else set()
     return frozenset(found)
 
 
-def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+def _chat_templates(folder: Path) -> dict[str, str]:
     """The model's chat templates by name: chat_template.jinja, or those in tokenizer_config.json."""
     try:
         return {"default": (folder / "chat_template.jinja").read_text(encoding="utf-8")}
@@ -251,7 +303,7 @@ def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]
         pass
     except (OSError, ValueError) as error:
         raise TokenizerError(f"{folder / 'chat_template.jinja'} cannot be read: {error}") from None
-    found = settings.get("chat_template")
+    found = optional_json(folder / "tokenizer_config.json").get("chat_template")
     if found is None:
         return {}
     if isinstance(found, list) and all(isinstance(t, Mapping) and isinstance(t.get("name"), str) for t in found):
@@ -262,7 +314,3 @@ def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]
             f"{folder / 'tokenizer_config.json'}: chat_template is neither a text nor texts with names"
         )
     return templates
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
