@@ -76,10 +76,48 @@ class Tokenizer(ABC):
 
     def __init__(self) -> None:
         self._bytes: dict[int, bytes] = {}
+        self._without_row: dict[int, str] = {}
+
+    def encode_mixed(self, parts: Sequence[str | int]) -> list[int]:
+        """Ids of texts (str) and of ids (int, control ids above all) in the order given.
+
+        Raises TokenizerError for an added token that the model's embedding has no row for.
+        """
+        ids = self._encode_mixed(parts)
+        if self._without_row:
+            self._check_rows(ids)
+        return ids
 
     @abstractmethod
-    def encode_mixed(self, parts: Sequence[str | int]) -> list[int]:
-        """Ids of texts (str) and of ids (int, control ids above all) in the order given."""
+    def _encode_mixed(self, parts: Sequence[str | int]) -> list[int]: ...
+
+    @abstractmethod
+    def added_tokens(self) -> Mapping[str, int]:
+        """Name → id of the tokens that are matched whole, beside the vocabulary's own pieces."""
+
+    def limit(self, rows: int) -> None:
+        """Do without the tokens that the model's embedding has no row for.
+
+        Raises TokenizerError unless they are a few added ones, which the model never needs.
+        """
+        if self.vocab_size <= rows:
+            return
+        added = {i: name for name, i in self.added_tokens().items() if i >= rows}
+        if added.keys() != set(range(rows, self.vocab_size)):
+            raise TokenizerError(
+                f"the tokenizer has {self.vocab_size} tokens but the model's embedding only {rows}; "
+                "they do not belong together"
+            )
+        self._without_row, self.vocab_size = added, rows
+        self.eos_ids = frozenset(i for i in self.eos_ids if i < rows)
+
+    def _check_rows(self, ids: Iterable[int]) -> None:
+        for i in ids:
+            if i in self._without_row:
+                raise TokenizerError(
+                    f"the token {self._without_row[i]!r} ({i}) has no row in the model's embedding of "
+                    f"{self.vocab_size}: the model cannot read it; take the model's own tokenizer files"
+                )
 
     @abstractmethod
     def is_control(self, token: int) -> bool:
@@ -107,7 +145,10 @@ class Tokenizer(ABC):
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
         """Ids of a text; with `add_bos` the start id before them. Lone surrogates become U+FFFD."""
         ids = self.encode_mixed([text])
-        return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
+        if not add_bos or self.bos_id is None:
+            return ids
+        self._check_rows([self.bos_id])
+        return [self.bos_id, *ids]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, control ids left out."""
@@ -173,7 +214,7 @@ class SentencePieceTokenizer(Tokenizer):
         token = self._pieces.ids.get(name, otherwise) if name else otherwise
         return token if token >= 0 else None
 
-    def encode_mixed(self, parts: Sequence[str | int]) -> list[int]:
+    def _encode_mixed(self, parts: Sequence[str | int]) -> list[int]:
         ids: list[int] = []
         split = self._split(parts)
         for n, part in enumerate(split):
@@ -226,6 +267,13 @@ class SentencePieceTokenizer(Tokenizer):
     def control_ids(self) -> Mapping[str, int]:
         return self._controls
 
+    def added_tokens(self) -> Mapping[str, int]:
+        return self._pieces.ids
+
+    def vocabulary(self) -> dict[str, int]:
+        """Piece → id of all tokens."""
+        return {self._model.id_to_piece(i): i for i in range(self._model.get_piece_size())}
+
     def _token_bytes(self, token: int) -> bytes:
         if self._model.is_unknown(token):
             return " ⁇ ".encode()
@@ -241,49 +289,27 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def load_tokenizer(folder: Path, embedding_size: int | None = None) -> Tokenizer:
-    """The tokenizer of a model folder, its chat format with it.
+    """The tokenizer of a model folder, its chat format with it (`m7mlx.formats`).
 
-    Raises TokenizerError; also for a tokenizer of more tokens than the model's embedding has rows, where given.
-
-    Mistral's own sentencepiece model is taken where its chat format applies, since control tokens and
-    text are apart there from the start; otherwise tokenizer.json.
+    Raises TokenizerError, also for tokens that the model's embedding, of the size given, has no rows for.
     """
-    from m7mlx.chat import MistralFormat, TemplateFormat, mistral_version
-    from m7mlx.tokenizer_json import JsonTokenizer
+    from m7mlx.formats import Folder, chosen
 
     templates = _chat_templates(folder)
     names = read_names(folder, templates.values(), embedding_size)
-    is_mistral_chat = "default" not in templates or "[INST]" in templates["default"]
     models = [folder / f"tokenizer.model{suffix}" for suffix in (".v3", ".v2", ".v1", "")]
     model = next((m for m in models if m.is_file()), None)
     json_file = folder / "tokenizer.json"
-    tokenizer: Tokenizer
-    if model and (not json_file.is_file() or (is_mistral_chat and not _has_added_tokens(folder, names.settings))):
-        tokenizer = SentencePieceTokenizer(model, names)
-    elif json_file.is_file():
-        tokenizer = JsonTokenizer(json_file, names)
-    else:
+    if model is None and not json_file.is_file():
         raise TokenizerError(f"{folder} has no tokenizer (tokenizer.model or tokenizer.json)")
-    if embedding_size is not None and tokenizer.vocab_size > embedding_size:
-        raise TokenizerError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens but the model's embedding only "
-            f"{embedding_size}; they do not belong together"
-        )
+    tokenizer = chosen(Folder(folder, model, json_file if json_file.is_file() else None, names, templates))
     tokenizer.eos_ids |= _eos_ids(folder)
-    version = mistral_version(tokenizer)
-    if is_mistral_chat and version:
-        tokenizer.chat = MistralFormat(tokenizer, version)
-    else:
-        tokenizer.chat = TemplateFormat(tokenizer, templates, names.settings)
+    if embedding_size is not None:
+        try:
+            tokenizer.limit(embedding_size)
+        except TokenizerError as error:
+            raise TokenizerError(f"{folder}: {error}") from None
     return tokenizer
-
-
-def _has_added_tokens(folder: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether a fine-tune put tokens past the end of the sentencepiece vocabulary."""
-    if optional_json(folder / "added_tokens.json"):
-        return True
-    tokens = (t.get("content") for t in settings.get("added_tokens_decoder", {}).values())
-    return any(t in ("<|im_start|>", "<|im_end|>") for t in tokens)
 
 
 def _eos_ids(folder: Path) -> frozenset[int]:

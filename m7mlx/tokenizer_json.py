@@ -44,6 +44,7 @@ class JsonTokenizer(Tokenizer):
         except Exception as error:  # the library raises plain Exception
             raise TokenizerError(f"{path} cannot be used as a tokenizer ({error})") from None
         self.vocab_size = max(self._library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self._added = ids
         self._controls = {name: ids[name] for name in added if name in controls}
         self._control_ids = frozenset(self._controls.values())
         self._hidden = frozenset(ids[name] for name in controls if added[name].special)
@@ -69,10 +70,11 @@ class JsonTokenizer(Tokenizer):
             found: int | None = self._library.token_to_id(renamed.get(name, name))
             assert found is not None
             ids[name] = found
+        self._renamed = renamed
         self._names = {ids[name]: new for name, new in renamed.items()}
         return ids
 
-    def encode_mixed(self, parts: Sequence[str | int]) -> list[int]:
+    def _encode_mixed(self, parts: Sequence[str | int]) -> list[int]:
         # Texts and control tokens go through the library in one call: whether a text gets a leading space depends
         # on where it stands.
         ids: list[int] = []
@@ -102,6 +104,14 @@ class JsonTokenizer(Tokenizer):
 
     def control_ids(self) -> Mapping[str, int]:
         return self._controls
+
+    def added_tokens(self) -> Mapping[str, int]:
+        return self._added
+
+    def vocabulary(self) -> dict[str, int]:
+        """Piece → id of all tokens."""
+        names = {new: name for name, new in self._renamed.items()}
+        return {names.get(piece, piece): i for piece, i in self._library.get_vocab(with_added_tokens=True).items()}
 
     def _token_bytes(self, token: int) -> bytes:
         if token in self._added_texts:
