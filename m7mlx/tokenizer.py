@@ -84,12 +84,14 @@ class Tokenizer(ABC):
         Raises TokenizerError for an added token that the model's embedding has no row for.
         """
         ids = self._encode_mixed(parts)
-        if self._without_row:
-            self._check_rows(ids)
+        self._check_rows(ids)
         return ids
 
     @abstractmethod
     def _encode_mixed(self, parts: Sequence[str | int]) -> list[int]: ...
+
+    def _encode_text(self, text: str) -> list[int]:
+        return self._encode_mixed([text])
 
     @abstractmethod
     def added_tokens(self) -> Mapping[str, int]:
@@ -112,7 +114,7 @@ class Tokenizer(ABC):
         self.eos_ids = frozenset(i for i in self.eos_ids if i < rows)
 
     def _check_rows(self, ids: Iterable[int]) -> None:
-        for i in ids:
+        for i in ids if self._without_row else ():
             if i in self._without_row:
                 raise TokenizerError(
                     f"the token {self._without_row[i]!r} ({i}) has no row in the model's embedding of "
@@ -144,7 +146,8 @@ class Tokenizer(ABC):
 
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
         """Ids of a text; with `add_bos` the start id before them. Lone surrogates become U+FFFD."""
-        ids = self.encode_mixed([text])
+        ids = self._encode_text(text)
+        self._check_rows(ids)
         if not add_bos or self.bos_id is None:
             return ids
         self._check_rows([self.bos_id])
@@ -215,6 +218,14 @@ class SentencePieceTokenizer(Tokenizer):
         return token if token >= 0 else None
 
     def _encode_mixed(self, parts: Sequence[str | int]) -> list[int]:
+        # transformers puts no second space where the prompt begins with one; sentencepiece, on a text alone, does.
+        begins_with_space = bool(parts) and isinstance(parts[0], str) and parts[0].startswith((" ", SPACE))
+        return self._encode_parts(parts, self._spaces_each or not begins_with_space)
+
+    def _encode_text(self, text: str) -> list[int]:
+        return self._encode_parts([text], True)
+
+    def _encode_parts(self, parts: Sequence[str | int], space_first: bool) -> list[int]:
         ids: list[int] = []
         split = self._split(parts)
         for n, part in enumerate(split):
@@ -224,8 +235,8 @@ class SentencePieceTokenizer(Tokenizer):
             before, after = split[n - 1] if n else None, split[n + 1] if n + 1 < len(split) else None
             part = part.lstrip() if before in self._pieces.strips_behind else part
             part = part.rstrip() if after in self._pieces.strips_before else part
-            model = self._model if n == 0 or self._spaces_each else self._without_space
-            ids += model.encode(clean(part))
+            with_space = self._spaces_each if n else space_first
+            ids += (self._model if with_space else self._without_space).encode(clean(part))
         return ids
 
     def _split(self, parts: Sequence[str | int]) -> list[str | int]:
