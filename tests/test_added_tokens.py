@@ -367,3 +367,26 @@ def test_settings_that_say_nothing_are_none(tmp_path: Path) -> None:
     )
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids) == (256, None, frozenset())
     assert not tokenizer.control_ids()
+
+
+def test_a_grammar_knows_them_and_chooses_none(tokenizer: Tokenizer) -> None:
+    """The process that follows a schema is handed the whole tokenizer."""
+    pytest.importorskip("llguidance")
+    from m7mlx.constrain import _described
+    from m7mlx.grammar import NUMBER, STEP, handler
+
+    answer = handler(_described(tokenizer))
+    schema = {"type": "object", "properties": {"<think>": {"enum": ["<|im_end|>"]}}, "required": ["<think>"]}
+    assert answer(b"c" + json.dumps(schema | {"additionalProperties": False}).encode()) == b"+"
+    (number,) = NUMBER.unpack(answer(b"n")[1:])
+    reply = answer(b"t" + STEP.pack(number, -1))
+    text = b""
+    while reply[1:2] != b"\x01":
+        mask = reply[2:]
+        allowed = [i for i in range(tokenizer.vocab_size) if mask[i // 8] >> i % 8 & 1]
+        assert allowed and not [i for i in allowed if tokenizer.is_control(i) and i not in tokenizer.eos_ids]
+        token = next(i for i in allowed if i not in tokenizer.eos_ids)
+        text += tokenizer.token_bytes(token)
+        reply = answer(b"t" + STEP.pack(number, token))
+        assert reply[:1] == b"+"
+    assert json.loads(text) == {"<think>": "<|im_end|>"}
