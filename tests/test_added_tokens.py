@@ -349,7 +349,8 @@ def test_white_space_around_added_tokens(tmp_path: Path, settings: dict[str, Any
         ({"added_tokens.json": {"<a>": "x"}}, "added_tokens.json does not give each token an id"),
         ({"added_tokens.json": [1]}, "added_tokens.json is not a JSON object"),
         ({"tokenizer_config.json": {"added_tokens_decoder": {"x": {}}}}, "added_tokens_decoder does not say"),
-        ({"tokenizer_config.json": {"added_tokens_decoder": [1]}}, "added_tokens_decoder does not say"),
+        ({"tokenizer_config.json": {"added_tokens_decoder": [1]}}, "added_tokens_decoder must be an object"),
+        ({"tokenizer_config.json": {"pad_token": 7}}, "pad_token must be a text"),
         ({"special_tokens_map.json": 7}, "special_tokens_map.json is not a JSON object"),
     ],
 )
@@ -360,7 +361,7 @@ def test_nonsense_is_refused_in_one_line(tmp_path: Path, files: dict[str, Any], 
 
 
 def test_settings_that_say_nothing_are_none(tmp_path: Path) -> None:
-    settings = {"eos_token": None, "pad_token": 7, "unk_token": {}, "additional_special_tokens": [None, 3, ""],
+    settings = {"eos_token": None, "pad_token": "", "unk_token": None, "additional_special_tokens": [None, 3, ""],
                 "extra_special_tokens": {"x": None}, "bos_token": ""}  # fmt: skip
     tokenizer = load_tokenizer(
         write(tmp_path, {"tokenizer.json": byte_level_json({}), "tokenizer_config.json": settings})
@@ -381,12 +382,13 @@ def test_a_grammar_knows_them_and_chooses_none(tokenizer: Tokenizer) -> None:
     (number,) = NUMBER.unpack(answer(b"n")[1:])
     reply = answer(b"t" + STEP.pack(number, -1))
     text = b""
-    while reply[1:2] != b"\x01":
-        mask = reply[2:]
+    while True:
+        mask = reply[1:]
         allowed = [i for i in range(tokenizer.vocab_size) if mask[i // 8] >> i % 8 & 1]
-        assert allowed and not [i for i in allowed if tokenizer.is_control(i) and i not in tokenizer.eos_ids]
-        token = next(i for i in allowed if i not in tokenizer.eos_ids)
-        text += tokenizer.token_bytes(token)
-        reply = answer(b"t" + STEP.pack(number, token))
+        if set(allowed) & tokenizer.eos_ids:
+            break
+        assert allowed and not [i for i in allowed if tokenizer.is_control(i)]
+        text += tokenizer.token_bytes(allowed[0])
+        reply = answer(b"t" + STEP.pack(number, allowed[0]))
         assert reply[:1] == b"+"
     assert json.loads(text) == {"<think>": "<|im_end|>"}
