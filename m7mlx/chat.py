@@ -39,17 +39,17 @@ class ChatFormat(ABC):
 
 
 def mistral_version(tokenizer: Tokenizer) -> Version | None:
-    """Which of Mistral's instruct formats a tokenizer is made for; None if it is not Mistral's.
+    """Which of Mistral's instruct formats a tokenizer could be made for; None if it is none of these.
 
-    v1 (models v0.1 and v0.2) writes [INST] as text, v2 and v3 have control tokens for it. No weights were
-    released for v2: only a file named tokenizer.model.v2 is taken for it.
+    v1 (models v0.1 and v0.2) writes [INST] as text, v2 and v3 have control tokens for it; from v7 on there is one for
+    the system prompt, too. No weights were released for v2: only a file named tokenizer.model.v2 is taken for it.
     """
-    if tokenizer.control_id("<s>") is None or tokenizer.control_id("</s>") is None:
+    names = tokenizer.control_ids()
+    if not {"<s>", "</s>"} <= names.keys() or "[SYSTEM_PROMPT]" in names:
         return None
-    if tokenizer.control_id("[INST]") is not None:
+    if {"[INST]", "[/INST]"} <= names.keys():
         return "v2" if str(getattr(tokenizer, "path", "")).endswith(".v2") else "v3"
-    is_v1 = tokenizer.vocab_size == 32000 and tokenizer.encode("[INST]") == [733, 16289, 28793]
-    return "v1" if is_v1 else None
+    return "v1" if tokenizer.vocab_size >= 32000 and tokenizer.encode("[INST]") == [733, 16289, 28793] else None
 
 
 class MistralFormat(ChatFormat):
@@ -153,7 +153,7 @@ class TemplateFormat(ChatFormat):
         }
         controls = self._tokenizer.control_ids()
         guard = Guard([*controls, *kept])
-        bare = [{k: v for k, v in m.items() if k != "ids"} for m in messages]
+        bare = [_with_objects({k: v for k, v in m.items() if k != "ids"}) for m in messages]
         *plain, given = guard.protect([*bare, {"tools": list(tools)}])
         for name in kept:
             plain[int(name.rpartition(":")[2][:-1])]["content"] = name
@@ -260,6 +260,20 @@ def _parsed(value: Any) -> Any:
     except RecursionError:
         pass
     raise ChatFormatError(f"a tool's arguments or its answer nest deeper than {MAX_DEPTH} levels")
+
+
+def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
+    """Templates want a call's arguments as an object; OpenAI's API has them as JSON in a text."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list | tuple):
+        return message
+    written = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if isinstance(function, Mapping) and isinstance(arguments := _parsed(function.get("arguments")), dict):
+            call = {**call, "function": {**function, "arguments": arguments}}
+        written.append(call)
+    return message | {"tool_calls": written}
 
 
 def _json(value: Any) -> str:

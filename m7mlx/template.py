@@ -32,11 +32,14 @@ class Guard:
 
     A noncharacter that no message contains is put inside each look-alike before rendering; what is found
     whole afterwards was written by the template. The marks are taken out again, so the text is unchanged.
+    Names of a single character have no inside: they stay text.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
-        self._names = sorted((n for n in names if n), key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, self._names)) or r"(?!)")
+        self._names = sorted((n for n in names if len(n) > 1), key=len, reverse=True)
+        any_name = "|".join(map(re.escape, self._names)) or r"(?!)"
+        self._control = re.compile(any_name)
+        self._beginning = re.compile(f"(?={any_name}).", re.DOTALL)  # of each, of those that overlap too
         self._beginnings = {n[:i] for n in self._names for i in range(1, len(n))}
         self._ends = {n[i:] for n in self._names for i in range(1, len(n))}
         self._longest = max(map(len, self._names), default=0)
@@ -78,7 +81,7 @@ class Guard:
         return mark
 
     def _guard_text(self, text: str) -> str:
-        guarded = self._control.sub(lambda m: m[0][0] + self._mark + m[0][1:], text)
+        guarded = self._beginning.sub(lambda m: m[0] + self._mark, text)
         # What stands at an edge could be completed by what the template, or the next message, puts beside it.
         lengths = range(1, min(len(guarded), self._longest) + 1)
         starts = any(guarded[:n] in self._ends for n in lengths)

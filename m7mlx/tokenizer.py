@@ -16,17 +16,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from m7mlx.added_tokens import BYTE, Names, in_file, optional_json, read_names
 from m7mlx.errors import ConfigError, TokenizerError
-from m7mlx.jsonfile import given, read_bytes, read_json, said, token_ids
+from m7mlx.jsonfile import read_bytes, token_ids
+from m7mlx.pieces import with_added
 
 if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
     from m7mlx.chat import ChatFormat
 
 MOST_BYTES = 64 << 20  # of a tokenizer's file
 _MOST_TEMPLATE = 1 << 20
 SPACE = "▁"  # how sentencepiece writes a space inside a piece
-_MISTRAL_CONTROLS = 771  # ids 0 … 770 of the v2 and v3 vocabularies
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def _one_mark_per_byte(error: UnicodeError) -> tuple[str, int]:
@@ -49,7 +51,7 @@ class Detokenizer:
     def add(self, token: int) -> str:
         """The text that `token` completes; "" for ids without a text and inside a multi-byte character."""
         data = self._tokenizer.token_bytes(token)
-        if self._at_start and token < self._tokenizer.vocab_size and not self._tokenizer.is_control(token):
+        if self._at_start and data:
             self._at_start = False
             if self._tokenizer.starts_with_space(token):
                 data = data[1:]
@@ -78,14 +80,58 @@ class Tokenizer(ABC):
 
     def __init__(self) -> None:
         self._bytes: dict[int, bytes] = {}
+        self._without_row: dict[int, str] = {}
+
+    def encode_mixed(self, parts: Sequence[str | int]) -> list[int]:
+        """Ids of texts (str) and of ids (int, control ids above all) in the order given.
+
+        Raises TokenizerError for an added token that the model's embedding has no row for.
+        """
+        ids = self._encode_mixed(parts)
+        self._check_rows(ids)
+        return ids
 
     @abstractmethod
-    def encode_mixed(self, parts: Sequence[str | int]) -> list[int]:
-        """Ids of texts (str) and of ids (int, control ids above all) in the order given."""
+    def _encode_mixed(self, parts: Sequence[str | int]) -> list[int]: ...
+
+    def _encode_text(self, text: str) -> list[int]:
+        return self._encode_mixed([text])
+
+    @abstractmethod
+    def added_tokens(self) -> Mapping[str, int]:
+        """Name → id of the tokens that are matched whole, beside the vocabulary's own pieces."""
+
+    def limit(self, rows: int) -> None:
+        """Do without the tokens that the model's embedding has no row for.
+
+        Raises TokenizerError unless they are a few added ones, which the model never needs.
+        """
+        if self.vocab_size <= rows:
+            return
+        added = {i: name for name, i in self.added_tokens().items() if i >= rows}
+        if added.keys() != set(range(rows, self.vocab_size)):
+            raise TokenizerError(
+                f"the tokenizer has {self.vocab_size} tokens but the model's embedding only {rows}; "
+                "they do not belong together"
+            )
+        self._without_row, self.vocab_size = added, rows
+        self.eos_ids = frozenset(i for i in self.eos_ids if i < rows)
+
+    def _check_rows(self, ids: Iterable[int]) -> None:
+        for i in ids if self._without_row else ():
+            if i in self._without_row:
+                raise TokenizerError(
+                    f"the token {self._without_row[i]!r} ({i}) has no row in the model's embedding of "
+                    f"{self.vocab_size}: the model cannot read it; take the model's own tokenizer files"
+                )
 
     @abstractmethod
     def is_control(self, token: int) -> bool:
         """Whether `token` is an id that no text encodes to."""
+
+    @abstractmethod
+    def is_shown(self, token: int) -> bool:
+        """Whether `token` has a text where an answer is shown; of the control tokens, <think> and its like have."""
 
     @abstractmethod
     def control_ids(self) -> Mapping[str, int]:
@@ -104,8 +150,12 @@ class Tokenizer(ABC):
 
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
         """Ids of a text; with `add_bos` the start id before them. Lone surrogates become U+FFFD."""
-        ids = self.encode_mixed([text])
-        return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
+        ids = self._encode_text(text)
+        self._check_rows(ids)
+        if not add_bos or self.bos_id is None:
+            return ids
+        self._check_rows([self.bos_id])
+        return [self.bos_id, *ids]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, control ids left out."""
@@ -121,7 +171,7 @@ class Tokenizer(ABC):
         return self.control_ids().get(name)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes `token` stands for; none for control ids, and for those that a padded embedding has besides.
+        """The bytes `token` stands for; none for ids that are not shown, and for those of a padded embedding besides.
 
         Raises TokenizerError for what is no id.
         """
@@ -130,7 +180,7 @@ class Tokenizer(ABC):
         if token not in self._bytes:
             if token < 0:
                 raise TokenizerError(f"{token} is not a token id")
-            self._bytes[token] = b"" if self.is_control(token) else self._token_bytes(token)
+            self._bytes[token] = self._token_bytes(token) if self.is_shown(token) else b""
         return self._bytes[token]
 
 
@@ -140,16 +190,21 @@ def clean(text: str) -> str:
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """Mistral's tokenizer.model (v1, v2, v3) and its like."""
+    """Mistral's tokenizer.model (v1, v2, v3) and its like, with the tokens that a fine-tune added to it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, names: Names | None = None) -> None:
+        from google.protobuf.message import DecodeError
         from sentencepiece import SentencePieceProcessor
 
         super().__init__()
+        names = names or Names()
         try:
             # From bytes: the library prints to fd 2 when it cannot open or parse a file itself.
-            self._model = SentencePieceProcessor(model_proto=read_bytes(path, MOST_BYTES) or b"empty")
-        except (RuntimeError, ConfigError) as error:
+            data = read_bytes(path, MOST_BYTES) or b"empty"
+            original = SentencePieceProcessor(model_proto=data)
+            pieces = with_added(data, original, names)
+            self._model = SentencePieceProcessor(model_proto=pieces.data)
+        except (RuntimeError, ConfigError, DecodeError) as error:
             raise TokenizerError(f"{path} is not a sentencepiece model ({str(error).strip()})") from None
         try:
             for token in range(self._model.get_piece_size()):
@@ -158,89 +213,125 @@ class SentencePieceTokenizer(Tokenizer):
             raise TokenizerError(f"{path} is damaged: token {token} is not text; fetch it again") from None
         self.path = path
         self.vocab_size = self._model.get_piece_size()
-        self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else None
+        self._pieces = pieces
+        self._words = re.compile(f"({'|'.join(map(re.escape, sorted(pieces.words, key=len, reverse=True)))})")
+        self.bos_id = self._id(names.role("bos_token"), original.bos_id())
         self.add_bos = self.bos_id is not None
-        self.eos_ids = frozenset({self._model.eos_id()} - {-1})
+        eos = self._id(names.role("eos_token"), original.eos_id())
+        self.eos_ids = frozenset() if eos is None else frozenset({eos})
         letter = self._model.encode("a")
         self.adds_leading_space = bool(letter) and self._model.id_to_piece(letter[0]).startswith(SPACE)
+        # Does each text between control tokens get a space in front, or the first one only? transformers' `legacy`.
+        self._spaces_each = names.settings.get("legacy") is not False
 
-    def encode_mixed(self, parts: Sequence[str | int]) -> list[int]:
+    def _id(self, name: str | None, otherwise: int) -> int | None:
+        token = self._pieces.ids.get(name, otherwise) if name else otherwise
+        return token if token >= 0 else None
+
+    def _encode_mixed(self, parts: Sequence[str | int]) -> list[int]:
+        # transformers puts no second space where the prompt begins with one; sentencepiece, on a text alone, does.
+        begins_with_space = bool(parts) and isinstance(parts[0], str) and parts[0].startswith((" ", SPACE))
+        return self._encode_parts(parts, self._spaces_each or not begins_with_space)
+
+    def _encode_text(self, text: str) -> list[int]:
+        return self._encode_parts([text], True)
+
+    def _encode_parts(self, parts: Sequence[str | int], space_first: bool) -> list[int]:
         ids: list[int] = []
-        for part in parts:
-            ids += [part] if isinstance(part, int) else self._model.encode(clean(part))
+        split = self._split(parts)
+        for n, part in enumerate(split):
+            if isinstance(part, int):
+                ids.append(part)
+                continue
+            before, after = split[n - 1] if n else None, split[n + 1] if n + 1 < len(split) else None
+            part = part.lstrip() if before in self._pieces.strips_behind else part
+            part = part.rstrip() if after in self._pieces.strips_before else part
+            with_space = self._spaces_each if n else space_first
+            ids += (self._model if with_space else self._without_space).encode(clean(part))
         return ids
 
+    def _split(self, parts: Sequence[str | int]) -> list[str | int]:
+        """The same, cut where texts hold words that are added tokens."""
+        if not self._pieces.words:
+            return list(parts)
+        found: list[str | int] = []
+        for part in parts:
+            cut = [part] if isinstance(part, int) else self._words.split(part)
+            found += [self._pieces.words.get(p, p) if isinstance(p, str) else p for p in cut if p != ""]
+        return found
+
+    @cached_property
+    def _without_space(self) -> SentencePieceProcessor:
+        """The same model, for texts that begin in the middle."""
+        from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+
+        pb: Any = sentencepiece_model_pb2
+        proto = pb.ModelProto.FromString(self._pieces.data)
+        proto.normalizer_spec.add_dummy_prefix = False
+        return SentencePieceProcessor(model_proto=proto.SerializeToString())
+
     def is_control(self, token: int) -> bool:
-        if token < _MISTRAL_CONTROLS and "[INST]" in self.control_ids():
-            return token != self._model.unk_id()
-        return bool(self._model.is_control(token))
+        return bool(self._model.is_control(token)) and token not in self._word_ids
+
+    def is_shown(self, token: int) -> bool:
+        return token in self._pieces.shown or not self.is_control(token)
+
+    @cached_property
+    def _word_ids(self) -> frozenset[int]:
+        return frozenset(self._pieces.words.values())
 
     @cached_property
     def _controls(self) -> dict[str, int]:
-        ids = (i for i in range(self.vocab_size) if self._model.is_control(i))
-        return {self._model.id_to_piece(i): i for i in ids}
+        found = {self._model.id_to_piece(i): i for i in range(self.vocab_size) if self.is_control(i)}
+        renamed = {i: name for name, i in self._pieces.ids.items()}
+        return {renamed.get(i, name): i for name, i in found.items()}
 
     def control_ids(self) -> Mapping[str, int]:
         return self._controls
+
+    def added_tokens(self) -> Mapping[str, int]:
+        return self._pieces.ids
+
+    def vocabulary(self) -> dict[str, int]:
+        """Piece → id of all tokens."""
+        return {self._model.id_to_piece(i): i for i in range(self._model.get_piece_size())}
 
     def _token_bytes(self, token: int) -> bytes:
         if self._model.is_unknown(token):
             return " ⁇ ".encode()
         piece: str = self._model.id_to_piece(token)
-        byte = _BYTE.fullmatch(piece) if self._model.is_byte(token) else None
+        byte = BYTE.fullmatch(piece) if self._model.is_byte(token) else None
         return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE, " ").encode()
 
     def library(self) -> tuple[str, bytes]:
-        return "sentencepiece", self._model.serialized_model_proto()
+        return "sentencepiece", self._pieces.data
 
     def starts_with_space(self, token: int) -> bool:
         return bool(self._model.id_to_piece(token).startswith(SPACE))
 
 
 def load_tokenizer(folder: Path, embedding_size: int | None = None) -> Tokenizer:
-    """The tokenizer of a model folder, its chat format with it.
+    """The tokenizer of a model folder, its chat format with it (`m7mlx.formats`).
 
-    Raises TokenizerError; also for a tokenizer of more tokens than the model's embedding has rows, where given.
-
-    Mistral's own sentencepiece model is taken where its chat format applies, since control tokens and
-    text are apart there from the start; otherwise tokenizer.json.
+    Raises TokenizerError, also for tokens that the model's embedding, of the size given, has no rows for.
     """
-    from m7mlx.chat import MistralFormat, TemplateFormat, mistral_version
-    from m7mlx.tokenizer_json import JsonTokenizer
+    from m7mlx.formats import Folder, chosen
 
-    settings = _settings(folder / "tokenizer_config.json")
-    templates = _chat_templates(folder, settings)
-    is_mistral_chat = "default" not in templates or "[INST]" in templates["default"]
+    templates = _chat_templates(folder)
+    names = read_names(folder, templates.values(), embedding_size)
     models = [folder / f"tokenizer.model{suffix}" for suffix in (".v3", ".v2", ".v1", "")]
     model = next((m for m in models if m.is_file()), None)
     json_file = folder / "tokenizer.json"
-    tokenizer: Tokenizer
-    if model and (not json_file.is_file() or (is_mistral_chat and not _has_added_tokens(folder, settings))):
-        tokenizer = SentencePieceTokenizer(model)
-    elif json_file.is_file():
-        tokenizer = JsonTokenizer(json_file, settings)
-    else:
+    if model is None and not json_file.is_file():
         raise TokenizerError(f"{folder} has no tokenizer (tokenizer.model or tokenizer.json)")
-    if embedding_size is not None and tokenizer.vocab_size > embedding_size:
-        raise TokenizerError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens but the model's embedding only "
-            f"{embedding_size}; they do not belong together"
-        )
+    tokenizer = chosen(Folder(folder, model, json_file if json_file.is_file() else None, names, templates))
     tokenizer.eos_ids |= _eos_ids(folder)
-    version = mistral_version(tokenizer)
-    if is_mistral_chat and version:
-        tokenizer.chat = MistralFormat(tokenizer, version)
-    else:
-        tokenizer.chat = TemplateFormat(tokenizer, templates, settings)
+    if embedding_size is not None:
+        try:
+            tokenizer.limit(embedding_size)
+        except TokenizerError as error:
+            raise TokenizerError(f"{folder}: {error}") from None
     return tokenizer
-
-
-def _has_added_tokens(folder: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether a fine-tune put tokens past the end of the sentencepiece vocabulary."""
-    if _optional_json(folder / "added_tokens.json"):
-        return True
-    tokens = (t.get("content") for t in (settings.get("added_tokens_decoder") or {}).values())
-    return any(t in ("<|im_start|>", "<|im_end|>") for t in tokens)
 
 
 def _eos_ids(folder: Path) -> frozenset[int]:
@@ -248,21 +339,21 @@ def _eos_ids(folder: Path) -> frozenset[int]:
     found: set[int] = set()
     for name in ("config.json", "generation_config.json"):
         try:
-            found |= set(token_ids(_optional_json(folder / name).get("eos_token_id"), "eos_token_id"))
+            found |= set(token_ids(optional_json(folder / name).get("eos_token_id"), "eos_token_id"))
         except ConfigError as error:
-            raise _in_file(folder / name, error) from None
+            raise in_file(folder / name, error) from None
     return frozenset(found)
 
 
-def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+def _chat_templates(folder: Path) -> dict[str, str]:
     """The model's chat templates by name: chat_template.jinja, or those in tokenizer_config.json."""
     path = folder / "chat_template.jinja"
     if os.path.lexists(path):
         try:
             return {"default": read_bytes(path, _MOST_TEMPLATE).decode("utf-8")}
         except (ConfigError, ValueError) as error:
-            raise _in_file(path, error) from None
-    found = settings.get("chat_template")
+            raise in_file(path, error) from None
+    found = optional_json(folder / "tokenizer_config.json").get("chat_template")
     if found is None:
         return {}
     if isinstance(found, list) and all(isinstance(t, Mapping) and isinstance(t.get("name"), str) for t in found):
@@ -273,33 +364,3 @@ def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]
             f"{folder / 'tokenizer_config.json'}: chat_template is neither a text nor texts with names"
         )
     return templates
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    """tokenizer_config.json, with the fields that are used here as they should be. Raises TokenizerError."""
-    settings = _optional_json(path)
-    try:
-        for field in ("bos_token", "eos_token", "unk_token", "pad_token"):
-            token = settings.get(field)
-            if token is not None and not isinstance(token.get("content") if isinstance(token, dict) else token, str):
-                raise ConfigError(f"{field} must be a text, or an object with a text as content, not {said(token)}")
-        decoder = given(settings, "added_tokens_decoder", "an object") or {}
-        if not all(isinstance(token, dict) for token in decoder.values()):
-            raise ConfigError("added_tokens_decoder must hold objects by id")
-        adds = settings.get("add_bos_token")
-        if adds is not None and not isinstance(adds, bool):
-            raise ConfigError(f"add_bos_token must be true or false, not {said(adds)}")
-    except ConfigError as error:
-        raise _in_file(path, error) from None
-    return settings
-
-
-def _in_file(path: Path, error: Exception) -> TokenizerError:
-    return TokenizerError(f"{error}" if str(path) in str(error) else f"{path}: {error}")
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path) if path.is_file() else {}
-    except ConfigError as error:
-        raise _in_file(path, error) from None

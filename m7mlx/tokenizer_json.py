@@ -1,6 +1,6 @@
 """tokenizer.json (Hugging Face's `tokenizers`), with text and control tokens kept apart.
 
-The library matches the names of special tokens inside any text: a user who types `<|im_start|>` would start a
+The library matches the names of added tokens inside any text: a user who types `<|im_start|>` would start a
 message. So each control token is renamed, before the library sees it, to a name drawn at random in this
 process. Its id and all its other properties stay; no text can contain its name.
 """
@@ -8,44 +8,37 @@ process. Its id and all its other properties stay; no text can contain its name.
 from __future__ import annotations
 
 import json
-import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from m7mlx.added_tokens import BYTE, FLAGS, AddedToken, Names
 from m7mlx.errors import ConfigError, TokenizerError
 from m7mlx.jsonfile import read_json, said
-from m7mlx.tokenizer import _BYTE, MOST_BYTES, SPACE, Tokenizer, clean
-
-# Added tokens that are control tokens although the file does not call them special: <|im_end|>, [INST], <s>.
-_CONTROL_SHAPE = re.compile(r"<\|?[^\s<>]+\|?>|\[[^\s\[\]]+\]")
+from m7mlx.tokenizer import MOST_BYTES, SPACE, Tokenizer, clean
 
 
 class JsonTokenizer(Tokenizer):
     """Byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM) and sentencepiece-style BPE (Llama 2, Mistral)."""
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        from tokenizers import Tokenizer as Library
-
+    def __init__(self, path: Path, names: Names | None = None) -> None:
         super().__init__()
+        names = names or Names()
         try:
             data = read_json(path, MOST_BYTES)
-            added = {t["content"]: t for t in data.get("added_tokens", [])}
-            self._controls = {
-                name: int(t["id"]) for name, t in added.items() if t["special"] or _CONTROL_SHAPE.fullmatch(name)
-            }
-            nonce = secrets.token_hex(8)
-            self._names = {i: f"\ufdd0{nonce}:{i}\ufdd1" for i in self._controls.values()}
-            self._plain_added: dict[int, str] = {
-                int(t["id"]): name for name, t in added.items() if name not in self._controls
-            }
-            _rename(data, {name: self._names[i] for name, i in self._controls.items()})
-            adds_bos = _adds_bos(data, settings)
-            self._library = Library.from_str(json.dumps(data))
-            self._byte_level, self.adds_leading_space = _decoder_kind(path, data)
-        except TokenizerError:
-            raise
+            self.add_bos = bool(names.settings.get("add_bos_token", _adds_bos(data, names.role("bos_token"))))
+            added = {n: t for n, t in names.all(_listed(data)).items() if not _is_of_model(data["model"], n)}
+            data |= {
+                "truncation": None,
+                "padding": None,
+            }  # of batches in training: a prompt is neither cut nor filled
+            data["added_tokens"] = [{"id": 0, "content": name, **token.flags()} for name, token in added.items()]
+            controls = {name for name, token in added.items() if names.is_control(token)}
+            ids = self._build(data, controls)
+            if late := {name for name in added if not names.has_row(ids[name])} - controls:
+                controls |= late
+                ids = self._build(data, controls)
         except (ConfigError, KeyError, TypeError, AttributeError) as error:
             raise TokenizerError(f"{path} is not a tokenizer file ({said(str(error))})") from None
         except (KeyboardInterrupt, SystemExit, MemoryError):
@@ -53,18 +46,37 @@ class JsonTokenizer(Tokenizer):
         except BaseException as error:  # the library raises plain Exception, and panics, which are not even that
             raise TokenizerError(f"{path} cannot be used as a tokenizer ({said(str(error))})") from None
         self.vocab_size = max(self._library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self._added = ids
+        self._controls = {name: ids[name] for name in added if name in controls}
         self._control_ids = frozenset(self._controls.values())
-        self.bos_id = self._named(settings, "bos_token")
-        eos = self._named(settings, "eos_token")
+        self._hidden = frozenset(ids[name] for name in controls if added[name].special)
+        self._added_texts = {i: name.encode() for name, i in ids.items()}
+        self._byte_level, self.adds_leading_space = _decoder_kind(path, data)
+        self.bos_id = self._id(names.role("bos_token"), ids)
+        eos = self._id(names.role("eos_token"), ids)
         self.eos_ids = frozenset() if eos is None else frozenset({eos})
-        self.add_bos = bool(settings.get("add_bos_token", adds_bos))
 
-    def _named(self, settings: Mapping[str, Any], key: str) -> int | None:
-        name = settings.get(key)
-        name = name.get("content") if isinstance(name, Mapping) else name
-        return self._controls.get(name) if isinstance(name, str) else None
+    def _id(self, name: str | None, added: Mapping[str, int]) -> int | None:
+        return added.get(name, self._library.token_to_id(name)) if name else None
 
-    def encode_mixed(self, parts: Sequence[str | int]) -> list[int]:
+    def _build(self, data: Mapping[str, Any], controls: Collection[str]) -> dict[str, int]:
+        """Have the library made, with the control tokens renamed; the ids of all added tokens are the library's."""
+        from tokenizers import Tokenizer as Library
+
+        nonce = secrets.token_hex(8)
+        renamed = {name: f"\ufdd0{nonce}:{n}\ufdd1" for n, name in enumerate(sorted(controls))}
+        self._library = Library.from_str(json.dumps(_renamed(data, renamed)))
+        ids: dict[str, int] = {}
+        for token in data["added_tokens"]:
+            name = token["content"]
+            found: int | None = self._library.token_to_id(renamed.get(name, name))
+            assert found is not None
+            ids[name] = found
+        self._renamed = renamed
+        self._names = {ids[name]: new for name, new in renamed.items()}
+        return ids
+
+    def _encode_mixed(self, parts: Sequence[str | int]) -> list[int]:
         # Texts and control tokens go through the library in one call: whether a text gets a leading space depends
         # on where it stands.
         ids: list[int] = []
@@ -89,18 +101,29 @@ class JsonTokenizer(Tokenizer):
     def is_control(self, token: int) -> bool:
         return token in self._control_ids
 
+    def is_shown(self, token: int) -> bool:
+        return token not in self._hidden
+
     def control_ids(self) -> Mapping[str, int]:
         return self._controls
 
+    def added_tokens(self) -> Mapping[str, int]:
+        return self._added
+
+    def vocabulary(self) -> dict[str, int]:
+        """Piece → id of all tokens."""
+        names = {new: name for name, new in self._renamed.items()}
+        return {names.get(piece, piece): i for piece, i in self._library.get_vocab(with_added_tokens=True).items()}
+
     def _token_bytes(self, token: int) -> bytes:
-        if token in self._plain_added:
-            return self._plain_added[token].encode()
+        if token in self._added_texts:
+            return self._added_texts[token]
         piece: str | None = self._library.id_to_token(token)
         if piece is None:  # a hole in the vocabulary
             return b""
         if self._byte_level:
             return b"".join(_BYTE_OF[c] if c in _BYTE_OF else c.encode() for c in piece)
-        byte = _BYTE.fullmatch(piece)
+        byte = BYTE.fullmatch(piece)
         return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE, " ").encode()
 
     def library(self) -> tuple[str, bytes]:
@@ -110,12 +133,20 @@ class JsonTokenizer(Tokenizer):
         return (self._library.id_to_token(token) or "").startswith(SPACE)
 
 
-def _rename(data: dict[str, Any], names: Mapping[str, str]) -> None:
-    """Rename tokens everywhere in a tokenizer.json, and drop merges that would build one out of text."""
-    for token in data.get("added_tokens", []):
-        if token["content"] in names:
-            token |= {"content": names[token["content"]], "special": True, "normalized": False}
-    model = data["model"]
+def _listed(data: Mapping[str, Any]) -> list[AddedToken]:
+    """The added tokens of a tokenizer.json."""
+    return [AddedToken(t["content"], **{f: bool(t[f]) for f in FLAGS}) for t in data.get("added_tokens") or ()]
+
+
+def _is_of_model(model: Mapping[str, Any], name: str) -> bool:
+    """Whether it is a character or a byte that the model itself is made of, whatever it is called besides."""
+    is_known = name in model["vocab"] if isinstance(model["vocab"], dict) else False
+    return is_known and (len(name) == 1 or BYTE.fullmatch(name) is not None)
+
+
+def _renamed(data: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A tokenizer.json with tokens renamed everywhere, without the merges that would build one out of text."""
+    model = dict(data["model"])
     if isinstance(model["vocab"], dict):
         model["vocab"] = {names.get(piece, piece): i for piece, i in model["vocab"].items()}
     else:  # Unigram: pairs of piece and score
@@ -125,7 +156,14 @@ def _rename(data: dict[str, Any], names: Mapping[str, str]) -> None:
         model["merges"] = [p for p in pairs if "".join(p) not in names and not names.keys() & set(p)]
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
-    data["post_processor"] = None  # it would add control tokens by their old names
+    added = [
+        {**token, "content": names[token["content"]], "special": True, "normalized": False}
+        if token["content"] in names
+        else token
+        for token in data["added_tokens"]
+    ]
+    # Its own post-processor would add control tokens by their old names.
+    return {**data, "added_tokens": added, "model": model, "post_processor": None}
 
 
 def _decoder_kind(path: Path, data: Mapping[str, Any]) -> tuple[bool, bool]:
@@ -144,14 +182,12 @@ def _decoder_kind(path: Path, data: Mapping[str, Any]) -> tuple[bool, bool]:
     )
 
 
-def _adds_bos(data: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+def _adds_bos(data: Mapping[str, Any], bos: str | None) -> bool:
     """Whether the file's own post-processor would put the start token first."""
-    bos = settings.get("bos_token")
-    name = bos.get("content") if isinstance(bos, Mapping) else bos
     processor = data.get("post_processor") or {}
     processors = processor.get("processors", [processor])
     first = [p["single"][0] for p in processors if p.get("type") == "TemplateProcessing" and p.get("single")]
-    return any(f.get("SpecialToken", {}).get("id") == name for f in first)
+    return any(f.get("SpecialToken", {}).get("id") == bos for f in first)
 
 
 def _byte_alphabet() -> dict[str, bytes]:

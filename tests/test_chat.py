@@ -339,3 +339,14 @@ def test_tools_and_calls_never_become_control_tokens_in_a_template(tmp_path: Pat
     chat = chatml(tmp_path, "<|im_start|>{{ tools | tojson }}{{ messages[1].tool_calls | tojson }}<|im_end|>").chat
     shown = json.dumps([tool]) + json.dumps([call])
     assert chat.encode(history, [tool]) == [256, *shown.encode(), 257]
+
+
+def test_a_template_gets_the_arguments_of_a_call_as_an_object(tmp_path: Path) -> None:
+    """OpenAI's clients write them as JSON in a text; templates are written for transformers, which has objects."""
+    calls = [CALL, CALL | {"function": {"name": "f", "arguments": "no JSON"}}]
+    history = [user("x"), {"role": "assistant", "content": "", "tool_calls": calls}, user("y")]
+    chat = chatml(
+        tmp_path, "{% for c in messages[1].tool_calls %}{{ c.function.arguments | tojson }}{% endfor %}"
+    ).chat
+    assert bytes(chat.encode(history)).decode() == '{"city": "Köln"}"no JSON"'
+    assert calls[0]["function"]["arguments"] == '{"city": "Köln"}'

@@ -107,7 +107,7 @@ def test_text_is_cut_as_the_model_was_trained(tmp_path: Path, pre: str, pieces: 
 
 
 def test_merges_and_added_tokens(tmp_path: Path) -> None:
-    """A user's text never becomes a control token; a user-defined token is taken whole out of text."""
+    """A user's text never becomes a control token; a user-defined token is taken out of text if it is a word."""
     tokens = [*tokenizer_metadata()["tokenizer.ggml.tokens"], "abc", "<|tool|>x", "pad"]
     metadata = tokenizer_metadata() | {
         "tokenizer.ggml.tokens": tokens,
@@ -119,7 +119,8 @@ def test_merges_and_added_tokens(tmp_path: Path) -> None:
     }
     tokenizer = unpack(tmp_path, metadata)
     assert tokenizer.encode("abc") == [259]
-    assert tokenizer.encode("<|tool|>x") == [260]
+    assert 260 not in tokenizer.encode("<|tool|>x")
+    assert tokenizer.control_id("<|tool|>x") == 260
     assert tokenizer.decode([260]) == "<|tool|>x"
     assert 0 not in tokenizer.encode("<s>")
     assert tokenizer.chat.encode([{"role": "user", "content": "abc"}]) == [0, 259]
@@ -139,3 +140,18 @@ def test_transformers_reads_the_same(tmp_path: Path) -> None:
         theirs = AutoTokenizer.from_pretrained(tmp_path)
     for text in TEXTS[:6]:
         assert theirs.encode(text) == [0, *tokenizer.encode(text)]
+
+
+def test_spaces_in_user_defined_tokens(tmp_path: Path) -> None:
+    """They are written as such there, and as ▁ in all other pieces; tokens without a type are ordinary."""
+    metadata = sentencepiece_metadata("v1")
+    metadata["tokenizer.ggml.tokens"] += ["<|my turn|>", "    x   y", "qqzz"]
+    metadata["tokenizer.ggml.scores"] += [0.0, 0.0, 0.0]
+    metadata["tokenizer.ggml.token_type"] += [4, 4, 0]
+    tokenizer = unpack(tmp_path, metadata)
+    assert tokenizer.control_id("<|my turn|>") == 32000
+    assert 32000 not in tokenizer.encode("<|my turn|>")
+    assert tokenizer.decode([32000]) == "<|my turn|>"
+    assert 32001 in tokenizer.encode("a    x   y")
+    assert tokenizer.decode(tokenizer.encode("a    x   y qqzz")) == "a    x   y qqzz"
+    assert not tokenizer.is_control(32002)

@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Callable
 from pathlib import Path
 
+from m7mlx.config import ModelConfig
 from m7mlx.errors import InputError
 from m7mlx.tokenizer import load_tokenizer
 from m7mlx_server.guard import ApiError
@@ -24,7 +25,8 @@ from m7mlx_server.reading import SCHEMAS, Asked, read, refusal
 def handler(setup: bytes) -> Callable[[bytes], bytes]:
     """`setup` is the model's folder."""
     os.nice(10)  # whoever is answered already comes first
-    tokenizer = load_tokenizer(Path(setup.decode()))
+    folder = Path(setup.decode())
+    tokenizer = load_tokenizer(folder, ModelConfig.from_folder(folder).vocab_size)
     gc.disable()  # of a million lists, it takes four times as long as parsing them
 
     def answer(frame: bytes) -> bytes:

@@ -10,7 +10,9 @@ from typing import Any
 from m7mlx.errors import TokenizerError
 from m7mlx_convert.source import shown
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # token types; sentencepiece counts them alike
+# Token types; sentencepiece counts them alike, but has no 0. User-defined ones are added tokens that are shown; which
+# of them text may become is decided where the result is loaded.
+_UNDEFINED, _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = range(5)
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -137,8 +139,12 @@ def _sentencepiece(path: Path, values: Mapping[str, Any], tokens: list[str], typ
     model = pb.ModelProto()
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     try:
-        for piece, score, kind in zip(tokens, scores, types, strict=True):
-            model.pieces.add(piece=piece, score=score, type=kind)
+        known = set(tokens)
+        for token, score, kind in zip(tokens, scores, types, strict=True):
+            # Spaces are written as such in user-defined tokens, and only there.
+            piece = token.replace(" ", "▁") if kind == _USER_DEFINED else token
+            piece = token if piece in known else piece
+            model.pieces.add(piece=piece, score=score, type=kind or _NORMAL)
         trainer.unk_id = values.get("unknown_token_id", 0)
         trainer.bos_id = values.get("bos_token_id", -1)
         trainer.eos_id = values.get("eos_token_id", -1)
