@@ -5,7 +5,6 @@ Conversations may have 10,000 messages and more: what a call costs depends on wh
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 from m7mlx.errors import StoreError
 from m7mlx_chat.store.rows import Conversation, Head, Hit, Message, Node, Tree
 from m7mlx_chat.store.schema import damaged, one_line
+from m7mlx_chat.store.sound import Row, conversation_of, message_of
 from m7mlx_chat.store.words import SEARCH, hit, match_of
 
 EVERYTHING = -1  # SQLite's LIMIT
@@ -28,12 +28,14 @@ _MESSAGE = """
         (SELECT count(*) FROM message s WHERE s.conversation = m.conversation AND s.parent IS m.parent) AS siblings
     FROM message m
 """
-# From a message up to its root by primary keys; LIMIT ends the walk, not only the answer.
+# From a message up to its root by primary keys; LIMIT ends the walk, not only the answer. A parent is older than its
+# child: where the file is damaged, and it is not, the walk ends there, rather than go round for ever.
 _BRANCH = f"""
     WITH RECURSIVE path (id, parent, up) AS (
         SELECT id, parent, 0 FROM message WHERE id = :first
         UNION ALL
         SELECT message.id, message.parent, up + 1 FROM path CROSS JOIN message ON message.id = path.parent
+            AND message.id < path.id
         LIMIT :limit
     )
     {_MESSAGE} JOIN path ON path.id = m.id ORDER BY path.up DESC
@@ -43,9 +45,10 @@ _LINE = """
         SELECT id, parent FROM message WHERE id = ?
         UNION ALL
         SELECT message.id, message.parent FROM path CROSS JOIN message ON message.id = path.parent
+            AND message.id < path.id
     )
     SELECT id FROM path ORDER BY id
-"""  # a parent is older than its child
+"""
 # Messages are counted for those that are returned only.
 _COUNTED = "SELECT c.*, (SELECT count(*) FROM message WHERE conversation = c.id) AS messages FROM"
 _NEWEST = "ORDER BY updated DESC, id DESC"
@@ -67,6 +70,7 @@ class Reader:
         self.path = path
         self._db = db
         self._version: int | None = None
+        self.damaged: set[str] = set()  # what was found that is not as it must be: "message 7"
 
     def message(self, message: int) -> Message:
         """One message."""
@@ -82,6 +86,15 @@ class Reader:
         """The ids of all messages from the root to `leaf`, without reading the messages."""
         return [row["id"] for row in self._rows(_LINE, [leaf])]
 
+    def shown(self, head: Conversation) -> list[int]:
+        """The ids of all messages of the branch shown; of the newest one, where its end is not there (any more)."""
+        line = [] if head.leaf is None else self.line(head.leaf)
+        if not line and head.messages:
+            self.damaged.add(f"conversation {head.id}")
+            newest = "SELECT max(id) AS id FROM message WHERE conversation = ?"
+            line = self.line(self._rows(newest, [head.id])[0]["id"])
+        return line
+
     def read(self, messages: Sequence[int]) -> list[Message]:
         """Some messages of a path, in its order."""
         marks = ", ".join("?" * len(messages))
@@ -90,8 +103,10 @@ class Reader:
     def siblings(self, message: int) -> list[Message]:
         """A message and all others with its parent, oldest first."""
         one = self.message(message)
-        sql = f"{_MESSAGE} WHERE m.conversation = ? AND m.parent IS ? ORDER BY m.id"
-        return self._messages(sql, [one.conversation, one.parent])
+        same = "m.parent IS (SELECT parent FROM message WHERE id = ?)"
+        return self._messages(
+            f"{_MESSAGE} WHERE m.conversation = ? AND {same} ORDER BY m.id", [one.conversation, message]
+        )
 
     def conversation(self, conversation: int) -> Conversation:
         """One conversation, deleted or not."""
@@ -120,7 +135,7 @@ class Reader:
             for (text,) in rows:
                 if len(found) >= limit:
                     break
-                if needle in text.casefold():
+                if text is not None and needle in text.casefold():
                     found[text] = None
         return list(found)
 
@@ -135,17 +150,21 @@ class Reader:
             return self._db.execute(sql, values).fetchall()
 
     def _messages(self, sql: str, values: Any) -> list[Message]:
-        return self._built(_message, sql, values)
+        return self._built("message", message_of, sql, values)
 
     def _conversations(self, sql: str, values: Any) -> list[Conversation]:
-        return self._built(_conversation, sql, values)
+        return self._built("conversation", conversation_of, sql, values)
 
-    def _built(self, build: Callable[[sqlite3.Row], _T], sql: str, values: Any) -> list[_T]:
-        rows = self._rows(sql, values)
+    def _built(self, kind: str, build: Callable[[Row], _T], sql: str, values: Any) -> list[_T]:
+        found = []
         try:
-            return [build(row) for row in rows]
-        except (IndexError, TypeError, ValueError) as error:  # no JSON, or no column, where there was one
+            for row in map(Row, self._rows(sql, values)):
+                found.append(build(row))
+                if row.is_damaged:
+                    self.damaged.add(f"{kind} {row.whole('id')}")
+        except IndexError as error:  # no column where there was one
             raise damaged(self.path, error) from None
+        return found
 
 
 def tree_of(head: Head, messages: Iterable[Message], leaf: int | None) -> Tree:
@@ -178,41 +197,6 @@ def tree_of(head: Head, messages: Iterable[Message], leaf: int | None) -> Tree:
         settings=head.settings,
         leaf=index.get(leaf),
         nodes=tuple(nodes),
-    )
-
-
-def _message(row: sqlite3.Row) -> Message:
-    return Message(
-        id=row["id"],
-        conversation=row["conversation"],
-        parent=row["parent"],
-        role=row["role"],
-        text=row["text"],
-        status=row["status"],
-        created=row["created"],
-        model=row["model"],
-        settings=json.loads(row["settings"]),
-        statistics=json.loads(row["statistics"]),
-        packed_ids=row["ids"],
-        place=row["place"],
-        siblings=row["siblings"],
-    )
-
-
-def _conversation(row: sqlite3.Row) -> Conversation:
-    return Conversation(
-        id=row["id"],
-        title=row["title"],
-        automatic=bool(row["automatic"]),
-        created=row["created"],
-        updated=row["updated"],
-        archived=bool(row["archived"]),
-        deleted_at=row["deleted_at"],
-        model=row["model"],
-        system=row["system"],
-        settings=json.loads(row["settings"]),
-        leaf=row["leaf"],
-        messages=row["messages"],
     )
 
 

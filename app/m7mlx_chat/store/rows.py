@@ -22,6 +22,7 @@ Status = Ending | Literal["answering", "interrupted"]
 
 UNTITLED = "Untitled"
 TITLE_LENGTH, CHOSEN_TITLE_LENGTH = 60, 200
+_MOST_BYTES = 1 << 26  # of unpacked ids: 16 million tokens
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -43,7 +44,10 @@ class Node:
     @property
     def ids(self) -> list[int] | None:
         """The token ids of an answer, if they are known."""
-        return None if self.packed_ids is None else unpack(self.packed_ids)
+        try:
+            return None if self.packed_ids is None else unpack(self.packed_ids)
+        except (zlib.error, ValueError):  # damaged
+            return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +141,11 @@ def pack(ids: Sequence[int]) -> bytes:
 
 
 def unpack(packed: bytes) -> list[int]:
-    """The inverse of `pack`."""
-    planes = zlib.decompress(packed)
+    """The inverse of `pack`. Raises zlib.error, or ValueError for what `pack` cannot have made."""
+    inflate = zlib.decompressobj()
+    planes = inflate.decompress(packed, _MOST_BYTES)
+    if not inflate.eof or len(planes) % 4:
+        raise ValueError("no token ids")
     count = len(planes) // 4
     numbers = bytearray(4 * count)
     for i in range(4):
