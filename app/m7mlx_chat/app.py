@@ -92,6 +92,7 @@ class ChatApp(Commands):
         self._fetch = fetch
         self._question = question
         self._notes = notes
+        self._damaged: set[str] = set()
         self._loading = folder is not None
         self._editing: int | None = None  # the question that the draft takes the place of
         self._first_text = 0.0
@@ -193,7 +194,7 @@ class ChatApp(Commands):
         await self._begin(self.session.resume)
 
     async def action_replay(self) -> None:
-        await self._begin(lambda: self.session.replay(self.session.line[-1]))
+        await self._begin(self.session.replay)
 
     async def action_retry_message(self) -> None:
         if (selected := self.selected) is not None:
@@ -237,6 +238,8 @@ class ChatApp(Commands):
             await self.action_sibling_of(selected.message.id, step)
 
     async def action_sibling_of(self, message: int, step: int) -> None:
+        if message not in self.session.line:  # a click that came late
+            return
         place = self.session.line.index(message)
         self.session.switch(message, step)
         await self.transcript.sync(at=self.session.line[min(place, len(self.session.line) - 1)])
@@ -438,6 +441,15 @@ class ChatApp(Commands):
         self.show_conversations()
         self._show_state()
         self._show_gauge()
+        self._tell_damage()
+
+    def _tell_damage(self) -> None:
+        """What could not be read as it must be, once."""
+        new = sorted(self.store.damaged - self._damaged)
+        self._damaged |= self.store.damaged
+        if new:
+            what = ", ".join(new[:5]) + (f" and {len(new) - 5} more" if len(new) > 5 else "")
+            self.tell(f"{self.store.path} is damaged: {what}. What can be read is shown", is_error=True)
 
     def show_conversations(self) -> None:
         self.sidebar.refresh_list(self.session.conversation)

@@ -98,7 +98,8 @@ class Commands(SteadyApp):
         answers = [m for m in map(self.session.message, self.session.line) if m.role == "assistant" and m.text]
         if argument == "all" and self.session.conversation is not None:
             head = self.store.conversation(self.session.conversation)
-            self.copy_text(to_markdown(head, self.store.branch(self.session.line[-1])), "the conversation")
+            branch = self.store.branch(self.session.line[-1]) if self.session.line else []
+            self.copy_text(to_markdown(head, branch), "the conversation")
         elif not answers:
             self.tell("there is no answer yet")
         elif not argument:

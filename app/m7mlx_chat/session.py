@@ -79,7 +79,7 @@ class Session:
         """Show a conversation, with its own settings."""
         head = self.store.conversation(conversation)
         self.conversation = conversation
-        self.line = self.store.line(head.leaf) if head.leaf is not None else []
+        self.line = self.store.shown(head)
         own = known(head.settings, ANSWER) | {"system": head.system}
         self.settings = self._fresh().changed(own)
 
@@ -114,8 +114,10 @@ class Session:
         """Answer a question once more: that of an answer, or the last one."""
         return self._again(self._question(message).id, self.settings)
 
-    def replay(self, answer: int) -> UnderWay:
-        """Answer the question of an answer once more, with the same settings and the same seed."""
+    def replay(self, answer: int | None = None) -> UnderWay:
+        """Answer the question of an answer, or the last one, once more: with the same settings and the same seed."""
+        if answer is None:
+            answer = self.line[-1] if self.line else self._question(None).id  # raises
         message = self.store.message(answer)
         made_with = known(message.settings, ANSWER)
         return self._again(self._question(answer).id, Settings(model=self.settings.model).changed(made_with))

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -43,6 +43,7 @@ _BELOW = """
         SELECT :message
         UNION ALL
         SELECT m.id FROM below CROSS JOIN message m ON m.conversation = :conversation AND m.parent = below.id
+            AND m.id > below.id
     )
 """
 
@@ -68,7 +69,8 @@ class Store(Writer):
                 undo.callback(instance.close)
                 super().__init__(path, db, instance)
                 self.recover()
-                self._purge()
+                with suppress(StoreError):  # of a damaged conversation, which stays then
+                    self._purge()
             undo.pop_all()
 
     def close(self) -> None:
@@ -259,7 +261,9 @@ class Store(Writer):
 
     def _interrupt(self, whose: str, values: Sequence[str]) -> None:
         with self._writing():
-            sql = f"UPDATE message SET status = 'interrupted', owner = NULL WHERE status = 'answering' AND {whose}"
+            # OR IGNORE: a row that breaks another rule, since it is damaged, does not keep the others.
+            sql = "UPDATE OR IGNORE message SET status = 'interrupted', owner = NULL WHERE status = 'answering'"
+            sql += f" AND (owner IS NULL OR {whose})"
             self._db.execute(sql, values)
 
     def _purge(self) -> None:

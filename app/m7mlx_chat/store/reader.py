@@ -5,17 +5,16 @@ Conversations may have 10,000 messages and more: what a call costs depends on wh
 
 from __future__ import annotations
 
-import json
 import sqlite3
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
-from types import NoneType
 from typing import Any, TypeVar, get_args
 
 from m7mlx.errors import StoreError
-from m7mlx_chat.store.rows import LATEST, Conversation, Ending, Head, Hit, Message, Node, Role, Tree
+from m7mlx_chat.store.rows import Conversation, Ending, Head, Hit, Message, Node, Role, Tree
 from m7mlx_chat.store.schema import damaged, one_line
+from m7mlx_chat.store.sound import Row, conversation_of, message_of
 from m7mlx_chat.store.words import SEARCH, hit, match_of
 
 EVERYTHING = -1  # SQLite's LIMIT
@@ -31,12 +30,14 @@ _MESSAGE = """
         (SELECT count(*) FROM message s WHERE s.conversation = m.conversation AND s.parent IS m.parent) AS siblings
     FROM message m
 """
-# From a message up to its root by primary keys; LIMIT ends the walk, not only the answer.
+# From a message up to its root by primary keys; LIMIT ends the walk, not only the answer. A parent is older than its
+# child: where the file is damaged, and it is not, the walk ends there, rather than go round for ever.
 _BRANCH = f"""
     WITH RECURSIVE path (id, parent, up) AS (
         SELECT id, parent, 0 FROM message WHERE id = :first
         UNION ALL
         SELECT message.id, message.parent, up + 1 FROM path CROSS JOIN message ON message.id = path.parent
+            AND message.id < path.id
         LIMIT :limit
     )
     {_MESSAGE} JOIN path ON path.id = m.id ORDER BY path.up DESC
@@ -46,9 +47,10 @@ _LINE = """
         SELECT id, parent FROM message WHERE id = ?
         UNION ALL
         SELECT message.id, message.parent FROM path CROSS JOIN message ON message.id = path.parent
+            AND message.id < path.id
     )
     SELECT id FROM path ORDER BY id
-"""  # a parent is older than its child
+"""
 # Messages are counted for those that are returned only.
 _COUNTED = "SELECT c.*, (SELECT count(*) FROM message WHERE conversation = c.id) AS messages FROM"
 _NEWEST = "ORDER BY updated DESC, id DESC"
@@ -70,6 +72,7 @@ class Reader:
         self.path = path
         self._db = db
         self._version: int | None = None
+        self.damaged: set[str] = set()  # what was found that is not as it must be: "message 7"
 
     def message(self, message: int) -> Message:
         """One message."""
@@ -85,6 +88,15 @@ class Reader:
         """The ids of all messages from the root to `leaf`, without reading the messages."""
         return [row["id"] for row in self._rows(_LINE, [leaf])]
 
+    def shown(self, head: Conversation) -> list[int]:
+        """The ids of all messages of the branch shown; of the newest one, where its end is not there (any more)."""
+        line = [] if head.leaf is None else self.line(head.leaf)
+        if not line and head.messages:
+            self.damaged.add(f"conversation {head.id}")
+            newest = "SELECT max(id) AS id FROM message WHERE conversation = ?"
+            line = self.line(self._rows(newest, [head.id])[0]["id"])
+        return line
+
     def read(self, messages: Sequence[int]) -> list[Message]:
         """Some messages of a path, in its order."""
         marks = ", ".join("?" * len(messages))
@@ -93,8 +105,10 @@ class Reader:
     def siblings(self, message: int) -> list[Message]:
         """A message and all others with its parent, oldest first."""
         one = self.message(message)
-        sql = f"{_MESSAGE} WHERE m.conversation = ? AND m.parent IS ? ORDER BY m.id"
-        return self._messages(sql, [one.conversation, one.parent])
+        same = "m.parent IS (SELECT parent FROM message WHERE id = ?)"
+        return self._messages(
+            f"{_MESSAGE} WHERE m.conversation = ? AND {same} ORDER BY m.id", [one.conversation, message]
+        )
 
     def conversation(self, conversation: int) -> Conversation:
         """One conversation, deleted or not."""
@@ -123,7 +137,7 @@ class Reader:
             for (text,) in rows:
                 if len(found) >= limit:
                     break
-                if needle in text.casefold():
+                if text is not None and needle in text.casefold():
                     found[text] = None
         return list(found)
 
@@ -138,17 +152,21 @@ class Reader:
             return self._db.execute(sql, values).fetchall()
 
     def _messages(self, sql: str, values: Any) -> list[Message]:
-        return self._built(_message, sql, values)
+        return self._built("message", message_of, sql, values)
 
     def _conversations(self, sql: str, values: Any) -> list[Conversation]:
-        return self._built(_conversation, sql, values)
+        return self._built("conversation", conversation_of, sql, values)
 
-    def _built(self, build: Callable[[sqlite3.Row], _T], sql: str, values: Any) -> list[_T]:
-        rows = self._rows(sql, values)
+    def _built(self, kind: str, build: Callable[[Row], _T], sql: str, values: Any) -> list[_T]:
+        found = []
         try:
-            return [build(row) for row in rows]
-        except (IndexError, TypeError, ValueError, RecursionError) as error:  # not what was written
+            for row in map(Row, self._rows(sql, values)):
+                found.append(build(row))
+                if row.is_damaged:
+                    self.damaged.add(f"{kind} {row.whole('id')}")
+        except IndexError as error:  # no column where there was one
             raise damaged(self.path, error) from None
+        return found
 
 
 def tree_of(head: Head, messages: Iterable[Message], leaf: int | None) -> Tree:
@@ -181,68 +199,6 @@ def tree_of(head: Head, messages: Iterable[Message], leaf: int | None) -> Tree:
         settings=head.settings,
         leaf=index.get(leaf),
         nodes=tuple(nodes),
-    )
-
-
-def _of(row: sqlite3.Row, name: str, kind: type | tuple[type, ...]) -> Any:
-    """A value of the type that was written. Raises TypeError."""
-    if not isinstance(row[name], kind):
-        raise TypeError(f"{name} is {type(row[name]).__name__}")
-    return row[name]
-
-
-def _one_of(row: sqlite3.Row, name: str, known: Collection[str]) -> Any:
-    if row[name] not in known:
-        raise ValueError(f"{name} is none of those that there are")
-    return row[name]
-
-
-def _object(row: sqlite3.Row, name: str) -> dict[str, Any]:
-    value = json.loads(_of(row, name, str))
-    if not isinstance(value, dict):
-        raise TypeError(f"{name} is {type(value).__name__}")
-    return value
-
-
-def _time(value: Any) -> Any:
-    """Seconds since 1970, as a date can show them, or None. Raises TypeError, ValueError."""
-    if value is not None and not 0 <= value <= LATEST:
-        raise ValueError(f"{value} is no time")
-    return value
-
-
-def _message(row: sqlite3.Row) -> Message:
-    return Message(
-        id=row["id"],
-        conversation=row["conversation"],
-        parent=_of(row, "parent", (int, NoneType)),
-        role=_one_of(row, "role", _ROLES),
-        text=_of(row, "text", str),
-        status=_one_of(row, "status", _STATUSES),
-        created=_time(row["created"]),
-        model=_of(row, "model", str),
-        settings=_object(row, "settings"),
-        statistics=_object(row, "statistics"),
-        packed_ids=_of(row, "ids", (bytes, NoneType)),
-        place=row["place"],
-        siblings=row["siblings"],
-    )
-
-
-def _conversation(row: sqlite3.Row) -> Conversation:
-    return Conversation(
-        id=row["id"],
-        title=_of(row, "title", str),
-        automatic=bool(row["automatic"]),
-        created=_time(row["created"]),
-        updated=_time(row["updated"]),
-        archived=bool(row["archived"]),
-        deleted_at=_time(row["deleted_at"]),
-        model=_of(row, "model", str),
-        system=_of(row, "system", str),
-        settings=_object(row, "settings"),
-        leaf=_of(row, "leaf", (int, NoneType)),
-        messages=row["messages"],
     )
 
 

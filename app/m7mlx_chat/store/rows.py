@@ -23,6 +23,7 @@ Status = Ending | Literal["answering", "interrupted"]
 LATEST = 253370764800.0  # the year 9999, the last one that datetime knows
 UNTITLED = "Untitled"
 TITLE_LENGTH, CHOSEN_TITLE_LENGTH = 60, 200
+_MOST_BYTES = 1 << 26  # of unpacked ids: 16 million tokens
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -43,10 +44,10 @@ class Node:
 
     @property
     def ids(self) -> list[int] | None:
-        """The token ids of an answer, if they are known; damaged ones are not."""
+        """The token ids of an answer, if they are known."""
         try:
             return None if self.packed_ids is None else unpack(self.packed_ids)
-        except (zlib.error, struct.error):
+        except (zlib.error, struct.error, ValueError):  # damaged
             return None
 
 
@@ -141,8 +142,11 @@ def pack(ids: Sequence[int]) -> bytes:
 
 
 def unpack(packed: bytes) -> list[int]:
-    """The inverse of `pack`."""
-    planes = zlib.decompress(packed)
+    """The inverse of `pack`. Raises zlib.error, or ValueError for what `pack` cannot have made."""
+    inflate = zlib.decompressobj()
+    planes = inflate.decompress(packed, _MOST_BYTES)
+    if not inflate.eof or len(planes) % 4:
+        raise ValueError("no token ids")
     count = len(planes) // 4
     numbers = bytearray(4 * count)
     for i in range(4):

@@ -10,6 +10,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from m7mlx.errors import DiskError, M7Error, RunError, StoreError
+from m7mlx_chat.store.sound import decoded
 
 APPLICATION_ID = 0x6D376D78  # "m7mx"
 _BUSY_SECONDS = 5.0
@@ -101,6 +102,7 @@ def open_database(path: Path, migrations: Sequence[Sequence[str]] = MIGRATIONS) 
             db.close()
             raise
     db.row_factory = sqlite3.Row
+    db.text_factory = decoded
     return db
 
 

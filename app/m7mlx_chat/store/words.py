@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import sqlite3
+from typing import get_args
 
-from m7mlx_chat.store.rows import Hit, clean
+from m7mlx_chat.store.rows import Hit, Role, clean
+from m7mlx_chat.store.sound import Row
 
 _LONGEST = 300  # characters: of a pasted page its beginning will do; thousands of words take FTS5 minutes
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # noncharacters: no text has business with them
-_WORDS_AROUND = 14
+_WORDS_AROUND, _MOST_AROUND = 14, 1000  # words, characters: where the index is damaged, a snippet can be all there is
 
 # The words first (CROSS JOIN keeps the order): the best come out of FTS5 in order, and LIMIT ends the work.
 SEARCH = f"""
@@ -36,14 +38,15 @@ def match_of(text: str) -> str:
 
 def hit(row: sqlite3.Row) -> Hit:
     """A row of SEARCH."""
-    text, marks = _unmarked(" ".join(row["snippet"].split()))
+    found = Row(row)
+    text, marks = _unmarked(" ".join(found.text("snippet", _MOST_AROUND).split()))
     return Hit(
         message=row["id"],
         conversation=row["conversation"],
-        title=row["title"],
+        title=found.text("title", _MOST_AROUND),
         archived=bool(row["archived"]),
-        role=row["role"],
-        created=row["created"],
+        role=found.one_of("role", get_args(Role), "user"),
+        created=found.number("created"),
         snippet=text,
         marks=marks,
     )
