@@ -221,9 +221,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "transposed": (lambda f: break_config(f, fan_in_fan_out=True), "fan_in_fan_out is not supported"),
     "no alpha": (lambda f: break_config(f, lora_alpha=None), "lora_alpha or lora_A is missing"),
     "alpha no number": (lambda f: break_config(f, lora_alpha="x"), "alpha_pattern must be a finite number"),
-        lambda f: break_config(f, lora_alpha="x"),
-        "lora_alpha or alpha_pattern must be a finite number",
-    ),
     "alpha beyond floats": (lambda f: break_config(f, lora_alpha=10**400), "lora_alpha or alpha_pattern must be a"),
     "another model": (
         lambda f: rewrite(f, "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight", mx.zeros((4, 128))),
