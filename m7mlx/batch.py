@@ -10,12 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from m7mlx.cache import RollingCache
 from m7mlx.errors import InputError, RollbackError
 from m7mlx.ring import GROWTH, LayerRing, Rows, Sinks, Step
+
+if TYPE_CHECKING:
+    from m7mlx.config import ModelConfig
 
 
 class BatchCache:
@@ -62,6 +66,10 @@ class BatchCache:
     def nbytes(self) -> int:
         """Bytes allocated for keys and values."""
         return self._clock.nbytes
+
+    def bind(self, owner: object, config: ModelConfig) -> None:
+        """Say which model the next pass is of. Raises InputError if what is here is another's."""
+        self._clock.bind(owner, config)
 
     def step(self, length: int) -> Step:
         """Describe a forward pass over the next `length` tokens of every row; `advance` ends it."""

@@ -63,6 +63,8 @@ class RollingCache:
             tell how much of it is here already; offset == len(ids) where it is complete
     window  keys a token sees, itself included; None for full attention
     slack   tokens that `rollback` can undo once the ring has turned
+    owner   the model whose keys and values these are (`Mistral.identity`); None until its first pass
+    user    who generates with it at present; whoever did before, does so no more
     written highest position ever written + 1: beyond the offset, what a rollback has left in the slots
     """
 
@@ -96,6 +98,8 @@ class RollingCache:
         self.slack = slack
         self.format = _check_format(config, KVFormat(kv_bits, kv_group_size))
         self.offset = 0
+        self.owner: object | None = None
+        self.user: object | None = None
         self.ids: list[int] = []
         self.rings = [LayerRing(self.window, slack, self.format) for _ in range(config.n_layers)]
         self.written = 0
@@ -112,6 +116,14 @@ class RollingCache:
     def arrays(self) -> list[mx.array]:
         """All buffers, to be evaluated with the logits: a pending write would keep a whole chunk alive."""
         return [array for ring in self.rings for array in ring.arrays]
+
+    def bind(self, owner: object, config: ModelConfig) -> None:
+        """Say which model the next pass is of. Raises InputError if what is here is another's."""
+        if self.owner is owner:
+            return
+        if self.owner is not None or self.config != config:
+            raise InputError("this cache is another model's; make one with this model's new_cache()")
+        self.owner = owner
 
     # --- a forward pass ---------------------------------------------------------------------------------
 
@@ -250,7 +262,9 @@ class RollingCache:
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot of a cache of the same shape. Raises InputError for any other."""
         if snapshot.settings != self.settings:
-            raise InputError("this snapshot was taken of a cache with another shape, window or precision")
+            raise InputError(
+                "this snapshot was taken of a cache of another model or another shape, window or precision"
+            )
         self.offset, self.written, self.ids = snapshot.offset, snapshot.written, list(snapshot.ids)
         for ring, (buffers, sinks) in zip(self.rings, snapshot.layers, strict=True):
             ring.buffers, ring.sinks = buffers, sinks
@@ -258,7 +272,7 @@ class RollingCache:
     @property
     def settings(self) -> tuple[object, ...]:
         """What two caches must share for their rows to be exchanged."""
-        return (self.config, self.window, self.n_sinks, self.slack, self.format)
+        return (self.owner, self.config, self.window, self.n_sinks, self.slack, self.format)
 
     def quantize(self, kv_bits: int, kv_group_size: int = 64) -> None:
         """Store keys and values in 4 or 8 bits from now on, those already here included.
@@ -276,7 +290,7 @@ class RollingCache:
 
     def like(self) -> RollingCache:
         """An empty cache with the same options."""
-        return RollingCache(
+        cache = RollingCache(
             self.config,
             self.slack,
             kv_bits=self.format.bits,
@@ -284,6 +298,8 @@ class RollingCache:
             max_kv_size=self.max_kv_size,
             sinks=self.n_sinks,
         )
+        cache.owner = self.owner
+        return cache
 
     def move_to(self, offset: int, written: int, starts: Sequence[int] = (0,)) -> None:
         """Say what buffers that were filled from elsewhere hold (`m7mlx.batch`, `m7mlx.saved`)."""

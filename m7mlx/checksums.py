@@ -10,7 +10,8 @@ import re
 from pathlib import Path
 
 from m7mlx.disk import write_whole
-from m7mlx.errors import DiskError, WeightsError
+from m7mlx.errors import ConfigError, DiskError, WeightsError
+from m7mlx.jsonfile import read_bytes
 
 MANIFEST = "SHA256SUMS"  # beside the weights, as `sha256sum` writes it
 _MAX_MANIFEST = 1_000_000  # bytes
@@ -35,7 +36,11 @@ def check_folder(folder: Path) -> None:
         file = folder / name
         if not file.is_file():
             raise WeightsError(f"{folder} lacks {name}, which {MANIFEST} names; fetch or convert the model again")
-        if not matches(file, checksum):
+        try:
+            is_same = matches(file, checksum)
+        except OSError as error:
+            raise WeightsError(f"{file} cannot be read: {error.strerror}") from None
+        if not is_same:
             raise WeightsError(
                 f"{file} is damaged: its SHA-256 is not the one in {MANIFEST}; fetch or convert the model again "
                 f"(or remove {MANIFEST}, if you changed the file yourself)"
@@ -77,8 +82,10 @@ def sha256(path: Path) -> str:
 
 def _entries(manifest: Path) -> dict[str, str]:
     """File name → checksum; names stay inside the folder."""
-    with manifest.open("rb") as file:
-        text = file.read(_MAX_MANIFEST).decode("utf-8", "replace")
+    try:
+        text = read_bytes(manifest, _MAX_MANIFEST).decode("utf-8", "replace")
+    except ConfigError as error:
+        raise WeightsError(str(error)) from None
     found = {}
     for line in text.splitlines():
         match = re.fullmatch(r"([0-9a-f]{64}) [ *]([^/\\\0]+)", line)

@@ -93,12 +93,17 @@ def run(body: Callable[[argparse.Namespace], int | None], args: argparse.Namespa
 
 
 def _open_standard_streams() -> None:
-    """Where a caller closed 0, 1 or 2, the next file opened would get that number; MLX cannot read from file 0."""
+    """Where a caller closed 0, 1 or 2, the next file opened would get that number; MLX cannot read from file 0.
+
+    Python has no sys.stderr then, and would print what is meant for it on stdout.
+    """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
 
 
 def _report(prog: str, message: str, status: int) -> int:

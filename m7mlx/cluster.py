@@ -15,9 +15,10 @@ from m7mlx.cli import ArgumentParser, gigabytes, run
 from m7mlx.config import ModelConfig
 from m7mlx.errors import ConfigError, InputError, NotFoundError
 from m7mlx.hub import ALIASES, local
+from m7mlx.jsonfile import said
 from m7mlx.memory import CHAT_SLACK, cache_bytes
 from m7mlx.parts import MODES, Mode, Part
-from m7mlx.safetensors import DTYPES, folder_weights, head_as_stored, is_left_out, refuse_adapter
+from m7mlx.safetensors import DTYPES, folder_weights, head_as_stored, is_left_out, parameters, refuse_adapter
 from m7mlx.terminal import json_line
 
 PROG = "m7mlx-plan"
@@ -112,12 +113,15 @@ def stored(name: str, bits: int | None) -> tuple[ModelConfig, dict[str, tuple[tu
         if bits is None:
             found = folder_weights(folder)
             config = head_as_stored(folder, config, found)
+            parameters(folder, config, found)
             headers = {n: t for n, t in found.items() if not is_left_out(n, config)}
             return config, {n: (t.shape, math.prod(t.shape) * DTYPES[t.dtype].size) for n, t in headers.items()}
     elif name in ALIASES:
         config = ModelConfig.from_dict({"model_type": "mistral", "vocab_size": 32768, "sliding_window": None})
     else:
-        raise NotFoundError(f"{name!r} is not on this machine, and a plan fetches nothing; take a folder, or mistral")
+        raise NotFoundError(
+            f"{said(name)} is not on this machine, and a plan fetches nothing; take a folder, or mistral"
+        )
     width = (bits or 4) + (0.5 if (bits or 4) < 16 else 0)  # scales and biases, in groups of 64
     shapes = config.weight_shapes().items()
     return config, {n: (s, int(math.prod(s) * (width if len(s) == 2 else 16) / 8)) for n, s in shapes}

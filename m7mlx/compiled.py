@@ -27,7 +27,7 @@ Step = Callable[[mx.array, RollingCache | BatchCache], mx.array]
 def step_of(model: Mistral) -> Step:
     """model(ids [B, 1], cache) → logits [B, 1, vocab_size], in the way that M7MLX_COMPILE asks for."""
     wanted = os.environ.get("M7MLX_COMPILE", "") in ("1", "on") and model.link is None
-    return CompiledStep(model) if wanted else model
+    return CompiledStep(model) if wanted else model.logits
 
 
 class CompiledStep:
@@ -40,7 +40,8 @@ class CompiledStep:
     def __call__(self, ids: mx.array, cache: RollingCache | BatchCache) -> mx.array:
         clock = cache.clock if isinstance(cache, BatchCache) else cache
         if ids.shape[1] != 1 or clock.n_sinks or not clock.rings[0].buffers:
-            return self._model(ids, cache)
+            return self._model.logits(ids, cache)
+        clock.bind(self._model.identity, self._model.config)
         clock.begin(1)
         for ring in clock.rings:
             ring.reserve(clock.offset + 1, ring.buffers)

@@ -6,14 +6,15 @@ a key that would change the computation and is not understood is refused by name
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from m7mlx.config_keys import check_keys, check_params_keys
 from m7mlx.errors import ConfigError
+from m7mlx.jsonfile import given, number, read_json, said, texts, token_id, token_ids, whole
 from m7mlx.quantization import Quantization
 
 # Hugging Face's defaults, from MistralConfig and LlamaConfig. What both share stands in _SHARED.
@@ -43,17 +44,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 _ARCHITECTURES = {"MistralForCausalLM": "mistral", "LlamaForCausalLM": "llama"}
 _DEFAULT_ROPE_THETA = 10000.0
-
-# Keys that would change the computation, with the values that leave it as it is.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "hidden_act": ("silu", None),
-    "partial_rotary_factor": (1.0, None),
-    "pretraining_tp": (1, None),
-    "rope_traditional": (False, None),
-    "num_local_experts": (0, 1, None),
-    "use_sliding_window": (True, None),
+_MOST_LAYERS = 10_000
+_FIELDS = {  # what a config.json calls them
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "norm_eps": "rms_norm_eps",
 }
 
 
@@ -84,13 +80,16 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            value = getattr(self, item.name)
-            optional = item.name == "sliding_window" and value is None
-            if item.type == "int" or (item.name == "sliding_window" and not optional):
-                if type(value) is not int or value < 1:
-                    raise ConfigError(f"{item.name} must be a whole number above 0, not {value!r}")
-            elif item.type == "float" and not (isinstance(value, float | int) and 0 < value < float("inf")):
-                raise ConfigError(f"{item.name} must be a number above 0, not {value!r}")
+            value, field = getattr(self, item.name), _FIELDS.get(item.name, item.name)
+            if item.type == "int" or (item.name == "sliding_window" and value is not None):
+                whole(value, field, _MOST_LAYERS if item.name == "n_layers" else 1 << 40)
+            elif item.type == "float":
+                number(value, field)
+        if self.bos_token_id is not None:
+            token_id(self.bos_token_id, "bos_token_id")
+        for field, ids in (("bos_token_id", (self.bos_token_id or 0,)), ("eos_token_id", self.eos_token_ids)):
+            if max(ids, default=0) >= self.vocab_size:
+                raise ConfigError(f"{field} {max(ids)} is outside the vocabulary of {self.vocab_size}")
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(
                 f"{self.n_heads} query heads cannot share {self.n_kv_heads} key-value heads: "
@@ -117,23 +116,21 @@ class ModelConfig:
     def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
         """From Hugging Face's config.json, with Hugging Face's defaults for what it leaves out."""
         model_type = _model_type(data)
-        given = {k: v for k, v in data.items() if v is not None or k == "sliding_window"}
-        values = _DEFAULTS[model_type] | given
+        values = _DEFAULTS[model_type] | {k: v for k, v in data.items() if v is not None or k == "sliding_window"}
         if model_type == "llama" and values["sliding_window"] is not None:
             raise ConfigError("sliding_window is not a part of llama; say model_type mistral if it is meant")
-        for key, neutral in _NEUTRAL.items():
-            if data.get(key) not in neutral:
-                raise ConfigError(f"{key} = {data[key]!r} is not supported (only {neutral[0]!r})")
+        check_keys(data)
         n_heads, hidden = values["num_attention_heads"], values["hidden_size"]
         head_dim = values.get("head_dim")
         if head_dim is None:
-            if not (type(n_heads) is int and type(hidden) is int and n_heads > 0 and hidden % n_heads == 0):
+            if whole(hidden, "hidden_size") % whole(n_heads, "num_attention_heads"):
                 raise ConfigError(f"hidden_size {hidden} is no multiple of {n_heads} heads, and head_dim is absent")
             head_dim = hidden // n_heads
-        quantization = data.get("quantization")
-        if quantization is None and data.get("quantization_config") is not None:
-            method = data["quantization_config"].get("quant_method", "unknown")
-            raise ConfigError(f"weights quantised by {method!r} are not MLX's; convert them: m7mlx-convert FOLDER")
+        quantization = given(data, "quantization", "an object")
+        foreign = given(data, "quantization_config", "an object")
+        if quantization is None and foreign is not None:
+            method = said(foreign.get("quant_method", "unknown"))
+            raise ConfigError(f"weights quantised by {method} are not MLX's; convert them: m7mlx-convert FOLDER")
         config = cls(
             model_type=model_type,
             vocab_size=values["vocab_size"],
@@ -149,7 +146,7 @@ class ModelConfig:
             sliding_window=values["sliding_window"],
             tie_word_embeddings=_boolean(values, "tie_word_embeddings"),
             bos_token_id=data.get("bos_token_id", 1),
-            eos_token_ids=_ids(data.get("eos_token_id", 2)),
+            eos_token_ids=token_ids(data.get("eos_token_id", 2), "eos_token_id"),
             quantization=Quantization.from_dict(quantization) if quantization else None,
         )
         _check_layer_types(data, config)
@@ -160,6 +157,7 @@ class ModelConfig:
         """From Mistral's own params.json; defaults as in mistral-inference (`args.py`, `transformer.py`)."""
         if data.get("moe") or data.get("vision_encoder"):
             raise ConfigError("mixtures of experts and vision models are not supported; only dense Mistral is")
+        check_params_keys(data)
         window = data.get("sliding_window")
         if isinstance(window, list):
             raise ConfigError("a sliding_window for each layer is not supported")
@@ -174,8 +172,8 @@ class ModelConfig:
                 n_kv_heads=data.get("n_kv_heads", data["n_heads"]),
                 head_dim=data["head_dim"],
                 norm_eps=data["norm_eps"],
-                rope_theta=data.get("rope_theta") or (1e4 if window else 1e6),
-                max_position_embeddings=data.get("max_seq_len") or 32768,
+                rope_theta=(1e4 if window else 1e6) if data.get("rope_theta") is None else data["rope_theta"],
+                max_position_embeddings=data.get("max_seq_len") or data.get("max_position_embeddings") or 32768,
                 sliding_window=window,
                 tie_word_embeddings=bool(data.get("tied_embeddings", False)),
             )
@@ -238,25 +236,16 @@ class ModelConfig:
         return sum(math.prod(shape) for shape in self.weight_shapes().values())
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises ConfigError naming the file."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} is not a JSON object")
-    return data
-
-
 def _model_type(data: Mapping[str, Any]) -> str:
     """ "mistral" or "llama"; other architectures are refused by name."""
-    named = data.get("architectures") or []
-    model_type = data.get("model_type") or (_ARCHITECTURES.get(named[0]) if named else None)
+    named = texts(data, "architectures")
+    model_type = given(data, "model_type", "a text") or (_ARCHITECTURES.get(named[0]) if named else None)
     foreign = [name for name in named if name not in _ARCHITECTURES]
     if foreign or model_type not in _DEFAULTS:
         found = foreign[0] if foreign else (model_type or "no architecture")
-        raise ConfigError(f"{found} is not supported; supported are {', '.join(_ARCHITECTURES)}")
+        raise ConfigError(
+            f"architecture {said(found)[1:-1]} is not supported; supported are {', '.join(_ARCHITECTURES)}"
+        )
     if named and _ARCHITECTURES[named[0]] != model_type:
         raise ConfigError(f"architectures says {named[0]} but model_type says {model_type}")
     return str(model_type)
@@ -266,38 +255,29 @@ def _rope_theta(data: Mapping[str, Any]) -> float:
     """RoPE's base: at the top level, or in `rope_parameters` as transformers 5 writes it."""
     found: list[float] = []
     if data.get("rope_theta") is not None:
-        found.append(data["rope_theta"])
+        found.append(number(data["rope_theta"], "rope_theta"))
     for key in ("rope_parameters", "rope_scaling"):
-        rope = data.get(key) or {}
-        if not isinstance(rope, Mapping):
-            raise ConfigError(f"{key} must be an object, not {rope!r}")
+        rope = given(data, key, "an object") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ("default", None):
-            raise ConfigError(f"{key} of type {kind!r} is not supported; only plain RoPE is")
+            raise ConfigError(f"{key} of type {said(kind)} is not supported; only plain RoPE is")
         if rope.get("partial_rotary_factor") not in (None, 1.0):
             raise ConfigError("partial_rotary_factor is not supported; RoPE must turn the whole head")
         if rope.get("rope_theta") is not None:
-            found.append(rope["rope_theta"])
+            found.append(number(rope["rope_theta"], "rope_theta"))
     if len(set(found)) > 1:
         raise ConfigError(f"rope_theta is given twice and contradicts itself: {found[0]} and {found[1]}")
     return found[0] if found else _DEFAULT_ROPE_THETA
 
 
 def _check_layer_types(data: Mapping[str, Any], config: ModelConfig) -> None:
-    kinds = set(data.get("layer_types") or [])
+    kinds = set(texts(data, "layer_types"))
     expected = "full_attention" if config.sliding_window is None else "sliding_attention"
     if kinds - {expected}:
-        raise ConfigError(f"layer_types mixes {', '.join(sorted(kinds))}; all layers must be {expected}")
+        raise ConfigError(f"layer_types mixes {said(', '.join(sorted(kinds)))}; all layers must be {expected}")
 
 
 def _boolean(values: Mapping[str, Any], key: str) -> bool:
     if not isinstance(values[key], bool):
-        raise ConfigError(f"{key} must be true or false, not {values[key]!r}")
+        raise ConfigError(f"{key} must be true or false, not {said(values[key])}")
     return bool(values[key])
-
-
-def _ids(value: Any) -> tuple[int, ...]:
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(i) is int and i >= 0 for i in ids):
-        raise ConfigError(f"eos_token_id must be an id or a list of ids, not {value!r}")
-    return tuple(ids)

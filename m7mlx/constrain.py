@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from m7mlx.errors import InputError, WorkerError, WorkerMemoryError, WorkerTimeError
+from m7mlx.errors import BusyError, InputError, WorkerDiedError, WorkerError, WorkerMemoryError, WorkerTimeError
 from m7mlx.grammar import MAX_SCHEMA, NUMBER, STEP
 from m7mlx.worker import Worker
 
 if TYPE_CHECKING:
     from m7mlx.tokenizer import Tokenizer
 
-CUT = "a stop text came before the JSON was complete; leave out stop, since an answer in JSON ends by itself"
+CUT = "a stop text came within the JSON and would have cut it; leave out stop, since an answer in JSON ends by itself"
 _MEMORY = 512 << 20  # bytes for one schema's process, the vocabulary included
 _PREPARE_SECONDS = 5.0  # of the processor; of the clock, on a busy machine …
 _BUSY = 4  # … as many times that
@@ -45,12 +45,15 @@ _OURS = "x-guidance"  # options of llguidance's own: they could lift its limits
 class Constraint:
     """Where one answer stands in its grammar."""
 
+    enforced = True
+
     def __init__(self, grammar: _Grammar, number: int, vocab_size: int) -> None:
         self._grammar, self._number, self._vocab_size = grammar, number, vocab_size
         self._token = -1  # chosen, and not yet told to the grammar
         self._tokens, self._spent = 0, 0.0
+        self._forget = weakref.finalize(self, grammar.ended.append, (grammar, number))
+        self._forget.atexit = False
         self._error: InputError | None = None
-        self.is_complete = False  # as far as the tokens that the last mask has seen
 
     def mask(self, vocab_size: int) -> mx.array:
         """Which ids may come next: bool [vocab_size]. Raises InputError where the grammar cannot go on."""
@@ -68,16 +71,19 @@ class Constraint:
         self._token = token
         self._tokens += 1
 
+    def close(self) -> None:
+        """Give up its place: the answer has ended. An error that is being told may hold this for long."""
+        self._forget()
+
     def _mask(self, vocab_size: int) -> mx.array:
         began = time.perf_counter()
         bits = self._grammar.step(self._number, self._token)
         self._spent += time.perf_counter() - began
         if self._spent > _SPENT_SECONDS + _SPENT_EACH * self._tokens:
             raise WorkerTimeError
-        self.is_complete = bits[0] == 1
         ids = min(vocab_size, self._vocab_size)
         allowed = np.zeros(vocab_size, bool)
-        allowed[:ids] = np.unpackbits(np.frombuffer(bits, np.uint8, offset=1), bitorder="little")[:ids]
+        allowed[:ids] = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")[:ids]
         if not allowed.any():
             raise ValueError("no token can come next")
         return mx.array(allowed)
@@ -86,8 +92,10 @@ class Constraint:
 class Unconstrained(Constraint):
     """In the place of a grammar that another process enforces, whose tokens are taken here."""
 
+    enforced = False
+
     def __init__(self) -> None:
-        self.is_complete = True
+        pass  # there is nothing to begin
 
     def mask(self, vocab_size: int) -> mx.array:
         return mx.ones((vocab_size,), mx.bool_)
@@ -95,12 +103,15 @@ class Unconstrained(Constraint):
     def accept(self, token: int) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
 
 class _Grammar:
     """A schema that has a process, prepared by whoever asks first."""
 
-    def __init__(self, schema: str, worker: Worker) -> None:
-        self._schema, self._worker = schema, worker
+    def __init__(self, schema: str, worker: Worker, ended: deque[tuple[_Grammar, int]]) -> None:
+        self._schema, self._worker, self.ended = schema, worker, ended
         self._lock = threading.Lock()
         self._ready, self._failure = False, ""
         self.forgotten: deque[int] = deque()  # numbers of answers that are no more
@@ -147,23 +158,35 @@ class _Grammars:
         self._ended: deque[tuple[_Grammar, int]] = deque()  # filled by finalizers, which may take no lock
 
     def constraint(self, schema: str) -> Constraint:
-        """The beginning of an answer. Raises InputError for a schema that cannot be used."""
+        """The beginning of an answer. Raises InputError for a schema that cannot be used, and BusyError."""
+        try:
+            return self._begun(schema)
+        except WorkerDiedError:  # by another answer's fault, or from outside: nothing is known against the schema
+            pass
+        try:
+            return self._begun(schema)
+        except WorkerError as error:
+            raise InputError(f"{_UNUSABLE}: {_why(error, 'to prepare')}") from None
+
+    def _begun(self, schema: str) -> Constraint:
         grammar = self._grammar(schema)
         try:
             number = grammar.begin()
         except (WorkerError, ValueError) as error:
             why = _why(error, "to follow") if isinstance(error, WorkerError) else str(error)
+            is_lost = isinstance(error, WorkerDiedError)
             with self._lock:
-                self._refused[schema] = time.monotonic() + _REMEMBERED_SECONDS, why
+                if not is_lost:
+                    self._refused[schema] = time.monotonic() + _REMEMBERED_SECONDS, why
                 if len(self._refused) > _REFUSED:
                     self._refused.popitem(last=False)
                 if self._held.get(schema) is grammar:
                     del self._held[schema]
             grammar.close()
+            if is_lost:
+                raise
             raise InputError(f"{_UNUSABLE}: {why}") from None
-        found = Constraint(grammar, number, self._vocab_size)
-        weakref.finalize(found, self._ended.append, (grammar, number)).atexit = False
-        return found
+        return Constraint(grammar, number, self._vocab_size)
 
     def _grammar(self, schema: str) -> _Grammar:
         until = time.monotonic() + _PREPARE_SECONDS * _BUSY
@@ -175,13 +198,13 @@ class _Grammars:
                 self._let_go()
                 found = self._held.get(schema)
                 if found is None and len(self._held) < _AT_ONCE:
-                    found = self._held[schema] = _Grammar(schema, self._vocabulary.copy())
+                    found = self._held[schema] = _Grammar(schema, self._vocabulary.copy(), self._ended)
                 if found is not None:
                     self._held.move_to_end(schema)
                     found.users += 1
                     return found
             if time.monotonic() > until:
-                raise InputError(f"answers to {_AT_ONCE} other JSON schemas are under way; try again later")
+                raise BusyError(f"answers to {_AT_ONCE} other JSON schemas are under way; try again later")
             time.sleep(0.05)
 
     def _let_go(self) -> None:
@@ -209,7 +232,7 @@ def json_constraint(tokenizer: Tokenizer, schema: Mapping[str, Any] | None = Non
     """The beginning of an answer that is one JSON value of a schema; without one, any object.
 
     Raises InputError for a schema that is none, asks for what cannot be enforced or takes too much to prepare, and
-    without llguidance.
+    without llguidance; BusyError where answers to too many others are under way.
     """
     try:
         import llguidance  # noqa: F401
@@ -223,7 +246,7 @@ def json_constraint(tokenizer: Tokenizer, schema: Mapping[str, Any] | None = Non
         raise InputError(f"the JSON schema is longer than {MAX_SCHEMA:,} characters")
     if f'"{_OURS}"' in text:
         raise InputError(f"{_UNUSABLE}: leave out {_OURS!r}, which is no JSON schema's")
-    if not tokenizer.eos_ids:
+    if not _ends(tokenizer):
         raise InputError("the model has no token that ends an answer, so no grammar can end one")
     with _all_lock:
         grammars = _all.get(tokenizer)
@@ -249,6 +272,11 @@ def _why(error: WorkerError, what: str) -> str:
     return f"it is too complex {what}; make it simpler"
 
 
+def _ends(tokenizer: Tokenizer) -> list[int]:
+    """Ids that end an answer; a config may name some that the tokenizer does not have."""
+    return sorted(i for i in tokenizer.eos_ids if 0 <= i < tokenizer.vocab_size)
+
+
 def _described(tokenizer: Tokenizer) -> bytes:
     """A tokenizer as `m7mlx.grammar` reads it."""
     ids = range(tokenizer.vocab_size)
@@ -261,7 +289,7 @@ def _described(tokenizer: Tokenizer) -> bytes:
     told = {
         "tokens": [token.hex() for token in tokens],
         "special": special,
-        "eos": sorted(tokenizer.eos_ids),
+        "eos": _ends(tokenizer),
         "bos": tokenizer.bos_id,
         "leading_space": tokenizer.adds_leading_space,
         "library": library,

@@ -18,6 +18,11 @@ _FULL = {
 }
 
 
+def user_path(name: str | Path) -> Path:
+    """A path as users write it, with ~ for a home; one that names nobody's home stays as it is."""
+    return Path(os.path.expanduser(name))
+
+
 def why(error: OSError) -> str:
     """What went wrong with a file, in words."""
     return _FULL.get(error.errno or 0) or error.strerror or str(error)
@@ -54,7 +59,7 @@ def write_whole(path: str | Path, data: str | bytes, *, new: bool = False) -> No
     A link stays a link, and a pipe or device is simply written to. With `new` there must be no file yet.
     Raises DiskError, with `new` FileExistsError.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     content = data if isinstance(data, bytes) else data.encode("utf-8", "replace")
     target = Path(os.path.realpath(path))
     work = target.with_name(f".m7mlx-{secrets.token_hex(4)}.partial")

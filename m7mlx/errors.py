@@ -72,6 +72,10 @@ class RunError(M7Error):
     """A sound request that failed on the way."""
 
 
+class BusyError(RunError):
+    """As much is under way as may be; later it can be done."""
+
+
 class DownloadError(RunError):
     """The network failed, or what came is not what was promised."""
 

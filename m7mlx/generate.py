@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict, Unpack
+from numbers import Integral
+from typing import Any, Literal, TypedDict, Unpack
 
 import mlx.core as mx
 import numpy as np
@@ -95,8 +96,10 @@ def stream_generate(
 ) -> Generator[Piece, None, None]:
     """Yield the answer to `prompt` piece by piece.
 
-    prompt      a text to continue, a list of ids, or a list of chat messages (see `m7mlx.chat`)
-    cache       kept from call to call, so that only what is new of the prompt is prefilled
+    prompt      a text to continue, a list of ids (an array of MLX or NumPy too), or a list of chat messages (see
+                `m7mlx.chat`), whose contents may be lists of text parts
+    cache       kept from call to call, so that only what is new of the prompt is prefilled; this model's own. A
+                generator that is at work with it gives way to a new one, and fails if it is gone on with
     drafter     guesses several tokens at a time, fewer than the cache's slack (`m7mlx.speculative`); the answer
                 is the same, only faster
     max_tokens  tokens to generate at most; None goes on until the model ends or its context is full
@@ -114,19 +117,25 @@ def stream_generate(
 
     Raises TokenizerError (ids outside the vocabulary), ChatFormatError, PromptTooLongError, InputError.
     """
-    if max_tokens is not None and max_tokens < 0:
-        raise InputError(f"max_tokens must not be negative, got {max_tokens}")
+    if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 0):
+        raise InputError(f"max_tokens must be a whole number that is not negative, or None, not {max_tokens!r:.100}")
     if prefill_chunk is None:
         prefill_chunk = default_chunk(model)
-    if prefill_chunk < 1:
-        raise InputError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
+    if type(prefill_chunk) is not int or prefill_chunk < 1:
+        raise InputError(f"prefill_chunk must be a whole number from 1 on, not {prefill_chunk!r:.100}")
+    for name, value, kind in (("cache", cache, RollingCache), ("sampling", sampling, Sampling)):
+        if value is not None and not isinstance(value, kind):
+            raise InputError(f"{name} must be a {kind.__name__}, not {_kind(value)}")
+    if drafter is not None and (isinstance(drafter, type) or not hasattr(drafter, "draft")):
+        raise InputError(f"drafter must be a DraftModel or a PromptLookup(), not {_kind(drafter)}")
     stop_filter = StopFilter(stop)
-    ids = [*encode_prompt(tokenizer, prompt), *continues]
+    ids = [*encode_prompt(tokenizer, prompt), *_ids(continues)]
     text = tokenizer.detokenizer(at_start=not isinstance(prompt, str))
     for token in continues:
         text.add(token)  # shown already; a character cut in the middle is finished
     if cache is None:
         cache = model.new_cache() if drafter is None else model.new_cache(slack=DRAFT_SLACK)
+    cache.bind(model.identity, model.config)
     room = check_prompt(model, ids, cache)
     if model.link is not None and drafter is not None:
         raise InputError("a model that is divided among processes is not speculated on")
@@ -157,6 +166,7 @@ def _stream(
 ) -> Generator[Piece, None, None]:
     started = time.perf_counter()
     mx.reset_peak_memory()
+    cache.user = me = object()
     reused = reuse(cache, ids)
     logits = prefill(model, ids[reused:], cache, chunk, on_prefill)
     count, first_at = 0, time.perf_counter()
@@ -179,7 +189,7 @@ def _stream(
             break
         shown = stop.add(text.add(token))
         if stop.found:
-            if sampler.constraint is not None and not sampler.constraint.is_complete:
+            if sampler.constraint is not None and sampler.constraint.enforced:
                 decoded.close()
                 raise InputError(CUT)
             finish, last = "stop", shown
@@ -187,6 +197,8 @@ def _stream(
         if shown:
             yield Piece(shown, pending)
             pending = []
+            if cache.user is not me:
+                raise InputError("another answer was begun with this cache; give each a cache of its own")
     now = time.perf_counter()
     decoded.close()  # what was drafted beyond the end leaves the cache
     stats = Stats(
@@ -207,12 +219,38 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """Ids of a prompt in any of its three forms."""
     if isinstance(prompt, str):
         return tokenizer.encode(prompt, add_bos=tokenizer.add_bos)
-    if len(prompt) and isinstance(prompt[0], Mapping):
-        return tokenizer.chat.encode(prompt)  # type: ignore[arg-type]
-    ids = list(prompt)
-    if not all(type(i) is int for i in ids):
+    if isinstance(prompt, Mapping):
+        raise InputError("a message stands in a list: [{'role': …, 'content': …}]")
+    if isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping):
+        return tokenizer.chat.encode([_joined(message) for message in prompt])
+    return _ids(prompt)
+
+
+def _ids(given: Any) -> list[int]:
+    """Token ids from a list or an array of one conversation."""
+    if isinstance(given, mx.array | np.ndarray):
+        given = given[0] if given.ndim == 2 and len(given) == 1 else given
+        given = given.tolist() if given.ndim == 1 else None
+    is_list = isinstance(given, Iterable) and not isinstance(given, bytes | bytearray | memoryview | str)
+    ids: list[Any] = list(given) if is_list else [None]
+    if not all(isinstance(i, Integral) for i in ids) or any(isinstance(i, bool) for i in ids):
         raise InputError("a prompt is a text, a list of ids or a list of messages")
-    return ids  # type: ignore[return-value]
+    return [int(i) for i in ids]
+
+
+def _joined(message: Any) -> Any:
+    """A message whose content, if it is a list of text parts, is their text."""
+    parts = message.get("content") if isinstance(message, Mapping) else None
+    if not isinstance(parts, list):
+        return message
+    texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise InputError("the parts of a message must be of type text: this model reads nothing else")
+    return {**message, "content": "".join(texts)}  # type: ignore[arg-type]
+
+
+def _kind(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 def check_prompt(model: Mistral, ids: Sequence[int], cache: RollingCache) -> int | None:
@@ -246,7 +284,11 @@ class StopFilter:
 
     def __init__(self, stops: Sequence[str]) -> None:
         """Raises InputError for what is no list of texts."""
-        if isinstance(stops, str) or not all(stops):
+        if (
+            not isinstance(stops, Sequence)
+            or isinstance(stops, str)
+            or not all(s and isinstance(s, str) for s in stops)
+        ):
             raise InputError("stop must be a list of texts, none of them empty")
         self._searches = [_Search(stop) for stop in stops]
         self._held = ""  # could be the beginning of a stop text

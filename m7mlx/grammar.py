@@ -6,7 +6,7 @@ the process that computes. Frames, all numbers in the machine's order:
     setup                  JSON: the vocabulary (`vocabulary`)
     "c" schema             prepare it; from here on this process is of this schema
     "n" [number …]         begin an answer, once the numbered ones have been forgotten; its number
-    "t" number token       the answer goes on with it; whether it is complete, and as bits which ids may follow
+    "t" number token       the answer goes on with it; as bits which ids may follow
 
 Each reply begins with "+", or is "-" and why not.
 """
@@ -82,7 +82,7 @@ class _Answers:
             mask = bytearray(len(mask))
             for end in self._eos:
                 mask[end // 8] |= 1 << end % 8
-        return bytes([matcher.is_accepting()]) + bytes(mask)
+        return bytes(mask)
 
 
 class _Vocabulary:

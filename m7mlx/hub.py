@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 from m7mlx.checksums import MANIFEST, matches
 from m7mlx.demo import demo, here
 from m7mlx.errors import DiskError, DownloadError, NotFoundError, WeightsError
+from m7mlx.jsonfile import said
 from m7mlx.safetensors import ADAPTERS, adapter_advice, folder_weights, is_model_file, refuse_adapter
 
 ALIASES = {
@@ -56,45 +57,81 @@ def resolve(
     Raises NotFoundError, WeightsError, DownloadError, DiskError.
     """
     text = str(name)
-    path = Path(os.path.expanduser(name))
-    if text and path.exists():
+    if (path := existing(name)) is not None:
         if layout != "adapter":
             refuse_adapter(path)
         return path
     if text == DEMO:
         return demo()
     repo = ALIASES.get(text, text)
-    if not text.startswith(("/", ".", "~")):
-        if _REPO_ID.fullmatch(repo):
-            return snapshot(repo, revision, layout, progress=progress)
-        if match := _REPO_FILE.fullmatch(repo):
-            return _gguf(match[1], match[2], revision)
-    known = ", ".join([DEMO, *ALIASES])
-    raise NotFoundError(f"{text!r} is no folder here, no Hub repository (org/name) and no alias ({known})")
+    file = _repo_file(text)
+    if file is not None:
+        return _gguf(*file, revision)
+    if not _is_repo(text):
+        known = ", ".join([DEMO, *ALIASES])
+        raise NotFoundError(f"{said(text)} is no folder here, no Hub repository (org/name) and no alias ({known})")
+    return snapshot(repo, revision, layout, progress=progress)
+
+
+def check_name(name: str) -> None:
+    """Raise NotFoundError, as `resolve` would, for a name that is nothing here and can be nothing elsewhere."""
+    if existing(name) is None and name != DEMO and not _is_repo(name) and _repo_file(name) is None:
+        resolve(name)
+
+
+def _is_repo(name: str) -> bool:
+    return not name.startswith(("/", ".", "~")) and is_repo_id(ALIASES.get(name, name))
+
+
+def _repo_file(name: str) -> tuple[str, str] | None:
+    """The repository and the GGUF file in it that a name stands for."""
+    match = None if name.startswith(("/", ".", "~")) else _REPO_FILE.fullmatch(name)
+    return (match[1], match[2]) if match and is_repo_id(match[1]) else None
 
 
 def local(name: str | Path) -> Path | None:
     """The folder that a name stands for if all of it is on this machine; None if it would have to be fetched."""
     text = str(name)
-    path = Path(os.path.expanduser(name))
-    if text and path.exists():
-        return path
+    try:
+        if (path := existing(name)) is not None:
+            return path
+    except NotFoundError:
+        return None
     if text == DEMO:
         return here()
-    repo = ALIASES.get(text, text)
-    if not is_repo_id(repo) or text.startswith((".", "~")):
+    if not _is_repo(text):
         return None
     try:
-        folder = _here(repo, None, HubOutage(""))
+        folder = _here(ALIASES.get(text, text), None, HubOutage(""))
         folder_weights(folder)
-    except (HubOutage, WeightsError, OSError):
+        return folder if (folder / "config.json").is_file() else None
+    except (HubOutage, WeightsError, OSError, ValueError):  # what lies in a cache may be anything
         return None
-    return folder if (folder / "config.json").is_file() else None
 
 
 def is_repo_id(text: str) -> bool:
-    """Whether it has the form "org/name"."""
-    return _REPO_ID.fullmatch(text) is not None
+    """Whether it has the form "org/name", as the Hub's rules for names have it."""
+    from huggingface_hub import errors
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    if not _REPO_ID.fullmatch(text):
+        return False
+    try:
+        validate_repo_id(text)
+    except errors.HFValidationError:
+        return False
+    return True
+
+
+def existing(name: str | Path) -> Path | None:
+    """The file or folder of this name, if there is one. Raises NotFoundError where that cannot be told."""
+    try:
+        path = Path(os.path.expanduser(name))
+        return path if str(name) and path.exists() else None
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM):
+            raise NotFoundError(f"{said(str(name))} may not be read: {os.strerror(errno.EACCES)}") from None
+        return None  # too long for a path, or no path at all
 
 
 def snapshot(
@@ -148,7 +185,7 @@ def _here(repo: str, revision: str | None, outage: HubOutage) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(
+        folder = Path(
             snapshot_download(
                 repo,
                 revision=revision,
@@ -159,6 +196,9 @@ def _here(repo: str, revision: str | None, outage: HubOutage) -> Path:
         )
     except errors.LocalEntryNotFoundError:
         raise outage from None
+    if folder.parent.name != "snapshots":  # what the cache calls the newest revision is none
+        raise outage
+    return folder
 
 
 def list_files(repo: str, revision: str | None = None) -> dict[str, RemoteFile]:
@@ -286,6 +326,8 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         raise DownloadError(_outage(repo, None)) from None
     except (_transport_error(), OSError) as error:
         raise _failure(repo, error) from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # an answer, or a cache, that is none
+        raise DownloadError(f"what is known of {repo} cannot be understood ({said(str(error))}); try again") from None
 
 
 def _failure(repo: str, error: Exception) -> Exception:

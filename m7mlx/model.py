@@ -12,6 +12,7 @@ from m7mlx.arrays import nbytes, swiglu
 from m7mlx.attention import Attention
 from m7mlx.batch import BatchCache
 from m7mlx.cache import CacheOptions, RollingCache
+from m7mlx.errors import InputError, TokenizerError
 from m7mlx.ring import LayerRing, Step
 
 if TYPE_CHECKING:
@@ -68,7 +69,9 @@ class Mistral(nn.Module):
 
     model(ids)              logits [B, L, vocab_size] for ids [B, L], the whole sequence at once
     model(ids, cache)       the same for the tokens that follow those in the cache
+    model.logits(…)         the same, for ids that are known to be the vocabulary's: they need not be read
     model.hidden(…)         without the head; `model.head` then gives the logits of the positions wanted
+    model.identity          what a cache knows its model by
     model.link              where other processes hold parts of it (`m7mlx.parts`); all of them run each pass
     """
 
@@ -77,16 +80,27 @@ class Mistral(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.identity = object()
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def __call__(self, ids: mx.array, cache: RollingCache | BatchCache | None = None) -> mx.array:
+        """Raises InputError for ids that are none, or not [B, L]: past the embedding lies memory of others."""
+        if not isinstance(ids, mx.array) or ids.ndim != 2 or not mx.issubdtype(ids.dtype, mx.integer):
+            raise InputError("a model takes ids as an mx.array of integers [B, L]")
+        if ids.size and not 0 <= ids.min().item() <= ids.max().item() < self.config.vocab_size:  # type: ignore[operator]
+            raise TokenizerError(f"there are token ids outside the model's vocabulary of {self.config.vocab_size}")
+        return self.logits(ids, cache)
+
+    def logits(self, ids: mx.array, cache: RollingCache | BatchCache | None = None) -> mx.array:
+        """As model(ids, cache), without a look at the ids."""
         return self.head(self.hidden(ids, cache))
 
     def hidden(self, ids: mx.array, cache: RollingCache | BatchCache | None = None) -> mx.array:
         """Last hidden states [B, L, hidden_size], normalised, for ids [B, L]; advances the cache by L."""
         cache = self.new_cache() if cache is None else cache
+        cache.bind(self.identity, self.config)
         step = cache.step(ids.shape[1])
         hidden = self.through(ids, cache.rings, step)
         cache.advance(step)
@@ -120,7 +134,9 @@ class Mistral(nn.Module):
 
     def new_cache(self, **options: Unpack[CacheOptions]) -> RollingCache:
         """An empty cache for this model; options as for `RollingCache`."""
-        return RollingCache(self.config, **options)
+        cache = RollingCache(self.config, **options)
+        cache.bind(self.identity, self.config)
+        return cache
 
     @property
     def dtype(self) -> mx.Dtype:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from m7mlx.errors import ConfigError
+from m7mlx.jsonfile import said, whole
 
 _MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # mode → bits, group sizes
     "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
@@ -35,7 +36,7 @@ class Quantization:
     def __post_init__(self) -> None:
         bits, groups = _MODES.get(self.mode, ((), ()))
         if not bits:
-            raise ConfigError(f"quantization mode {self.mode!r} is not known; known are {', '.join(_MODES)}")
+            raise ConfigError(f"quantization mode {said(self.mode)} is not known; known are {', '.join(_MODES)}")
         if self.bits not in bits or self.group_size not in groups:
             raise ConfigError(
                 f"{self.mode} quantization with {self.bits} bits in groups of {self.group_size} does not exist; "
@@ -49,19 +50,27 @@ class Quantization:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Quantization:
         """Read mlx-lm's form: {"group_size": 64, "bits": 4, "mode": …, "<path>": {…} | false}."""
-        try:
-            mode = data.get("mode") or "affine"
-            defaults = {"group_size": GROUP_SIZES.get(mode), "bits": BITS.get(mode)}
-            scheme: dict[str, Any] = {k: data[k] if data[k] is not None else defaults[k] for k in defaults}
-            overrides: dict[str, Quantization | None] = {}
-            for path, value in data.items():
-                if isinstance(value, Mapping):
-                    overrides[path] = cls.from_dict(value)
-                elif isinstance(value, bool):
-                    overrides[path] = None
-            return cls(**scheme, mode=mode, overrides=overrides)
-        except (KeyError, TypeError) as error:
-            raise ConfigError(f"`quantization` in config.json needs group_size and bits ({error})") from None
+        overrides: dict[str, Quantization | None] = {}
+        for path, value in data.items():
+            if isinstance(value, Mapping):
+                overrides[path] = cls._one(value)
+            elif isinstance(value, bool):
+                overrides[path] = None
+        return replace(cls._one(data), overrides=overrides)
+
+    @classmethod
+    def _one(cls, data: Mapping[str, Any]) -> Quantization:
+        mode = data.get("mode") or "affine"
+        if not isinstance(mode, str):
+            raise ConfigError(f"quantization: mode must be a text, not {said(mode)}")
+        numbers = {}
+        for key, defaults in (("group_size", GROUP_SIZES), ("bits", BITS)):
+            if key not in data:
+                raise ConfigError(f"quantization needs {key}")
+            value = defaults.get(mode) if data[key] is None else data[key]
+            if value is not None or mode in _MODES:
+                numbers[key] = whole(value, f"quantization: {key}")
+        return cls(numbers.get("group_size", 0), numbers.get("bits", 0), mode)
 
     def to_dict(self) -> dict[str, Any]:
         """The inverse of `from_dict`."""

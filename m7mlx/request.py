@@ -115,7 +115,7 @@ class Answer:
             return self.end("stop", ids=(token,))
         shown = self.stop.add(self.text.add(token))
         if self.stop.found:
-            if self._constraint is not None and not self._constraint.is_complete:
+            if self._constraint is not None and self._constraint.enforced:
                 self.error = self.error or InputError(CUT)
             return self.end("stop", shown, (token,))
         if self.generated == self.limit:
@@ -131,6 +131,8 @@ class Answer:
             first_token=(self.first or now) - self.added,
             whole=now - self.added,
         )
+        if self._constraint is not None:
+            self._constraint.close()
         shown = text if reason == "failed" else text + self.stop.finish(self.text.finish())
         return Event(self.number, shown, ids, reason=reason, error=error, usage=usage)
 

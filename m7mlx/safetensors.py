@@ -11,16 +11,18 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from m7mlx.config import ModelConfig, read_json
+from m7mlx.config import ModelConfig
 from m7mlx.errors import ConfigError, WeightsError
+from m7mlx.jsonfile import read_json, short
 from m7mlx.quantization import Quantization
 from m7mlx.terminal import one_line
 
+_MOST_INDEX = 64 << 20  # bytes
 ADAPTERS = ("adapters.safetensors", "adapter_model.safetensors")  # mlx-lm's LoRA adapters and PEFT's
 INDEX = "model.safetensors.index.json"
 _FLOATS = ("F32", "F16", "BF16")
@@ -61,20 +63,38 @@ def validate_header(path: Path) -> dict[str, TensorInfo]:
     """Tensors of one safetensors file, by name. Raises WeightsError for anything malformed."""
     from safetensors import SafetensorError, safe_open
 
+    if not path.is_file():  # a pipe would be waited for
+        raise WeightsError(f"{path} is no regular file; fetch or convert it again")
     try:
         with safe_open(str(path), framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            return {name: TensorInfo(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+            found = {name: TensorInfo(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+        json.loads(_header(path), object_pairs_hook=_once)  # of two with one name, each reader may take another
+        return found
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise WeightsError(f"{path} is not a whole safetensors file ({error}); fetch or convert it again") from None
 
 
 def data_starts(path: Path) -> dict[str, int]:
     """Where in a file the numbers of each tensor begin. Its header has been validated (`folder_weights`)."""
+    text = _header(path)
+    start = 8 + len(text)
+    return {name: start + e["data_offsets"][0] for name, e in json.loads(text).items() if name != "__metadata__"}
+
+
+def _header(path: Path) -> bytes:
+    """The header's JSON; the safetensors library has found it whole, flat and not too long."""
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+        return file.read(int.from_bytes(file.read(8), "little"))
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names differ. Raises ValueError."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for n, (name, _) in enumerate(pairs) if name in dict(pairs[:n]))
+        raise ValueError(f"{twice!r} is there twice")
+    return found
 
 
 def read_slices(stored: StoredTensor, start: int, slices: tuple[slice, ...]) -> mx.array:
@@ -146,7 +166,7 @@ def _stored(file: Path) -> dict[str, StoredTensor]:
 
 def _indexed(folder: Path, index: Path, files: list[Path]) -> dict[str, StoredTensor]:
     try:
-        weight_map = read_json(index).get("weight_map")
+        weight_map = read_json(index, _MOST_INDEX).get("weight_map")
     except ConfigError as error:
         raise WeightsError(str(error)) from None
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
@@ -154,17 +174,17 @@ def _indexed(folder: Path, index: Path, files: list[Path]) -> dict[str, StoredTe
     named = set(weight_map.values())
     present = {file.name for file in files}
     if missing := sorted(named - present):
-        raise WeightsError(f"{folder} lacks {missing[0]}, which {INDEX} names; fetch the model again")
+        raise WeightsError(f"{folder} lacks {short(missing[0])}, which {INDEX} names; fetch the model again")
     if stray := sorted(present - named):
-        raise WeightsError(f"{folder} has {stray[0]}, which {INDEX} does not name; remove one of them")
+        raise WeightsError(f"{folder} has {short(stray[0])}, which {INDEX} does not name; remove one of them")
     found: dict[str, StoredTensor] = {}
     for name in sorted(named):
         for tensor, stored in _stored(folder / name).items():
             if weight_map.get(tensor) != name:
-                raise WeightsError(f"{folder / name} holds {tensor}, which {INDEX} does not place there")
+                raise WeightsError(f"{folder / name} holds {short(tensor)}, which {INDEX} does not place there")
             found[tensor] = stored
     if absent := sorted(set(weight_map) - set(found)):
-        raise WeightsError(f"{folder / weight_map[absent[0]]} lacks {absent[0]}, which {INDEX} places there")
+        raise WeightsError(f"{folder / weight_map[absent[0]]} lacks {short(absent[0])}, which {INDEX} places there")
     return found
 
 

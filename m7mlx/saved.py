@@ -121,6 +121,7 @@ def load_cache(path: str | Path, model: Mistral) -> RollingCache:
         )
     except InputError as error:
         raise CacheFileError(f"{path} is damaged: {error}") from None
+    cache.bind(model.identity, model.config)
     cache.move_to(header.offset, header.written)
     if header.window != cache.window or not cache.intact:
         raise CacheFileError(f"{path} is damaged: its header contradicts itself")

@@ -141,7 +141,7 @@ class DraftModel:
         sampler = sampler.fork()
         chosen = [sampler(self._fit(logits))]
         while len(chosen) < most:
-            logits = self._model(chosen[-1][:, None], self._cache)[:, -1]
+            logits = self._model.logits(chosen[-1][:, None], self._cache)[:, -1]
             chosen.append(sampler(self._fit(logits)))
         guess: list[int] = mx.concatenate(chosen).tolist()  # type: ignore[assignment]
         self._cache.ids += guess[:-1]
@@ -201,7 +201,7 @@ def speculate(
                 new, value = _check(model, cache, sampler, value, draft)
                 token = mx.array([value])
             else:
-                following = sampler(model(token[:, None], cache)[:, -1])
+                following = sampler(model.logits(token[:, None], cache)[:, -1])
                 mx.async_eval(following)
                 new, token, value = [token.item()], following, None  # type: ignore[list-item]
             for each in new:
@@ -226,7 +226,7 @@ def _check(
     model: Mistral, cache: RollingCache, sampler: Sampler, token: int, draft: list[int]
 ) -> tuple[list[int], int]:
     """`token` and what of the draft is right, now in the cache; and the token after them."""
-    logits = model(mx.array([[token, *draft]]), cache)
+    logits = model.logits(mx.array([[token, *draft]]), cache)
     chosen: list[int] = sampler.preview(logits, draft).tolist()  # type: ignore[assignment]
     right = next((i for i, guess in enumerate(draft) if guess != chosen[i]), len(draft))
     cache.rollback(len(draft) - right)

@@ -8,6 +8,7 @@ text are the same thing by construction.
 from __future__ import annotations
 
 import codecs
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,12 +16,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from m7mlx.config import read_json
-from m7mlx.errors import TokenizerError
+from m7mlx.errors import ConfigError, TokenizerError
+from m7mlx.jsonfile import given, read_bytes, read_json, said, token_ids
 
 if TYPE_CHECKING:
     from m7mlx.chat import ChatFormat
 
+MOST_BYTES = 64 << 20  # of a tokenizer's file
+_MOST_TEMPLATE = 1 << 20
 SPACE = "▁"  # how sentencepiece writes a space inside a piece
 _MISTRAL_CONTROLS = 771  # ids 0 … 770 of the v2 and v3 vocabularies
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -145,15 +148,21 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__()
         try:
             # From bytes: the library prints to fd 2 when it cannot open or parse a file itself.
-            self._model = SentencePieceProcessor(model_proto=path.read_bytes() or b"empty")
-        except (RuntimeError, OSError) as error:
+            self._model = SentencePieceProcessor(model_proto=read_bytes(path, MOST_BYTES) or b"empty")
+        except (RuntimeError, ConfigError) as error:
             raise TokenizerError(f"{path} is not a sentencepiece model ({str(error).strip()})") from None
+        try:
+            for token in range(self._model.get_piece_size()):
+                self._model.id_to_piece(token)
+        except UnicodeDecodeError:
+            raise TokenizerError(f"{path} is damaged: token {token} is not text; fetch it again") from None
         self.path = path
         self.vocab_size = self._model.get_piece_size()
         self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else None
         self.add_bos = self.bos_id is not None
         self.eos_ids = frozenset({self._model.eos_id()} - {-1})
-        self.adds_leading_space = self._model.id_to_piece(self._model.encode("a")[0]).startswith(SPACE)
+        letter = self._model.encode("a")
+        self.adds_leading_space = bool(letter) and self._model.id_to_piece(letter[0]).startswith(SPACE)
 
     def encode_mixed(self, parts: Sequence[str | int]) -> list[int]:
         ids: list[int] = []
@@ -199,7 +208,7 @@ def load_tokenizer(folder: Path, embedding_size: int | None = None) -> Tokenizer
     from m7mlx.chat import MistralFormat, TemplateFormat, mistral_version
     from m7mlx.tokenizer_json import JsonTokenizer
 
-    settings = _optional_json(folder / "tokenizer_config.json")
+    settings = _settings(folder / "tokenizer_config.json")
     templates = _chat_templates(folder, settings)
     is_mistral_chat = "default" not in templates or "[INST]" in templates["default"]
     models = [folder / f"tokenizer.model{suffix}" for suffix in (".v3", ".v2", ".v1", "")]
@@ -230,7 +239,7 @@ def _has_added_tokens(folder: Path, settings: Mapping[str, Any]) -> bool:
     """Whether a fine-tune put tokens past the end of the sentencepiece vocabulary."""
     if _optional_json(folder / "added_tokens.json"):
         return True
-    tokens = (t.get("content") for t in settings.get("added_tokens_decoder", {}).values())
+    tokens = (t.get("content") for t in (settings.get("added_tokens_decoder") or {}).values())
     return any(t in ("<|im_start|>", "<|im_end|>") for t in tokens)
 
 
@@ -238,19 +247,21 @@ def _eos_ids(folder: Path) -> frozenset[int]:
     """End ids that config.json and generation_config.json name."""
     found: set[int] = set()
     for name in ("config.json", "generation_config.json"):
-        value = _optional_json(folder / name).get("eos_token_id")
-        found |= set(value) if isinstance(value, list) else {value} if isinstance(value, int) else set()
+        try:
+            found |= set(token_ids(_optional_json(folder / name).get("eos_token_id"), "eos_token_id"))
+        except ConfigError as error:
+            raise _in_file(folder / name, error) from None
     return frozenset(found)
 
 
 def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     """The model's chat templates by name: chat_template.jinja, or those in tokenizer_config.json."""
-    try:
-        return {"default": (folder / "chat_template.jinja").read_text(encoding="utf-8")}
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"{folder / 'chat_template.jinja'} cannot be read: {error}") from None
+    path = folder / "chat_template.jinja"
+    if os.path.lexists(path):
+        try:
+            return {"default": read_bytes(path, _MOST_TEMPLATE).decode("utf-8")}
+        except (ConfigError, ValueError) as error:
+            raise _in_file(path, error) from None
     found = settings.get("chat_template")
     if found is None:
         return {}
@@ -264,5 +275,31 @@ def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]
     return templates
 
 
+def _settings(path: Path) -> dict[str, Any]:
+    """tokenizer_config.json, with the fields that are used here as they should be. Raises TokenizerError."""
+    settings = _optional_json(path)
+    try:
+        for field in ("bos_token", "eos_token", "unk_token", "pad_token"):
+            token = settings.get(field)
+            if token is not None and not isinstance(token.get("content") if isinstance(token, dict) else token, str):
+                raise ConfigError(f"{field} must be a text, or an object with a text as content, not {said(token)}")
+        decoder = given(settings, "added_tokens_decoder", "an object") or {}
+        if not all(isinstance(token, dict) for token in decoder.values()):
+            raise ConfigError("added_tokens_decoder must hold objects by id")
+        adds = settings.get("add_bos_token")
+        if adds is not None and not isinstance(adds, bool):
+            raise ConfigError(f"add_bos_token must be true or false, not {said(adds)}")
+    except ConfigError as error:
+        raise _in_file(path, error) from None
+    return settings
+
+
+def _in_file(path: Path, error: Exception) -> TokenizerError:
+    return TokenizerError(f"{error}" if str(path) in str(error) else f"{path}: {error}")
+
+
 def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    try:
+        return read_json(path) if path.is_file() else {}
+    except ConfigError as error:
+        raise _in_file(path, error) from None

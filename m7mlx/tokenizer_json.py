@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from m7mlx.config import read_json
 from m7mlx.errors import ConfigError, TokenizerError
-from m7mlx.tokenizer import _BYTE, SPACE, Tokenizer, clean
+from m7mlx.jsonfile import read_json, said
+from m7mlx.tokenizer import _BYTE, MOST_BYTES, SPACE, Tokenizer, clean
 
 # Added tokens that are control tokens although the file does not call them special: <|im_end|>, [INST], <s>.
 _CONTROL_SHAPE = re.compile(r"<\|?[^\s<>]+\|?>|\[[^\s\[\]]+\]")
@@ -30,29 +30,34 @@ class JsonTokenizer(Tokenizer):
 
         super().__init__()
         try:
-            data = read_json(path)
+            data = read_json(path, MOST_BYTES)
             added = {t["content"]: t for t in data.get("added_tokens", [])}
             self._controls = {
                 name: int(t["id"]) for name, t in added.items() if t["special"] or _CONTROL_SHAPE.fullmatch(name)
             }
             nonce = secrets.token_hex(8)
             self._names = {i: f"\ufdd0{nonce}:{i}\ufdd1" for i in self._controls.values()}
+            self._plain_added: dict[int, str] = {
+                int(t["id"]): name for name, t in added.items() if name not in self._controls
+            }
             _rename(data, {name: self._names[i] for name, i in self._controls.items()})
+            adds_bos = _adds_bos(data, settings)
             self._library = Library.from_str(json.dumps(data))
+            self._byte_level, self.adds_leading_space = _decoder_kind(path, data)
+        except TokenizerError:
+            raise
         except (ConfigError, KeyError, TypeError, AttributeError) as error:
-            raise TokenizerError(f"{path} is not a tokenizer file ({error})") from None
-        except Exception as error:  # the library raises plain Exception
-            raise TokenizerError(f"{path} cannot be used as a tokenizer ({error})") from None
+            raise TokenizerError(f"{path} is not a tokenizer file ({said(str(error))})") from None
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # the library raises plain Exception, and panics, which are not even that
+            raise TokenizerError(f"{path} cannot be used as a tokenizer ({said(str(error))})") from None
         self.vocab_size = max(self._library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self._control_ids = frozenset(self._controls.values())
-        self._plain_added: dict[int, str] = {
-            int(t["id"]): name for name, t in added.items() if name not in self._controls
-        }
-        self._byte_level, self.adds_leading_space = _decoder_kind(path, data)
         self.bos_id = self._named(settings, "bos_token")
         eos = self._named(settings, "eos_token")
         self.eos_ids = frozenset() if eos is None else frozenset({eos})
-        self.add_bos = bool(settings.get("add_bos_token", _adds_bos(data, settings)))
+        self.add_bos = bool(settings.get("add_bos_token", adds_bos))
 
     def _named(self, settings: Mapping[str, Any], key: str) -> int | None:
         name = settings.get(key)

@@ -90,15 +90,33 @@ def test_any_conversation_equals_mistral_common(
         assert mistral_tokenizers[version].chat.encode(messages) == oracle(version, messages)
 
 
-def test_golden_ids(mistral_tokenizers: dict[str, Tokenizer]) -> None:
-    conversation = [user("Hello"), assistant("Hi there"), user("Bye")]
-    assert mistral_tokenizers["v1"].chat.encode(conversation) == [
-        1, 733, 16289, 28793, 22557, 733, 28748, 16289, 28793, 15359, 736, 2,
-        733, 16289, 28793, 2463, 28706, 733, 28748, 16289, 28793,
-    ]  # fmt: skip
-    assert mistral_tokenizers["v3"].chat.encode(conversation) == [
-        1, 3, 23325, 4, 16127, 1504, 2, 3, 3231, 29474, 4,
-    ]  # fmt: skip
+GOLDEN: dict[str, list[tuple[list[dict[str, Any]], str]]] = {  # written down: the oracle itself may change
+    "v1": [
+        ([user("Hello")], "1 733 16289 28793 22557 733 28748 16289 28793"),
+        (
+            [user("Hello"), assistant("Hi there"), user("Bye")],
+            "1 733 16289 28793 22557 733 28748 16289 28793 15359 736 2 "
+            "733 16289 28793 2463 28706 733 28748 16289 28793",
+        ),
+        (
+            [system("Be brief"), user("Hello")],
+            "1 733 16289 28793 1739 6817 13 13 16230 733 28748 16289 28793",
+        ),
+        ([user("")], "1 733 16289 28793 28705 733 28748 16289 28793"),
+    ],
+    "v3": [
+        ([user("Hello")], "1 3 23325 4"),
+        ([user("Hello"), assistant("Hi there"), user("Bye")], "1 3 23325 4 16127 1504 2 3 3231 29474 4"),
+        ([system("Be brief"), user("Hello")], "1 3 2507 7585 781 781 16998 4"),
+        ([user("")], "1 3 4"),
+    ],
+}
+
+
+@pytest.mark.parametrize("version", GOLDEN)
+def test_golden_ids(mistral_tokenizers: dict[str, Tokenizer], version: str) -> None:
+    for messages, ids in GOLDEN[version]:
+        assert mistral_tokenizers[version].chat.encode(messages) == list(map(int, ids.split()))
 
 
 # --- tools ----------------------------------------------------------------------------------------------
@@ -201,6 +219,24 @@ def chatml(folder: Path, template: str = CHATML) -> Tokenizer:
 def test_a_template_gives_its_control_ids(tmp_path: Path) -> None:
     ids = chatml(tmp_path).chat.encode([system("S"), user(" hi ")])
     assert ids == [256, *b"system\nS", 257, *b"\n", 256, *b"user\nhi", 257, *b"\n", 256, *b"assistant\n"]
+
+
+def test_a_sequence_starts_once(tmp_path: Path) -> None:
+    """Whether the template writes the start token, the tokenizer would add one, or both."""
+    for post in (None, "<s>"):
+        data = byte_level_json({"<s>": True, "</s>": True})
+        if post:
+            special = {post: {"id": post, "ids": [256], "tokens": [post]}}
+            single = [{"SpecialToken": {"id": post, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+            data["post_processor"] = {
+                "type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": special
+            }  # fmt: skip
+        for template in ("{{ bos_token }}{{ messages[0].content }}", "<s>{{ messages[0].content }}"):
+            settings = {"bos_token": "<s>", "add_bos_token": True, "chat_template": template}
+            tokenizer = write_json_tokenizer(tmp_path, data, settings)
+            assert tokenizer.chat.encode([user("Hi")]) == [256, *b"Hi"]
+            assert tokenizer.chat.encode([user("<s>Hi")]) == [256, *b"<s>Hi"]
+            assert tokenizer.encode("Hi", add_bos=True) == [256, *b"Hi"]
 
 
 look_alikes = st.lists(

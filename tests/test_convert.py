@@ -41,7 +41,7 @@ def source(tmp_path: Path) -> Path:
     (folder / "modeling_evil.py").write_text("raise SystemExit")
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     data = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(data | {"auto_map": {"x": "modeling_evil.X"}, "extra_key": 1}))
+    (folder / "config.json").write_text(json.dumps(data | {"auto_map": {"x": "modeling_evil.X"}, "license": "mit"}))
     return folder
 
 
@@ -170,7 +170,7 @@ def test_what_comes_along_and_what_does_not(source: Path, tmp_path: Path) -> Non
         "model.safetensors",
         "tokenizer.model",
     ]
-    assert read(out)["extra_key"] == 1
+    assert read(out)["license"] == "mit"
     assert "auto_map" not in read(out)
     card = (out / "README.md").read_text()
     assert "license: apache-2.0" in card

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
+import numpy as np
 import pytest
 from conftest import small_config, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m7mlx import Mistral, Sampling, Tokenizer, generate, load, stream_generate
+from m7mlx import (
+    BatchCache,
+    Mistral,
+    PromptLookup,
+    RollingCache,
+    Sampling,
+    Tokenizer,
+    generate,
+    load,
+    reuse,
+    stream_generate,
+)
 from m7mlx.errors import ChatFormatError, InputError, PromptTooLongError, TokenizerError
 from m7mlx.generate import StopFilter
 
@@ -244,3 +258,93 @@ def test_full_attention_ends_at_its_context(mistral_tokenizers: dict[str, Tokeni
     assert sum(len(p.ids) for p in pieces) == 8
     with pytest.raises(PromptTooLongError, match=r"21 tokens.*holds 20"):
         stream_generate(model, tokenizer, [1] * 21)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "reason"),
+    [
+        ([1, 2], {"max_tokens": 2.5}, "max_tokens must be a whole number"),
+        ([1, 2], {"max_tokens": True}, "max_tokens must be a whole number"),
+        ([1, 2], {"max_tokens": "5"}, "max_tokens must be a whole number"),
+        ([1, 2], {"prefill_chunk": 1.5}, "prefill_chunk must be a whole number"),
+        (b"hi", {}, "a prompt is a text"),
+        (None, {}, "a prompt is a text"),
+        (3, {}, "a prompt is a text"),
+        ([1, "2"], {}, "a prompt is a text"),
+        ([1.0, 2.0], {}, "a prompt is a text"),
+        ([True], {}, "a prompt is a text"),
+        (np.array([[1, 2], [3, 4]]), {}, "a prompt is a text"),
+        (mx.array([0.5]), {}, "a prompt is a text"),
+        ({"role": "user", "content": "x"}, {}, "a message stands in a list"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], {}, "must be of type text"),
+        ([1], {"stop": [1]}, "stop must be a list of texts"),
+        ([1], {"stop": "x"}, "stop must be a list of texts"),
+        ([1], {"stop": 5}, "stop must be a list of texts"),
+        ([1], {"stop": None}, "stop must be a list of texts"),
+        ([1], {"sampling": {"temperature": 1}}, "sampling must be a Sampling, not dict"),
+        ([1], {"cache": "chat.cache"}, "cache must be a RollingCache, not str"),
+        ([1], {"drafter": PromptLookup}, "not the class PromptLookup"),
+        ([1], {"drafter": "lookup"}, "drafter must be"),
+        ([1], {"continues": b"x"}, "outside the model's vocabulary|a prompt is a text"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_in_a_line(
+    loaded: tuple[Mistral, Tokenizer], prompt: Any, options: Any, reason: str
+) -> None:
+    with pytest.raises(InputError, match=reason) as caught:
+        generate(*loaded, prompt, **{"max_tokens": 2} | options)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_users_bring_is_taken(loaded: tuple[Mistral, Tokenizer]) -> None:
+    ids = [1, 5, 9, 200]
+    expected = generate(*loaded, ids, max_tokens=5)
+    for brought in (mx.array(ids), mx.array([ids]), np.array(ids), np.array([ids]), tuple(ids), list(np.array(ids))):
+        assert generate(*loaded, brought, max_tokens=5) == expected
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hello "}, {"type": "text", "text": "there"}]}]
+    whole = [{"role": "user", "content": "Hello there"}]
+    assert generate(*loaded, parts, max_tokens=5) == generate(*loaded, whole, max_tokens=5)
+
+
+@pytest.mark.parametrize("ids", [[[10**7]], [[-1]], [[97]], [1, 2], [[0.5]]])
+def test_a_model_reads_no_memory_that_is_not_its_own(ids: Any) -> None:
+    with pytest.raises(InputError):
+        small_model(small_config())(mx.array(ids))
+
+
+def test_a_cache_is_one_models(mistral_tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer, ids = mistral_tokenizers["v1"], [1, 5, 9, 200, 31]
+    model = small_model(small_config(vocab_size=32000))
+    others = (
+        small_model(small_config(vocab_size=32000), seed=1),
+        small_model(small_config(vocab_size=32000, sliding_window=None)),
+        small_model(small_config(vocab_size=32000, n_layers=2)),
+    )
+    expected = generate(model, tokenizer, ids, max_tokens=9)
+    for other in others:
+        for cache in (other.new_cache(), RollingCache(other.config)):
+            generate(other, tokenizer, ids, max_tokens=3, cache=cache)
+            with pytest.raises(InputError, match="another model's"):
+                generate(model, tokenizer, ids, max_tokens=9, cache=cache)
+            with pytest.raises(InputError, match="another model's"):
+                model(mx.array([[1]]), cache)
+            assert reuse(cache, [*ids, 7], [model.new_cache().snapshot()]) == len(ids)
+    own = RollingCache(model.config)
+    assert generate(model, tokenizer, ids, max_tokens=9, cache=own) == expected
+    with pytest.raises(InputError, match="share model"):
+        BatchCache([own, others[0].new_cache()])
+
+
+@pytest.mark.parametrize("drafter", [None, PromptLookup()])
+def test_two_generators_over_one_cache_do_not_mix(loaded: tuple[Mistral, Tokenizer], drafter: Any) -> None:
+    model, tokenizer = loaded
+    ids = [1, 5, 9, 200]
+    expected = generate(model, tokenizer, ids[::-1], max_tokens=9)
+    cache = model.new_cache(slack=32)
+    first = stream_generate(model, tokenizer, ids, max_tokens=9, cache=cache, drafter=drafter)
+    next(first)
+    second = stream_generate(model, tokenizer, ids[::-1], max_tokens=9, cache=cache, drafter=drafter)
+    begun = next(second).text
+    with pytest.raises(InputError, match="a cache of its own"):
+        list(first)
+    assert begun + "".join(piece.text for piece in second) == expected

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from m7mlx import constrain, stream_generate
 from m7mlx.constrain import CUT, Constraint, close_grammars, json_constraint
-from m7mlx.errors import InputError, WorkerError
+from m7mlx.errors import BusyError, InputError, WorkerError
 from m7mlx.request import Event, Request
 from m7mlx.sampling import Sampling
 from m7mlx.scheduler import Scheduler
@@ -48,8 +48,7 @@ def follows(tokenizer: Tokenizer, schema: dict[str, Any], text: str) -> bool:
         if not constraint.mask(tokenizer.vocab_size)[token].item():
             return False
         constraint.accept(token)
-    constraint.mask(tokenizer.vocab_size)
-    return constraint.is_complete
+    return bool(constraint.mask(tokenizer.vocab_size)[sorted(tokenizer.eos_ids)[0]].item())
 
 
 def chain(length: int) -> dict[str, Any]:
@@ -163,7 +162,7 @@ def test_processes_are_few_and_end(tokenizer: Tokenizer, monkeypatch: pytest.Mon
     before = children()
     held = [json_constraint(tokenizer, {"const": n}) for n in range(2)]
     assert len(children() - before) == 3  # one for the vocabulary, of which the others are copies
-    with pytest.raises(InputError, match="under way; try again later"):
+    with pytest.raises(BusyError, match="under way; try again later"):
         json_constraint(tokenizer, {"const": 2})
     assert follows(tokenizer, {"const": 1}, "1")
     del held[0]
@@ -244,7 +243,7 @@ def test_a_stop_text_does_not_make_half_an_answer_a_success(tokenizer: Tokenizer
     number = scheduler.add(Request([1, 5], sampling, 400, stop=["e"], constraint=constraint()))
     last = run(scheduler)[number][-1]
     assert (last.reason, str(last.error)) == ("failed", CUT)
-    with pytest.raises(InputError, match="before the JSON was complete"):
+    with pytest.raises(InputError, match="would have cut it"):
         list(
             stream_generate(
                 MODEL, tokenizer, [1, 5], sampling=sampling, max_tokens=400, stop=["e"], constraint=constraint()
@@ -254,6 +253,45 @@ def test_a_stop_text_does_not_make_half_an_answer_a_success(tokenizer: Tokenizer
         Request([1, 5], sampling, 400, stop=["}"], constraint=json_constraint(tokenizer, {"const": 1}))
     )
     assert run(scheduler)[done][-1].reason == "stop"
+
+
+@pytest.mark.parametrize(("value", "stop"), [({"a": 1}, "}"), ([1, 2], "]"), ("ab", '"'), (-5, "5"), (125, "5")])
+def test_nor_does_one_that_is_the_end_of_the_answer(tokenizer: Tokenizer, value: Any, stop: str) -> None:
+    """Stop texts are not part of an answer: what is left would be no JSON, or not the one that was asked for."""
+    scheduler = Scheduler(MODEL, tokenizer)
+    number = scheduler.add(Request([1, 5], stop=[stop], constraint=json_constraint(tokenizer, {"const": value})))
+    last = run(scheduler)[number][-1]
+    assert (last.reason, str(last.error)) == ("failed", CUT)
+    with pytest.raises(InputError, match="would have cut it"):
+        list(
+            stream_generate(
+                MODEL, tokenizer, [1, 5], stop=[stop], constraint=json_constraint(tokenizer, {"const": value})
+            )
+        )
+
+
+def test_a_process_that_was_ended_is_not_the_schemas_fault(tokenizer: Tokenizer) -> None:
+    """The next answer to a schema gets a new one; whether its own was ended, or that of the vocabulary."""
+    for _ in range(2):
+        assert follows(tokenizer, INTEGER, "17")
+        own = psutil.Process().children()
+        for process in [copy for one in own for copy in one.children()]:
+            process.kill()
+    for process in psutil.Process().children():
+        process.kill()
+    assert follows(tokenizer, {"const": "new"}, '"new"')
+    assert follows(tokenizer, INTEGER, "17")
+
+
+def test_ends_that_the_tokenizer_does_not_have(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A config may name ids of a padded embedding, or beyond it."""
+    own = tokenizer.eos_ids
+    monkeypatch.setattr(tokenizer, "eos_ids", own | {tokenizer.vocab_size, 1 << 30})
+    assert follows(tokenizer, {"const": "beyond"}, '"beyond"')
+    close_grammars()
+    monkeypatch.setattr(tokenizer, "eos_ids", frozenset({tokenizer.vocab_size}))
+    with pytest.raises(InputError, match="no token that ends an answer"):
+        json_constraint(tokenizer, INTEGER)
 
 
 @pytest.mark.parametrize(
@@ -310,3 +348,48 @@ def test_calls_with_nested_models(tokenizer: Tokenizer) -> None:
     for name, arguments in [("f", {"one": {"x": "1"}, "many": []}), ("g", {"name": 1}), ("h", {"n": 1})]:
         written = json.dumps([{"name": name, "arguments": arguments}], separators=(",", ":"))
         assert not follows(tokenizer, schema, written), written
+
+
+def test_calls_whose_parameters_name_themselves(tokenizer: Tokenizer) -> None:
+    """Anchors, which two functions may call alike, and references behind an address of their own."""
+
+    def anchored(kind: str) -> dict[str, Any]:
+        found = {"type": "object", "properties": {"x": {"$ref": "#here"}}, "additionalProperties": False}
+        return found | {"$defs": {"y": {"$anchor": "here", "type": kind}}}
+
+    address = "https://example.org/schema"
+    inner = {"type": "object", "properties": {"z": {"$ref": f"{address}#/$defs/n"}}, "additionalProperties": False}
+    behind = {"$id": address, "$ref": f"{address}#/$defs/o", "$defs": {"o": inner, "n": INTEGER}}
+    functions = [
+        {"name": "f", "parameters": anchored("integer")},
+        {"name": "g", "parameters": anchored("boolean")},
+        {"name": "h", "parameters": behind},
+        {
+            "name": "i",
+            "parameters": {"properties": {"a": {"$ref": "#/definitions/b~1%25"}}, "definitions": {"b/%": INTEGER}},
+        },
+    ]
+    schema = calls_schema(functions, parallel=False)
+    for name, right, wrong in (
+        ("f", '{"x":1}', '{"x":true}'),
+        ("g", '{"x":true}', '{"x":1}'),
+        ("h", '{"z":1}', '{"z":true}'),
+        ("i", '{"a":1}', '{"a":true}'),
+    ):
+        assert follows(tokenizer, schema, f'[{{"name":"{name}","arguments":{right}}}]')
+        assert not follows(tokenizer, schema, f'[{{"name":"{name}","arguments":{wrong}}}]')
+
+
+@pytest.mark.parametrize(
+    "parameters", [{}, {"description": "any"}, {"type": ["object", "null"]}, {"title": "t", "enum": [{}, 1]}]
+)
+def test_arguments_are_an_object(tokenizer: Tokenizer, parameters: dict[str, Any]) -> None:
+    schema = calls_schema([{"name": "f", "parameters": parameters}], parallel=False)
+    assert follows(tokenizer, schema, '[{"name":"f","arguments":{}}]')
+    for other in ("1", "null", '"a"', "[]"):
+        assert not follows(tokenizer, schema, f'[{{"name":"f","arguments":{other}}}]')
+
+
+def test_parameters_that_are_no_object_are_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match="JSON schema"):
+        json_constraint(tokenizer, calls_schema([{"name": "f", "parameters": {"type": "string"}}], parallel=False))

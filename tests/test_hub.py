@@ -224,6 +224,7 @@ def test_mistrals_own_layout_is_for_the_converter(hub: Hub, tmp_path: Path) -> N
     ("names", "message"),
     [
         (["pytorch_model.bin"], "has only pickle weights, which can run code"),
+        (["consolidated.00.pth"], "has only pickle weights, which can run code"),
         (["a.Q4_0.gguf", "b.gguf"], f"name one: m7mlx-convert {REPO}/a.Q4_0.gguf or {REPO}/b.gguf"),
         (["notes.txt"], "has no weights"),
     ],
@@ -257,6 +258,31 @@ def test_the_disk_that_is_too_small_is_noticed_first(
     monkeypatch.setattr("m7mlx.download.shutil.disk_usage", lambda _: usage)
     with pytest.raises(DiskError, match=r"model.safetensors takes 0\.\d GB more, the disk has 0\.0 GB free"):
         download.fetch_blob(REPO, "model.safetensors", None, m7hub.RemoteFile(10**8, "0" * 64))
+
+
+FULL = """
+import errno, os
+from m7mlx import download
+write = download._Counted.write
+def full(self, data):
+    if self.tell() > 5_000_000:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return write(self, data)
+download._Counted.write = full
+"""
+
+
+def test_a_disk_that_is_full_in_the_middle_keeps_what_came(hub: Hub, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL + CODE, REPO, "", "huggingface"]
+    done = subprocess.run(
+        command, env=environment(hub, tmp_path), capture_output=True, text=True, timeout=120, check=False
+    )
+    said = done.stderr.strip().splitlines()[-1]
+    assert said == "DiskError: the disk is full; make room, then run the command again to resume"
+    hub.requests.clear()
+    assert "model.safetensors" in resolve(hub, tmp_path, REPO).stdout
+    (span,) = [span for name, span in fetched(hub) if name == "model.safetensors"]
+    assert int(span.removeprefix("bytes=").rstrip("-")) > 5_000_000
 
 
 # --- wrong bytes ------------------------------------------------------------------------------------------

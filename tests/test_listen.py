@@ -146,12 +146,11 @@ async def _app(scope: Any, receive: Any, send: Any) -> None:
 
 
 @contextmanager
-def listening() -> Iterator[tuple[int, listen.Listener]]:
+def listening(app: Any = None) -> Iterator[tuple[int, listen.Listener]]:
     """A listener in this process, of an app that has no model."""
     with socket.create_server(("127.0.0.1", 0)) as bound:
         port = bound.getsockname()[1]
-        app = guard.Guard(_app, ["/"], {"localhost"}, None)
-        server = listen.Listener(app, lambda: None)
+        server = listen.Listener(app or guard.Guard(_app, ["/"], {"localhost"}, None), lambda: None)
         thread = threading.Thread(target=asyncio.run, args=(server.serve(sockets=[bound]),))
         thread.start()
         while not server.started:
@@ -261,6 +260,9 @@ def test_who_has_closed_one_half_is_answered(port: int) -> None:
         (ask(max_tokens=5) + ask(max_tokens=5) + get(b"/health"), 3),
         (ask(max_tokens=300, stream=True), 1),
         (get(b"/health"), 1),
+        (get(b"/health", HOST, b"HTTP/1.0"), 1),
+        (ask(max_tokens=300, logit_bias={"2": -100}).replace(b"HTTP/1.1", b"HTTP/1.0"), 1),
+        (ask(max_tokens=300, stream=True).replace(b"HTTP/1.1", b"HTTP/1.0"), 1),
     ):
         with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
             raw.sendall(data)
@@ -283,6 +285,26 @@ def test_who_has_closed_one_half_and_leaves_is_noticed(port: int, stream: bool) 
         raw.shutdown(socket.SHUT_WR)
         settle(url, 1)
     settle(url, 0)
+
+
+def test_a_client_of_http_1_0_is_not_answered_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has closed one half may have gone, and nothing can be sent to find out."""
+    monkeypatch.setattr(listen, "UNSURE_SECONDS", 0.2)
+    gone = threading.Event()
+
+    async def waits(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            return
+        if scope["type"] == "http":
+            assert (await receive())["type"] == "http.request"
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            gone.set()
+
+    with listening(waits) as (port, _), socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
+        raw.sendall(get(b"/", HOST, b"HTTP/1.0"))
+        raw.shutdown(socket.SHUT_WR)
+        assert gone.wait(20)
 
 
 def test_chunks_of_one_byte_hold_nobody_up() -> None:

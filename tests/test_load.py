@@ -17,7 +17,7 @@ import pytest
 from conftest import mistral_file, random_weights, small_config, weights_on_disk, write_folder
 
 import m7mlx.memory
-from m7mlx import load
+from m7mlx import load, stream_generate
 from m7mlx.config import ModelConfig
 from m7mlx.errors import ConfigError, M7Error, NotFoundError, RunError, TokenizerError, WeightsError
 from m7mlx.load import build
@@ -148,23 +148,25 @@ def truncate(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
-def hostile_header(header: dict[str, Any], data: bytes = b"\0" * 16) -> Callable[[Path], None]:
+def hostile_header(header: dict[str, Any] | str, data: bytes = b"\0" * 16) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
-        text = json.dumps(header).encode()
+        text = (header if isinstance(header, str) else json.dumps(header)).encode()
         (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
 
     return write
 
 
-def pickles_only(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+def pickles_only(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / "model.safetensors").rename(folder / name)
 
 
 F32 = {"dtype": "F32", "shape": [2]}
+PLACED = [json.dumps(F32 | {"data_offsets": [start, start + 8]}) for start in (0, 8)]
 DAMAGE: dict[str, tuple[Callable[[Path], object], type[M7Error], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), ConfigError, "no config.json"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), WeightsError, "no weights"),
-    "pickle": (pickles_only, WeightsError, "pickle"),
+    "pickle": (pickles_only("pytorch_model.bin"), WeightsError, "pickle.*safetensors version"),
+    "another pickle": (pickles_only("consolidated.00.pth"), WeightsError, "pickle.*safetensors version"),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), TokenizerError, "no tokenizer"),
     "missing shard": (drop_shard, WeightsError, "lacks b.safetensors"),
     "stray shard": (add_stray, WeightsError, "stray.safetensors"),
@@ -187,6 +189,21 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[M7Error], str]] = {
         hostile_header({"a": F32 | {"data_offsets": [0, 8]}, "b": F32 | {"data_offsets": [4, 12]}}),
         WeightsError,
         "not a whole",
+    ),
+    "a hole": (
+        hostile_header({"a": F32 | {"data_offsets": [0, 8]}, "b": F32 | {"data_offsets": [12, 20]}}, b"\0" * 20),
+        WeightsError,
+        "not a whole",
+    ),
+    "a tensor twice": (
+        hostile_header('{"a": {0}, "b": {1}, "b": {1}}'.replace("{0}", PLACED[0]).replace("{1}", PLACED[1])),
+        WeightsError,
+        "'b' is there twice",
+    ),
+    "a tensor twice, in other words": (
+        hostile_header('{"b": {1}, "a": {0}, "\\u0061": {0}}'.replace("{0}", PLACED[0]).replace("{1}", PLACED[1])),
+        WeightsError,
+        "'a' is there twice",
     ),
     "trailing bytes": (hostile_header({"a": F32 | {"data_offsets": [0, 8]}}), WeightsError, "not a whole"),
     "NaN": (
@@ -214,7 +231,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[M7Error], str]] = {
         WeightsError,
         "I32",
     ),
-    "10⁹ layers": (lambda f: edit_config(f, num_hidden_layers=10**9), WeightsError, "1000000000 layers"),
+    "10⁹ layers": (lambda f: edit_config(f, num_hidden_layers=10**9), ConfigError, "num_hidden_layers"),
+    "more layers than tensors": (lambda f: edit_config(f, num_hidden_layers=9999), WeightsError, "9999 layers"),
     "wrong shape": (
         lambda f: edit_config(f, intermediate_size=65),
         WeightsError,
@@ -250,6 +268,20 @@ def test_a_model_larger_than_the_machine_is_refused_with_the_sum(
     monkeypatch.setattr(sys.modules["m7mlx.load"], "machine_memory", lambda: 12_000_000)
     with pytest.raises(RunError, match=r"0\.0 GB for its weights and 0\.0 GB for 7 tokens"):
         load(folder)
+
+
+def test_no_program_of_a_folder_runs(folder: Path, tmp_path: Path) -> None:
+    """What transformers asks `trust_remote_code` for, and what mlx-lm runs as a model of its own."""
+    ran = tmp_path / "RAN"
+    for name in ("modeling", "tokenization", "configuration", "model", "__init__"):
+        (folder / f"{name}.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Evil: ...\n")
+    code = {"auto_map": {"AutoConfig": "configuration.Evil", "AutoModelForCausalLM": "modeling.Evil"}}
+    edit_config(folder, model_file="model.py", **code)
+    settings = {"auto_map": {"AutoTokenizer": ["tokenization.Evil", None]}, "tokenizer_class": "Evil"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    model, tokenizer = load(folder)
+    assert list(stream_generate(model, tokenizer, "Hi", max_tokens=2))
+    assert not ran.exists()
 
 
 def test_mistrals_own_copy_of_the_weights_is_no_stray_file(folder: Path) -> None:

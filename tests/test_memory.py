@@ -82,6 +82,25 @@ def test_weights_that_are_not_expanded_are_planned_too(tmp_path: Path, monkeypat
     assert loaded_bytes(config, stored) == pytest.approx(load(folder)[0].nbytes, rel=0.02)
 
 
+_WIRED = """
+import sys, mlx.core as mx
+mx.set_wired_limit = lambda limit: sys.exit("the wired limit was raised")
+from m7mlx_chat.cli import main
+sys.exit(main(["--model", sys.argv[1], "-p", "hi", "--max-tokens", "3", "--no-save", *sys.argv[2:]]))
+"""
+
+
+def test_the_wired_limit_is_left_alone(model_folder: Path) -> None:
+    """On macOS wired memory that runs out stops the machine, not the program."""
+    for options in ([], ["--max-memory", "0.5"], ["--speculate", "lookup"]):
+        command = [sys.executable, "-c", _WIRED, str(model_folder), *options]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, ""), options
+    root = Path(__file__).parent.parent
+    ours = [path for folder in ("m7mlx", "app", "convert") for path in (root / folder).rglob("*.py")]
+    assert ours and not [path for path in ours if "set_wired_limit" in path.read_text()]
+
+
 @pytest.mark.usefixtures("limited")
 def test_a_limit_is_kept_by_models_and_sequences(tmp_path: Path, mistral_tokenizers: dict[str, Tokenizer]) -> None:
     folder = write_folder(tmp_path / "model", small_config(vocab_size=32000, sliding_window=None))

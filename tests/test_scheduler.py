@@ -17,7 +17,7 @@ import m7mlx.request
 import m7mlx.sampling
 import m7mlx.scheduler
 from m7mlx import stream_generate
-from m7mlx.constrain import Constraint
+from m7mlx.constrain import Unconstrained
 from m7mlx.decode import shared_start
 from m7mlx.errors import InputError, PromptTooLongError, RunError, TokenizerError
 from m7mlx.load import build
@@ -275,17 +275,11 @@ def test_requests_that_make_no_sense_are_refused_at_once(tokenizer: Tokenizer) -
 def test_a_grammar_that_fails_fails_its_own_answer(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     masks = iter([True, True, False])
 
-    class Broken(Constraint):
-        def __init__(self) -> None:
-            pass
-
+    class Broken(Unconstrained):
         def mask(self, vocab_size: int) -> mx.array:
             if next(masks):
                 return mx.ones((vocab_size,), mx.bool_)
             raise RunError("the grammar of this answer failed: too complex")
-
-        def accept(self, token: int) -> None:
-            pass
 
     clients = Clients(Scheduler(MODELS[7], tokenizer, rows=2))
     bad = clients.scheduler.add(Request(prompt(1, 5), max_tokens=9, constraint=Broken()))

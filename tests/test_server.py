@@ -696,6 +696,52 @@ def test_a_port_that_is_taken(model_folder: Path) -> None:
     assert "loading" not in done.stderr
 
 
+def test_an_address_with_colons(model_folder: Path) -> None:
+    """What is printed can be opened."""
+    with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        with serving(model_folder, "--host", "::1") as (url, _):
+            assert httpx.get(f"{url}/health").status_code == 200
+            port = url.rpartition(":")[2]
+            command = [sys.executable, "-m", "m7mlx_server", "--model", str(model_folder)]
+            again = [*command, "--host", "::1", "--port", port]
+            done = subprocess.run(again, capture_output=True, text=True, check=False, timeout=60)
+            assert done.returncode == 1
+            assert f"[::1]:{port} cannot be opened" in done.stderr.splitlines()[-1]
+        return
+    pytest.skip("this machine has no ::1")
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
+def test_standard_streams_that_are_closed(model_folder: Path, closed: str) -> None:
+    """As some that start services leave them; what goes wrong later has nowhere to be said, and ends nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    program = f"""
+import sys, m7mlx_server.reading_process
+from m7mlx_server import answers
+def breaks(*_): raise KeyError("unforeseen")
+answers._sampling = breaks
+from m7mlx_server.cli import main
+sys.exit(main(["--model", {str(model_folder)!r}, "--name", {NAME!r}, "--port", "{port}"]))
+"""
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", program]
+    with running(command, stdout=subprocess.PIPE) as process:
+        until = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                    break
+            assert time.monotonic() < until and process.poll() is None
+            time.sleep(0.1)
+        for _ in range(2):
+            body = {"model": NAME, "messages": user("Hi"), "max_tokens": 2}
+            found = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=60)
+            assert found.status_code == 500 and "error" in found.json()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        assert process.stdout.read() == b""
+
+
 def test_control_c_while_the_model_is_loaded(model_folder: Path) -> None:
     """What loads is not waited for: a model may take minutes."""
     program = f"""

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from conftest import small_config, write_folder
+from processes import running
 from test_server import ENDLESS, NAME, open_requests, serving, settle, user
 
 SLOW = {"type": "integer", "multipleOf": 3_000_017}  # takes longer to prepare than it may
@@ -99,6 +100,46 @@ def test_plain_requests_do_not_wait_for_schemas(model_folder: Path) -> None:
         assert asked(url, response_format=following(SLOW | {"title": "y"})).status_code == 429
         assert asked(url).status_code == 200
         process.kill()
+
+
+_FEW = """
+import gc, sys
+from m7mlx import constrain
+gc.disable()
+constrain._AT_ONCE, constrain._PREPARE_SECONDS = 1, 0.2
+from m7mlx_server.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_schema_for_which_there_is_no_place(model_folder: Path) -> None:
+    """The answers that have the places go on; once they have ended, in whatever way, there is room."""
+    command = [sys.executable, "-c", _FEW, "--model", str(model_folder), "--name", NAME, "--port", "0"]
+    with running(command, stderr=subprocess.PIPE, text=True) as process:
+        url = next(found[0] for line in process.stderr if (found := re.search(r"http://\S+", line)))
+        long = {"type": "string", "minLength": 100_000}
+        with httpx.stream(
+            "POST",
+            f"{url}/v1/chat/completions",
+            json={"model": NAME, "messages": user("Hi"), "stream": True, "response_format": following(long)},
+            timeout=60,
+        ) as stream:
+            lines = stream.iter_lines()
+            assert next(lines)
+            refused = asked(url, response_format=following({"const": 1}))
+            assert refused.status_code == 429 and "try again later" in refused.text
+            assert refused.headers["retry-after"]
+        nobody(url)
+        assert asked(url, response_format=following({"const": 1})).status_code == 200
+        refusals: list[dict[str, Any]] = [{"stop": ["a", "e", "i"], "max_tokens": 900}, {"logit_bias": {"999999": 1}}]
+        for number, wrong in enumerate(refusals):
+            assert (
+                asked(
+                    url, response_format=following({"type": "string", "minLength": 900 + number}), **wrong
+                ).status_code
+                == 400
+            )
+            assert asked(url, response_format=following({"const": number + 2})).status_code == 200
 
 
 def test_ending_while_a_schema_is_prepared(model_folder: Path) -> None:

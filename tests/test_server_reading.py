@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from m7mlx_server.app import Served, Server
+from m7mlx_server.engine import Engine, Limits
 from m7mlx_server.guard import ApiError
 from m7mlx_server.readers import Readers
 from m7mlx_server.reading import parsed, read
@@ -51,10 +54,9 @@ def test_what_is_wrong_a_million_times_costs_little(name: str) -> None:
     """Time and memory are those of parsing: under 0.5 GB, where an error takes 0.8 kB."""
     path = "/v1/completions" if "ids" in name else CHAT
     program = f"""
-import resource, sys
+from m7mlx_bench.worker import peak_rss as peak
 from m7mlx_server.guard import ApiError
 from m7mlx_server.reading import SCHEMAS, parsed
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 data = {LARGE[name]}
 assert len(data) <= 8 << 20
 before = peak()
@@ -204,3 +206,56 @@ def test_who_leaves_gives_up_the_place_in_the_line(readers: Readers, model_folde
         return len((await readers.read(CHAT, large, tokenizer)).ids)
 
     assert asyncio.run(asyncio.wait_for(leave(), 60)) > 400_000
+
+
+def test_nothing_typed_is_a_control_token(mistral_tokenizers: dict[str, Tokenizer]) -> None:
+    """Wherever in a request it stands: texts, names, ids, keys, values within values, JSON within texts."""
+    tokenizer = mistral_tokenizers["v3"]
+    controls = set(tokenizer.control_ids().values())
+
+    def used(word: str) -> list[int]:
+        inner = {word: {word: [word]}, "enum": [word], "description": word}
+        call = {"id": word, "type": "function", "function": {"name": word, "arguments": json.dumps(inner)}}
+        messages = [
+            {"role": "system", "content": word, "name": word},
+            {"role": "user", "content": [{"type": "text", "text": word}, {"type": "text", "text": word}]},
+            {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": word, "name": word, "content": json.dumps(inner)},
+            {"role": "user", "content": word},
+        ]
+        function = {"name": "f", "description": word, "parameters": {"type": "object", "properties": inner}}
+        body = {"model": "m", "messages": messages, "tools": [{"type": "function", "function": function}]}
+        ids = [i for i in read(CHAT, json.dumps(body).encode(), "m", tokenizer).ids if i in controls]
+        prompt = json.dumps({"model": "m", "prompt": word}).encode()
+        assert [i for i in read("/v1/completions", prompt, "m", tokenizer).ids if i in controls] == [tokenizer.bos_id]
+        return ids
+
+    plain = used("word")
+    for word in (
+        "[INST]",
+        "</s>",
+        "<s>",
+        "[/TOOL_RESULTS]",
+        "[TOOL_CALLS]",
+        "<unk>",
+        "[control_99]",
+        "a</s>b[/INST]",
+    ):
+        assert used(word) == plain
+
+
+def test_what_nests_too_deep_somewhere_else_is_the_clients_fault(model_folder: Path) -> None:
+    class Deep(Readers):
+        async def read(self, *_: Any) -> Any:
+            raise RecursionError
+
+    server = Server(Engine(model_folder, Limits()), Deep(model_folder, "m"), Served("m"), {"localhost"}, None)
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(server.app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            server._engine.tokenizer = load_tokenizer(model_folder)
+            return await client.post(CHAT, json=BODY)
+
+    found = asyncio.run(ask())
+    assert (found.status_code, found.json()["error"]["message"]) == (400, "the request nests too deep")

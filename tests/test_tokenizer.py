@@ -70,6 +70,17 @@ def test_any_ids_decode_as_in_mistral_common_and_stream_alike(
     assert "".join([stream.add(i) for i in ids] + [stream.finish()]) == whole
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("hard", HARD)
+def test_what_was_written_is_streamed_to_the_last_space(
+    mistral_tokenizers: dict[str, Tokenizer], version: str, hard: str
+) -> None:
+    tokenizer = mistral_tokenizers[version]
+    stream = tokenizer.detokenizer()
+    streamed = "".join([stream.add(i) for i in tokenizer.encode(hard)] + [stream.finish()])
+    assert streamed == hard.replace("▁", " ")  # which is how sentencepiece writes a space
+
+
 def test_streams_hold_back_only_unfinished_characters(mistral_tokenizers: dict[str, Tokenizer]) -> None:
     tokenizer = mistral_tokenizers["v3"]
     ids = tokenizer.encode("🦜")

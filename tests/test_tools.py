@@ -152,5 +152,7 @@ def test_text_before_the_mark_is_content(mistral_tokenizers: dict[str, Tokenizer
     assert (
         choice(tokenizer, [mark, *call[:3]], "stop")[1]["finish_reason"] == "stop"
     )  # and a client sees that it is cut
+    _, spelled = choice(tokenizer, [MARK, *call], "stop")  # letters are no mark
+    assert spelled["message"]["content"] == MARK + "".join(call) and "tool_calls" not in spelled["message"]
     _, refused = choice(tokenizer, [mark, " No, ", "sorry"], "stop")
     assert refused["message"] == {"role": "assistant", "content": " No, sorry", "refusal": None}

@@ -77,18 +77,21 @@ class ChatApp(Commands):
         folder: Path | None = None,
         fetch: bool = False,
         question: str | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         """What to begin with.
 
         folder    the model to load; None lets the user choose
         fetch     the settings' model is not here, but wanted: fetch it
         question  to be asked at once
+        notes     what went wrong before
         """
         super().__init__(session, config)
         self.engine = engine
         self._folder = folder
         self._fetch = fetch
         self._question = question
+        self._notes = notes
         self._loading = folder is not None
         self._editing: int | None = None  # the question that the draft takes the place of
         self._first_text = 0.0
@@ -129,7 +132,10 @@ class ChatApp(Commands):
             self.tell(f"{self.config.path} names a theme that is not there: {self.config.theme}", is_error=True)
         if unknown := unknown_keys(self.config.keys):
             self.tell(f"{self.config.path} gives keys to what is not there: {', '.join(unknown)}", is_error=True)
-        self.set_keymap(self.config.keys)
+        for note in self._notes:
+            self.tell(note, is_error=True)
+        with self.going_on():
+            self.set_keymap(self.config.keys)
         self.composer.focus()
         self.engine.start()
         self.set_interval(_DRAIN_SECONDS, self._drain_in_time)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,7 +14,7 @@ from m7mlx.demo import here
 from m7mlx.errors import M7Error
 from m7mlx.hub import ALIASES, DEMO, local
 from m7mlx.memory import budget, chat_memory
-from m7mlx.safetensors import folder_weights
+from m7mlx.safetensors import folder_weights, parameters
 from m7mlx_chat.store.schema import data_dir
 
 Fit = Literal["fits", "tight", "too big"]
@@ -59,12 +60,23 @@ def models(others: Sequence[str] = ()) -> list[Entry]:
     (names used before) that are folders elsewhere; the suggested ones that are not here; then what cannot be."""
     found: dict[Path, Entry] = {}
     for name, folder in _folders(others):
-        real = folder.resolve()
+        real = Path(os.path.realpath(folder))
         if real not in found:
             found[real] = describe(name, folder)
     known = {entry.name for entry in found.values()}
     missing = [entry for entry in SUGGESTED if entry.name not in known and ALIASES.get(entry.name) not in known]
     return sorted([*found.values(), *missing], key=lambda entry: bool(entry.problem))
+
+
+def on_this_machine(name: str) -> Path | None:
+    """Where a model lies that can be used at once; None too for what can be the name of none.
+
+    A name may come from anywhere: an imported conversation, a folder in the Hub's cache.
+    """
+    try:
+        return local(name)
+    except (M7Error, OSError, ValueError):
+        return None
 
 
 def models_folder() -> Path:
@@ -77,10 +89,11 @@ def describe(name: str, folder: Path) -> Entry:
     try:
         config = ModelConfig.from_folder(folder)
         stored = folder_weights(folder)
-    except (M7Error, OSError) as error:
-        return Entry(name, folder, 0, problem=" ".join(str(error).split()))
-    nbytes = sum(path.stat().st_size for path in {tensor.path for tensor in stored.values()})
-    chat = chat_memory(config, nbytes)[0]
+        parameters(folder, config, stored)
+        nbytes = sum(path.stat().st_size for path in {tensor.path for tensor in stored.values()})
+        chat = chat_memory(config, nbytes)[0]
+    except Exception as error:  # whatever it holds, the others are shown
+        return Entry(name, folder, 0, problem=" ".join(str(error).split()) or type(error).__name__)
     return Entry(
         name,
         folder,
@@ -111,8 +124,9 @@ def _folders(others: Sequence[str]) -> Iterator[tuple[str, Path]]:
     yield from _in_hub_cache()
     for name in others:
         path = Path(os.path.expanduser(name))
-        if (path / "config.json").is_file():
-            yield name, path
+        with suppress(OSError, ValueError):  # no path, or one that may not be read
+            if (path / "config.json").is_file():
+                yield name, path
 
 
 def _in_hub_cache() -> Iterator[tuple[str, Path]]:
@@ -122,11 +136,11 @@ def _in_hub_cache() -> Iterator[tuple[str, Path]]:
     shorter = {repo: alias for alias, repo in reversed(ALIASES.items())}
     for storage in sorted(Path(constants.HF_HUB_CACHE).glob("models--*--*")):
         repo = storage.name.removeprefix("models--").replace("--", "/", 1)
-        folder = local(repo)
+        folder = on_this_machine(repo)
         if folder is None:
             continue
         try:
             ModelConfig.from_folder(folder)
-        except M7Error:
+        except Exception:
             continue  # another architecture: none of our business
         yield shorter.get(repo, repo), folder

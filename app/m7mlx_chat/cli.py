@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m7mlx.cli import ArgumentParser, add_parallel, gigabytes, launched, run
+from m7mlx.cli import EXIT_FAILED, ArgumentParser, add_parallel, gigabytes, launched, run
 
 if TYPE_CHECKING:
     from m7mlx.distributed import World
@@ -40,7 +43,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = _parser()
     args = parser.parse_args(argv)
-    return run(_chat, args, PROG)
+    try:
+        status = run(_chat, args, PROG)
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else EXIT_FAILED
+    return _left(status)
+
+
+def _left(status: int) -> int:
+    """Where the model is still in the middle of a long step, end at once: to end in order would abort the process."""
+    engine = sys.modules.get("m7mlx_chat.engine")
+    if engine is not None and any(thread.name == engine.THREAD for thread in threading.enumerate()):
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(status)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -113,16 +131,24 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 def _chat(args: argparse.Namespace) -> int:
     from m7mlx.errors import InputError
-    from m7mlx_chat.config import read_config
+    from m7mlx_chat.config import Config, config_path, read_config
     from m7mlx_chat.settings import FIELDS
     from m7mlx_chat.web import in_browser
 
-    config = read_config()
-    given = {name: value for name in FIELDS if (value := getattr(args, name)) is not None}
-    settings = config.settings(args.preset).changed(given)
     in_terminal = bool(sys.stdin and sys.stdin.isatty() and sys.stdout and sys.stdout.isatty())
     in_terminal = in_terminal or in_browser()
     asked = args.prompt is not None or args.file
+    shown = args.interactive or (in_terminal and not asked and not args.json)
+    notes = []
+    try:
+        config = read_config()
+    except InputError as error:
+        if not shown:
+            raise
+        config = Config(config_path())  # the chat comes up and says so
+        notes = [str(error)]
+    given = {name: value for name in FIELDS if (value := getattr(args, name)) is not None}
+    settings = config.settings(args.preset).changed(given)
     if args.max_memory is not None:
         from m7mlx.memory import limit_memory
 
@@ -141,13 +167,15 @@ def _chat(args: argparse.Namespace) -> int:
         from m7mlx_chat.headless import take_in
 
         return take_in(args.load)
-    if args.interactive or (in_terminal and not asked and not args.json):
+    if shown:
         from m7mlx_chat.headless import question
         from m7mlx_chat.launch import launch
 
         first = question(args.prompt, args.file) if asked or not in_terminal else None
-        chosen = "model" in given or "model" in config.values or args.preset is not None
-        return launch(config, settings, question=first, go_on=args.go_on, save=not args.no_save, chosen=chosen)
+        named = "model" in given
+        chosen = named or "model" in config.values or args.preset is not None
+        options = {"go_on": args.go_on, "save": not args.no_save, "chosen": chosen, "named": named}
+        return launch(config, settings, question=first, notes=notes, **options)
     from m7mlx_chat.headless import answer
 
     world = _others(args.parallel, settings)

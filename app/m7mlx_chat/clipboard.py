@@ -8,7 +8,8 @@ import subprocess
 
 _TOOLS = (["pbcopy"], ["wl-copy"], ["xclip", "-selection", "clipboard"])
 _SECONDS = 2.0
-_FENCED = re.compile(r"^ {0,3}(`{3,}|~{3,})[^\n]*\n(.*?)(?:^ {0,3}\1[`~]*[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
+# Nothing is given back once it is taken (`+` behind a quantity): a line of 100,000 marks would take minutes.
+_FENCED = re.compile(r"^ {0,3}(`{3,}+|~{3,}+)[^\n]*+\n(.*?)(?:^ {0,3}\1[`~]*+[ \t]*+$|\Z)", re.MULTILINE | re.DOTALL)
 
 
 def copy_with_tool(text: str) -> bool:

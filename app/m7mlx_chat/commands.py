@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import tempfile
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from rich.table import Table
@@ -252,9 +253,9 @@ class Commands(SteadyApp):
     def configure(self, settings: Settings) -> None:
         """Take other settings; where they concern the engine, it is set up anew."""
         before = self.session.settings
-        self.session.configure(settings)
+        self.session.configure(replace(settings, model=before.model))
         if settings.model != before.model:
-            self.choose_model(settings.model)
+            self.choose_model(settings.model)  # which takes it, if it is one
         elif any(getattr(settings, name) != getattr(before, name) for name in ENGINE):
             self.reload()
 

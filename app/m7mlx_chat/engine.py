@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from m7mlx.cache import CacheOptions
     from m7mlx.distributed import World
 
+THREAD = "m7mlx-engine"
 _BRANCHES = 0.1  # of the machine's memory, for caches of branches that were left
 _TOLD_SECONDS = 0.1  # between two looks at the cache, or at the progress of loading
 
@@ -95,7 +96,7 @@ class Engine:
         self._drafter: Drafter | None = None
         self._ready: Ready | None = None
         self._branches = Branches(int(budget() * _BRANCHES))
-        self._thread = threading.Thread(target=self._run, name="m7mlx-engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=THREAD, daemon=True)
 
     def start(self) -> None:
         """Begin to take commands."""

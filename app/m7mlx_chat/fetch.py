@@ -28,7 +28,7 @@ def main(name: str) -> int:
 
     try:
         _print("result", folder=str(resolve(name, progress=progress)))
-    except (M7Error, OSError) as error:
+    except (M7Error, OSError, ValueError) as error:  # the last: a name that the Hub refuses
         _print("error", message=" ".join(str(error).split()))
         return 1
     return 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from m7mlx.cli import launched
+from m7mlx.disk import user_path
 from m7mlx.errors import InputError, RunError
 from m7mlx.hub import DEMO, resolve
 from m7mlx.terminal import console, json_line, visible
@@ -53,7 +56,7 @@ def answer(
     from m7mlx_chat.engine import Engine
     from m7mlx_chat.session import Session
 
-    with open_store(save) as store:
+    with _ended_by_signals(), open_store(save) as store:
         engine = Engine(world)
         session = Session(store, engine, settings)
         session.schema = fitting
@@ -68,7 +71,7 @@ def answer(
             with printer:
                 try:
                     _print(session, engine.drain, printer)
-                except KeyboardInterrupt:
+                except (KeyboardInterrupt, SystemExit):
                     session.stop()
                     _print(session, engine.drain, printer)  # what was said by then
                     raise
@@ -81,13 +84,48 @@ def answer(
     return 0
 
 
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end it as Ctrl-C does, with what was said kept; another signal ends it at once."""
+
+    def at_once(number: int, _: object) -> None:
+        os._exit(128 + number)
+
+    def end(number: int, _: object) -> None:
+        for other in before:
+            signal.signal(other, at_once)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    heard = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _print(session: Session, drain: Any, printer: _Plain | _Json) -> None:
+    begun = False
     for event in _until_done(session, drain):
         session.handle(event)
         printer.show(event)
+        begun = begun or isinstance(event, Text)
         if isinstance(event, Failed):
-            error = InputError if event.exit_status == InputError.exit_status else RunError
+            # What fails on the way, though it be for the schema's sake, is a run that failed.
+            error = InputError if event.exit_status == InputError.exit_status and not begun else RunError
             raise error(event.message)
+        if isinstance(event, Done) and event.reason == "length" and session.schema is not None:
+            _check_whole(event)
+
+
+def _check_whole(done: Done) -> None:
+    """Whoever asked for JSON gets JSON, or an error."""
+    try:
+        json.loads(done.text)
+    except (ValueError, RecursionError):
+        tokens = done.statistics.generated_tokens
+        raise RunError(f"{tokens} tokens were not enough for the whole JSON; allow more with --max-tokens") from None
 
 
 def _until_done(session: Session, drain: Any) -> Iterator[Event]:
@@ -98,7 +136,7 @@ def _until_done(session: Session, drain: Any) -> Iterator[Event]:
 def read_schema(path: Path) -> dict[str, Any]:
     """A JSON schema. Raises InputError for a file that holds none."""
     try:
-        schema = json.loads(path.expanduser().read_text(encoding="utf-8"))
+        schema = json.loads(user_path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"--json-schema: {path} cannot be read ({error})") from None
     if not isinstance(schema, dict):
@@ -142,7 +180,7 @@ def take_in(name: str) -> int:
     from m7mlx_chat.portable import load_file
 
     with Store() as store:
-        count = len(store.plant(load_file(Path(name).expanduser())))
+        count = len(store.plant(load_file(user_path(name))))
     print(f"{count} conversation{'s' if count != 1 else ''} imported")
     return 0
 
@@ -253,7 +291,6 @@ def question(prompt: str | None, files: Sequence[str] = ()) -> str:
 
 def _has_input() -> bool:
     """Whether standard input is a pipe or a file: a terminal's absence alone (cron, ssh -n) is no question."""
-    import os
     import stat
 
     try:

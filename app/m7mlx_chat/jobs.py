@@ -41,14 +41,17 @@ async def convert(source: str, bits: int | None, progress: Progress) -> Path:
 
 async def _run(command: list[str], progress: Progress) -> dict[str, Any]:
     """Run to the end; the last result event."""
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=2,  # the app's log
-        limit=_LINE,
-        start_new_session=True,
-    )
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=2,  # the app's log
+            limit=_LINE,
+            start_new_session=True,
+        )
+    except (OSError, ValueError) as error:  # too long a name, one with a NUL
+        raise RunError(f"{command[2]} cannot be started ({error})") from None
     result: dict[str, Any] = {}
     message = ""
     try:

@@ -8,13 +8,14 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from m7mlx.cli import EXIT_FAILED
 from m7mlx.errors import InputError, M7Error, RunError
-from m7mlx.hub import ALIASES, DEMO, is_repo_id, local, resolve
+from m7mlx.hub import ALIASES, DEMO, is_repo_id, resolve
 from m7mlx_chat.app import ChatApp
+from m7mlx_chat.catalog import on_this_machine
 from m7mlx_chat.config import Config
 from m7mlx_chat.engine import Engine
 from m7mlx_chat.headless import go_on_with_the_last, open_store
@@ -34,26 +35,50 @@ def launch(
     go_on: bool = False,
     save: bool = True,
     chosen: bool = False,
+    named: bool = False,
+    notes: Sequence[str] = (),
 ) -> int:
-    """Show the chat until the user leaves; returns the exit status. `chosen`: the user named the model."""
+    """Show the chat until the user leaves; returns the exit status.
+
+    chosen  the user has chosen the model of `settings`; it is not merely the default
+    named   … on the command line: then one that there is not is an error
+    notes   what is to be told at the start
+    """
     if not (in_browser() or (sys.stdout and sys.stdout.isatty())):
         raise InputError("the chat needs a terminal; without --interactive the answer goes to standard output")
     can_be_fetched = settings.model in (DEMO, *ALIASES) or is_repo_id(settings.model)
-    if chosen and not can_be_fetched and local(settings.model) is None:
+    here = _folder(settings.model) is not None
+    if named and not can_be_fetched and on_this_machine(settings.model) is None:
         resolve(settings.model)  # raises: there is no such model
+    if chosen and not can_be_fetched and not here:
+        notes = [*notes, f"{config.path} names a model that is not there: {settings.model}"]
+        chosen = False
     with open_store(save) as store:
-        if not chosen and local(settings.model) is None:  # the model of the last time, if it is still here
-            for conversation in store.conversations(limit=1):
-                if local(conversation.model) is not None:
-                    settings = settings.changed({"model": conversation.model})
+        if not chosen and not here:  # the model of the last time, if it is still here
+            with contextlib.suppress(M7Error):
+                for last in store.conversations(limit=1):
+                    if _folder(last.model) is not None:
+                        settings = settings.changed({"model": last.model})
+                    elif last.model:
+                        notes = [*notes, f"the model of the last conversation is not here: {last.model}"]
         engine = Engine()
         session = Session(store, engine, settings)
         if go_on:
-            go_on_with_the_last(session)
-        folder = local(settings.model)
+            try:
+                go_on_with_the_last(session)
+            except M7Error as error:
+                notes = [*notes, str(error)]
+        folder = _folder(settings.model)
         with _stderr_to_log(log_path()), _keys_from_terminal():
-            here = folder is not None and folder.is_dir()
-            app = ChatApp(engine, session, config, folder=folder if here else None, fetch=chosen, question=question)
+            app = ChatApp(
+                engine,
+                session,
+                config,
+                folder=folder,
+                fetch=chosen,
+                question=question,
+                notes=notes,
+            )
             keep_collections_short()
             try:
                 app.run()
@@ -66,6 +91,12 @@ def launch(
     if app.return_code == EXIT_FAILED:
         raise RunError(f"the interface failed; {log_path()} says why")
     return app.return_code or 0
+
+
+def _folder(name: str) -> Path | None:
+    """A model's folder, if it is here; a GGUF file has to be converted first."""
+    found = on_this_machine(name)
+    return found if found is not None and found.is_dir() else None
 
 
 def _finish(session: Session, engine: Engine) -> None:

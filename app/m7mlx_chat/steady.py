@@ -14,6 +14,7 @@ import logging
 import signal
 import time
 import traceback
+from codecs import getincrementaldecoder
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from textual import _callback
 from textual._context import active_app, active_message_pump
 from textual.actions import SkipAction
 from textual.app import App
+from textual.driver import Driver
+from textual.drivers import linux_driver
 from textual.events import Resize
 from textual.geometry import Size
 from textual.message_pump import MessagePump
@@ -135,7 +138,7 @@ class SteadyApp(App[None]):
     # --- where Textual comes to -------------------------------------------------------------------------
 
     def _handle_exception(self, error: Exception) -> None:
-        if self._drawn:
+        if self._drawn or self._exit:
             self.report(error)
         else:
             self.failed = self.failed or error
@@ -152,13 +155,14 @@ class SteadyApp(App[None]):
         """The first frame has been drawn."""
         self._drawn = True
 
-    def on_compose(self) -> None:
-        """As soon as the terminal is ours: whatever ends the program gives it back first."""
-        if not self.is_headless:
+    def _build_driver(self, headless: bool, inline: bool, mouse: bool, size: tuple[int, int] | None) -> Driver:
+        """Before the terminal is taken: whatever ends the program gives it back, and keeps what was said."""
+        if not headless:
             loop = asyncio.get_running_loop()
             for number in _ENDING:
                 if signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish
                     loop.add_signal_handler(number, self.exit, None, 128 + number)
+        return super()._build_driver(headless, inline, mouse, size)
 
     @property
     def size(self) -> Size:
@@ -197,6 +201,12 @@ def _guarded(call: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any
     return guarded
 
 
+def _forgiving(decoder: Callable[[str], Callable[..., Any]], encoding: str) -> Callable[[], Any]:
+    return functools.partial(decoder(encoding), errors="replace")
+
+
 # The first calls every handler, action, timer and callback; what else a message may set off happens in the second.
 _callback._invoke = _guarded(_callback._invoke)  # type: ignore[assignment]
 MessagePump._dispatch_message = _guarded(MessagePump._dispatch_message)  # type: ignore[assignment,method-assign]
+# The thread that reads the keys would end at the first bytes that are not UTF-8: of a paste, say, or an old mouse.
+linux_driver.getincrementaldecoder = functools.partial(_forgiving, getincrementaldecoder)  # type: ignore[attr-defined, assignment]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from m7mlx.cli import ArgumentParser, gigabytes, positive, run
+from m7mlx.disk import user_path
 from m7mlx.errors import InputError
 from m7mlx.terminal import one_line
 
@@ -109,7 +110,7 @@ def _check_usage(parser: ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--stride must not exceed --context, {args.stride} exceeds {args.context}")
     if args.system and not args.chat:
         parser.error("--system needs --chat")
-    if args.json and not args.json.expanduser().absolute().parent.is_dir():
+    if args.json and not user_path(args.json).absolute().parent.is_dir():
         parser.error(f"the folder of {args.json} does not exist")
 
 

@@ -18,7 +18,7 @@ from typing import Any, Self
 from mlx.utils import tree_flatten
 
 from m7mlx.arrays import fingerprint
-from m7mlx.disk import why
+from m7mlx.disk import user_path, why
 from m7mlx.errors import DiskError, InputError
 from m7mlx.hub import resolve
 from m7mlx.model import Mistral
@@ -32,7 +32,7 @@ class Journal:
     def __init__(self, folder: Path, binding: Mapping[str, Any]) -> None:
         """Open the file of these bindings, or begin it. Raises InputError for one that is damaged."""
         header = {"format": _FORMAT, **binding}
-        folder = folder.expanduser()
+        folder = user_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"answers-{_digest(header)[:16]}.jsonl"
         self.answers: dict[str, Any] = {}

@@ -18,6 +18,7 @@ from urllib.request import getproxies
 
 import numpy as np
 
+from m7mlx.disk import user_path
 from m7mlx.errors import InputError, M7Error, NotFoundError, RunError
 from m7mlx_eval.guard import only_the_harness_runs
 
@@ -137,9 +138,9 @@ def _load(selection: Selection) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager
 
     include = selection.include_path
-    if include is not None and not include.expanduser().is_dir():
+    if include is not None and not user_path(include).is_dir():
         raise NotFoundError(f"--include-path: there is no folder {include}")
-    folder = str(include.expanduser()) if include else None
+    folder = str(user_path(include)) if include else None
     manager = TaskManager(include_path=folder, include_defaults=False)
     if any(not _known(manager, name) for name in selection.names):  # of its 14,000, which it takes seconds to read
         manager = TaskManager(include_path=folder)
@@ -166,7 +167,7 @@ def _load(selection: Selection) -> dict[str, Any]:
 def _known(manager: Any, name: str) -> list[str]:
     """The tasks that a name stands for: itself, a file, or what a pattern matches."""
     if name.endswith((".yaml", ".yml")):
-        path = Path(name).expanduser()
+        path = user_path(name)
         if not path.is_file():
             raise NotFoundError(f"there is no task file {name}")
         return [str(path)]

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
+from m7mlx.disk import user_path
 from m7mlx.errors import InputError
 
 _CHARACTERS = 32  # a token seldom has more: of a text of gigabytes only the start is read
@@ -23,7 +24,7 @@ def documents(name: str, field: str, tokens: int | None = None) -> Iterator[str]
 
     Raises InputError for a file that cannot be read, or without such a field.
     """
-    path = Path(name).expanduser()
+    path = user_path(name)
     kind = "" if name == "-" else path.suffix.lower()
     try:
         if kind == ".parquet":

@@ -10,12 +10,12 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, Literal
 
-from m7mlx.errors import InputError
+from m7mlx.errors import BusyError, InputError
 from m7mlx.request import Event, Request, Usage
 from m7mlx.sampling import Sampling
 from m7mlx.tokenizer import Tokenizer
 from m7mlx_server.choices import Choice
-from m7mlx_server.engine import BusyError, LateError, Prepared
+from m7mlx_server.engine import LateError, Prepared
 from m7mlx_server.guard import ApiError, report
 from m7mlx_server.reading import Asked, demanded, refusal
 from m7mlx_server.schemas import ChatRequest, Generation

@@ -79,7 +79,12 @@ class Server:
         app = Starlette(
             routes=routes,
             middleware=[Middleware(Guard, posts=POSTS, hosts=hosts, key=key)],
-            exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _unforeseen},
+            exception_handlers={
+                ApiError: _api_error,
+                HTTPException: _http_error,
+                RecursionError: _too_deep,
+                Exception: _unforeseen,
+            },
             lifespan=self._lifespan,
         )
         self.app = Counted(app, self._metrics, {*PATHS, *_PAGES, "/docs", "/openapi.json"})
@@ -185,6 +190,10 @@ async def _api_error(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return ApiError(error.status_code, str(error.detail), None, dict(error.headers or {})).response()
+
+
+async def _too_deep(request: Request, error: Exception) -> Response:
+    return ApiError(400, "the request nests too deep").response()
 
 
 async def _unforeseen(request: Request, error: Exception) -> Response:

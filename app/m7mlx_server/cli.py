@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import ipaddress
 import os
 import socket
@@ -119,11 +120,14 @@ def _serve(args: argparse.Namespace) -> int | None:
     try:
         most = rows_memory(engine.model, limits)
         server = Server(engine, readers, served, hosts, key)
+        gc.collect()
+        gc.freeze()  # what is there now, stays: looking through it now and then takes a tenth of a second
         _listen(bound, BACKLOG)
         memory = f"{engine.model.nbytes / 1e9:.2f} GB of weights, at most {most / 1e9:.2f} GB of keys and values"
         if world is not None:
             memory += f" in each of {world.size} processes ({world.part.mode} parallel)"
-        print(f"m7mlx is at http://{args.host}:{bound.getsockname()[1]} · {memory} · Ctrl-C ends it", file=sys.stderr)
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        print(f"m7mlx is at http://{host}:{bound.getsockname()[1]} · {memory} · Ctrl-C ends it", file=sys.stderr)
         listener = Listener(server.app, engine.close)
         if engine.alive:
             listener.run(sockets=[bound])
@@ -166,6 +170,7 @@ def _listen(bound: socket.socket, waiting: int) -> None:
 
 
 def _taken(host: str, port: int, error: OSError) -> RunError:
+    host = f"[{host}]" if ":" in host else host
     return RunError(f"{host}:{port} cannot be opened ({error.strerror or error}); choose another with --port")
 
 

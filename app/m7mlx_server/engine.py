@@ -22,7 +22,7 @@ from m7mlx import load
 from m7mlx.channel import die
 from m7mlx.constrain import close_grammars, json_constraint
 from m7mlx.distributed import Leader, World
-from m7mlx.errors import InputError, RunError
+from m7mlx.errors import BusyError, InputError, RunError
 from m7mlx.memory import CHAT_SLACK, cache_bytes
 from m7mlx.model import Mistral
 from m7mlx.request import Event, Request
@@ -40,10 +40,6 @@ class Prepared(NamedTuple):
 
 _SCHEMAS = 8  # requests whose schemas are prepared, or wait for that; more would take the places of others
 _LATE = "the answer took too long; ask for fewer tokens"
-
-
-class BusyError(RunError):
-    """As many requests wait as may wait."""
 
 
 class LateError(RunError):
@@ -263,6 +259,8 @@ class Engine:
         try:
             answer.number = self._scheduler.add(request)
         except Exception as error:  # of this request alone
+            if request.constraint is not None:
+                request.constraint.close()
             answer.tell(Event(0, reason="failed", error=error))
         else:
             self._answers[answer.number] = answer

@@ -30,6 +30,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from m7mlx_server.guard import ApiError, report
 
 HEADER_SECONDS = 30.0  # from a connection's beginning, or the end of an answer, to the end of the next headers
+UNSURE_SECONDS = 60.0  # that an answer is worked at while nothing can tell whether its client is there
 WRITE_SECONDS = 60.0  # for a client that does not read what it asked for
 HEADER_BYTES, HEADER_LINES = 20 << 10, 120  # more than `guard` lets through; parsing takes time with each line
 GRACE_SECONDS = 10.0  # for what is under way when the server is told to end
@@ -38,7 +39,7 @@ _FILES = 64  # kept for everything but connections, those that are just accepted
 _AT_ONCE = 16  # connections accepted in one turn of the loop
 BACKLOG = 256  # connections that wait to be accepted
 _READ = 64 << 10  # bytes read from a connection at a time
-_SLICE, _TURN_SECONDS = 512, 0.003  # of chunked bodies: bytes parsed at a time, and how long in one turn of the loop
+_SLICE, _TURN_SECONDS = 512, 0.003  # bytes parsed at a time, and for how long in one turn of the loop
 _PROBE_SECONDS, _LOOK_SECONDS = 10.0, 1.0
 
 
@@ -48,24 +49,29 @@ def most_connections() -> int:
 
 
 class Turns:
-    """Chunked bodies are parsed a little at a time: chunks of one byte would take the loop a second for each read."""
+    """What has come is parsed a little at a time, for a few milliseconds in each turn of the loop, headers first.
+
+    A read full of chunks of one byte would take the loop a tenth of a second, and each connection may send one.
+    """
 
     def __init__(self) -> None:
-        self._waiting: deque[Connection] = deque()
+        self._heads: deque[Connection] = deque()
+        self._bodies: deque[Connection] = deque()
+        self._coming = False  # the next turn
 
     def add(self, connection: Connection) -> None:
-        self._waiting.append(connection)
-        if len(self._waiting) == 1:
-            connection.loop.call_soon(self._take)
+        (self._heads if connection.conn.their_state is h11.IDLE else self._bodies).append(connection)
+        if not self._coming:
+            self._coming = True
+            connection.loop.call_soon(self._take, connection.loop)
 
-    def _take(self) -> None:
+    def _take(self, loop: asyncio.AbstractEventLoop) -> None:
         until = time.perf_counter() + _TURN_SECONDS
-        while self._waiting and time.perf_counter() < until:
-            connection = self._waiting.popleft()
-            if connection.parse_slice():
-                self._waiting.append(connection)
-        if self._waiting:
-            self._waiting[0].loop.call_soon(self._take)
+        while (queue := self._heads or self._bodies) and time.perf_counter() < until:
+            queue.popleft().parse()
+        self._coming = bool(queue)
+        if self._coming:
+            loop.call_soon(self._take, loop)
 
 
 class Connection(H11Protocol):
@@ -79,9 +85,10 @@ class Connection(H11Protocol):
     def __init__(self, turns: Turns, **given: Any) -> None:
         super().__init__(**given)
         self._turns = turns
-        self._unread = bytearray()  # of a chunked body, not parsed yet
+        self._unread = bytearray()  # not parsed yet
+        self._queued = False  # for a turn
         self._ended = False  # the client sends nothing more
-        self._probed = 0.0
+        self._probed = self._unsure_until = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -95,47 +102,48 @@ class Connection(H11Protocol):
             self._wait()
 
     def data_received(self, data: bytes) -> None:
-        if self._in_chunks():
-            if not self._unread:
-                self._turns.add(self)
-            self._unread += data
+        self._unread += data
+        if len(self._unread) >= _READ:
             self.transport.pause_reading()
-        else:
-            super().data_received(data)
+        self._go_on()
 
-    def parse_slice(self) -> bool:
-        """Parse a little of a chunked body; whether there is more of it."""
-        data = bytes(self._unread[:_SLICE])
-        del self._unread[:_SLICE]
-        if not self.transport.is_closing():
-            super().data_received(data)
+    def _go_on(self) -> None:
+        """Have parsed what there is, unless it is the next request, whose turn comes when this one is answered."""
+        if self._unread and not self._queued and self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
+            self._queued = True
+            self._turns.add(self)
+
+    def parse(self) -> None:
+        """Parse a little of it."""
+        self._queued = False
         if self.transport.is_closing():
             self._unread.clear()
-        if self._unread:
-            return True
-        if not self.flow.read_paused:
-            self.transport.resume_reading()
-        if self._ended:
-            self._serve_out()
-        return False
+            return
+        is_plain = self.conn.their_state is h11.SEND_BODY and not self._is_chunked()
+        size = 8 * _SLICE if is_plain else _SLICE
+        data = bytes(self._unread[:size])
+        del self._unread[:size]
+        super().data_received(data)
+        self._go_on()
+        if not self._unread:
+            if not self.flow.read_paused:
+                self.transport.resume_reading()
+            if self._ended:
+                self._serve_out()
 
-    def _in_chunks(self) -> bool:
-        return bool(self._unread) or (
-            self.conn.their_state is h11.SEND_BODY and any(name == b"transfer-encoding" for name, _ in self.headers)
-        )
+    def _is_chunked(self) -> bool:
+        return any(name == b"transfer-encoding" for name, _ in self.headers)
 
     def eof_received(self) -> bool:  # type: ignore[override]
         self._ended = True
-        if not self._unread:
-            self._serve_out()
+        self._serve_out()
         return not self.transport.is_closing()
 
     def _serve_out(self) -> None:
         """Close, unless there is an answer to wait for: the client may have closed its half only, or have gone."""
         if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
-            self.transport.close()
-        elif self.conn.their_http_version == b"1.0":
-            self.transport.close()  # nothing could be sent to find out
+            if not self._unread:
+                self.transport.close()
         elif self._looking is None:
             self._look()
 
@@ -143,7 +151,7 @@ class Connection(H11Protocol):
         """Look whether the client that has closed its half is still there.
 
         Only what is sent tells: the system of one that has gone refuses it. Before an answer, "100 Continue" may be
-        said at any time, and is not heeded.
+        said at any time, and is not heeded; but not to a client of HTTP/1.0, who is answered soon or not at all.
         """
         self._looking = None
         if self.transport.is_closing() or self.cycle.response_complete:
@@ -152,7 +160,14 @@ class Connection(H11Protocol):
             self.transport.abort()
             return
         now, soon = self.loop.time(), _LOOK_SECONDS
-        if self.conn.our_state is h11.SEND_RESPONSE and now - self._probed >= _PROBE_SECONDS:
+        if self.conn.our_state is not h11.SEND_RESPONSE:
+            pass  # the answer itself tells
+        elif self.conn.their_http_version == b"1.0":
+            if now > (self._unsure_until or now):
+                self.transport.abort()
+                return
+            self._unsure_until = self._unsure_until or now + UNSURE_SECONDS
+        elif now - self._probed >= _PROBE_SECONDS:
             self._probed, soon = now, _LOOK_SECONDS / 20
             self.transport.write(self.conn.send(h11.InformationalResponse(status_code=100, headers=[])) or b"")
         self._looking = self.loop.call_later(soon, self._look)
@@ -186,8 +201,9 @@ class Connection(H11Protocol):
     def on_response_complete(self) -> None:
         self._wait()  # first: what is asked already is read in the next line
         super().on_response_complete()
+        self._go_on()
         if self._ended and self.cycle.response_complete:
-            self.transport.close()
+            self._serve_out()
 
     def send_400_response(self, msg: str) -> None:
         large = self.conn.trailing_data[0] and len(self.conn.trailing_data[0]) > HEADER_BYTES
@@ -233,7 +249,7 @@ class Connection(H11Protocol):
             self._patience = None
 
     def _give_up(self) -> None:
-        if self.conn.trailing_data[0]:  # it has begun to ask
+        if self._unread or self.conn.trailing_data[0]:  # it has begun to ask
             self._refuse(ApiError(408, f"the headers did not come within {HEADER_SECONDS:.0f} seconds"))
         else:
             self.transport.close()
@@ -249,6 +265,7 @@ class Listener(uvicorn.Server):
                 app,
                 http=partial(Connection, Turns()),  # type: ignore[arg-type]
                 ws="none",
+                log_config=None,  # it would look at the standard streams, which may be closed
                 log_level="critical",  # nothing of a conversation is in the logs, nor who asked when
                 access_log=False,
                 server_header=False,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from m7mlx_server.reading import SCHEMAS, Asked, read, refusal
 
 def handler(setup: bytes) -> Callable[[bytes], bytes]:
     """`setup` is the model's folder."""
+    os.nice(10)  # whoever is answered already comes first
     tokenizer = load_tokenizer(Path(setup.decode()))
     gc.disable()  # of a million lists, it takes four times as long as parsing them
 

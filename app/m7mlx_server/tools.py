@@ -26,39 +26,60 @@ def call_id() -> str:
 
 
 def calls_schema(functions: Sequence[Mapping[str, Any]], parallel: bool) -> dict[str, Any]:
-    """The JSON schema of a list of calls to these functions, at least one.
+    """The JSON schema of a list of calls to these functions, at least one. Arguments are always an object.
 
     Each function's parameters are a definition of their own: what they refer to in themselves is found there.
     """
     calls = [
         {
             "type": "object",
-            "properties": {"name": {"const": function["name"]}, "arguments": {"$ref": f"#/$defs/{i}"}},
+            "properties": {
+                "name": {"const": function["name"]},
+                "arguments": {"type": "object", "$ref": f"#/$defs/{i}"},
+            },
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }
         for i, function in enumerate(functions)
     ]
     most = {} if parallel else {"maxItems": 1}
-    defs = {str(i): _moved(function["parameters"], f"#/$defs/{i}") for i, function in enumerate(functions)}
+    defs = {str(i): _moved(function["parameters"], i, _address(function)) for i, function in enumerate(functions)}
     return {"type": "array", "items": {"anyOf": calls}, "minItems": 1, **most, "$defs": defs}
 
 
-def _moved(schema: Any, place: str) -> Any:
-    """A schema whose references to itself (`#`, `#/…`) hold where it stands at `place` of another."""
+def _address(function: Mapping[str, Any]) -> str:
+    """What a function's parameters call themselves; nothing, mostly."""
+    address = function["parameters"].get("$id")
+    return address.rstrip("#") if isinstance(address, str) else ""
+
+
+def _moved(schema: Any, place: int, address: str) -> Any:
+    """A schema whose references to itself hold where it is the definition number `place` of another.
+
+    They are `#`, `#/…` or the name of an anchor, `#…`, and may stand behind its own address.
+    """
     if isinstance(schema, list):
-        return [_moved(item, place) for item in schema]
+        return [_moved(item, place, address) for item in schema]
     if not isinstance(schema, Mapping):
         return schema
     moved: dict[str, Any] = {}
     for key, value in schema.items():
         if key in _NAMED and isinstance(value, Mapping):
-            moved[key] = {name: _moved(item, place) for name, item in value.items()}
-        elif key == "$ref" and isinstance(value, str) and value.startswith("#"):
-            moved[key] = place + value[1:]
+            moved[key] = {name: _moved(item, place, address) for name, item in value.items()}
+        elif key == "$ref" and isinstance(value, str):
+            base, _, where = value.partition("#")
+            is_own = base in ("", address)
+            moved[key] = f"#{_anchor(place, where)}" if is_own else value
+        elif key == "$anchor" and isinstance(value, str):
+            moved[key] = _anchor(place, value)
         elif key not in ("$id", "$schema"):
-            moved[key] = value if key in _VALUES else _moved(value, place)
+            moved[key] = value if key in _VALUES else _moved(value, place, address)
     return moved
+
+
+def _anchor(place: int, where: str) -> str:
+    """… in the schema of all functions, of which two may use the same name."""
+    return f"/$defs/{place}{where}" if where[:1] in ("", "/") else f"f{place}.{where}"
 
 
 class CallReader:

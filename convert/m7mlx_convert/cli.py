@@ -11,6 +11,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from m7mlx.cli import ArgumentParser, run
+from m7mlx.disk import user_path
 from m7mlx.errors import M7Error
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def _add_text(parser: argparse._ActionsContainer) -> None:
 def _check_text(parser: ArgumentParser, args: argparse.Namespace) -> None:
     if args.tokens is not None and args.tokens < 2:
         parser.error("--tokens must be at least 2")
-    if args.report and not args.report.expanduser().resolve().parent.is_dir():
+    if args.report and not user_path(args.report).resolve().parent.is_dir():
         parser.error(f"the folder of {args.report} does not exist")
 
 
@@ -222,12 +223,13 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace, recipe: Recipe, reporter: Reporter) -> None:
-    from m7mlx.hub import resolve
+    from m7mlx.hub import check_name, resolve
     from m7mlx_convert.adapter import with_adapter
     from m7mlx_convert.convert import open_model, resolve_source, target_of
     from m7mlx_convert.plan import make_plan, plan_table
     from m7mlx_convert.remote import open_remote
 
+    check_name(args.source)
     target = target_of(args.source, args.mlx_path, recipe.label).resolve()
     source = open_remote(args.source, args.revision) or open_model(
         resolve_source(args.source, args.revision), args.source, None
@@ -283,11 +285,13 @@ def _calibration(args: argparse.Namespace) -> Calibration | None:
 
 def _command(args: argparse.Namespace) -> list[str]:
     """The command for the model card, without private paths."""
+    from m7mlx.hub import existing
+
     command = [PROG]
     for value in (args.source, args.adapter):
         if value:
-            local = Path(value).expanduser()
-            shown = local.resolve().name if local.exists() else value
+            local = existing(value)
+            shown = local.resolve().name if local else value
             command += [shown] if value is args.source else ["--adapter", shown]
     flags = ("revision", "q_bits", "q_group_size", "q_mode", "quant_predicate", "dtype", "calibrate")
     for flag in (*flags, "calibration_tokens", "target_bpw"):

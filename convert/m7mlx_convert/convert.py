@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from m7mlx.disk import user_path
 from m7mlx.errors import InputError, TokenizerError
-from m7mlx.hub import ALIASES, DEMO, resolve
+from m7mlx.hub import ALIASES, DEMO, check_name, existing, resolve
 from m7mlx.quantization import Quantization
 from m7mlx.tokenizer import load_tokenizer
 from m7mlx_convert.adapter import with_adapter
@@ -54,9 +55,10 @@ def convert(
     Raises InputError and its kin before anything is written; DiskError, WeightsError on the way.
     """
     recipe, reporter = recipe or Recipe(), reporter or Reporter()
+    check_name(source)
     given = target_of(source, mlx_path, recipe.label)
     target = given.resolve()
-    check_target(target, Path(source).expanduser(), force)  # before a download, not after it
+    check_target(target, existing(source), force)  # before a download, not after it
     path = resolve_source(source, revision)
     check_apart(target, path)
     opened = open_model(path, source, adapter)
@@ -79,23 +81,23 @@ def convert(
 
 def repo_of(source: str) -> str | None:
     """The Hub repository that `source` names, if it names one; of "org/name/file.gguf", the first two parts."""
-    if Path(source).expanduser().exists() or source == DEMO:
+    if existing(source) or source == DEMO:
         return None
     return "/".join(ALIASES.get(source, source).split("/")[:2])
 
 
 def name_of(source: str) -> str:
     """The model's name: the last part of a repository or path, without a file's ending."""
-    local = Path(source).expanduser()
-    if local.is_dir():
+    local = existing(source)
+    if local and local.is_dir():
         return local.resolve().name
     last = ALIASES.get(source, source).rpartition("/")[2]
-    return Path(last).stem if last.lower().endswith(".gguf") or local.is_file() else last
+    return Path(last).stem if last.lower().endswith(".gguf") or local else last
 
 
 def target_of(source: str, mlx_path: str | Path | None, label: str) -> Path:
     """Where the result goes; beside the user where no place is given."""
-    return Path(mlx_path or f"{name_of(source)}-{label or 'mlx'}").expanduser()
+    return user_path(mlx_path or f"{name_of(source)}-{label or 'mlx'}")
 
 
 def resolve_source(source: str, revision: str | None) -> Path:

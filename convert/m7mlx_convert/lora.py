@@ -16,12 +16,13 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
 import mlx.core as mx
 
 from m7mlx.arrays import is_finite
-from m7mlx.errors import WeightsError
+from m7mlx.errors import ConfigError, WeightsError
+from m7mlx.jsonfile import given, number
 from m7mlx.safetensors import StoredTensor
 from m7mlx_convert.patterns import matches
 from m7mlx_convert.source import Arrays, shown
@@ -124,9 +125,10 @@ def mlx_lm_changes(settings: Mapping[str, Any], names: Iterable[str]) -> Changes
         raise ValueError(f"fine_tune_type {shown(kind)} is none of lora, dora and full")
     if kind == "full":
         return Changes(whole={_part_of(name, "full fine-tune"): name for name in names})
-    scale = (settings.get("lora_parameters") or {}).get("scale")
-    if not _is_number(scale):
+    scale = (given(settings, "lora_parameters", "an object") or {}).get("scale")
+    if scale is None:
         raise ValueError("adapter_config.json names no scale in lora_parameters")
+    scale = _scale(scale, "scale in lora_parameters")
     found: dict[str, dict[str, str]] = {}
     for name in names:
         module, _, part = name.rpartition(".")
@@ -134,7 +136,7 @@ def mlx_lm_changes(settings: Mapping[str, Any], names: Iterable[str]) -> Changes
             raise ValueError(f"{shown(name)} is not a part of a LoRA adapter")
         found.setdefault(module, {})[_KINDS[part]] = name
     _check_parts(found, kind == "dora", "fine_tune_type dora")
-    return Changes({module: Low(kinds, float(scale), False, module == EMBEDDING) for module, kinds in found.items()})
+    return Changes({module: Low(kinds, scale, False, module == EMBEDDING) for module, kinds in found.items()})
 
 
 def peft_changes(settings: Mapping[str, Any], headers: Mapping[str, StoredTensor], is_tied: bool) -> Changes:
@@ -160,15 +162,16 @@ def peft_changes(settings: Mapping[str, Any], headers: Mapping[str, StoredTensor
     _check_parts(found, bool(settings.get("use_dora")), "use_dora")
     if both := sorted(found.keys() & whole.keys()):
         raise ValueError(f"{shown(both[0])} is there whole and as LoRA")
-    alphas = _alphas(settings.get("alpha_pattern") or {}, list(found))
+    alphas = _alphas(given(settings, "alpha_pattern", "an object") or {}, list(found))
     low = {}
     for module, kinds in found.items():
         alpha = alphas.get(module, settings.get("lora_alpha"))
         rank = next(iter(headers[kinds["a"]].shape), 0)
-        if not _is_number(alpha) or not rank:
+        if alpha is None or not rank:
             raise ValueError(f"lora_alpha or lora_A is missing for {shown(module)}")
-        scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-        low[module] = Low(kinds, float(scale), True, module == EMBEDDING)
+        scale = _scale(alpha, "lora_alpha or alpha_pattern")
+        scale /= math.sqrt(rank) if settings.get("use_rslora") else rank
+        low[module] = Low(kinds, scale, True, module == EMBEDDING)
     changes = Changes(low, whole, base)
     return _tied(changes, settings) if is_tied else changes
 
@@ -176,7 +179,7 @@ def peft_changes(settings: Mapping[str, Any], headers: Mapping[str, StoredTensor
 def _tied(changes: Changes, settings: Mapping[str, Any]) -> Changes:
     """The same for a tied model: what PEFT wraps has a change of its own, what it loads into the model's own weight
     is the other's as well."""
-    saved = settings.get("modules_to_save") or []
+    saved = given(settings, "modules_to_save", "a list") or []
     own = {m for m in changes.whole if any(m.endswith(str(key)) for key in saved)} | changes.low.keys()
     whole = {module: name for module, name in changes.whole.items() if module in own}
     shared = {**changes.base, **{m: n for m, n in changes.whole.items() if m not in own}}
@@ -229,14 +232,15 @@ def _part_of(name: str, what: str) -> str:
     return name.removesuffix(".weight")
 
 
-def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _scale(value: Any, field: str) -> float:
+    """Any number, as a float has it."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{field} must be a number, not {shown(value)}")
+    return 0.0 if value == 0 else math.copysign(number(abs(value), field), value)
 
 
-def _alphas(patterns: object, modules: list[str]) -> dict[str, Any]:
+def _alphas(patterns: Mapping[str, Any], modules: list[str]) -> dict[str, Any]:
     """PEFT's way of giving single modules their own value (`get_pattern_key`): the first pattern that matches."""
-    if not isinstance(patterns, dict):
-        raise ValueError(f"alpha_pattern is {shown(patterns)}, not a table")
     found = matches([rf"\A(.*\.)?({pattern})$" for pattern in patterns], modules)
     values = list(patterns.values())
     return {module: values[numbers[0]] for module, numbers in zip(modules, found, strict=True) if numbers}

@@ -20,14 +20,15 @@ from m7mlx_convert.writer import JOURNAL
 _SPARE = 50_000_000  # bytes to leave free on the disk
 
 
-def check_target(target: Path, source: Path, force: bool) -> None:
+def check_target(target: Path, source: Path | None, force: bool) -> None:
     """Raise InputError if `target` must not be written. Undoes first what a killed run left there."""
     if not target.parent.is_dir():
         raise InputError(f"the folder {target.parent} does not exist; create it, or give another --mlx-path")
     restore(target)
     if target.exists() and not target.is_dir():
         raise InputError(f"{target} is a file; give a folder as --mlx-path")
-    check_apart(target, source)
+    if source:
+        check_apart(target, source)
     if not target.exists():
         return
     entries = list(target.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,12 +106,12 @@ def check_links(folder: Path, files: Iterable[Path]) -> None:
 
     The Hub's cache is made of links, from models--org--name/snapshots/… into models--org--name/blobs.
     """
-    home = folder.resolve()
+    home = Path(os.path.realpath(folder))
     homes = [home]
     if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
         homes.append(home.parent.parent / "blobs")
     for file in files:
-        found = file.resolve()
+        found = Path(os.path.realpath(file))
         if not any(found.is_relative_to(allowed) for allowed in homes):
             raise InputError(
                 f"{file} is a link to {shown(found)}, outside of the folder; put the file itself there if it belongs"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from m7mlx.disk import user_path
 from m7mlx.errors import InputError
 from m7mlx.tokenizer import load_tokenizer
 from m7mlx_convert.progress import Reporter
@@ -42,7 +43,7 @@ def read_text(folder: Path, vocab_size: int, file: Path | None, tokens: int | No
 def file_text(path: Path, tokens: int) -> str:
     """The start of a file, enough for so many tokens. Raises InputError if it is no text."""
     try:
-        with path.expanduser().open(encoding="utf-8") as stream:
+        with user_path(path).open(encoding="utf-8") as stream:
             return stream.read(tokens * _CHARACTERS)
     except UnicodeDecodeError:
         raise InputError(f"{path} is no text (UTF-8)") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,19 +12,20 @@ from rich.text import Text
 from textual import on, work
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
+from textual.css.query import NoMatches
 from textual.screen import ModalScreen
 from textual.widgets import Button, Input, OptionList, ProgressBar, Select, Static
 from textual.widgets.option_list import Option
 from textual.worker import Worker
 
 from m7mlx.errors import M7Error
-from m7mlx.hub import DEMO, is_repo_id, local
+from m7mlx.hub import DEMO, is_repo_id
 from m7mlx.memory import machine_memory
 from m7mlx_chat import jobs
-from m7mlx_chat.catalog import Entry, describe, models, models_folder
+from m7mlx_chat.catalog import Entry, describe, models, models_folder, on_this_machine
 from m7mlx_chat.terminal import visible
 
-_NAME, _PROBLEM = 40, 60  # characters
+_NAME, _PROBLEM, _TOLD = 40, 60, 500  # characters
 _COLORS = {"fits": "not bold green", "tight": "not bold yellow", "too big": "not bold red"}
 _BITS = (("4 bits", 4), ("8 bits", 8), ("6 bits", 6), ("3 bits", 3), ("as it is", 0))
 
@@ -145,7 +147,7 @@ class Models(ModalScreen[Chosen | None]):
 
     def _take(self, name: str) -> None:
         """Use a model by name: at once where it is here, after fetching it where it is not."""
-        folder = local(name)
+        folder = on_this_machine(name)
         if folder is not None and folder.is_dir():
             problem = describe(name, folder).problem
             if problem:
@@ -202,7 +204,8 @@ class Models(ModalScreen[Chosen | None]):
             self._tell(f"{task} … Esc stops; the next time goes on from there")
 
     def _tell(self, text: str) -> None:
-        self.query_one("#told", Static).update(visible(text))
+        with suppress(NoMatches):  # a job that ends because the screen has gone
+            self.query_one("#told", Static).update(visible(text[:_TOLD]))
 
     def close(self) -> None:
         """Esc: end what is under way; then leave."""

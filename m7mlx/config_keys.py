@@ -1,0 +1,198 @@
+"""Every key that a config.json or params.json may have: understood, known to have no effect, or refused by name.
+
+A list of what is harmful could not keep that promise: tomorrow's file has a key that nobody has heard of today.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from m7mlx.errors import ConfigError
+
+# config.json: what `ModelConfig.from_dict` reads.
+_READ = frozenset(
+    [
+        "architectures",
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+        "rope_theta",
+        "rope_parameters",
+        "rope_scaling",
+        "max_position_embeddings",
+        "sliding_window",
+        "layer_types",
+        "tie_word_embeddings",
+        "bos_token_id",
+        "eos_token_id",
+        "quantization",
+        "quantization_config",
+    ]
+)
+# Keys that would change the computation, with the values that leave it as it is.
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False,),
+    "attention_bias": (False,),
+    "attention_multiplier": (),
+    "hidden_act": ("silu",),
+    "is_causal": (True,),
+    "is_encoder_decoder": (False,),
+    "mlp_bias": (False,),
+    "num_local_experts": (0, 1),
+    "partial_rotary_factor": (1.0,),
+    "pretraining_tp": (1,),
+    "rope_interleaved": (False,),
+    "rope_traditional": (False,),
+    "tie_encoder_decoder": (False,),
+    "use_bfloat16": (False, True),
+    "use_sliding_window": (True,),
+}
+# What is of training, of generation (generation_config.json or whoever asks decides), of other libraries, of the
+# file, or code of the folder, which never runs.
+_WITHOUT_EFFECT = frozenset(
+    [
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_attn_implementation_internal",
+        "_flash_attn_2_enabled",
+        "_name_or_path",
+        "attention_dropout",
+        "attn_implementation",
+        "auto_map",
+        "bad_words_ids",
+        "base_model_name_or_path",
+        "begin_suppress_tokens",
+        "cache_implementation",
+        "chunk_size_feed_forward",
+        "cls_token_id",
+        "cross_attention_hidden_size",
+        "custom_pipelines",
+        "decoder_start_token_id",
+        "diversity_penalty",
+        "do_sample",
+        "dtype",
+        "early_stopping",
+        "embd_pdrop",
+        "encoder_no_repeat_ngram_size",
+        "eos_token",
+        "exponential_decay_length_penalty",
+        "finetuning_task",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "hidden_dropout",
+        "hidden_dropout_prob",
+        "id2label",
+        "initializer_range",
+        "is_decoder",
+        "is_llama_config",
+        "label2id",
+        "length_penalty",
+        "license",
+        "max_length",
+        "max_new_tokens",
+        "min_length",
+        "model_file",
+        "model_max_length",
+        "name_or_path",
+        "neftune_noise_alpha",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_labels",
+        "num_return_sequences",
+        "output_attentions",
+        "output_hidden_states",
+        "output_scores",
+        "pad_token_id",
+        "prefix",
+        "problem_type",
+        "pruned_heads",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "resid_pdrop",
+        "return_dict",
+        "return_dict_in_generate",
+        "router_aux_loss_coef",
+        "sep_token_id",
+        "suppress_tokens",
+        "task_specific_params",
+        "temperature",
+        "tf_legacy_loss",
+        "tokenizer_class",
+        "tokenizer_model_max_length",
+        "tokenizer_padding_side",
+        "top_k",
+        "top_p",
+        "torch_dtype",
+        "torchscript",
+        "transformers.js_config",
+        "transformers_version",
+        "trust_remote_code",
+        "typical_p",
+        "unk_token_id",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_cache",
+        "use_return_dict",
+    ]
+)
+
+# params.json: what `ModelConfig.from_params` reads …
+_PARAMS_READ = frozenset(
+    [
+        "dim",
+        "n_layers",
+        "head_dim",
+        "hidden_dim",
+        "n_heads",
+        "n_kv_heads",
+        "norm_eps",
+        "vocab_size",
+        "rope_theta",
+        "max_seq_len",
+        "max_position_embeddings",
+        "sliding_window",
+        "tied_embeddings",
+        "moe",
+        "vision_encoder",
+    ]
+)
+# … and as above.
+_PARAMS_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "causal": (True,),
+    "model_type": ("transformer", "mistral"),
+    "use_biases": (False,),
+    **dict.fromkeys(("_sliding_window", "llama_4_scaling", "lora", "quantization", "rope_scaling", "yarn"), ()),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), ()),
+}
+_PARAMS_WITHOUT_EFFECT = frozenset(["max_batch_size", "dtype"])
+
+
+def check_keys(data: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a key of a config.json that is not understood, or has a value that is not."""
+    _check(data, _READ | _WITHOUT_EFFECT, _NEUTRAL)
+
+
+def check_params_keys(data: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a key of a params.json that is not understood, or has a value that is not."""
+    _check(data, _PARAMS_READ | _PARAMS_WITHOUT_EFFECT, _PARAMS_NEUTRAL)
+
+
+def _check(data: Mapping[str, Any], known: frozenset[str], neutral: Mapping[str, tuple[Any, ...]]) -> None:
+    for key, value in data.items():
+        if value is None or key in known:  # null is what a file says of what it has not
+            continue
+        if key not in neutral:
+            raise ConfigError(
+                f"the key {key[:100]!r} is not known here and could change the computation; delete it if it does not"
+            )
+        if not any(isinstance(value, bool) is isinstance(good, bool) and value == good for good in neutral[key]):
+            only = f" (only {neutral[key][0]!r})" if neutral[key] else ""
+            raise ConfigError(f"{key} = {str(value)[:100]!r} is not supported{only}")
