@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -117,9 +118,12 @@ def test_groups_that_do_not_divide_are_named_with_those_that_do(
 
 def test_a_config_with_a_billion_layers(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
-    line = refusal([source, "--mlx-path", tmp_path / "out"], capsys)
-    assert "config.json says 1000000000 layers" in line
+    for layers, says in {
+        10**9: "num_hidden_layers must be a whole number",
+        9999: "config.json says 9999 layers",
+    }.items():
+        (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+        assert says in refusal([source, "--mlx-path", tmp_path / "out"], capsys)
 
 
 def write(path: Path) -> None:
@@ -148,11 +152,13 @@ def test_targets_that_must_not_be_written(source: Path, tmp_path: Path, capsys: 
         assert "overlap" in refusal([source, "--mlx-path", tmp_path / target, "--force"], capsys)
     assert "is a file" in refusal([source, "--mlx-path", tmp_path / "file", "--force"], capsys)
     # A folder that is no model is not replaced, whatever the user insists on: it may be a home folder.
-    for name, entries in {"home": ["config.json", "photos/"], "documents": ["letter.txt"]}.items():
+    theirs = ["config.json", "model.safetensors", "tokenizer.json"]  # fetched by hand, say
+    folders = {"home": ["config.json", "photos/"], "documents": ["letter.txt"], "model": theirs}
+    for name, entries in folders.items():
         for entry in entries:
             (tmp_path / name / entry).mkdir(parents=True) if entry.endswith("/") else write(tmp_path / name / entry)
         line = refusal([source, "--mlx-path", tmp_path / name, "--force"], capsys)
-        assert "is not a model folder and is not replaced" in line
+        assert "is not a model folder that m7mlx-convert wrote and is not replaced" in line
         assert len(list((tmp_path / name).iterdir())) == len(entries)
     assert (source / "model.safetensors").is_file()
 
@@ -175,6 +181,62 @@ def test_force_replaces_only_by_something_whole(
     assert "lm_head.weight holds NaN" in refusal([source, "--mlx-path", out, "--force"], capsys)
     assert_same(read(out), first)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out", "source"]
+
+
+def test_force_deletes_nothing_that_the_converter_did_not_write(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main([str(source), "--mlx-path", str(out)]) == 0
+    capsys.readouterr()
+    (out / ".DS_Store").write_bytes(b"\0")
+    for name in ("notes.txt", "adapter_model.safetensors", "model-best.safetensors", "photos/", "chat.log"):
+        (out / name).mkdir() if name.endswith("/") else (out / name).write_text("mine")
+        line = refusal([source, "--mlx-path", out, "--force"], capsys)
+        assert f"holds {name.strip('/')}, which m7mlx-convert did not write" in line
+        (out / name).rmdir() if name.endswith("/") else (out / name).unlink()
+    (out / "LICENSE").symlink_to(tmp_path / "elsewhere")
+    assert "holds LICENSE" in refusal([source, "--mlx-path", out, "--force"], capsys)
+    (out / "LICENSE").unlink()
+    assert main([str(source), "--mlx-path", str(out), "--force"]) == 0
+
+
+def test_what_is_put_there_while_it_runs_moves_on(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main([str(source), "--mlx-path", str(out)]) == 0
+    with whole_folder(out) as work:
+        (work / "config.json").write_text("new")
+        (out / "notes.txt").write_text("mine")
+        (out / "photos").mkdir()
+        (out / "photos" / "one.jpg").write_text("mine")
+    assert {path.name: path.read_text() for path in out.iterdir() if path.is_file()} == {
+        "config.json": "new",
+        "notes.txt": "mine",
+    }
+    assert (out / "photos" / "one.jpg").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EPERM])
+def test_a_target_that_cannot_be_replaced_is_found_before_the_work(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """An empty place where a disk is mounted, as a container's volume is."""
+    out = tmp_path / "volume"
+    out.mkdir()
+    rename = Path.rename
+
+    def as_a_mount(self: Path, to: Path) -> Path:
+        if self == out:
+            raise OSError(number, os.strerror(number), str(self))
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", as_a_mount)
+    monkeypatch.setattr("m7mlx_convert.convert.open_model", lambda *arguments: pytest.fail("the work has begun"))
+    line = refusal([source, "--mlx-path", out], capsys)
+    says = "a disk is mounted there" if number == errno.EBUSY else "Operation not permitted"
+    assert f"cannot be replaced ({says}); give a folder in it: {out}/model" in line
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "volume"}
 
 
 # --- breaking off ---------------------------------------------------------------------------------------
@@ -215,7 +277,7 @@ def test_interrupted_in_the_last_moment_it_is_still_whole(tmp_path: Path, monkey
     """Ctrl-C while the finished folder takes the old one's place: both renames happen."""
     out = tmp_path / "out"
     out.mkdir()
-    (out / "old").write_text("old")
+    (out / "README.md").write_text("old")
     rename = Path.rename
     monkeypatch.setattr(Path, "rename", lambda self, to: interrupted(lambda: rename(self, to)))
     with pytest.raises(KeyboardInterrupt), whole_folder(out) as work:

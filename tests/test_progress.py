@@ -42,11 +42,11 @@ def test_quiet_is_quiet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr() == (f"{tmp_path / 'out'}\n", "")
 
 
-def test_a_terminal_gets_a_bar_and_a_pipe_none(tmp_path: Path) -> None:
+def test_a_terminal_gets_a_bar_and_a_pipe_lines(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "source", small_config(vocab_size=32000))
     command = [sys.executable, "-m", "m7mlx_convert", str(source), "--mlx-path"]
     piped = subprocess.run([*command, str(tmp_path / "a")], capture_output=True, text=True, check=True)
-    assert piped.stderr == ""
+    assert all(line.startswith(("Converting: ", "Checking: ")) for line in piped.stderr.splitlines())
     ours, theirs = pty.openpty()
     environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100"}
     with running([*command, tmp_path / "b"], stdout=subprocess.DEVNULL, stderr=theirs, env=environment) as process:
@@ -61,6 +61,22 @@ def test_a_terminal_gets_a_bar_and_a_pipe_none(tmp_path: Path) -> None:
     os.close(ours)
     assert b"Converting" in shown
     assert b"Checking" in shown
+
+
+@pytest.mark.parametrize(("is_terminal", "term"), [(False, "xterm"), (True, "dumb")])
+def test_where_no_bar_can_be_drawn_a_line_comes_now_and_then(
+    is_terminal: bool, term: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    monkeypatch.setenv("TERM", term)
+    now = 0.0
+    monkeypatch.setattr("m7mlx_convert.progress.time.monotonic", lambda: now)
+    with Reporter("text").task("Converting", 200) as advance:
+        for _ in range(50):  # 50 steps of a second
+            now += 1.0
+            advance(4)
+    lines = [f"Converting: {share}%" for share in (20, 40, 60, 80, 100)]
+    assert capsys.readouterr() == ("", "\n".join(lines) + "\n")
 
 
 def test_notes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,8 +39,8 @@ examples:
   m7mlx-convert mlx-community/Mistral-7B-Instruct-v0.3-4bit --dequantize --mlx-path mistral-bf16
   m7mlx-convert verify my-finetune-8bit --against ~/models/my-finetune --report quality.html
 
-The result appears under its name only when it is whole; an existing one is replaced only with --force. A run that was
-killed is taken up by the next one with the same options.
+The result appears under its name only when it is whole; an earlier result is replaced only with --force. A run that
+was killed is taken up by the next one with the same options.
 `m7mlx-convert verify --help` says how to compare a result with its source.
 Exit status: 0 done, 1 failed on the way, 2 bad usage or input, 130 Ctrl-C."""
 _VERIFY_DESCRIPTION = """\
@@ -85,7 +85,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
     parser.add_argument("--adapter", metavar="LORA", help="merge a LoRA adapter (mlx-lm's or PEFT's folder, or Hub)")
-    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("--force", action="store_true", help="replace OUT, a result of this program")
     bits = parser.add_argument_group("quantisation (without any of these, the numbers stay as they are)")
     bits.add_argument("--q-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="bits a weight")
     bits.add_argument("--quantize", action="store_true", help="the same as --q-bits 4 (mlx-lm's -q)")

@@ -18,7 +18,7 @@ from m7mlx_convert import native, packed
 from m7mlx_convert.source import Source, Tensor, check_links, named_dtype, reader
 
 # By name, not by pattern: a "tokenizer.bin" may be pickle, a "tokenizer.py" is code.
-_COPIED = (
+COPIED = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer.model.v1",
@@ -37,7 +37,7 @@ _COPIED = (
     "NOTICE",
 )
 # All that a conversion reads; what lies beside it may lead anywhere.
-_READ = (*_COPIED, "config.json", "params.json", "README.md", "*.safetensors", "*.index.json", MANIFEST)
+_READ = (*COPIED, "config.json", "params.json", "README.md", "*.safetensors", "*.index.json", MANIFEST)
 # What points to code in the folder; none of it is run here, and none is passed on.
 _CODE_KEYS = frozenset({"auto_map", "model_file"})
 _QUANTISED_KEYS = frozenset({"quantization", "quantization_config"})
@@ -75,7 +75,7 @@ def open_folder(folder: Path, name: str, headers: Mapping[str, StoredTensor] | N
         config=config,
         raw_config=_whole_config(given, config),
         tensors=tensors,
-        files={n: _without_code(folder / n) for n in _COPIED if (folder / n).is_file()},
+        files={n: _without_code(folder / n) for n in COPIED if (folder / n).is_file()},
         settings={"quantization_config": given.get("quantization_config")} if method else {},
         weight_files=tuple(sorted({stored.path for stored in headers.values()})),
         licence=_licence(folder),

@@ -16,13 +16,13 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
 import mlx.core as mx
 
 from m7mlx.arrays import is_finite
-from m7mlx.errors import WeightsError
-from m7mlx.jsonfile import given
+from m7mlx.errors import ConfigError, WeightsError
+from m7mlx.jsonfile import given, number
 from m7mlx.safetensors import StoredTensor
 from m7mlx_convert.patterns import matches
 from m7mlx_convert.source import Arrays, shown
@@ -126,8 +126,9 @@ def mlx_lm_changes(settings: Mapping[str, Any], names: Iterable[str]) -> Changes
     if kind == "full":
         return Changes(whole={_part_of(name, "full fine-tune"): name for name in names})
     scale = (given(settings, "lora_parameters", "an object") or {}).get("scale")
-    if not _is_number(scale):
+    if scale is None:
         raise ValueError("adapter_config.json names no scale in lora_parameters")
+    scale = _scale(scale, "scale in lora_parameters")
     found: dict[str, dict[str, str]] = {}
     for name in names:
         module, _, part = name.rpartition(".")
@@ -135,7 +136,7 @@ def mlx_lm_changes(settings: Mapping[str, Any], names: Iterable[str]) -> Changes
             raise ValueError(f"{shown(name)} is not a part of a LoRA adapter")
         found.setdefault(module, {})[_KINDS[part]] = name
     _check_parts(found, kind == "dora", "fine_tune_type dora")
-    return Changes({module: Low(kinds, float(scale), False, module == EMBEDDING) for module, kinds in found.items()})
+    return Changes({module: Low(kinds, scale, False, module == EMBEDDING) for module, kinds in found.items()})
 
 
 def peft_changes(settings: Mapping[str, Any], headers: Mapping[str, StoredTensor], is_tied: bool) -> Changes:
@@ -168,10 +169,9 @@ def peft_changes(settings: Mapping[str, Any], headers: Mapping[str, StoredTensor
         rank = next(iter(headers[kinds["a"]].shape), 0)
         if alpha is None or not rank:
             raise ValueError(f"lora_alpha or lora_A is missing for {shown(module)}")
-        if not _is_number(alpha):
-            raise ValueError(f"lora_alpha or alpha_pattern must be a finite number, not {shown(alpha)}")
-        scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-        low[module] = Low(kinds, float(scale), True, module == EMBEDDING)
+        scale = _scale(alpha, "lora_alpha or alpha_pattern")
+        scale /= math.sqrt(rank) if settings.get("use_rslora") else rank
+        low[module] = Low(kinds, scale, True, module == EMBEDDING)
     changes = Changes(low, whole, base)
     return _tied(changes, settings) if is_tied else changes
 
@@ -179,7 +179,7 @@ def peft_changes(settings: Mapping[str, Any], headers: Mapping[str, StoredTensor
 def _tied(changes: Changes, settings: Mapping[str, Any]) -> Changes:
     """The same for a tied model: what PEFT wraps has a change of its own, what it loads into the model's own weight
     is the other's as well."""
-    saved = settings.get("modules_to_save") or []
+    saved = given(settings, "modules_to_save", "a list") or []
     own = {m for m in changes.whole if any(m.endswith(str(key)) for key in saved)} | changes.low.keys()
     whole = {module: name for module, name in changes.whole.items() if module in own}
     shared = {**changes.base, **{m: n for m, n in changes.whole.items() if m not in own}}
@@ -232,14 +232,15 @@ def _part_of(name: str, what: str) -> str:
     return name.removesuffix(".weight")
 
 
-def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+def _scale(value: Any, field: str) -> float:
+    """Any number, as a float has it."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{field} must be a number, not {shown(value)}")
+    return 0.0 if value == 0 else math.copysign(number(abs(value), field), value)
 
 
-def _alphas(patterns: object, modules: list[str]) -> dict[str, Any]:
+def _alphas(patterns: Mapping[str, Any], modules: list[str]) -> dict[str, Any]:
     """PEFT's way of giving single modules their own value (`get_pattern_key`): the first pattern that matches."""
-    if not isinstance(patterns, dict):
-        raise ValueError(f"alpha_pattern is {shown(patterns)}, not a table")
     found = matches([rf"\A(.*\.)?({pattern})$" for pattern in patterns], modules)
     values = list(patterns.values())
     return {module: values[numbers[0]] for module, numbers in zip(modules, found, strict=True) if numbers}

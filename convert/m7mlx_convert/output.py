@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import glob
 import os
 import re
@@ -13,10 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from m7mlx.disk import sync_path
+from m7mlx.checksums import MANIFEST
+from m7mlx.disk import sync_path, why
 from m7mlx.errors import DiskError, InputError
+from m7mlx.safetensors import INDEX
+from m7mlx_convert.folder import COPIED
+from m7mlx_convert.source import shown
 from m7mlx_convert.writer import JOURNAL
 
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _SPARE = 50_000_000  # bytes to leave free on the disk
 
 
@@ -31,11 +38,43 @@ def check_target(target: Path, source: Path | None, force: bool) -> None:
         check_apart(target, source)
     if not target.exists():
         return
-    entries = list(target.iterdir())
+    entries = sorted(target.iterdir())
     if entries and not force:
         raise InputError(f"{target} exists; give another --mlx-path, or --force to replace it")
-    if entries and not ((target / "config.json").is_file() and all(entry.is_file() for entry in entries)):
-        raise InputError(f"{target} is not a model folder and is not replaced; give another --mlx-path")
+    if entries and not (target / MANIFEST).is_file():
+        raise InputError(
+            f"{target} is not a model folder that m7mlx-convert wrote and is not replaced; give another --mlx-path"
+        )
+    if foreign := [entry.name for entry in entries if not _is_ours(entry)]:
+        raise InputError(
+            f"{target} holds {shown(foreign[0])}, which m7mlx-convert did not write, and is not replaced; move that "
+            "away, or give another --mlx-path"
+        )
+    _try_to_replace(target)
+
+
+def _is_ours(entry: Path) -> bool:
+    """Whether a conversion writes files of this name (and macOS's Finder its notes)."""
+    written = entry.name in (*COPIED, "config.json", "README.md", MANIFEST, INDEX, ".DS_Store")
+    return not entry.is_symlink() and entry.is_file() and (written or _WEIGHTS.fullmatch(entry.name) is not None)
+
+
+def _try_to_replace(target: Path) -> None:
+    """Raise InputError where the system will not let a folder be moved away, now and not after all the work."""
+    aside = _aside(target)
+    with _uninterrupted():
+        try:
+            target.rename(aside)
+            aside.rename(target)
+        except OSError as error:
+            where = "a disk is mounted there" if error.errno == errno.EBUSY or os.path.ismount(target) else why(error)
+            raise InputError(
+                f"{target} cannot be replaced ({where}); give a folder in it: {target / 'model'}"
+            ) from None
+
+
+def _aside(target: Path) -> Path:
+    return target.parent / f".{target.name}.old-{os.getpid()}"
 
 
 def check_apart(target: Path, source: Path) -> None:
@@ -91,7 +130,7 @@ def restore(target: Path) -> None:
     """Put back what a dead process had moved aside to replace it, or finish removing it."""
     for path in _left_by_the_dead(target, "old"):
         if target.exists():
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path, target)
         else:
             path.rename(target)
 
@@ -137,7 +176,7 @@ def _sync(folder: Path) -> None:
 
 def _replace(work: Path, target: Path) -> None:
     """Put `work` in the place of `target`; the old one is deleted only when the new one stands."""
-    old = target.parent / f".{target.name}.old-{os.getpid()}"
+    old = _aside(target)
     if target.exists():
         target.rename(old)
     try:
@@ -146,7 +185,18 @@ def _replace(work: Path, target: Path) -> None:
         if old.exists():
             old.rename(target)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old, target)
+
+
+def _remove(old: Path, target: Path) -> None:
+    """Delete what a conversion wrote of a folder that was replaced; what somebody put there since moves on."""
+    with contextlib.suppress(OSError):
+        for entry in old.iterdir():
+            if _is_ours(entry):
+                entry.unlink()
+            elif not (target / entry.name).exists():
+                entry.rename(target / entry.name)
+        old.rmdir()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,12 +16,13 @@ if TYPE_CHECKING:
 
 Style = Literal["text", "json", "quiet"]
 _EVERY = 0.5  # seconds between two progress events
+_LINE_EVERY = 10.0  # … and between two lines
 
 
 class Reporter:
     """Where notes, progress and results go.
 
-    text   notes on stderr, a progress bar there if it is a terminal
+    text   notes on stderr, and progress: a bar in a terminal that can draw one, else a line now and then
     json   one object a line on stdout: {"event": "note" | "progress" | …}
     quiet  nothing but results
     """
@@ -57,9 +59,12 @@ class Reporter:
         """A step over so many bytes (or tokens); gives the function that takes each count done."""
         if self.style == "json":
             yield self._json_task(label, total, unit)
-        elif self.style == "text" and sys.stderr.isatty():
-            with _bar(label, total, unit) as advance:
-                yield advance
+        elif self.style == "text":
+            if sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
+                with _bar(label, total, unit) as advance:
+                    yield advance
+            else:
+                yield _lines(label, total)
         else:
             yield lambda count: None
 
@@ -75,6 +80,20 @@ class Reporter:
                 self.event("progress", task=label, done=done, total=total, unit=unit)
 
         return advance
+
+
+def _lines(label: str, total: int) -> Callable[[int], None]:
+    """Lines on stderr for a log, none where all is done before the first is due."""
+    done, last = 0, time.monotonic()
+
+    def advance(count: int) -> None:
+        nonlocal done, last
+        done += count
+        if time.monotonic() - last >= _LINE_EVERY:
+            last = time.monotonic()
+            print(f"{label}: {done / max(total, 1):.0%}", file=sys.stderr, flush=True)
+
+    return advance
 
 
 @contextmanager
