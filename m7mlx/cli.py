@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -69,7 +70,7 @@ def run(body: Callable[[argparse.Namespace], int | None], args: argparse.Namespa
     _open_standard_streams()
     guard_streams()
     if told := blas.note():
-        print(f"{prog}: note: {one_line(told)}", file=sys.stderr)
+        say(f"{prog}: note: {one_line(told)}")
     try:
         return body(args) or 0
     except KeyboardInterrupt:
@@ -106,8 +107,14 @@ def _open_standard_streams() -> None:
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
 
 
+def say(line: str) -> None:
+    """A line on stderr; where that is full or gone, nobody is told, and nothing else changes."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
+
+
 def _report(prog: str, message: str, status: int) -> int:
-    print(f"{prog}: error: {one_line(message)}", file=sys.stderr)
+    say(f"{prog}: error: {one_line(message)}")
     return status
 
 

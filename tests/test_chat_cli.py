@@ -352,7 +352,13 @@ def test_an_answer_fits_its_schema(demo_model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(None, "cannot be read"), ("{", "cannot be read"), ("[]", "not a JSON object"), ('{"type": "zebra"}', "schema")],
+    [
+        (None, "cannot be read"),
+        ("{", "cannot be read"),
+        ("[]", "not a JSON object"),
+        ('{"type": "zebra"}', "schema"),
+        ("{" + " " * (5 << 20) + "}", "more than 4 MB"),
+    ],
 )
 def test_schemas_that_are_none(model_folder: Path, tmp_path: Path, content: str | None, reason: str) -> None:
     path = tmp_path / "schema.json"

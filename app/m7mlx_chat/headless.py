@@ -133,10 +133,17 @@ def _until_done(session: Session, drain: Any) -> Iterator[Event]:
         yield from drain(_WAIT)
 
 
+_MOST_SCHEMA = 4 << 20  # bytes: with white space, twenty times what can be used
+
+
 def read_schema(path: Path) -> dict[str, Any]:
     """A JSON schema. Raises InputError for a file that holds none."""
     try:
-        schema = json.loads(user_path(path).read_text(encoding="utf-8"))
+        with open(user_path(path), "rb") as file:
+            text = file.read(_MOST_SCHEMA + 1)
+        if len(text) > _MOST_SCHEMA:
+            raise ValueError(f"it has more than {_MOST_SCHEMA >> 20} MB")
+        schema = json.loads(text.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"--json-schema: {path} cannot be read ({error})") from None
     if not isinstance(schema, dict):

@@ -7,12 +7,11 @@ import gc
 import ipaddress
 import os
 import socket
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from m7mlx.cli import EXIT_FAILED, EXIT_INTERRUPTED, ArgumentParser, add_parallel, gigabytes, launched, run
+from m7mlx.cli import EXIT_FAILED, EXIT_INTERRUPTED, ArgumentParser, add_parallel, gigabytes, launched, run, say
 from m7mlx.errors import InputError, RunError
 
 PROG = "m7mlx-serve"
@@ -112,7 +111,7 @@ def _serve(args: argparse.Namespace) -> int | None:
     served = Served(args.name or args.model, args.max_tokens, args.max_seconds)
     engine, readers = Engine(folder, limits, world, failed=stop), Readers(folder, served.model)
     readers.start()
-    print(f"loading {args.model} …", file=sys.stderr)
+    say(f"loading {args.model} …")
     try:
         engine.start()
     except KeyboardInterrupt:  # what loads cannot be stopped, and would abort a process that ends in its own way
@@ -127,7 +126,7 @@ def _serve(args: argparse.Namespace) -> int | None:
         if world is not None:
             memory += f" in each of {world.size} processes ({world.part.mode} parallel)"
         host = f"[{args.host}]" if ":" in args.host else args.host
-        print(f"m7mlx is at http://{host}:{bound.getsockname()[1]} · {memory} · Ctrl-C ends it", file=sys.stderr)
+        say(f"m7mlx is at http://{host}:{bound.getsockname()[1]} · {memory} · Ctrl-C ends it")
         listener = Listener(server.app, engine.close)
         if engine.alive:
             listener.run(sockets=[bound])
@@ -143,7 +142,7 @@ def _serve(args: argparse.Namespace) -> int | None:
 
 def _leave(status: int, why: str) -> NoReturn:
     """End at once, whatever other threads do."""
-    print(f"{PROG}: {why}", file=sys.stderr, flush=True)
+    say(f"{PROG}: {why}")
     os._exit(status)
 
 
