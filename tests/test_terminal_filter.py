@@ -7,7 +7,8 @@ import unicodedata
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from m7mlx_chat.terminal import visible
+
+from m7mlx.terminal import visible
 
 controls = st.sampled_from(
     [*map(chr, range(0x20)), *map(chr, range(0x7F, 0xA0)), "\u202e", "\u2066", "\u2028", "]52;c;", "a"]

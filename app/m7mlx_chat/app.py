@@ -17,6 +17,7 @@ from textual.filter import LineFilter
 from textual.widgets import Markdown, Static
 
 from m7mlx.errors import M7Error
+from m7mlx.terminal import visible
 from m7mlx_chat.actions import bindings, unknown_keys
 from m7mlx_chat.commands import Commands
 from m7mlx_chat.config import Config
@@ -27,7 +28,6 @@ from m7mlx_chat.screens.models import Chosen, Models
 from m7mlx_chat.session import Session, UnderWay
 from m7mlx_chat.settings import ENGINE, Settings
 from m7mlx_chat.store.rows import clean
-from m7mlx_chat.terminal import visible
 from m7mlx_chat.widgets.completion import Completion
 from m7mlx_chat.widgets.composer import Composer, folded
 from m7mlx_chat.widgets.sidebar import Sidebar

@@ -17,6 +17,7 @@ from textual.app import SuspendNotSupported, SystemCommand
 from textual.screen import ModalScreen, Screen
 
 from m7mlx.errors import InputError
+from m7mlx.terminal import visible
 from m7mlx_chat.actions import ACTIONS, COMMANDS
 from m7mlx_chat.clipboard import code_blocks, copy_with_tool
 from m7mlx_chat.config import Config, read_config, save, save_preset
@@ -28,7 +29,6 @@ from m7mlx_chat.screens.settings import SettingsDrawer
 from m7mlx_chat.session import Session
 from m7mlx_chat.settings import ENGINE, FIELDS, Settings
 from m7mlx_chat.steady import SteadyApp
-from m7mlx_chat.terminal import visible
 from m7mlx_chat.widgets.composer import Composer, Draft
 from m7mlx_chat.widgets.messages import MessageView
 from m7mlx_chat.widgets.sidebar import Sidebar

@@ -10,7 +10,7 @@ from markdown_it import MarkdownIt
 from markdown_it.rules_core import StateCore
 from textual.widgets import Markdown
 
-from m7mlx_chat.terminal import visible
+from m7mlx.terminal import visible
 
 # Textual parses the last block anew with every piece that comes: what is complete goes into a widget of its own.
 PART, LONGEST = 3_000, 12_000  # characters: of a part, and of a block that is still parsed

@@ -35,7 +35,7 @@ from textual.worker import WorkerFailed
 
 from m7mlx.checksums import cache_dir
 from m7mlx.errors import M7Error
-from m7mlx_chat.terminal import visible
+from m7mlx.terminal import visible
 
 _SECONDS = 6.0  # an error stays in the corner; the same one is not told twice in that time
 _SHOWN = 5  # errors in the corner at once

@@ -12,8 +12,8 @@ from html import escape
 
 from markdown_it import MarkdownIt
 
+from m7mlx.terminal import visible
 from m7mlx_chat.store.rows import Conversation, Message
-from m7mlx_chat.terminal import visible
 
 _NOTES = {
     "complete": "",

@@ -13,8 +13,8 @@ from textual.screen import ModalScreen
 from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
+from m7mlx.terminal import visible
 from m7mlx_chat.actions import ACTIONS, Action, Place, key_name
-from m7mlx_chat.terminal import visible
 
 _PLACES: tuple[tuple[str, tuple[Place, ...]], ...] = (
     ("Keys", ("composer", "app")),

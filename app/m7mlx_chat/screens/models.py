@@ -21,9 +21,9 @@ from textual.worker import Worker
 from m7mlx.errors import M7Error
 from m7mlx.hub import DEMO, is_repo_id
 from m7mlx.memory import machine_memory
+from m7mlx.terminal import visible
 from m7mlx_chat import jobs
 from m7mlx_chat.catalog import Entry, describe, models, models_folder, on_this_machine
-from m7mlx_chat.terminal import visible
 
 _NAME, _PROBLEM, _TOLD = 40, 60, 500  # characters
 _COLORS = {"fits": "not bold green", "tight": "not bold yellow", "too big": "not bold red"}

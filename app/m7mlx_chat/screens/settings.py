@@ -13,8 +13,8 @@ from textual.screen import ModalScreen
 from textual.widgets import Input, Select, Static
 
 from m7mlx.errors import InputError
+from m7mlx.terminal import visible
 from m7mlx_chat.settings import ANSWER, ENGINE, FIELDS, Settings
-from m7mlx_chat.terminal import visible
 
 
 class SettingsDrawer(ModalScreen[None]):

@@ -11,8 +11,8 @@ from rich.text import Text
 from textual.widgets import OptionList
 from textual.widgets.option_list import Option
 
+from m7mlx.terminal import visible
 from m7mlx_chat.actions import COMMANDS
-from m7mlx_chat.terminal import visible
 
 _MOST = 200  # names of a folder
 

@@ -15,8 +15,8 @@ from textual.message import Message
 from textual.widgets import TextArea
 
 from m7mlx.errors import InputError
+from m7mlx.terminal import visible
 from m7mlx_chat.files import attached
-from m7mlx_chat.terminal import visible
 from m7mlx_chat.widgets.completion import Choice, Completion, commands, paths
 
 _MENTION = re.compile(r"(?:^|\s)@(\S*)$")

@@ -7,10 +7,10 @@ from textual.app import ComposeResult
 from textual.containers import Vertical
 from textual.widgets import Markdown, Static
 
+from m7mlx.terminal import visible
 from m7mlx_chat.actions import bindings
 from m7mlx_chat.markdown import Part, answer_markdown, parts
 from m7mlx_chat.store.rows import Message
-from m7mlx_chat.terminal import visible
 
 _SHOWN = 200_000  # characters of a message; /copy and /export have all of it
 _NOTES = {

@@ -15,10 +15,10 @@ from textual.timer import Timer
 from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
+from m7mlx.terminal import visible
 from m7mlx_chat.actions import bindings
 from m7mlx_chat.store import Store
 from m7mlx_chat.store.rows import Conversation, Hit
-from m7mlx_chat.terminal import visible
 
 _PAUSE = 0.15  # seconds after the last key before a search starts
 _LISTED, _FOUND = 500, 100
