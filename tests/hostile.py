@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from chat_harness import READY, Chat, ScriptedEngine, done
 from m7mlx_chat import jobs
+from m7mlx_chat.actions import unknown_keys
 from m7mlx_chat.app import ChatApp
 from m7mlx_chat.config import Config
 from m7mlx_chat.events import Failed, Text
@@ -25,7 +26,7 @@ from textual import events
 from textual.pilot import Pilot
 from textual.widgets import Input, Markdown, OptionList, Select
 
-from m7mlx.errors import RunError
+from m7mlx.errors import M7Error, RunError
 
 BIDI = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 OTHERS = "\u2028\u2029\u200b\u2060\ufeff\U000e0041\U000e007f"
@@ -67,13 +68,21 @@ def conversation(**changes: object) -> str:
 # --- what others say ------------------------------------------------------------------------------------------
 
 
+async def ran(chat: Chat, command: str) -> None:
+    """A command, and what it fails with as the app tells it."""
+    try:
+        await chat.app.run_command(command)
+    except M7Error as error:
+        chat.app.report(error)
+
+
 @place("toasts at the start: a theme that is not there", "wordtheme")
 async def _theme(chat: Chat, work: Path) -> None: ...
 
 
 @place("… and keys for what is not there", "wordaction")
 async def _keys(chat: Chat, work: Path) -> None:
-    await chat.app.on_mount()
+    chat.app.tell(f"again: {', '.join(unknown_keys(chat.app.config.keys))}", is_error=True)
 
 
 @place("the help, with the user's keys", "wordkey")
@@ -169,12 +178,12 @@ async def _preset(chat: Chat, work: Path) -> None:
 
 @place("a toast: an import that failed", "wordmissing")
 async def _missing(chat: Chat, work: Path) -> None:
-    await chat.app.run_command("/import wordmissing" + EVIL)
+    await ran(chat, "/import wordmissing" + EVIL)
 
 
 @place("a toast: a setting that is not there", "wordfield")
 async def _field(chat: Chat, work: Path) -> None:
-    await chat.app.run_command("/set wordfield" + EVIL.replace("\n", ""))
+    await ran(chat, "/set wordfield" + EVIL.replace("\n", ""))
 
 
 @place("a toast: a file that is no text", "wordfile")
@@ -376,6 +385,7 @@ async def go_through(chat: Chat, work: Path, look: Callable[[Place], None]) -> N
         for _ in range(40):
             await chat.pilot.pause(0.05)
             if one.word in chat.shown():
+                await chat.pilot.pause(0.1)  # until it is on the terminal, too
                 break
         look(one)
         while len(chat.app.screen_stack) > 1:

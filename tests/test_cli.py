@@ -27,7 +27,7 @@ def outcome(error: BaseException, debug: bool = False) -> int:
         (
             PermissionError(errno.EACCES, "Permission denied", "/x"),
             1,
-            "tool: error: [Errno 13] Permission denied: '/x'\n",
+            "tool: error: /x: Permission denied\n",
         ),
         (MemoryError(), 1, "tool: error: out of memory\n"),
         (KeyboardInterrupt(), 130, ""),

@@ -289,7 +289,8 @@ def test_an_existing_result_is_replaced_only_with_force(source: Path, tmp_path: 
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").write_text("x")
-    assert "is not a model folder and is not replaced" in run(source, "--mlx-path", out, "--force").stderr
+    refused = run(source, "--mlx-path", out, "--force").stderr
+    assert "is not a model folder that m7mlx-convert wrote and is not replaced" in refused
     (out / "config.json").write_text("{}")
     assert "--force to replace" in run(source, "--mlx-path", out).stderr
     assert (out / "precious").exists()

@@ -388,7 +388,7 @@ TOO_MANY_TOKENS: dict[str, Any] = {
         ({"llama.attention.layer_norm_rms_epsilon": "x"}, ConfigError, "metadata cannot be understood"),
         ({"llama.rope.freq_base": float("nan")}, ConfigError, "rope_theta must be a number above 0"),
         ({"llama.context_length": True}, ConfigError, "max_position_embeddings must be a whole number"),
-        ({"llama.block_count": 4_000_000_000}, WeightsError, "says 4000000000 layers but holds 21 tensors"),
+        ({"llama.block_count": 4_000_000_000}, ConfigError, "num_hidden_layers must be a whole number"),
         ({"llama.block_count": 3}, WeightsError, "tensor blk.2.attn_norm.weight is missing"),
         ({"llama.block_count": 1}, WeightsError, "tensor blk.1.attn_k.weight is not a part of"),
         ({"llama.embedding_length": 32}, WeightsError, r"has shape \[320, 64\], its metadata says \[320, 32\]"),

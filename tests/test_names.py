@@ -122,7 +122,8 @@ def test_the_chat_starts_whatever_model_was_the_last(shown: dict[str, Any], name
         cli.main([])
     assert shown["settings"].model == "mistral"
     assert shown["folder"] is None
-    assert shown["notes"] == [f"the model of the last conversation is not here: {name}"]
+    (note,) = shown["notes"]
+    assert note.startswith(f"the model of the last conversation is not here: {name[:900]}")  # far longer ones are cut
 
 
 @pytest.mark.parametrize(

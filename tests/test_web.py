@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from aiohttp import ClientSession, ClientWebSocketResponse, CookieJar, TCPConnector, WSMsgType, WSServerHandshakeError
-from test_server_page import CHROMIUM, browsing
+from test_server_page import browsing
 
 CHAT = str(Path(sys.executable).parent / "m7mlx-chat")
 
@@ -332,7 +332,7 @@ async def test_a_chat_that_cannot_start_says_why_on_the_page(starting: Callable[
             shutil.move(moved, server.model)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
+@pytest.mark.chromium
 async def test_a_real_browser_shows_the_chat_and_types(server: Server, tmp_path: Path) -> None:
     async with browsing(tmp_path) as page:
         await page.call("Page.navigate", url=server.address)
