@@ -77,7 +77,8 @@ async def ran(chat: Chat, command: str) -> None:
 
 
 @place("toasts at the start: a theme that is not there", "wordtheme")
-async def _theme(chat: Chat, work: Path) -> None: ...
+async def _theme(chat: Chat, work: Path) -> None:
+    chat.app.tell(f"again: there is no theme {chat.app.config.theme}", is_error=True)  # the first one may have gone
 
 
 @place("… and keys for what is not there", "wordaction")

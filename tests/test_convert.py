@@ -289,18 +289,22 @@ def test_an_existing_result_is_replaced_only_with_force(source: Path, tmp_path: 
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").write_text("x")
-    refused = run(source, "--mlx-path", out, "--force").stderr
-    assert "is not a model folder that m7mlx-convert wrote and is not replaced" in refused
-    (out / "config.json").write_text("{}")
-    assert "--force to replace" in run(source, "--mlx-path", out).stderr
-    assert (out / "precious").exists()
+    for _ in range(2):
+        refused = run(source, "--mlx-path", out, "--force").stderr
+        assert "is not a model folder that m7mlx-convert wrote and is not replaced" in refused
+        assert (out / "precious").exists()
+        (out / "config.json").write_text("{}")  # nor is what others have written
+    own = tmp_path / "own"
+    assert run(source, "--mlx-path", own).returncode == 0
+    assert "--force to replace" in run(source, "--mlx-path", own).stderr
+    before = (own / "SHA256SUMS").read_bytes()
     rewrite_with_nan(source)
-    assert run(source, "--mlx-path", out, "--force").returncode == 2
-    assert (out / "precious").exists()  # a failed conversion does not cost the old one
-    write_folder(source, CONFIG)
-    assert run(source, "--mlx-path", out, "--force").returncode == 0
-    assert not (out / "precious").exists()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
+    assert run(source, "--mlx-path", own, "--force").returncode == 2
+    assert (own / "SHA256SUMS").read_bytes() == before  # a failed conversion does not cost the old one
+    write_folder(source, CONFIG, random_weights(CONFIG, seed=9))
+    assert run(source, "--mlx-path", own, "--force").returncode == 0
+    assert (own / "SHA256SUMS").read_bytes() != before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "own", "source"]
 
 
 def rewrite_with_nan(folder: Path) -> None:
