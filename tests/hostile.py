@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -379,14 +380,16 @@ def config(folder: Path) -> Config:
     return Config(folder / "config.toml", {}, {name: {"temperature": 0.5}}, "wordtheme" + EVIL, keys)
 
 
-async def go_through(chat: Chat, work: Path, look: Callable[[Place], None]) -> None:
-    """Show each place, let `look` see it, and leave it again."""
+async def go_through(
+    chat: Chat, work: Path, look: Callable[[Place], None], written: Callable[[], str] | None = None
+) -> None:
+    """Show each place, wait until its word is seen (and `written`, if given, has it), let `look` see it, leave it."""
     for one in PLACES:
         await one.show(chat, work)
-        for _ in range(40):
+        until = time.monotonic() + 20  # a machine may be busy
+        while time.monotonic() < until:
             await chat.pilot.pause(0.05)
-            if one.word in chat.shown():
-                await chat.pilot.pause(0.1)  # until it is on the terminal, too
+            if one.word in chat.shown() and (written is None or one.word in written()):
                 break
         look(one)
         while len(chat.app.screen_stack) > 1:
@@ -420,8 +423,16 @@ def main(folder: Path) -> None:
 
         async def drive(pilot: Pilot[None]) -> None:
             chat = Chat(app, engine, session, pilot)
+            written: list[str] = []
+            write = app._driver.write  # type: ignore[union-attr]
+
+            def noted(data: str) -> None:
+                written.append(data)
+                write(data)
+
+            app._driver.write = noted  # type: ignore[union-attr, method-assign]
             await chat.say(READY)
-            await go_through(chat, folder, lambda one: None)
+            await go_through(chat, folder, lambda one: None, lambda: "".join(written))
             app.copy_to_clipboard("copied" + EVIL)
             app.exit()
 
