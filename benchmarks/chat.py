@@ -29,7 +29,7 @@ def headless(model: str, tokens: int) -> dict[str, float]:
     from m7mlx_chat.events import Done, Request
     from m7mlx_chat.settings import Settings
 
-    from m7mlx.hub import resolve
+    from m7mlx.files.hub import resolve
 
     engine = Engine()
     engine.start()
@@ -52,7 +52,7 @@ async def in_app(model: str, tokens: int) -> dict[str, float]:
     from m7mlx_chat.settings import Settings
     from m7mlx_chat.store import Store
 
-    from m7mlx.hub import resolve
+    from m7mlx.files.hub import resolve
 
     keep_collections_short()
     lags: list[float] = []

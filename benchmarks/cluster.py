@@ -1,4 +1,4 @@
-"""Where dividing a model pays: a simulation, not a measurement, with what m7mlx-plan estimates (m7mlx/cluster.py).
+"""Where dividing a model pays: a simulation, not a measurement, with what m7mlx-plan estimates.
 
     python benchmarks/cluster.py [--model mistral] [--plot docs/cluster.png]
 
@@ -15,8 +15,9 @@ from common import preload_blas, table
 
 preload_blas()
 
-from m7mlx.cluster import LINKS, estimate, stored  # noqa: E402
-from m7mlx.parts import MODES  # noqa: E402
+from m7mlx_plan.cli import LINKS, estimate, stored  # noqa: E402
+
+from m7mlx.shard import MODES  # noqa: E402
 
 RANKS = (1, 2, 4, 8)
 NAMES = {"rdma": "Thunderbolt 5, RDMA", "thunderbolt": "Thunderbolt, TCP", "10gbe": "10 GbE", "1gbe": "1 GbE"}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 def preload_blas() -> str:
     """The BLAS that MLX computes with in this process, peers' runs included; call before MLX is imported."""
-    from m7mlx import blas
+    from m7mlx.cpu import blas
 
     return blas.library or "MLX's own"
 

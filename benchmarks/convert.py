@@ -25,7 +25,7 @@ import numpy as np
 from common import machine, spread, table
 from m7mlx_bench.models import SHAPES
 
-from m7mlx.safetensors import folder_weights
+from m7mlx.files.weights import folder_weights
 
 CONFIG = replace(SHAPES["7b"], max_position_embeddings=32768)
 SHARDS = 3

@@ -29,7 +29,7 @@ from pydoc_data.topics import topics  # noqa: E402
 from m7mlx_eval.perplexity import Reading, Result, evaluate  # noqa: E402
 
 from m7mlx import Mistral, Tokenizer, load  # noqa: E402
-from m7mlx.hub import resolve  # noqa: E402
+from m7mlx.files.hub import resolve  # noqa: E402
 
 GROUPS = (32, 64, 128)
 BITS = (2, 3, 4, 5, 6, 8)

@@ -376,7 +376,7 @@ def main() -> None:
     if args.watch:
         watch(args.watch)
         return
-    from m7mlx.hub import resolve
+    from m7mlx.files.hub import resolve
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = resolve(args.model) if args.model else small_model(Path(scratch))

@@ -14,7 +14,7 @@ from m7mlx_bench.models import SMALL  # noqa: E402
 
 from m7mlx import Mistral, ModelConfig, RollingCache  # noqa: E402
 from m7mlx.decode import prefill  # noqa: E402
-from m7mlx.load import build  # noqa: E402
+from m7mlx.loading import build  # noqa: E402
 
 CHUNK = 64  # tokens read at a time
 TOY = replace(

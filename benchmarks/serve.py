@@ -29,7 +29,9 @@ import aiohttp
 from common import machine, preload_blas, spread, table
 
 _WORDS = ("fox", "river", "stone", "cloud", "lamp", "tree", "bird", "road", "bread", "glass", "wind", "ship", "door")
-_PEER = "from m7mlx import blas; import runpy; runpy.run_module('mlx_lm.server', run_name='__main__', alter_sys=True)"
+_PEER = (
+    "from m7mlx.cpu import blas; import runpy; runpy.run_module('mlx_lm.server', run_name='__main__', alter_sys=True)"
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def serving(name: str, folder: Path, model: str, rows: int) -> Iterator[tuple[st
     """Start a server; its address and process."""
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = str(found.getsockname()[1])
-    ours = [sys.executable, "-m", "m7mlx_server", "--model", str(folder), "--name", model, "--rows", str(rows)]
+    ours = [sys.executable, "-m", "m7mlx_serve", "--model", str(folder), "--name", model, "--rows", str(rows)]
     theirs = [sys.executable, "-c", _PEER, "--model", str(folder), "--log-level", "ERROR"]
     theirs += ["--decode-concurrency", str(rows), "--prompt-concurrency", str(rows)]
     process = subprocess.Popen(
@@ -150,7 +152,7 @@ def main() -> None:
     blas = preload_blas()
     from m7mlx_bench.models import readable
 
-    from m7mlx.hub import resolve
+    from m7mlx.files.hub import resolve
 
     with tempfile.TemporaryDirectory() as scratch:
         folder, _ = readable("transformers", resolve(args.model), Path(scratch))  # in float32

@@ -80,7 +80,7 @@ class Tally:
 
 def questions(folder: Path, count: int) -> list[Question]:
     """`count` of them with the library's answers."""
-    from m7mlx_server.tools import MARK, calls_schema
+    from m7mlx_serve.tools import MARK, calls_schema
 
     from m7mlx import load
     from m7mlx.constrain import Constraint, json_constraint
@@ -223,8 +223,8 @@ async def soak(url: str, asked: list[Question], clients: int, seconds: float, se
 
 def small_model(folder: Path) -> Path:
     """Random weights, and Mistral's v3 tokenizer."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-    from conftest import small_config, write_folder
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
+    from models import small_config, write_folder
 
     return write_folder(folder / "small", small_config(vocab_size=32768, sliding_window=16, n_layers=2))
 
@@ -232,7 +232,7 @@ def small_model(folder: Path) -> Path:
 @contextmanager
 def serving(folder: Path, *options: str) -> Iterator[tuple[str, int]]:
     """A server's address and process."""
-    command = [sys.executable, "-m", "m7mlx_server", "--model", str(folder), "--name", NAME, "--port", "0", *options]
+    command = [sys.executable, "-m", "m7mlx_serve", "--model", str(folder), "--name", NAME, "--port", "0", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr
     try:
@@ -305,7 +305,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3.0)
     parser.add_argument("--questions", type=int, default=60)
     args = parser.parse_args()
-    from m7mlx.hub import resolve
+    from m7mlx.files.hub import resolve
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = resolve(args.model) if args.model else small_model(Path(scratch))

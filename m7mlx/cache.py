@@ -303,7 +303,7 @@ class RollingCache:
         return cache
 
     def move_to(self, offset: int, written: int, starts: Sequence[int] = (0,)) -> None:
-        """Say what buffers that were filled from elsewhere hold (`m7mlx.batch`, `m7mlx.saved`)."""
+        """Say what buffers that were filled from elsewhere hold (`m7mlx.batch`, `m7mlx.cache_file`)."""
         self.offset, self.written = offset, written
         self._last_start = max(starts)
         self._starts = mx.array(list(starts))[:, None] if len(starts) > 1 or starts[0] else 0

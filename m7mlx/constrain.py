@@ -27,7 +27,7 @@ from m7mlx.grammar import MAX_SCHEMA, NUMBER, STEP
 from m7mlx.worker import Worker
 
 if TYPE_CHECKING:
-    from m7mlx.tokenizer import Tokenizer
+    from m7mlx.tokens.tokenizer import Tokenizer
 
 CUT = "a stop text came within the JSON and would have cut it; leave out stop, since an answer in JSON ends by itself"
 _MEMORY = 512 << 20  # bytes for one schema's process, the vocabulary included

@@ -1,4 +1,4 @@
-"""What the ranks of a model that is divided among processes say to each other within a pass (`m7mlx.parts`)."""
+"""What the ranks of a model that is divided among processes say to each other within a pass (`m7mlx.shard`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 if TYPE_CHECKING:
     from m7mlx.model import Mistral
-    from m7mlx.parts import Part
+    from m7mlx.shard import Part
 
 
 class Link:

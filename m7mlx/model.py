@@ -72,7 +72,7 @@ class Mistral(nn.Module):
     model.logits(…)         the same, for ids that are known to be the vocabulary's: they need not be read
     model.hidden(…)         without the head; `model.head` then gives the logits of the positions wanted
     model.identity          what a cache knows its model by
-    model.link              where other processes hold parts of it (`m7mlx.parts`); all of them run each pass
+    model.link              where other processes hold parts of it (`m7mlx.shard`); all of them run each pass
     """
 
     link: Link | None = None

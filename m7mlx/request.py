@@ -12,10 +12,10 @@ from m7mlx.cache import RollingCache
 from m7mlx.constrain import CUT, Constraint
 from m7mlx.decode import shared_start
 from m7mlx.errors import InputError
-from m7mlx.generate import StopFilter
+from m7mlx.generation import StopFilter
 from m7mlx.model import Mistral
 from m7mlx.sampling import Sampler, Sampling, TokenScores
-from m7mlx.tokenizer import Tokenizer
+from m7mlx.tokens.tokenizer import Tokenizer
 
 Reason = Literal["stop", "length", "cancelled", "failed"]
 

@@ -16,12 +16,12 @@ from m7mlx.cache import RollingCache
 from m7mlx.compiled import step_of
 from m7mlx.decode import default_chunk, read_chunk, reusable, reuse, shared_start
 from m7mlx.errors import InputError, TokenizerError
-from m7mlx.generate import StopFilter, check_prompt
+from m7mlx.generation import StopFilter, check_prompt
 from m7mlx.memory import CHAT_SLACK
 from m7mlx.model import Mistral
 from m7mlx.request import Answer, Event, Request
 from m7mlx.sampling import known
-from m7mlx.tokenizer import Tokenizer
+from m7mlx.tokens.tokenizer import Tokenizer
 
 _TURNS = 4  # prompts of which a chunk is read between two steps: more would stall the answers under way
 

@@ -17,7 +17,7 @@ from m7mlx.batch import BatchCache
 from m7mlx.cache import RollingCache
 from m7mlx.decode import default_chunk
 from m7mlx.errors import InputError
-from m7mlx.generate import check_prompt
+from m7mlx.generation import check_prompt
 from m7mlx.model import Mistral
 
 _POSITIONS = 128  # whose logits are held at one time: 25 MB in a vocabulary of 49,152

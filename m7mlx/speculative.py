@@ -26,11 +26,11 @@ import mlx.core as mx
 from m7mlx.cache import RollingCache
 from m7mlx.decode import default_chunk, prefill, reuse
 from m7mlx.errors import InputError, RollbackError
-from m7mlx.load import load
+from m7mlx.loading import load
 from m7mlx.model import Mistral
 from m7mlx.pace import MAX_DRAFT, Pace
 from m7mlx.sampling import Sampler
-from m7mlx.tokenizer import Tokenizer
+from m7mlx.tokens.tokenizer import Tokenizer
 
 DRAFT_SLACK = 2 * (MAX_DRAFT + 1)  # a draft, and what a longer one before it has left behind
 

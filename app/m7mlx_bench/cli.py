@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from m7mlx.cli import EXIT_FAILED, ArgumentParser, positive, run
+from m7mlx.command import EXIT_FAILED, ArgumentParser, positive, run
 from m7mlx.errors import ConfigError, InputError, RunError
 
 if TYPE_CHECKING:
@@ -96,8 +96,8 @@ def _window(text: str) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from m7mlx import blas
-    from m7mlx.disk import write_whole
+    from m7mlx.cpu import blas
+    from m7mlx.files.disk import write_whole
     from m7mlx.terminal import console
     from m7mlx_bench import report
 
@@ -160,7 +160,7 @@ def _engines(args: argparse.Namespace) -> list[str]:
 def _model(args: argparse.Namespace, scratch: Path) -> tuple[Path, str, ModelConfig]:
     """The folder to measure, its name and its configuration."""
     from m7mlx.config import ModelConfig
-    from m7mlx.hub import resolve
+    from m7mlx.files.hub import resolve
 
     changes = _changes(args)
     if args.shape is None and not changes:

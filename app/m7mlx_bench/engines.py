@@ -43,7 +43,7 @@ class M7:
 
     def __init__(self, folder: Path) -> None:
         from m7mlx.arrays import nbytes
-        from m7mlx.load import load_model
+        from m7mlx.loading import load_model
 
         os.environ["M7MLX_COMPILE"] = "1" if self.compiled else ""
 

@@ -13,9 +13,9 @@ import mlx.core as mx
 from m7mlx.arrays import dequantize, on_cpu
 from m7mlx.config import ModelConfig
 from m7mlx.errors import InputError
+from m7mlx.files.weights import folder_weights
 from m7mlx.memory import budget
 from m7mlx.quantization import Quantization
-from m7mlx.safetensors import folder_weights
 
 SMALL = ModelConfig(
     model_type="mistral",

@@ -7,7 +7,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from m7mlx.disk import write_whole
+from m7mlx.files.disk import write_whole
 from m7mlx_bench.report import Results, describe
 
 FORMATS = (".png", ".svg")

@@ -86,7 +86,7 @@ def peak_rss() -> int:
 
 def bandwidth() -> float:
     """Bytes per second that the device reads, at best, from an array that no cache holds."""
-    from m7mlx import blas  # noqa: F401  as in the engines
+    from m7mlx.cpu import blas  # noqa: F401  as in the engines
 
     # isort: split
     import mlx.core as mx

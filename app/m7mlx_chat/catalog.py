@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 from m7mlx.config import ModelConfig
-from m7mlx.demo import here
 from m7mlx.errors import M7Error
-from m7mlx.hub import ALIASES, DEMO, local
+from m7mlx.files.demo import here
+from m7mlx.files.hub import ALIASES, DEMO, local
+from m7mlx.files.weights import folder_weights, parameters
 from m7mlx.memory import budget, chat_memory
-from m7mlx.safetensors import folder_weights, parameters
 from m7mlx_chat.store.schema import data_dir
 
 Fit = Literal["fits", "tight", "too big"]

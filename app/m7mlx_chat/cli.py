@@ -11,11 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m7mlx.cli import EXIT_FAILED, ArgumentParser, add_parallel, gigabytes, launched, run
+from m7mlx.command import EXIT_FAILED, ArgumentParser, add_parallel, gigabytes, launched, run
 
 if TYPE_CHECKING:
-    from m7mlx.distributed import World
-    from m7mlx.parts import Mode
+    from m7mlx.parallel.world import World
+    from m7mlx.shard import Mode
     from m7mlx_chat.settings import Settings
 
 PROG = "m7mlx-chat"
@@ -180,8 +180,8 @@ def _chat(args: argparse.Namespace) -> int:
 
     world = _others(args.parallel, settings)
     if world is not None and world.rank:
-        from m7mlx.distributed import run_rank
-        from m7mlx.hub import resolve
+        from m7mlx.files.hub import resolve
+        from m7mlx.parallel.world import run_rank
 
         return run_rank(world, resolve(settings.model))
     return answer(
@@ -201,9 +201,9 @@ def _others(mode: Mode | None, settings: Settings) -> World | None:
     if not launched():
         return None
     from m7mlx.config import ModelConfig
-    from m7mlx.distributed import join
     from m7mlx.errors import InputError
-    from m7mlx.hub import resolve
+    from m7mlx.files.hub import resolve
+    from m7mlx.parallel.world import join
 
     if settings.speculate != "off":
         raise InputError("--speculate: a model that is divided among processes is not speculated on; leave it out")

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from m7mlx.disk import write_whole
 from m7mlx.errors import InputError
+from m7mlx.files.disk import write_whole
 from m7mlx_chat.settings import FIELDS, Settings
 
 _TABLES = ("presets", "keys")

@@ -33,7 +33,7 @@ from m7mlx_chat.settings import Settings
 
 if TYPE_CHECKING:
     from m7mlx.cache import CacheOptions
-    from m7mlx.distributed import World
+    from m7mlx.parallel.world import World
 
 THREAD = "m7mlx-engine"
 _BRANCHES = 0.1  # of the machine's memory, for caches of branches that were left

@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 from m7mlx.errors import M7Error
-from m7mlx.hub import resolve
+from m7mlx.files.hub import resolve
 
 _EVERY = 0.2  # seconds between two lines
 

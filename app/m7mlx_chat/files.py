@@ -8,8 +8,8 @@ import re
 import stat
 from pathlib import Path
 
-from m7mlx.disk import write_whole
 from m7mlx.errors import InputError
+from m7mlx.files.disk import write_whole
 
 MOST_BYTES = 2_000_000  # some 500,000 tokens: more than any model here reads
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from m7mlx.cli import launched
-from m7mlx.disk import user_path
+from m7mlx.command import launched
 from m7mlx.errors import InputError, RunError
-from m7mlx.hub import DEMO, resolve
+from m7mlx.files.disk import user_path
+from m7mlx.files.hub import DEMO, resolve
 from m7mlx.terminal import console, json_line, visible
 from m7mlx_chat.events import Done, Event, Failed, Loading, Prefill, Text
 from m7mlx_chat.files import attached
@@ -24,7 +24,7 @@ from m7mlx_chat.settings import Settings
 from m7mlx_chat.store import Store
 
 if TYPE_CHECKING:
-    from m7mlx.distributed import World
+    from m7mlx.parallel.world import World
     from m7mlx_chat.session import Session
 
 _WAIT = 0.5  # seconds to wait for an event at a time: signals come through in between

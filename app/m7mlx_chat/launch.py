@@ -11,9 +11,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from m7mlx.cli import EXIT_FAILED
+from m7mlx.command import EXIT_FAILED
 from m7mlx.errors import InputError, M7Error, RunError
-from m7mlx.hub import ALIASES, DEMO, is_repo_id, resolve
+from m7mlx.files.hub import ALIASES, DEMO, is_repo_id, resolve
 from m7mlx_chat.app import ChatApp
 from m7mlx_chat.catalog import on_this_machine
 from m7mlx_chat.config import Config

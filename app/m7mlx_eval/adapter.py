@@ -26,7 +26,7 @@ from m7mlx.memory import positions_that_fit
 from m7mlx.model import Mistral
 from m7mlx.scheduler import Scheduler
 from m7mlx.scoring import read_logits, score, scores_of, windows
-from m7mlx.tokenizer import Tokenizer
+from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx_eval.answers import generation_request
 from m7mlx_eval.journal import Journal, key_of
 from m7mlx_eval.progress import bar

@@ -11,14 +11,14 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from m7mlx.cli import ArgumentParser, gigabytes, positive, run
-from m7mlx.disk import user_path
+from m7mlx.command import ArgumentParser, gigabytes, positive, run
 from m7mlx.errors import InputError
+from m7mlx.files.disk import user_path
 from m7mlx.terminal import one_line
 
 if TYPE_CHECKING:
     from m7mlx.model import Mistral
-    from m7mlx.tokenizer import Tokenizer
+    from m7mlx.tokens.tokenizer import Tokenizer
     from m7mlx_eval.adapter import M7LM
 
 PROG = "m7mlx-eval"
@@ -125,7 +125,7 @@ def _eval(args: argparse.Namespace) -> None:
         limit_memory(args.max_memory)
     found = _text(args) if args.text else _tasks(args)
     if args.json:
-        from m7mlx.disk import write_whole
+        from m7mlx.files.disk import write_whole
 
         write_whole(args.json, json.dumps(found, indent=1, default=str) + "\n")
 
@@ -165,7 +165,7 @@ def _text(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _load(name: str) -> tuple[Mistral, Tokenizer]:
-    from m7mlx.load import load
+    from m7mlx.loading import load
 
     return load(name)
 

@@ -18,9 +18,9 @@ from typing import Any, Self
 from mlx.utils import tree_flatten
 
 from m7mlx.arrays import fingerprint
-from m7mlx.disk import user_path, why
 from m7mlx.errors import DiskError, InputError
-from m7mlx.hub import resolve
+from m7mlx.files.disk import user_path, why
+from m7mlx.files.hub import resolve
 from m7mlx.model import Mistral
 
 _FORMAT = "m7mlx-eval answers 1"

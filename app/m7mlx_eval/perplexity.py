@@ -14,7 +14,7 @@ from m7mlx.errors import InputError
 from m7mlx.memory import positions_that_fit
 from m7mlx.model import Mistral
 from m7mlx.scoring import Window, compare, score, windows
-from m7mlx.tokenizer import Tokenizer
+from m7mlx.tokens.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from m7mlx.disk import write_whole
+from m7mlx.files.disk import write_whole
 from m7mlx.terminal import console
 
 _KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "higher_is_better", "n-samples")

@@ -10,9 +10,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from m7mlx.cli import ArgumentParser, run
-from m7mlx.disk import user_path
+from m7mlx.command import ArgumentParser, run
 from m7mlx.errors import M7Error
+from m7mlx.files.disk import user_path
 
 if TYPE_CHECKING:
     from m7mlx_convert.calibrated import Calibration
@@ -182,7 +182,7 @@ def _reporter(args: argparse.Namespace) -> Reporter:
     from m7mlx_convert.progress import Reporter
 
     if args.json or args.quiet or not sys.stderr.isatty():
-        from m7mlx.hub import quiet
+        from m7mlx.files.hub import quiet
 
         quiet()
     return Reporter("json" if args.json else "quiet" if args.quiet else "text")
@@ -223,7 +223,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace, recipe: Recipe, reporter: Reporter) -> None:
-    from m7mlx.hub import check_name, resolve
+    from m7mlx.files.hub import check_name, resolve
     from m7mlx_convert.adapter import with_adapter
     from m7mlx_convert.convert import open_model, resolve_source, target_of
     from m7mlx_convert.plan import make_plan, plan_table
@@ -285,7 +285,7 @@ def _calibration(args: argparse.Namespace) -> Calibration | None:
 
 def _command(args: argparse.Namespace) -> list[str]:
     """The command for the model card, without private paths."""
-    from m7mlx.hub import existing
+    from m7mlx.files.hub import existing
 
     command = [PROG]
     for value in (args.source, args.adapter):

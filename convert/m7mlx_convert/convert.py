@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m7mlx.disk import user_path
 from m7mlx.errors import InputError, TokenizerError
-from m7mlx.hub import ALIASES, DEMO, check_name, existing, resolve
+from m7mlx.files.disk import user_path
+from m7mlx.files.hub import ALIASES, DEMO, check_name, existing, resolve
 from m7mlx.quantization import Quantization
-from m7mlx.tokenizer import load_tokenizer
+from m7mlx.tokens.tokenizer import load_tokenizer
 from m7mlx_convert.adapter import with_adapter
 from m7mlx_convert.card import model_card
 from m7mlx_convert.output import check_apart, check_space, check_target, whole_folder

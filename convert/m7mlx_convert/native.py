@@ -14,7 +14,7 @@ import numpy as np
 
 from m7mlx.config import ModelConfig
 from m7mlx.errors import WeightsError
-from m7mlx.safetensors import DTYPES, StoredTensor
+from m7mlx.files.weights import DTYPES, StoredTensor
 from m7mlx_convert.source import Arrays, Tensor, reader, shown
 
 NAMES = {  # name on disk → name in the file

@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from m7mlx.checksums import MANIFEST
-from m7mlx.disk import sync_path, why
 from m7mlx.errors import DiskError, InputError
-from m7mlx.safetensors import INDEX
+from m7mlx.files.checksums import MANIFEST
+from m7mlx.files.disk import sync_path, why
+from m7mlx.files.weights import INDEX
 from m7mlx_convert.folder import COPIED
 from m7mlx_convert.source import shown
 from m7mlx_convert.writer import JOURNAL

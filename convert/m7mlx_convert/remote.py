@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from m7mlx.errors import NotFoundError, WeightsError
-from m7mlx.hub import HubOutage, RemoteFile, hub_errors, is_repo_id, list_files, snapshot, weight_files
-from m7mlx.safetensors import StoredTensor, validate_header
+from m7mlx.files.hub import HubOutage, RemoteFile, hub_errors, is_repo_id, list_files, snapshot, weight_files
+from m7mlx.files.weights import StoredTensor, validate_header
 from m7mlx_convert.convert import name_of, repo_of
 from m7mlx_convert.folder import open_folder
 from m7mlx_convert.gguf import open_gguf

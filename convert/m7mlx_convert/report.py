@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from m7mlx.disk import write_whole
+from m7mlx.files.disk import write_whole
 from m7mlx_convert.verify import Comparison
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ import mlx.core as mx
 from m7mlx.arrays import dequantize
 from m7mlx.config import ModelConfig
 from m7mlx.errors import InputError
+from m7mlx.files.weights import StoredTensor
 from m7mlx.quantization import Quantization
-from m7mlx.safetensors import StoredTensor
 from m7mlx.terminal import one_line
 
 FLOATS = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}

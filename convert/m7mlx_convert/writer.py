@@ -17,11 +17,11 @@ from typing import Any, BinaryIO, NamedTuple
 import mlx.core as mx
 
 from m7mlx.arrays import raw_bytes
-from m7mlx.checksums import MANIFEST, sha256
-from m7mlx.disk import sync
 from m7mlx.errors import RunError, WeightsError
+from m7mlx.files.checksums import MANIFEST, sha256
+from m7mlx.files.disk import sync
+from m7mlx.files.weights import DTYPES, INDEX, validate_header
 from m7mlx.quantization import Quantization
-from m7mlx.safetensors import DTYPES, INDEX, validate_header
 
 MAX_SHARD_BYTES = 5 * 10**9
 JOURNAL = ".journal"

@@ -19,7 +19,7 @@ from textual.widgets.option_list import Option
 from textual.worker import Worker
 
 from m7mlx.errors import M7Error
-from m7mlx.hub import DEMO, is_repo_id
+from m7mlx.files.hub import DEMO, is_repo_id
 from m7mlx.memory import machine_memory
 from m7mlx.terminal import visible
 from m7mlx_chat import jobs

@@ -1,0 +1,5 @@
+import sys
+
+from m7mlx_plan.cli import main
+
+sys.exit(main())

@@ -1,0 +1,3 @@
+from m7mlx_serve.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,201 @@
+"""The routes, and what is measured of them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Collection
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any, TypeVar
+
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from m7mlx_serve.answers import Answers
+from m7mlx_serve.choices import written
+from m7mlx_serve.engine import Engine
+from m7mlx_serve.guard import BODY, ApiError, Guard, report
+from m7mlx_serve.metrics import Counted, Metrics
+from m7mlx_serve.openapi import PATHS, POSTS, document, page
+from m7mlx_serve.readers import Readers
+
+_Found = TypeVar("_Found")
+# The page's own script and style, and nothing from anywhere else.
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_SAFE = {
+    "Content-Security-Policy": _POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+_PAGES = {
+    "/": ("page.html", "text/html"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/page.css": ("page.css", "text/css"),
+}
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a server is started with.
+
+    model       the name that clients use
+    max_tokens  longest answer; seconds, longest time for one
+    """
+
+    model: str
+    max_tokens: int | None = None
+    seconds: float = 600.0
+
+
+class Server:
+    """An ASGI application over an engine that has started."""
+
+    def __init__(
+        self, engine: Engine, readers: Readers, served: Served, hosts: Collection[str], key: str | None
+    ) -> None:
+        self._engine, self._readers, self._served, self._started = engine, readers, served, int(time.time())
+        self._metrics = Metrics(engine)
+        routes = [
+            *(Route(path, self._answer, methods=["POST"]) for path in POSTS),
+            Route("/v1/models", self._models),
+            Route("/v1/models/{name:path}", self._model),
+            Route("/health", self._health),
+            Route("/metrics", self._figures),
+            Route("/openapi.json", lambda request: JSONResponse(document(served.model, key is not None))),
+            Route("/docs", lambda request: HTMLResponse(page(served.model, key is not None), headers=_SAFE)),
+            *(Route(path, self._page) for path in _PAGES),
+        ]
+        app = Starlette(
+            routes=routes,
+            middleware=[Middleware(Guard, posts=POSTS, hosts=hosts, key=key)],
+            exception_handlers={
+                ApiError: _api_error,
+                HTTPException: _http_error,
+                RecursionError: _too_deep,
+                Exception: _unforeseen,
+            },
+            lifespan=self._lifespan,
+        )
+        self.app = Counted(app, self._metrics, {*PATHS, *_PAGES, "/docs", "/openapi.json"})
+
+    @asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        yield
+        self._engine.close()
+        self._readers.close()
+
+    # --- answers ----------------------------------------------------------------------------------------
+
+    async def _answer(self, request: Request) -> Response:
+        """To a POST of either kind."""
+        data = (await request.receive())["body"]  # and no copy of it stays
+        reading = self._readers.read(request.url.path, data, self._engine.tokenizer)
+        del data
+        asked = await _unless_gone(request, reading)
+        del reading
+        request.scope[BODY].drop()
+        answers = Answers(
+            self._engine.tokenizer, self._metrics.ask, asked, self._served.max_tokens, self._served.seconds
+        )
+        if not asked.body.stream:
+            return _whole(await _unless_gone(request, answers.whole()))
+        events = answers.stream()
+        first = await _unless_gone(request, anext(events))  # so that what cannot be answered has its own status
+        return StreamingResponse(
+            _joined(first, events), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+        )
+
+    # --- everything else --------------------------------------------------------------------------------
+
+    async def _models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._card(self._served.model)]})
+
+    async def _model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name != self._served.model:
+            raise ApiError(404, f"the model {name[:100]!r} is not served here", "model_not_found")
+        return JSONResponse(self._card(name))
+
+    def _card(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self._started, "owned_by": "m7mlx"}
+
+    async def _health(self, request: Request) -> Response:
+        alive = self._engine.alive
+        return JSONResponse({"status": "ok" if alive else "stopping"}, 200 if alive else 503)
+
+    async def _figures(self, request: Request) -> Response:
+        return Response(self._metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    async def _page(self, request: Request) -> Response:
+        name, kind = _PAGES[request.url.path]
+        text = (files("m7mlx_serve") / name).read_text(encoding="utf-8")
+        return HTMLResponse(text, media_type=kind, headers=_SAFE)
+
+
+async def _unless_gone(request: Request, answer: Awaitable[_Found]) -> _Found:
+    """The answer; given up when its client leaves."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    work, left = asyncio.ensure_future(answer), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait((work, left), return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            return work.result()
+        raise ApiError(499, "the client has gone")
+    finally:
+        for task in (work, left):
+            task.cancel()
+        await asyncio.gather(work, left, return_exceptions=True)
+
+
+def _whole(answer: dict[str, Any]) -> Response:
+    pieces = [piece.encode() for piece in written(answer)]
+
+    async def sent() -> AsyncIterator[bytes]:
+        for piece in pieces:
+            yield piece
+
+    size = {"Content-Length": str(sum(map(len, pieces)))}
+    return StreamingResponse(sent(), media_type="application/json", headers=size)
+
+
+async def _joined(first: str, rest: AsyncGenerator[str, None]) -> AsyncIterator[str]:
+    try:
+        yield first
+        async for event in rest:
+            yield event
+    finally:
+        await rest.aclose()
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return ApiError(error.status_code, str(error.detail), None, dict(error.headers or {})).response()
+
+
+async def _too_deep(request: Request, error: Exception) -> Response:
+    return ApiError(400, "the request nests too deep").response()
+
+
+async def _unforeseen(request: Request, error: Exception) -> Response:
+    report(error)
+    return ApiError(500, "the request failed on the way").response()

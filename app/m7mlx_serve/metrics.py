@@ -1,0 +1,125 @@
+"""What is measured, for Prometheus: requests by route and status, tokens, and the times that a client feels."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Collection
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from m7mlx.errors import BusyError, InputError
+from m7mlx.request import Event
+from m7mlx_serve.engine import Engine, Prepared
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
+
+
+class Metrics:
+    """Counters of one server. They know counts and times, and nothing of what was asked.
+
+    How much of a prompt was held already is not among them: whoever asks may see them, and could find out how other
+    conversations begin.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "m7mlx_requests", "Requests by path and status", ("path", "status"), registry=registry
+        )
+        tokens = Counter(
+            "m7mlx_tokens",
+            "Tokens of prompts, and generated",
+            ("kind",),
+            registry=registry,
+        )
+        self._prompt, self._generated = map(tokens.labels, ("prompt", "generated"))
+        reasons = ("stop", "length", "cancelled", "failed", "left", "refused")
+        ended = Counter("m7mlx_answers", "Answers by how they ended", ("reason",), registry=registry)
+        self._ended = {reason: ended.labels(reason) for reason in reasons}
+        self._first = _histogram(registry, "time_to_first_token", "From the request to its first token", _SECONDS)
+        self._each = _histogram(registry, "time_per_output_token", "Of an answer, without its first", _TOKEN_SECONDS)
+        self._whole = _histogram(registry, "request_duration", "Of answers, from the request on", _SECONDS)
+        for name, about, function in (
+            ("open_requests", "Requests that have not ended", lambda: engine.load),
+            ("requests_running", "Requests that are read or answered", lambda: engine.running),
+            ("requests_waiting", "Requests that wait for a place", lambda: max(0, engine.load - engine.running)),
+        ):
+            Gauge(f"m7mlx_{name}", about, registry=registry).set_function(function)
+
+    def text(self) -> bytes:
+        return generate_latest(self._registry)
+
+    async def ask(self, prepared: Prepared, seconds: float) -> AsyncGenerator[tuple[int, Event], None]:
+        """`Engine.ask`, measured: an answer that its client leaves counts as far as it came."""
+        answers = [_Measured(time.perf_counter(), len(request.ids)) for request in prepared.requests]
+        try:
+            async with aclosing(self._engine.ask(prepared, seconds)) as events:
+                async for index, event in events:
+                    self._seen(answers[index], event)
+                    yield index, event
+        except (BusyError, InputError):
+            for answer in answers:
+                answer.reason = "refused"
+            raise
+        finally:
+            for answer in answers:
+                self._ends(answer)
+
+    def _seen(self, answer: _Measured, event: Event) -> None:
+        answer.generated += len(event.ids)
+        if event.ids and not answer.first:
+            answer.first = time.perf_counter()
+            self._first.observe(answer.first - answer.began)
+            self._prompt.inc(answer.prompt)
+        if event.reason is not None:
+            answer.reason = event.reason
+
+    def _ends(self, answer: _Measured) -> None:
+        now = time.perf_counter()
+        self._generated.inc(answer.generated)
+        self._ended[answer.reason].inc()
+        if answer.first:
+            self._whole.observe(now - answer.began)
+        if answer.generated > 1:
+            self._each.observe((now - answer.first) / (answer.generated - 1))
+
+
+@dataclass
+class _Measured:
+    """One answer so far; times by time.perf_counter."""
+
+    began: float
+    prompt: int
+    first: float = 0.0
+    generated: int = 0
+    reason: str = "left"
+
+
+class Counted:
+    """ASGI: every answer is counted, refusals too. Paths that are not `known` count as one."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, known: Collection[str]) -> None:
+        self._app, self._metrics, self._known = app, metrics, frozenset(known)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path: str = scope["path"]
+        label = path if path in self._known else "/v1/models/…" if path.startswith("/v1/models/") else "other"
+
+        async def counting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._metrics.requests.labels(label, message["status"]).inc()
+            await send(message)
+
+        await self._app(scope, receive, counting)
+
+
+def _histogram(registry: CollectorRegistry, name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
+    return Histogram(f"m7mlx_{name}_seconds", f"Seconds. {about}", registry=registry, buckets=buckets)

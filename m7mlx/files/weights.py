@@ -1,0 +1,287 @@
+"""Weight files, checked before MLX reads them.
+
+`mx.load` accepts overlapping, truncated or huge-shaped headers; the safetensors library does not, so every
+header goes through it first.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from m7mlx.config import ModelConfig
+from m7mlx.errors import ConfigError, WeightsError
+from m7mlx.files.jsonfile import read_json, short
+from m7mlx.quantization import Quantization
+from m7mlx.terminal import one_line
+
+_MOST_INDEX = 64 << 20  # bytes
+ADAPTERS = ("adapters.safetensors", "adapter_model.safetensors")  # mlx-lm's LoRA adapters and PEFT's
+INDEX = "model.safetensors.index.json"
+_FLOATS = ("F32", "F16", "BF16")
+DTYPES: dict[str, mx.Dtype] = {  # safetensors' names → MLX's types, of those that weights have
+    "F32": mx.float32,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "U32": mx.uint32,
+    "U8": mx.uint8,
+}
+_IGNORED = "rotary_emb.inv_freq"  # old checkpoints carry what is computed anyway
+_ROWS = 1024  # of two matrices that are compared
+
+
+class TensorInfo(NamedTuple):
+    """One tensor of a header: safetensors' dtype name ("F32", "BF16", "U32", …) and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class StoredTensor(NamedTuple):
+    """One tensor of a model folder, and the file it lies in."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Parameter(NamedTuple):
+    """One parameter of the model as a folder holds it: {"weight"}, or {"weight", "scales"[, "biases"]}."""
+
+    scheme: Quantization | None
+    parts: dict[str, StoredTensor]
+
+
+def validate_header(path: Path) -> dict[str, TensorInfo]:
+    """Tensors of one safetensors file, by name. Raises WeightsError for anything malformed."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():  # a pipe would be waited for
+        raise WeightsError(f"{path} is no regular file; fetch or convert it again")
+    try:
+        with safe_open(str(path), framework="np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            found = {name: TensorInfo(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+        json.loads(_header(path), object_pairs_hook=_once)  # of two with one name, each reader may take another
+        return found
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
+        raise WeightsError(f"{path} is not a whole safetensors file ({error}); fetch or convert it again") from None
+
+
+def data_starts(path: Path) -> dict[str, int]:
+    """Where in a file the numbers of each tensor begin. Its header has been validated (`folder_weights`)."""
+    text = _header(path)
+    start = 8 + len(text)
+    return {name: start + e["data_offsets"][0] for name, e in json.loads(text).items() if name != "__metadata__"}
+
+
+def _header(path: Path) -> bytes:
+    """The header's JSON; the safetensors library has found it whole, flat and not too long."""
+    with path.open("rb") as file:
+        return file.read(int.from_bytes(file.read(8), "little"))
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names differ. Raises ValueError."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for n, (name, _) in enumerate(pairs) if name in dict(pairs[:n]))
+        raise ValueError(f"{twice!r} is there twice")
+    return found
+
+
+def read_slices(stored: StoredTensor, start: int, slices: tuple[slice, ...]) -> mx.array:
+    """Rows and columns of one tensor whose numbers begin at `start`, without the rest: MLX itself reads it whole."""
+    dtype = DTYPES[stored.dtype]
+    words = np.dtype(f"u{dtype.size}")  # NumPy has no bfloat16
+    data = np.memmap(stored.path, words, "r", start, stored.shape)
+    return mx.array(np.ascontiguousarray(data[slices])).view(dtype)
+
+
+def folder_weights(folder: Path, *, native: bool = False) -> dict[str, StoredTensor]:
+    """The tensors of a model folder, by name; each header is read once. Raises WeightsError.
+
+    Index, files and tensors must agree: a shard missing from the folder, a tensor the index does not
+    name or a stray file beside the indexed ones is refused, never merged or skipped in silence.
+    A LoRA adapter is refused with what to do.
+    `native` takes the weights in Mistral's own layout, which repositories may hold beside the others.
+    """
+    refuse_adapter(folder)
+    files = [f for f in sorted(folder.glob("*.safetensors")) if f.name.startswith("consolidated") == native]
+    index = folder / (INDEX.replace("model", "consolidated") if native else INDEX)
+    if index.is_file():
+        return _indexed(folder, index, files)
+    if not files:
+        pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")])
+        if pickles:
+            raise WeightsError(
+                f"{folder} has only pickle weights ({pickles[0].name}), which can run code; take the repository's "
+                "safetensors version, or save it again with transformers' save_pretrained"
+            )
+        if list(folder.glob("consolidated*.safetensors")):
+            raise WeightsError(
+                f"{folder} has no weights in Hugging Face's layout, only Mistral's: m7mlx-convert {folder}"
+            )
+        raise WeightsError(f"{folder} has no weights (model*.safetensors)")
+    if len(files) > 1:
+        raise WeightsError(f"{folder} has {len(files)} safetensors files but no {index.name} to say which belong")
+    return _stored(files[0])
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise WeightsError for a folder that holds a LoRA adapter and no weights of a model."""
+    settings = folder / "adapter_config.json"
+    if settings.is_file() and not any(is_model_file(file.name) for file in folder.glob("*.safetensors")):
+        try:
+            data = read_json(settings)
+        except ConfigError:
+            data = {}
+        raise WeightsError(adapter_advice(str(folder), data.get("base_model_name_or_path") or data.get("model")))
+
+
+def is_model_file(name: str) -> bool:
+    """Whether a safetensors file can hold a model's weights; mlx-lm trains into 0000100_adapters.safetensors."""
+    return name not in ADAPTERS and not name.endswith("_adapters.safetensors")
+
+
+def adapter_advice(name: str, base: object = None) -> str:
+    """What to do with an adapter where a model is wanted; `base` is the model that it says it changes."""
+    model = shlex.quote(one_line(base)[:200]) if isinstance(base, str) and base.strip() else "MODEL"
+    return (
+        f"{name} is a LoRA adapter, which changes a model and is none; merge it into that model: "
+        f"m7mlx-convert {model} --adapter {shlex.quote(name)}"
+    )
+
+
+def _stored(file: Path) -> dict[str, StoredTensor]:
+    return {name: StoredTensor(file, *info) for name, info in validate_header(file).items()}
+
+
+def _indexed(folder: Path, index: Path, files: list[Path]) -> dict[str, StoredTensor]:
+    try:
+        weight_map = read_json(index, _MOST_INDEX).get("weight_map")
+    except ConfigError as error:
+        raise WeightsError(str(error)) from None
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise WeightsError(f"{index} has no weight_map from tensors to files")
+    named = set(weight_map.values())
+    present = {file.name for file in files}
+    if missing := sorted(named - present):
+        raise WeightsError(f"{folder} lacks {short(missing[0])}, which {INDEX} names; fetch the model again")
+    if stray := sorted(present - named):
+        raise WeightsError(f"{folder} has {short(stray[0])}, which {INDEX} does not name; remove one of them")
+    found: dict[str, StoredTensor] = {}
+    for name in sorted(named):
+        for tensor, stored in _stored(folder / name).items():
+            if weight_map.get(tensor) != name:
+                raise WeightsError(f"{folder / name} holds {short(tensor)}, which {INDEX} does not place there")
+            found[tensor] = stored
+    if absent := sorted(set(weight_map) - set(found)):
+        raise WeightsError(f"{folder / weight_map[absent[0]]} lacks {short(absent[0])}, which {INDEX} places there")
+    return found
+
+
+def parameters(folder: Path, config: ModelConfig, headers: Mapping[str, StoredTensor]) -> dict[str, Parameter]:
+    """The model's parameters by their name on disk, every header compared with the config.
+
+    Raises WeightsError for a tensor that is missing, of another shape or type, or not a part of the model.
+    """
+    if config.n_layers > len(headers):  # or a config of 10⁹ layers would fill the memory below
+        raise WeightsError(
+            f"{folder}: config.json says {config.n_layers} layers, the files hold {len(headers)} tensors"
+        )
+    found = {name: _parameter(folder, config, name, shape, headers) for name, shape in config.weight_shapes().items()}
+    known = {f"{name.removesuffix('.weight')}.{kind}" for name, stored in found.items() for kind in stored.parts}
+    for name in sorted(headers.keys() - known):
+        if not is_left_out(name, config):
+            raise WeightsError(f"{folder}: tensor {name} is not a part of {config.model_type}")
+    return found
+
+
+def head_as_stored(
+    folder: Path,
+    config: ModelConfig,
+    headers: Mapping[str, StoredTensor],
+    embedding: str = "model.embed_tokens",
+    head: str = "lm_head",
+) -> ModelConfig:
+    """The config of what the files hold: a head in them that is not the embedding is the model's own, whatever
+    config.json says of tying. transformers reads such files so (`tie_weights`).
+
+    embedding, head  what the files call the two
+    A head in a file that is not here counts as its own. Raises WeightsError for one that stands for both.
+    """
+    own = {name.removeprefix(f"{head}."): t for name, t in headers.items() if name.startswith(f"{head}.")}
+    tied = {n.removeprefix(f"{embedding}."): t for n, t in headers.items() if n.startswith(f"{embedding}.")}
+    if not config.tie_word_embeddings or not own:
+        return config
+    if not tied:
+        raise WeightsError(
+            f"{folder} has {head} but not {embedding}, which is tied to it: they were saved without the second "
+            "name; save it again with transformers' save_pretrained"
+        )
+    same = own.keys() == tied.keys() and all(
+        _is_equal(own[kind], f"{head}.{kind}", tied[kind], f"{embedding}.{kind}") for kind in own
+    )
+    return config if same else replace(config, tie_word_embeddings=False)
+
+
+def _is_equal(a: StoredTensor, a_name: str, b: StoredTensor, b_name: str) -> bool:
+    """Whether two stored tensors hold the same numbers; a few rows at a time."""
+    if a.shape != b.shape or len(a.shape) != 2 or 0 in a.shape or {a.dtype, b.dtype} - DTYPES.keys():
+        return False
+    if not (a.path.is_file() and b.path.is_file()):
+        return False
+    starts = data_starts(a.path)[a_name], data_starts(b.path)[b_name]
+    for row in range(0, a.shape[0], _ROWS):
+        rows = (slice(row, row + _ROWS),)
+        x, y = read_slices(a, starts[0], rows), read_slices(b, starts[1], rows)
+        if not mx.array_equal(x, y if a.dtype == b.dtype else y.astype(x.dtype)).item():
+            return False
+    return True
+
+
+def is_left_out(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor may stand in a file though the model has no use for it: computed anyway, or a tied head
+    that is stored all the same (`head_as_stored`)."""
+    return name.endswith(_IGNORED) or (config.tie_word_embeddings and name.startswith("lm_head."))
+
+
+def _parameter(
+    folder: Path, config: ModelConfig, name: str, shape: tuple[int, ...], headers: Mapping[str, StoredTensor]
+) -> Parameter:
+    module = name.removesuffix(".weight")
+    scheme = config.quantization.for_module(module) if config.quantization and len(shape) == 2 else None
+    if f"{module}.scales" not in headers:
+        scheme = None  # mlx-lm leaves out what its groups do not divide
+    expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {"weight": (_FLOATS, shape)}
+    if scheme:
+        rows, columns = shape
+        if columns % scheme.group_size:
+            raise WeightsError(
+                f"{folder}: {module} has {columns} columns, which groups of {scheme.group_size} do not divide"
+            )
+        groups = (_FLOATS if scheme.mode == "affine" else ("U8",), (rows, columns // scheme.group_size))
+        expected = {"weight": (("U32",), (rows, columns * scheme.bits // 32)), "scales": groups}
+        if scheme.mode == "affine":
+            expected["biases"] = groups
+    parts = {}
+    for kind, (dtypes, wanted) in expected.items():
+        stored = headers.get(f"{module}.{kind}")
+        if stored is None:
+            raise WeightsError(f"{folder}: tensor {module}.{kind} is missing")
+        if stored.dtype not in dtypes:
+            raise WeightsError(f"{folder}: {module}.{kind} has type {stored.dtype}, which is not supported here")
+        if stored.shape != wanted:
+            raise WeightsError(
+                f"{folder}: {module}.{kind} has shape {list(stored.shape)}, config.json says {list(wanted)}"
+            )
+        parts[kind] = stored
+    return Parameter(scheme, parts)

@@ -1,0 +1,211 @@
+"""Folder → model and tokenizer, with everything checked before it is used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from m7mlx.arrays import dequantize, is_finite, on_cpu
+from m7mlx.config import ModelConfig
+from m7mlx.errors import ConfigError, RunError, WeightsError
+from m7mlx.files.checksums import check_folder
+from m7mlx.files.hub import resolve
+from m7mlx.files.weights import (
+    DTYPES,
+    StoredTensor,
+    data_starts,
+    folder_weights,
+    head_as_stored,
+    is_left_out,
+    parameters,
+    read_slices,
+)
+from m7mlx.fuse import fuse
+from m7mlx.memory import budget, cache_bytes, expands, loaded_bytes, machine_memory, settle
+from m7mlx.model import Mistral
+from m7mlx.shard import Part
+from m7mlx.tokens.tokenizer import Tokenizer, load_tokenizer
+
+
+def load(
+    name: str | Path,
+    *,
+    dtype: mx.Dtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    part: Part | None = None,
+) -> tuple[Mistral, Tokenizer]:
+    """Load a model folder, a Hub repository ("org/name") or an alias ("mistral", "demo").
+
+    dtype     type of activations and unquantised weights; None keeps the file's, except on the CPU backend,
+              where 16-bit arithmetic is emulated: there it is float32, and quantised weights are expanded
+              to float32 if they fit into half of the memory
+    progress  called with (bytes read, bytes to read)
+    part      read this part of the model only, for processes that share it (`m7mlx.parallel.world.World.load`)
+
+    Use the model on the thread that called this: MLX's streams belong to their thread.
+    Raises NotFoundError, DownloadError, ConfigError, WeightsError, TokenizerError; RunError if the machine has too
+    little memory.
+    """
+    folder, config, headers = _checked(name, dtype, part)
+    tokenizer = load_tokenizer(folder, config.vocab_size)
+    if part is None:
+        return build(config, _read(_files(headers), progress), dtype), tokenizer
+    weights = _read_part(headers, config, part, progress)
+    return build(part.config(config), weights, dtype, is_part=True), tokenizer
+
+
+def load_model(name: str | Path, *, dtype: mx.Dtype | None = None) -> Mistral:
+    """The model alone, of a folder without a tokenizer too; otherwise as `load`."""
+    _, config, headers = _checked(name, dtype)
+    return build(config, _read(_files(headers)), dtype)
+
+
+def _checked(
+    name: str | Path, dtype: mx.Dtype | None, part: Part | None = None
+) -> tuple[Path, ModelConfig, dict[str, StoredTensor]]:
+    """The folder, its configuration and its tensors, after all that can be known before they are read."""
+    folder = resolve(name)
+    if folder.is_file():
+        raise ConfigError(f"{folder} is a file; a GGUF file is converted first: m7mlx-convert {folder}")
+    config = ModelConfig.from_folder(folder)
+    headers = folder_weights(folder)
+    check_folder(folder)
+    config = head_as_stored(folder, config, headers)
+    parameters(folder, config, headers)
+    headers = {name: stored for name, stored in headers.items() if not is_left_out(name, config)}
+    stored = sum(path.stat().st_size for path in _files(headers))
+    if part is None:
+        _check_memory(folder, config, stored, _compute_dtype(dtype))
+    else:
+        sizes = {n: (t.shape, math.prod(t.shape) * DTYPES[t.dtype].size) for n, t in headers.items()}
+        _check_memory(folder, part.config(config), part.nbytes(sizes, config), _compute_dtype(dtype))
+    return folder, config, headers
+
+
+def _files(headers: dict[str, StoredTensor]) -> list[Path]:
+    return sorted({stored.path for stored in headers.values()})
+
+
+def build(
+    config: ModelConfig, weights: dict[str, mx.array], dtype: mx.Dtype | None = None, *, is_part: bool = False
+) -> Mistral:
+    """A model from its weights by name on disk; `dtype` as for `load`. `weights` is emptied on the way.
+
+    is_part  the embedding may be missing: other processes have it
+    """
+    dtype = _compute_dtype(dtype)
+    expand = config.quantization is not None and expands(config)
+    model = Mistral(config)
+    if is_part and "model.embed_tokens.weight" not in weights:
+        del model.model["embed_tokens"]
+    loaded: dict[str, mx.array] = {}
+    for name in list(weights):
+        if is_left_out(name, config):
+            del weights[name]
+        elif name in weights:  # not yet taken together with its module's other arrays
+            loaded |= _module_arrays(config, weights, name, dtype, expand)
+    if config.quantization and not expand:
+        nn.quantize(model, class_predicate=lambda path, module: _scheme_of(config, path, loaded))
+    model.load_weights(list(loaded.items()), strict=True)
+    model.eval()
+    fuse(model)
+    settle()
+    return model
+
+
+def _module_arrays(
+    config: ModelConfig, weights: dict[str, mx.array], name: str, dtype: mx.Dtype | None, expand: bool
+) -> dict[str, mx.array]:
+    """The arrays of one module, in the type they are used in; taken out of `weights`."""
+    path = name.rsplit(".", 1)[0]
+    kinds = [k for k in ("weight", "scales", "biases") if f"{path}.{k}" in weights]
+    arrays = {k: weights.pop(f"{path}.{k}") for k in kinds}
+    for kind, array in arrays.items():
+        if dtype is not None and mx.issubdtype(array.dtype, mx.floating):
+            arrays[kind] = array.astype(dtype)
+    scheme = config.quantization.for_module(path) if config.quantization and "scales" in arrays else None
+    if expand and scheme:
+        arrays = {"weight": dequantize(arrays, scheme).astype(dtype or mx.float32)}
+        mx.eval(arrays["weight"])  # one at a time: the packed form is freed before the next is expanded
+    return {f"{path}.{k}": array for k, array in arrays.items()}
+
+
+def _scheme_of(config: ModelConfig, path: str, loaded: dict[str, mx.array]) -> bool | dict[str, object]:
+    """For nn.quantize: how the module at `path` is quantised in the file."""
+    if f"{path}.scales" not in loaded or config.quantization is None:
+        return False
+    scheme = config.quantization.for_module(path)
+    assert scheme is not None
+    return {"group_size": scheme.group_size, "bits": scheme.bits, "mode": scheme.mode}
+
+
+def _compute_dtype(asked: mx.Dtype | None) -> mx.Dtype | None:
+    """The type to compute in; None keeps the file's."""
+    return mx.float32 if asked is None and on_cpu() else asked
+
+
+def _check_memory(folder: Path, config: ModelConfig, stored: int, dtype: mx.Dtype | None) -> None:
+    """Raise RunError if weights, of so many bytes in files, and a window of keys and values exceed the budget: on
+    macOS, a kernel panic."""
+    weights = loaded_bytes(config, stored) if dtype is None or dtype == mx.float32 else stored
+    positions = config.sliding_window or min(config.max_position_embeddings, 4096)
+    cache = cache_bytes(config, positions, 8 * (dtype or mx.float16).size)
+    if weights + cache > budget():
+        whose = "this machine has" if budget() == machine_memory() else "the limit is"
+        raise RunError(
+            f"{folder} needs {weights / 1e9:.1f} GB for its weights and {cache / 1e9:.1f} GB for {positions:,} "
+            f"tokens, but {whose} {budget() / 1e9:.1f} GB; quantise it: m7mlx-convert {folder} --q-bits 4"
+        )
+
+
+def _read(files: list[Path], progress: Callable[[int, int], None] | None = None) -> dict[str, mx.array]:
+    """All tensors of a folder, read and checked to be finite; one file at a time."""
+    total = sum(path.stat().st_size for path in files)
+    done = 0
+    weights: dict[str, mx.array] = {}
+    progress = progress or (lambda done, total: None)
+    progress(0, total)
+    for path in files:
+        try:
+            arrays = mx.load(str(path))
+        except RuntimeError as error:
+            raise WeightsError(f"{path} cannot be read: {error}") from None
+        assert isinstance(arrays, dict)
+        for name in arrays:
+            array = arrays[name]
+            _check_finite(path, name, array)
+            done += array.nbytes
+            progress(min(done, total), total)
+        weights |= arrays
+    progress(total, total)
+    return weights
+
+
+def _read_part(
+    headers: dict[str, StoredTensor],
+    config: ModelConfig,
+    part: Part,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, mx.array]:
+    """The tensors of one part, by its model's names for them, checked to be finite; nothing else is read."""
+    names = {name: own for name in headers if (own := part.name(name, config)) is not None}
+    starts = {path: data_starts(path) for path in _files(headers)}
+    weights: dict[str, mx.array] = {}
+    for done, (name, own) in enumerate(names.items()):
+        if progress:
+            progress(done, len(names))
+        stored = headers[name]
+        weights[own] = read_slices(stored, starts[stored.path][name], part.slices(name, stored.shape))
+        _check_finite(stored.path, name, weights[own])
+    if progress:
+        progress(len(names), len(names))
+    return weights
+
+
+def _check_finite(path: Path, name: str, array: mx.array) -> None:
+    if mx.issubdtype(array.dtype, mx.floating) and not is_finite(array):
+        raise WeightsError(f"{path}: {name} holds NaN or infinite numbers; fetch or convert the model again")

@@ -1,0 +1,143 @@
+"""A line from the first of several processes to the others: what to do next, and whether all are still there.
+
+MLX's exchanges within a pass wait for ever if a process has died, and spin while they wait. So what is not numbers
+goes through sockets of our own: they sleep, and they close when a process ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from m7mlx.errors import RunError
+from m7mlx.parallel.handshake import AT_ONCE, greet, meet
+
+_SECONDS = 60.0  # for all to connect
+KEY_BYTES = 16
+_END = {"do": "end"}
+
+
+class Channel:
+    """The first rank `tell`s, the others `hear`; when one ends before its time, all do."""
+
+    def __init__(self) -> None:
+        self._ending = threading.Event()
+        self._sockets: list[socket.socket] = []
+        self._heard: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """To all others, in this order. What cannot be sent any more ends this process (`_watch`)."""
+        data = json.dumps(message).encode() + b"\n"
+        with self._lock:
+            for one in self._sockets:
+                try:
+                    one.sendall(data)
+                except OSError:  # its watcher knows, and says which
+                    return
+
+    def hear(self) -> dict[str, Any]:
+        """What the first rank has told, or another of them answered; waits for it."""
+        return self._heard.get()
+
+    def close(self) -> None:
+        """The run is over: the others leave as well."""
+        if not self._ending.is_set():
+            self._ending.set()
+            self.tell(_END)
+
+    def _watch(self, one: socket.socket, rank: int) -> None:
+        """Read what a rank says until it closes the line, which nobody does before the end."""
+        with one.makefile("rb") as lines:
+            try:
+                for line in lines:
+                    message = json.loads(line)
+                    if message == _END:
+                        self._ending.set()
+                        leave(0)
+                    self._heard.put(message)
+            except (OSError, ValueError):
+                pass
+        if not self._ending.is_set():
+            die(f"process {rank} of this run has ended; the others cannot go on without it")
+
+    def _add(self, one: socket.socket, rank: int) -> None:
+        one.settimeout(None)
+        one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a machine that has lost power says nothing
+        idle = getattr(socket, "TCP_KEEPIDLE", getattr(socket, "TCP_KEEPALIVE", None))
+        interval, probes = getattr(socket, "TCP_KEEPINTVL", None), getattr(socket, "TCP_KEEPCNT", None)
+        for option, seconds in ((idle, 5), (interval, 5), (probes, 3)):
+            if option is not None:
+                one.setsockopt(socket.IPPROTO_TCP, option, seconds)
+        self._sockets.append(one)
+        threading.Thread(target=self._watch, args=(one, rank), name=f"m7mlx-rank-{rank}", daemon=True).start()
+
+
+def lead(size: int, address: str, publish: Callable[[int, bytes], object]) -> Channel:
+    """The first rank's end, once all others have connected to where `publish` (port, key) tells them.
+
+    It listens at this one address. Raises RunError if it cannot, or if the others do not come.
+    """
+    key = secrets.token_bytes(KEY_BYTES)
+    channel = Channel()
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        server = socket.create_server((address, 0), family=family, backlog=AT_ONCE)
+    except OSError as error:
+        raise RunError(
+            f"the first process cannot listen at {address} ({error.strerror}); M7MLX_FIRST_HOST names an address of "
+            "its machine"
+        ) from None
+    with server:
+        publish(server.getsockname()[1], key)
+        for rank, one in meet(server, size, key, _SECONDS).items():
+            channel._add(one, rank)
+    return channel
+
+
+def follow(rank: int, address: str, port: int, key: bytes) -> Channel:
+    """Another rank's end. Raises RunError where the first cannot be reached, or somebody else answers."""
+    until = time.monotonic() + _SECONDS
+    while True:
+        try:
+            one = socket.create_connection((address, port), timeout=max(until - time.monotonic(), 0.1))
+        except OSError as error:
+            raise RunError(f"the first process cannot be reached at {address}:{port} ({error})") from None
+        try:
+            one.settimeout(_SECONDS)
+            greet(one, rank, key)
+            break
+        except OSError as error:  # it had to make room, among many strangers
+            one.close()
+            if time.monotonic() > until:
+                raise RunError(f"the first process at {address}:{port} does not answer ({error})") from None
+            time.sleep(0.1)
+        except RunError:
+            one.close()
+            raise
+    channel = Channel()
+    channel._add(one, 0)
+    return channel
+
+
+def die(reason: str) -> NoReturn:
+    """Leave at once with one line: a pass that waits for another process cannot be broken off otherwise."""
+    sys.stderr.write(f"m7mlx: error: {reason}\n")
+    leave(1)
+
+
+def leave(status: int) -> NoReturn:
+    """End the process from whatever thread."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    os._exit(status)

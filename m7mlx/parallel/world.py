@@ -1,0 +1,271 @@
+"""One model over several processes, on one machine or many, started by `mlx.launch`.
+
+    mlx.launch -n 2 --backend ring -- m7mlx-chat -p "Hello" --model mistral
+
+Each process holds a part of the model (`m7mlx.shard`). The first one is the program that the user sees; the others do
+what it tells them (`follow`): the same passes over the same tokens, in the same order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from m7mlx.cache import CacheOptions, RollingCache
+from m7mlx.command import launched
+from m7mlx.constrain import Unconstrained
+from m7mlx.errors import InputError, M7Error, RunError
+from m7mlx.generation import check_prompt, stream_generate
+from m7mlx.link import connect
+from m7mlx.loading import load
+from m7mlx.model import Mistral
+from m7mlx.parallel import channel
+from m7mlx.parallel.channel import Channel
+from m7mlx.request import Event, Request
+from m7mlx.sampling import Sampling
+from m7mlx.scheduler import Scheduler
+from m7mlx.shard import Mode, Part
+from m7mlx.tokens.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run; `rank` is this one's number."""
+
+    part: Part
+    group: mx.distributed.Group
+    channel: Channel
+
+    @property
+    def rank(self) -> int:
+        return self.part.rank
+
+    @property
+    def size(self) -> int:
+        return self.part.size
+
+    def load(self, name: str | Path, progress: Callable[[int, int], None] | None = None) -> tuple[Mistral, Tokenizer]:
+        """This rank's part of a model, connected with the others; returns when all have theirs. As `m7mlx.load`."""
+        model, tokenizer = load(name, part=self.part, progress=progress)
+        connect(model, self.part, self.group)
+        if self.rank:
+            self.channel.tell({"do": "ready"})
+        else:
+            for _ in range(self.size - 1):
+                self.channel.hear()
+        return model, tokenizer
+
+    def answer(
+        self, request: Request, begun: int, model: Mistral, cache: RollingCache, options: CacheOptions
+    ) -> Request:
+        """Let the others run the passes of the `stream_generate` that this rank is about to begin; with what options.
+
+        begun  ids at the end of the request that it `continues`; options, those that `cache`, an empty one, has
+        """
+        room = check_prompt(model, request.ids, cache)
+        limit = min((n for n in (room, request.max_tokens) if n is not None), default=None)
+        request = seeded(replace(request, max_tokens=limit))
+        self.channel.tell({"do": "answer", "begun": begun, "cache": options, **dump(request)})
+        return request
+
+    def close(self) -> None:
+        """End the run, on the thread that computes: what is under way is finished, since the others wait for it."""
+        mx.synchronize()
+        self.channel.close()
+
+
+def join(mode: Mode | None, config_of: Callable[[], Any]) -> World | None:
+    """Meet the other processes; None where there are none.
+
+    mode  None divides heads where they can be divided, else layers; `config_of` gives the model's ModelConfig then
+
+    Raises RunError if they cannot be met.
+    """
+    if not launched():
+        return None
+    try:
+        group = mx.distributed.init(strict=True)
+    except (RuntimeError, ValueError) as error:
+        if os.environ.get("MLX_HOSTFILE") and not Path(os.environ["MLX_HOSTFILE"]).read_text().strip():
+            return None  # one process alone
+        raise RunError(f"the processes of this run cannot meet: {' '.join(str(error).split())}") from None
+    rank, size = group.rank(), group.size()
+    if size == 1:
+        return None
+    part = Part(mode or _fitting(config_of(), size), rank, size)
+    part.config(config_of())  # raises, on all of them
+    return World(part, group, _channel(rank, size, group))
+
+
+def _fitting(config: Any, size: int) -> Mode:
+    try:
+        Part("tensor", 0, size).config(config)
+    except InputError:
+        return "pipeline"
+    return "tensor"
+
+
+def _channel(rank: int, size: int, group: mx.distributed.Group) -> Channel:
+    """The first rank's address is known to all from what started them; port and key go through MLX."""
+    address = _first_address()
+
+    def share(numbers: list[int]) -> list[int]:
+        mine = mx.array(numbers if rank == 0 else [0] * len(numbers), mx.int32)
+        found: list[int] = mx.distributed.all_sum(mine, group=group).tolist()  # type: ignore[assignment]
+        return found
+
+    if rank == 0:
+        return channel.lead(size, address, lambda port, key: share([port, *key]))
+    port, *key = share([0] * (1 + channel.KEY_BYTES))
+    return channel.follow(rank, address, port, bytes(key))
+
+
+def _first_address() -> str:
+    """Where the first rank listens, and nowhere else: what M7MLX_FIRST_HOST says, or what started the processes.
+
+    Raises RunError where there is no such place.
+    """
+    name = os.environ.get("M7MLX_FIRST_HOST") or _given_address() or socket.gethostname()
+    try:
+        found = socket.getaddrinfo(name.strip("[]"), None, type=socket.SOCK_STREAM)
+        return str(min(found, key=lambda one: one[0] != socket.AF_INET)[4][0])
+    except (OSError, UnicodeError):
+        raise RunError(f"no machine is called {name!r}; M7MLX_FIRST_HOST names the first one's address") from None
+
+
+def _given_address() -> str:
+    if hosts := os.environ.get("MLX_HOSTFILE"):
+        try:
+            first = json.loads(Path(hosts).read_text())[0]
+            return str(first[0] if isinstance(first, list) else first).rpartition(":")[0]
+        except (OSError, ValueError, LookupError):
+            raise RunError(f"{hosts} does not list hosts as MLX's ring has them") from None
+    for name in ("MLX_JACCL_COORDINATOR", "NCCL_HOST_IP"):
+        if given := os.environ.get(name):
+            return given.rpartition(":")[0] if "]" in given or given.count(":") == 1 else given
+    return ""
+
+
+# --- the scheduler of all ranks -------------------------------------------------------------------------------
+
+
+class Leader:
+    """A Scheduler, as far as a server uses it, that the other ranks run as well."""
+
+    def __init__(self, scheduler: Scheduler, world: World) -> None:
+        self._scheduler, self._channel = scheduler, world.channel
+        self._channel.tell({"do": "serve", **scheduler.options})
+
+    @property
+    def load(self) -> tuple[int, int]:
+        return self._scheduler.load
+
+    def add(self, request: Request) -> int:
+        request = seeded(request)
+        limit = self._scheduler.check(request)
+        self._channel.tell({"do": "add", **dump(replace(request, max_tokens=limit))})
+        return self._scheduler.admit(request, limit)
+
+    def cancel(self, number: int) -> Event | None:
+        self._channel.tell({"do": "cancel", "number": number})
+        return self._scheduler.cancel(number)
+
+    def step(self) -> tuple[list[Event], bool]:
+        self._channel.tell({"do": "step"})
+        events, more = self._scheduler.step()
+        ended = [self.cancel(number) for number in self._scheduler.broken()]
+        return events + [event for event in ended if event], more
+
+
+def seeded(request: Request) -> Request:
+    """With a seed that all ranks can draw from."""
+    if request.sampling.seed is not None:
+        return request
+    return replace(request, sampling=replace(request.sampling, seed=int.from_bytes(os.urandom(7), "big")))
+
+
+def dump(request: Request) -> dict[str, Any]:
+    """A request as JSON: the inverse of `_request`. Its grammar stays here: the others take this rank's tokens."""
+    return {
+        "ids": list(request.ids),
+        "max_tokens": request.max_tokens,
+        "sampling": asdict(request.sampling),
+        "stop": list(request.stop),
+        "at_start": request.at_start,
+        "logit_bias": list(request.logit_bias.items()),
+        "logprobs": request.logprobs,
+        "constrained": request.constraint is not None,
+    }
+
+
+def _request(told: dict[str, Any]) -> Request:
+    return Request(
+        told["ids"],
+        Sampling(**told["sampling"]),
+        told["max_tokens"],
+        told["stop"],
+        told["at_start"],
+        dict(told["logit_bias"]),
+        told["logprobs"],
+        Unconstrained() if told["constrained"] else None,
+    )
+
+
+def follow(world: World, name: str | Path) -> None:
+    """Load this rank's part and do what the first rank tells, until it ends, which ends this process."""
+    model, tokenizer = world.load(name)
+    scheduler: Scheduler | None = None
+    while True:
+        told = world.channel.hear()
+        match told.pop("do"):
+            case "serve":
+                scheduler = Scheduler(model, tokenizer, **told)
+            case "add" if scheduler:
+                scheduler.admit(_request(told), told["max_tokens"])
+            case "cancel" if scheduler:
+                scheduler.cancel(told["number"])
+            case "step" if scheduler:
+                scheduler.step()
+            case "answer":
+                _answer(model, tokenizer, told)
+
+
+def _answer(model: Mistral, tokenizer: Tokenizer, told: dict[str, Any]) -> None:
+    request, cache = _request(told), model.new_cache(**told["cache"])
+    room = check_prompt(model, request.ids, cache)
+    if room is not None and (request.max_tokens is None or request.max_tokens > room):
+        raise RunError(f"this machine's memory holds {room} tokens of the answer, not {request.max_tokens}")
+    prompt = len(request.ids) - told["begun"]
+    stream = stream_generate(
+        model,
+        tokenizer,
+        list(request.ids[:prompt]),
+        cache=cache,
+        sampling=request.sampling,
+        max_tokens=request.max_tokens,
+        stop=request.stop,
+        continues=list(request.ids[prompt:]),
+        constraint=request.constraint,
+    )
+    for _ in stream:
+        pass
+
+
+def run_rank(world: World, name: str | Path) -> int:
+    """The body of every rank's program but the first's: an exit status, and one line for what goes wrong."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of them; the first says when it is over
+    try:
+        follow(world, name)
+    except M7Error as error:
+        channel.die(f"process {world.rank}: {error}")
+    except (RuntimeError, MemoryError) as error:
+        channel.die(f"process {world.rank} failed: {' '.join(str(error).split())}")
+    return 0

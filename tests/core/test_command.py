@@ -1,0 +1,56 @@
+"""What both commands do alike: one line for every failure, and the right status."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+
+import pytest
+
+from m7mlx.command import ArgumentParser, run
+from m7mlx.errors import DownloadError, InputError
+
+
+def outcome(error: BaseException, debug: bool = False) -> int:
+    def body(args: argparse.Namespace) -> None:
+        raise error
+
+    return run(body, argparse.Namespace(debug=debug), "tool")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (InputError("cause;\n mend"), 2, "tool: error: cause; mend\n"),
+        (DownloadError("no network"), 1, "tool: error: no network\n"),
+        (OSError(errno.ENOSPC, "No space left"), 1, "tool: error: the disk is full\n"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/x"),
+            1,
+            "tool: error: /x: Permission denied\n",
+        ),
+        (MemoryError(), 1, "tool: error: out of memory\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (InputError("name \x1b]0;evil\x07 and \u202e"), 2, "tool: error: name ␛]0;evil␇ and ␦\n"),
+    ],
+    ids=repr,
+)
+def test_failures_are_one_line_and_a_status(
+    error: BaseException, status: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert outcome(error) == status
+    assert capsys.readouterr().err == message
+
+
+def test_debug_shows_the_traceback_and_bugs_always_do() -> None:
+    with pytest.raises(InputError):
+        outcome(InputError("x"), debug=True)
+    with pytest.raises(ZeroDivisionError):
+        outcome(ZeroDivisionError())
+
+
+def test_usage_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        ArgumentParser("tool", "does things", "examples:").parse_args(["--wrong"])
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "tool: error: unrecognized arguments: --wrong (see tool --help)\n"

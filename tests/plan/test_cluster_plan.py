@@ -1,0 +1,65 @@
+"""m7mlx-plan: what it says of memory is what parts take; what it says of time follows from the link."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from m7mlx_plan.cli import LINKS, Link, estimate, main, stored
+from models import small_config, write_folder
+
+from m7mlx.loading import load
+from m7mlx.shard import MODES, Mode, Part
+
+NONE = Link(0.0, float("inf"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = small_config(n_kv_heads=4, n_layers=4, vocab_size=32000)
+    return write_folder(tmp_path_factory.mktemp("plan") / "model", config)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_weights_and_cache_are_those_of_the_parts(folder: Path, mode: Mode, ranks: int) -> None:
+    config, tensors = stored(str(folder), None)
+    found = estimate(config, tensors, mode, ranks, NONE, positions=11, rows=3)
+    parts = [load(folder, part=Part(mode, rank, ranks))[0] for rank in range(ranks)]
+    assert found.weights == max(part.nbytes for part in parts)
+    caches = [3 * 2 * part.config.n_layers * part.config.n_kv_heads * part.config.head_dim * 11 * 2 for part in parts]
+    assert found.cache == max(caches)
+
+
+def test_links_decide_where_dividing_pays() -> None:
+    config, tensors = stored("mistral", 4)
+
+    def seconds(mode: Mode, ranks: int, link: Link) -> float:
+        return estimate(config, tensors, mode, ranks, link, positions=4096).seconds
+
+    alone = seconds("tensor", 1, NONE)
+    assert seconds("pipeline", 1, LINKS["1gbe"]) == alone  # nothing to exchange
+    assert alone / seconds("tensor", 4, NONE) > 3
+    assert seconds("tensor", 2, LINKS["rdma"]) < alone < seconds("tensor", 2, LINKS["thunderbolt"])
+    assert seconds("pipeline", 4, LINKS["10gbe"]) < seconds("tensor", 4, LINKS["10gbe"])
+    two = estimate(config, tensors, "tensor", 2, LINKS["10gbe"], positions=4096)
+    assert (two.sent, two.exchanges) == (2 * 32 * 4096 * 2, 65)  # twice a layer, a hidden state in 16 bits
+
+
+def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(folder), "--ranks", "1", "2", "3", "--memory", "0.001"]) == 0
+    out = capsys.readouterr().out
+    assert "tensor × 2" in out and "4 KV heads cannot be divided among 3" in out and "does not fit" in out
+    assert main(["mistral", "--json", "--bits", "16"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 8
+    assert lines[0]["weights"] == pytest.approx(14.5e9, rel=0.01)
+    for options, reason in (
+        (["evil/none"], "not on this machine"),
+        (["--ranks", "0"], "--ranks"),
+        (["--bandwidth", "nan"], "--bandwidth"),
+        (["--tokens", "-1"], "--tokens"),
+    ):
+        assert main(options) == 2
+        assert reason in capsys.readouterr().err

@@ -1,0 +1,55 @@
+"""The server against its own OpenAPI document: schemathesis makes requests and looks at the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi import checks
+from test_serve import serving
+
+CHECKS = [
+    not_a_server_error,
+    checks.status_code_conformance,
+    checks.content_type_conformance,
+    checks.response_schema_conformance,
+    checks.response_headers_conformance,
+    checks.unsupported_method,
+]
+
+
+@pytest.fixture(scope="module")
+def url(model_folder: Path) -> Iterator[str]:
+    with serving(model_folder, "--max-tokens", "8") as (found, _):
+        yield found
+
+
+@pytest.fixture(scope="module")
+def described(url: str) -> Any:
+    return schemathesis.openapi.from_url(f"{url}/openapi.json")
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+def test_answers_are_as_described(described: Any, mode: GenerationMode) -> None:
+    """Requests that fit the document, and such that do not."""
+    statuses = set()
+    for found in described.get_all_operations():
+        operation = found.ok()
+        examples = 40 if operation.method == "post" else 3
+
+        @given(case=operation.as_strategy(generation_mode=mode))
+        @settings(
+            max_examples=examples, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+        )
+        def check(case: Any) -> None:
+            statuses.add(case.call_and_validate(checks=CHECKS).status_code)
+
+        if operation.body or operation.path_parameters or mode is GenerationMode.POSITIVE:
+            check()
+    assert 400 in statuses if mode is GenerationMode.NEGATIVE else 200 in statuses

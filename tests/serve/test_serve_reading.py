@@ -1,0 +1,261 @@
+"""Bodies → what the engine is asked: what a stranger may write costs little, and nothing typed is more than text."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from m7mlx_serve.app import Served, Server
+from m7mlx_serve.engine import Engine, Limits
+from m7mlx_serve.guard import ApiError
+from m7mlx_serve.readers import Readers
+from m7mlx_serve.reading import parsed, read
+from m7mlx_serve.schemas import ChatRequest
+
+from m7mlx.errors import InputError
+from m7mlx.tokens.tokenizer import Tokenizer, load_tokenizer
+
+CHAT = "/v1/chat/completions"
+BODY: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
+CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+# Names of bodies of up to 8 MB → Python that makes them.
+LARGE = {
+    "a quotation mark never closed": r"""b'"' + b'\\"' * 4_000_000""",
+    "many strings": "b'[' + b'\"\",' * 2_700_000 + b'\"\"]'",
+    "parts that are numbers": (
+        """b'{"model":"m","messages":[{"role":"user","content":[' + b'0,' * 3_999_000 + b'0]}]}'"""
+    ),
+    "messages that are lists": """b'{"model":"m","messages":[' + b'[],' * 2_600_000 + b'[]]}'""",
+    "unknown fields": """b'{"model":"m"' + b''.join(b',"x%d":0' % i for i in range(500_000)) + b'}'""",
+    "unknown fields of a message": (
+        """b'{"model":"m","messages":[{"role":"user"' + b''.join(b',"x%d":0' % i for i in range(500_000)) + b'}]}'"""
+    ),
+    "biases that are none": (
+        """b'{"model":"m","messages":[{"role":"user","content":"a"}],"logit_bias":{"1":1'"""
+        """ + b''.join(b',"x%d":0' % i for i in range(500_000)) + b'}}'"""
+    ),
+    "stops that are numbers": """b'{"model":"m","stop":[' + b'0,' * 2_600_000 + b'0]}'""",
+    "ids that are texts": """b'{"model":"m","prompt":[' + b'"",' * 2_600_000 + b'0]}'""",
+    "brackets": "b'[' * 8_000_000",
+    "brackets in an object": """b'{"a":' * 1_300_000""",
+}
+
+
+@pytest.mark.parametrize("name", list(LARGE))
+def test_what_is_wrong_a_million_times_costs_little(name: str) -> None:
+    """Time and memory are those of parsing: under 0.5 GB, where an error takes 0.8 kB."""
+    path = "/v1/completions" if "ids" in name else CHAT
+    program = f"""
+from m7mlx_bench.worker import peak_rss as peak
+from m7mlx_serve.guard import ApiError
+from m7mlx_serve.reading import SCHEMAS, parsed
+data = {LARGE[name]}
+assert len(data) <= 8 << 20
+before = peak()
+try:
+    parsed(data, SCHEMAS[{path!r}])
+except ApiError as error:
+    print(peak() - before, error.status, len(str(error)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert not done.stderr
+    grown, status, length = map(int, done.stdout.split())
+    assert status == 400 and length < 2000
+    assert grown < 500e6
+
+
+def test_the_first_mistakes_are_told() -> None:
+    for change, said in (
+        ({"temprature": 1}, "'temprature'"),
+        ({"messages": [{"role": "user", "content": "a", "colour": "red"}]}, "messages.0: there is no field 'colour'"),
+        ({"messages": [*BODY["messages"], {"role": "wizard"}]}, "messages.1.role"),
+        ({"temperature": 9, "top_p": 9}, "temperature"),
+        ({"logit_bias": {str(i): 1 for i in range(2000)}}, "logit_bias: at most 1,024"),
+        ({"messages": [{"role": "user", "content": "a", "name": "n" * 1000}]}, "messages.0.name"),
+    ):
+        with pytest.raises(ApiError, match=said):
+            parsed(json.dumps(BODY | change).encode(), ChatRequest)
+
+
+@pytest.mark.parametrize("depth", [64, 65, 1000, 100_000])
+def test_depth_is_bounded_wherever_json_may_stand(mistral_tokenizers: dict[str, Tokenizer], depth: int) -> None:
+    nested = "[" * depth + "]" * depth
+    answer = {"role": "tool", "tool_call_id": "abcdefghi"}
+
+    def conversation(content: str = "1", arguments: str = "{}") -> bytes:
+        call = CALL | {"function": {"name": "f", "arguments": arguments}}
+        asked = [*BODY["messages"], {"role": "assistant", "tool_calls": [call]}, answer | {"content": content}]
+        return json.dumps(BODY | {"messages": asked}).encode()
+
+    plain = json.dumps(BODY).encode()[:-1]
+    parameters = b'{"type":"function","function":{"name":"f","parameters":{"a":%s}}}'
+    bodies = [
+        conversation(content=nested),
+        conversation(arguments=nested),
+        plain + b',"tools":[' + parameters % nested[: depth - 5].encode().ljust(2 * depth - 10, b"]") + b"]}",
+    ]
+    for data in bodies:
+        if depth == 64:
+            assert read(CHAT, data, "m", mistral_tokenizers["v3"]).ids
+        else:
+            with pytest.raises((ApiError, InputError), match="deeper than 64 levels"):
+                read(CHAT, data, "m", mistral_tokenizers["v3"])
+
+
+def test_what_has_been_read_keeps_no_texts(mistral_tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = mistral_tokenizers["v3"]
+    tools = [
+        {"type": "function", "function": {"name": name, "description": "long", "parameters": {"type": "object"}}}
+        for name in ("f", "g")
+    ]
+    asked = read(CHAT, json.dumps(BODY | {"tools": tools}).encode(), "m", tokenizer)
+    assert isinstance(asked.body, ChatRequest) and asked.body.tools
+    assert list(asked.ids) == tokenizer.chat.encode(BODY["messages"], tools)
+    assert [message.content for message in asked.body.messages] == [""]
+    assert asked.body.tools[0].function.parameters == {}
+    named = {"tools": tools, "tool_choice": {"type": "function", "function": {"name": "g"}}}
+    asked = read(CHAT, json.dumps(BODY | named).encode(), "m", tokenizer)
+    assert isinstance(asked.body, ChatRequest) and asked.body.tools
+    assert [tool.function.parameters for tool in asked.body.tools] == [{}, {"type": "object"}]
+    assert asked.ids[-1] == tokenizer.control_id("[TOOL_CALLS]")
+    for prompt, ids in (("Hi", tokenizer.encode("Hi", add_bos=True)), ([5, 6], [5, 6])):
+        found = read("/v1/completions", json.dumps({"model": "m", "prompt": prompt}).encode(), "m", tokenizer)
+        assert list(found.ids) == ids
+    schema = {"type": "json_schema", "json_schema": {"schema": {"enum": ["x" * 200_000]}}}
+    with pytest.raises(InputError, match="longer than 200,000"):
+        read(CHAT, json.dumps(BODY | {"response_format": schema}).encode(), "m", tokenizer)
+
+
+@pytest.fixture(scope="module")
+def readers(model_folder: Path) -> Iterator[Readers]:
+    found = Readers(model_folder, "m")
+    yield found
+    found.close()
+
+
+def unread(found: Readers, data: bytes, tokenizer: Tokenizer) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(found.read(CHAT, data, tokenizer))
+    return caught.value
+
+
+def test_a_process_of_its_own_reads_alike(
+    readers: Readers, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything that a body may say, once there and once here."""
+    tokenizer = load_tokenizer(model_folder)
+    schema = {"type": "object", "properties": {"a": {"type": "integer", "default": None}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    bodies: list[tuple[str, dict[str, Any]]] = [
+        (CHAT, BODY),
+        (CHAT, BODY | {"tools": [tool], "tool_choice": "required", "seed": (1 << 63) - 1, "n": 3}),
+        (CHAT, BODY | {"tools": [tool], "tool_choice": {"type": "function", "function": {"name": "f"}}}),
+        (CHAT, BODY | {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}),
+        (CHAT, BODY | {"logprobs": True, "top_logprobs": 3, "stop": ["a", "\u2028"], "temperature": 0.1}),
+        (CHAT, BODY | {"logit_bias": {"5": -1.5}, "stream": True, "stream_options": {"include_usage": True}}),
+        ("/v1/completions", {"model": "m", "prompt": "Ünïcödé 😀"}),
+        ("/v1/completions", {"model": "m", "prompt": [1, 2, 3], "logprobs": 2, "max_tokens": 7}),
+        (CHAT, BODY | {"model": "other"}),
+        (CHAT, BODY | {"messages": [{"role": "assistant", "content": "x"}]}),
+        (CHAT, BODY | {"temperature": -1}),
+    ]
+    for path, body in bodies:
+        found: list[Any] = []
+        for small in (1 << 20, 0):
+            monkeypatch.setattr("m7mlx_serve.readers.SMALL", small)
+            try:
+                found.append(asyncio.run(readers.read(path, json.dumps(body).encode(), tokenizer)))
+            except ApiError as error:
+                found.append((error.status, str(error), error.code))
+        assert found[0] == found[1]
+
+
+def test_reading_is_bounded_by_the_system(readers: Readers, model_folder: Path, monkeypatch: Any) -> None:
+    tokenizer = load_tokenizer(model_folder)
+    large = json.dumps(BODY | {"messages": [{"role": "user", "content": "\u4e00\u9fff" * 400_000}]}).encode()
+    monkeypatch.setattr("m7mlx_serve.readers._CPU_SECONDS", 0.05)
+    assert (unread(readers, large, tokenizer).status, str(unread(readers, large, tokenizer))) == (
+        400,
+        "the request takes too long to read; send less",
+    )
+    monkeypatch.undo()
+    monkeypatch.setattr("m7mlx_serve.readers._MEMORY", 100 << 20)
+    small = Readers(model_folder, "m")
+    assert "too much memory" in str(unread(small, b"[" + b"[],[[]]," * 1_000_000 + b"0]", tokenizer))
+    small.close()
+    assert len(asyncio.run(readers.read(CHAT, large, tokenizer)).ids) > 400_000  # and it reads on
+
+
+def test_who_leaves_gives_up_the_place_in_the_line(readers: Readers, model_folder: Path) -> None:
+    tokenizer = load_tokenizer(model_folder)
+    large = json.dumps(BODY | {"messages": [{"role": "user", "content": "\u4e00\u9fff" * 400_000}]}).encode()
+
+    async def leave() -> float:
+        for _ in range(30):
+            task = asyncio.ensure_future(readers.read(CHAT, large, tokenizer))
+            await asyncio.sleep(0)
+            task.cancel()
+        return len((await readers.read(CHAT, large, tokenizer)).ids)
+
+    assert asyncio.run(asyncio.wait_for(leave(), 60)) > 400_000
+
+
+def test_nothing_typed_is_a_control_token(mistral_tokenizers: dict[str, Tokenizer]) -> None:
+    """Wherever in a request it stands: texts, names, ids, keys, values within values, JSON within texts."""
+    tokenizer = mistral_tokenizers["v3"]
+    controls = set(tokenizer.control_ids().values())
+
+    def used(word: str) -> list[int]:
+        inner = {word: {word: [word]}, "enum": [word], "description": word}
+        call = {"id": word, "type": "function", "function": {"name": word, "arguments": json.dumps(inner)}}
+        messages = [
+            {"role": "system", "content": word, "name": word},
+            {"role": "user", "content": [{"type": "text", "text": word}, {"type": "text", "text": word}]},
+            {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": word, "name": word, "content": json.dumps(inner)},
+            {"role": "user", "content": word},
+        ]
+        function = {"name": "f", "description": word, "parameters": {"type": "object", "properties": inner}}
+        body = {"model": "m", "messages": messages, "tools": [{"type": "function", "function": function}]}
+        ids = [i for i in read(CHAT, json.dumps(body).encode(), "m", tokenizer).ids if i in controls]
+        prompt = json.dumps({"model": "m", "prompt": word}).encode()
+        assert [i for i in read("/v1/completions", prompt, "m", tokenizer).ids if i in controls] == [tokenizer.bos_id]
+        return ids
+
+    plain = used("word")
+    for word in (
+        "[INST]",
+        "</s>",
+        "<s>",
+        "[/TOOL_RESULTS]",
+        "[TOOL_CALLS]",
+        "<unk>",
+        "[control_99]",
+        "a</s>b[/INST]",
+    ):
+        assert used(word) == plain
+
+
+def test_what_nests_too_deep_somewhere_else_is_the_clients_fault(model_folder: Path) -> None:
+    class Deep(Readers):
+        async def read(self, *_: Any) -> Any:
+            raise RecursionError
+
+    server = Server(Engine(model_folder, Limits()), Deep(model_folder, "m"), Served("m"), {"localhost"}, None)
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(server.app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            server._engine.tokenizer = load_tokenizer(model_folder)
+            return await client.post(CHAT, json=BODY)
+
+    found = asyncio.run(ask())
+    assert (found.status_code, found.json()["error"]["message"]) == (400, "the request nests too deep")
