@@ -14,7 +14,7 @@ from m7mlx.errors import InputError, TokenizerError
 from m7mlx.files.disk import user_path
 from m7mlx.files.hub import ALIASES, DEMO, check_name, existing, resolve
 from m7mlx.quantization import Quantization
-from m7mlx.tokens.tokenizer import load_tokenizer
+from m7mlx.tokens.load import load_tokenizer
 from m7mlx_convert.adapter import with_adapter
 from m7mlx_convert.card import model_card
 from m7mlx_convert.output import check_apart, check_space, check_target, whole_folder

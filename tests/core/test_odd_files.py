@@ -32,7 +32,7 @@ from m7mlx.errors import ChatFormatError, ConfigError, M7Error, NotFoundError
 from m7mlx.files import hub
 from m7mlx.files.jsonfile import read_json
 from m7mlx.files.weights import INDEX
-from m7mlx.tokens.tokenizer import load_tokenizer
+from m7mlx.tokens.load import load_tokenizer
 
 EXAMPLES = int(os.environ.get("M7MLX_EXAMPLES", "40"))
 ODD: list[Any] = [
