@@ -139,7 +139,7 @@ def stream_generate(
         cache = model.new_cache() if drafter is None else model.new_cache(slack=DRAFT_SLACK)
     cache.bind(model.identity, model.config)
     room = check_prompt(model, ids, cache)
-    if model.link is not None and drafter is not None:
+    if model.exchange is not None and drafter is not None:
         raise InputError("a model that is divided among processes is not speculated on")
     if constraint is not None and (drafter is not None or continues):
         raise InputError("an answer that follows a grammar is neither speculated on nor gone on with")
