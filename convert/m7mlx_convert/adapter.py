@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from m7mlx.errors import InputError
-from m7mlx.files.jsonfile import read_json
 from m7mlx.files.weights import ADAPTERS, StoredTensor, validate_header
+from m7mlx.jsonfile import read_json
 from m7mlx_convert.lora import EMBEDDING, HEAD, Low, mlx_lm_changes, peft_changes
 from m7mlx_convert.source import Arrays, Source, Tensor, check_links, reader, shown
 

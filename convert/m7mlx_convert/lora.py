@@ -22,8 +22,8 @@ import mlx.core as mx
 
 from m7mlx.arrays import is_finite
 from m7mlx.errors import ConfigError, WeightsError
-from m7mlx.files.jsonfile import given, number
 from m7mlx.files.weights import StoredTensor
+from m7mlx.jsonfile import given, number
 from m7mlx_convert.patterns import match_patterns
 from m7mlx_convert.source import Arrays, shown
 

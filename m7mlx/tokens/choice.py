@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from m7mlx.errors import ChatFormatError, DiskError, TokenizerError
-from m7mlx.files.checksums import cache_dir
 from m7mlx.files.disk import write_whole
+from m7mlx.paths import cache_dir
 from m7mlx.tokens.added_tokens import Names
 from m7mlx.tokens.messages import ChatFormat, Message
 from m7mlx.tokens.mistral_format import MistralFormat, Version, mistral_version

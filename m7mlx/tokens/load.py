@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from m7mlx.errors import ConfigError, TokenizerError
-from m7mlx.files.jsonfile import read_bytes, token_ids
+from m7mlx.jsonfile import read_bytes, token_ids
 from m7mlx.tokens.added_tokens import in_file, optional_json, read_names
 from m7mlx.tokens.choice import Folder, make_tokenizer
 from m7mlx.tokens.tokenizer import Tokenizer

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from m7mlx.errors import ConfigError, TokenizerError
-from m7mlx.files.jsonfile import read_json, said
+from m7mlx.jsonfile import read_json, said
 from m7mlx.tokens.added_tokens import BYTE, FLAGS, AddedToken, Names
 from m7mlx.tokens.tokenizer import MOST_BYTES, SPACE, Tokenizer, without_surrogates
 

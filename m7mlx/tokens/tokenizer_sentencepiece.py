@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from m7mlx.errors import ConfigError, TokenizerError
-from m7mlx.files.jsonfile import read_bytes
+from m7mlx.jsonfile import read_bytes
 from m7mlx.tokens.added_tokens import BYTE, Names
 from m7mlx.tokens.pieces import with_added
 from m7mlx.tokens.tokenizer import MOST_BYTES, SPACE, Tokenizer, without_surrogates
