@@ -12,10 +12,11 @@ from m7mlx.files.download import RemoteFile
 from m7mlx.files.hub import is_repo_id
 from m7mlx.files.repository import HubOutage, fetch_snapshot, hub_errors, list_files, weight_files
 from m7mlx.files.weights import StoredTensor, validate_header
+from m7mlx.terminal import shown
 from m7mlx_convert.folder import open_folder
 from m7mlx_convert.gguf import open_gguf
 from m7mlx_convert.opening import find_repo, name_model
-from m7mlx_convert.source import Source, shown
+from m7mlx_convert.source import Source
 
 _HEAD = 1 << 17  # bytes; the header of most files is less
 _MAX_HEADER = 100_000_000  # as in the safetensors library
