@@ -17,7 +17,8 @@ from models import random_weights, small_config, small_model
 from PIL import Image
 
 from m7mlx.model import Mistral
-from m7mlx.tokens.tokenizer import Tokenizer, load_tokenizer
+from m7mlx.tokens.load import load_tokenizer
+from m7mlx.tokens.tokenizer import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
