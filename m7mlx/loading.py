@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,15 +55,24 @@ def load(
     folder, config, headers = _checked(name, dtype, shard)
     tokenizer = load_tokenizer(folder, config.vocab_size)
     if shard is None:
-        return build(config, _read(_files(headers), progress), dtype), tokenizer
-    weights = _read_shard(headers, config, shard, progress)
-    return build(shard.config(config), weights, dtype, is_shard=True), tokenizer
+        model = build(config, _read(_files(headers), progress), dtype)
+    else:
+        weights = _read_shard(headers, config, shard, progress)
+        model = build(shard.config(config), weights, dtype, is_shard=True)
+    model.compiles_steps = _wants_compiled_steps()
+    return model, tokenizer
 
 
 def load_model(name: str | Path, *, dtype: mx.Dtype | None = None) -> Mistral:
     """The model alone, of a folder without a tokenizer too; otherwise as `load`."""
     _, config, headers = _checked(name, dtype)
-    return build(config, _read(_files(headers)), dtype)
+    model = build(config, _read(_files(headers)), dtype)
+    model.compiles_steps = _wants_compiled_steps()
+    return model
+
+
+def _wants_compiled_steps() -> bool:
+    return os.environ.get("M7MLX_COMPILE", "") in ("1", "on")
 
 
 def _checked(

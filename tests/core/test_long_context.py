@@ -130,10 +130,7 @@ def test_a_change_moves_the_logits_within_the_reach_and_by_nothing_beyond() -> N
 
 
 @pytest.mark.parametrize("engine", long_context_cost.ENGINES)
-def test_a_sequence_is_read_on_and_measured_at_each_position(
-    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("M7MLX_COMPILE", "")  # which the engine sets
+def test_a_sequence_is_read_on_and_measured_at_each_position(engine: str, tmp_path: Path) -> None:
     write_random(tmp_path, small_config(vocab_size=4096, sliding_window=20, n_layers=1))
     rows = long_context_cost.measure(engine, tmp_path, [64, 256, 600], 2)
     assert [row["position"] for row in rows] == [64, 256, 600]
