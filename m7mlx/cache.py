@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from m7mlx.config import ModelConfig
 
 DEFAULT_SLACK = 8  # 0.2 % of a window of 4,096
+UNDO_SLACK = 64  # where a stop text, a draft or an answer that was broken off may have to be undone
 DEFAULT_SINKS = 4
 
 

@@ -15,7 +15,7 @@ from m7mlx_convert import patterns
 from m7mlx_convert.cli import main
 from m7mlx_convert.convert import convert
 from m7mlx_convert.scheme import Recipe
-from m7mlx_plan import cli as cluster
+from m7mlx_plan.cli import main as plan
 from models import random_weights
 from test_convert_source import assert_same, quantisable, read, write_source
 
@@ -354,7 +354,7 @@ def test_an_adapter_where_a_model_is_wanted(
     commands: list[tuple[Callable[[list[str]], int], list[str]]] = [
         (main, [str(folder)]),
         (main, [str(folder), "--plan"]),
-        (cluster.main, [str(folder)]),
+        (plan, [str(folder)]),
         (chat, ["--model", str(folder), "-p", "Hello"]),
     ]
     for command, arguments in commands:

@@ -19,7 +19,8 @@ from m7mlx_convert.cli import main as convert
 from m7mlx_convert.folder import open_folder
 from m7mlx_convert.plan import make_plan
 from m7mlx_convert.scheme import Recipe
-from m7mlx_plan import cli as cluster
+from m7mlx_plan.cli import main as plan
+from m7mlx_plan.weights import list_weights
 from models import small_config, write_folder
 from test_adapter import CONFIG as ADAPTED
 from test_adapter import write_peft
@@ -132,9 +133,9 @@ def all_that_reads(folder: Path) -> None:
     """Everything that reads a model's folder; raises what it raises."""
     describe("name", folder)  # tells what is wrong instead of raising
     with contextlib.suppress(M7Error):
-        cluster.stored(str(folder), None)
+        list_weights(str(folder), None)
     with contextlib.suppress(M7Error):
-        cluster.stored(str(folder), 4)
+        list_weights(str(folder), 4)
     with contextlib.suppress(M7Error):
         make_plan(open_folder(folder, "name"), Recipe(), None)
     _, tokenizer = load(folder)
@@ -313,7 +314,7 @@ def test_a_config_of_endless_layers_takes_no_memory(quantised: Path, tmp_path: P
     file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": 10**9}))
     assert "num_hidden_layers must be a whole number above 0 and at most 10,000" in describe("x", file.parent).problem
     with pytest.raises(ConfigError, match="num_hidden_layers"):
-        cluster.stored(str(file.parent), 4)
+        list_weights(str(file.parent), 4)
 
 
 # --- names ----------------------------------------------------------------------------------------------
@@ -334,7 +335,7 @@ def test_names_that_the_hub_refuses(
     with pytest.raises(NotFoundError) as refused:
         hub.resolve(name)
     assert len(str(refused.value)) < 300
-    for program, options in ((cluster.main, [name]), (convert, [name, "--plan"]), (convert, [name])):
+    for program, options in ((plan, [name]), (convert, [name, "--plan"]), (convert, [name])):
         if not name.startswith("-") and name:
             assert program(options) == 2
             out, err = capsys.readouterr()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from m7mlx_convert.convert import convert
 from m7mlx_convert.native import native_name, row_order
-from m7mlx_plan.cli import stored
+from m7mlx_plan.weights import list_weights
 from models import random_weights, small_config, write_folder
 from test_convert_source import assert_same, read
 
@@ -53,7 +53,7 @@ def test_the_embedding_once_more_is_left_out(tmp_path: Path, dtype: mx.Dtype) ->
     out = convert(str(tmp_path / "m"), tmp_path / "out")
     assert_same(read(out), {name: array for name, array in weights.items() if name != HEAD})
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is True
-    assert stored(str(tmp_path / "m"), None)[0].tie_word_embeddings
+    assert list_weights(str(tmp_path / "m"), None)[0].tie_word_embeddings
 
 
 @pytest.mark.parametrize(("row", "column"), [(0, 0), (1023, 63), (1024, 0), (31999, 63)])
@@ -67,7 +67,7 @@ def test_a_head_of_its_own_is_used(tmp_path: Path, row: int, column: int) -> Non
     out = convert(str(tmp_path / "m"), tmp_path / "out")
     assert_same(read(out), weights)
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
-    assert not stored(str(tmp_path / "m"), None)[0].tie_word_embeddings
+    assert not list_weights(str(tmp_path / "m"), None)[0].tie_word_embeddings
 
 
 def test_types_that_differ_are_compared_by_number(tmp_path: Path) -> None:
