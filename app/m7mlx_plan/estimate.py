@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from m7mlx.config import ModelConfig
 from m7mlx.memory import cache_bytes
-from m7mlx.shard import Mode, Part
+from m7mlx.shard import Mode, Shard
 
 _EFFICIENCY = 0.65  # of the memory bandwidth, as published decoding figures have it (docs/performance.md)
 
@@ -80,9 +80,9 @@ def estimate(
 
     Raises ConfigError where the model cannot be divided so.
     """
-    parts = [Part(mode, rank, ranks) for rank in range(ranks)]
-    caches = [rows * cache_bytes(part.config(whole), positions) for part in parts]
-    weights = [part.nbytes(dict(tensors), whole) for part in parts]
+    shards = [Shard(mode, rank, ranks) for rank in range(ranks)]
+    caches = [rows * cache_bytes(shard.config(whole), positions) for shard in shards]
+    weights = [shard.nbytes(dict(tensors), whole) for shard in shards]
     hidden = rows * whole.hidden_size * 2
     work = [(w + c) / (memory_bandwidth * _EFFICIENCY) for w, c in zip(weights, caches, strict=True)]
     # An all-reduce of the hidden states: its messages one after the other, and what a machine sends for it.
