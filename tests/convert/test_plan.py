@@ -12,7 +12,7 @@ from m7mlx_convert import plan
 from m7mlx_convert.cli import main
 from m7mlx_convert.source import Tensor
 from models import small_config, small_model, write_folder
-from test_convert_source import quantisable, write_source
+from sources import quantisable, write_source
 
 from m7mlx.cache import UNDO_SLACK
 from m7mlx.files.weights import folder_weights

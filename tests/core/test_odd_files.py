@@ -12,6 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from adapters import ADAPTED, write_peft
+from gguf_files import tokenizer_metadata, unpack_tokenizer
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from m7mlx_chat.catalog import describe, models
@@ -22,11 +24,7 @@ from m7mlx_convert.scheme import Recipe
 from m7mlx_plan.cli import main as plan
 from m7mlx_plan.weights import list_weights
 from models import small_config, write_folder
-from test_adapter import CONFIG as ADAPTED
-from test_adapter import write_peft
-from test_convert_source import write_source
-from test_gguf_exact import tokenizer_metadata
-from test_gguf_tokenizer import unpack
+from sources import write_source
 
 from m7mlx import load
 from m7mlx.errors import ChatFormatError, ConfigError, M7Error, NotFoundError
@@ -94,7 +92,7 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_folder(folder / "plain", config)
     (folder / "plain" / "tokenizer.model").unlink()
     metadata = tokenizer_metadata() | {"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.add_bos_token": True}
-    unpack(folder / "plain", metadata)
+    unpack_tokenizer(folder / "plain", metadata)
     rules = ["--q-rule", "lm_head=8:32", "--q-bits", "4", "--q-group-size", "32", "-q"]
     assert convert([str(folder / "plain"), *rules, "--mlx-path", str(folder / "model")]) == 0
     model = folder / "model"
@@ -231,7 +229,7 @@ def test_any_value_in_a_tokenizers_files(
     if not _TOKENIZERS:
         folder = tmp_path_factory.mktemp("tokenizer")
         metadata = tokenizer_metadata() | {"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.add_bos_token": True}
-        unpack(folder, metadata)
+        unpack_tokenizer(folder, metadata)
         _TOKENIZERS.append(folder)
     folder = _TOKENIZERS[0]
     file = folder / name
