@@ -45,7 +45,7 @@ class CompiledStep:
         clock.begin(1)
         for ring in clock.rings:
             ring.reserve(clock.offset + 1, ring.buffers)
-        key = (clock.window, clock.slack, clock.format)
+        key = (self._model.identity, clock.window, clock.slack, clock.format)
         if key not in self._functions:
             self._functions[key] = mx.compile(self._traced(clock.like()))
         buffers = [ring.buffers for ring in clock.rings]

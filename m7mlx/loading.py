@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from m7mlx.arrays import dequantize, is_finite, on_cpu
 from m7mlx.config import ModelConfig
-from m7mlx.errors import ConfigError, RunError, WeightsError
+from m7mlx.errors import ConfigError, InputError, RunError, WeightsError
 from m7mlx.files.checksums import check_folder
 from m7mlx.files.hub import resolve
 from m7mlx.files.weights import (
@@ -25,6 +25,7 @@ from m7mlx.files.weights import (
     read_slices,
 )
 from m7mlx.fuse import fuse
+from m7mlx.lora import open_adapter, put_on
 from m7mlx.memory import budget, cache_bytes, expands, loaded_bytes, machine_memory, settle
 from m7mlx.model import Mistral
 from m7mlx.shard import Part
@@ -37,6 +38,7 @@ def load(
     dtype: mx.Dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
     part: Part | None = None,
+    adapter_path: str | Path | None = None,
 ) -> tuple[Mistral, Tokenizer]:
     """Load a model folder, a Hub repository ("org/name") or an alias ("mistral", "demo").
 
@@ -44,6 +46,8 @@ def load(
               where 16-bit arithmetic is emulated: there it is float32, and quantised weights are expanded
               to float32 if they fit into half of the memory
     progress  called with (bytes read, bytes to read)
+    adapter_path
+              a LoRA adapter, as for `set_adapter`: it is put on the model, and its weights stay what they are
     part      read this part of the model only, for processes that share it (`m7mlx.parallel.world.World.load`)
 
     Use the model on the thread that called this: MLX's streams belong to their thread.
@@ -51,9 +55,15 @@ def load(
     little memory.
     """
     folder, config, headers = _checked(name, dtype, part)
+    adapter = None if adapter_path is None else open_adapter(adapter_path, config)
+    if adapter is not None and part is not None:
+        raise InputError("a part of a model takes no adapter; merge it first: m7mlx-convert MODEL --adapter")
     tokenizer = load_tokenizer(folder, config.vocab_size)
     if part is None:
-        return build(config, _read(_files(headers), progress), dtype), tokenizer
+        model = build(config, _read(_files(headers), progress), dtype)
+        if adapter is not None:
+            put_on(model, adapter, str(adapter_path))
+        return model, tokenizer
     weights = _read_part(headers, config, part, progress)
     return build(part.config(config), weights, dtype, is_part=True), tokenizer
 

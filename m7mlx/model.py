@@ -72,6 +72,7 @@ class Mistral(nn.Module):
     model.logits(…)         the same, for ids that are known to be the vocabulary's: they need not be read
     model.hidden(…)         without the head; `model.head` then gives the logits of the positions wanted
     model.identity          what a cache knows its model by
+    model.adapter           the name of the LoRA adapter that is on it (`m7mlx.set_adapter`), or None
     model.link              where other processes hold parts of it (`m7mlx.shard`); all of them run each pass
     """
 
@@ -80,7 +81,8 @@ class Mistral(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.identity = object()
+        self.identity = self._own_identity = object()
+        self.adapter: str | None = None
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -137,6 +139,11 @@ class Mistral(nn.Module):
         cache = RollingCache(self.config, **options)
         cache.bind(self.identity, self.config)
         return cache
+
+    def changed_by(self, adapter: str | None) -> None:
+        """Note which adapter is on the model, None for none: caches of another state no longer belong to it."""
+        self.adapter = adapter
+        self.identity = self._own_identity if adapter is None else object()
 
     @property
     def dtype(self) -> mx.Dtype:
