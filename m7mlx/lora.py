@@ -67,7 +67,7 @@ def open_adapter(name: str | Path, config: ModelConfig) -> Adapter:
 
 def put_on(model: Mistral, adapter: Adapter | None, name: str | None) -> None:
     """Put an opened adapter on the model under this name, or take off the one that is on it (None)."""
-    if model.link is not None:
+    if model.exchange is not None:
         raise InputError(
             "a model that is divided among processes takes no adapter; merge it first: m7mlx-convert MODEL --adapter"
         )

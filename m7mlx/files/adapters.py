@@ -24,7 +24,7 @@ import mlx.core as mx
 from m7mlx.arrays import is_finite
 from m7mlx.errors import ConfigError, InputError, WeightsError
 from m7mlx.files.jsonfile import given, number, read_json
-from m7mlx.files.patterns import matches
+from m7mlx.files.patterns import match_patterns
 from m7mlx.files.weights import ADAPTERS, StoredTensor, validate_header
 from m7mlx.terminal import shown
 
@@ -325,6 +325,6 @@ def _scale(value: Any, field: str) -> float:
 
 def _alphas(patterns: Mapping[str, Any], modules: list[str]) -> dict[str, Any]:
     """PEFT's way of giving single modules their own value (`get_pattern_key`): the first pattern that matches."""
-    found = matches([rf"\A(.*\.)?({pattern})$" for pattern in patterns], modules)
+    found = match_patterns([rf"\A(.*\.)?({pattern})$" for pattern in patterns], modules)
     values = list(patterns.values())
     return {module: values[numbers[0]] for module, numbers in zip(modules, found, strict=True) if numbers}
