@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from m7mlx.arrays import dequantize, is_finite, on_cpu
 from m7mlx.config import ModelConfig
-from m7mlx.errors import ConfigError, InputError, RunError, WeightsError
+from m7mlx.errors import InputError, RunError, WeightsError
 from m7mlx.files.checksums import check_folder
 from m7mlx.files.hub import resolve
 from m7mlx.files.weights import (
@@ -40,7 +40,7 @@ def load(
     shard: Shard | None = None,
     adapter_path: str | Path | None = None,
 ) -> tuple[Mistral, Tokenizer]:
-    """Load a model folder, a Hub repository ("org/name") or an alias ("mistral", "demo").
+    """Load a model folder, a GGUF file, a Hub repository ("org/name"), a file in one, or an alias ("mistral", "demo").
 
     dtype     type of activations and unquantised weights; None keeps the file's, except on the CPU backend,
               where 16-bit arithmetic is emulated: there it is float32, and quantised weights are expanded
@@ -79,8 +79,6 @@ def _checked(
 ) -> tuple[Path, ModelConfig, dict[str, StoredTensor]]:
     """The folder, its configuration and its tensors, after all that can be known before they are read."""
     folder = resolve(name)
-    if folder.is_file():
-        raise ConfigError(f"{folder} is a file; a GGUF file is converted first: m7mlx-convert {folder}")
     config = ModelConfig.from_folder(folder)
     headers = folder_weights(folder)
     check_folder(folder)

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 from m7mlx.errors import DiskError, DownloadError, NotFoundError, WeightsError
 from m7mlx.files.checksums import MANIFEST, matches
+from m7mlx.files.converter import converted
 from m7mlx.files.demo import demo, here
 from m7mlx.files.jsonfile import said
 from m7mlx.files.weights import ADAPTERS, adapter_advice, folder_weights, is_model_file, refuse_adapter
@@ -48,11 +49,12 @@ class RemoteFile(NamedTuple):
 def resolve(
     name: str | Path, revision: str | None = None, layout: Layout = "huggingface", progress: Progress | None = None
 ) -> Path:
-    """The folder (or GGUF file) that a name stands for; downloads what is not here yet, with progress on stderr.
+    """The folder that a name stands for; downloads what is not here yet, with progress on stderr.
 
     A path that exists comes first, then "demo", the aliases, Hub repositories "org/name" and GGUF files in them,
-    "org/name/file.gguf". `layout` "any" takes weights in Mistral's own layout, too, which only the converter reads;
-    "adapter" takes a LoRA adapter, which is refused otherwise.
+    "org/name/file.gguf". A GGUF file is converted once, into the cache folder (`m7mlx.files.converter`). `layout`
+    "any" gives the file itself, and takes weights in Mistral's own layout, too: for the converter. "adapter" takes a
+    LoRA adapter, which is refused otherwise.
     `progress` is called with (bytes here, bytes in all) of a repository's large files.
     Raises NotFoundError, WeightsError, DownloadError, DiskError.
     """
@@ -60,13 +62,14 @@ def resolve(
     if (path := existing(name)) is not None:
         if layout != "adapter":
             refuse_adapter(path)
-        return path
+        return converted(path) if layout == "huggingface" and path.is_file() else path
     if text == DEMO:
         return demo()
     repo = ALIASES.get(text, text)
     file = _repo_file(text)
     if file is not None:
-        return _gguf(*file, revision)
+        path = _gguf(*file, revision)
+        return converted(path) if layout == "huggingface" else path
     if not _is_repo(text):
         known = ", ".join([DEMO, *ALIASES])
         raise NotFoundError(f"{said(text)} is no folder here, no Hub repository (org/name) and no alias ({known})")
@@ -247,7 +250,7 @@ def weight_files(repo: str, files: Mapping[str, RemoteFile], layout: Layout) -> 
     if found:
         raise WeightsError(f"{repo} has weights in Mistral's own layout only; convert it: m7mlx-convert {repo}")
     if ggufs := sorted(name for name in files if name.lower().endswith(".gguf")):
-        raise WeightsError(f"{repo} holds GGUF files; name one: m7mlx-convert {_listed(repo, ggufs)}")
+        raise WeightsError(f"{repo} holds GGUF files; name one: {_listed(repo, ggufs)}")
     if any(name.endswith(_PICKLE) for name in files):
         raise WeightsError(
             f"{repo} has only pickle weights, which can run code; take a repository with safetensors, or load it "
