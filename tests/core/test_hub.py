@@ -225,7 +225,7 @@ def test_mistrals_own_layout_is_for_the_converter(hub: Hub, tmp_path: Path) -> N
     [
         (["pytorch_model.bin"], "has only pickle weights, which can run code"),
         (["consolidated.00.pth"], "has only pickle weights, which can run code"),
-        (["a.Q4_0.gguf", "b.gguf"], f"name one: m7mlx-convert {REPO}/a.Q4_0.gguf or {REPO}/b.gguf"),
+        (["a.Q4_0.gguf", "b.gguf"], f"name one: {REPO}/a.Q4_0.gguf or {REPO}/b.gguf"),
         (["notes.txt"], "has no weights"),
     ],
 )
@@ -240,12 +240,13 @@ def test_repositories_without_weights_to_use_are_refused_first(
 
 def test_a_gguf_file_in_a_repository(hub: Hub, tmp_path: Path) -> None:
     rename(hub, "sub/b.Q8_0.gguf", "a.gguf")
-    done = resolve(hub, tmp_path, f"{REPO}/sub/b.Q8_0.gguf")
+    done = resolve(hub, tmp_path, f"{REPO}/sub/b.Q8_0.gguf", layout="any")
     assert done.stdout.strip() == "b.Q8_0.gguf", done.stderr
     assert {name for name, _ in fetched(hub)} == {"b.Q8_0.gguf"}
     assert "has no file c.gguf; it has a.gguf, sub/b.Q8_0.gguf" in resolve(hub, tmp_path, f"{REPO}/c.gguf").stderr
+    assert "is a file, but not GGUF" in resolve(hub, tmp_path, f"{REPO}/sub/b.Q8_0.gguf").stderr  # it was asked for
     hub.status = 503
-    assert resolve(hub, tmp_path, f"{REPO}/sub/b.Q8_0.gguf").returncode == 0
+    assert resolve(hub, tmp_path, f"{REPO}/sub/b.Q8_0.gguf", layout="any").returncode == 0
 
 
 def test_the_disk_that_is_too_small_is_noticed_first(
