@@ -338,7 +338,7 @@ def test_white_space_around_added_tokens(tmp_path: Path, settings: dict[str, Any
     decoder = {str(32000 + n): token | {"special": True} for n, token in enumerate(sides)}
     write(tmp_path, {"tokenizer_config.json": settings | {"added_tokens_decoder": decoder}})
     ours, theirs = load_tokenizer(tmp_path), transformers_tokenizer(tmp_path)
-    text = ["Hi ", 32000, "there ", 32001, "  you\n", 32002, " \n a ", 32000, 32001, "b  ", 32001]
+    text: list[str | int] = ["Hi ", 32000, "there ", 32001, "  you\n", 32002, " \n a ", 32000, 32001, "b  ", 32001]
     written = "".join(t if isinstance(t, str) else sides[t - 32000]["content"] for t in text)
     assert ours.encode_mixed(text) == theirs.encode(written, add_special_tokens=False)
 

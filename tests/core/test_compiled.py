@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -84,9 +86,14 @@ def test_rows_of_a_batch_at_their_own_positions() -> None:
 
 
 def test_one_trace_for_all_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    traces = []
+    traces: list[RollingCache] = []
     inner = RollingCache.step_at
-    monkeypatch.setattr(RollingCache, "step_at", lambda self, *args: traces.append(1) or inner(self, *args))
+
+    def noted(cache: RollingCache, *args: Any) -> Any:
+        traces.append(cache)
+        return inner(cache, *args)
+
+    monkeypatch.setattr(RollingCache, "step_at", noted)
     cache, step = MODEL.new_cache(), CompiledStep(MODEL)
     prefill(MODEL, [1, 2, 3], cache)
     for token in range(30):

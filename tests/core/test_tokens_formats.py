@@ -132,7 +132,11 @@ TOOLS = [
     },
     {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}},
 ]
-CALL = {"id": "a1B2c3D4e", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Köln"}'}}
+CALL: dict[str, Any] = {
+    "id": "a1B2c3D4e",
+    "type": "function",
+    "function": {"name": "weather", "arguments": '{"city": "Köln"}'},
+}
 RESULT = {"role": "tool", "tool_call_id": "a1B2c3D4e", "name": "weather", "content": '{"celsius": 7}'}
 TOOL_CONVERSATIONS = [
     [user("Weather?")],

@@ -192,7 +192,12 @@ def test_a_broken_model_beside_tokenizer_json_is_not_needed(tmp_path: Path) -> N
 def tries(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     found: list[Path] = []
     choose = formats._choose
-    monkeypatch.setattr(formats, "_choose", lambda folder: found.append(folder.path) or choose(folder))
+
+    def noted(folder: formats.Folder) -> formats._Choice:
+        found.append(folder.path)
+        return choose(folder)
+
+    monkeypatch.setattr(formats, "_choose", noted)
     return found
 
 
@@ -250,7 +255,7 @@ def padded(folder: Path, rows: int, **settings: Any) -> Tokenizer:
 
 def test_a_few_tokens_more_than_rows_are_none_to_the_model(tmp_path: Path) -> None:
     tokenizer = padded(tmp_path, 258, eos_token="</s>", pad_token="<pad>")
-    assert (tokenizer.vocab_size, tokenizer.eos_ids) == (258, {257})
+    assert (tokenizer.vocab_size, tokenizer.eos_ids) == (258, frozenset({257}))
     assert tokenizer.encode("<pad> covid") == [*b"<pad> covid"]  # not the token that the model does not have
     assert tokenizer.decode([258, 97, 259]) == "a"
 
