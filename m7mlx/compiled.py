@@ -26,7 +26,7 @@ Step = Callable[[mx.array, RollingCache | BatchCache], mx.array]
 
 def step_of(model: Mistral) -> Step:
     """model(ids [B, 1], cache) → logits [B, 1, vocab_size], in the way that M7MLX_COMPILE asks for."""
-    wanted = os.environ.get("M7MLX_COMPILE", "") in ("1", "on") and model.link is None
+    wanted = os.environ.get("M7MLX_COMPILE", "") in ("1", "on") and model.exchange is None
     return CompiledStep(model) if wanted else model.logits
 
 

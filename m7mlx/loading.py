@@ -27,7 +27,7 @@ from m7mlx.files.weights import (
 from m7mlx.fuse import fuse
 from m7mlx.memory import budget, cache_bytes, expands, loaded_bytes, machine_memory, settle
 from m7mlx.model import Mistral
-from m7mlx.shard import Part
+from m7mlx.shard import Shard
 from m7mlx.tokens.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -36,7 +36,7 @@ def load(
     *,
     dtype: mx.Dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
-    part: Part | None = None,
+    shard: Shard | None = None,
 ) -> tuple[Mistral, Tokenizer]:
     """Load a model folder, a Hub repository ("org/name") or an alias ("mistral", "demo").
 
@@ -44,18 +44,18 @@ def load(
               where 16-bit arithmetic is emulated: there it is float32, and quantised weights are expanded
               to float32 if they fit into half of the memory
     progress  called with (bytes read, bytes to read)
-    part      read this part of the model only, for processes that share it (`m7mlx.parallel.world.World.load`)
+    shard     read this shard of the model only, for processes that divide it (`m7mlx.parallel.world.World.load`)
 
     Use the model on the thread that called this: MLX's streams belong to their thread.
     Raises NotFoundError, DownloadError, ConfigError, WeightsError, TokenizerError; RunError if the machine has too
     little memory.
     """
-    folder, config, headers = _checked(name, dtype, part)
+    folder, config, headers = _checked(name, dtype, shard)
     tokenizer = load_tokenizer(folder, config.vocab_size)
-    if part is None:
+    if shard is None:
         return build(config, _read(_files(headers), progress), dtype), tokenizer
-    weights = _read_part(headers, config, part, progress)
-    return build(part.config(config), weights, dtype, is_part=True), tokenizer
+    weights = _read_shard(headers, config, shard, progress)
+    return build(shard.config(config), weights, dtype, is_shard=True), tokenizer
 
 
 def load_model(name: str | Path, *, dtype: mx.Dtype | None = None) -> Mistral:
@@ -65,7 +65,7 @@ def load_model(name: str | Path, *, dtype: mx.Dtype | None = None) -> Mistral:
 
 
 def _checked(
-    name: str | Path, dtype: mx.Dtype | None, part: Part | None = None
+    name: str | Path, dtype: mx.Dtype | None, shard: Shard | None = None
 ) -> tuple[Path, ModelConfig, dict[str, StoredTensor]]:
     """The folder, its configuration and its tensors, after all that can be known before they are read."""
     folder = resolve(name)
@@ -78,11 +78,11 @@ def _checked(
     parameters(folder, config, headers)
     headers = {name: stored for name, stored in headers.items() if not is_left_out(name, config)}
     stored = sum(path.stat().st_size for path in _files(headers))
-    if part is None:
+    if shard is None:
         _check_memory(folder, config, stored, _compute_dtype(dtype))
     else:
         sizes = {n: (t.shape, math.prod(t.shape) * DTYPES[t.dtype].size) for n, t in headers.items()}
-        _check_memory(folder, part.config(config), part.nbytes(sizes, config), _compute_dtype(dtype))
+        _check_memory(folder, shard.config(config), shard.nbytes(sizes, config), _compute_dtype(dtype))
     return folder, config, headers
 
 
@@ -91,16 +91,16 @@ def _files(headers: dict[str, StoredTensor]) -> list[Path]:
 
 
 def build(
-    config: ModelConfig, weights: dict[str, mx.array], dtype: mx.Dtype | None = None, *, is_part: bool = False
+    config: ModelConfig, weights: dict[str, mx.array], dtype: mx.Dtype | None = None, *, is_shard: bool = False
 ) -> Mistral:
     """A model from its weights by name on disk; `dtype` as for `load`. `weights` is emptied on the way.
 
-    is_part  the embedding may be missing: other processes have it
+    is_shard  the embedding may be missing: other processes have it
     """
     dtype = _compute_dtype(dtype)
     expand = config.quantization is not None and expands(config)
     model = Mistral(config)
-    if is_part and "model.embed_tokens.weight" not in weights:
+    if is_shard and "model.embed_tokens.weight" not in weights:
         del model.model["embed_tokens"]
     loaded: dict[str, mx.array] = {}
     for name in list(weights):
@@ -185,21 +185,21 @@ def _read(files: list[Path], progress: Callable[[int, int], None] | None = None)
     return weights
 
 
-def _read_part(
+def _read_shard(
     headers: dict[str, StoredTensor],
     config: ModelConfig,
-    part: Part,
+    shard: Shard,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, mx.array]:
-    """The tensors of one part, by its model's names for them, checked to be finite; nothing else is read."""
-    names = {name: own for name in headers if (own := part.name(name, config)) is not None}
+    """The tensors of one shard, by its model's names for them, checked to be finite; nothing else is read."""
+    names = {name: own for name in headers if (own := shard.name(name, config)) is not None}
     starts = {path: data_starts(path) for path in _files(headers)}
     weights: dict[str, mx.array] = {}
     for done, (name, own) in enumerate(names.items()):
         if progress:
             progress(done, len(names))
         stored = headers[name]
-        weights[own] = read_slices(stored, starts[stored.path][name], part.slices(name, stored.shape))
+        weights[own] = read_slices(stored, starts[stored.path][name], shard.slices(name, stored.shape))
         _check_finite(stored.path, name, weights[own])
     if progress:
         progress(len(names), len(names))

@@ -17,7 +17,7 @@ from m7mlx.ring import LayerRing, Step
 
 if TYPE_CHECKING:
     from m7mlx.config import ModelConfig
-    from m7mlx.link import Link
+    from m7mlx.exchange import Exchange
 
 
 class FeedForward(nn.Module):
@@ -72,15 +72,14 @@ class Mistral(nn.Module):
     model.logits(…)         the same, for ids that are known to be the vocabulary's: they need not be read
     model.hidden(…)         without the head; `model.head` then gives the logits of the positions wanted
     model.identity          what a cache knows its model by
-    model.link              where other processes hold parts of it (`m7mlx.shard`); all of them run each pass
+    model.exchange          set where other processes hold shards of it; all of them run each pass
     """
-
-    link: Link | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.identity = object()
+        self.exchange: Exchange | None = None
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -109,28 +108,28 @@ class Mistral(nn.Module):
     def through(self, ids: mx.array, rings: Sequence[LayerRing], step: Step) -> mx.array:
         """The same, for a step over rings that somebody else describes."""
         x: mx.array
-        if self.link is None or self.link.is_first:
+        if self.exchange is None or self.exchange.is_first:
             x = self.model.embed_tokens(ids)
         else:
-            x = self.link.receive((*ids.shape, self.config.hidden_size), self.dtype)
+            x = self.exchange.receive((*ids.shape, self.config.hidden_size), self.dtype)
         for block, ring in zip(self.model.layers, rings, strict=True):
             x = block(x, ring, step)
-        if self.link is not None and not self.link.is_last:
-            return self.link.send(x)
+        if self.exchange is not None and not self.exchange.is_last:
+            return self.exchange.send(x)
         normed: mx.array = self.model.norm(x)
         return normed
 
     def head(self, hidden: mx.array) -> mx.array:
         """Logits [B, L, vocab_size] of hidden states [B, L, hidden_size]."""
-        if self.link is not None:
-            hidden = self.link.from_last(hidden)
+        if self.exchange is not None:
+            hidden = self.exchange.from_last(hidden)
         tied = self.config.tie_word_embeddings
         logits: mx.array = self.model.embed_tokens.as_linear(hidden) if tied else self.lm_head(hidden)
         return logits
 
     def agree(self, tokens: mx.array) -> mx.array:
         """Chosen tokens, the same in all processes that share the model."""
-        return tokens if self.link is None else self.link.agree(tokens)
+        return tokens if self.exchange is None else self.exchange.agree(tokens)
 
     def new_cache(self, **options: Unpack[CacheOptions]) -> RollingCache:
         """An empty cache for this model; options as for `RollingCache`."""

@@ -49,7 +49,7 @@ class Scheduler:
         self._model, self._tokenizer, self._rows = model, tokenizer, rows
         self.options = {"rows": rows, "kept": kept, "slack": slack, "kv_bits": kv_bits}
         self._step = step_of(model)
-        self._shared = model.link is not None  # a failed pass failed here alone, and other processes wait for it
+        self._shared = model.exchange is not None  # a failed pass failed here alone, and other processes wait for it
         self._new = model.new_cache(slack=slack, kv_bits=kv_bits)
         self._waiting: deque[Answer] = deque()
         self._reading: deque[Answer] = deque()  # their prompts take turns

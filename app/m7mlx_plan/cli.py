@@ -18,7 +18,7 @@ from m7mlx.files.hub import ALIASES, local
 from m7mlx.files.jsonfile import said
 from m7mlx.files.weights import DTYPES, folder_weights, head_as_stored, is_left_out, parameters, refuse_adapter
 from m7mlx.memory import CHAT_SLACK, cache_bytes
-from m7mlx.shard import MODES, Mode, Part
+from m7mlx.shard import MODES, Mode, Shard
 from m7mlx.terminal import json_line
 
 PROG = "m7mlx-plan"
@@ -84,9 +84,9 @@ def estimate(
     memory_bandwidth: float = 273e9,
 ) -> Estimate:
     """For weights given as {name: (shape, bytes)}, and rows of so many tokens in 16 bits. Raises ConfigError."""
-    parts = [Part(mode, rank, ranks) for rank in range(ranks)]
-    caches = [rows * cache_bytes(part.config(whole), positions) for part in parts]
-    weights = [part.nbytes(tensors, whole) for part in parts]
+    shards = [Shard(mode, rank, ranks) for rank in range(ranks)]
+    caches = [rows * cache_bytes(shard.config(whole), positions) for shard in shards]
+    weights = [shard.nbytes(tensors, whole) for shard in shards]
     hidden = rows * whole.hidden_size * 2
     hops = 0 if ranks == 1 else 1 if link.is_mesh else 2 * (ranks - 1)  # of an all-reduce
     share = hidden * (ranks - 1) if link.is_mesh else 2 * hidden * (ranks - 1) / ranks

@@ -124,7 +124,7 @@ def _serve(args: argparse.Namespace) -> int | None:
         _listen(bound, BACKLOG)
         memory = f"{engine.model.nbytes / 1e9:.2f} GB of weights, at most {most / 1e9:.2f} GB of keys and values"
         if world is not None:
-            memory += f" in each of {world.size} processes ({world.part.mode} parallel)"
+            memory += f" in each of {world.size} processes ({world.shard.mode} parallel)"
         host = f"[{args.host}]" if ":" in args.host else args.host
         say(f"m7mlx is at http://{host}:{bound.getsockname()[1]} · {memory} · Ctrl-C ends it")
         listener = Listener(server.app, engine.close)

@@ -225,12 +225,12 @@ def _convert(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace, recipe: Recipe, reporter: Reporter) -> None:
     from m7mlx.files.hub import check_name, resolve
     from m7mlx_convert.adapter import with_adapter
-    from m7mlx_convert.convert import open_model, resolve_source, target_of
+    from m7mlx_convert.opening import name_target, open_model, resolve_source
     from m7mlx_convert.plan import make_plan, plan_table
     from m7mlx_convert.remote import open_remote
 
     check_name(args.source)
-    target = target_of(args.source, args.mlx_path, recipe.label).resolve()
+    target = name_target(args.source, args.mlx_path, recipe.label).resolve()
     source = open_remote(args.source, args.revision) or open_model(
         resolve_source(args.source, args.revision), args.source, None
     )
@@ -249,7 +249,7 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace, result: str, source: str, reporter: Reporter) -> None:
-    from m7mlx_convert.convert import open_model, resolve_source
+    from m7mlx_convert.opening import open_model, resolve_source
     from m7mlx_convert.report import comparison_table, write_report
     from m7mlx_convert.text import read_text
     from m7mlx_convert.verify import compare

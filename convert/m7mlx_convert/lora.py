@@ -24,7 +24,7 @@ from m7mlx.arrays import is_finite
 from m7mlx.errors import ConfigError, WeightsError
 from m7mlx.files.jsonfile import given, number
 from m7mlx.files.weights import StoredTensor
-from m7mlx_convert.patterns import matches
+from m7mlx_convert.patterns import match_patterns
 from m7mlx_convert.source import Arrays, shown
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -241,6 +241,6 @@ def _scale(value: Any, field: str) -> float:
 
 def _alphas(patterns: Mapping[str, Any], modules: list[str]) -> dict[str, Any]:
     """PEFT's way of giving single modules their own value (`get_pattern_key`): the first pattern that matches."""
-    found = matches([rf"\A(.*\.)?({pattern})$" for pattern in patterns], modules)
+    found = match_patterns([rf"\A(.*\.)?({pattern})$" for pattern in patterns], modules)
     values = list(patterns.values())
     return {module: values[numbers[0]] for module, numbers in zip(modules, found, strict=True) if numbers}

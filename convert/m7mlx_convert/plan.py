@@ -18,7 +18,7 @@ from m7mlx.arrays import is_finite, on_cpu
 from m7mlx.errors import InputError, WeightsError
 from m7mlx.memory import chat_memory
 from m7mlx.quantization import Quantization
-from m7mlx_convert.patterns import matches
+from m7mlx_convert.patterns import match_patterns
 from m7mlx_convert.scheme import Recipe
 from m7mlx_convert.source import FLOATS, Source, Tensor, named_dtype
 from m7mlx_convert.writer import Spec, stored_specs
@@ -185,7 +185,7 @@ def make_plan(source: Source, recipe: Recipe, dtype: str | None) -> Plan:
     config = source.config
     asked = FLOATS[dtype] if dtype else (named_dtype(source.raw_config) if recipe.quantises else None)
     matrices = [name.removesuffix(".weight") for name, tensor in source.tensors.items() if tensor.is_matrix]
-    ruled = matches([rule.pattern.pattern for rule in recipe.rules], matrices)
+    ruled = match_patterns([rule.pattern.pattern for rule in recipe.rules], matrices)
     rules = {module: recipe.rules[found[0]] for module, found in zip(matrices, ruled, strict=True) if found}
     for i, rule in enumerate(recipe.rules):
         if not any(i in found for found in ruled):

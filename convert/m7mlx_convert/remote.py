@@ -10,9 +10,9 @@ from pathlib import Path
 from m7mlx.errors import NotFoundError, WeightsError
 from m7mlx.files.hub import HubOutage, RemoteFile, hub_errors, is_repo_id, list_files, snapshot, weight_files
 from m7mlx.files.weights import StoredTensor, validate_header
-from m7mlx_convert.convert import name_of, repo_of
 from m7mlx_convert.folder import open_folder
 from m7mlx_convert.gguf import open_gguf
+from m7mlx_convert.opening import find_repo, name_model
 from m7mlx_convert.source import Source, shown
 
 _HEAD = 1 << 17  # bytes; the header of most files is less
@@ -27,7 +27,7 @@ def open_remote(source: str, revision: str | None) -> Source | None:
     None for what is here, and where the Hub cannot be reached: then what was downloaded before serves.
     Raises NotFoundError, WeightsError, DownloadError.
     """
-    repo = repo_of(source)
+    repo = find_repo(source)
     if repo is None or not is_repo_id(repo):
         return None
     with hub_errors(repo, revision):
@@ -42,7 +42,7 @@ def open_remote(source: str, revision: str | None) -> Source | None:
         headers: dict[str, StoredTensor] = {}
         for name in names:
             headers |= _header(repo, name, revision, files[name].size, folder)
-    return open_folder(folder, name_of(source), headers)
+    return open_folder(folder, name_model(source), headers)
 
 
 def _header(repo: str, name: str, revision: str | None, size: int, folder: Path) -> dict[str, StoredTensor]:

@@ -74,17 +74,6 @@ class Source:
     notes: tuple[str, ...] = ()  # what the user should know, a line each
 
 
-def open_source(path: Path, name: str) -> Source:
-    """Open a folder or a GGUF file. Raises ConfigError, WeightsError, TokenizerError."""
-    if path.is_file():
-        from m7mlx_convert.gguf import open_gguf
-
-        return open_gguf(path)
-    from m7mlx_convert.folder import open_folder
-
-    return open_folder(path, name)
-
-
 def reader(headers: Mapping[str, StoredTensor], names: Mapping[str, str]) -> Callable[[], Arrays]:
     """A `Tensor.load` for tensors of safetensors files: kind ("weight", "scales", …) → its name on disk."""
 

@@ -7,6 +7,9 @@ A message is a mapping, as everywhere:
 An assistant message may hold `tool_calls` and a tool message `tool_call_id` and `name`, as in OpenAI's API. An
 assistant message may hold `ids`: the ids it was generated as, without the end token. They are used as they are,
 since the same text can be tokenised in other ways, which the cache would not recognise.
+
+The last message may be an assistant's with `"prefix": True`, as in Mistral's API: the beginning of the answer, which
+the model continues.
 """
 
 from __future__ import annotations
@@ -35,7 +38,10 @@ class ChatFormat(ABC):
 
     @abstractmethod
     def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        """Ids of a conversation, up to where the model's answer begins. Raises ChatFormatError."""
+        """Ids of a conversation, up to where the model's answer begins, or is to be continued.
+
+        Raises ChatFormatError.
+        """
 
 
 def mistral_version(tokenizer: Tokenizer) -> Version | None:
@@ -67,6 +73,11 @@ class MistralFormat(ChatFormat):
         system = "\n\n".join(m["content"] for m in messages if m["role"] == "system" and m["content"])
         turns = _merge_turns(messages)
         _check_turns(turns)
+        if turns[-1]["role"] == "assistant" and not is_continued(messages):
+            raise ChatFormatError(
+                "the last message must be the user's or a tool's, for the model to answer, or the assistant's with "
+                '"prefix": true, for the model to continue'
+            )
         users = [i for i, turn in enumerate(turns) if turn["role"] == "user"]
         ids = [self._bos]
         for i, turn in enumerate(turns):
@@ -79,7 +90,7 @@ class MistralFormat(ChatFormat):
                 ids += self._assistant(turn, in_past=i < users[-1])
             else:
                 ids += self._tool_result(turn, in_past=i < users[-1])
-        return ids
+        return ids[:-1] if is_continued(messages) else ids  # without the end of the last message
 
     def _user(self, text: str, tools: Sequence[Mapping[str, Any]]) -> list[int]:
         if self.version == "v1":
@@ -151,20 +162,27 @@ class TemplateFormat(ChatFormat):
             for n, m in enumerate(messages)
             if m["role"] == "assistant" and m.get("ids") and not m.get("tool_calls")
         }
+        end = f"\ufdd0{nonce}:end\ufdd1"  # of a message that is continued: a name, too
         controls = self._tokenizer.control_ids()
-        guard = Guard([*controls, *kept])
-        bare = [_with_objects({k: v for k, v in m.items() if k != "ids"}) for m in messages]
+        guard = Guard([*controls, *kept, end])
+        bare = [_with_objects({k: v for k, v in m.items() if k not in ("ids", "prefix")}) for m in messages]
         *plain, given = guard.protect([*bare, {"tools": list(tools)}])
         for name in kept:
             plain[int(name.rpartition(":")[2][:-1])]["content"] = name
+        continued = plain[-1]["content"] if is_continued(messages) else None
+        if continued is not None:
+            plain[-1]["content"] = f"{continued}{end} "
         context = {
             "messages": plain,
             "tools": given["tools"] or None,
-            "add_generation_prompt": True,
+            "add_generation_prompt": continued is None,
             **{k: _token_name(self._settings.get(k)) for k in ("bos_token", "eos_token", "unk_token", "pad_token")},
         }
+        rendered = render(template, context)
+        if continued is not None:
+            rendered = _cut(rendered, continued, end)
         parts: list[str | int] = []
-        for part in guard.split(render(template, context)):
+        for part in guard.split(rendered):
             if part.name in kept:
                 parts += kept[part.name]
             else:
@@ -181,6 +199,26 @@ class TemplateFormat(ChatFormat):
         raise ChatFormatError(f"none of the model's chat templates is the default one; they are {names[:200]}")
 
 
+def _cut(rendered: str, message: str, end: str) -> str:
+    """Cut a rendered conversation where its last message ends, of which `end` and a space were made a part.
+
+    Where the template strips that space, it strips messages: this one loses what white space it ends in, too, as in
+    transformers. Raises ChatFormatError where the message does not stand there as it is.
+    """
+    place = rendered.rfind(end)
+    before = rendered[: max(place, 0)]
+    if place < 0 or not before.rstrip().endswith(message.strip()):
+        raise ChatFormatError(
+            "the model's chat template does not keep the last message as it is, so it cannot be continued"
+        )
+    return before if rendered.startswith(" ", place + len(end)) else before.rstrip()
+
+
+def is_continued(messages: Sequence[Message]) -> bool:
+    """Whether the model continues the last message, instead of answering it."""
+    return bool(messages[-1].get("prefix"))
+
+
 def check_messages(messages: Sequence[Message]) -> None:
     """Raise ChatFormatError unless these are messages with known roles and text."""
     if not messages:
@@ -190,6 +228,21 @@ def check_messages(messages: Sequence[Message]) -> None:
             raise ChatFormatError(f"message {n} has no role out of {', '.join(ROLES)}")
         if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
             raise ChatFormatError(f"message {n} ({message['role']}) has no text as its content")
+        if message.get("prefix") is not None:
+            _check_prefix(message, f"message {n} ({message['role']})", is_last=n == len(messages))
+
+
+def _check_prefix(message: Message, name: str, *, is_last: bool) -> None:
+    if not isinstance(message["prefix"], bool):
+        raise ChatFormatError(f"{name}: prefix must be true or false")
+    if not message["prefix"]:
+        return
+    if not is_last or message["role"] != "assistant":
+        raise ChatFormatError(f"{name} cannot have a prefix of true: only an assistant's last message is continued")
+    if message.get("tool_calls"):
+        raise ChatFormatError(f"{name} calls tools, so it cannot be continued; leave out prefix")
+    if not (message["content"] or message.get("ids")):
+        raise ChatFormatError(f"{name} is empty, so it cannot be continued; leave it out")
 
 
 def _merge_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -222,8 +275,6 @@ def _check_turns(turns: Sequence[Message]) -> None:
             raise ChatFormatError("an assistant message holds either text or tool calls, not both")
         if not (turn.get("tool_calls") or turn["content"] or turn.get("ids")):
             raise ChatFormatError("an assistant message is empty; leave it out")
-    if turns[-1]["role"] == "assistant":
-        raise ChatFormatError("the last message must be the user's or a tool's, for the model to answer")
 
 
 def _tools_json(tools: Sequence[Mapping[str, Any]]) -> str:

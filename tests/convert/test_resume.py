@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from m7mlx_convert import plan
-from m7mlx_convert.convert import open_model
+from m7mlx_convert.opening import open_model
 from m7mlx_convert.output import whole_folder
 from m7mlx_convert.plan import make_plan
 from m7mlx_convert.scheme import Recipe

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from m7mlx_convert import verify
 from m7mlx_convert.cli import main
-from m7mlx_convert.convert import convert, open_model
+from m7mlx_convert.convert import convert
+from m7mlx_convert.opening import open_model
 from m7mlx_convert.progress import Reporter
 from m7mlx_convert.report import write_report
 from m7mlx_convert.scheme import Recipe

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from models import mistral_file
+from test_tokenizer import byte_level_json, write_json_tokenizer
 
 from m7mlx import worker as worker_module
 from m7mlx.errors import ChatFormatError
@@ -361,6 +362,30 @@ def test_templates_render_as_in_transformers(
             found = render(template, {"messages": messages, "tools": tools, **context})
         except ChatFormatError as refused:
             found = str(refused).partition("refuses the conversation: ")[2]
+        assert found == expected, name
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("text", ["b", " b ", "b\n\n", " "])
+@pytest.mark.parametrize("messages", CONVERSATIONS, ids=["one", "system", "turns", "called"])
+def test_a_message_is_continued_as_in_transformers(tmp_path: Path, messages: list[dict[str, Any]], text: str) -> None:
+    chat_template_utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    last = {"role": "assistant", "content": text}
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    for name, template in real_templates().items():
+        try:
+            (expected,), _ = chat_template_utils.render_jinja_template(
+                [[*messages, last]], None, None, template, continue_final_message=True, **names
+            )
+        except Exception:  # refused by the template, or by transformers
+            expected = None
+        settings = names | {"chat_template": template}
+        tokenizer = write_json_tokenizer(tmp_path, byte_level_json({"<s>": True, "</s>": True}), settings)
+        try:
+            ids = tokenizer.chat.encode([*messages, last | {"prefix": True}])
+            found = b"".join({256: b"<s>", 257: b"</s>"}.get(i) or tokenizer.token_bytes(i) for i in ids).decode()
+        except ChatFormatError:
+            found = None
         assert found == expected, name
 
 

@@ -19,7 +19,7 @@ from m7mlx import load
 from m7mlx.config import ModelConfig
 from m7mlx.errors import WeightsError
 from m7mlx.quantization import Quantization
-from m7mlx.shard import MODES, Part
+from m7mlx.shard import MODES, Shard
 
 TIED = small_config(vocab_size=32000, hidden_size=64, n_layers=2, tie_word_embeddings=True)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -93,10 +93,10 @@ def test_a_quantised_head_beside_an_embedding_that_is_not_is_another(tmp_path: P
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_parts_have_that_head_as_well(tmp_path: Path, mode: Any) -> None:
+def test_shards_have_that_head_as_well(tmp_path: Path, mode: Any) -> None:
     write(tmp_path / "m", changed(7, 7))
     for rank in range(2):
-        model, _ = load(tmp_path / "m", part=Part(mode, rank, 2))
+        model, _ = load(tmp_path / "m", shard=Shard(mode, rank, 2))
         assert not model.config.tie_word_embeddings
         hidden = mx.ones((1, 1, 64))
         assert mx.allclose(model.head(hidden), hidden @ changed(7, 7).T, rtol=1e-4, atol=1e-4).item()

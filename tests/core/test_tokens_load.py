@@ -99,6 +99,25 @@ def test_other_conventions_are_kept(tmp_path: Path, convention: str, oracle: boo
             tokenizer.chat.encode(ASKED[2])
 
 
+@pytest.mark.oracle
+@pytest.mark.parametrize("text", ["Hi", " Hi there ", "a\n", "</s>[INST] x", "😀"])
+def test_a_message_is_continued_as_in_transformers(tmp_path: Path, text: str) -> None:
+    for name in ("a line for each", "answers trimmed of their space", "no end"):
+        tokenizer = load_tokenizer(mistrals(tmp_path, "v1", CONVENTIONS[name]))
+        assert isinstance(tokenizer.chat, TemplateFormat)
+        theirs = transformers_tokenizer(tmp_path)
+        for before in ASKED:
+            asked = [*before, assistant(text)]
+            expected = theirs.apply_chat_template(
+                asked, tokenize=True, return_dict=False, continue_final_message=True, add_generation_prompt=False
+            )
+            found = tokenizer.chat.encode([*before, assistant(text) | {"prefix": True}])
+            if "</s>" in text:  # typed text stays text
+                assert found.count(2) == sum(m["role"] == "assistant" for m in before) * (name != "no end")
+            else:
+                assert found == expected
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -1,4 +1,4 @@
-"""m7mlx-plan: what it says of memory is what parts take; what it says of time follows from the link."""
+"""m7mlx-plan: what it says of memory is what shards take; what it says of time follows from the link."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from m7mlx_plan.cli import LINKS, Link, estimate, main, stored
 from models import small_config, write_folder
 
 from m7mlx.loading import load
-from m7mlx.shard import MODES, Mode, Part
+from m7mlx.shard import MODES, Mode, Shard
 
 NONE = Link(0.0, float("inf"))
 
@@ -23,12 +23,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_weights_and_cache_are_those_of_the_parts(folder: Path, mode: Mode, ranks: int) -> None:
+def test_weights_and_cache_are_those_of_the_shards(folder: Path, mode: Mode, ranks: int) -> None:
     config, tensors = stored(str(folder), None)
     found = estimate(config, tensors, mode, ranks, NONE, positions=11, rows=3)
-    parts = [load(folder, part=Part(mode, rank, ranks))[0] for rank in range(ranks)]
-    assert found.weights == max(part.nbytes for part in parts)
-    caches = [3 * 2 * part.config.n_layers * part.config.n_kv_heads * part.config.head_dim * 11 * 2 for part in parts]
+    shards = [load(folder, shard=Shard(mode, rank, ranks))[0] for rank in range(ranks)]
+    assert found.weights == max(shard.nbytes for shard in shards)
+    caches = [
+        3 * 2 * shard.config.n_layers * shard.config.n_kv_heads * shard.config.head_dim * 11 * 2 for shard in shards
+    ]
     assert found.cache == max(caches)
 
 
