@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import Hub, serve
+from hub_server import Hub, environment, serve
 from models import write_folder
 from test_convert_source import quantisable
 from test_gguf import CONFIG as GGUF_CONFIG
 from test_gguf import write_gguf
-from test_hub import environment
 from test_sources import write_native, write_sharded
 
 REPO = "someone/little"

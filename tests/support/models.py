@@ -90,5 +90,18 @@ def write_folder(folder: Path, config: ModelConfig, weights: dict[str, np.ndarra
     return folder
 
 
+def shard(folder: Path) -> None:
+    """Rewrite the folder's weights as two shards and an index."""
+    weights = mx.load(str(folder / "model.safetensors"))
+    assert isinstance(weights, dict)
+    names = sorted(weights)
+    halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in halves.items():
+        mx.save_safetensors(str(folder / file), {n: weights[n] for n in part})
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {n: file for file, part in halves.items() for n in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def mistral_file(version: str) -> Path:
     return Path(mistral_common.__file__).parent / "data" / MISTRAL_FILES[version]
