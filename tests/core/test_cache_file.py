@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from m7mlx.cache import RollingCache
-from m7mlx.cache_file import _checksum, cache_header, load_cache, save_cache
+from m7mlx.cache_file import _checksum, _read_header, load_cache, save_cache
 from m7mlx.decode import decode, prefill
 from m7mlx.errors import CacheFileError, DiskError, InputError, NotFoundError
 from m7mlx.model import Mistral
@@ -61,8 +61,8 @@ def test_what_was_saved_goes_on_identically(
     assert loaded.max_rollback == cache.max_rollback
     assert go_on(model, loaded, logits) == go_on(model, cache, logits)
     assert [p.name for p in path.parent.iterdir()] == ["one.cache"]
-    assert cache_header(path).metadata == {"title": "Ünïcode"}
-    assert cache_header(path).offset == length
+    header = _read_header(path)[1]
+    assert (header.metadata, header.offset) == ({"title": "Ünïcode"}, length)
 
 
 def test_a_saved_cache_can_still_roll_back(tmp_path: Path) -> None:
