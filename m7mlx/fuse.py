@@ -16,13 +16,16 @@ import mlx.nn as nn
 from m7mlx.arrays import on_cpu
 from m7mlx.model import Mistral
 
+# The modules that `fuse` makes, and those whose rows each holds, one below the other.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
 
 def fuse(model: Mistral) -> None:
     """Fuse and lay out a model's weights, in place, and evaluate them; at most one layer's are held twice."""
     for block in model.model.layers:
-        _join(block.self_attn, ("q_proj", "k_proj", "v_proj"), "qkv_proj")
+        _join(block.self_attn, "qkv_proj")
         if not on_cpu():  # on a CPU the halves of the product are read with gaps, which costs more than it saves
-            _join(block.mlp, ("gate_proj", "up_proj"), "gate_up_proj")
+            _join(block.mlp, "gate_up_proj")
         for parent in (block.self_attn, block.mlp):
             for name in parent.children():
                 parent[name] = _stack([parent[name]])
@@ -34,7 +37,8 @@ def fuse(model: Mistral) -> None:
     mx.eval(model.parameters())
 
 
-def _join(parent: nn.Module, names: tuple[str, ...], fused: str) -> None:
+def _join(parent: nn.Module, fused: str) -> None:
+    names = FUSED[fused]
     schemes = {
         (type(m), *(getattr(m, k, None) for k in ("group_size", "bits", "mode"))) for m in map(parent.get, names)
     }
