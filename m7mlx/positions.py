@@ -209,12 +209,14 @@ class Positions:
 
     def _mask(self, length: int, starts: int | mx.array, first: int, in_place: bool) -> mx.array | str:
         end = self.offset + length
-        if not any(self.starts) and (self.window is None or end <= self.window):
+        together = not any(self.starts)
+        if together and (self.window is None or end <= self.window):
             return "causal"
-        queries = mx.arange(self.offset, end) - starts
+        queries = mx.arange(self.offset, end)
         keys = _held(end - 1, min(end, self.capacity), self.capacity) if in_place else mx.arange(first, end)
-        mask = window_mask(queries, keys - starts, self.window)
-        return mask if mask.ndim == 2 else mask[:, None]
+        if together:
+            return window_mask(queries, keys, self.window)
+        return window_mask(queries - starts, keys - starts, self.window)[:, None]
 
     def _new_sinks(self, length: int, starts: int | mx.array) -> mx.array | None:
         if not self.n_sinks or self.offset - max(self.starts) >= self.n_sinks:
