@@ -36,7 +36,8 @@ def on_cpu() -> bool:
 def softmax(x: mx.array) -> tuple[mx.array, mx.array | None]:
     """Compute the softmax over the last axis, in float32, as (powers, total): it is their quotient.
 
-    A total of None stands for 1. A caller that multiplies by the softmax can divide the smaller result.
+    A total of None stands for 1. A caller that multiplies by the softmax can divide the smaller
+    result.
     """
     if not _is_slow(x):
         return mx.softmax(x, axis=-1, precise=True), None
@@ -54,16 +55,16 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 
 def _is_slow(x: mx.array) -> bool:
-    """Tell whether MLX would call the C library's `exp` for each of many numbers: 9 ns; `_exp` takes 1."""
+    """Tell whether MLX would call the C library's `exp`: 9 ns a number, where `_exp` takes 1."""
     return _SLOW_EXP and x.size >= _LARGE and x.dtype == mx.float32 and on_cpu()
 
 
 @mx.compile  # one pass over arrays that lie in order
 def _exp(x: mx.array) -> mx.array:
-    """Compute e to the x as 2^n · 2^f: a polynomial for 2^f, and n added to the bits of its exponent.
+    """Compute e to the x as 2^n · 2^f: a polynomial, and n added to the bits of its exponent.
 
-    As exact as MLX's: 2e-7, and the rounding of x · log2 e. The result stays between 2^-100, which is
-    lost in any sum with a 1, and 2^126.
+    As exact as MLX's: 2e-7, and the rounding of x · log2 e. The result stays between 2^-100, which
+    is lost in any sum with a 1, and 2^126.
     """
     y = mx.clip(x * _LOG2_E, -100.0, 126.0)
     rounded = y + _ROUND  # its lowest bits are now the integer n
@@ -82,8 +83,8 @@ def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
 def dequantize(arrays: Mapping[str, mx.array], scheme: Quantization) -> mx.array:
     """Return the float32 weight that {"weight", "scales"[, "biases"]} stand for.
 
-    It is computed in float32 even where the scales have 16 bits, which makes a weight of at most 8 bits
-    exact.
+    It is computed in float32 even where the scales have 16 bits, which makes a weight of at most 8
+    bits exact.
     """
     biases = arrays.get("biases")
     scales = arrays["scales"]
@@ -106,7 +107,7 @@ def nbytes(module: nn.Module) -> int:
 
 
 def raw_bytes(array: mx.array) -> memoryview:
-    """Return the bytes of an array, little-endian and row by row; copied only if they lie otherwise."""
+    """Return an array's bytes, little-endian, row by row; copied only if they lie otherwise."""
     array = mx.contiguous(array)
     if array.dtype == mx.bfloat16:  # NumPy has no such type
         array = array.view(mx.uint16)
@@ -116,8 +117,8 @@ def raw_bytes(array: mx.array) -> memoryview:
 def is_finite(array: mx.array) -> bool:
     """Tell whether a float32, float16 or bfloat16 array holds neither NaN nor infinite numbers.
 
-    Looks at the bits of the exponents, a piece at a time: on a CPU, 50 times as fast as `mx.isfinite`,
-    and without further memory.
+    Looks at the bits of the exponents, a piece at a time: on a CPU, 50 times as fast as
+    `mx.isfinite`, and without further memory.
     """
     mask = np.array(_EXPONENTS[array.dtype], np.uint32 if array.dtype == mx.float32 else np.uint16)
     bits = np.frombuffer(raw_bytes(array), mask.dtype)
@@ -126,7 +127,7 @@ def is_finite(array: mx.array) -> bool:
 
 
 def fingerprint(arrays: Mapping[str, mx.array]) -> str:
-    """Hash names, types, shapes and the sums of every row and column: a change of any one number shows.
+    """Hash names, types, shapes, and sums of rows and columns: any changed number shows.
 
     Sums, because the device makes them as fast as it reads memory; hashing 4 GB takes seconds.
     """

@@ -1,8 +1,8 @@
 """A cache on disk: one safetensors file, bound to its model, whole or not there at all.
 
-The tensors are the buffers of `LayerRing` as they lie, so that a conversation continues exactly where it
-stopped, and can be rolled back as far as before. The header names what they belong to: model, weights,
-window, precision, length.
+The tensors are the buffers of `LayerRing` as they lie, so that a conversation continues exactly
+where it stopped, and can be rolled back as far as before. The header names what they belong to:
+model, weights, window, precision, length.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def save_cache(
 def load_cache(path: str | Path, model: Mistral) -> RollingCache:
     """Open a saved cache: generation continues where it stopped, with nothing to prefill.
 
-    Raises NotFoundError; CacheFileError for a file that is damaged, was not saved by m7mlx or by a newer
-    one, or belongs to another model.
+    Raises NotFoundError; CacheFileError for a file that is damaged, was not saved by m7mlx or by a
+    newer one, or belongs to another model.
     """
     path = Path(path)
     about, header = _read_header(path)
@@ -138,7 +138,7 @@ def load_cache(path: str | Path, model: Mistral) -> RollingCache:
     return cache
 
 
-# --- what a file is bound to ----------------------------------------------------------------------------
+# --- what a file is bound to ----------------------------------------------------------------------
 
 
 def _header(cache: RollingCache, model: Mistral, metadata: Mapping[str, str]) -> CacheHeader:
@@ -179,7 +179,7 @@ def _checksum(header: str, arrays: Mapping[str, mx.array]) -> str:
     return digest.hexdigest()
 
 
-# --- tensors --------------------------------------------------------------------------------------------
+# --- tensors --------------------------------------------------------------------------------------
 
 
 def _arrays(cache: RollingCache) -> dict[str, mx.array]:
@@ -261,11 +261,11 @@ def _described(tensor: tuple[str, Iterable[int]] | None) -> str:
     return "absent" if tensor is None else f"{tensor[0]} {list(tensor[1])}"
 
 
-# --- the header -----------------------------------------------------------------------------------------
+# --- the header -----------------------------------------------------------------------------------
 
 
 def _read_header(path: Path) -> tuple[dict[str, str], CacheHeader]:
-    """Read the file's own description and check it by itself. Raises NotFoundError, CacheFileError."""
+    """Read the header and check it by itself. Raises NotFoundError, CacheFileError."""
     if not path.is_file():
         raise NotFoundError(f"there is no saved cache {path}")
     _tensors(path)

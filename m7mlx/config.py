@@ -1,4 +1,4 @@
-"""The shape of a model: `ModelConfig`, read from Hugging Face's config.json or Mistral's params.json.
+"""The shape of a model, read from Hugging Face's config.json or Mistral's params.json.
 
 Nothing is guessed. A key that a config.json leaves out takes Hugging Face's default for that
 architecture; a key that would change the computation and is not understood is refused by name.
@@ -61,7 +61,7 @@ _NUMBERS = {"norm_eps": "rms_norm_eps", "rope_theta": "rope_theta"}
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a Mistral-like model, in the vocabulary of the paper (arXiv 2310.06825, table 1).
+    """The shape of a model like Mistral, in the paper's words (arXiv 2310.06825, table 1).
 
     sliding_window           tokens that a token sees, itself included; None for full attention
     head_dim                 need not be hidden_size / n_heads
@@ -105,7 +105,7 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ConfigError(f"head_dim {self.head_dim} is odd; rotary position embedding needs pairs")
 
-    # --- reading ------------------------------------------------------------------------------------
+    # --- reading ----------------------------------------------------------------------------------
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ModelConfig:
@@ -161,7 +161,7 @@ class ModelConfig:
 
     @classmethod
     def from_params(cls, data: Mapping[str, Any]) -> ModelConfig:
-        """Read Mistral's own params.json, with mistral-inference's defaults (`args.py`, `transformer.py`)."""
+        """Read Mistral's own params.json, with the defaults of mistral-inference."""
         if data.get("moe") or data.get("vision_encoder"):
             raise ConfigError("mixtures of experts and vision models are not supported; only dense Mistral is")
         check_params_keys(data)
@@ -187,10 +187,10 @@ class ModelConfig:
         except KeyError as error:
             raise ConfigError(f"{error.args[0]!r} is missing") from None
 
-    # --- writing ------------------------------------------------------------------------------------
+    # --- writing ----------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a complete Hugging Face config.json: `from_dict(to_dict())` is this config again."""
+        """Return a whole config.json, of which `from_dict` makes this config again."""
         data: dict[str, Any] = {
             "architectures": [name for name, kind in _ARCHITECTURES.items() if kind == self.model_type],
             "model_type": self.model_type,

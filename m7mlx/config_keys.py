@@ -1,7 +1,7 @@
 """The keys that a config.json or params.json may have; any other is refused by name.
 
-Each is understood, or known to have no effect on the computation. A list of harmful keys could not keep
-that promise: tomorrow's file has a key that nobody has heard of today.
+Each is understood, or known to have no effect on the computation. A list of harmful keys could not
+keep that promise: tomorrow's file has a key that nobody has heard of today.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "use_bfloat16": (False, True),
     "use_sliding_window": (True,),
 }
-# Keys about training, about generation (which generation_config.json or the caller decides), about other
-# libraries or the file itself, and about code in the folder, which never runs.
+# Keys about training, about generation (which generation_config.json or the caller decides), about
+# other libraries or the file itself, and about code in the folder, which never runs.
 _WITHOUT_EFFECT = frozenset(
     [
         "_attn_implementation",
@@ -177,12 +177,12 @@ _PARAMS_WITHOUT_EFFECT = frozenset(["max_batch_size", "dtype"])
 
 
 def check_keys(data: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a key of a config.json that is not understood, or has a value that is not."""
+    """Raise ConfigError for a key or a value of a config.json that is not understood."""
     _check(data, _READ | _WITHOUT_EFFECT, _NEUTRAL)
 
 
 def check_params_keys(data: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a key of a params.json that is not understood, or has a value that is not."""
+    """Raise ConfigError for a key or a value of a params.json that is not understood."""
     _check(data, _PARAMS_READ | _PARAMS_WITHOUT_EFFECT, _PARAMS_NEUTRAL)
 
 

@@ -1,8 +1,9 @@
 """Weights laid out as the device reads them fastest: products that share their input become one.
 
 A row of a weight matrix makes one output, and is quantised by itself too. So matrices over the same
-input are put one below the other, and one product takes the place of three (queries, keys, values) or
-two (gate, up). Modules that are quantised in different ways, as mixed recipes have them, stay apart.
+input are put one below the other, and one product takes the place of three (queries, keys, values)
+or two (gate, up). Modules that are quantised in different ways, as mixed recipes have them, stay
+apart.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 
 
 def fuse(model: Mistral) -> None:
-    """Fuse and lay out a model's weights, in place, and evaluate them; at most one layer's are held twice."""
+    """Fuse and lay out a model's weights, in place; at most one layer's are held twice."""
     for block in model.model.layers:
         _join(block.self_attn, "qkv_proj")
         if not on_cpu():  # on a CPU the halves of the product are read with gaps, which costs more than it saves
@@ -49,8 +50,9 @@ def _join(parent: nn.Module, fused: str) -> None:
 def _stack(modules: list[Any]) -> Any:
     """Make one module with the rows of all; on a CPU, the columns of its matrix are contiguous.
 
-    A BLAS reads x @ weight.T faster that way: one row times 14336×4096 takes OpenBLAS 9.7 ms instead of
-    13.0, and MLX's reference BLAS half the time; many rows gain a little (docs/performance.md).
+    A BLAS reads x @ weight.T faster that way: one row times 14336×4096 takes OpenBLAS 9.7 ms
+    instead of 13.0, and MLX's reference BLAS half the time; many rows gain a little
+    (docs/performance.md).
     """
     stacked = copy.copy(modules[0])
     by_columns = on_cpu() and isinstance(stacked, nn.Linear | nn.Embedding)

@@ -24,7 +24,7 @@ BITS = {"affine": 4, "mxfp4": 4, "mxfp8": 8, "nvfp4": 4}
 class Quantization:
     """How weights are quantised: mlx-lm's `quantization` key of config.json.
 
-    overrides  a module's path ("model.embed_tokens") → its own scheme, or None if it is not quantised
+    overrides  a module's path ("model.embed_tokens") → its own scheme; None leaves it unquantised
     """
 
     group_size: int
@@ -43,7 +43,7 @@ class Quantization:
             )
 
     def for_module(self, path: str) -> Quantization | None:
-        """Return the scheme of the module at `path` (without ".weight"); None if it is not quantised."""
+        """Return the scheme of a module ("lm_head"); None if it is not quantised."""
         return self.overrides[path] if path in self.overrides else replace(self, overrides={})
 
     @classmethod

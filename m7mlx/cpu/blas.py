@@ -1,9 +1,10 @@
 """A fast BLAS for Linux's CPU backend, in place of the one that MLX brings.
 
-The wheel mlx-cpu is linked against Netlib's reference BLAS, whose `cblas_sgemm` does 2 GFLOP/s where
-OpenBLAS does 80. The dynamic linker looks a symbol up in the program's global scope first, so a library
-that is loaded there before mlx.core is imported is the one that MLX calls. That is why this module acts
-when it is imported, and reads its setting itself. macOS (Accelerate, Metal) and CUDA are left alone.
+The wheel mlx-cpu is linked against Netlib's reference BLAS, whose `cblas_sgemm` does 2 GFLOP/s
+where OpenBLAS does 80. The dynamic linker looks a symbol up in the program's global scope first, so
+a library that is loaded there before mlx.core is imported is the one that MLX calls. That is why
+this module acts when it is imported, and reads its setting itself. macOS (Accelerate, Metal) and
+CUDA are left alone.
 
 M7MLX_BLAS   "off" leaves MLX's own; otherwise the name or path of a library to use
 """
@@ -48,7 +49,7 @@ def interpose() -> None:
 
 
 def note() -> str:
-    """Return a line for the user: the library asked for cannot be used; or, only once, how to get one."""
+    """Return a line if the library asked for cannot be used or, once, on how to get one."""
     chosen = _setting()
     if library or chosen == "off" or not _wanted():
         return ""

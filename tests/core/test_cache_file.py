@@ -1,4 +1,4 @@
-"""Saved caches: what is opened goes on exactly; anything damaged, foreign or of another model is refused by name."""
+"""Saved caches: what is opened continues exactly; what is damaged or foreign is refused."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_half_precision_models(tmp_path: Path) -> None:
             load_cache(tmp_path / "c", small_model(small_config(head_dim=32, n_layers=1)))
 
 
-# --- what must be refused -------------------------------------------------------------------------------
+# --- what must be refused -------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def refused(path: Path, text: str, model: Mistral = MODEL) -> None:
 
 
 def rewrite(path: Path, change: Callable[[dict[str, np.ndarray], dict[str, str]], None], seal: bool = True) -> None:
-    """Change tensors or header as somebody who knows the format would: with a checksum that fits."""
+    """Change a file as somebody who knows the format would: with a checksum that fits."""
     with safe_open(path, framework="np") as file:
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         about = file.metadata()

@@ -40,7 +40,7 @@ def standing(window: int | None, slack: int, n_sinks: int = 0) -> Positions:
 
 
 def write(slots: dict[int, int], here: Positions, count: int) -> Positions:
-    """Write `count` tokens as a ring does: a slot holds the last position that was written into it."""
+    """Write `count` tokens as a ring does: a slot holds what was written into it last."""
     here = here.begun(count)
     slots |= {position % here.capacity: position for position in range(here.offset, here.offset + count)}
     return here.advanced(count)
@@ -71,7 +71,7 @@ def test_what_can_be_undone_lies_in_its_slots_still(window: int, slack: int, mov
 def test_a_row_sees_its_own_window_and_nothing_else(
     window: int | None, slack: int, lengths: list[int], data: st.DataObject
 ) -> None:
-    """Rows of any lengths on one clock; the mask over what the pass attends to, against each row's positions."""
+    """Masks for rows of any lengths on one clock, against each row's own positions."""
     time = max(lengths)
     here = standing(window, slack).at(time, starts=[time - length for length in lengths])
     slots = {t % here.capacity: t for t in range(time)}
