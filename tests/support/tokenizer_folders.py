@@ -12,7 +12,8 @@ from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenize
 from models import MISTRAL_FILES, mistral_file
 from sentencepiece import SentencePieceProcessor
 
-from m7mlx.tokens.tokenizer import Tokenizer, load_tokenizer
+from m7mlx.tokens.load import load_tokenizer
+from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx.tokens.tokenizer_json import _BYTE_OF
 
 ORACLES = {v: MistralCommon(str(mistral_file(v))) for v in MISTRAL_FILES}
