@@ -19,9 +19,9 @@ from m7mlx.errors import DiskError, InputError
 from m7mlx.files.checksums import MANIFEST
 from m7mlx.files.disk import sync_path, why
 from m7mlx.files.weights import INDEX
+from m7mlx.terminal import shown
 from m7mlx.units import in_gigabytes
 from m7mlx_convert.folder import COPIED
-from m7mlx_convert.source import shown
 from m7mlx_convert.writer import JOURNAL
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")

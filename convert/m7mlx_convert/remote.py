@@ -10,10 +10,11 @@ from pathlib import Path
 from m7mlx.errors import NotFoundError, WeightsError
 from m7mlx.files.hub import HubOutage, RemoteFile, hub_errors, is_repo_id, list_files, snapshot, weight_files
 from m7mlx.files.weights import StoredTensor, validate_header
+from m7mlx.terminal import shown
 from m7mlx_convert.folder import open_folder
 from m7mlx_convert.gguf import open_gguf
 from m7mlx_convert.opening import find_repo, name_model
-from m7mlx_convert.source import Source, shown
+from m7mlx_convert.source import Source
 
 _HEAD = 1 << 17  # bytes; the header of most files is less
 _MAX_HEADER = 100_000_000  # as in the safetensors library

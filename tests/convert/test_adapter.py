@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from adapters import ADAPTED, EMBEDDING, HEAD, RANK, random, write_mlx_lm, write_peft
 from m7mlx_chat.cli import main as chat
-from m7mlx_convert import patterns
 from m7mlx_convert.cli import main
 from m7mlx_convert.convert import convert
 from m7mlx_convert.scheme import Recipe
@@ -23,6 +22,7 @@ from sources import assert_same, quantisable, read_weights, write_source
 from m7mlx import load
 from m7mlx.config import ModelConfig
 from m7mlx.errors import InputError, WeightsError
+from m7mlx.files import patterns
 from m7mlx.quantization import Quantization
 
 # --- mlx-lm's -------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ MLX_LM_DAMAGE: dict[str, tuple[Callable[[dict[str, Any], dict[str, mx.array]], o
         "fine_tune_type ia3 is none of lora, dora and full",
     ),
     "no scale": (lambda s, a: s.update(lora_parameters={"alpha": 16}), "names no scale"),
-    "parameters in a list": (lambda s, a: s.update(lora_parameters=[3]), "cannot be merged"),
+    "parameters in a list": (lambda s, a: s.update(lora_parameters=[3]), "cannot be used"),
     "a scale that is no number": (
         lambda s, a: s.update(lora_parameters={"scale": float("nan")}),
         "scale in lora_par",
@@ -220,7 +220,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "holds NaN or infinite numbers",
     ),
-    "a pattern that is none": (lambda f: break_config(f, alpha_pattern={"(": 1}), "cannot be merged"),
+    "a pattern that is none": (lambda f: break_config(f, alpha_pattern={"(": 1}), "cannot be used"),
     "a pattern without an end": (
         lambda f: break_config(f, alpha_pattern={r"([a-z_.0-9]+)*!": 1, r"(?:(\w+)\.?)*!": 1}),
         "matching takes more than 1 s; write it simpler",

@@ -11,9 +11,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from m7mlx_convert.convert import convert
-from m7mlx_convert.lora import _PEFT_KNOWN
 from models import mistral_file
 from needs import require
+
+from m7mlx.files.adapters import _PEFT_KNOWN
 
 require("peft")
 import peft  # noqa: E402

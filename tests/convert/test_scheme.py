@@ -9,7 +9,6 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from m7mlx_convert import patterns
 from m7mlx_convert.cli import main
 from m7mlx_convert.convert import convert
 from m7mlx_convert.scheme import MIXED, Recipe, Rule, scheme_of
@@ -20,6 +19,7 @@ from sources import quantisable, read_weights, write_source
 from m7mlx import load
 from m7mlx.config import ModelConfig
 from m7mlx.errors import InputError
+from m7mlx.files import patterns
 from m7mlx.quantization import Quantization
 
 IDS = mx.array([[0, 17, 200, 5, 99, 42, 7]])

@@ -1,7 +1,7 @@
 """Regular expressions out of files and commands, matched under a clock.
 
 Python's `re` can take longer than the universe lasts for a line of text, and nothing in its own process stops it. So
-it runs in another one (`m7mlx_convert/patterns_process.py`), which the operating system bounds.
+it runs in another one (`m7mlx/files/patterns_process.py`), which the operating system bounds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def match_patterns(patterns: Sequence[str], names: Sequence[str]) -> list[list[i
     shown = repr(longest if len(longest) <= 60 else longest[:59] + "…")
     question = json.dumps([list(patterns), list(names)]).encode()
     try:
-        with Worker("m7mlx_convert.patterns_process", memory=_MEMORY) as worker:
+        with Worker("m7mlx.files.patterns_process", memory=_MEMORY) as worker:
             found = json.loads(worker.ask(question, _SECONDS))
     except WorkerTimeError:
         raise InputError(f"{shown}: matching takes more than {_SECONDS:.0f} s; write it simpler") from None
