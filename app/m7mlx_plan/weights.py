@@ -6,9 +6,9 @@ import math
 
 from m7mlx.config import ModelConfig
 from m7mlx.errors import NotFoundError
-from m7mlx.files.hub import ALIASES, local
-from m7mlx.files.jsonfile import said
+from m7mlx.files.hub import ALIASES, find_local
 from m7mlx.files.weights import DTYPES, folder_weights, head_as_stored, is_left_out, parameters, refuse_adapter
+from m7mlx.jsonfile import said
 
 Tensors = dict[str, tuple[tuple[int, ...], int]]  # name → shape, bytes
 
@@ -20,7 +20,7 @@ def list_weights(name: str, bits: int | None) -> tuple[ModelConfig, Tensors]:
 
     Raises NotFoundError, ConfigError, WeightsError.
     """
-    folder = local(name)
+    folder = find_local(name)
     if folder is not None and folder.is_dir():
         refuse_adapter(folder)
         config = ModelConfig.from_folder(folder)
