@@ -202,16 +202,19 @@ def _indexed(folder: Path, index: Path, files: list[Path]) -> dict[str, StoredTe
     return found
 
 
+def check_layer_count(where: Path, config: ModelConfig, tensors: int) -> None:
+    """Raise WeightsError for more layers than tensors, before a list of a billion layers fills the memory."""
+    if config.n_layers > tensors:
+        raise WeightsError(f"{where}: its configuration says {config.n_layers} layers, it holds {tensors} tensors")
+
+
 def parameters(folder: Path, config: ModelConfig, headers: Mapping[str, StoredTensor]) -> dict[str, Parameter]:
     """Return the model's parameters by their name on disk, each compared with the config.
 
     Raises WeightsError for a tensor that is missing, of another shape or type, or not a part of the
     model.
     """
-    if config.n_layers > len(headers):  # or a config of 10⁹ layers would fill the memory below
-        raise WeightsError(
-            f"{folder}: config.json says {config.n_layers} layers, the files hold {len(headers)} tensors"
-        )
+    check_layer_count(folder, config, len(headers))
     found = {name: _parameter(folder, config, name, shape, headers) for name, shape in config.weight_shapes().items()}
     known = {f"{name.removesuffix('.weight')}.{kind}" for name, stored in found.items() for kind in stored.parts}
     for name in sorted(headers.keys() - known):
