@@ -19,7 +19,7 @@ from m7mlx.memory import positions_that_fit
 from m7mlx.model import Mistral
 from m7mlx.sampling import Sampler, Sampling
 from m7mlx.speculative import DRAFT_SLACK, Drafter, speculate
-from m7mlx.tokens.formats import Message
+from m7mlx.tokens.messages import Message
 from m7mlx.tokens.tokenizer import Detokenizer, Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -97,7 +97,7 @@ def stream_generate(
     """Yield the answer to `prompt` piece by piece.
 
     prompt      a text to continue, a list of ids (an array of MLX or NumPy too), or a list of chat messages (see
-                `m7mlx.tokens.formats`), whose contents may be lists of text parts. A last message of the assistant
+                `m7mlx.tokens.messages`), whose contents may be lists of text parts. A last message of the assistant
                 with "prefix": True is continued: the answer is what comes after it
     cache       kept from call to call, so that only what is new of the prompt is prefilled; this model's own. A
                 generator that is at work with it gives way to a new one, and fails if it is gone on with

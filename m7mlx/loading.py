@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +30,8 @@ from m7mlx.lora import open_adapter, put_on
 from m7mlx.memory import budget, cache_bytes, expands, loaded_bytes, machine_memory, settle
 from m7mlx.model import Mistral
 from m7mlx.shard import Shard
-from m7mlx.tokens.tokenizer import Tokenizer, load_tokenizer
+from m7mlx.tokens.load import load_tokenizer
+from m7mlx.tokens.tokenizer import Tokenizer
 
 
 def load(
@@ -40,7 +42,9 @@ def load(
     shard: Shard | None = None,
     adapter_path: str | Path | None = None,
 ) -> tuple[Mistral, Tokenizer]:
-    """Load a model folder, a GGUF file, a Hub repository ("org/name"), a file in one, or an alias ("mistral", "demo").
+    """Load a model: a folder, a Hub repository ("org/name"), an alias ("mistral", "demo") or a GGUF file.
+
+    A GGUF file, here or in a repository ("org/name/file.gguf"), is converted once, into the cache folder.
 
     dtype     type of activations and unquantised weights; None keeps the file's, except on the CPU backend,
               where 16-bit arithmetic is emulated: there it is float32, and quantised weights are expanded
@@ -63,15 +67,23 @@ def load(
         model = build(config, _read(_files(headers), progress), dtype)
         if adapter is not None:
             put_on(model, adapter, str(adapter_path))
-        return model, tokenizer
-    weights = _read_shard(headers, config, shard, progress)
-    return build(shard.config(config), weights, dtype, is_shard=True), tokenizer
+    else:
+        weights = _read_shard(headers, config, shard, progress)
+        model = build(shard.config(config), weights, dtype, is_shard=True)
+    model.compiles_steps = _wants_compiled_steps()
+    return model, tokenizer
 
 
 def load_model(name: str | Path, *, dtype: mx.Dtype | None = None) -> Mistral:
     """The model alone, of a folder without a tokenizer too; otherwise as `load`."""
     _, config, headers = _checked(name, dtype)
-    return build(config, _read(_files(headers)), dtype)
+    model = build(config, _read(_files(headers)), dtype)
+    model.compiles_steps = _wants_compiled_steps()
+    return model
+
+
+def _wants_compiled_steps() -> bool:
+    return os.environ.get("M7MLX_COMPILE", "") in ("1", "on")
 
 
 def _checked(

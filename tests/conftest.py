@@ -17,7 +17,8 @@ from models import MISTRAL_FILES, mistral_file, small_config, write_folder
 
 from m7mlx.cpu import blas
 from m7mlx.files.hub import resolve
-from m7mlx.tokens.tokenizer import Tokenizer, load_tokenizer
+from m7mlx.tokens.load import load_tokenizer
+from m7mlx.tokens.tokenizer import Tokenizer
 
 
 def pytest_configure() -> None:

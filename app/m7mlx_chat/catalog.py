@@ -11,8 +11,8 @@ from typing import Literal
 
 from m7mlx.config import ModelConfig
 from m7mlx.errors import M7Error
-from m7mlx.files.demo import here
-from m7mlx.files.hub import ALIASES, DEMO, local
+from m7mlx.files.demo import find_demo
+from m7mlx.files.hub import ALIASES, DEMO, find_local
 from m7mlx.files.weights import folder_weights, parameters
 from m7mlx.memory import budget, chat_memory
 from m7mlx_chat.store.schema import data_dir
@@ -74,7 +74,7 @@ def on_this_machine(name: str) -> Path | None:
     A name may come from anywhere: an imported conversation, a folder in the Hub's cache.
     """
     try:
-        return local(name)
+        return find_local(name)
     except (M7Error, OSError, ValueError):
         return None
 
@@ -117,7 +117,7 @@ def _bits(config: ModelConfig, nbytes: int) -> str:
 
 def _folders(others: Sequence[str]) -> Iterator[tuple[str, Path]]:
     """Names and folders; the first name of a folder counts."""
-    if demo := here():
+    if demo := find_demo():
         yield DEMO, demo
     for config in sorted(models_folder().glob("*/config.json")):
         yield str(config.parent), config.parent

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from m7mlx.command import launched
 from m7mlx.errors import InputError, RunError
-from m7mlx.files.disk import user_path
 from m7mlx.files.hub import DEMO, resolve
+from m7mlx.paths import user_path
 from m7mlx.terminal import console, json_line, visible
 from m7mlx_chat.events import Done, Event, Failed, Loading, Prefill, Text
 from m7mlx_chat.files import attached

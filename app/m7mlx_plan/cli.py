@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 from m7mlx.command import ArgumentParser, gigabytes, run
 from m7mlx.config import ModelConfig
 from m7mlx.errors import ConfigError, InputError, NotFoundError
-from m7mlx.files.hub import ALIASES, local
-from m7mlx.files.jsonfile import said
+from m7mlx.files.hub import ALIASES, find_local
 from m7mlx.files.weights import DTYPES, folder_weights, head_as_stored, is_left_out, parameters, refuse_adapter
+from m7mlx.jsonfile import said
 from m7mlx.memory import CHAT_SLACK, cache_bytes
 from m7mlx.shard import MODES, Mode, Shard
 from m7mlx.terminal import json_line
@@ -106,7 +106,7 @@ def estimate(
 
 def stored(name: str, bits: int | None) -> tuple[ModelConfig, dict[str, tuple[tuple[int, ...], int]]]:
     """Configuration and tensors of a model on this machine, or of Mistral 7B; in so many bits a weight, or as is."""
-    folder = local(name)
+    folder = find_local(name)
     if folder is not None and folder.is_dir():
         refuse_adapter(folder)
         config = ModelConfig.from_folder(folder)

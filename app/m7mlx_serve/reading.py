@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from m7mlx.errors import InputError, PromptTooLongError, TokenizerError
 from m7mlx.grammar import MAX_SCHEMA
-from m7mlx.tokens.formats import MAX_DEPTH, nests_deeper
+from m7mlx.tokens.messages import MAX_DEPTH, nests_deeper
 from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx_serve.guard import ApiError
 from m7mlx_serve.schemas import ChatMessage, ChatRequest, CompletionRequest, Function, NamedTool, Tool

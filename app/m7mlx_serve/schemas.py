@@ -82,7 +82,7 @@ class ChatMessage(_Strict):
         return sum(map(len, [*texts, self.name or "", self.tool_call_id or ""]))
 
     def plain(self) -> dict[str, Any]:
-        """As `m7mlx.tokens.formats` takes it."""
+        """As `m7mlx.tokens.messages` takes it."""
         content = self.content or ""
         text = content if isinstance(content, str) else "".join(part.text for part in content)
         found: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}

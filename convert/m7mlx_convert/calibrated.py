@@ -24,7 +24,7 @@ from m7mlx.arrays import on_cpu
 from m7mlx.errors import InputError, RunError
 from m7mlx.memory import machine_memory
 from m7mlx.quantization import Quantization
-from m7mlx.tokens.tokenizer import load_tokenizer
+from m7mlx.tokens.load import load_tokenizer
 from m7mlx_convert.progress import Reporter
 from m7mlx_convert.source import Source, Tensor
 from m7mlx_convert.text import file_text

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from m7mlx.command import ArgumentParser, run
 from m7mlx.errors import M7Error
-from m7mlx.files.disk import user_path
+from m7mlx.paths import user_path
 
 if TYPE_CHECKING:
     from m7mlx_convert.calibrated import Calibration
@@ -182,9 +182,9 @@ def _reporter(args: argparse.Namespace) -> Reporter:
     from m7mlx_convert.progress import Reporter
 
     if args.json or args.quiet or not sys.stderr.isatty():
-        from m7mlx.files.hub import quiet
+        from m7mlx.files.repository import silence_downloads
 
-        quiet()
+        silence_downloads()
     return Reporter("json" if args.json else "quiet" if args.quiet else "text")
 
 
@@ -285,12 +285,12 @@ def _calibration(args: argparse.Namespace) -> Calibration | None:
 
 def _command(args: argparse.Namespace) -> list[str]:
     """The command for the model card, without private paths."""
-    from m7mlx.files.hub import existing
+    from m7mlx.files.hub import find_existing
 
     command = [PROG]
     for value in (args.source, args.adapter):
         if value:
-            local = existing(value)
+            local = find_existing(value)
             shown = local.resolve().name if local else value
             command += [shown] if value is args.source else ["--adapter", shown]
     flags = ("revision", "q_bits", "q_group_size", "q_mode", "quant_predicate", "dtype", "calibrate")

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from m7mlx.errors import TokenizerError
-from m7mlx.files.hub import check_name, existing
+from m7mlx.files.hub import check_name, find_existing
 from m7mlx.quantization import Quantization
-from m7mlx.tokens.tokenizer import load_tokenizer
+from m7mlx.tokens.load import load_tokenizer
 from m7mlx_convert.card import model_card
 from m7mlx_convert.opening import find_repo, name_target, open_model, resolve_source
 from m7mlx_convert.output import check_apart, check_space, check_target, whole_folder
@@ -57,7 +57,7 @@ def convert(
     check_name(source)
     given = name_target(source, mlx_path, recipe.label)
     target = given.resolve()
-    check_target(target, existing(source), force)  # before a download, not after it
+    check_target(target, find_existing(source), force)  # before a download, not after it
     path = resolve_source(source, revision)
     check_apart(target, path)
     opened = open_model(path, source, adapter)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from m7mlx.errors import InputError
-from m7mlx.files.disk import user_path
-from m7mlx.files.hub import ALIASES, DEMO, existing, resolve
+from m7mlx.files.hub import ALIASES, DEMO, find_existing, resolve
+from m7mlx.paths import user_path
 from m7mlx_convert.adapter import with_adapter
 from m7mlx_convert.folder import open_folder
 from m7mlx_convert.gguf import open_gguf
@@ -15,14 +15,14 @@ from m7mlx_convert.source import Source
 
 def find_repo(source: str) -> str | None:
     """Return the Hub repository that `source` names, if any; "org/name" for "org/name/file.gguf"."""
-    if existing(source) or source == DEMO:
+    if find_existing(source) or source == DEMO:
         return None
     return "/".join(ALIASES.get(source, source).split("/")[:2])
 
 
 def name_model(source: str) -> str:
     """Return the model's name: the last part of a repository or path, without a file's suffix."""
-    local = existing(source)
+    local = find_existing(source)
     if local and local.is_dir():
         return local.resolve().name
     last = ALIASES.get(source, source).rpartition("/")[2]

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from m7mlx.errors import NotFoundError, WeightsError
-from m7mlx.files.hub import HubOutage, RemoteFile, hub_errors, is_repo_id, list_files, snapshot, weight_files
+from m7mlx.files.download import RemoteFile
+from m7mlx.files.hub import is_repo_id
+from m7mlx.files.repository import HubOutage, fetch_snapshot, hub_errors, list_files, weight_files
 from m7mlx.files.weights import StoredTensor, validate_header
 from m7mlx.terminal import shown
 from m7mlx_convert.folder import open_folder
@@ -39,7 +41,7 @@ def open_remote(source: str, revision: str | None) -> Source | None:
         if source.lower().endswith(".gguf"):
             return _gguf(repo, source.split("/", 2)[-1], revision, files)
         names = weight_files(repo, files, "any")
-        folder = snapshot(repo, revision, "any", weights=False)
+        folder = fetch_snapshot(repo, revision, "any", weights=False)
         headers: dict[str, StoredTensor] = {}
         for name in names:
             headers |= _header(repo, name, revision, files[name].size, folder)
@@ -71,8 +73,7 @@ def _gguf(repo: str, name: str, revision: str | None, files: dict[str, RemoteFil
 def _start(repo: str, name: str, revision: str | None, count: int) -> bytes:
     """The first bytes of a file; where a mirror sends all of it, the rest is not read."""
     from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils._headers import build_hf_headers
-    from huggingface_hub.utils._http import get_session, hf_raise_for_status
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     # Packed, a few bytes could become many.
     headers = {**build_hf_headers(), "range": f"bytes=0-{count - 1}", "accept-encoding": "identity"}

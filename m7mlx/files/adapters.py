@@ -23,9 +23,9 @@ import mlx.core as mx
 
 from m7mlx.arrays import is_finite
 from m7mlx.errors import ConfigError, InputError, WeightsError
-from m7mlx.files.jsonfile import given, number, read_json
 from m7mlx.files.patterns import match_patterns
 from m7mlx.files.weights import ADAPTERS, StoredTensor, validate_header
+from m7mlx.jsonfile import given, number, read_json
 from m7mlx.terminal import shown
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"

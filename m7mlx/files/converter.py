@@ -20,8 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from m7mlx.errors import ConfigError, DiskError, M7Error, RunError, WeightsError
-from m7mlx.files.checksums import cache_dir
 from m7mlx.files.disk import why
+from m7mlx.paths import cache_dir
 
 _MAGIC = b"GGUF"
 _LAST = 4000  # bytes of what a converter says that ends without a reason
@@ -96,9 +96,8 @@ def _follow(line: str) -> str:
         return ""
     if event.get("event") == "progress" and sys.stderr.isatty():
         done, total = event["done"], max(event["total"], 1)
-        print(
-            f"\r{event['task']}: {done / total:.0%}", end="\n" if done >= total else "", file=sys.stderr, flush=True
-        )
+        end = "\n" if done >= total else ""
+        print(f"\r{event['task']}: {done / total:.0%}", end=end, file=sys.stderr, flush=True)
     return str(event.get("message", "")) if event.get("event") == "error" else ""
 
 

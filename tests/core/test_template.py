@@ -17,7 +17,7 @@ from test_tokenizer import byte_level_json, write_json_tokenizer
 from m7mlx import worker as worker_module
 from m7mlx.errors import ChatFormatError
 from m7mlx.tokens import template as template_module
-from m7mlx.tokens.template import Guard, render
+from m7mlx.tokens.template import Marker, render
 from m7mlx.worker import Worker
 
 HI = {"messages": [{"role": "user", "content": "Hi"}], "add_generation_prompt": True}
@@ -181,7 +181,7 @@ def test_a_message_that_is_nested_too_deep(depth: int) -> None:
         nested = [nested]
     for part in (
         lambda: render("{{ 1 }}", {"messages": nested}),
-        lambda: Guard(["<s>"]).protect({"content": nested}),
+        lambda: Marker(["<s>"]).mark({"content": nested}),
     ):
         with pytest.raises(ChatFormatError, match="nested too deep"):
             part()
@@ -389,22 +389,22 @@ def test_a_message_is_continued_as_in_transformers(tmp_path: Path, messages: lis
         assert found == expected, name
 
 
-def test_guard_leaves_the_text_itself_unchanged() -> None:
-    guard = Guard(["<s>", "</s>"])
-    protected = guard.protect({"content": "a<s>b</s> <", "role": "user"})
-    assert protected["role"] == "user"
-    assert [p.name for p in guard.split("<s>" + protected["content"] + "</s>")] == ["<s>", "a<s>b</s> <", "</s>"]
-    assert [p.is_control for p in guard.split("<s>" + protected["content"] + "</s>")] == [True, False, True]
+def test_marks_leaves_the_text_itself_unchanged() -> None:
+    marker = Marker(["<s>", "</s>"])
+    marked = marker.mark({"content": "a<s>b</s> <", "role": "user"})
+    assert marked["role"] == "user"
+    assert [p.name for p in marker.split("<s>" + marked["content"] + "</s>")] == ["<s>", "a<s>b</s> <", "</s>"]
+    assert [p.is_control for p in marker.split("<s>" + marked["content"] + "</s>")] == [True, False, True]
 
 
 def test_a_message_of_all_noncharacters() -> None:
     with pytest.raises(ChatFormatError, match="noncharacter"):
-        Guard(["<s>"]).protect("".join(map(chr, range(0xFDD0, 0xFDF0))))
+        Marker(["<s>"]).mark("".join(map(chr, range(0xFDD0, 0xFDF0))))
 
 
-def test_guard_covers_the_names_of_fields_and_what_is_called_role_inside() -> None:
-    guard = Guard(["<s>", "</s>"])
+def test_marks_covers_the_names_of_fields_and_what_is_called_role_inside() -> None:
+    marker = Marker(["<s>", "</s>"])
     tool = {"role": "tool", "content": "x", "tool_calls": [{"role": "<s>", "</s>": {"role": {"a<s>": "</s>"}}}]}
-    shown = json.dumps(guard.protect(tool), ensure_ascii=False)
-    assert [p for p in guard.split(shown) if p.is_control] == []
-    assert "".join(p.name for p in guard.split(shown)) == json.dumps(tool)
+    shown = json.dumps(marker.mark(tool), ensure_ascii=False)
+    assert [p for p in marker.split(shown) if p.is_control] == []
+    assert "".join(p.name for p in marker.split(shown)) == json.dumps(tool)

@@ -15,7 +15,7 @@ from mistral_common.tokens.tokenizers.instruct import InstructTokenizerV1, Instr
 from test_tokenizer import CONTROLS, HARD, ORACLES, byte_level_json, write_json_tokenizer
 
 from m7mlx.errors import ChatFormatError, TokenizerError
-from m7mlx.tokens.formats import Message
+from m7mlx.tokens.messages import Message
 from m7mlx.tokens.tokenizer import Tokenizer
 
 INSTRUCT = {

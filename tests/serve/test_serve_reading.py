@@ -20,7 +20,8 @@ from m7mlx_serve.reading import parsed, read
 from m7mlx_serve.schemas import ChatRequest
 
 from m7mlx.errors import InputError
-from m7mlx.tokens.tokenizer import Tokenizer, load_tokenizer
+from m7mlx.tokens.load import load_tokenizer
+from m7mlx.tokens.tokenizer import Tokenizer
 
 CHAT = "/v1/chat/completions"
 BODY: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
