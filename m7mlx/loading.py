@@ -33,11 +33,13 @@ from m7mlx.shard import Shard
 from m7mlx.tokens.load import load_tokenizer
 from m7mlx.tokens.tokenizer import Tokenizer
 
+_COMPUTED: dict[str, mx.Dtype] = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+
 
 def load(
     name: str | Path,
     *,
-    dtype: mx.Dtype | None = None,
+    dtype: mx.Dtype | str | None = None,
     progress: Callable[[int, int], None] | None = None,
     shard: Shard | None = None,
     adapter_path: str | Path | None = None,
@@ -46,9 +48,9 @@ def load(
 
     A GGUF file, here or in a repository ("org/name/file.gguf"), is converted once, into the cache folder.
 
-    dtype     type of activations and unquantised weights; None keeps the file's, except on the CPU backend,
-              where 16-bit arithmetic is emulated: there it is float32, and quantised weights are expanded
-              to float32 if they fit into half of the memory
+    dtype     type of activations and unquantised weights, or its name ("float16", "bfloat16", "float32"); None
+              keeps the file's, except on the CPU backend, where 16-bit arithmetic is emulated: there it is float32,
+              and quantised weights are expanded to float32 if they fit into half of the memory
     progress  called with (bytes read, bytes to read)
     shard     read this shard of the model only, for processes that divide it (`m7mlx.parallel.world.World.load`)
     adapter_path
@@ -74,7 +76,7 @@ def load(
     return model, tokenizer
 
 
-def load_model(name: str | Path, *, dtype: mx.Dtype | None = None) -> Mistral:
+def load_model(name: str | Path, *, dtype: mx.Dtype | str | None = None) -> Mistral:
     """The model alone, of a folder without a tokenizer too; otherwise as `load`."""
     _, config, headers = _checked(name, dtype)
     model = build(config, _read(_files(headers)), dtype)
@@ -87,7 +89,7 @@ def _wants_compiled_steps() -> bool:
 
 
 def _checked(
-    name: str | Path, dtype: mx.Dtype | None, shard: Shard | None = None
+    name: str | Path, dtype: mx.Dtype | str | None, shard: Shard | None = None
 ) -> tuple[Path, ModelConfig, dict[str, StoredTensor]]:
     """The folder, its configuration and its tensors, after all that can be known before they are read."""
     folder = resolve(name)
@@ -111,13 +113,13 @@ def _files(headers: dict[str, StoredTensor]) -> list[Path]:
 
 
 def build(
-    config: ModelConfig, weights: dict[str, mx.array], dtype: mx.Dtype | None = None, *, is_shard: bool = False
+    config: ModelConfig, weights: dict[str, mx.array], dtype: mx.Dtype | str | None = None, *, is_shard: bool = False
 ) -> Mistral:
     """A model from its weights by name on disk; `dtype` as for `load`. `weights` is emptied on the way.
 
     is_shard  the embedding may be missing: other processes have it
     """
-    dtype = _compute_dtype(dtype)
+    computed = _compute_dtype(dtype)
     expand = config.quantization is not None and expands(config)
     model = Mistral(config)
     if is_shard and "model.embed_tokens.weight" not in weights:
@@ -127,7 +129,7 @@ def build(
         if is_left_out(name, config):
             del weights[name]
         elif name in weights:  # not yet taken together with its module's other arrays
-            loaded |= _module_arrays(config, weights, name, dtype, expand)
+            loaded |= _module_arrays(config, weights, name, computed, expand)
     if config.quantization and not expand:
         nn.quantize(model, class_predicate=lambda path, module: _scheme_of(config, path, loaded))
     model.load_weights(list(loaded.items()), strict=True)
@@ -163,9 +165,12 @@ def _scheme_of(config: ModelConfig, path: str, loaded: dict[str, mx.array]) -> b
     return {"group_size": scheme.group_size, "bits": scheme.bits, "mode": scheme.mode}
 
 
-def _compute_dtype(asked: mx.Dtype | None) -> mx.Dtype | None:
-    """The type to compute in; None keeps the file's."""
-    return mx.float32 if asked is None and on_cpu() else asked
+def _compute_dtype(asked: mx.Dtype | str | None) -> mx.Dtype | None:
+    """The type to compute in; None keeps the file's. Raises InputError for what is none."""
+    dtype = _COMPUTED.get(asked) if isinstance(asked, str) else asked
+    if asked is not None and dtype not in _COMPUTED.values():
+        raise InputError(f"dtype must be one of {', '.join(_COMPUTED)}, not {asked!r:.100}")
+    return mx.float32 if asked is None and on_cpu() else dtype
 
 
 def _check_memory(folder: Path, config: ModelConfig, stored: int, dtype: mx.Dtype | None) -> None:
