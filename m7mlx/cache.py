@@ -76,10 +76,8 @@ class KVCache:
         kept = "all tokens" if self.window is None else f"window {self.window:,} + slack {self.slack}"
         sinks = f" + {self.n_sinks} sinks" if self.n_sinks else ""
         bits = "" if self.format.bits is None else f" in {self.format.bits} bits"
-        return (
-            f"{type(self).__name__}({self._tokens}, {kept}{sinks}, {len(self.rings)} layers of {self.config.n_kv_heads} "
-            f"× {self.config.head_dim}{bits}, {self.nbytes / 1e6:.1f} MB)"
-        )
+        layers = f"{len(self.rings)} layers of {self.config.n_kv_heads} × {self.config.head_dim}"
+        return f"{type(self).__name__}({self._tokens}, {kept}{sinks}, {layers}{bits}, {self.nbytes / 1e6:.1f} MB)"
 
     @property
     def _tokens(self) -> str:

@@ -168,7 +168,7 @@ def _scheme_of(config: ModelConfig, path: str, loaded: dict[str, mx.array]) -> b
 def _compute_dtype(asked: mx.Dtype | str | None) -> mx.Dtype | None:
     """The type to compute in; None keeps the file's. Raises InputError for what is none."""
     dtype = _COMPUTED.get(asked) if isinstance(asked, str) else asked
-    if asked is not None and dtype not in _COMPUTED.values():
+    if asked is not None and not (isinstance(dtype, mx.Dtype) and dtype in _COMPUTED.values()):
         raise InputError(f"dtype must be one of {', '.join(_COMPUTED)}, not {asked!r:.100}")
     return mx.float32 if asked is None and on_cpu() else dtype
 
