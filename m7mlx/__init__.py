@@ -16,6 +16,7 @@ from m7mlx.cache import RollingCache, Snapshot
 from m7mlx.cache_file import load_cache, save_cache
 from m7mlx.config import ModelConfig
 from m7mlx.decode import reuse
+from m7mlx.embedding import embed
 from m7mlx.errors import (
     CacheFileError,
     ChatFormatError,
@@ -71,6 +72,7 @@ __all__ = [
     "TokenizerError",
     "WeightsError",
     "__version__",
+    "embed",
     "generate",
     "load",
     "load_cache",

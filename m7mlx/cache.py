@@ -23,6 +23,7 @@ from m7mlx.positions import Positions
 from m7mlx.ring import KVFormat, LayerRing, Sinks, Stored
 
 DEFAULT_SLACK = 8  # 0.2 % of a window of 4,096
+UNDO_SLACK = 64  # where a stop text, a draft or an answer that was broken off may have to be undone
 DEFAULT_SINKS = 4
 
 

@@ -41,12 +41,12 @@ class CompiledStep:
         here = cache.positions
         for ring in cache.rings:
             ring.reserve(here.offset + 1, ring.buffers)
-        key = (self._model.identity, here.at(0), cache.format)
-        if key not in self._functions:
-            self._functions[key] = mx.compile(self._traced(*key[1:]))
+        kind = (self._model.identity, here.at(0), cache.format)
+        if kind not in self._functions:
+            self._functions[kind] = mx.compile(self._traced(*kind[1:]))
         buffers = [ring.buffers for ring in cache.rings]
         starts = mx.array(here.starts)[:, None]
-        logits, written = self._functions[key](ids, mx.array([here.offset]), starts, buffers)
+        logits, written = self._functions[kind](ids, mx.array([here.offset]), starts, buffers)
         # From here on nobody holds the old names of the buffers: the rows are written in place.
         for ring, stored in zip(cache.rings, written, strict=True):
             ring.buffers = stored

@@ -27,11 +27,12 @@ from m7mlx.files.weights import (
 )
 from m7mlx.fuse import fuse
 from m7mlx.lora import open_adapter, put_on
-from m7mlx.memory import budget, cache_bytes, expands, loaded_bytes, machine_memory, settle
+from m7mlx.memory import budget, cache_bytes, expands, loaded_bytes, machine_memory, planned_length, settle
 from m7mlx.model import Mistral
 from m7mlx.shard import Shard
 from m7mlx.tokens.load import load_tokenizer
 from m7mlx.tokens.tokenizer import Tokenizer
+from m7mlx.units import in_gigabytes
 
 _COMPUTED: dict[str, mx.Dtype] = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
@@ -177,13 +178,13 @@ def _check_memory(folder: Path, config: ModelConfig, stored: int, dtype: mx.Dtyp
     """Raise RunError if weights, of so many bytes in files, and a window of keys and values exceed the budget: on
     macOS, a kernel panic."""
     weights = loaded_bytes(config, stored) if dtype is None or dtype == mx.float32 else stored
-    positions = config.sliding_window or min(config.max_position_embeddings, 4096)
+    positions = planned_length(config)
     cache = cache_bytes(config, positions, 8 * (dtype or mx.float16).size)
     if weights + cache > budget():
         whose = "this machine has" if budget() == machine_memory() else "the limit is"
         raise RunError(
-            f"{folder} needs {weights / 1e9:.1f} GB for its weights and {cache / 1e9:.1f} GB for {positions:,} "
-            f"tokens, but {whose} {budget() / 1e9:.1f} GB; quantise it: m7mlx-convert {folder} --q-bits 4"
+            f"{folder} needs {in_gigabytes(weights)} for its weights and {in_gigabytes(cache)} for {positions:,} "
+            f"tokens, but {whose} {in_gigabytes(budget())}; quantise it: m7mlx-convert {folder} --q-bits 4"
         )
 
 

@@ -22,8 +22,8 @@ PUBLIC = [
     *("BatchCache", "CacheFileError", "ChatFormatError", "ConfigError", "DiskError", "DownloadError", "DraftModel"),
     *("InputError", "M7Error", "Message", "Mistral", "ModelConfig", "NotFoundError", "Piece", "PromptLookup"),
     *("PromptTooLongError", "Quantization", "RollbackError", "RollingCache", "RunError", "Sampling", "Snapshot"),
-    *("Stats", "Tokenizer", "TokenizerError", "WeightsError", "__version__", "generate", "load", "load_cache"),
-    *("load_draft_model", "reuse", "save_cache", "set_adapter", "stream_generate"),
+    *("Stats", "Tokenizer", "TokenizerError", "WeightsError", "__version__", "embed", "generate", "load"),
+    *("load_cache", "load_draft_model", "reuse", "save_cache", "set_adapter", "stream_generate"),
 ]
 # Of a store, of a server that is busy, of a worker: an app's, or turned into one of the others.
 OWN = {"BusyError", "StoreError", "WorkerError", "WorkerTimeError", "WorkerMemoryError", "WorkerDiedError"}
