@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from chat_harness import Chat, chatting, done
 from m7mlx_chat.store import Store
-from test_screens import notices
 
 DAMAGE = (
     "UPDATE message SET settings = '{'",
@@ -163,7 +162,7 @@ async def test_what_is_damaged_is_told_once(tmp_path: Path) -> None:
         await chat.app.open_conversation(1)
         await chat.pilot.pause()
         told = f"{chat.store.path} is damaged: message 4. What can be read is shown"
-        assert notices(chat).splitlines() == [told]
+        assert chat.notices().splitlines() == [told]
         assert chat.line()[-1] == "second answer"
 
 
