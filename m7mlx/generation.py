@@ -19,7 +19,7 @@ from m7mlx.memory import positions_that_fit
 from m7mlx.model import Mistral
 from m7mlx.sampling import Sampler, Sampling
 from m7mlx.speculative import DRAFT_SLACK, Drafter, speculate
-from m7mlx.tokens.formats import Message
+from m7mlx.tokens.messages import Message
 from m7mlx.tokens.tokenizer import Detokenizer, Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -97,7 +97,8 @@ def stream_generate(
     """Yield the answer to `prompt` piece by piece.
 
     prompt      a text to continue, a list of ids (an array of MLX or NumPy too), or a list of chat messages (see
-                `m7mlx.tokens.formats`), whose contents may be lists of text parts
+                `m7mlx.tokens.messages`), whose contents may be lists of text parts. A last message of the assistant
+                with "prefix": True is continued: the answer is what comes after it
     cache       kept from call to call, so that only what is new of the prompt is prefilled; this model's own. A
                 generator that is at work with it gives way to a new one, and fails if it is gone on with
     drafter     guesses several tokens at a time, fewer than the cache's slack (`m7mlx.speculative`); the answer
@@ -130,14 +131,15 @@ def stream_generate(
         raise InputError(f"drafter must be a DraftModel or a PromptLookup(), not {_kind(drafter)}")
     stop_filter = StopFilter(stop)
     ids = [*encode_prompt(tokenizer, prompt), *_ids(continues)]
-    text = tokenizer.detokenizer(at_start=not isinstance(prompt, str))
-    for token in continues:
+    begun = _begun(prompt)
+    text = tokenizer.detokenizer(at_start=begun is None and not isinstance(prompt, str))
+    for token in (*((begun or {}).get("ids") or ()), *continues):
         text.add(token)  # shown already; a character cut in the middle is finished
     if cache is None:
         cache = model.new_cache() if drafter is None else model.new_cache(slack=DRAFT_SLACK)
     cache.bind(model.identity, model.config)
     room = check_prompt(model, ids, cache)
-    if model.link is not None and drafter is not None:
+    if model.exchange is not None and drafter is not None:
         raise InputError("a model that is divided among processes is not speculated on")
     if constraint is not None and (drafter is not None or continues):
         raise InputError("an answer that follows a grammar is neither speculated on nor gone on with")
@@ -224,6 +226,12 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     if isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping):
         return tokenizer.chat.encode([_joined(message) for message in prompt])
     return _ids(prompt)
+
+
+def _begun(prompt: Prompt) -> Message | None:
+    """The message of a prompt that the model continues, if there is one."""
+    last = prompt[-1] if isinstance(prompt, Sequence) and len(prompt) else None
+    return last if isinstance(last, Mapping) and last.get("prefix") else None
 
 
 def _ids(given: Any) -> list[int]:

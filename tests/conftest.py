@@ -9,15 +9,18 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import needs
 import processes
 import pytest
 from models import MISTRAL_FILES, mistral_file, small_config, write_folder
+from peers import silenced
 
 from m7mlx.cpu import blas
 from m7mlx.files.hub import resolve
-from m7mlx.tokens.tokenizer import Tokenizer, load_tokenizer
+from m7mlx.tokens.load import load_tokenizer
+from m7mlx.tokens.tokenizer import Tokenizer
 
 
 def pytest_configure() -> None:
@@ -57,6 +60,14 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def demo_model() -> Path:
     """The demo model's folder, fetched (93 MB, once) into the user's cache."""
     return resolve("demo")
+
+
+@pytest.fixture(scope="session")
+def mlx_lm() -> ModuleType:
+    with silenced():
+        import mlx_lm
+
+        return mlx_lm
 
 
 @pytest.fixture(autouse=True)

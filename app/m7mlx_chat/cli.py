@@ -11,8 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m7mlx.command import EXIT_FAILED, ArgumentParser, add_parallel, gigabytes, launched, run
+from m7mlx.command import EXIT_FAILED, ArgumentParser, add_parallel, gigabytes, run
 from m7mlx.errors import InputError
+from m7mlx.parallel.launch import is_launched
 
 if TYPE_CHECKING:
     from m7mlx.parallel.world import World
@@ -187,13 +188,13 @@ def _check_together(args: argparse.Namespace, asked: bool, in_terminal: bool) ->
         raise InputError("--json-schema is for a single answer: give the question with -p")
     if args.json and args.interactive:
         raise InputError("--json prints, --interactive shows the chat: choose one")
-    if launched() and (args.web or args.interactive or not asked):
+    if is_launched() and (args.web or args.interactive or not asked):
         raise InputError('under mlx.launch there is no terminal: give the question with -p "…"')
 
 
 def _import_file(name: str, environment: Environment) -> int:
     """Store the conversations of a file; returns the exit status."""
-    from m7mlx.files.disk import user_path
+    from m7mlx.paths import user_path
     from m7mlx_chat.portable import read_file
     from m7mlx_chat.store import Store
 
@@ -208,7 +209,7 @@ def _answer(args: argparse.Namespace, settings: Settings, environment: Environme
     from m7mlx_chat.headless import answer  # brings MLX
     from m7mlx_chat.question import question_of, read_schema
 
-    world = _join(args.parallel, settings) if launched() else None
+    world = _join(args.parallel, settings) if is_launched() else None
     if world is not None and world.rank:
         from m7mlx.files.hub import resolve
         from m7mlx.parallel.world import run_rank
@@ -217,7 +218,7 @@ def _answer(args: argparse.Namespace, settings: Settings, environment: Environme
     return answer(
         settings,
         # mlx.launch gives its processes a pipe, and never closes it.
-        question_of(args.prompt, args.file, may_be_piped=not launched()),
+        question_of(args.prompt, args.file, may_be_piped=not is_launched()),
         None if args.no_save else environment.database,
         go_on=args.go_on,
         as_json=args.json,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import platformdirs
 
-from m7mlx.files.checksums import cache_dir
+from m7mlx.paths import cache_dir
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf_files import tokenizer_metadata
 from m7mlx_convert.gguf_tokenizer import tokenizer_files
 from models import MISTRAL_FILES, mistral_file
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
-from test_gguf_exact import tokenizer_metadata
 from test_tokenizer import bpe_json_of, byte_level_json
 
 from m7mlx.errors import ConfigError, TokenizerError
-from m7mlx.tokens.tokenizer import Tokenizer, load_tokenizer
+from m7mlx.tokens.load import load_tokenizer
+from m7mlx.tokens.tokenizer import Tokenizer
 
 # What fine-tunes add: markers that are special, and others that are not.
 SPECIAL = ["<|im_start|>", "<|im_end|>", "[EOT]", "<turn> x", "ENDOFTEXT"]

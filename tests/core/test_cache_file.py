@@ -242,7 +242,7 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="another model"):
         save_cache(path, filled()[0], FULL)
     broken, _ = filled(slack=2)
-    broken.step(20)
+    broken.begin(20)
     with pytest.raises(InputError, match="broken off"):
         save_cache(path, broken, MODEL)
     rows = MODEL.new_cache()

@@ -160,6 +160,29 @@ def test_an_answer_broken_off_goes_on_as_if_it_had_not_been(
         assert begun + [i for piece in rest for i in piece.ids] == ids
 
 
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_a_message_that_the_model_continues(loaded: tuple[Mistral, Tokenizer], as_ids: bool) -> None:
+    """The answer is what comes after it, its first space and a character cut in the middle included."""
+    model, tokenizer = loaded
+    question = [{"role": "user", "content": "Tell me a long story"}]
+    pieces = list(stream_generate(model, tokenizer, question, max_tokens=40))
+    ids = [i for piece in pieces for i in piece.ids]
+    for cut in (1, 7, 25):
+        last: dict[str, Any] = {"role": "assistant", "content": tokenizer.decode(ids[:cut]), "prefix": True}
+        if as_ids:
+            last["ids"] = ids[:cut]
+        begun = ids[:cut] if as_ids else tokenizer.encode(last["content"].rstrip(" "))
+        rest = list(stream_generate(model, tokenizer, [*question, last], max_tokens=40))
+        found = [i for piece in rest for i in piece.ids]
+        whole = tokenizer.chat.encode(question) + begun
+        assert found == [i for piece in stream_generate(model, tokenizer, whole, max_tokens=40) for i in piece.ids]
+        shown = tokenizer.detokenizer()
+        before = "".join(map(shown.add, begun))
+        after = "".join(map(shown.add, found)) + shown.finish()
+        assert "".join(piece.text for piece in rest) == after
+        assert before + after == tokenizer.decode([*begun, *found])
+
+
 def test_a_seed_repeats_the_answer(loaded: tuple[Mistral, Tokenizer]) -> None:
     model, tokenizer = loaded
     sampling = Sampling(temperature=1.0, top_p=0.95, seed=11)

@@ -298,10 +298,10 @@ def test_names_that_lead_nowhere() -> None:
             load(name)
 
 
-def test_a_gguf_file_is_not_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ConfigError, match="m7mlx-convert"):
-        load(tmp_path / "model.gguf")
+def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "model.txt").write_bytes(b"text")
+    with pytest.raises(ConfigError, match="is a file, but not GGUF"):
+        load(tmp_path / "model.txt")
 
 
 def test_group_sizes_must_divide(folder: Path) -> None:

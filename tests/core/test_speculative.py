@@ -25,7 +25,8 @@ from m7mlx.model import Mistral
 from m7mlx.pace import MAX_DRAFT, Pace
 from m7mlx.sampling import Sampler, Sampling
 from m7mlx.speculative import Drafter, DraftModel, PromptLookup, load_draft_model, speculate
-from m7mlx.tokens.tokenizer import Tokenizer, load_tokenizer
+from m7mlx.tokens.load import load_tokenizer
+from m7mlx.tokens.tokenizer import Tokenizer
 
 MODELS = {window: small_model(small_config(sliding_window=window, head_dim=32)) for window in (4, 7, 16, None)}
 OTHER = small_model(small_config(sliding_window=5, n_layers=1), seed=0)

@@ -14,7 +14,8 @@ from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenize
 from models import MISTRAL_FILES, mistral_file
 
 from m7mlx.errors import TokenizerError
-from m7mlx.tokens.tokenizer import Tokenizer, load_tokenizer
+from m7mlx.tokens.load import load_tokenizer
+from m7mlx.tokens.tokenizer import Tokenizer
 
 VERSIONS = list(MISTRAL_FILES)
 HARD = [

@@ -18,10 +18,13 @@ from test_tokenizer import bpe_json_of, byte_level_json
 from test_tokens_formats import CONVERSATIONS, TOOLS, assistant, oracle, system, user
 
 from m7mlx.errors import ChatFormatError, TokenizerError
-from m7mlx.tokens import load as formats
-from m7mlx.tokens.formats import MistralFormat, TemplateFormat
-from m7mlx.tokens.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from m7mlx.tokens import choice
+from m7mlx.tokens.load import load_tokenizer
+from m7mlx.tokens.mistral_format import MistralFormat
+from m7mlx.tokens.template_format import TemplateFormat
+from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx.tokens.tokenizer_json import JsonTokenizer
+from m7mlx.tokens.tokenizer_sentencepiece import SentencePieceTokenizer
 
 V7 = mistral_file("v1").with_name("mistral_instruct_tokenizer_241114.model.v7")
 NAMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "legacy": False}
@@ -99,6 +102,25 @@ def test_other_conventions_are_kept(tmp_path: Path, convention: str, oracle: boo
             tokenizer.chat.encode(ASKED[2])
 
 
+@pytest.mark.oracle
+@pytest.mark.parametrize("text", ["Hi", " Hi there ", "a\n", "</s>[INST] x", "😀"])
+def test_a_message_is_continued_as_in_transformers(tmp_path: Path, text: str) -> None:
+    for name in ("a line for each", "answers trimmed of their space", "no end"):
+        tokenizer = load_tokenizer(mistrals(tmp_path, "v1", CONVENTIONS[name]))
+        assert isinstance(tokenizer.chat, TemplateFormat)
+        theirs = transformers_tokenizer(tmp_path)
+        for before in ASKED:
+            asked = [*before, assistant(text)]
+            expected = theirs.apply_chat_template(
+                asked, tokenize=True, return_dict=False, continue_final_message=True, add_generation_prompt=False
+            )
+            found = tokenizer.chat.encode([*before, assistant(text) | {"prefix": True}])
+            if "</s>" in text:  # typed text stays text
+                assert found.count(2) == sum(m["role"] == "assistant" for m in before) * (name != "no end")
+            else:
+                assert found == expected
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -121,7 +143,7 @@ def test_a_template_that_knows_tools_is_asked_about_them(tmp_path: Path) -> None
 def test_a_template_that_mistral_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_json: bool) -> None:
     """Its models were made with mistral-common, whatever spaces the template leaves out."""
     text = CONVENTIONS["answers trimmed of their space"]
-    monkeypatch.setattr(formats, "_PUBLISHED", {formats._digest(text)})
+    monkeypatch.setattr(choice, "_PUBLISHED", {choice._digest(text)})
     mistrals(tmp_path, "v1", text.replace("{% else %}", "\n  {%- else %}").replace("\n  {%- else %}", "{% else %}"))
     if with_json:
         write(tmp_path, {"tokenizer.json": bpe_json_of(mistral_file("v1"))})
@@ -134,8 +156,8 @@ def test_a_template_that_mistral_published(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_copy_with_other_indentation_is_the_same_template() -> None:
     text = "{%- for m in messages %}\n    {{- m.content + '\\n' }}\n\n{%- endfor %}\n"
-    assert formats._digest(text) == formats._digest(text.replace("    ", "\t").rstrip())
-    assert formats._digest(text) != formats._digest(text.replace("content +", "content  +"))
+    assert choice._digest(text) == choice._digest(text.replace("    ", "\t").rstrip())
+    assert choice._digest(text) != choice._digest(text.replace("content +", "content  +"))
 
 
 # --- vocabularies since v7 ------------------------------------------------------------------------------
@@ -191,8 +213,8 @@ def test_a_broken_model_beside_tokenizer_json_is_not_needed(tmp_path: Path) -> N
 @pytest.fixture
 def tries(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     found: list[Path] = []
-    choose = formats._choose
-    monkeypatch.setattr(formats, "_choose", lambda folder: found.append(folder.path) or choose(folder))
+    choose = choice._choose
+    monkeypatch.setattr(choice, "_choose", lambda folder: found.append(folder.path) or choose(folder))
     return found
 
 
@@ -233,7 +255,7 @@ def test_where_nothing_can_be_noted_it_is_tried_again(
 
 
 def test_the_record_stays_small(tmp_path: Path, record: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "_KEPT", 3)
+    monkeypatch.setattr(choice, "_KEPT", 3)
     for n in range(5):
         load_tokenizer(write(tmp_path, {"tokenizer.json": byte_level_json({f"<{n}>": True})}))
     assert len(json.loads(record.read_text())) == 3

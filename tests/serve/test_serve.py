@@ -113,6 +113,15 @@ def test_texts_and_ids_are_gone_on_with(url: str, model_folder: Path) -> None:
         assert api.completions.create(model=NAME, prompt="a").usage.completion_tokens <= 16  # type: ignore[union-attr]
 
 
+def test_a_message_of_the_assistant_is_continued(url: str, model_folder: Path) -> None:
+    model, tokenizer = load(model_folder)
+    messages = [*user("Hello"), {"role": "assistant", "content": "Once upon", "prefix": True}]
+    with client(url) as api:
+        answer = api.chat.completions.create(model=NAME, messages=messages, temperature=0, max_tokens=12)
+    pieces = stream_generate(model, tokenizer, messages, max_tokens=12, sampling=Sampling())
+    assert answer.choices[0].message.content == "".join(piece.text for piece in pieces)
+
+
 def test_several_answers_differ_and_a_seed_repeats_them(url: str) -> None:
     def three() -> list[str | None]:
         with client(url) as api:

@@ -20,7 +20,8 @@ from m7mlx_serve.reading import parsed, read
 from m7mlx_serve.schemas import ChatRequest
 
 from m7mlx.errors import InputError
-from m7mlx.tokens.tokenizer import Tokenizer, load_tokenizer
+from m7mlx.tokens.load import load_tokenizer
+from m7mlx.tokens.tokenizer import Tokenizer
 
 CHAT = "/v1/chat/completions"
 BODY: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
@@ -134,6 +135,23 @@ def test_what_has_been_read_keeps_no_texts(mistral_tokenizers: dict[str, Tokeniz
         read(CHAT, json.dumps(BODY | {"response_format": schema}).encode(), "m", tokenizer)
 
 
+def test_a_message_that_is_continued(mistral_tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = mistral_tokenizers["v3"]
+    messages = [*BODY["messages"], {"role": "assistant", "content": "The answer is", "prefix": True}]
+    asked = read(CHAT, json.dumps(BODY | {"messages": messages}).encode(), "m", tokenizer)
+    assert isinstance(asked.body, ChatRequest) and asked.body.is_continued
+    assert list(asked.ids) == [*tokenizer.chat.encode(BODY["messages"]), *tokenizer.encode("The answer is")]
+    for wrong in ([*messages, *BODY["messages"]], [{"role": "user", "content": "x", "prefix": True}]):
+        with pytest.raises(InputError, match="only an assistant's last message is continued"):
+            read(CHAT, json.dumps(BODY | {"messages": wrong}).encode(), "m", tokenizer)
+    tool = {"type": "function", "function": {"name": "f"}}
+    with pytest.raises(ApiError, match="must call a tool has no prefix"):
+        parsed(
+            json.dumps(BODY | {"messages": messages, "tools": [tool], "tool_choice": "required"}).encode(),
+            ChatRequest,
+        )
+
+
 @pytest.fixture(scope="module")
 def readers(model_folder: Path) -> Iterator[Readers]:
     found = Readers(model_folder, "m")
@@ -165,6 +183,7 @@ def test_a_process_of_its_own_reads_alike(
         ("/v1/completions", {"model": "m", "prompt": [1, 2, 3], "logprobs": 2, "max_tokens": 7}),
         (CHAT, BODY | {"model": "other"}),
         (CHAT, BODY | {"messages": [{"role": "assistant", "content": "x"}]}),
+        (CHAT, BODY | {"messages": [*BODY["messages"], {"role": "assistant", "content": "x", "prefix": True}]}),
         (CHAT, BODY | {"temperature": -1}),
     ]
     for path, body in bodies:

@@ -9,6 +9,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Markdown
 
 from m7mlx.terminal import visible
+from m7mlx.units import in_gigabytes
 from m7mlx_chat.screens.dialogs import Figures, Help
 from m7mlx_chat.store.rows import Message
 from m7mlx_chat.view import ChatView
@@ -73,5 +74,5 @@ def _figures(message: Message) -> tuple[str, ...]:
         f"{s.get('prompt_tokens', 0):,}",
         f"{s.get('reused_tokens', 0):,}",
         f"{s.get('prompt_tps', 0):,.0f}",
-        f"{s.get('peak_memory', 0) / 1e9:.2f} GB",
+        in_gigabytes(s.get("peak_memory", 0), 2),
     )
