@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from m7mlx.errors import InputError
-from m7mlx_chat.engine import Engine
-from m7mlx_chat.events import Done, Event, Failed, Ready, Request, Seen, Text
+from m7mlx_chat.events import AnyEngine, Done, Event, Failed, Ready, Request, Seen, Text
 from m7mlx_chat.history import history
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.store import Store
@@ -53,7 +52,7 @@ class Answering:
     schema     a JSON schema that every answer must fit
     """
 
-    def __init__(self, store: Store, engine: Engine) -> None:
+    def __init__(self, store: Store, engine: AnyEngine) -> None:
         self.store = store
         self.under_way: UnderWay | None = None
         self.ready: Ready | None = None

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from m7mlx.errors import DownloadError, InputError, RunError
@@ -19,7 +18,7 @@ from m7mlx_chat.events import Done, Event, Failed, Text
 from m7mlx_chat.printers import JsonPrinter, Printer, TextPrinter
 from m7mlx_chat.session import Session
 from m7mlx_chat.settings import Settings
-from m7mlx_chat.store import Store
+from m7mlx_chat.store import open_store
 
 if TYPE_CHECKING:  # for the annotation only: it comes with sockets and authentication
     from m7mlx.parallel.world import World
@@ -138,14 +137,3 @@ def fetch_models(settings: Settings) -> Path:
         if settings.model == DEMO:
             raise
         raise DownloadError(f"{error}; or try the small model: m7mlx-chat --model demo") from None
-
-
-@contextmanager
-def open_store(database: Path | None) -> Iterator[Store]:
-    """The conversations in a database; None: an empty store that is gone afterwards."""
-    if database is not None:
-        with Store(database) as store:
-            yield store
-    else:
-        with TemporaryDirectory(prefix="m7mlx-chat-") as folder, Store(Path(folder) / "chats.db") as store:
-            yield store

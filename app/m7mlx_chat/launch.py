@@ -20,10 +20,9 @@ from m7mlx_chat.catalog import on_this_machine
 from m7mlx_chat.config import Config
 from m7mlx_chat.engine import Engine
 from m7mlx_chat.environment import Environment
-from m7mlx_chat.headless import open_store
 from m7mlx_chat.session import Session
 from m7mlx_chat.settings import Settings
-from m7mlx_chat.store import Store
+from m7mlx_chat.store import Store, open_store
 from m7mlx_chat.view import Parts
 
 _FINISH_SECONDS = 3.0  # for the engine to end its token

@@ -15,7 +15,7 @@ from typing import Any
 
 from m7mlx.errors import InputError
 from m7mlx_chat.answering import Answering, UnderWay
-from m7mlx_chat.engine import Engine
+from m7mlx_chat.events import AnyEngine
 from m7mlx_chat.history import ids_for
 from m7mlx_chat.settings import ANSWER, ENGINE, Settings, known
 from m7mlx_chat.store import Store
@@ -30,7 +30,7 @@ class Session(Answering):
     line          ids of its messages, from the first to the last of the branch shown
     """
 
-    def __init__(self, store: Store, engine: Engine, settings: Settings) -> None:
+    def __init__(self, store: Store, engine: AnyEngine, settings: Settings) -> None:
         super().__init__(store, engine)
         self.settings = settings
         self.conversation: int | None = None

@@ -14,8 +14,8 @@ from textual.widgets import Static
 from m7mlx.terminal import visible
 from m7mlx_chat.config import Config
 from m7mlx_chat.dispatch import DispatchingApp
-from m7mlx_chat.engine import Engine
 from m7mlx_chat.environment import Environment
+from m7mlx_chat.events import AnyEngine
 from m7mlx_chat.gate import Gate
 from m7mlx_chat.session import Session
 from m7mlx_chat.widgets.completion import Completion
@@ -34,7 +34,7 @@ BESIDE_FROM, _FRAMED_FROM = 56, 10  # columns, rows: for the conversations besid
 class Parts:
     """What a chat is put together from."""
 
-    engine: Engine
+    engine: AnyEngine
     session: Session
     config: Config
     environment: Environment

@@ -11,7 +11,6 @@ import pytest
 from chat_harness import READY, ScriptedEngine, done
 from m7mlx_chat import answering
 from m7mlx_chat.answering import Busy
-from m7mlx_chat.engine import Engine
 from m7mlx_chat.events import Failed, Seen, Text
 from m7mlx_chat.session import Session
 from m7mlx_chat.settings import Settings
@@ -27,7 +26,7 @@ class Speaker:
     def __init__(self, database: Path, *, ready: bool = True, **settings: Any) -> None:
         self.engine = ScriptedEngine()
         self.store = Store(database)
-        self.session = Session(self.store, cast(Engine, self.engine), Settings(model="m", **settings))
+        self.session = Session(self.store, self.engine, Settings(model="m", **settings))
         if ready:
             self.session.handle(READY)
 

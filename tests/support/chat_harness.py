@@ -137,9 +137,9 @@ async def chatting(
     """The app over a database in `folder`."""
     with Store(folder / "chats.db") as store:
         engine = ScriptedEngine()
-        session = Session(store, engine, settings or Settings(model="a[b]/model"))  # type: ignore[arg-type]
+        session = Session(store, engine, settings or Settings(model="a[b]/model"))
         environment = environment or environment_in(folder)
-        parts = Parts(engine, session, config or Config(environment.config), environment)  # type: ignore[arg-type]
+        parts = Parts(engine, session, config or Config(environment.config), environment)
         app = ChatApp(parts, folder=model, **options)
         async with app.run_test(size=size, notifications=notifications) as pilot:
             chat = Chat(app, engine, session, pilot)

@@ -419,8 +419,8 @@ def main(folder: Path) -> None:
     os.chdir(folder)
     with Store(folder / "chats.db") as store:
         engine = ScriptedEngine()
-        session = Session(store, engine, settings())  # type: ignore[arg-type]
-        parts = Parts(engine, session, config(folder), environment_in(folder))  # type: ignore[arg-type]
+        session = Session(store, engine, settings())
+        parts = Parts(engine, session, config(folder), environment_in(folder))
         app = ChatApp(parts, folder=folder)
 
         async def drive(pilot: Pilot[None]) -> None:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Self
 
@@ -302,3 +303,14 @@ def _held(lock: FileLock, path: Path) -> Iterator[None]:
             yield
     except Timeout:
         raise RunError(f"another m7mlx-chat has been opening {path} for long; try again, or end it") from None
+
+
+@contextmanager
+def open_store(path: Path | None) -> Iterator[Store]:
+    """Open a database for a while; None: an empty one that is gone afterwards."""
+    if path is not None:
+        with Store(path) as store:
+            yield store
+    else:
+        with TemporaryDirectory(prefix="m7mlx-chat-") as folder, Store(Path(folder) / "chats.db") as store:
+            yield store
