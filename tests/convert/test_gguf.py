@@ -12,6 +12,7 @@ import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
+from conversations import CHATML
 from gguf_files import write_mistral_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,8 +25,7 @@ from m7mlx_convert.scheme import Recipe
 from models import mistral_file, random_weights, small_config, weights_on_disk
 from sentencepiece import SentencePieceProcessor
 from sources import read_weights
-from test_tokenizer import HARD
-from test_tokens_formats import CHATML
+from tokenizer_folders import HARD
 
 from m7mlx import generate, load, stream_generate
 from m7mlx.config import ModelConfig

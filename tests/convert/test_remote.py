@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 from gguf_files import write_mistral_gguf
-from hub_server import Hub, serve
+from hub_server import Hub, environment, serve
 from models import write_folder
 from sources import quantisable, write_native, write_sharded
 from test_gguf import CONFIG as GGUF_CONFIG
-from test_hub import environment
 
 REPO = "someone/little"
 

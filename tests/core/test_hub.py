@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from hub_server import Hub, serve
+from hub_server import Hub, environment, serve
 from models import small_config, write_folder
 from processes import running
 
@@ -41,18 +40,6 @@ except M7Error as error:
     sys.exit(f"{type(error).__name__}: {error}")
 print(*sorted(p.name for p in found.iterdir()) if found.is_dir() else [found.name])
 """
-
-
-def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
-    """Caches of the test's own."""
-    settings = {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "hf"),
-        "M7MLX_CACHE": str(tmp_path / "m7"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_ETAG_TIMEOUT": "2",
-    }
-    return os.environ | settings
 
 
 def start(hub: Hub, tmp_path: Path, name: str) -> AbstractContextManager[subprocess.Popen[str]]:

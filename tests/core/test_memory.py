@@ -70,7 +70,7 @@ def test_weights_that_are_not_expanded_are_planned_too(tmp_path: Path, monkeypat
     monkeypatch.setattr(m7mlx.memory, "expands", lambda config: False)
     monkeypatch.setattr(sys.modules["m7mlx.loading"], "expands", lambda config: False)
     config = small_config(hidden_size=256, intermediate_size=512, quantization=Quantization(64, 4), vocab_size=32000)
-    weights = {}
+    weights: dict[str, mx.array] = {}
     for name, shape in config.weight_shapes().items():
         array = mx.random.normal(shape)
         kinds = ("weight", "scales", "biases")

@@ -15,7 +15,8 @@ from sentencepiece import SentencePieceProcessor
 from sources import permuted, tokenizer_json
 
 from m7mlx.config import ModelConfig
-from m7mlx.tokens.tokenizer import Tokenizer, load_tokenizer
+from m7mlx.tokens.load import load_tokenizer
+from m7mlx.tokens.tokenizer import Tokenizer
 
 NAMES = {
     "model.embed_tokens": "token_embd",
