@@ -25,7 +25,7 @@ from m7mlx.terminal import one_line
 _MOST_INDEX = 64 << 20  # bytes
 ADAPTERS = ("adapters.safetensors", "adapter_model.safetensors")  # of mlx-lm and of PEFT
 INDEX = "model.safetensors.index.json"
-_FLOATS = ("F32", "F16", "BF16")
+FLOATS = ("F32", "F16", "BF16")
 DTYPES: dict[str, mx.Dtype] = {  # safetensors' names → MLX's types, of those that weights have
     "F32": mx.float32,
     "F16": mx.float16,
@@ -202,16 +202,19 @@ def _indexed(folder: Path, index: Path, files: list[Path]) -> dict[str, StoredTe
     return found
 
 
+def check_layer_count(where: Path, config: ModelConfig, tensors: int) -> None:
+    """Raise WeightsError for more layers than tensors, before a list of a billion layers fills the memory."""
+    if config.n_layers > tensors:
+        raise WeightsError(f"{where}: its configuration says {config.n_layers} layers, it holds {tensors} tensors")
+
+
 def parameters(folder: Path, config: ModelConfig, headers: Mapping[str, StoredTensor]) -> dict[str, Parameter]:
     """Return the model's parameters by their name on disk, each compared with the config.
 
     Raises WeightsError for a tensor that is missing, of another shape or type, or not a part of the
     model.
     """
-    if config.n_layers > len(headers):  # or a config of 10⁹ layers would fill the memory below
-        raise WeightsError(
-            f"{folder}: config.json says {config.n_layers} layers, the files hold {len(headers)} tensors"
-        )
+    check_layer_count(folder, config, len(headers))
     found = {name: _parameter(folder, config, name, shape, headers) for name, shape in config.weight_shapes().items()}
     known = {f"{name.removesuffix('.weight')}.{kind}" for name, stored in found.items() for kind in stored.parts}
     for name in sorted(headers.keys() - known):
@@ -285,14 +288,14 @@ def _parameter(
     scheme = config.quantization.for_module(module) if config.quantization and len(shape) == 2 else None
     if f"{module}.scales" not in headers:
         scheme = None  # mlx-lm leaves out what its groups do not divide
-    expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {"weight": (_FLOATS, shape)}
+    expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {"weight": (FLOATS, shape)}
     if scheme:
         rows, columns = shape
         if columns % scheme.group_size:
             raise WeightsError(
                 f"{folder}: {module} has {columns} columns, which groups of {scheme.group_size} do not divide"
             )
-        groups = (_FLOATS if scheme.mode == "affine" else ("U8",), (rows, columns // scheme.group_size))
+        groups = (FLOATS if scheme.mode == "affine" else ("U8",), (rows, columns // scheme.group_size))
         expected = {"weight": (("U32",), (rows, columns * scheme.bits // 32)), "scales": groups}
         if scheme.mode == "affine":
             expected["biases"] = groups

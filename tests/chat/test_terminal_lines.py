@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.segment import Segment
 from rich.style import Style
-from test_gate import OURS, on_terminal
+from terminal import OURS, on_terminal
 
 from m7mlx.terminal import json_line, make_safe, make_streams_safe, one_line, visible
 
