@@ -17,8 +17,8 @@ from m7mlx.batch import BatchCache
 from m7mlx.cache import RollingCache
 from m7mlx.decode import default_chunk
 from m7mlx.errors import InputError
-from m7mlx.generation import check_prompt
 from m7mlx.model import Mistral
+from m7mlx.request import check_prompt
 
 _POSITIONS = 128  # whose logits are held at one time: 25 MB in a vocabulary of 49,152
 

@@ -15,9 +15,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from m7mlx import Request
 from m7mlx.errors import InputError
 from m7mlx_chat.engine import Engine
-from m7mlx_chat.events import Done, Event, Failed, Ready, Request, Seen, Text
+from m7mlx_chat.events import Done, Event, Failed, Ready, Seen, Text
 from m7mlx_chat.settings import ANSWER, ENGINE, Settings, known
 from m7mlx_chat.store import Store
 from m7mlx_chat.store.rows import Ending, Message
@@ -248,14 +249,15 @@ class Session:
     def _submit(self, under_way: UnderWay) -> None:
         settings = under_way.settings
         under_way.submitted, under_way.saved = True, time.monotonic()
+        text, ids = under_way.begun or ("", None)
         self._engine.submit(
             Request(
                 self.history(under_way.question, settings.system),
                 settings.sampling,
                 settings.max_tokens,
                 settings.stop,
-                under_way.begun,
-                self.schema,
+                continues=text if ids is None else ids,
+                schema=self.schema,
             )
         )
 
