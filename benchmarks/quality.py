@@ -39,7 +39,7 @@ def in_fewer_bits(model: Mistral, ids: list[int]) -> None:
         cache = model.new_cache(kv_bits=bits)
         found = compare(model, model, ids, caches=(cache, model.new_cache()))
         per_number = cache.nbytes / 2 / model.config.n_layers / model.config.n_kv_heads / model.config.head_dim
-        per_number *= 8 / cache.rings[0].rows
+        per_number *= 8 / cache.rings[0].n_slots
         name = "as computed" if bits is None else f"{bits} bits"
         loss, kl, same = perplexity(found.logprobs), found.kl.mean(), found.agrees.mean()
         rows.append([name, f"{per_number:.2f}", f"{loss:.3f}", f"{kl:.5f}", f"{same:.1%}"])

@@ -18,6 +18,7 @@ from m7mlx.decode import reuse
 from m7mlx.errors import M7Error
 from m7mlx.generation import generate, stream_generate
 from m7mlx.loading import load
+from m7mlx.lora import set_adapter
 from m7mlx.model import Mistral
 from m7mlx.quantization import Quantization
 from m7mlx.request import Request
@@ -47,5 +48,6 @@ __all__ = [
     "load_draft_model",
     "reuse",
     "save_cache",
+    "set_adapter",
     "stream_generate",
 ]

@@ -84,7 +84,7 @@ class Answer:
         )
         self.sampler.see(self.ids, chosen=len(request.continues))
         self._text, self._stop = tokenizer.detokenizer(request.at_start), StopFilter(request.stop)
-        for token in self.ids[len(self.ids) - len(request.continues) :]:
+        for token in self.ids[len(self.ids) - len(request.continues) - request.begun :]:
             self._text.add(token)  # shown already; a character cut in the middle is finished
         self._eos = tokenizer.eos_ids
         self._reused = self._count = 0

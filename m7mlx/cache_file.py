@@ -67,8 +67,8 @@ def save_cache(
     Raises InputError (a cache of another model, an empty one, or one broken off), DiskError.
     """
     path = Path(path)
-    if cache.config != model.config:
-        raise InputError("this cache was made for another model")
+    if cache.config != model.config or cache.owner not in (None, model.identity):
+        raise InputError("this cache was made for another model, or is older than the change of its adapter")
     if not cache.intact or len(cache.ids) not in (0, cache.offset):
         raise InputError("a forward pass was broken off in this cache; only a whole one can be saved")
     if not cache.offset:
@@ -122,7 +122,7 @@ def load_cache(path: str | Path, model: Mistral) -> RollingCache:
     except InputError as error:
         raise CacheFileError(f"{path} is damaged: {error}") from None
     cache.bind(model.identity, model.config)
-    cache.move_to(header.offset, header.written)
+    cache.positions = cache.positions.at(header.offset, header.written)
     if header.window != cache.window or not cache.intact:
         raise CacheFileError(f"{path} is damaged: its header contradicts itself")
     _fill(path, cache, _read_arrays(path, cache, model, header, about))
@@ -149,7 +149,7 @@ def _header(cache: RollingCache, model: Mistral, metadata: Mapping[str, str]) ->
         kv_bits=cache.format.bits,
         kv_group_size=cache.format.group_size,
         offset=cache.offset,
-        written=cache.written,
+        written=cache.positions.written,
         metadata=metadata,
     )
 
@@ -182,7 +182,7 @@ def _arrays(cache: RollingCache) -> dict[str, mx.array]:
     """All there is to save, by name. Rows that were never written are left out."""
     arrays = {"ids": mx.array(cache.ids, dtype=mx.int32)}
     for i, ring in enumerate(cache.rings):
-        rows = min(ring.rows, cache.written)
+        rows = min(ring.n_slots, cache.positions.written)
         arrays |= {name: a[:, :, :rows] for name, a in zip(_names(cache, i), ring.buffers, strict=True)}
         if ring.sinks is not None:
             arrays |= {f"layers.{i}.sinks.{n}": a for n, a in ring.sinks._asdict().items()}
@@ -198,7 +198,7 @@ def _names(cache: RollingCache, layer: int) -> list[str]:
 def _expected(cache: RollingCache, model: Mistral) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Type and shape of every tensor but the ids."""
     config, ring = cache.config, cache.rings[0]
-    rows = min(ring.rows_for(cache.written), cache.written)
+    rows = min(ring.slots_for(cache.positions.written), cache.positions.written)
     # What one row of this model looks like when it is stored.
     like = cache.format.encode(mx.zeros((1, config.n_kv_heads, 1, config.head_dim), model.dtype)) * 2
     expected: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -246,7 +246,7 @@ def _read_arrays(
 def _fill(path: Path, cache: RollingCache, arrays: Mapping[str, mx.array]) -> None:
     for i, ring in enumerate(cache.rings):
         ring.buffers = tuple(arrays[name] for name in _names(cache, i))
-        ring.reserve(cache.written, ring.buffers)
+        ring.reserve(cache.positions.written, ring.buffers)
         if cache.n_sinks:
             ring.sinks = Sinks(*(arrays[f"layers.{i}.sinks.{n}"] for n in Sinks._fields))
     cache.ids = arrays["ids"].tolist()  # type: ignore[assignment]

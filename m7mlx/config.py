@@ -14,7 +14,7 @@ from typing import Any
 
 from m7mlx.config_keys import check_keys, check_params_keys
 from m7mlx.errors import ConfigError
-from m7mlx.files.jsonfile import given, number, read_json, said, texts, token_id, token_ids, whole
+from m7mlx.jsonfile import given, number, read_json, said, texts, token_id, token_ids, whole
 from m7mlx.quantization import Quantization
 
 # Hugging Face's defaults, from MistralConfig and LlamaConfig. What both share stands in _SHARED.

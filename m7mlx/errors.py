@@ -6,7 +6,7 @@
     │   ├── WeightsError           safetensors and GGUF files
     │   ├── TokenizerError         tokenizer files, ids out of range
     │   ├── CacheFileError         a saved cache that is damaged or not of this model
-    │   ├── StoreError             the stored conversations: damaged, newer, or not there (any more)
+    │   ├── StoreError             the stored conversations: the chat’s own, in m7mlx_chat/store/errors.py
     │   ├── ChatFormatError        messages or a chat template
     │   ├── PromptTooLongError     more tokens than the context holds
     │   └── NotFoundError          no such folder, repository or alias; no access
@@ -50,10 +50,6 @@ class TokenizerError(InputError):
 
 class CacheFileError(InputError):
     """A saved cache that is damaged, foreign, of another model or of a newer version."""
-
-
-class StoreError(InputError):
-    """A database of conversations that is damaged, foreign or of a newer version, or that lacks what is asked for."""
 
 
 class ChatFormatError(InputError):

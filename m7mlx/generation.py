@@ -62,7 +62,8 @@ def stream_generate(
     """Yield the answer to `prompt` piece by piece.
 
     prompt      a text to go on with, a list of ids (an array of MLX or NumPy too), or a list of chat messages (see
-                `m7mlx.tokens.formats`), whose contents may be lists of text parts
+                `m7mlx.tokens.messages`), whose contents may be lists of text parts. A last message
+                of the assistant with "prefix": True is continued: the answer is what comes after it
     cache       kept from call to call, so that only what is new of the prompt is prefilled; this model's own. A
                 generator that is at work with it gives way to a new one, and fails if it is asked for more
     drafter     guesses several tokens at a time, fewer than the cache's slack (`m7mlx.speculative`); the answer
@@ -208,7 +209,7 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
 def _check_drafter(drafter: Drafter, model: Mistral, request: Request) -> None:
     if isinstance(drafter, type) or not hasattr(drafter, "draft"):
         raise InputError(f"drafter must be a DraftModel or a PromptLookup(), not {kind_of(drafter)}")
-    if model.link is not None:
+    if model.exchange is not None:
         raise InputError("a model that is divided among processes is not speculated on")
     if request.has_grammar:
         raise InputError("an answer that follows a grammar cannot be drafted; leave out the drafter")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import mlx.nn as nn
 
 from m7mlx.arrays import dequantize, is_finite, on_cpu
 from m7mlx.config import ModelConfig
-from m7mlx.errors import ConfigError, RunError, WeightsError
+from m7mlx.errors import InputError, RunError, WeightsError
 from m7mlx.files.checksums import check_folder
 from m7mlx.files.hub import resolve
 from m7mlx.files.weights import (
@@ -25,10 +26,13 @@ from m7mlx.files.weights import (
     read_slices,
 )
 from m7mlx.fuse import fuse
-from m7mlx.memory import budget, cache_bytes, expands, loaded_bytes, machine_memory, settle
+from m7mlx.lora import open_adapter, put_on
+from m7mlx.memory import budget, cache_bytes, expands, loaded_bytes, machine_memory, planned_length, settle
 from m7mlx.model import Mistral
-from m7mlx.shard import Part
-from m7mlx.tokens.tokenizer import Tokenizer, load_tokenizer
+from m7mlx.shard import Shard
+from m7mlx.tokens.load import load_tokenizer
+from m7mlx.tokens.tokenizer import Tokenizer
+from m7mlx.units import in_gigabytes
 
 
 def load(
@@ -36,41 +40,56 @@ def load(
     *,
     dtype: mx.Dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
-    part: Part | None = None,
+    shard: Shard | None = None,
+    adapter_path: str | Path | None = None,
 ) -> tuple[Mistral, Tokenizer]:
-    """Load a model folder, a Hub repository ("org/name") or an alias ("mistral", "demo").
+    """Load a model: a folder, a GGUF file, a Hub repository ("org/name"), a file in one, or an alias.
 
     dtype     type of activations and unquantised weights; None keeps the file's, except on the CPU backend,
               where 16-bit arithmetic is emulated: there it is float32, and quantised weights are expanded
               to float32 if they fit into half of the memory
     progress  called with (bytes read, bytes to read)
-    part      read this part of the model only, for processes that share it (`m7mlx.parallel.world.World.load`)
+    shard     read this shard of the model only, for processes that divide it (`m7mlx.parallel.world.World.load`)
+    adapter_path
+              a LoRA adapter, as for `m7mlx.set_adapter`: put on the model, whose weights stay what they are
 
     Use the model on the thread that called this: MLX's streams belong to their thread.
     Raises NotFoundError, DownloadError, ConfigError, WeightsError, TokenizerError; RunError if the machine has too
     little memory.
     """
-    folder, config, headers = _checked(name, dtype, part)
+    folder, config, headers = _checked(name, dtype, shard)
+    adapter = None if adapter_path is None else open_adapter(adapter_path, config)
+    if adapter is not None and shard is not None:
+        raise InputError("a shard of a model takes no adapter; merge it first: m7mlx-convert MODEL --adapter")
     tokenizer = load_tokenizer(folder, config.vocab_size)
-    if part is None:
-        return build(config, _read(_files(headers), progress), dtype), tokenizer
-    weights = _read_part(headers, config, part, progress)
-    return build(part.config(config), weights, dtype, is_part=True), tokenizer
+    if shard is None:
+        model = build(config, _read(_files(headers), progress), dtype)
+        if adapter is not None:
+            put_on(model, adapter, str(adapter_path))
+    else:
+        weights = _read_shard(headers, config, shard, progress)
+        model = build(shard.config(config), weights, dtype, is_shard=True)
+    model.compiles_steps = _wants_compiled_steps()
+    return model, tokenizer
 
 
 def load_model(name: str | Path, *, dtype: mx.Dtype | None = None) -> Mistral:
     """The model alone, of a folder without a tokenizer too; otherwise as `load`."""
     _, config, headers = _checked(name, dtype)
-    return build(config, _read(_files(headers)), dtype)
+    model = build(config, _read(_files(headers)), dtype)
+    model.compiles_steps = _wants_compiled_steps()
+    return model
+
+
+def _wants_compiled_steps() -> bool:
+    return os.environ.get("M7MLX_COMPILE", "") in ("1", "on")
 
 
 def _checked(
-    name: str | Path, dtype: mx.Dtype | None, part: Part | None = None
+    name: str | Path, dtype: mx.Dtype | None, shard: Shard | None = None
 ) -> tuple[Path, ModelConfig, dict[str, StoredTensor]]:
     """The folder, its configuration and its tensors, after all that can be known before they are read."""
     folder = resolve(name)
-    if folder.is_file():
-        raise ConfigError(f"{folder} is a file; a GGUF file is converted first: m7mlx-convert {folder}")
     config = ModelConfig.from_folder(folder)
     headers = folder_weights(folder)
     check_folder(folder)
@@ -78,11 +97,11 @@ def _checked(
     parameters(folder, config, headers)
     headers = {name: stored for name, stored in headers.items() if not is_left_out(name, config)}
     stored = sum(path.stat().st_size for path in _files(headers))
-    if part is None:
+    if shard is None:
         _check_memory(folder, config, stored, _compute_dtype(dtype))
     else:
         sizes = {n: (t.shape, math.prod(t.shape) * DTYPES[t.dtype].size) for n, t in headers.items()}
-        _check_memory(folder, part.config(config), part.nbytes(sizes, config), _compute_dtype(dtype))
+        _check_memory(folder, shard.config(config), shard.nbytes(sizes, config), _compute_dtype(dtype))
     return folder, config, headers
 
 
@@ -91,16 +110,16 @@ def _files(headers: dict[str, StoredTensor]) -> list[Path]:
 
 
 def build(
-    config: ModelConfig, weights: dict[str, mx.array], dtype: mx.Dtype | None = None, *, is_part: bool = False
+    config: ModelConfig, weights: dict[str, mx.array], dtype: mx.Dtype | None = None, *, is_shard: bool = False
 ) -> Mistral:
     """A model from its weights by name on disk; `dtype` as for `load`. `weights` is emptied on the way.
 
-    is_part  the embedding may be missing: other processes have it
+    is_shard  the embedding may be missing: other processes have it
     """
     dtype = _compute_dtype(dtype)
     expand = config.quantization is not None and expands(config)
     model = Mistral(config)
-    if is_part and "model.embed_tokens.weight" not in weights:
+    if is_shard and "model.embed_tokens.weight" not in weights:
         del model.model["embed_tokens"]
     loaded: dict[str, mx.array] = {}
     for name in list(weights):
@@ -152,13 +171,13 @@ def _check_memory(folder: Path, config: ModelConfig, stored: int, dtype: mx.Dtyp
     """Raise RunError if weights, of so many bytes in files, and a window of keys and values exceed the budget: on
     macOS, a kernel panic."""
     weights = loaded_bytes(config, stored) if dtype is None or dtype == mx.float32 else stored
-    positions = config.sliding_window or min(config.max_position_embeddings, 4096)
+    positions = planned_length(config)
     cache = cache_bytes(config, positions, 8 * (dtype or mx.float16).size)
     if weights + cache > budget():
         whose = "this machine has" if budget() == machine_memory() else "the limit is"
         raise RunError(
-            f"{folder} needs {weights / 1e9:.1f} GB for its weights and {cache / 1e9:.1f} GB for {positions:,} "
-            f"tokens, but {whose} {budget() / 1e9:.1f} GB; quantise it: m7mlx-convert {folder} --q-bits 4"
+            f"{folder} needs {in_gigabytes(weights)} for its weights and {in_gigabytes(cache)} for {positions:,} "
+            f"tokens, but {whose} {in_gigabytes(budget())}; quantise it: m7mlx-convert {folder} --q-bits 4"
         )
 
 
@@ -185,21 +204,21 @@ def _read(files: list[Path], progress: Callable[[int, int], None] | None = None)
     return weights
 
 
-def _read_part(
+def _read_shard(
     headers: dict[str, StoredTensor],
     config: ModelConfig,
-    part: Part,
+    shard: Shard,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, mx.array]:
-    """The tensors of one part, by its model's names for them, checked to be finite; nothing else is read."""
-    names = {name: own for name in headers if (own := part.name(name, config)) is not None}
+    """The tensors of one shard, by its model's names for them, checked to be finite; nothing else is read."""
+    names = {name: own for name in headers if (own := shard.name(name, config)) is not None}
     starts = {path: data_starts(path) for path in _files(headers)}
     weights: dict[str, mx.array] = {}
     for done, (name, own) in enumerate(names.items()):
         if progress:
             progress(done, len(names))
         stored = headers[name]
-        weights[own] = read_slices(stored, starts[stored.path][name], part.slices(name, stored.shape))
+        weights[own] = read_slices(stored, starts[stored.path][name], shard.slices(name, stored.shape))
         _check_finite(stored.path, name, weights[own])
     if progress:
         progress(len(names), len(names))

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Unpack
+from typing import Unpack
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from m7mlx.arrays import nbytes, swiglu
 from m7mlx.attention import Attention
-from m7mlx.batch import BatchCache
-from m7mlx.cache import CacheOptions, RollingCache
+from m7mlx.cache import CacheOptions, KVCache, RollingCache
+from m7mlx.config import ModelConfig
 from m7mlx.errors import InputError, TokenizerError
-from m7mlx.ring import LayerRing, Step
-
-if TYPE_CHECKING:
-    from m7mlx.config import ModelConfig
-    from m7mlx.link import Link
+from m7mlx.exchange import Exchange
+from m7mlx.positions import ForwardPass
+from m7mlx.ring import LayerRing
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) · up(x))."""
+    """The feed-forward network, SwiGLU: down(silu(gate(x)) · up(x))."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -49,8 +47,8 @@ class Block(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
 
-    def __call__(self, x: mx.array, ring: LayerRing, step: Step) -> mx.array:  # [B, L, hidden_size]
-        x = x + self.self_attn(self.input_layernorm(x), ring, step)
+    def __call__(self, x: mx.array, ring: LayerRing, forward: ForwardPass) -> mx.array:  # [B, L, hidden_size]
+        x = x + self.self_attn(self.input_layernorm(x), ring, forward)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -69,74 +67,88 @@ class Mistral(nn.Module):
 
     model(ids)              logits [B, L, vocab_size] for ids [B, L], the whole sequence at once
     model(ids, cache)       the same for the tokens that follow those in the cache
-    model.logits(…)         the same, for ids that are known to be the vocabulary's: they need not be read
+    model.logits(…)         without a look at the ids, where they are known to be the vocabulary's
     model.hidden(…)         without the head; `model.head` then gives the logits of the positions wanted
     model.identity          what a cache knows its model by
-    model.link              where other processes hold parts of it (`m7mlx.shard`); all of them run each pass
+    model.adapter           the name of the LoRA adapter that is on it (`m7mlx.set_adapter`), or None
+    model.exchange          set where other processes hold shards of it; all of them run each pass
+    model.compiles_steps    whether a token is decoded by a compiled function (`m7mlx.compiled`)
     """
-
-    link: Link | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.identity = object()
+        self.identity = self._own_identity = object()
+        self.adapter: str | None = None
+        self.exchange: Exchange | None = None
+        self.compiles_steps = False
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def __call__(self, ids: mx.array, cache: RollingCache | BatchCache | None = None) -> mx.array:
-        """Raises InputError for ids that are none, or not [B, L]: past the embedding lies memory of others."""
+    def __call__(self, ids: mx.array, cache: KVCache | None = None) -> mx.array:
+        """Return the logits, after a look at the ids: past the embedding lies memory of others.
+
+        Raises InputError for ids that are not integers [B, L], TokenizerError for some outside the vocabulary.
+        """
         if not isinstance(ids, mx.array) or ids.ndim != 2 or not mx.issubdtype(ids.dtype, mx.integer):
             raise InputError("a model takes ids as an mx.array of integers [B, L]")
         if ids.size and not 0 <= ids.min().item() <= ids.max().item() < self.config.vocab_size:  # type: ignore[operator]
             raise TokenizerError(f"there are token ids outside the model's vocabulary of {self.config.vocab_size}")
         return self.logits(ids, cache)
 
-    def logits(self, ids: mx.array, cache: RollingCache | BatchCache | None = None) -> mx.array:
-        """As model(ids, cache), without a look at the ids."""
+    def logits(self, ids: mx.array, cache: KVCache | None = None) -> mx.array:
+        """Return the logits without a look at the ids."""
         return self.head(self.hidden(ids, cache))
 
-    def hidden(self, ids: mx.array, cache: RollingCache | BatchCache | None = None) -> mx.array:
-        """Last hidden states [B, L, hidden_size], normalised, for ids [B, L]; advances the cache by L."""
+    def hidden(self, ids: mx.array, cache: KVCache | None = None) -> mx.array:
+        """Return the last hidden states [B, L, hidden_size], normalised, for ids [B, L].
+
+        The cache advances by L.
+        """
         cache = self.new_cache() if cache is None else cache
         cache.bind(self.identity, self.config)
-        step = cache.step(ids.shape[1])
-        hidden = self.through(ids, cache.rings, step)
-        cache.advance(step)
+        cache.begin(ids.shape[1])
+        hidden = self.through(ids, cache.rings, cache.positions.forward_pass(ids.shape[1]))
+        cache.advance(ids.shape[1])
         return hidden
 
-    def through(self, ids: mx.array, rings: Sequence[LayerRing], step: Step) -> mx.array:
-        """The same, for a step over rings that somebody else describes."""
+    def through(self, ids: mx.array, rings: Sequence[LayerRing], forward: ForwardPass) -> mx.array:
+        """Run a forward pass that has been described over ids [B, L] and one ring for each layer."""
         x: mx.array
-        if self.link is None or self.link.is_first:
+        if self.exchange is None or self.exchange.is_first:
             x = self.model.embed_tokens(ids)
         else:
-            x = self.link.receive((*ids.shape, self.config.hidden_size), self.dtype)
+            x = self.exchange.receive((*ids.shape, self.config.hidden_size), self.dtype)
         for block, ring in zip(self.model.layers, rings, strict=True):
-            x = block(x, ring, step)
-        if self.link is not None and not self.link.is_last:
-            return self.link.send(x)
+            x = block(x, ring, forward)
+        if self.exchange is not None and not self.exchange.is_last:
+            return self.exchange.send(x)
         normed: mx.array = self.model.norm(x)
         return normed
 
     def head(self, hidden: mx.array) -> mx.array:
-        """Logits [B, L, vocab_size] of hidden states [B, L, hidden_size]."""
-        if self.link is not None:
-            hidden = self.link.from_last(hidden)
+        """Return the logits [B, L, vocab_size] of hidden states [B, L, hidden_size]."""
+        if self.exchange is not None:
+            hidden = self.exchange.from_last(hidden)
         tied = self.config.tie_word_embeddings
         logits: mx.array = self.model.embed_tokens.as_linear(hidden) if tied else self.lm_head(hidden)
         return logits
 
     def agree(self, tokens: mx.array) -> mx.array:
-        """Chosen tokens, the same in all processes that share the model."""
-        return tokens if self.link is None else self.link.agree(tokens)
+        """Return the tokens that were chosen, the same in all processes that share the model."""
+        return tokens if self.exchange is None else self.exchange.agree(tokens)
 
     def new_cache(self, **options: Unpack[CacheOptions]) -> RollingCache:
-        """An empty cache for this model; options as for `RollingCache`."""
+        """Return an empty cache for this model; options as for `RollingCache`."""
         cache = RollingCache(self.config, **options)
         cache.bind(self.identity, self.config)
         return cache
+
+    def changed_by(self, adapter: str | None) -> None:
+        """Note which adapter is on the model, None for none: caches of another state no longer belong to it."""
+        self.adapter = adapter
+        self.identity = self._own_identity if adapter is None else object()
 
     @property
     def dtype(self) -> mx.Dtype:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from m7mlx.errors import ConfigError
-from m7mlx.files.jsonfile import said, whole
+from m7mlx.jsonfile import said, whole
 
 _MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # mode → bits, group sizes
     "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),

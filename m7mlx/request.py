@@ -22,7 +22,7 @@ from m7mlx.errors import InputError, PromptTooLongError, TokenizerError
 from m7mlx.memory import positions_that_fit
 from m7mlx.model import Mistral
 from m7mlx.sampling import LogitsProcessor, Sampling
-from m7mlx.tokens.formats import Message
+from m7mlx.tokens.messages import Message
 from m7mlx.tokens.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -34,11 +34,14 @@ class Request:
     """A prompt, and how to answer it.
 
     prompt      a text to go on with, ids (a list, or an array of MLX or NumPy), or chat messages
-                (`m7mlx.tokens.formats`), whose contents may be lists of text parts
+                (`m7mlx.tokens.messages`), whose contents may be lists of text parts. A last message
+                of the assistant with "prefix": True is continued
     sampling    how each token is chosen
     max_tokens  tokens to generate at most; None goes on until the model ends or its context is full
     stop        texts that end the answer; they are not part of it
     at_start    whether the answer to ids or messages begins a message, not amid a text
+    begun       how many of the prompt's last ids begin the answer, their text shown already;
+                `prepare` counts those of a message that is continued
     continues   the ids, or the text, of an answer that was broken off. It goes on after them, with
                 the same seed as if it had never been broken off
     logit_bias  numbers added to the logits of some ids
@@ -57,6 +60,7 @@ class Request:
     max_tokens: int | None = DEFAULT_MAX_TOKENS
     stop: Sequence[str] = ()
     at_start: bool = True
+    begun: int = 0
     continues: Sequence[int] | str = ()
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
@@ -100,6 +104,7 @@ class Request:
             "max_tokens": self.max_tokens,
             "stop": list(self.stop),
             "at_start": self.at_start,
+            "begun": self.begun,
             "continues": self.continues if isinstance(self.continues, str) else check_ids(self.continues),
             "logit_bias": list(self.logit_bias.items()),
             "logprobs": self.logprobs,
@@ -136,11 +141,12 @@ def prepare(request: Request, model: Mistral, tokenizer: Tokenizer, cache: Rolli
     Raises TokenizerError (ids outside the vocabulary), ChatFormatError, PromptTooLongError,
     InputError, BusyError.
     """
-    continues = request.continues
+    continues, message = request.continues, _continued(request.prompt)
     ready = replace(
         request,
         prompt=encode_prompt(tokenizer, request.prompt),
-        at_start=request.at_start and not isinstance(request.prompt, str),
+        at_start=request.at_start and message is None and not isinstance(request.prompt, str),
+        begun=request.begun if message is None else len(message.get("ids") or ()),
         continues=tokenizer.encode(continues) if isinstance(continues, str) else check_ids(continues),
     )
     for token in request.logit_bias:
@@ -170,6 +176,12 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> Sequence[int]:
     if _is_messages(prompt):
         return tokenizer.chat.encode([_joined(message) for message in prompt])
     return check_ids(prompt)
+
+
+def _continued(prompt: Prompt) -> Message | None:
+    """The message of a prompt that the answer continues, if there is one."""
+    last = prompt[-1] if isinstance(prompt, Sequence) and len(prompt) else None
+    return last if isinstance(last, Mapping) and last.get("prefix") else None
 
 
 def check_ids(given: Any) -> Sequence[int]:

@@ -1,7 +1,8 @@
-"""One layer's keys and values: a buffer of rows written round and round, as they are or quantised.
+"""One layer's keys and values: a buffer of slots written round and round, as computed or quantised.
 
-Rows are written into a new name for the old buffer. MLX does that in place as long as nobody else holds the buffer;
-whoever does (a snapshot) costs nothing until the next write, and one copy then.
+Rows are written into a new name for the old buffer. MLX does that in place as long as nobody else
+holds the buffer; for somebody who does (a snapshot) nothing is copied until the next write, and then
+everything once.
 """
 
 from __future__ import annotations
@@ -13,22 +14,23 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from m7mlx.errors import InputError
+from m7mlx.positions import ForwardPass, capacity_of
 
-GROWTH = 256  # rows added at a time until the ring has its full size
-_UNBOUNDED = 1 << 30  # capacity of full attention: slot = position
+GROWTH = 256  # slots added at a time until the ring has its full size
 _BITS = (4, 8)
 _GROUPS = (32, 64, 128)
 
-Rows = tuple[mx.array, ...]  # one array [B, n_kv_heads, rows, head_dim]; quantised three: codes, scales, biases
+Stored = tuple[mx.array, ...]  # one array [B, n_kv_heads, slots, head_dim]; quantised, three: codes, scales, biases
 
 
 @dataclass(frozen=True)
 class KVFormat:
     """How keys and values are stored: as computed (`bits` None), or quantised in groups along head_dim.
 
-    Scales and biases take 16 bits: at 4 bits in groups of 64 a number takes 4.5. Quantised keys, and the queries
-    that meet them, go through a Hadamard transform first: products stay what they are, and the few large
-    channels that keys have are spread over all (QuaRot, arXiv 2404.00456), which halves the error and more.
+    Scales and biases take 16 bits: at 4 bits in groups of 64, a number takes 4.5. Quantised keys, and
+    the queries that meet them, go through a Hadamard transform first: products stay what they are,
+    and the few large channels that keys have are spread over all (QuaRot, arXiv 2404.00456), which
+    more than halves the error.
     """
 
     bits: int | None = None
@@ -42,16 +44,16 @@ class KVFormat:
             )
 
     def stored_bits(self, dtype: mx.Dtype) -> float:
-        """Bits that a number takes, its share of scales and biases included."""
+        """Return the bits that a number takes, its share of scales and biases included."""
         return 8 * dtype.size if self.bits is None else self.bits + 32 / self.group_size
 
-    def turn(self, x: mx.array) -> mx.array:  # [..., head_dim], keys or queries, already rotated to their positions
-        """Into the basis that keys are stored in: orthonormal, the same for keys and queries."""
+    def turn(self, x: mx.array) -> mx.array:  # [..., head_dim]
+        """Turn rotated keys or queries into the basis that keys are stored in, which is orthonormal."""
         odd = x.shape[-1] // (x.shape[-1] & -x.shape[-1])
         return x if self.bits is None or odd > 7 else mx.hadamard_transform(x)  # MLX's sizes: 1, 3, 5, 7 times 2^k
 
-    def encode(self, x: mx.array) -> Rows:  # [B, n_kv_heads, rows, head_dim]
-        """The arrays to store; each row by itself, so that it does not matter how a sequence is cut."""
+    def encode(self, x: mx.array) -> Stored:  # [B, n_kv_heads, slots, head_dim]
+        """Return the arrays to store; each row by itself, however the sequence is cut into passes."""
         if self.bits is None:
             return (x,)
         codes, scales, biases = mx.quantize(x, self.group_size, self.bits)
@@ -59,24 +61,24 @@ class KVFormat:
             scales, biases = scales.astype(mx.float16), biases.astype(mx.float16)
         return codes, scales, biases
 
-    def decode(self, rows: Rows, dtype: mx.Dtype) -> mx.array:
-        """The inverse of `encode`, up to rounding."""
+    def decode(self, stored: Stored, dtype: mx.Dtype) -> mx.array:
+        """Return what was encoded, up to rounding."""
         if self.bits is None:
-            return rows[0]
-        codes, scales, biases = rows
+            return stored[0]
+        codes, scales, biases = stored
         return mx.dequantize(codes, scales.astype(dtype), biases.astype(dtype), self.group_size, self.bits)
 
 
 class KeysValues(NamedTuple):
     """What a forward pass attends to."""
 
-    keys: Rows
-    values: Rows
+    keys: Stored
+    values: Stored
     format: KVFormat
 
     def head(self, i: int) -> KeysValues:
-        """Those of one KV head."""
-        keys, values = (tuple(array[:, i : i + 1] for array in rows) for rows in (self.keys, self.values))
+        """Return those of one KV head."""
+        keys, values = (tuple(array[:, i : i + 1] for array in stored) for stored in (self.keys, self.values))
         return KeysValues(keys, values, self.format)
 
 
@@ -87,62 +89,23 @@ class Sinks(NamedTuple):
     values: mx.array
 
 
-@dataclass(frozen=True)
-class Step:
-    """What all layers share in one forward pass over positions offset … offset + length − 1.
-
-    rope_offset  position of the first token: one for all rows, or [B]
-    rotation     rotates a single token to it, where a product is faster (`m7mlx.attention.rotation_of`)
-    mask         goes to attention as it is: "causal", or bool [length, keys] or [B, 1, length, keys]
-    in_place     write first and attend to the ring itself; else to the past, gathered in order, and the new
-    slot         where a compiled step writes its token: [1], a number that changes without a new trace
-    new_sinks    [B or 1, sinks]: which of the tokens is to be kept as sink i; −1 for none of them
-    sinks        how to attend to the sinks; None as long as they are within the window
-    """
-
-    offset: int
-    length: int
-    rope_offset: int | mx.array
-    mask: mx.array | str
-    in_place: bool
-    slot: mx.array | None = None
-    rotation: mx.array | None = None
-    new_sinks: mx.array | None = None
-    sinks: SinkStep | None = None
-
-
-@dataclass(frozen=True)
-class SinkStep:
-    """How queries see the sinks that the window has left behind.
-
-    Key i of the sinks stays rotated as at position i; instead the query is rotated to a position that is never
-    further than max_kv_size − 1: rotary scores depend on the difference alone.
-
-    positions  [B or 1, length], of the queries, relative to the sinks
-    visible    bool [B or 1, 1, length, sinks]
-    """
-
-    positions: mx.array
-    visible: mx.array
-
-
 class LayerRing:
-    """Keys (rotated) and values of one layer; the row of position p lies in slot p % capacity.
+    """The keys (rotated) and values of one layer; position p lies in slot p % capacity.
 
-    buffers  the stored arrays, those of the keys first; rows lie along axis 2
+    buffers  the stored arrays, those of the keys first; slots lie along axis 2
     sinks    kept besides, as computed, where a bounded stream needs them (see `RollingCache`)
     """
 
     def __init__(self, window: int | None, slack: int, kv_format: KVFormat | None = None) -> None:
         self.window = window
-        self.capacity = _UNBOUNDED if window is None else window + slack
+        self.capacity = capacity_of(window, slack)
         self.format = kv_format or KVFormat()
-        self.buffers: Rows = ()
+        self.buffers: Stored = ()
         self.sinks: Sinks | None = None
 
     @property
-    def rows(self) -> int:
-        """Rows allocated so far: at most `capacity`."""
+    def n_slots(self) -> int:
+        """Slots allocated so far: at most `capacity`."""
         return self.buffers[0].shape[2] if self.buffers else 0
 
     @property
@@ -150,41 +113,38 @@ class LayerRing:
         """All that is allocated."""
         return [*self.buffers, *(self.sinks or ())]
 
-    def rows_for(self, positions: int) -> int:
-        """Rows to allocate so that the positions 0 … positions − 1 have their slots."""
-        rows = -(-positions // GROWTH) * GROWTH
+    def slots_for(self, positions: int) -> int:
+        """Return how many slots to allocate for the positions 0 … positions − 1."""
+        slots = -(-positions // GROWTH) * GROWTH
         if self.window is None:
-            return rows
+            return slots
         # From one window on the ring has its final size, so that its memory is the same ever after.
-        return self.capacity if rows >= self.window else rows
+        return self.capacity if slots >= self.window else slots
 
-    def filled(self, positions: int) -> int:
-        """How many slots the positions 0 … positions − 1 take: the first ones, until the ring has turned."""
-        return min(positions, self.capacity)
-
-    def update(self, k: mx.array, v: mx.array, step: Step) -> KeysValues:
-        """Store the new keys and values [B, n_kv_heads, length, head_dim]; return all those to attend to."""
-        if step.new_sinks is not None:
-            self._store_sinks(k, v, step.new_sinks)
+    def update(self, k: mx.array, v: mx.array, forward: ForwardPass) -> KeysValues:
+        """Store the new keys and values [B, n_kv_heads, L, head_dim]; return all those to attend to."""
+        if forward.new_sinks is not None:
+            self._store_sinks(k, v, forward.new_sinks)
         new = self.format.encode(k) + self.format.encode(v)
-        if step.slot is not None:
+        if forward.slot is not None:
             pairs = zip(self.buffers, new, strict=True)
-            self.buffers = tuple(mx.slice_update(buffer, row, step.slot, axes=(2,)) for buffer, row in pairs)
+            self.buffers = tuple(mx.slice_update(buffer, row, forward.slot, axes=(2,)) for buffer, row in pairs)
             return self._split(self.buffers, self.format)
-        if step.in_place:
-            self.write(new, step.offset)
-            filled = self.filled(step.offset + step.length)
-            return self._split(self._read(slice(filled)), self.format)
-        pieces = [self._read(slots) for slots in self._past(step.offset)] + [new]
-        rows = tuple(mx.concatenate(list(parts), axis=2) for parts in zip(*pieces, strict=True))
-        keep = min(step.length, self.capacity)
-        self.write(tuple(part[:, :, -keep:] for part in new), step.offset + step.length - keep)
+        end = forward.offset + forward.length
+        if forward.in_place:
+            self.write(new, forward.offset)
+            return self._split(self._read(slice(min(end, self.capacity))), self.format)
+        past = self.slots(forward.first, forward.offset - forward.first)  # at most two runs, oldest first
+        pieces = [self._read(slots) for slots, _ in past] + [new]
+        stored = tuple(mx.concatenate(list(parts), axis=2) for parts in zip(*pieces, strict=True))
+        keep = min(forward.length, self.capacity)
+        self.write(tuple(part[:, :, -keep:] for part in new), end - keep)
         # Many queries: unpacking the rows once is cheaper than in every product.
-        keys, values, _ = self._split(rows, self.format)
+        keys, values, _ = self._split(stored, self.format)
         return KeysValues((self.format.decode(keys, k.dtype),), (self.format.decode(values, v.dtype),), KVFormat())
 
     def quantize(self, kv_format: KVFormat) -> None:
-        """Store in fewer bits what is here, and all that comes."""
+        """Store in fewer bits what is here already, and all that follows."""
         if self.buffers:
             keys, values = self.buffers
             self.buffers = kv_format.encode(kv_format.turn(keys)) + kv_format.encode(values)
@@ -192,8 +152,8 @@ class LayerRing:
             self.sinks = Sinks(kv_format.turn(self.sinks.keys), self.sinks.values)
         self.format = kv_format
 
-    def write(self, new: Rows, start: int, into: int | None = None) -> None:
-        """Write rows for at most `capacity` positions from `start` on, of all conversations or of one of them."""
+    def write(self, new: Stored, start: int, into: int | None = None) -> None:
+        """Write at most `capacity` positions from `start` on, into all rows of a batch or one of them."""
         self.reserve(start + new[0].shape[2], new)
         if into is None and new[0].shape[0] != self.buffers[0].shape[0]:  # it would be broadcast to all rows
             raise InputError(f"{new[0].shape[0]} rows of ids for a cache of {self.buffers[0].shape[0]} rows")
@@ -203,20 +163,20 @@ class LayerRing:
             self.buffers = tuple(_written(buffer, batch, slots, part[:, :, source]) for buffer, part in pairs)
 
     def pad(self, count: int) -> None:
-        """Make room for more conversations in the batch."""
+        """Add `count` empty rows to the batch."""
         arrays = [mx.concatenate([a, mx.zeros((count, *a.shape[1:]), a.dtype)], axis=0) for a in self.arrays]
         self.buffers, sinks = tuple(arrays[: len(self.buffers)]), arrays[len(self.buffers) :]
         self.sinks = Sinks(*sinks) if sinks else None
 
     def keep(self, rows: list[int]) -> None:
-        """Of all conversations of the batch keep these."""
+        """Keep these rows of the batch, in this order."""
         which = mx.array(rows)
         self.buffers = tuple(buffer[which] for buffer in self.buffers)
         self.sinks = None if self.sinks is None else Sinks(*(a[which] for a in self.sinks))
 
-    def reserve(self, positions: int, like: Rows) -> None:
-        """Allocate what the positions up to `positions` − 1 need, for rows like these."""
-        missing = self.rows_for(positions) - self.rows
+    def reserve(self, positions: int, like: Stored) -> None:
+        """Allocate the slots of the positions 0 … positions − 1, for arrays like these."""
+        missing = self.slots_for(positions) - self.n_slots
         if missing <= 0:
             return
         batch = (self.buffers or like)[0].shape[0]
@@ -225,20 +185,15 @@ class LayerRing:
         self.buffers = tuple(mx.concatenate(list(pair), axis=2) for pair in old) if self.buffers else more
 
     @staticmethod
-    def _split(rows: Rows, kv_format: KVFormat) -> KeysValues:
-        half = len(rows) // 2
-        return KeysValues(rows[:half], rows[half:], kv_format)
+    def _split(stored: Stored, kv_format: KVFormat) -> KeysValues:
+        half = len(stored) // 2
+        return KeysValues(stored[:half], stored[half:], kv_format)
 
-    def _past(self, offset: int) -> list[slice]:
-        """The slots of all that position `offset` may still see, oldest first, in at most two runs."""
-        first = 0 if self.window is None else max(0, offset - self.window + 1)
-        return [slots for slots, _ in self.slots(first, offset - first)]
-
-    def _read(self, slots: slice) -> Rows:
+    def _read(self, slots: slice) -> Stored:
         return tuple(buffer[:, :, slots] for buffer in self.buffers)
 
     def slots(self, start: int, count: int) -> list[tuple[slice, slice]]:
-        """`count` ≤ capacity positions from `start` on, as runs of slots: (slots, which of the positions)."""
+        """Return where `count` ≤ capacity positions from `start` on lie: runs of (slots, which positions)."""
         runs, done = [], 0
         while done < count:
             slot = (start + done) % self.capacity
@@ -248,7 +203,7 @@ class LayerRing:
         return runs
 
     def _store_sinks(self, k: mx.array, v: mx.array, source: mx.array) -> None:
-        """Keep position i from the new row `source`[:, i], where that is not negative."""
+        """Keep as sink i the new token `source`[:, i], where that is not negative."""
         index = mx.maximum(source, 0)[:, None, :, None]
         fresh = Sinks(*(mx.take_along_axis(x, index, axis=2) for x in (k, v)))
         if self.sinks is not None:

@@ -14,11 +14,10 @@ import mlx.core as mx
 
 from m7mlx.answer import Answer, Piece
 from m7mlx.batch import BatchCache
-from m7mlx.cache import RollingCache
+from m7mlx.cache import UNDO_SLACK, RollingCache
 from m7mlx.compiled import step_of
 from m7mlx.decode import default_chunk, read_chunk, reusable, reuse, shared_start
 from m7mlx.errors import InputError
-from m7mlx.memory import CHAT_SLACK
 from m7mlx.model import Mistral
 from m7mlx.request import Request, prepare
 from m7mlx.sampling import known
@@ -63,7 +62,7 @@ class Scheduler:
         *,
         rows: int = 8,
         kept: int = 8,
-        slack: int = CHAT_SLACK,
+        slack: int = UNDO_SLACK,
         kv_bits: int | None = None,
     ) -> None:
         """Raises InputError for numbers that make no sense."""
@@ -72,7 +71,7 @@ class Scheduler:
         self._model, self._tokenizer, self._rows = model, tokenizer, rows
         self.options = {"rows": rows, "kept": kept, "slack": slack, "kv_bits": kv_bits}
         self._step = step_of(model)
-        self._shared = model.link is not None  # a failed pass failed here alone, and other processes wait for it
+        self._shared = model.exchange is not None  # a failed pass failed here alone, and other processes wait for it
         self._new = model.new_cache(slack=slack, kv_bits=kv_bits)
         self._waiting: deque[_Numbered] = deque()
         self._reading: deque[_Numbered] = deque()  # their prompts take turns

@@ -13,8 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from m7mlx.arrays import on_cpu
-from m7mlx.batch import BatchCache
-from m7mlx.cache import RollingCache
+from m7mlx.cache import KVCache, RollingCache
 from m7mlx.decode import default_chunk
 from m7mlx.errors import InputError
 from m7mlx.model import Mistral
@@ -138,7 +137,7 @@ def compare(
 
 
 def read_logits(
-    model: Mistral, ids: mx.array, cache: RollingCache | BatchCache, first: int = 0, chunk: int | None = None
+    model: Mistral, ids: mx.array, cache: KVCache, first: int = 0, chunk: int | None = None
 ) -> Iterator[mx.array]:
     """Logits [B, positions, vocab_size] of what follows the positions first, first + 1, … of ids [B, L], in order.
 

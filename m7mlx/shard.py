@@ -1,11 +1,13 @@
 """What one rank of several holds of a model: some of every layer's heads, or some of the layers.
 
-    tensor    a rank has heads / N, KV heads / N and feed-forward / N of every layer: after attention and after the
-              feed-forward the ranks add up what each has made, twice a layer (Megatron-LM, arXiv 1909.08053)
+    tensor    a rank has heads / N, KV heads / N and feed-forward / N of every layer; after attention
+              and after the feed-forward, all ranks add up their results: twice a layer
+              (Megatron-LM, arXiv 1909.08053)
     pipeline  a rank has layers / N and hands its hidden states to the next, once a pass
 
-Either way a rank's model is a smaller one of the same kind, with a configuration of its own; so its cache holds its
-own KV heads or layers only. Embedding and head, 4 % of Mistral 7B, are held by whoever needs them.
+Either way a rank's model is a smaller one of the same kind, with a configuration of its own; so its
+cache holds only its own KV heads or layers. Embedding and head, 4 % of Mistral 7B, are held by every
+rank that needs them.
 """
 
 from __future__ import annotations
@@ -26,15 +28,18 @@ _BY_COLUMNS = re.compile(r"\.(o_proj|down_proj)\.")  # their inputs are
 
 
 @dataclass(frozen=True)
-class Part:
-    """Rank `rank` of `size`. All methods take the configuration of the whole model."""
+class Shard:
+    """The share of rank `rank` of `size`. All methods take the configuration of the whole model."""
 
     mode: Mode
     rank: int
     size: int
 
     def config(self, whole: ModelConfig) -> ModelConfig:
-        """The configuration of this rank's model. Raises ConfigError where the model cannot be divided so."""
+        """Return the configuration of this rank's model.
+
+        Raises ConfigError if the model cannot be divided in this way.
+        """
         if self.mode == "pipeline":
             if self.size > whole.n_layers:
                 raise ConfigError(f"{whole.n_layers} layers cannot be divided among {self.size} processes")
@@ -56,7 +61,7 @@ class Part:
         )
 
     def name(self, stored: str, whole: ModelConfig) -> str | None:
-        """What this rank's model calls a stored tensor; None if it has none of it."""
+        """Return the name of a stored tensor in this rank's model; None if it holds none of it."""
         if self.mode == "tensor":
             return stored
         if stored.startswith("model.embed_tokens."):
@@ -69,7 +74,7 @@ class Part:
         return f"{found[1]}{index - layers.start}{found[3]}" if index in layers else None
 
     def slices(self, stored: str, shape: tuple[int, ...]) -> tuple[slice, ...]:
-        """Which rows and columns of a stored tensor of this shape are this rank's."""
+        """Return which rows and columns of a stored tensor of this shape are this rank's."""
         axis = 0 if _BY_ROWS.search(stored) else 1 if _BY_COLUMNS.search(stored) else None
         if self.mode == "pipeline" or axis is None:
             return tuple(slice(n) for n in shape)
@@ -83,12 +88,12 @@ class Part:
         return (mine, slice(shape[1])) if axis == 0 else (slice(shape[0]), mine)
 
     def nbytes(self, tensors: dict[str, tuple[tuple[int, ...], int]], whole: ModelConfig) -> int:
-        """Bytes of this rank's share of stored tensors, given as {name: (shape, bytes)}."""
+        """Return the bytes of this rank's share of stored tensors, given as {name: (shape, bytes)}."""
         total = 0
         for name, (shape, size) in tensors.items():
             if self.name(name, whole) is not None:
-                for n, part in zip(shape, self.slices(name, shape), strict=True):
-                    size = size * len(range(*part.indices(n))) // n
+                for n, mine in zip(shape, self.slices(name, shape), strict=True):
+                    size = size * len(range(*mine.indices(n))) // n
                 total += size
         return total
 
@@ -97,7 +102,7 @@ class Part:
         return range(self.rank * n // self.size, (self.rank + 1) * n // self.size)
 
     def _renumbered(self, scheme: Quantization, whole: ModelConfig) -> Quantization:
-        """Overrides by layer, under this rank's numbers."""
+        """Return the scheme with its overrides under this rank's layer numbers."""
         names = {path: self.name(f"{path}.weight", whole) for path in scheme.overrides}
         kept = {name.removesuffix(".weight"): scheme.overrides[path] for path, name in names.items() if name}
         return replace(scheme, overrides=kept)

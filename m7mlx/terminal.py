@@ -46,6 +46,12 @@ def one_line(text: str) -> str:
     return " ".join(visible(text).split())
 
 
+def shown(text: object) -> str:
+    """What a stranger's file says, as one printable line of bounded length for a message."""
+    line = one_line(str(text)[:200])
+    return line if len(line) <= 100 else line[:99] + "…"
+
+
 def json_line(value: object) -> str:
     """`value` as JSON in one line, in which everything that a terminal would obey is escaped: the same value."""
     text = json.dumps(value, ensure_ascii=False)

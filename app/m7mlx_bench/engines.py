@@ -45,9 +45,8 @@ class M7:
         from m7mlx.arrays import nbytes
         from m7mlx.loading import load_model
 
-        os.environ["M7MLX_COMPILE"] = "1" if self.compiled else ""
-
         self._model = load_model(folder)
+        self._model.compiles_steps = self.compiled
         untied = 0 if self._model.config.tie_word_embeddings else nbytes(self._model.model.embed_tokens)
         self.moved_bytes = self._model.nbytes - untied
 
@@ -72,7 +71,7 @@ class M7:
                 k, v = (mx.random.normal(shape, dtype=self._model.dtype) for _ in range(2))
                 ring.write(ring.format.encode(k) + ring.format.encode(v), start)
             mx.eval(ring.arrays)
-        self._cache.move_to(position, position)
+        self._cache.positions = self._cache.positions.at(position)
         self._logits = mx.zeros((1, config.vocab_size))
 
     def tokens(self) -> Iterator[int]:

@@ -34,7 +34,7 @@ from textual.screen import Screen
 from textual.worker import WorkerFailed
 
 from m7mlx.errors import M7Error
-from m7mlx.files.checksums import cache_dir
+from m7mlx.paths import cache_dir
 from m7mlx.terminal import visible
 
 _SECONDS = 6.0  # an error stays in the corner; the same one is not told twice in that time

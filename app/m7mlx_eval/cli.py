@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from m7mlx.command import ArgumentParser, gigabytes, positive, run
 from m7mlx.errors import InputError
-from m7mlx.files.disk import user_path
+from m7mlx.paths import user_path
 from m7mlx.terminal import one_line
 
 if TYPE_CHECKING:

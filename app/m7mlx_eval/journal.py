@@ -19,9 +19,10 @@ from mlx.utils import tree_flatten
 
 from m7mlx.arrays import fingerprint
 from m7mlx.errors import DiskError, InputError
-from m7mlx.files.disk import user_path, why
+from m7mlx.files.disk import why
 from m7mlx.files.hub import resolve
 from m7mlx.model import Mistral
+from m7mlx.paths import user_path
 
 _FORMAT = "m7mlx-eval answers 1"
 

@@ -19,7 +19,7 @@ from urllib.request import getproxies
 import numpy as np
 
 from m7mlx.errors import InputError, M7Error, NotFoundError, RunError
-from m7mlx.files.disk import user_path
+from m7mlx.paths import user_path
 from m7mlx_eval.guard import only_the_harness_runs
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from m7mlx.errors import InputError
-from m7mlx.files.disk import user_path
+from m7mlx.paths import user_path
 
 _CHARACTERS = 32  # a token seldom has more: of a text of gigabytes only the start is read
 

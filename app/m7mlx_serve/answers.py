@@ -131,7 +131,7 @@ def _requests(asked: Asked, most: int | None) -> list[Request]:
         asked.ids,
         max_tokens=min(limits, default=None),
         stop=[body.stop] if isinstance(body.stop, str) else body.stop or [],
-        at_start=isinstance(body, ChatRequest),
+        at_start=isinstance(body, ChatRequest) and not body.is_continued,
         logit_bias={int(token): value for token, value in (body.logit_bias or {}).items()},
         logprobs=logprobs,
         schema=schema,

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from m7mlx.command import EXIT_FAILED, EXIT_INTERRUPTED, ArgumentParser, add_parallel, gigabytes, launched, run, say
+from m7mlx.command import EXIT_FAILED, EXIT_INTERRUPTED, ArgumentParser, add_parallel, gigabytes, run, say
 from m7mlx.errors import InputError, RunError
+from m7mlx.parallel.launch import is_launched
+from m7mlx.units import in_gigabytes
 
 PROG = "m7mlx-serve"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -96,7 +98,7 @@ def _serve(args: argparse.Namespace) -> int | None:
         limit_memory(args.max_memory)
     limits = Limits(args.rows, args.queue, args.keep, args.kv_bits)
     # Before the model, which may take minutes, a port that is taken is told; but only the first of several takes it.
-    bound = None if launched() else _bound(args.host, args.port)
+    bound = None if is_launched() else _bound(args.host, args.port)
     folder = resolve(args.model)
     world = join(args.parallel, lambda: ModelConfig.from_folder(folder))
     if world is not None and world.rank:
@@ -122,9 +124,11 @@ def _serve(args: argparse.Namespace) -> int | None:
         gc.collect()
         gc.freeze()  # what is there now, stays: looking through it now and then takes a tenth of a second
         _listen(bound, BACKLOG)
-        memory = f"{engine.model.nbytes / 1e9:.2f} GB of weights, at most {most / 1e9:.2f} GB of keys and values"
+        memory = (
+            f"{in_gigabytes(engine.model.nbytes, 2)} of weights, at most {in_gigabytes(most, 2)} of keys and values"
+        )
         if world is not None:
-            memory += f" in each of {world.size} processes ({world.part.mode} parallel)"
+            memory += f" in each of {world.size} processes ({world.shard.mode} parallel)"
         host = f"[{args.host}]" if ":" in args.host else args.host
         say(f"m7mlx is at http://{host}:{bound.getsockname()[1]} · {memory} · Ctrl-C ends it")
         listener = Listener(server.app, engine.close)

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from m7mlx.errors import InputError, PromptTooLongError, TokenizerError
 from m7mlx.grammar import MAX_SCHEMA
-from m7mlx.tokens.formats import MAX_DEPTH, nests_deeper
+from m7mlx.tokens.messages import MAX_DEPTH, nests_deeper
 from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx_serve.guard import ApiError
 from m7mlx_serve.schemas import ChatMessage, ChatRequest, CompletionRequest, Function, NamedTool, Tool
@@ -129,7 +129,8 @@ def _without_texts(body: Body) -> Body:
     named = {tool.function.name: tool.function.parameters for tool in must}
     names = [tool.function.name for tool in body.tools or []]
     tools = [Tool(type="function", function=Function(name=n, parameters=named.get(n, {}))) for n in names]
-    nothing = [ChatMessage(role="user", content="")]
+    last = body.messages[-1]
+    nothing = [ChatMessage(role=last.role, content="", prefix=last.prefix)]
     return body.model_copy(update={"messages": nothing, "tools": tools or None})
 
 

@@ -70,6 +70,7 @@ class ChatMessage(_Strict):
     refusal: None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=128, fail_fast=True)] | None = None
     tool_call_id: Annotated[str, Field(max_length=100)] | None = None
+    prefix: bool | None = None  # Mistral's: the last message is the beginning of the answer
 
     @property
     def size(self) -> int:
@@ -81,13 +82,13 @@ class ChatMessage(_Strict):
         return sum(map(len, [*texts, self.name or "", self.tool_call_id or ""]))
 
     def plain(self) -> dict[str, Any]:
-        """As `m7mlx.tokens.formats` takes it."""
+        """As `m7mlx.tokens.messages` takes it."""
         content = self.content or ""
         text = content if isinstance(content, str) else "".join(part.text for part in content)
         found: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
         if self.tool_calls:
             found["tool_calls"] = [call.model_dump(exclude={"index"}) for call in self.tool_calls]
-        return found | {k: v for k in ("name", "tool_call_id") if (v := getattr(self, k)) is not None}
+        return found | {k: v for k in ("name", "tool_call_id", "prefix") if (v := getattr(self, k)) is not None}
 
 
 class Function(_Strict):
@@ -192,6 +193,11 @@ class ChatRequest(Generation):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
 
+    @property
+    def is_continued(self) -> bool:
+        """Whether the model continues the last message, instead of answering it."""
+        return bool(self.messages[-1].prefix)
+
     @model_validator(mode="after")
     def _fits_together(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
@@ -208,6 +214,8 @@ class ChatRequest(Generation):
             raise ValueError("tool_choice: there are no tools")
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
             raise ValueError("tool_choice: there is no tool of that name")
+        if self.is_continued and self.tool_choice not in (None, "none", "auto"):
+            raise ValueError("tool_choice: an answer that must call a tool has no prefix")
         if self.response_format and self.response_format.type != "text" and names and self.tool_choice != "none":
             raise ValueError("response_format: an answer in JSON cannot call tools")
         return self

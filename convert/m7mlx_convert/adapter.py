@@ -7,32 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from m7mlx.errors import InputError
-from m7mlx.files.jsonfile import read_json
-from m7mlx.files.weights import ADAPTERS, StoredTensor, validate_header
-from m7mlx_convert.lora import EMBEDDING, HEAD, Low, mlx_lm_changes, peft_changes
-from m7mlx_convert.source import Arrays, Source, Tensor, check_links, reader, shown
-
-_FLOATS = ("F32", "F16", "BF16")
+from m7mlx.files.adapters import EMBEDDING, HEAD, SETTINGS, Low, find_adapter, read_adapter
+from m7mlx.files.weights import StoredTensor
+from m7mlx.terminal import shown
+from m7mlx_convert.source import Arrays, Source, Tensor, check_links, reader
 
 
 def with_adapter(source: Source, folder: Path) -> Source:
     """`source` with an adapter merged into it. Raises InputError and its kin."""
-    file = next((folder / name for name in ADAPTERS if (folder / name).is_file()), None)
-    if file is None or not (folder / "adapter_config.json").is_file():
-        pickle = " (adapter_model.bin is pickle, which can run code; save it again as safetensors)"
-        raise InputError(
-            f"{folder} holds no adapter: adapter_config.json beside {' or '.join(ADAPTERS)}"
-            + (pickle if (folder / "adapter_model.bin").is_file() else "")
-        )
-    check_links(folder, (file, folder / "adapter_config.json"))
-    is_tied = source.config.tie_word_embeddings
-    try:
-        settings = read_json(folder / "adapter_config.json")
-        headers = {name: StoredTensor(file, *info) for name, info in validate_header(file).items()}
-        is_peft = file.name == "adapter_model.safetensors"
-        changes = peft_changes(settings, headers, is_tied) if is_peft else mlx_lm_changes(settings, headers)
-    except (InputError, AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"the adapter {folder} cannot be merged: {error}") from None
+    file = find_adapter(folder)
+    check_links(folder, (file, folder / SETTINGS))
+    adapter = read_adapter(file, source.config.tie_word_embeddings)
+    changes, headers = adapter.changes, adapter.headers
     notes = list(source.notes)
     if changes.apart:
         source = _untied(source)
@@ -45,9 +31,10 @@ def with_adapter(source: Source, folder: Path) -> Source:
             raise InputError(f"the adapter {folder} changes {shown(module)}, which is not a part of {source.name}")
         for stored in (changes.base.get(module), changes.whole.get(module)):
             if stored is not None:
-                tensors[name] = _replaced(folder, tensors[name], stored, headers)
+                adapter.check_whole(stored, tensors[name].shape)
+                tensors[name] = replace(tensors[name], load=reader(headers, {"weight": stored}), scheme=None)
         if low := changes.low.get(module):
-            _check(folder, name, tensors[name], low, headers)
+            adapter.check(module, tensors[name].shape)
             tensors[name] = _merged(tensors[name], low, headers)
     notes.append(f"the adapter {shown(folder.resolve().name)} changes {len(changed)} of {len(tensors)} parameters")
     files = (*source.weight_files, file) if source.weight_files else ()
@@ -55,7 +42,7 @@ def with_adapter(source: Source, folder: Path) -> Source:
         source,
         tensors=tensors,
         weight_files=files,
-        settings={**source.settings, "adapter": settings},
+        settings={**source.settings, "adapter": adapter.settings},
         notes=tuple(notes),
     )
 
@@ -70,18 +57,6 @@ def _untied(source: Source) -> Source:
     )
 
 
-def _replaced(folder: Path, tensor: Tensor, stored: str, headers: Mapping[str, StoredTensor]) -> Tensor:
-    """The tensor with another weight, out of the adapter's file."""
-    found = headers[stored]
-    if found.shape != tensor.shape or found.dtype not in _FLOATS:
-        resized = "; was its vocabulary resized? save the whole model with PEFT's merge_and_unload, and convert that"
-        raise InputError(
-            f"the adapter {folder} has {shown(stored)} {found.dtype} {list(found.shape)}, not floats "
-            f"{list(tensor.shape)}" + (resized if found.shape[1:] == tensor.shape[1:] else "")
-        )
-    return replace(tensor, load=reader(headers, {"weight": stored}), scheme=None)
-
-
 def _merged(tensor: Tensor, low: Low, headers: Mapping[str, StoredTensor]) -> Tensor:
     read = reader(headers, low.names)
 
@@ -89,12 +64,3 @@ def _merged(tensor: Tensor, low: Low, headers: Mapping[str, StoredTensor]) -> Te
         return {"weight": low.merge(tensor.floats(), read()).astype(tensor.dtype)}
 
     return replace(tensor, load=load, scheme=None)
-
-
-def _check(folder: Path, name: str, tensor: Tensor, low: Low, headers: Mapping[str, StoredTensor]) -> None:
-    shapes = {kind: headers[stored].shape for kind, stored in low.names.items()}
-    if any(headers[stored].dtype not in _FLOATS for stored in low.names.values()):
-        raise InputError(f"the adapter {folder}: the numbers for {name} are no floats")
-    if not low.fits(tensor.shape, shapes):
-        a, b = (list(shapes.get(kind, ())) for kind in "ab")
-        raise InputError(f"the adapter {folder} does not fit {name} {list(tensor.shape)}: it has {a} and {b}")

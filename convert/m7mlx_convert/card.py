@@ -8,8 +8,8 @@ import shlex
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from m7mlx.terminal import shown
 from m7mlx_convert.plan import Plan, stored_as
-from m7mlx_convert.source import shown
 
 
 def model_card(plan: Plan, repo: str | None, commit: str | None, command: Sequence[str]) -> str:

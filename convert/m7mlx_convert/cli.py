@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from m7mlx.command import ArgumentParser, run
 from m7mlx.errors import M7Error
-from m7mlx.files.disk import user_path
+from m7mlx.paths import user_path
 
 if TYPE_CHECKING:
     from m7mlx_convert.calibrated import Calibration
@@ -182,9 +182,9 @@ def _reporter(args: argparse.Namespace) -> Reporter:
     from m7mlx_convert.progress import Reporter
 
     if args.json or args.quiet or not sys.stderr.isatty():
-        from m7mlx.files.hub import quiet
+        from m7mlx.files.repository import silence_downloads
 
-        quiet()
+        silence_downloads()
     return Reporter("json" if args.json else "quiet" if args.quiet else "text")
 
 
@@ -225,12 +225,12 @@ def _convert(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace, recipe: Recipe, reporter: Reporter) -> None:
     from m7mlx.files.hub import check_name, resolve
     from m7mlx_convert.adapter import with_adapter
-    from m7mlx_convert.convert import open_model, resolve_source, target_of
+    from m7mlx_convert.opening import name_target, open_model, resolve_source
     from m7mlx_convert.plan import make_plan, plan_table
     from m7mlx_convert.remote import open_remote
 
     check_name(args.source)
-    target = target_of(args.source, args.mlx_path, recipe.label).resolve()
+    target = name_target(args.source, args.mlx_path, recipe.label).resolve()
     source = open_remote(args.source, args.revision) or open_model(
         resolve_source(args.source, args.revision), args.source, None
     )
@@ -249,7 +249,7 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace, result: str, source: str, reporter: Reporter) -> None:
-    from m7mlx_convert.convert import open_model, resolve_source
+    from m7mlx_convert.opening import open_model, resolve_source
     from m7mlx_convert.report import comparison_table, write_report
     from m7mlx_convert.text import read_text
     from m7mlx_convert.verify import compare
@@ -285,12 +285,12 @@ def _calibration(args: argparse.Namespace) -> Calibration | None:
 
 def _command(args: argparse.Namespace) -> list[str]:
     """The command for the model card, without private paths."""
-    from m7mlx.files.hub import existing
+    from m7mlx.files.hub import find_existing
 
     command = [PROG]
     for value in (args.source, args.adapter):
         if value:
-            local = existing(value)
+            local = find_existing(value)
             shown = local.resolve().name if local else value
             command += [shown] if value is args.source else ["--adapter", shown]
     flags = ("revision", "q_bits", "q_group_size", "q_mode", "quant_predicate", "dtype", "calibrate")

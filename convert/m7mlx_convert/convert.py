@@ -10,19 +10,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m7mlx.errors import InputError, TokenizerError
-from m7mlx.files.disk import user_path
-from m7mlx.files.hub import ALIASES, DEMO, check_name, existing, resolve
+from m7mlx.errors import TokenizerError
+from m7mlx.files.hub import check_name, find_existing
 from m7mlx.quantization import Quantization
-from m7mlx.tokens.tokenizer import load_tokenizer
-from m7mlx_convert.adapter import with_adapter
+from m7mlx.tokens.load import load_tokenizer
 from m7mlx_convert.card import model_card
+from m7mlx_convert.opening import find_repo, name_target, open_model, resolve_source
 from m7mlx_convert.output import check_apart, check_space, check_target, whole_folder
 from m7mlx_convert.pipeline import computed
 from m7mlx_convert.plan import Plan, make_plan
 from m7mlx_convert.progress import Reporter
 from m7mlx_convert.scheme import Recipe
-from m7mlx_convert.source import Source, open_source
+from m7mlx_convert.source import Source
 from m7mlx_convert.writer import ShardWriter, check_written
 
 if TYPE_CHECKING:
@@ -56,9 +55,9 @@ def convert(
     """
     recipe, reporter = recipe or Recipe(), reporter or Reporter()
     check_name(source)
-    given = target_of(source, mlx_path, recipe.label)
+    given = name_target(source, mlx_path, recipe.label)
     target = given.resolve()
-    check_target(target, existing(source), force)  # before a download, not after it
+    check_target(target, find_existing(source), force)  # before a download, not after it
     path = resolve_source(source, revision)
     check_apart(target, path)
     opened = open_model(path, source, adapter)
@@ -71,46 +70,12 @@ def convert(
         reporter.note(note)
     check_space(target, plan.nbytes)
     with whole_folder(target, plan.key) as work:
-        written = _write_files(work, plan, model_card(plan, repo_of(source), _commit(path), command))
+        written = _write_files(work, plan, model_card(plan, find_repo(source), _commit(path), command))
         _check_tokenizer(work, plan.source)
         _write_weights(work, plan, reporter)
         for name, checksum in written.items():
             check_written(work / name, checksum)
     return given
-
-
-def repo_of(source: str) -> str | None:
-    """The Hub repository that `source` names, if it names one; of "org/name/file.gguf", the first two parts."""
-    if existing(source) or source == DEMO:
-        return None
-    return "/".join(ALIASES.get(source, source).split("/")[:2])
-
-
-def name_of(source: str) -> str:
-    """The model's name: the last part of a repository or path, without a file's ending."""
-    local = existing(source)
-    if local and local.is_dir():
-        return local.resolve().name
-    last = ALIASES.get(source, source).rpartition("/")[2]
-    return Path(last).stem if last.lower().endswith(".gguf") or local else last
-
-
-def target_of(source: str, mlx_path: str | Path | None, label: str) -> Path:
-    """Where the result goes; beside the user where no place is given."""
-    return user_path(mlx_path or f"{name_of(source)}-{label or 'mlx'}")
-
-
-def resolve_source(source: str, revision: str | None) -> Path:
-    """The folder or GGUF file, downloaded if it is not here. Raises NotFoundError, DownloadError, InputError."""
-    if revision and not repo_of(source):
-        raise InputError(f"--revision is for Hub repositories; {source} is here already")
-    return resolve(source, revision, "any")
-
-
-def open_model(path: Path, source: str, adapter: str | None) -> Source:
-    """The source at `path`, with the adapter merged into it."""
-    opened = open_source(path, name_of(source))
-    return with_adapter(opened, resolve(adapter, layout="adapter")) if adapter else opened
 
 
 def _calibrate(

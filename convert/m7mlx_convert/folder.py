@@ -12,8 +12,8 @@ import mlx.core as mx
 from m7mlx.config import ModelConfig
 from m7mlx.errors import ConfigError
 from m7mlx.files.checksums import MANIFEST, check_folder
-from m7mlx.files.jsonfile import read_json
 from m7mlx.files.weights import DTYPES, StoredTensor, folder_weights, head_as_stored, parameters
+from m7mlx.jsonfile import read_json
 from m7mlx_convert import native, packed
 from m7mlx_convert.source import Source, Tensor, check_links, named_dtype, reader
 

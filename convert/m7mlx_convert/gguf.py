@@ -24,10 +24,11 @@ import numpy as np
 from m7mlx.config import ModelConfig
 from m7mlx.errors import ConfigError, WeightsError
 from m7mlx.quantization import Quantization
+from m7mlx.terminal import shown
 from m7mlx_convert.gguf_header import GGUFTensor, read_header
 from m7mlx_convert.gguf_tokenizer import tokenizer_files
 from m7mlx_convert.native import native_name, row_order
-from m7mlx_convert.source import Source, Tensor, shown
+from m7mlx_convert.source import Source, Tensor
 
 _GROUP = 32
 _KEPT = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}  # block type → bits

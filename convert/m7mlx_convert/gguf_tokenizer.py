@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from m7mlx.errors import TokenizerError
-from m7mlx_convert.source import shown
+from m7mlx.terminal import shown
 
 # Token types; sentencepiece counts them alike, but has no 0. User-defined ones are added tokens that are shown; which
 # of them text may become is decided where the result is loaded.

@@ -15,7 +15,8 @@ import numpy as np
 from m7mlx.config import ModelConfig
 from m7mlx.errors import WeightsError
 from m7mlx.files.weights import DTYPES, StoredTensor
-from m7mlx_convert.source import Arrays, Tensor, reader, shown
+from m7mlx.terminal import shown
+from m7mlx_convert.source import Arrays, Tensor, reader
 
 NAMES = {  # name on disk → name in the file
     "model.embed_tokens": "tok_embeddings",

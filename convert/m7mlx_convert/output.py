@@ -19,8 +19,9 @@ from m7mlx.errors import DiskError, InputError
 from m7mlx.files.checksums import MANIFEST
 from m7mlx.files.disk import sync_path, why
 from m7mlx.files.weights import INDEX
+from m7mlx.terminal import shown
+from m7mlx.units import in_gigabytes
 from m7mlx_convert.folder import COPIED
-from m7mlx_convert.source import shown
 from m7mlx_convert.writer import JOURNAL
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
@@ -99,7 +100,7 @@ def check_space(target: Path, nbytes: int) -> None:
     free = shutil.disk_usage(target.parent).free + sum(file.stat().st_size for file in left)
     if free < nbytes + _SPARE:
         raise DiskError(
-            f"{target.parent} has {free / 1e9:.1f} GB free, but the result takes {nbytes / 1e9:.1f} GB; "
+            f"{target.parent} has {in_gigabytes(free)} free, but the result takes {in_gigabytes(nbytes)}; "
             "make room, or give another --mlx-path"
         )
 

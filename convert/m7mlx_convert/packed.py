@@ -23,7 +23,8 @@ from m7mlx.config import ModelConfig
 from m7mlx.errors import ConfigError, WeightsError
 from m7mlx.files.weights import DTYPES, StoredTensor, is_left_out
 from m7mlx.quantization import Quantization
-from m7mlx_convert.source import Arrays, Tensor, reader, shown
+from m7mlx.terminal import shown
+from m7mlx_convert.source import Arrays, Tensor, reader
 
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where output i lies within its word, in steps of 4 bits
 

@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from m7mlx.errors import NotFoundError, WeightsError
-from m7mlx.files.hub import HubOutage, RemoteFile, hub_errors, is_repo_id, list_files, snapshot, weight_files
+from m7mlx.files.download import RemoteFile
+from m7mlx.files.hub import is_repo_id
+from m7mlx.files.repository import HubOutage, fetch_snapshot, hub_errors, list_files, weight_files
 from m7mlx.files.weights import StoredTensor, validate_header
-from m7mlx_convert.convert import name_of, repo_of
+from m7mlx.terminal import shown
 from m7mlx_convert.folder import open_folder
 from m7mlx_convert.gguf import open_gguf
-from m7mlx_convert.source import Source, shown
+from m7mlx_convert.opening import find_repo, name_model
+from m7mlx_convert.source import Source
 
 _HEAD = 1 << 17  # bytes; the header of most files is less
 _MAX_HEADER = 100_000_000  # as in the safetensors library
@@ -27,7 +30,7 @@ def open_remote(source: str, revision: str | None) -> Source | None:
     None for what is here, and where the Hub cannot be reached: then what was downloaded before serves.
     Raises NotFoundError, WeightsError, DownloadError.
     """
-    repo = repo_of(source)
+    repo = find_repo(source)
     if repo is None or not is_repo_id(repo):
         return None
     with hub_errors(repo, revision):
@@ -38,11 +41,11 @@ def open_remote(source: str, revision: str | None) -> Source | None:
         if source.lower().endswith(".gguf"):
             return _gguf(repo, source.split("/", 2)[-1], revision, files)
         names = weight_files(repo, files, "any")
-        folder = snapshot(repo, revision, "any", weights=False)
+        folder = fetch_snapshot(repo, revision, "any", weights=False)
         headers: dict[str, StoredTensor] = {}
         for name in names:
             headers |= _header(repo, name, revision, files[name].size, folder)
-    return open_folder(folder, name_of(source), headers)
+    return open_folder(folder, name_model(source), headers)
 
 
 def _header(repo: str, name: str, revision: str | None, size: int, folder: Path) -> dict[str, StoredTensor]:
@@ -70,8 +73,7 @@ def _gguf(repo: str, name: str, revision: str | None, files: dict[str, RemoteFil
 def _start(repo: str, name: str, revision: str | None, count: int) -> bytes:
     """The first bytes of a file; where a mirror sends all of it, the rest is not read."""
     from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils._headers import build_hf_headers
-    from huggingface_hub.utils._http import get_session, hf_raise_for_status
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     # Packed, a few bytes could become many.
     headers = {**build_hf_headers(), "range": f"bytes=0-{count - 1}", "accept-encoding": "identity"}

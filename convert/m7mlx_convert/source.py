@@ -16,7 +16,7 @@ from m7mlx.config import ModelConfig
 from m7mlx.errors import InputError
 from m7mlx.files.weights import StoredTensor
 from m7mlx.quantization import Quantization
-from m7mlx.terminal import one_line
+from m7mlx.terminal import shown
 
 FLOATS = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 Arrays = dict[str, mx.array]  # {"weight"}, or {"weight", "scales"[, "biases"]}
@@ -74,17 +74,6 @@ class Source:
     notes: tuple[str, ...] = ()  # what the user should know, a line each
 
 
-def open_source(path: Path, name: str) -> Source:
-    """Open a folder or a GGUF file. Raises ConfigError, WeightsError, TokenizerError."""
-    if path.is_file():
-        from m7mlx_convert.gguf import open_gguf
-
-        return open_gguf(path)
-    from m7mlx_convert.folder import open_folder
-
-    return open_folder(path, name)
-
-
 def reader(headers: Mapping[str, StoredTensor], names: Mapping[str, str]) -> Callable[[], Arrays]:
     """A `Tensor.load` for tensors of safetensors files: kind ("weight", "scales", …) → its name on disk."""
 
@@ -121,9 +110,3 @@ def check_links(folder: Path, files: Iterable[Path]) -> None:
 def named_dtype(config: Mapping[str, Any]) -> mx.Dtype | None:
     """The type that a config.json names."""
     return FLOATS.get(str(config.get("torch_dtype") or config.get("dtype")))
-
-
-def shown(text: object) -> str:
-    """What a file of a stranger says, as one printable line of bounded length for a message or a card."""
-    line = one_line(str(text)[:200])
-    return line if len(line) <= 100 else line[:99] + "…"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m7mlx.errors import InputError
-from m7mlx.files.disk import user_path
-from m7mlx.tokens.tokenizer import load_tokenizer
+from m7mlx.paths import user_path
+from m7mlx.tokens.load import load_tokenizer
 from m7mlx_convert.progress import Reporter
 
 DEFAULT_TOKENS = 512

@@ -11,7 +11,7 @@ from m7mlx_convert.progress import Reporter
 def check_upload(repo: str) -> None:
     """Raise InputError, before hours of work, if `repo` can be no repository of whoever is logged in."""
     from huggingface_hub import HfApi, errors
-    from huggingface_hub.utils._validators import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id
 
     try:
         validate_repo_id(repo)

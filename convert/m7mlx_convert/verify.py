@@ -141,12 +141,13 @@ class _Both:
         cache = RollingCache(self._config)
         left = []
         for chunk in chunks:
-            step = cache.step(chunk.shape[1])
-            left.append(block(chunk, cache.rings[0], step))
-            cache.advance(step)
+            length = chunk.shape[1]
+            cache.begin(length)
+            left.append(block(chunk, cache.rings[0], cache.positions.forward_pass(length)))
+            cache.advance(length)
             mx.eval(left, cache.arrays)
             mx.clear_cache()
-            advance(chunk.shape[1])
+            advance(length)
         return left
 
     def predictions(

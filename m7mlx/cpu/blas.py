@@ -15,7 +15,7 @@ import sys
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 
-from m7mlx.files.checksums import cache_dir
+from m7mlx.paths import cache_dir
 
 _KNOWN = ("libopenblas.so.0", "libopenblas.so", "libblis.so.4")
 _ADVICE = "on Debian and Ubuntu: apt install libopenblas0-pthread; on Fedora: dnf install openblas-threads"

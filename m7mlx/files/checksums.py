@@ -5,23 +5,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 
 from m7mlx.errors import ConfigError, DiskError, WeightsError
 from m7mlx.files.disk import write_whole
-from m7mlx.files.jsonfile import read_bytes
+from m7mlx.jsonfile import read_bytes
+from m7mlx.paths import cache_dir
 
 MANIFEST = "SHA256SUMS"  # beside the weights, as `sha256sum` writes it
 _MAX_MANIFEST = 1_000_000  # bytes
-
-
-def cache_dir() -> Path:
-    """Where this project keeps its own files: $M7MLX_CACHE, or the user's cache directory."""
-    import platformdirs
-
-    return Path(os.environ.get("M7MLX_CACHE") or platformdirs.user_cache_dir("m7mlx"))
 
 
 def check_folder(folder: Path) -> None:

@@ -10,17 +10,13 @@ import secrets
 from pathlib import Path
 
 from m7mlx.errors import DiskError
+from m7mlx.paths import user_path
 
 _FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "a file is too big",
 }
-
-
-def user_path(name: str | Path) -> Path:
-    """A path as users write it, with ~ for a home; one that names nobody's home stays as it is."""
-    return Path(os.path.expanduser(name))
 
 
 def why(error: OSError) -> str:

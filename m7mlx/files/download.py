@@ -11,39 +11,49 @@ import contextlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 from urllib.parse import urlparse
 
 from m7mlx.errors import DiskError, DownloadError
+from m7mlx.files import huggingface
 from m7mlx.files.checksums import remember, sha256
 from m7mlx.files.disk import sync, sync_path
-
-if TYPE_CHECKING:
-    from m7mlx.files.hub import RemoteFile
+from m7mlx.units import in_gigabytes
 
 _PART = ".m7mlx-part"
 
 
+class RemoteFile(NamedTuple):
+    """A file of a repository: its bytes, and for a large one the SHA-256 that it is stored under."""
+
+    size: int
+    sha256: str | None
+
+
 def fetch_blob(
-    repo: str, name: str, revision: str | None, file: RemoteFile, advance: Callable[[int], None] | None = None
+    repo: str,
+    name: str,
+    revision: str | None,
+    file: RemoteFile,
+    advance: Callable[[int], None] | None = None,
 ) -> None:
-    """Have a file in the Hub's cache under its SHA-256; nothing where it is there, or has none.
+    """Put a file into the Hub's cache under its SHA-256; skip it where it is there, or has none.
 
     advance  called with each number of bytes that are here, those of an earlier run first
 
     Raises DownloadError for wrong bytes, DiskError where they do not fit, and what huggingface_hub raises.
     """
-    from huggingface_hub.utils._fixes import WeakFileLock
+    from huggingface_hub.utils import WeakFileLock
 
     advance = advance or (lambda count: None)
     if file.sha256 is None:
         return
-    blob = _storage(repo) / "blobs" / file.sha256
+    blob = huggingface.find_storage(repo) / "blobs" / file.sha256
     if blob.exists():
         advance(file.size)
         return
     blob.parent.mkdir(parents=True, exist_ok=True)
-    lock = _lock(repo, file.sha256)
+    lock = huggingface.find_lock(repo, file.sha256)
     lock.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):
         if not blob.exists():  # not fetched by another process meanwhile
@@ -57,36 +67,28 @@ def fetch_blob(
             remember(blob, file.sha256)
 
 
-def clean(repo: str) -> None:
-    """Remove what killed downloads of huggingface_hub's own left; nobody takes it up."""
+def remove_leftovers(repo: str) -> None:
+    """Remove the unfinished files of downloads that were killed; huggingface_hub never resumes them."""
     from filelock import FileLock, Timeout
 
-    for path in (_storage(repo) / "blobs").glob("*.incomplete"):
-        lock = _lock(repo, path.name.split(".")[0])
+    for path in (huggingface.find_storage(repo) / "blobs").glob("*.incomplete"):
+        lock = huggingface.find_lock(repo, path.name.split(".")[0])
         # While a process writes it holds the lock.
         with contextlib.suppress(Timeout, OSError), FileLock(lock, timeout=0):
             path.unlink(missing_ok=True)
 
 
-def _storage(repo: str) -> Path:
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
-    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
-
-
-def _lock(repo: str, etag: str) -> Path:
-    storage = _storage(repo)
-    return storage.parent / ".locks" / storage.name / f"{etag}.lock"
-
-
 def _fetch(
-    repo: str, name: str, revision: str | None, file: RemoteFile, part: Path, advance: Callable[[int], None]
+    repo: str,
+    name: str,
+    revision: str | None,
+    file: RemoteFile,
+    part: Path,
+    advance: Callable[[int], None],
 ) -> None:
     """Fetch what `part` does not have yet."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils._headers import build_hf_headers
+    from huggingface_hub.utils import build_hf_headers
 
     done = part.stat().st_size if part.exists() else 0
     if done > file.size:
@@ -97,7 +99,7 @@ def _fetch(
     free = shutil.disk_usage(part.parent).free
     if free < file.size - done:
         raise DiskError(
-            f"{name} takes {(file.size - done) / 1e9:.1f} GB more, the disk has {free / 1e9:.1f} GB free; make room, "
+            f"{name} takes {in_gigabytes(file.size - done)} more, the disk has {in_gigabytes(free)} free; make room, "
             "then run the command again to resume"
         )
     headers = build_hf_headers()
@@ -109,14 +111,8 @@ def _fetch(
         stream.seek(done)
         stream.truncate()
         try:
-            http_get(
-                location,
-                cast(BinaryIO, _Counted(stream, file.size, advance)),
-                resume_size=done,
-                headers=headers,
-                expected_size=file.size,
-                displayed_filename=name,
-            )
+            counted = cast(BinaryIO, _Counted(stream, file.size, advance))
+            huggingface.fetch_rest(location, counted, done=done, size=file.size, headers=headers, name=name)
         finally:
             stream.flush()
             sync(stream.fileno())

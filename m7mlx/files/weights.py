@@ -18,7 +18,7 @@ import numpy as np
 
 from m7mlx.config import ModelConfig
 from m7mlx.errors import ConfigError, WeightsError
-from m7mlx.files.jsonfile import read_json, short
+from m7mlx.jsonfile import read_json, short
 from m7mlx.quantization import Quantization
 from m7mlx.terminal import one_line
 

@@ -2,8 +2,9 @@
 
     mlx.launch -n 2 --backend ring -- m7mlx-chat -p "Hello" --model mistral
 
-Each process holds a part of the model (`m7mlx.shard`). The first one is the program that the user sees; the others do
-what it tells them (`follow`): the same passes over the same tokens, in the same order.
+Each process holds a shard of the model (`m7mlx.shard`). The first one is the program that the user
+sees; the others do what it tells them (`follow`): the same passes over the same tokens, in the same
+order.
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ import mlx.core as mx
 
 from m7mlx.answer import Piece
 from m7mlx.cache import CacheOptions, RollingCache
-from m7mlx.command import launched
 from m7mlx.errors import InputError, M7Error, RunError
+from m7mlx.exchange import Exchange
 from m7mlx.generation import stream_answer
-from m7mlx.link import connect
 from m7mlx.loading import load
 from m7mlx.model import Mistral
 from m7mlx.parallel import channel
 from m7mlx.parallel.channel import Channel
+from m7mlx.parallel.launch import is_launched
+from m7mlx.parallel.sums import sum_products
 from m7mlx.request import Request, prepare
 from m7mlx.scheduler import Scheduler, Told
-from m7mlx.shard import Mode, Part
+from m7mlx.shard import Mode, Shard
 from m7mlx.tokens.tokenizer import Tokenizer
 
 
@@ -39,22 +41,24 @@ from m7mlx.tokens.tokenizer import Tokenizer
 class World:
     """The processes of a run; `rank` is this one's number."""
 
-    part: Part
+    shard: Shard
     group: mx.distributed.Group
     channel: Channel
 
     @property
     def rank(self) -> int:
-        return self.part.rank
+        return self.shard.rank
 
     @property
     def size(self) -> int:
-        return self.part.size
+        return self.shard.size
 
     def load(self, name: str | Path, progress: Callable[[int, int], None] | None = None) -> tuple[Mistral, Tokenizer]:
-        """This rank's part of a model, connected with the others; returns when all have theirs. As `m7mlx.load`."""
-        model, tokenizer = load(name, part=self.part, progress=progress)
-        connect(model, self.part, self.group)
+        """Load this rank's shard of a model, as `m7mlx.load`; return when all ranks have theirs."""
+        model, tokenizer = load(name, shard=self.shard, progress=progress)
+        model.exchange = Exchange(self.shard, self.group)
+        if self.shard.mode == "tensor":
+            sum_products(model, self.size, self.group)
         if self.rank:
             self.channel.tell({"do": "ready"})
         else:
@@ -84,7 +88,7 @@ def join(mode: Mode | None, config_of: Callable[[], Any]) -> World | None:
 
     Raises RunError if they cannot be met.
     """
-    if not launched():
+    if not is_launched():
         return None
     try:
         group = mx.distributed.init(strict=True)
@@ -95,14 +99,14 @@ def join(mode: Mode | None, config_of: Callable[[], Any]) -> World | None:
     rank, size = group.rank(), group.size()
     if size == 1:
         return None
-    part = Part(mode or _fitting(config_of(), size), rank, size)
-    part.config(config_of())  # raises, on all of them
-    return World(part, group, _channel(rank, size, group))
+    shard = Shard(mode or _fitting(config_of(), size), rank, size)
+    shard.config(config_of())  # raises, on all of them
+    return World(shard, group, _channel(rank, size, group))
 
 
 def _fitting(config: Any, size: int) -> Mode:
     try:
-        Part("tensor", 0, size).config(config)
+        Shard("tensor", 0, size).config(config)
     except InputError:
         return "pipeline"
     return "tensor"
@@ -187,7 +191,7 @@ def seeded(request: Request) -> Request:
 
 
 def follow(world: World, name: str | Path) -> None:
-    """Load this rank's part and do what the first rank tells, until it ends, which ends this process."""
+    """Load this rank's shard and do what the first rank tells, until it ends, which ends this process."""
     model, tokenizer = world.load(name)
     scheduler: Scheduler | None = None
     while True:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from m7mlx.errors import ConfigError, TokenizerError
-from m7mlx.files.jsonfile import given, read_json, said
+from m7mlx.jsonfile import given, read_json, said
 
 # Words, with or without spaces around them. Any other added token stands for something else than its text.
 _WORDS = re.compile(r"[\s▁]*[^\W_]+(?:[\s▁'’.-]+[^\W_]+)*[\s▁]*")

@@ -27,7 +27,7 @@ class Part(NamedTuple):
     is_control: bool
 
 
-class Guard:
+class Marker:
     """Marks look-alikes of control tokens in what users typed, so that they are still text after rendering.
 
     A noncharacter that no message contains is put inside each look-alike before rendering; what is found
@@ -45,32 +45,32 @@ class Guard:
         self._longest = max(map(len, self._names), default=0)
         self._mark = ""
 
-    def protect(self, value: Any) -> Any:
-        """A copy of messages and tools with every string in it guarded, names of fields included.
+    def mark(self, value: Any) -> Any:
+        """A copy of messages and tools with every string in it marked, names of fields included.
 
         The fields of a message itself, and its role, are the template's own words.
         """
         try:
             if not self._mark:
                 self._mark = self._unused_mark(json.dumps(value, ensure_ascii=False, default=str))
-            return self._guard_fields(value)
+            return self._mark_fields(value)
         except (ValueError, RecursionError):
             raise ChatFormatError("a message or a tool is nested too deep for a chat template") from None
 
-    def _guard_fields(self, value: Any) -> Any:
+    def _mark_fields(self, value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {k: v if k == "role" else self._guard(v) for k, v in value.items()}
+            return {k: v if k == "role" else self._marked(v) for k, v in value.items()}
         if isinstance(value, list | tuple):
-            return [self._guard_fields(v) for v in value]
-        return self._guard(value)
+            return [self._mark_fields(v) for v in value]
+        return self._marked(value)
 
-    def _guard(self, value: Any) -> Any:
+    def _marked(self, value: Any) -> Any:
         if isinstance(value, str):
-            return self._guard_text(value)
+            return self._mark_text(value)
         if isinstance(value, Mapping):
-            return {self._guard(k): self._guard(v) for k, v in value.items()}
+            return {self._marked(k): self._marked(v) for k, v in value.items()}
         if isinstance(value, list | tuple):
-            return [self._guard(v) for v in value]
+            return [self._marked(v) for v in value]
         return value
 
     def _unused_mark(self, text: str) -> str:
@@ -80,13 +80,13 @@ class Guard:
             raise ChatFormatError("a message holds every Unicode noncharacter; remove some")
         return mark
 
-    def _guard_text(self, text: str) -> str:
-        guarded = self._beginning.sub(lambda m: m[0] + self._mark, text)
+    def _mark_text(self, text: str) -> str:
+        marked = self._beginning.sub(lambda m: m[0] + self._mark, text)
         # What stands at an edge could be completed by what the template, or the next message, puts beside it.
-        lengths = range(1, min(len(guarded), self._longest) + 1)
-        starts = any(guarded[:n] in self._ends for n in lengths)
-        ends = any(guarded[-n:] in self._beginnings for n in lengths)
-        return (self._mark if starts else "") + guarded + (self._mark if ends else "")
+        lengths = range(1, min(len(marked), self._longest) + 1)
+        starts = any(marked[:n] in self._ends for n in lengths)
+        ends = any(marked[-n:] in self._beginnings for n in lengths)
+        return (self._mark if starts else "") + marked + (self._mark if ends else "")
 
     def split(self, rendered: str) -> list[Part]:
         """Cut a rendered conversation at its genuine control tokens."""

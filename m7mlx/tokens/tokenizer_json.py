@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from m7mlx.errors import ConfigError, TokenizerError
-from m7mlx.files.jsonfile import read_json, said
+from m7mlx.jsonfile import read_json, said
 from m7mlx.tokens.added_tokens import BYTE, FLAGS, AddedToken, Names
-from m7mlx.tokens.tokenizer import MOST_BYTES, SPACE, Tokenizer, clean
+from m7mlx.tokens.tokenizer import MOST_BYTES, SPACE, Tokenizer, without_surrogates
 
 
 class JsonTokenizer(Tokenizer):
@@ -83,7 +83,7 @@ class JsonTokenizer(Tokenizer):
         text = ""
         for part in parts:
             if isinstance(part, str):
-                text += clean(part)
+                text += without_surrogates(part)
             elif part in self._names:
                 text += self._names[part]
             else:

@@ -14,7 +14,8 @@ from m7mlx_chat.engine import Engine
 from m7mlx_chat.events import Failed, Seen, Text
 from m7mlx_chat.session import Busy, Session
 from m7mlx_chat.settings import Settings
-from m7mlx_chat.store import Store, StoreError
+from m7mlx_chat.store import Store
+from m7mlx_chat.store.errors import StoreError
 
 from m7mlx.errors import InputError
 

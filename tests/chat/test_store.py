@@ -21,10 +21,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from m7mlx_chat.portable import dumps
 from m7mlx_chat.portable.page import to_html
 from m7mlx_chat.store import Store, schema
+from m7mlx_chat.store.errors import StoreError
 from m7mlx_chat.store.rows import TITLE_LENGTH, Asked, Message, Node, Tree, clean, pack, title_of, unpack
 from m7mlx_chat.store.schema import MIGRATIONS, database_path, open_database
 
-from m7mlx.errors import DiskError, M7Error, RunError, StoreError
+from m7mlx.errors import DiskError, M7Error, RunError
 
 HOSTILE = "a\0b \ud800 \U0001f600 \x1b[31m \u202e 'quoted' \"x\" \r\n"
 DAY = 86400

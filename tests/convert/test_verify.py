@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from m7mlx_convert import verify
 from m7mlx_convert.cli import main
-from m7mlx_convert.convert import convert, open_model
+from m7mlx_convert.convert import convert
+from m7mlx_convert.opening import open_model
 from m7mlx_convert.progress import Reporter
 from m7mlx_convert.report import write_report
 from m7mlx_convert.scheme import Recipe
 from m7mlx_convert.text import DEFAULT_TOKENS, Text, read_text
 from m7mlx_convert.verify import Comparison, compare
 from models import random_weights, small_config, weights_on_disk, write_folder
-from test_convert_source import quantisable
+from sources import quantisable
 
 from m7mlx import load
 from m7mlx.errors import InputError

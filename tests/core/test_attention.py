@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m7mlx.attention import attend, rope, rope_each, window_mask
+from m7mlx.attention import attend
+from m7mlx.positions import rope, rope_each, window_mask
 from m7mlx.ring import KeysValues, KVFormat, Sinks
 
 positions = st.lists(st.integers(-3, 30), min_size=1, max_size=12)

@@ -71,8 +71,8 @@ def test_a_saved_cache_can_still_roll_back(tmp_path: Path) -> None:
     loaded = load_cache(tmp_path / "c", MODEL)
     for one in (cache, loaded):
         one.rollback(5)
-    again = [MODEL(mx.array([IDS[55:58]]), one) for one in (cache, loaded)]
-    assert mx.array_equal(*again)
+    ours, theirs = (MODEL(mx.array([IDS[55:58]]), one) for one in (cache, loaded))
+    assert mx.array_equal(ours, theirs)
 
 
 def test_a_file_of_that_name_is_replaced(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="another model"):
         save_cache(path, filled()[0], FULL)
     broken, _ = filled(slack=2)
-    broken.step(20)
+    broken.begin(20)
     with pytest.raises(InputError, match="broken off"):
         save_cache(path, broken, MODEL)
     rows = MODEL.new_cache()

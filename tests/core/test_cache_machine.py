@@ -22,10 +22,11 @@ from models import small_config, small_model
 
 from m7mlx.attention import attend_to_ring
 from m7mlx.batch import BatchCache
-from m7mlx.cache import RollingCache, Snapshot
+from m7mlx.cache import KVCache, RollingCache, Snapshot
 from m7mlx.cache_file import load_cache, save_cache
 from m7mlx.decode import reuse
 from m7mlx.errors import InputError, RollbackError
+from m7mlx.model import Mistral
 
 VOCAB, LAYERS, HEADS, KV, DIM, THETA = 11, 2, 4, 2, 32, 1e4
 EXAMPLES = int(os.environ.get("M7MLX_EXAMPLES", "120"))
@@ -38,7 +39,7 @@ tokens_of = st.integers(0, VOCAB - 1)
 
 
 @functools.cache
-def model(window: int | None):
+def model(window: int | None) -> Mistral:
     return small_model(
         small_config(vocab_size=VOCAB, n_layers=LAYERS, n_heads=HEADS, head_dim=DIM, sliding_window=window)
     )
@@ -52,7 +53,8 @@ def rounded(x: mx.array, bits: int | None) -> mx.array:
     if bits is None:
         return x
     codes, scales, biases = mx.quantize(x, 32, bits)
-    return mx.dequantize(codes, *(s.astype(mx.float16).astype(mx.float32) for s in (scales, biases)), 32, bits)
+    scales, biases = (s.astype(mx.float16).astype(mx.float32) for s in (scales, biases))
+    return mx.dequantize(codes, scales, biases, 32, bits)
 
 
 @functools.cache
@@ -89,15 +91,17 @@ def expected(cache: RollingCache, tokens: list[int], position: int, layer: int) 
     return out
 
 
-def forward(cache: RollingCache | BatchCache, rows: list[list[int]]) -> list[np.ndarray]:
+def forward(cache: KVCache, rows: list[list[int]]) -> list[np.ndarray]:
     """One pass over new tokens [B][L] through all layers; per layer [B, HEADS, L, DIM]."""
     ids = mx.array(rows)
-    step = cache.step(ids.shape[1])
+    length = ids.shape[1]
+    cache.begin(length)
+    described = cache.positions.forward_pass(length)
     outs = []
     for layer, ring in enumerate(cache.rings):
         heads = mx.concatenate([table[layer][ids].swapaxes(1, 2) for table in (QUERIES, KEYS, VALUES)], axis=1)
-        outs.append(attend_to_ring(heads, ring, step, THETA, KV))
-    cache.advance(step)
+        outs.append(attend_to_ring(heads, ring, described, KV))
+    cache.advance(length)
     mx.eval(outs, cache.arrays)
     return [np.array(out) for out in outs]
 
@@ -352,7 +356,7 @@ class CacheMachine(RuleBasedStateMachine):
     def bounded(self) -> None:
         for one in getattr(self, "single", []):
             if one.cache.window is not None:
-                assert all(ring.rows <= one.cache.window + one.cache.slack for ring in one.cache.rings)
+                assert all(ring.n_slots <= one.cache.window + one.cache.slack for ring in one.cache.rings)
 
 
 CacheMachine.TestCase.settings = settings(max_examples=EXAMPLES, stateful_step_count=25, deadline=None)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
-from models import small_config, small_model
+from models import small_config, small_model, write_folder
 
-import m7mlx.compiled
 from m7mlx.batch import BatchCache
 from m7mlx.cache import RollingCache
 from m7mlx.compiled import CompiledStep, step_of
 from m7mlx.decode import decode, prefill
+from m7mlx.loading import load, load_model
+from m7mlx.positions import Positions
 from m7mlx.sampling import Sampler, Sampling
 
 MODEL = small_model(small_config())  # a window of 7
@@ -43,9 +47,9 @@ def test_equal_to_the_plain_step(model: object, options: dict[str, int]) -> None
         ids = mx.array([[token]])
         a, b = model(ids, plain), step(ids, compiled)  # type: ignore[operator]
         np.testing.assert_allclose(np.array(b), np.array(a), rtol=1e-4, atol=1e-4, err_msg=str(i))
-    assert (plain.offset, plain.written, plain.max_rollback) == (
+    assert (plain.offset, plain.positions.written, plain.max_rollback) == (
         compiled.offset,
-        compiled.written,
+        compiled.positions.written,
         compiled.max_rollback,
     )
     assert plain.nbytes == compiled.nbytes
@@ -83,10 +87,29 @@ def test_rows_of_a_batch_at_their_own_positions() -> None:
     assert plain.offsets == compiled.offsets
 
 
+def test_a_single_row_that_began_late() -> None:
+    """The longer row has left: the clock stands at its time, and the positions of the other lie behind."""
+    found = []
+    for forward in (MODEL, CompiledStep(MODEL)):
+        caches = [MODEL.new_cache() for _ in range(2)]
+        for cache, length in zip(caches, (3, 11), strict=True):
+            prefill(MODEL, list(range(length)), cache)
+        batch = BatchCache(caches)
+        batch.keep([0])
+        assert batch.positions.starts == (8,)
+        found.append(mx.concatenate([forward(mx.array([[i]]), batch) for i in range(12)]))
+    np.testing.assert_allclose(np.array(found[1]), np.array(found[0]), rtol=1e-4, atol=1e-4)
+
+
 def test_one_trace_for_all_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    traces = []
-    inner = RollingCache.step_at
-    monkeypatch.setattr(RollingCache, "step_at", lambda self, *args: traces.append(1) or inner(self, *args))
+    traces: list[Positions] = []
+    inner = Positions.traced_pass
+
+    def noted(positions: Positions, *args: Any) -> Any:
+        traces.append(positions)
+        return inner(positions, *args)
+
+    monkeypatch.setattr(Positions, "traced_pass", noted)
     cache, step = MODEL.new_cache(), CompiledStep(MODEL)
     prefill(MODEL, [1, 2, 3], cache)
     for token in range(30):
@@ -101,7 +124,7 @@ def test_rows_are_written_in_place() -> None:
     for ring in cache.rings:
         k, v = (mx.random.normal((1, 2, 19_000, 16)) for _ in range(2))
         ring.write((k, v), 0)
-    cache.move_to(19_000, 19_000)
+    cache.positions = cache.positions.at(19_000)
     for token in (1, 2, 3):
         mx.eval(step(mx.array([[token]]), cache), cache.arrays)
     before = mx.get_active_memory()
@@ -112,14 +135,15 @@ def test_rows_are_written_in_place() -> None:
 
 
 @pytest.mark.parametrize("asked", ["", "1"])
-def test_decoding_takes_the_way_asked_for(monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+def test_decoding_takes_the_way_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, asked: str) -> None:
+    folder = write_folder(tmp_path / "m", small_config(vocab_size=32000, n_layers=1))
     monkeypatch.setenv("M7MLX_COMPILE", asked)
-    assert isinstance(step_of(MODEL), m7mlx.compiled.CompiledStep) == bool(asked)
-    cache = MODEL.new_cache()
-    logits = prefill(MODEL, [3, 1, 4, 1, 5], cache)
-    found = list(decode(MODEL, logits, cache, Sampler(Sampling(temperature=0)), 30))
-    monkeypatch.setenv("M7MLX_COMPILE", "")
-    again = MODEL.new_cache()
-    assert found == list(
-        decode(MODEL, prefill(MODEL, [3, 1, 4, 1, 5], again), again, Sampler(Sampling(temperature=0)), 30)
-    )
+    model = load_model(folder)
+    assert isinstance(step_of(model), CompiledStep) == bool(asked)
+    assert load(folder)[0].compiles_steps == bool(asked)
+    found = []
+    for compiles in (model.compiles_steps, False):
+        cache, model.compiles_steps = model.new_cache(), compiles
+        logits = prefill(model, [3, 1, 4, 1, 5], cache)
+        found.append(list(decode(model, logits, cache, Sampler(Sampling(temperature=0)), 30)))
+    assert found[0] == found[1]

@@ -37,7 +37,7 @@ def loaded(model_folder: Path) -> tuple[Mistral, Tokenizer]:
 def test_a_conversation_is_not_prefilled_again(loaded: tuple[Mistral, Tokenizer]) -> None:
     model, tokenizer = loaded
     cache = model.new_cache()
-    messages = [{"role": "user", "content": "Tell me a long story, please"}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "Tell me a long story, please"}]
     for _ in range(4):
         before = cache.offset
         pieces = list(stream_generate(model, tokenizer, messages, cache=cache, max_tokens=30))
@@ -156,6 +156,29 @@ def test_an_answer_broken_off_goes_on_as_if_it_had_not_been(
         )
         assert before + "".join(piece.text for piece in rest) == text
         assert begun + [i for piece in rest for i in piece.ids] == ids
+
+
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_a_message_that_the_model_continues(loaded: tuple[Mistral, Tokenizer], as_ids: bool) -> None:
+    """The answer is what comes after it, its first space and a character cut in the middle included."""
+    model, tokenizer = loaded
+    question = [{"role": "user", "content": "Tell me a long story"}]
+    pieces = list(stream_generate(model, tokenizer, question, max_tokens=40))
+    ids = [i for piece in pieces for i in piece.ids]
+    for cut in (1, 7, 25):
+        last: dict[str, Any] = {"role": "assistant", "content": tokenizer.decode(ids[:cut]), "prefix": True}
+        if as_ids:
+            last["ids"] = ids[:cut]
+        begun = ids[:cut] if as_ids else tokenizer.encode(last["content"].rstrip(" "))
+        rest = list(stream_generate(model, tokenizer, [*question, last], max_tokens=40))
+        found = [i for piece in rest for i in piece.ids]
+        whole = tokenizer.chat.encode(question) + begun
+        assert found == [i for piece in stream_generate(model, tokenizer, whole, max_tokens=40) for i in piece.ids]
+        shown = tokenizer.detokenizer()
+        before = "".join(map(shown.add, begun))
+        after = "".join(map(shown.add, found)) + shown.finish()
+        assert "".join(piece.text for piece in rest) == after
+        assert before + after == tokenizer.decode([*begun, *found])
 
 
 def test_a_seed_repeats_the_answer(loaded: tuple[Mistral, Tokenizer]) -> None:
@@ -297,7 +320,8 @@ def test_what_users_bring_is_taken(loaded: tuple[Mistral, Tokenizer]) -> None:
     ids = [1, 5, 9, 200]
     expected = generate(*loaded, ids, max_tokens=5)
     for brought in (mx.array(ids), mx.array([ids]), np.array(ids), np.array([ids]), tuple(ids), list(np.array(ids))):
-        assert generate(*loaded, brought, max_tokens=5) == expected
+        # Arrays are no Sequence to a type checker.
+        assert generate(*loaded, brought, max_tokens=5) == expected  # type: ignore[arg-type]
     parts = [{"role": "user", "content": [{"type": "text", "text": "Hello "}, {"type": "text", "text": "there"}]}]
     whole = [{"role": "user", "content": "Hello there"}]
     assert generate(*loaded, parts, max_tokens=5) == generate(*loaded, whole, max_tokens=5)

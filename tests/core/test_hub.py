@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from hub_server import Hub, serve
+from hub_server import Hub, environment, serve
 from models import small_config, write_folder
 from processes import running
 
@@ -41,18 +40,6 @@ except M7Error as error:
     sys.exit(f"{type(error).__name__}: {error}")
 print(*sorted(p.name for p in found.iterdir()) if found.is_dir() else [found.name])
 """
-
-
-def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
-    """Caches of the test's own."""
-    settings = {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "hf"),
-        "M7MLX_CACHE": str(tmp_path / "m7"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_ETAG_TIMEOUT": "2",
-    }
-    return os.environ | settings
 
 
 def start(hub: Hub, tmp_path: Path, name: str) -> AbstractContextManager[subprocess.Popen[str]]:
@@ -96,10 +83,10 @@ def test_an_adapter_is_fetched_as_one_and_not_as_a_model(hub: Hub, tmp_path: Pat
 
 def test_progress_is_told_and_what_is_here_is_known_without_asking(hub: Hub, tmp_path: Path) -> None:
     code = (
-        "import sys; from m7mlx.files.hub import local, resolve; name = sys.argv[1]; seen = []\n"
-        "print(local(name)); folder = resolve(name, progress=lambda *counts: seen.append(counts))\n"
+        "import sys; from m7mlx.files.hub import find_local, resolve; name = sys.argv[1]; seen = []\n"
+        "print(find_local(name)); folder = resolve(name, progress=lambda *counts: seen.append(counts))\n"
         "assert seen == sorted(seen) and len({t for _, t in seen}) == 1, seen\n"
-        "print(*seen[-1], (folder / 'model.safetensors').stat().st_size); print(local(name) == folder)\n"
+        "print(*seen[-1], (folder / 'model.safetensors').stat().st_size); print(find_local(name) == folder)\n"
     )
     command = [sys.executable, "-c", code, REPO]
     done = subprocess.run(
@@ -111,7 +98,7 @@ def test_progress_is_told_and_what_is_here_is_known_without_asking(hub: Hub, tmp
     here, total, _ = map(int, counts.split())
     assert here == total > 10_000_000
     hub.requests.clear()
-    command[2] = "import sys; from m7mlx.files.hub import local; print(local(sys.argv[1]) is not None)"
+    command[2] = "import sys; from m7mlx.files.hub import find_local; print(find_local(sys.argv[1]) is not None)"
     done = subprocess.run(command, env=environment(hub, tmp_path), capture_output=True, text=True, check=False)
     assert done.stdout == "True\n" and hub.requests == []
 
@@ -225,7 +212,7 @@ def test_mistrals_own_layout_is_for_the_converter(hub: Hub, tmp_path: Path) -> N
     [
         (["pytorch_model.bin"], "has only pickle weights, which can run code"),
         (["consolidated.00.pth"], "has only pickle weights, which can run code"),
-        (["a.Q4_0.gguf", "b.gguf"], f"name one: m7mlx-convert {REPO}/a.Q4_0.gguf or {REPO}/b.gguf"),
+        (["a.Q4_0.gguf", "b.gguf"], f"name one: {REPO}/a.Q4_0.gguf or {REPO}/b.gguf"),
         (["notes.txt"], "has no weights"),
     ],
 )
@@ -240,24 +227,25 @@ def test_repositories_without_weights_to_use_are_refused_first(
 
 def test_a_gguf_file_in_a_repository(hub: Hub, tmp_path: Path) -> None:
     rename(hub, "sub/b.Q8_0.gguf", "a.gguf")
-    done = resolve(hub, tmp_path, f"{REPO}/sub/b.Q8_0.gguf")
+    done = resolve(hub, tmp_path, f"{REPO}/sub/b.Q8_0.gguf", layout="any")
     assert done.stdout.strip() == "b.Q8_0.gguf", done.stderr
     assert {name for name, _ in fetched(hub)} == {"b.Q8_0.gguf"}
     assert "has no file c.gguf; it has a.gguf, sub/b.Q8_0.gguf" in resolve(hub, tmp_path, f"{REPO}/c.gguf").stderr
+    assert "is a file, but not GGUF" in resolve(hub, tmp_path, f"{REPO}/sub/b.Q8_0.gguf").stderr  # it was asked for
     hub.status = 503
-    assert resolve(hub, tmp_path, f"{REPO}/sub/b.Q8_0.gguf").returncode == 0
+    assert resolve(hub, tmp_path, f"{REPO}/sub/b.Q8_0.gguf", layout="any").returncode == 0
 
 
 def test_the_disk_that_is_too_small_is_noticed_first(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from m7mlx.files import download
+    from m7mlx.files import download, huggingface
 
-    monkeypatch.setattr(download, "_storage", lambda repo: tmp_path / "hub" / "models--x")
+    monkeypatch.setattr(huggingface, "find_storage", lambda repo: tmp_path / "hub" / "models--x")
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr("m7mlx.files.download.shutil.disk_usage", lambda _: usage)
     with pytest.raises(DiskError, match=r"model.safetensors takes 0\.\d GB more, the disk has 0\.0 GB free"):
-        download.fetch_blob(REPO, "model.safetensors", None, m7hub.RemoteFile(10**8, "0" * 64))
+        download.fetch_blob(REPO, "model.safetensors", None, download.RemoteFile(10**8, "0" * 64))
 
 
 FULL = """

@@ -17,7 +17,8 @@ from models import random_weights, small_config, small_model
 from PIL import Image
 
 from m7mlx.model import Mistral
-from m7mlx.tokens.tokenizer import Tokenizer, load_tokenizer
+from m7mlx.tokens.load import load_tokenizer
+from m7mlx.tokens.tokenizer import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -129,10 +130,7 @@ def test_a_change_moves_the_logits_within_the_reach_and_by_nothing_beyond() -> N
 
 
 @pytest.mark.parametrize("engine", long_context_cost.ENGINES)
-def test_a_sequence_is_read_on_and_measured_at_each_position(
-    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("M7MLX_COMPILE", "")  # which the engine sets
+def test_a_sequence_is_read_on_and_measured_at_each_position(engine: str, tmp_path: Path) -> None:
     write_random(tmp_path, small_config(vocab_size=4096, sliding_window=20, n_layers=1))
     rows = long_context_cost.measure(engine, tmp_path, [64, 256, 600], 2)
     assert [row["position"] for row in rows] == [64, 256, 600]
@@ -150,7 +148,7 @@ def test_the_whole_script(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(long_context, "demo", lambda: (reader, words))
-    monkeypatch.setattr(long_context, "TOY", replace(long_context.TOY, n_layers=1))
+    monkeypatch.setattr(long_context, "TOY", replace(long_context_reach.TOY, n_layers=1))
     monkeypatch.setattr(long_context, "TOY_WINDOW", 9)
     monkeypatch.setattr(long_context, "PLACES", (1 / 8, 1.5))
     result, picture = tmp_path / "long.json", tmp_path / "long.png"

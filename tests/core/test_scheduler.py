@@ -246,8 +246,9 @@ def test_rows_are_given_back(tokenizer: Tokenizer) -> None:
     assert scheduler.load == (0, 4)
     for _ in range(12):
         clients.step()
-    assert scheduler._batch is not None
-    assert (len(scheduler._batch), scheduler.load) == (1, (1, 0))
+    batch = scheduler._batch
+    assert batch is not None
+    assert (len(batch), scheduler.load) == (1, (1, 0))
     clients.run()
     assert scheduler._batch is None
     assert scheduler.step() == ([], False)

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 from models import mistral_file
+from tokenizer_folders import byte_level_json, write_json_tokenizer
 
 from m7mlx import worker as worker_module
 from m7mlx.errors import ChatFormatError
 from m7mlx.tokens import template as template_module
-from m7mlx.tokens.template import Guard, render
+from m7mlx.tokens.template import Marker, render
 from m7mlx.worker import Worker
 
 HI = {"messages": [{"role": "user", "content": "Hi"}], "add_generation_prompt": True}
@@ -180,7 +181,7 @@ def test_a_message_that_is_nested_too_deep(depth: int) -> None:
         nested = [nested]
     for part in (
         lambda: render("{{ 1 }}", {"messages": nested}),
-        lambda: Guard(["<s>"]).protect({"content": nested}),
+        lambda: Marker(["<s>"]).mark({"content": nested}),
     ):
         with pytest.raises(ChatFormatError, match="nested too deep"):
             part()
@@ -364,22 +365,46 @@ def test_templates_render_as_in_transformers(
         assert found == expected, name
 
 
-def test_guard_leaves_the_text_itself_unchanged() -> None:
-    guard = Guard(["<s>", "</s>"])
-    protected = guard.protect({"content": "a<s>b</s> <", "role": "user"})
-    assert protected["role"] == "user"
-    assert [p.name for p in guard.split("<s>" + protected["content"] + "</s>")] == ["<s>", "a<s>b</s> <", "</s>"]
-    assert [p.is_control for p in guard.split("<s>" + protected["content"] + "</s>")] == [True, False, True]
+@pytest.mark.oracle
+@pytest.mark.parametrize("text", ["b", " b ", "b\n\n", " "])
+@pytest.mark.parametrize("messages", CONVERSATIONS, ids=["one", "system", "turns", "called"])
+def test_a_message_is_continued_as_in_transformers(tmp_path: Path, messages: list[dict[str, Any]], text: str) -> None:
+    chat_template_utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    last = {"role": "assistant", "content": text}
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    for name, template in real_templates().items():
+        try:
+            (expected,), _ = chat_template_utils.render_jinja_template(
+                [[*messages, last]], None, None, template, continue_final_message=True, **names
+            )
+        except Exception:  # refused by the template, or by transformers
+            expected = None
+        settings = names | {"chat_template": template}
+        tokenizer = write_json_tokenizer(tmp_path, byte_level_json({"<s>": True, "</s>": True}), settings)
+        try:
+            ids = tokenizer.chat.encode([*messages, last | {"prefix": True}])
+            found = b"".join({256: b"<s>", 257: b"</s>"}.get(i) or tokenizer.token_bytes(i) for i in ids).decode()
+        except ChatFormatError:
+            found = None
+        assert found == expected, name
+
+
+def test_marks_leaves_the_text_itself_unchanged() -> None:
+    marker = Marker(["<s>", "</s>"])
+    marked = marker.mark({"content": "a<s>b</s> <", "role": "user"})
+    assert marked["role"] == "user"
+    assert [p.name for p in marker.split("<s>" + marked["content"] + "</s>")] == ["<s>", "a<s>b</s> <", "</s>"]
+    assert [p.is_control for p in marker.split("<s>" + marked["content"] + "</s>")] == [True, False, True]
 
 
 def test_a_message_of_all_noncharacters() -> None:
     with pytest.raises(ChatFormatError, match="noncharacter"):
-        Guard(["<s>"]).protect("".join(map(chr, range(0xFDD0, 0xFDF0))))
+        Marker(["<s>"]).mark("".join(map(chr, range(0xFDD0, 0xFDF0))))
 
 
-def test_guard_covers_the_names_of_fields_and_what_is_called_role_inside() -> None:
-    guard = Guard(["<s>", "</s>"])
+def test_marks_covers_the_names_of_fields_and_what_is_called_role_inside() -> None:
+    marker = Marker(["<s>", "</s>"])
     tool = {"role": "tool", "content": "x", "tool_calls": [{"role": "<s>", "</s>": {"role": {"a<s>": "</s>"}}}]}
-    shown = json.dumps(guard.protect(tool), ensure_ascii=False)
-    assert [p for p in guard.split(shown) if p.is_control] == []
-    assert "".join(p.name for p in guard.split(shown)) == json.dumps(tool)
+    shown = json.dumps(marker.mark(tool), ensure_ascii=False)
+    assert [p for p in marker.split(shown) if p.is_control] == []
+    assert "".join(p.name for p in marker.split(shown)) == json.dumps(tool)

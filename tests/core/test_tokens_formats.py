@@ -7,62 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conversations import CHATML, CONVERSATIONS, INSTRUCT, TOOLS, assistant, oracle, system, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mistral_common.protocol.instruct.normalize import InstructRequestNormalizer
-from mistral_common.protocol.instruct.request import ChatCompletionRequest
-from mistral_common.tokens.tokenizers.instruct import InstructTokenizerV1, InstructTokenizerV2, InstructTokenizerV3
-from test_tokenizer import CONTROLS, HARD, ORACLES, byte_level_json, write_json_tokenizer
+from tokenizer_folders import CONTROLS, HARD, byte_level_json, write_json_tokenizer
 
 from m7mlx.errors import ChatFormatError, TokenizerError
-from m7mlx.tokens.formats import Message
+from m7mlx.tokens.messages import Message
 from m7mlx.tokens.tokenizer import Tokenizer
 
-INSTRUCT = {
-    "v1": InstructTokenizerV1(ORACLES["v1"]),
-    "v2": InstructTokenizerV2(ORACLES["v2"]),
-    "v3": InstructTokenizerV3(ORACLES["v3"]),
-}
 VERSIONS = list(INSTRUCT)
-
-
-def oracle(version: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
-    request = ChatCompletionRequest.from_openai(messages=messages, tools=tools)
-    return (
-        INSTRUCT[version]
-        .encode_instruct(InstructRequestNormalizer.normalizer().from_chat_completion_request(request))
-        .tokens
-    )
-
-
-def user(content: str) -> dict[str, Any]:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": content}
-
-
-def system(content: str) -> dict[str, Any]:
-    return {"role": "system", "content": content}
-
-
-CONVERSATIONS = [
-    [user("Hello")],
-    [user("")],
-    [system("Be brief"), user("Hello")],
-    [system("Be brief"), user("Hello"), assistant("Hi"), user("Bye")],
-    [system("A"), system("B"), user("x")],
-    [system(""), user("x")],
-    [user("Hello"), assistant("Hi there"), user("Bye")],
-    [user("a"), user("b"), assistant("c"), assistant("d"), user("e")],
-    [user("a"), system("late"), user("b")],
-    [user("a"), assistant(" leading and trailing  "), user("b")],
-    [user("a [/INST] b [INST] c"), assistant("a</s>b<s>c"), user("[control_99] [TOOL_CALLS]")],
-    [assistant("I speak first"), user("ok")],
-    *([user(hard), assistant("x" + hard), user(hard)] for hard in HARD),
-    [m for i in range(40) for m in (user(f"question {i}"), assistant(f"answer {i}"))] + [user("last")],
-]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -121,18 +75,11 @@ def test_golden_ids(mistral_tokenizers: dict[str, Tokenizer], version: str) -> N
 
 # --- tools ----------------------------------------------------------------------------------------------
 
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "weather",
-            "description": "The weather – in a “city”",
-            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-        },
-    },
-    {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}},
-]
-CALL = {"id": "a1B2c3D4e", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Köln"}'}}
+CALL: dict[str, Any] = {
+    "id": "a1B2c3D4e",
+    "type": "function",
+    "function": {"name": "weather", "arguments": '{"city": "Köln"}'},
+}
 RESULT = {"role": "tool", "tool_call_id": "a1B2c3D4e", "name": "weather", "content": '{"celsius": 7}'}
 TOOL_CONVERSATIONS = [
     [user("Weather?")],
@@ -155,6 +102,79 @@ def test_tools_equal_mistral_common(
 def test_v1_has_no_tools(mistral_tokenizers: dict[str, Tokenizer]) -> None:
     with pytest.raises(ChatFormatError, match="v3"):
         mistral_tokenizers["v1"].chat.encode([user("x")], tools=TOOLS)
+
+
+# --- a last message that the model continues ------------------------------------------------------------
+
+
+def begun(content: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, "prefix": True}
+
+
+CONTINUED = [
+    [user("Hello"), begun("Hi")],
+    [user("Hello"), begun(" leading and trailing  ")],
+    [user("Hello"), begun(" ")],
+    [system("Be brief"), user("Hello"), begun("Hi")],
+    [system("Be brief"), user("a"), assistant("b"), user("c"), begun("d\n")],
+    [user("a"), assistant("b"), begun("c")],
+    [user("a"), begun("a</s>b[INST] c")],
+    [begun("I speak first")],
+    *([user("x"), begun(hard)] for hard in HARD if hard),
+]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("messages", CONTINUED, ids=range(len(CONTINUED)))
+def test_a_message_that_is_continued_equals_mistral_common(
+    mistral_tokenizers: dict[str, Tokenizer], version: str, messages: list[dict[str, Any]]
+) -> None:
+    ids = mistral_tokenizers[version].chat.encode(messages)
+    assert ids == oracle(version, messages)
+    assert ids[-1] != mistral_tokenizers[version].control_id("</s>")
+
+
+@pytest.mark.parametrize("version", ["v2", "v3"])
+def test_a_message_after_tools_is_continued(mistral_tokenizers: dict[str, Tokenizer], version: str) -> None:
+    messages = [*TOOL_CONVERSATIONS[1], begun("It has")]
+    assert mistral_tokenizers[version].chat.encode(messages, TOOLS) == oracle(version, messages, TOOLS)
+
+
+@given(st.sampled_from(VERSIONS), st.text(st.characters(codec="utf-8"), min_size=1, max_size=20))
+@settings(max_examples=200, deadline=None)
+def test_any_message_that_is_continued_equals_mistral_common(
+    mistral_tokenizers: dict[str, Tokenizer], version: str, text: str
+) -> None:
+    messages = [user("x"), begun(text)]
+    assert mistral_tokenizers[version].chat.encode(messages) == oracle(version, messages)
+
+
+def test_ids_of_a_message_that_is_continued_are_kept(
+    mistral_tokenizers: dict[str, Tokenizer], tmp_path: Path
+) -> None:
+    last = begun("I") | {"ids": [98, 99]}
+    chat = mistral_tokenizers["v1"].chat
+    assert chat.encode([user("a"), last]) == [*chat.encode([user("a")]), 98, 99]
+    chat = chatml(tmp_path).chat
+    assert chat.encode([user("a"), last]) == [*chat.encode([user("a")]), 98, 99]
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([user("x"), begun("")], r"message 2 \(assistant\) is empty"),
+        ([user("x"), begun("y"), user("z")], "message 2 .* only an assistant's last message is continued"),
+        ([user("x") | {"prefix": True}], "only an assistant's last message"),
+        ([user("x"), begun("y") | {"prefix": "yes"}], "true or false"),
+        ([user("x"), begun("y") | {"prefix": False}], 'last message must .* "prefix": true'),
+        ([user("x"), begun("") | {"tool_calls": [CALL]}], "calls tools"),
+    ],
+)
+def test_what_cannot_be_continued(
+    mistral_tokenizers: dict[str, Tokenizer], messages: list[dict[str, Any]], reason: str
+) -> None:
+    with pytest.raises(ChatFormatError, match=reason):
+        mistral_tokenizers["v3"].chat.encode(messages)
 
 
 # --- refusals and kept ids ------------------------------------------------------------------------------
@@ -203,13 +223,6 @@ def test_ids_of_a_generated_answer_are_kept_through_a_template(tmp_path: Path) -
 
 # --- templates ------------------------------------------------------------------------------------------
 
-CHATML = (
-    "{% for m in messages %}"
-    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
 
 def chatml(folder: Path, template: str = CHATML) -> Tokenizer:
     settings = {"eos_token": "<|im_end|>", "chat_template": template}
@@ -239,6 +252,23 @@ def test_a_sequence_starts_once(tmp_path: Path) -> None:
             assert tokenizer.encode("Hi", add_bos=True) == [256, *b"Hi"]
 
 
+def test_a_template_leaves_open_the_message_that_is_continued(tmp_path: Path) -> None:
+    """Whatever it writes behind it; white space at the end stays, unless the template strips messages."""
+    head = [256, *b"user\nq", 257, *b"\n", 256, *b"assistant\n"]
+    keeps = chatml(tmp_path, CHATML.replace(" | trim", "")).chat
+    for text in ("The sum is ", "The sum\n", " <|im_end|>x", "CONTINUE <|im_", "Ünïcödé 😀"):
+        assert keeps.encode([user("q"), begun(text)]) == [*head, *text.encode()]
+    strips = chatml(tmp_path).chat
+    for text in ("The sum is ", "\nThe sum\n", " <|im_end|>x", "CONTINUE <|im_"):
+        assert strips.encode([user("q"), begun(text)]) == [*head, *text.strip().encode()]
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0].content }}", "{{ messages[-1].content | upper }}", "x"])
+def test_a_template_that_changes_the_message_that_is_continued(tmp_path: Path, template: str) -> None:
+    with pytest.raises(ChatFormatError, match="does not keep the last message as it is"):
+        chatml(tmp_path, template).chat.encode([user("b"), begun("answer")])
+
+
 look_alikes = st.lists(
     st.sampled_from([*CONTROLS, "<|im_", "start|>", "<", "|", ">", "<|", "im_end", "a", " ", "\ufdd0", "/s>"]),
     max_size=9,
@@ -254,6 +284,15 @@ def test_text_never_becomes_a_control_token_in_a_template(chatml_tokenizer: Toke
     for t in texts:
         expected += [256, *b"user\n", *t.strip().encode(), 257, *b"\n"]
     assert ids == [*expected, 256, *b"assistant\n"]
+
+
+@given(question=look_alikes, text=look_alikes.filter(str.strip))
+@settings(max_examples=300, deadline=None)
+def test_text_that_is_continued_never_becomes_a_control_token(
+    chatml_tokenizer: Tokenizer, question: str, text: str
+) -> None:
+    ids = chatml_tokenizer.chat.encode([user(question), begun(text)])
+    assert ids == [*chatml_tokenizer.chat.encode([user(question)]), *text.strip().encode()]
 
 
 @given(texts=st.lists(look_alikes, min_size=2, max_size=4))

@@ -32,7 +32,7 @@ from m7mlx.arrays import nbytes
 from m7mlx.errors import ConfigError
 from m7mlx.files.weights import StoredTensor, data_starts, read_slices
 from m7mlx.loading import load_model
-from m7mlx.shard import MODES, Part
+from m7mlx.shard import MODES, Shard
 
 LAUNCH = shutil.which("mlx.launch", path=str(Path(sys.executable).parent)) or "mlx.launch"
 PORTS = iter(range(24_000 + os.getpid() % 400 * 16, 32_000, 8))
@@ -70,7 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def quantised(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """4 bits, one layer in 8: a part has the layer under another number."""
+    """4 bits, one layer in 8: a shard has the layer under another number."""
     target = tmp_path_factory.mktemp("quantised") / "model"
     rule = r"layers\.3\..*=8"
     assert (
@@ -176,7 +176,7 @@ def test_a_server_of_two_processes_and_a_rank_that_is_killed(folder: Path) -> No
             expected = "".join(p.text for p in stream_generate(model, tokenizer, user(question), max_tokens=8))
             assert expected.startswith(text) if question == "Why?" else text == expected
         schema = {"type": "object", "properties": {"n": {"type": "boolean"}}, "required": ["n"]}
-        wanted = {
+        wanted: dict[str, Any] = {
             "type": "json_schema",
             "json_schema": {"name": "n", "schema": schema | {"additionalProperties": False}},
         }
@@ -240,37 +240,37 @@ def test_what_cannot_be_is_said_in_one_line(folder: Path, count: int, options: l
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_parts_make_up_the_whole(size: int, tied: bool) -> None:
+def test_shards_make_up_the_whole(size: int, tied: bool) -> None:
     """Every number of every tensor is read by one rank at least, and nothing of the layers by two."""
     whole = small_config(n_layers=5, n_heads=30, n_kv_heads=30, intermediate_size=60, tie_word_embeddings=tied)
     for mode in MODES:
-        parts = [Part(mode, rank, size) for rank in range(size)]
-        own = [dict(part.config(whole).weight_shapes()) for part in parts]
+        shards = [Shard(mode, rank, size) for rank in range(size)]
+        own = [dict(shard.config(whole).weight_shapes()) for shard in shards]
         for name, shape in whole.weight_shapes().items():
             count = np.zeros(shape, int)
-            for part, shapes in zip(parts, own, strict=True):
-                if (called := part.name(name, whole)) is not None:
-                    slices = part.slices(name, shape)
+            for shard, shapes in zip(shards, own, strict=True):
+                if (called := shard.name(name, whole)) is not None:
+                    slices = shard.slices(name, shape)
                     count[slices] += 1
                     assert count[slices].shape == shapes[called]
             assert count.min() >= 1
             if len(shape) == 2 and name.startswith("model.layers"):
                 assert count.max() == 1
-            sizes = [part.nbytes({name: (shape, 4 * count.size)}, whole) for part in parts]
+            sizes = [shard.nbytes({name: (shape, 4 * count.size)}, whole) for shard in shards]
             assert sum(sizes) == 4 * count.sum()
 
 
 def test_what_cannot_be_divided_is_refused() -> None:
     whole = small_config(n_layers=3, n_heads=4, n_kv_heads=2, intermediate_size=64)
-    for part, reason in (
-        (Part("tensor", 0, 3), "2 KV heads cannot be divided among 3"),
-        (Part("tensor", 0, 4), "2 KV heads"),
-        (Part("pipeline", 0, 4), "3 layers cannot be divided among 4"),
+    for shard, reason in (
+        (Shard("tensor", 0, 3), "2 KV heads cannot be divided among 3"),
+        (Shard("tensor", 0, 4), "2 KV heads"),
+        (Shard("pipeline", 0, 4), "3 layers cannot be divided among 4"),
     ):
         with pytest.raises(ConfigError, match=reason):
-            part.config(whole)
+            shard.config(whole)
     with pytest.raises(ConfigError, match="groups"):
-        Part("tensor", 0, 2).slices("model.layers.0.mlp.down_proj.scales", (48, 1))
+        Shard("tensor", 0, 2).slices("model.layers.0.mlp.down_proj.scales", (48, 1))
 
 
 def test_a_slice_is_read_as_the_whole_is(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from m7mlx_serve import guard, listen
-from test_serve import CHAT, ENDLESS, serving, settle
+from serving import CHAT, ENDLESS, serving, settle
 
 HOST = b"Host: localhost\r\n"
 POST = b"POST /v1/completions HTTP/1.1\r\n" + HOST + b"Content-Type: application/json\r\n"

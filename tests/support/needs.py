@@ -62,6 +62,11 @@ NEEDS = {
         "PEFT, torch and transformers", "pip install -e '.[oracle]'", _importable("torch", "transformers", "peft")
     ),
     "eval": Need("lm_eval", "pip install -e '.[eval]'", _importable("lm_eval", "datasets", "pyarrow")),
+    "docs": Need(
+        "zensical and mkdocstrings",
+        "pip install -e '.[docs]'",
+        _importable("zensical", "mkdocstrings"),
+    ),
     "demo": Need("the demo model", "connect to the network once", _demo),
     "tmux": Need("tmux", "brew or apt install tmux", _program("tmux")),
     "chromium": Need(

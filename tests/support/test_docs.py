@@ -1,13 +1,21 @@
-"""docs/faults.md names a test for every promise: each is there, and no row is without one."""
+"""The documentation: every promise has its test, every public name its reference, and the site builds."""
 
 from __future__ import annotations
 
 import ast
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
+import m7mlx
+
 TESTS = Path(__file__).parents[1]
-PAGE = (TESTS.parent / "docs" / "faults.md").read_text(encoding="utf-8")
+DOCS = TESTS.parent / "docs"
+PAGE = (DOCS / "faults.md").read_text(encoding="utf-8")
 NAMED = re.compile(r"`(test_\w+\.py)`|`(test_\w+)`|`(\w+)`")
 
 
@@ -46,3 +54,22 @@ def test_every_test_that_is_named_exists() -> None:
 def test_every_promise_names_the_test_that_shows_it() -> None:
     assert not [row for row in rows() if not shown_by(row)]
     assert not [row for row in rows() if len(row.split(" | ")) != 3]
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    page = (DOCS / "reference.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^::: m7mlx\.(\w+)$", page, re.MULTILINE)) == sorted(m7mlx.__all__)
+
+
+@pytest.mark.docs
+def test_the_site_builds_and_shows_every_public_name(tmp_path: Path) -> None:
+    root = DOCS.parent
+    config = (root / "mkdocs.yml").read_text(encoding="utf-8")
+    config = config.replace("[., convert, app]", f"[{root}]")
+    (tmp_path / "mkdocs.yml").write_text(config, encoding="utf-8")
+    shutil.copytree(DOCS, tmp_path / "docs")
+    command = [sys.executable, "-m", "zensical", "build", "--strict", "-f", "mkdocs.yml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (tmp_path / "site" / "reference" / "index.html").read_text(encoding="utf-8")
+    assert not [name for name in m7mlx.__all__ if f'id="m7mlx.{name}"' not in page]

@@ -28,7 +28,8 @@ from typing import Self
 
 from filelock import FileLock, Timeout
 
-from m7mlx.errors import RunError, StoreError
+from m7mlx.errors import RunError
+from m7mlx_chat.store.errors import StoreError
 from m7mlx_chat.store.instances import Instance, living
 from m7mlx_chat.store.reader import tree_of
 from m7mlx_chat.store.rows import CHOSEN_TITLE_LENGTH, Asked, Ending, Head, Node, Tree, clean, pack, title_of

@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from m7mlx.errors import StoreError
+from m7mlx_chat.store.errors import StoreError
 from m7mlx_chat.store.rows import Conversation, Ending, Head, Hit, Message, Node, Role, Tree
 from m7mlx_chat.store.schema import damaged, one_line
 from m7mlx_chat.store.sound import Row, conversation_of, message_of

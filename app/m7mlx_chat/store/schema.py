@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from m7mlx.errors import DiskError, M7Error, RunError, StoreError
+from m7mlx.errors import DiskError, M7Error, RunError
+from m7mlx_chat.store.errors import StoreError
 from m7mlx_chat.store.sound import decoded
 
 APPLICATION_ID = 0x6D376D78  # "m7mx"

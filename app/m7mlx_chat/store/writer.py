@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from m7mlx.errors import StoreError
+from m7mlx_chat.store.errors import StoreError
 from m7mlx_chat.store.instances import Instance
 from m7mlx_chat.store.reader import Reader
 from m7mlx_chat.store.rows import Head, Node, clean

@@ -1,41 +1,17 @@
-"""Messages → ids: Mistral's instruct formats v1, v2 and v3, and any other model's own chat template.
-
-A message is a mapping, as everywhere:
-
-    {"role": "system" | "user" | "assistant" | "tool", "content": "text"}
-
-An assistant message may hold `tool_calls` and a tool message `tool_call_id` and `name`, as in OpenAI's API. An
-assistant message may hold `ids`: the ids it was generated as, without the end token. They are used as they are,
-since the same text can be tokenised in other ways, which the cache would not recognise.
-"""
+"""Messages → ids in Mistral's instruct formats v1, v2 and v3."""
 
 from __future__ import annotations
 
 import json
-import secrets
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from m7mlx.errors import ChatFormatError
+from m7mlx.tokens.messages import ChatFormat, Message, check_messages, is_continued, parse_json
+from m7mlx.tokens.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from m7mlx.tokens.tokenizer import Tokenizer
-
-Message = Mapping[str, Any]
 Version = Literal["v1", "v2", "v3"]
-ROLES = ("system", "user", "assistant", "tool")
-MAX_DEPTH = 64  # of lists and objects in what tools are given and give back
-_NESTED = (dict, list, tuple)
-
-
-class ChatFormat(ABC):
-    """How one model wants its conversations."""
-
-    @abstractmethod
-    def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        """Ids of a conversation, up to where the model's answer begins. Raises ChatFormatError."""
 
 
 def mistral_version(tokenizer: Tokenizer) -> Version | None:
@@ -67,6 +43,11 @@ class MistralFormat(ChatFormat):
         system = "\n\n".join(m["content"] for m in messages if m["role"] == "system" and m["content"])
         turns = _merge_turns(messages)
         _check_turns(turns)
+        if turns[-1]["role"] == "assistant" and not is_continued(messages):
+            raise ChatFormatError(
+                "the last message must be the user's or a tool's, for the model to answer, or the assistant's with "
+                '"prefix": true, for the model to continue'
+            )
         users = [i for i, turn in enumerate(turns) if turn["role"] == "user"]
         ids = [self._bos]
         for i, turn in enumerate(turns):
@@ -79,7 +60,7 @@ class MistralFormat(ChatFormat):
                 ids += self._assistant(turn, in_past=i < users[-1])
             else:
                 ids += self._tool_result(turn, in_past=i < users[-1])
-        return ids
+        return ids[:-1] if is_continued(messages) else ids  # without the end of the last message
 
     def _user(self, text: str, tools: Sequence[Mapping[str, Any]]) -> list[int]:
         if self.version == "v1":
@@ -98,7 +79,7 @@ class MistralFormat(ChatFormat):
         return [*self._tokenizer.encode(text), self._eos]
 
     def _tool_result(self, turn: Message, in_past: bool) -> list[int]:
-        content = _parsed(turn["content"] or "{}")
+        content = parse_json(turn["content"] or "{}")
         if self.version == "v2":
             if in_past:
                 return []
@@ -112,7 +93,7 @@ class MistralFormat(ChatFormat):
         for call in calls:
             function = call["function"]
             arguments = function.get("arguments") or "{}"
-            entry = {"name": function["name"], "arguments": _parsed(arguments)}
+            entry = {"name": function["name"], "arguments": parse_json(arguments)}
             if self.version == "v3" and call.get("id") not in (None, "", "null"):
                 entry["id"] = call["id"]
             written.append(entry)
@@ -128,68 +109,6 @@ class MistralFormat(ChatFormat):
         if token is None:
             raise ChatFormatError(f"the tokenizer has no {name} token")
         return token
-
-
-class TemplateFormat(ChatFormat):
-    """A model's own chat templates (Jinja), rendered in a sandbox, with text kept apart from control tokens."""
-
-    def __init__(self, tokenizer: Tokenizer, templates: Mapping[str, str], settings: Mapping[str, Any]) -> None:
-        """`templates` by their names: "default", and "tool_use" for conversations with tools."""
-        self._tokenizer = tokenizer
-        self._templates = templates
-        self._settings = settings
-
-    def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        from m7mlx.tokens.template import Guard, render
-
-        check_messages(messages)
-        template = self._template(bool(tools))
-        # An answer whose ids are known goes through the template as a name that nothing else contains.
-        nonce = secrets.token_hex(8)
-        kept = {
-            f"\ufdd0{nonce}:{n}\ufdd1": list(m["ids"])
-            for n, m in enumerate(messages)
-            if m["role"] == "assistant" and m.get("ids") and not m.get("tool_calls")
-        }
-        controls = self._tokenizer.control_ids()
-        guard = Guard([*controls, *kept])
-        bare = [_with_objects({k: v for k, v in m.items() if k != "ids"}) for m in messages]
-        *plain, given = guard.protect([*bare, {"tools": list(tools)}])
-        for name in kept:
-            plain[int(name.rpartition(":")[2][:-1])]["content"] = name
-        context = {
-            "messages": plain,
-            "tools": given["tools"] or None,
-            "add_generation_prompt": True,
-            **{k: _token_name(self._settings.get(k)) for k in ("bos_token", "eos_token", "unk_token", "pad_token")},
-        }
-        parts: list[str | int] = []
-        for part in guard.split(render(template, context)):
-            if part.name in kept:
-                parts += kept[part.name]
-            else:
-                parts.append(controls[part.name] if part.is_control else part.name)
-        return self._tokenizer.encode_mixed(parts)
-
-    def _template(self, has_tools: bool) -> str:
-        if not self._templates:
-            raise ChatFormatError("the model has no chat template: it completes text; give the prompt as a string")
-        for name in ("tool_use", "default") if has_tools else ("default",):
-            if name in self._templates:
-                return self._templates[name]
-        names = ", ".join(map(repr, self._templates))
-        raise ChatFormatError(f"none of the model's chat templates is the default one; they are {names[:200]}")
-
-
-def check_messages(messages: Sequence[Message]) -> None:
-    """Raise ChatFormatError unless these are messages with known roles and text."""
-    if not messages:
-        raise ChatFormatError("a conversation needs at least one message")
-    for n, message in enumerate(messages, 1):
-        if not isinstance(message, Mapping) or message.get("role") not in ROLES:
-            raise ChatFormatError(f"message {n} has no role out of {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
-            raise ChatFormatError(f"message {n} ({message['role']}) has no text as its content")
 
 
 def _merge_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -222,8 +141,6 @@ def _check_turns(turns: Sequence[Message]) -> None:
             raise ChatFormatError("an assistant message holds either text or tool calls, not both")
         if not (turn.get("tool_calls") or turn["content"] or turn.get("ids")):
             raise ChatFormatError("an assistant message is empty; leave it out")
-    if turns[-1]["role"] == "assistant":
-        raise ChatFormatError("the last message must be the user's or a tool's, for the model to answer")
 
 
 def _tools_json(tools: Sequence[Mapping[str, Any]]) -> str:
@@ -236,49 +153,5 @@ def _tools_json(tools: Sequence[Mapping[str, Any]]) -> str:
     return _json(written)
 
 
-def nests_deeper(value: Any, levels: int) -> bool:
-    """Whether lists and mappings nest deeper than so many levels; a level at a time, not going down into it."""
-    level = [value] if isinstance(value, _NESTED) else []
-    for _ in range(levels):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, _NESTED)
-        ]
-    return bool(level)
-
-
-def _parsed(value: Any) -> Any:
-    """JSON in a text → its value; other texts stay what they are. Raises ChatFormatError where it nests too deep."""
-    try:
-        value = json.loads(value) if isinstance(value, str) else value
-        if not nests_deeper(value, MAX_DEPTH):
-            return value
-    except ValueError:
-        return value
-    except RecursionError:
-        pass
-    raise ChatFormatError(f"a tool's arguments or its answer nest deeper than {MAX_DEPTH} levels")
-
-
-def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
-    """Templates want a call's arguments as an object; OpenAI's API has them as JSON in a text."""
-    calls = message.get("tool_calls")
-    if not isinstance(calls, list | tuple):
-        return message
-    written = []
-    for call in calls:
-        function = call.get("function") if isinstance(call, Mapping) else None
-        if isinstance(function, Mapping) and isinstance(arguments := _parsed(function.get("arguments")), dict):
-            call = {**call, "function": {**function, "arguments": arguments}}
-        written.append(call)
-    return message | {"tool_calls": written}
-
-
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-def _token_name(value: Any) -> str:
-    return value["content"] if isinstance(value, Mapping) else value or ""

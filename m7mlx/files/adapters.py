@@ -1,4 +1,4 @@
-"""What adapter files say: which matrices a LoRA adapter changes, and how.
+"""Adapter files: which matrices a LoRA adapter changes, and how.
 
 mlx-lm  adapters.safetensors       …q_proj.lora_a [in, r], lora_b [r, out], scale from lora_parameters
                                    …embed_tokens.lora_a [vocabulary, r], lora_b [r, hidden]
@@ -16,18 +16,21 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from m7mlx.arrays import is_finite
-from m7mlx.errors import ConfigError, WeightsError
-from m7mlx.files.jsonfile import given, number
-from m7mlx.files.weights import StoredTensor
-from m7mlx_convert.patterns import matches
-from m7mlx_convert.source import Arrays, shown
+from m7mlx.errors import ConfigError, InputError, WeightsError
+from m7mlx.files.patterns import match_patterns
+from m7mlx.files.weights import ADAPTERS, StoredTensor, validate_header
+from m7mlx.jsonfile import given, number, read_json
+from m7mlx.terminal import shown
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+SETTINGS = "adapter_config.json"
+FLOATS = ("F32", "F16", "BF16")
 _PEFT_NAME = re.compile(
     r"base_model\.model\.(.+?)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?:\.default)?(?:\.weight)?"
@@ -74,19 +77,33 @@ class Low:
     is_peft: bool
     is_embedding: bool = False
 
-    def merge(self, weight: mx.array, arrays: Arrays) -> mx.array:
-        """float32 [out, in]."""
+    def merge(self, weight: mx.array, arrays: Mapping[str, mx.array]) -> mx.array:
+        """The changed matrix, float32 [out, in], of `weight` and the stored arrays by kind."""
+        up, down = self.factors(arrays)
+        merged = weight.astype(mx.float32) + up @ down
+        gain = self.gain(merged, arrays)
+        return merged if gain is None else merged * gain
+
+    def factors(self, arrays: Mapping[str, mx.array]) -> tuple[mx.array, mx.array]:
+        """Two float32 matrices, [out, r] with the scale and [r, in], whose product is added to the weight.
+
+        Raises WeightsError for numbers that are not finite.
+        """
         parts = {kind: array.astype(mx.float32) for kind, array in arrays.items()}
         for kind, array in parts.items():
             if not is_finite(array):
                 raise WeightsError(f"{self.names[kind]} holds NaN or infinite numbers; the adapter is damaged")
-        product = parts["b"] @ parts["a"] if self.is_peft else parts["a"] @ parts["b"]
-        merged = weight.astype(mx.float32) + self.scale * (product.T if self._is_transposed else product)
-        if "m" in parts:  # a length for each output; for PEFT's embeddings, too: those are the hidden dimensions
-            axis = 0 if self.is_peft and self.is_embedding else 1
-            norms = mx.sqrt((merged * merged).sum(axis=axis, keepdims=True))
-            merged = merged * (parts["m"].reshape(norms.shape) / norms)
-        return merged
+        first, second = (parts["b"], parts["a"]) if self.is_peft else (parts["a"], parts["b"])
+        up, down = (second.T, first.T) if self._is_transposed else (first, second)
+        return self.scale * up, down
+
+    def gain(self, merged: mx.array, arrays: Mapping[str, mx.array]) -> mx.array | None:
+        """What DoRA multiplies the sum [out, in] by: [out, 1], for PEFT's embeddings [1, in]; None without DoRA."""
+        if "m" not in arrays:
+            return None
+        axis = 0 if self.is_peft and self.is_embedding else 1
+        norms = mx.sqrt((merged * merged).sum(axis=axis, keepdims=True))
+        return arrays["m"].astype(mx.float32).reshape(norms.shape) / norms
 
     def fits(self, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Whether stored arrays of these shapes can be merged into a matrix of that one."""
@@ -116,6 +133,73 @@ class Changes:
     whole: Mapping[str, str] = field(default_factory=dict)
     base: Mapping[str, str] = field(default_factory=dict)
     apart: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter as it lies in its folder: its settings, the tensors of its file, and what they change."""
+
+    file: Path
+    settings: Mapping[str, Any]
+    headers: Mapping[str, StoredTensor]
+    changes: Changes
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies; errors name it."""
+        return self.file.parent
+
+    def check(self, module: str, shape: tuple[int, ...]) -> None:
+        """Raise InputError where the low-rank update of a module does not fit its weight."""
+        low = self.changes.low[module]
+        shapes = {kind: self.headers[stored].shape for kind, stored in low.names.items()}
+        if any(self.headers[stored].dtype not in FLOATS for stored in low.names.values()):
+            raise InputError(f"the adapter {self.folder}: the numbers for {module}.weight are no floats")
+        if not low.fits(shape, shapes):
+            a, b = (list(shapes.get(kind, ())) for kind in "ab")
+            raise InputError(
+                f"the adapter {self.folder} does not fit {module}.weight {list(shape)}: it has {a} and {b}"
+            )
+
+    def check_whole(self, stored: str, shape: tuple[int, ...]) -> None:
+        """Raise InputError where a tensor of the file cannot take the place of a weight of this shape."""
+        found = self.headers[stored]
+        if found.shape != shape or found.dtype not in FLOATS:
+            resized = (
+                "; was its vocabulary resized? save the whole model with PEFT's merge_and_unload, and convert that"
+            )
+            raise InputError(
+                f"the adapter {self.folder} has {shown(stored)} {found.dtype} {list(found.shape)}, not floats "
+                f"{list(shape)}" + (resized if found.shape[1:] == shape[1:] else "")
+            )
+
+
+def find_adapter(folder: Path) -> Path:
+    """The weight file of an adapter's folder. Raises InputError where there is none."""
+    file = next((folder / name for name in ADAPTERS if (folder / name).is_file()), None)
+    if file is None or not (folder / SETTINGS).is_file():
+        pickle = " (adapter_model.bin is pickle, which can run code; save it again as safetensors)"
+        raise InputError(
+            f"{folder} holds no adapter: {SETTINGS} beside {' or '.join(ADAPTERS)}"
+            + (pickle if (folder / "adapter_model.bin").is_file() else "")
+        )
+    return file
+
+
+def read_adapter(file: Path, is_tied: bool) -> Adapter:
+    """An adapter from its weight file (`find_adapter`), for a model whose head is tied to the embedding or not.
+
+    Only headers are read. Raises InputError and its kin for what is damaged or not understood.
+    """
+    folder = file.parent
+    try:
+        settings = read_json(folder / SETTINGS)
+        headers = {name: StoredTensor(file, *info) for name, info in validate_header(file).items()}
+        is_peft = file.name == "adapter_model.safetensors"
+        changes = peft_changes(settings, headers, is_tied) if is_peft else mlx_lm_changes(settings, headers)
+    except (InputError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"the adapter {folder} cannot be used: {error}") from None
+    return Adapter(file, settings, headers, changes)
 
 
 def mlx_lm_changes(settings: Mapping[str, Any], names: Iterable[str]) -> Changes:
@@ -241,6 +325,6 @@ def _scale(value: Any, field: str) -> float:
 
 def _alphas(patterns: Mapping[str, Any], modules: list[str]) -> dict[str, Any]:
     """PEFT's way of giving single modules their own value (`get_pattern_key`): the first pattern that matches."""
-    found = matches([rf"\A(.*\.)?({pattern})$" for pattern in patterns], modules)
+    found = match_patterns([rf"\A(.*\.)?({pattern})$" for pattern in patterns], modules)
     values = list(patterns.values())
     return {module: values[numbers[0]] for module, numbers in zip(modules, found, strict=True) if numbers}

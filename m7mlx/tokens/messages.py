@@ -1,0 +1,96 @@
+"""Conversations: what a message is, and what turns messages into ids.
+
+A message is a mapping, as everywhere:
+
+    {"role": "system" | "user" | "assistant" | "tool", "content": "text"}
+
+An assistant message may hold `tool_calls` and a tool message `tool_call_id` and `name`, as in
+OpenAI's API. An assistant message may hold `ids`: the ids it was generated as, without the end
+token. They are used as they are, since the same text can be tokenised in other ways, which the
+cache would not recognise.
+
+The last message may be an assistant's with `"prefix": True`, as in Mistral's API: the beginning of
+the answer, which the model continues.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from m7mlx.errors import ChatFormatError
+
+Message = Mapping[str, Any]
+ROLES = ("system", "user", "assistant", "tool")
+MAX_DEPTH = 64  # of lists and objects in what tools are given and give back
+_NESTED = (dict, list, tuple)
+
+
+class ChatFormat(ABC):
+    """How one model wants its conversations."""
+
+    @abstractmethod
+    def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        """Ids of a conversation, up to where the model's answer begins, or is to be continued.
+
+        Raises ChatFormatError.
+        """
+
+
+def is_continued(messages: Sequence[Message]) -> bool:
+    """Whether the model continues the last message, instead of answering it."""
+    return bool(messages[-1].get("prefix"))
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raise ChatFormatError unless these are messages with known roles and text."""
+    if not messages:
+        raise ChatFormatError("a conversation needs at least one message")
+    for n, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+            raise ChatFormatError(f"message {n} has no role out of {', '.join(ROLES)}")
+        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
+            raise ChatFormatError(f"message {n} ({message['role']}) has no text as its content")
+        if message.get("prefix") is not None:
+            _check_prefix(message, f"message {n} ({message['role']})", is_last=n == len(messages))
+
+
+def _check_prefix(message: Message, name: str, *, is_last: bool) -> None:
+    if not isinstance(message["prefix"], bool):
+        raise ChatFormatError(f"{name}: prefix must be true or false")
+    if not message["prefix"]:
+        return
+    if not is_last or message["role"] != "assistant":
+        raise ChatFormatError(f"{name} cannot have a prefix of true: only an assistant's last message is continued")
+    if message.get("tool_calls"):
+        raise ChatFormatError(f"{name} calls tools, so it cannot be continued; leave out prefix")
+    if not (message["content"] or message.get("ids")):
+        raise ChatFormatError(f"{name} is empty, so it cannot be continued; leave it out")
+
+
+def nests_deeper(value: Any, levels: int) -> bool:
+    """Whether lists and mappings nest deeper than so many levels; a level at a time, not going down into it."""
+    level = [value] if isinstance(value, _NESTED) else []
+    for _ in range(levels):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, _NESTED)
+        ]
+    return bool(level)
+
+
+def parse_json(value: Any) -> Any:
+    """JSON in a text → its value; other texts stay what they are. Raises ChatFormatError where it nests too deep."""
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+        if not nests_deeper(value, MAX_DEPTH):
+            return value
+    except ValueError:
+        return value
+    except RecursionError:
+        pass
+    raise ChatFormatError(f"a tool's arguments or its answer nest deeper than {MAX_DEPTH} levels")
