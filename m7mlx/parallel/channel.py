@@ -82,10 +82,14 @@ class Channel:
         threading.Thread(target=self._watch, args=(one, rank), name=f"m7mlx-rank-{rank}", daemon=True).start()
 
 
-def lead(size: int, address: str, publish: Callable[[int, bytes], object]) -> Channel:
-    """The first rank's end, once all others have connected to where `publish` (port, key) tells them.
+def open_channel(size: int, address: str, publish: Callable[[int, bytes], object]) -> Channel:
+    """Wait for all other ranks to connect; returns the first rank's end.
 
-    It listens at this one address. Raises RunError if it cannot, or if the others do not come.
+    size     number of ranks
+    address  the one address to listen at
+    publish  called with the port and the key, which it passes on to the others
+
+    Raises RunError if it cannot listen there, or if the others do not come.
     """
     key = secrets.token_bytes(KEY_BYTES)
     channel = Channel()
@@ -104,8 +108,11 @@ def lead(size: int, address: str, publish: Callable[[int, bytes], object]) -> Ch
     return channel
 
 
-def follow(rank: int, address: str, port: int, key: bytes) -> Channel:
-    """Another rank's end. Raises RunError where the first cannot be reached, or somebody else answers."""
+def join_channel(rank: int, address: str, port: int, key: bytes) -> Channel:
+    """Connect to the first rank; returns another rank's end.
+
+    Raises RunError where the first rank cannot be reached, or somebody else answers.
+    """
     until = time.monotonic() + _SECONDS
     while True:
         try:
