@@ -10,11 +10,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from adapters import ADAPTED, DOWN, EMBEDDING, HEAD, QUERY, break_config, random, write_mlx_lm, write_peft
 from m7mlx_convert.convert import convert
 from m7mlx_convert.scheme import Recipe
-from mlx.utils import tree_flatten
-from test_adapter import CONFIG, DOWN, EMBEDDING, HEAD, QUERY, break_config, random, write_mlx_lm, write_peft
-from test_convert_source import quantisable, write_source
+from models import named_arrays
+from sources import quantisable, write_source
+from values import number
 
 import m7mlx.loading
 from m7mlx import generate, load, load_cache, save_cache, set_adapter, stream_generate
@@ -26,15 +27,15 @@ from m7mlx.errors import CacheFileError, InputError, NotFoundError
 from m7mlx.model import Mistral
 from m7mlx.quantization import Quantization
 
-IDS = mx.array(np.random.default_rng(0).integers(3, CONFIG.vocab_size, (1, 24)))
+IDS = mx.array(np.random.default_rng(0).integers(3, ADAPTED.vocab_size, (1, 24)))
 VALUE, UP = "model.layers.1.self_attn.v_proj", "model.layers.1.mlp.up_proj"
 
 
 def difference(a: mx.array, b: mx.array) -> float:
-    return (mx.abs(a - b).max() / mx.abs(b).max()).item()  # type: ignore[return-value]
+    return number(mx.abs(a - b).max() / mx.abs(b).max())
 
 
-def source(folder: Path, config: ModelConfig = CONFIG) -> Path:
+def source(folder: Path, config: ModelConfig = ADAPTED) -> Path:
     write_source(folder, config, mx.float32)
     return folder
 
@@ -82,7 +83,7 @@ def test_a_quantised_base_keeps_its_bits(
     extra = {}
     if "use_dora" in settings:
         for module in modules:
-            rows = CONFIG.weight_shapes()[f"{module}.weight"][0]
+            rows = ADAPTED.weight_shapes()[f"{module}.weight"][0]
             extra[f"base_model.model.{module}.lora_magnitude_vector"] = mx.abs(random(rows, seed=4)) + 1
     write_peft(tmp_path / "adapter", modules, extra, **settings)
     expanded = convert(str(base), tmp_path / "expanded", recipe=Recipe(None, None, (), True), dtype="float32")
@@ -99,7 +100,7 @@ def test_swapped_and_taken_off_the_model_is_what_it_was(tmp_path: Path) -> None:
     write_peft(tmp_path / "one", [QUERY])
     write_mlx_lm(tmp_path / "two", "dora", [VALUE, DOWN, EMBEDDING])
     model, _ = load(base)
-    before, plain = fingerprint(dict(tree_flatten(model.parameters()))), model(IDS)
+    before, plain = fingerprint(named_arrays(model)), model(IDS)
     found = {}
     for name in ("one", "two", "one"):
         set_adapter(model, tmp_path / name)
@@ -110,7 +111,7 @@ def test_swapped_and_taken_off_the_model_is_what_it_was(tmp_path: Path) -> None:
     assert difference(found["one"], found["two"]) > 1e-3
     set_adapter(model, None)
     assert mx.array_equal(model(IDS), plain).item()
-    assert fingerprint(dict(tree_flatten(model.parameters()))) == before
+    assert fingerprint(named_arrays(model)) == before
     assert model.adapter is None
 
 
@@ -159,6 +160,11 @@ def test_a_compiled_step_sees_the_adapter(tmp_path: Path) -> None:
         assert difference(step(IDS[:, :1], compiled), model(IDS[:, :1], plain)) < 1e-4
 
 
+def write_another_method(folder: Path) -> None:
+    write_peft(folder, [QUERY])
+    break_config(folder, peft_type="IA3")
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "a norm that was saved whole": (
         lambda f: write_peft(f, [QUERY], {"base_model.model.model.norm.weight": mx.zeros(128)}),
@@ -199,7 +205,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "lora_B is missing for",
     ),
     "another method": (
-        lambda f: (write_peft(f, [QUERY]), break_config(f, peft_type="IA3")),
+        write_another_method,
         "peft_type IA3 is not LORA",
     ),
     "no adapter": (lambda f: (f.mkdir(), (f / "adapter_config.json").write_text("{}")), "holds no adapter"),
