@@ -12,8 +12,8 @@ from sources import quantisable
 
 ADAPTED = quantisable()  # the model that these adapters are for
 RANK = 4
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 QUERY, DOWN = "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
 def random(*shape: int, seed: int = 0) -> mx.array:
@@ -55,6 +55,6 @@ def write_peft(folder: Path, modules: list[str], extra: dict[str, mx.array] | No
 
 
 def break_config(folder: Path, **settings: Any) -> None:
-    """Change settings of an adapter that has been written."""
+    """Change settings of a PEFT adapter that was written."""
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
