@@ -13,7 +13,7 @@ from typing import Any
 from m7mlx.request import Event
 from m7mlx.sampling import TokenScores
 from m7mlx.tokens.tokenizer import Tokenizer
-from m7mlx_serve.tools import CallReader
+from m7mlx_serve.tool_calls import CallReader
 
 _AT_ONCE = 16  # tokens whose scores are sent in one piece
 _ENDS: dict[bool, dict[str, Any]] = {True: {"refusal": None}, False: {}}  # of scores, in a chat and in a text

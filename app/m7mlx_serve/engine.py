@@ -28,7 +28,7 @@ from m7mlx.parallel.world import Leader, World
 from m7mlx.request import Event, Request
 from m7mlx.ring import KVFormat
 from m7mlx.scheduler import Scheduler
-from m7mlx_serve.guard import report
+from m7mlx_serve.errors import report
 
 
 class Prepared(NamedTuple):
@@ -100,7 +100,7 @@ class Engine:
         return self._thread.is_alive() and not self._closing
 
     @property
-    def load(self) -> int:
+    def open_requests(self) -> int:
         """Requests that have not ended."""
         return self._open
 
