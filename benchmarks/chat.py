@@ -110,6 +110,13 @@ async def opening(count: int) -> dict[str, float]:
     return {"seconds": seconds}
 
 
+def measured(run: str, model: str, tokens: int) -> dict[str, float]:
+    """The figures of one run, in this process."""
+    if run == "headless":
+        return headless(model, tokens)
+    return asyncio.run(in_app(model, tokens) if run == "app" else opening(10_000))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
@@ -119,11 +126,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.run:
         preload_blas()
-        if args.run == "headless":
-            found = headless(args.model, args.tokens)
-        else:
-            found = asyncio.run(in_app(args.model, args.tokens) if args.run == "app" else opening(10_000))
-        print(json.dumps(found))
+        print(json.dumps(measured(args.run, args.model, args.tokens)))
         return
     results: dict[str, list[dict[str, float]]] = {"headless": [], "app": [], "opening": []}
     for _ in range(args.rounds):

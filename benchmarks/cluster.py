@@ -15,17 +15,18 @@ from common import preload_blas, table
 
 preload_blas()
 
-from m7mlx_plan.cli import LINKS, estimate, stored  # noqa: E402
+from m7mlx_plan.estimate import NETWORKS, estimate  # noqa: E402
+from m7mlx_plan.weights import list_weights  # noqa: E402
 
-from m7mlx.shard import MODES  # noqa: E402
+from m7mlx.shard import MODES, Mode  # noqa: E402
 
 RANKS = (1, 2, 4, 8)
 NAMES = {"rdma": "Thunderbolt 5, RDMA", "thunderbolt": "Thunderbolt, TCP", "10gbe": "10 GbE", "1gbe": "1 GbE"}
 
 
-def speeds(model: str, bits: int, mode: str, link: str) -> list[float]:
-    config, tensors = stored(model, bits)
-    found = (estimate(config, tensors, mode, n, LINKS[link], positions=4096) for n in RANKS)  # type: ignore[arg-type]
+def speeds(model: str, bits: int, mode: Mode, link: str) -> list[float]:
+    config, tensors = list_weights(model, bits)
+    found = (estimate(config, tensors, mode, n, NETWORKS[link], positions=4096) for n in RANKS)
     return [1 / one.seconds for one in found]
 
 
@@ -38,7 +39,7 @@ def draw(model: str, path: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for axis, bits in zip(axes, (4, 16), strict=True):
         for mode, style in zip(MODES, ("-", "--"), strict=True):
-            for colour, link in enumerate(LINKS):
+            for colour, link in enumerate(NETWORKS):
                 values = speeds(model, bits, mode, link)
                 axis.plot(RANKS, values, style, color=f"C{colour}", marker="o", label=f"{mode}, {NAMES[link]}")
         axis.axhline(speeds(model, bits, "tensor", "rdma")[0], color="grey", linestyle=":", linewidth=1)
@@ -63,7 +64,7 @@ def main() -> None:
     rows = []
     for bits in (4, 16):
         for mode in MODES:
-            for link in LINKS:
+            for link in NETWORKS:
                 values = speeds(args.model, bits, mode, link)
                 rows.append([str(bits), mode, NAMES[link], *(f"{v:.1f}" for v in values)])
     table(["bits", "divided", "link", *(f"{n} machine{'s' * (n > 1)}" for n in RANKS)], rows)

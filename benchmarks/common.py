@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 
 
 def preload_blas() -> str:
@@ -18,10 +19,10 @@ def machine(blas: str) -> str:
     """One line that says what the figures were measured on."""
     import mlx.core as mx
 
-    return f"{platform.system()} {platform.machine()}, MLX {mx.__version__}, {mx.default_device()}, BLAS: {blas}"
+    return f"{platform.system()} {platform.machine()}, MLX {version('mlx')}, {mx.default_device()}, BLAS: {blas}"
 
 
-def alternate(rounds: int, runs: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
+def alternate(rounds: int, runs: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
     """Run all in turn, `rounds` times, so that a slow minute of the machine meets every one of them."""
     found: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):

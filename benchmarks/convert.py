@@ -92,8 +92,9 @@ def same_bits(a: Path, b: Path) -> bool:
     if found.keys() != other.keys():
         return False
     for name in found:
-        arrays = [mx.load(str(stored[name].path)) for stored in (found, other)]
-        if not mx.array_equal(*(file[name] for file in arrays)).item():  # type: ignore[index]
+        files = mx.load(str(found[name].path)), mx.load(str(other[name].path))
+        assert isinstance(files[0], dict) and isinstance(files[1], dict)
+        if not mx.array_equal(files[0][name], files[1][name]).item():
             return False
         mx.clear_cache()
     return True

@@ -79,7 +79,9 @@ def losses(model: Mistral, ids: Sequence[int], cache: RollingCache, skip: int = 
         if end > skip:
             first = max(skip - start, 0)
             logits = model.head(hidden[:, first:])[0]
-            picked = mx.take_along_axis(logits, mx.array(ids[start + first + 1 : end + 1])[:, None], axis=-1)[:, 0]
+            picked = mx.take_along_axis(logits, mx.array(list(ids[start + first + 1 : end + 1]))[:, None], axis=-1)[
+                :, 0
+            ]
             values: list[float] = (mx.logsumexp(logits, axis=-1) - picked).tolist()  # type: ignore[assignment]
             found += values
         mx.eval(hidden, *cache.arrays)

@@ -132,7 +132,10 @@ def measure(
     model: Mistral, ids: list[int], told: list[int], ways: dict[str, Callable[[], Drafter]], count: int, rounds: int
 ) -> list[str]:
     run = partial(seconds, model, ids, count, told, [])
-    runs = {"plain": partial(run, None)} | {way: partial(run, make) for way, make in ways.items()}
+    runs: dict[str, Callable[[], float]] = {
+        "plain": partial(run, None),
+        **{way: partial(run, make) for way, make in ways.items()},
+    }
     found = alternate(rounds, runs)
     plain = found.pop("plain")
     ratios = [spread([p / t for p, t in zip(plain, times, strict=True)], "×") for times in found.values()]

@@ -17,6 +17,7 @@ from m7mlx.decode import reuse
 from m7mlx.errors import M7Error
 from m7mlx.generation import Piece, Stats, generate, stream_generate
 from m7mlx.loading import load
+from m7mlx.lora import set_adapter
 from m7mlx.model import Mistral
 from m7mlx.quantization import Quantization
 from m7mlx.sampling import Sampling
@@ -42,5 +43,6 @@ __all__ = [
     "load_draft_model",
     "reuse",
     "save_cache",
+    "set_adapter",
     "stream_generate",
 ]

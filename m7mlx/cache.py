@@ -23,6 +23,7 @@ from m7mlx.positions import Positions
 from m7mlx.ring import KVFormat, LayerRing, Sinks, Stored
 
 DEFAULT_SLACK = 8  # 0.2 % of a window of 4,096
+UNDO_SLACK = 64  # where a stop text, a draft or an answer that was broken off may have to be undone
 DEFAULT_SINKS = 4
 
 
@@ -133,7 +134,9 @@ class KVCache:
             return
         shapes = [(c.n_layers, c.n_kv_heads, c.head_dim) for c in (self.config, config)]
         if self.owner is not None or shapes[0] != shapes[1]:
-            raise InputError("this cache is another model's; make one with this model's new_cache()")
+            raise InputError(
+                "this cache is another model's, or older than the change of its adapter; make one with new_cache()"
+            )
         self.owner = owner
 
     def begin(self, length: int) -> None:

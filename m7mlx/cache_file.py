@@ -67,8 +67,8 @@ def save_cache(
     Raises InputError (a cache of another model, an empty one, or one broken off), DiskError.
     """
     path = Path(path)
-    if cache.config != model.config:
-        raise InputError("this cache was made for another model")
+    if cache.config != model.config or cache.owner not in (None, model.identity):
+        raise InputError("this cache was made for another model, or is older than the change of its adapter")
     if not cache.intact or len(cache.ids) not in (0, cache.offset):
         raise InputError("a forward pass was broken off in this cache; only a whole one can be saved")
     if not cache.offset:

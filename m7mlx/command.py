@@ -51,11 +51,6 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def launched() -> bool:
-    """Whether this process was started as one of several: by `mlx.launch`, or by mpirun."""
-    return any(name in os.environ for name in ("MLX_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
-
-
 def add_parallel(parser: argparse.ArgumentParser) -> None:
     """The option of programs that `mlx.launch` can start several of (`m7mlx.parallel.world`)."""
     parser.add_argument(

@@ -31,7 +31,7 @@ class CompiledStep:
 
     def __init__(self, model: Mistral) -> None:
         self._model = model
-        self._functions: dict[tuple[Positions, KVFormat], _Function] = {}
+        self._functions: dict[tuple[object, Positions, KVFormat], _Function] = {}
 
     def __call__(self, ids: mx.array, cache: KVCache) -> mx.array:
         if ids.shape[1] != 1 or cache.n_sinks or not cache.rings[0].buffers:
@@ -41,9 +41,9 @@ class CompiledStep:
         here = cache.positions
         for ring in cache.rings:
             ring.reserve(here.offset + 1, ring.buffers)
-        kind = (here.at(0), cache.format)
+        kind = (self._model.identity, here.at(0), cache.format)
         if kind not in self._functions:
-            self._functions[kind] = mx.compile(self._traced(*kind))
+            self._functions[kind] = mx.compile(self._traced(*kind[1:]))
         buffers = [ring.buffers for ring in cache.rings]
         starts = mx.array(here.starts)[:, None]
         logits, written = self._functions[kind](ids, mx.array([here.offset]), starts, buffers)

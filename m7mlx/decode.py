@@ -10,6 +10,7 @@ import mlx.nn as nn
 from m7mlx.arrays import on_cpu
 from m7mlx.cache import RollingCache, Snapshot
 from m7mlx.compiled import step_of
+from m7mlx.lora import base_of
 from m7mlx.model import Mistral
 from m7mlx.sampling import Sampler
 
@@ -24,7 +25,7 @@ def default_chunk(model: Mistral) -> int:
     """
     if not on_cpu():
         return 512
-    return 8 if isinstance(model.model.layers[0].mlp.down_proj, nn.QuantizedLinear) else 128
+    return 8 if isinstance(base_of(model.model.layers[0].mlp.down_proj), nn.QuantizedLinear) else 128
 
 
 def reuse(cache: RollingCache, ids: Sequence[int], snapshots: Iterable[Snapshot] = ()) -> int:

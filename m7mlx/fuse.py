@@ -18,13 +18,16 @@ from m7mlx.arrays import on_cpu
 if TYPE_CHECKING:
     from m7mlx.model import Mistral
 
+# The modules that `fuse` makes, and those whose rows each holds, one below the other.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
 
 def fuse(model: Mistral) -> None:
     """Do so in place, and evaluate; at most one layer's weights are held twice."""
     for block in model.model.layers:
-        _join(block.self_attn, ("q_proj", "k_proj", "v_proj"), "qkv_proj")
+        _join(block.self_attn, "qkv_proj")
         if not on_cpu():  # there the halves of the product would be read with gaps, which costs more than it saves
-            _join(block.mlp, ("gate_proj", "up_proj"), "gate_up_proj")
+            _join(block.mlp, "gate_up_proj")
         for parent in (block.self_attn, block.mlp):
             for name in parent.children():
                 parent[name] = _stack([parent[name]])
@@ -36,7 +39,8 @@ def fuse(model: Mistral) -> None:
     mx.eval(model.parameters())
 
 
-def _join(parent: nn.Module, names: tuple[str, ...], fused: str) -> None:
+def _join(parent: nn.Module, fused: str) -> None:
+    names = FUSED[fused]
     schemes = {
         (type(m), *(getattr(m, k, None) for k in ("group_size", "bits", "mode"))) for m in map(parent.get, names)
     }

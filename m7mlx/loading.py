@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from m7mlx.arrays import dequantize, is_finite, on_cpu
 from m7mlx.config import ModelConfig
-from m7mlx.errors import ConfigError, RunError, WeightsError
+from m7mlx.errors import InputError, RunError, WeightsError
 from m7mlx.files.checksums import check_folder
 from m7mlx.files.hub import resolve
 from m7mlx.files.weights import (
@@ -26,11 +26,13 @@ from m7mlx.files.weights import (
     read_slices,
 )
 from m7mlx.fuse import fuse
-from m7mlx.memory import budget, cache_bytes, expands, loaded_bytes, machine_memory, settle
+from m7mlx.lora import open_adapter, put_on
+from m7mlx.memory import budget, cache_bytes, expands, loaded_bytes, machine_memory, planned_length, settle
 from m7mlx.model import Mistral
 from m7mlx.shard import Shard
 from m7mlx.tokens.load import load_tokenizer
 from m7mlx.tokens.tokenizer import Tokenizer
+from m7mlx.units import in_gigabytes
 
 
 def load(
@@ -39,23 +41,31 @@ def load(
     dtype: mx.Dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
     shard: Shard | None = None,
+    adapter_path: str | Path | None = None,
 ) -> tuple[Mistral, Tokenizer]:
-    """Load a model folder, a Hub repository ("org/name") or an alias ("mistral", "demo").
+    """Load a model: a folder, a GGUF file, a Hub repository ("org/name"), a file in one, or an alias.
 
     dtype     type of activations and unquantised weights; None keeps the file's, except on the CPU backend,
               where 16-bit arithmetic is emulated: there it is float32, and quantised weights are expanded
               to float32 if they fit into half of the memory
     progress  called with (bytes read, bytes to read)
     shard     read this shard of the model only, for processes that divide it (`m7mlx.parallel.world.World.load`)
+    adapter_path
+              a LoRA adapter, as for `m7mlx.set_adapter`: put on the model, whose weights stay what they are
 
     Use the model on the thread that called this: MLX's streams belong to their thread.
     Raises NotFoundError, DownloadError, ConfigError, WeightsError, TokenizerError; RunError if the machine has too
     little memory.
     """
     folder, config, headers = _checked(name, dtype, shard)
+    adapter = None if adapter_path is None else open_adapter(adapter_path, config)
+    if adapter is not None and shard is not None:
+        raise InputError("a shard of a model takes no adapter; merge it first: m7mlx-convert MODEL --adapter")
     tokenizer = load_tokenizer(folder, config.vocab_size)
     if shard is None:
         model = build(config, _read(_files(headers), progress), dtype)
+        if adapter is not None:
+            put_on(model, adapter, str(adapter_path))
     else:
         weights = _read_shard(headers, config, shard, progress)
         model = build(shard.config(config), weights, dtype, is_shard=True)
@@ -80,8 +90,6 @@ def _checked(
 ) -> tuple[Path, ModelConfig, dict[str, StoredTensor]]:
     """The folder, its configuration and its tensors, after all that can be known before they are read."""
     folder = resolve(name)
-    if folder.is_file():
-        raise ConfigError(f"{folder} is a file; a GGUF file is converted first: m7mlx-convert {folder}")
     config = ModelConfig.from_folder(folder)
     headers = folder_weights(folder)
     check_folder(folder)
@@ -163,13 +171,13 @@ def _check_memory(folder: Path, config: ModelConfig, stored: int, dtype: mx.Dtyp
     """Raise RunError if weights, of so many bytes in files, and a window of keys and values exceed the budget: on
     macOS, a kernel panic."""
     weights = loaded_bytes(config, stored) if dtype is None or dtype == mx.float32 else stored
-    positions = config.sliding_window or min(config.max_position_embeddings, 4096)
+    positions = planned_length(config)
     cache = cache_bytes(config, positions, 8 * (dtype or mx.float16).size)
     if weights + cache > budget():
         whose = "this machine has" if budget() == machine_memory() else "the limit is"
         raise RunError(
-            f"{folder} needs {weights / 1e9:.1f} GB for its weights and {cache / 1e9:.1f} GB for {positions:,} "
-            f"tokens, but {whose} {budget() / 1e9:.1f} GB; quantise it: m7mlx-convert {folder} --q-bits 4"
+            f"{folder} needs {in_gigabytes(weights)} for its weights and {in_gigabytes(cache)} for {positions:,} "
+            f"tokens, but {whose} {in_gigabytes(budget())}; quantise it: m7mlx-convert {folder} --q-bits 4"
         )
 
 

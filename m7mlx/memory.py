@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -12,8 +14,9 @@ import mlx.core as mx
 from m7mlx.arrays import on_cpu
 from m7mlx.config import ModelConfig
 from m7mlx.errors import InputError
+from m7mlx.units import in_gigabytes
 
-CHAT_SLACK = 64  # tokens that a chat can undo: a stop text, a draft, an answer that was broken off
+_UNBOUNDED = 4096  # tokens to plan for where no window bounds them
 _AROUND = 150_000_000  # Python, MLX, the tokenizer, the layers' activations, as measured (docs/performance.md)
 _FREED = 1 << 26  # bytes of freed buffers that MLX may keep for the next ones; more is no faster
 _MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
@@ -39,8 +42,8 @@ def limit_memory(nbytes: int) -> None:
     global _limit
     if not _AROUND < nbytes <= machine_memory():
         raise InputError(
-            f"the limit on memory must be between {_AROUND / 1e9:.2f} GB and this machine's "
-            f"{machine_memory() / 1e9:.1f} GB, not {nbytes / 1e9:.2f} GB"
+            f"the limit on memory must be between {in_gigabytes(_AROUND, 2)} and this machine's "
+            f"{in_gigabytes(machine_memory())}, not {in_gigabytes(nbytes, 2)}"
         )
     _limit = nbytes
 
@@ -81,23 +84,60 @@ def positions_that_fit(config: ModelConfig, weights: int, bits: float) -> int:
     return max(0, budget() - weights - _AROUND) // cache_bytes(config, 1, bits)
 
 
-def chat_memory(config: ModelConfig, stored: int) -> list[dict[str, Any]]:
-    """Bytes that a chat takes with weights of so many bytes in files, on this machine: at the window, or at 4,096
-    tokens and the whole context. Keys and values as computed, and in 4 bits, 4.5 with their scales and biases.
+def planned_length(config: ModelConfig) -> int:
+    """Return the tokens that memory is planned for: the window, or 4,096 where there is none."""
+    return config.sliding_window or min(_UNBOUNDED, config.max_position_embeddings)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of memory that a model with one conversation takes on this machine.
+
+    tokens     of the conversation
+    is_window  whether `tokens` is the window: then no conversation takes more
+    weights    as loaded
+    caches     keys and values, by their bits: as computed first, then in 4 bits
+    other      the program, and what computing a prompt takes
     """
-    whole = config.max_position_embeddings
-    lengths = [config.sliding_window] if config.sliding_window else sorted({min(4096, whole), whole})
+
+    tokens: int
+    is_window: bool
+    weights: int
+    caches: Mapping[str, int]
+    other: int
+
+    @property
+    def total(self) -> int:
+        """All of it, with keys and values as computed."""
+        return self.weights + next(iter(self.caches.values())) + self.other
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON has it."""
+        return {
+            "tokens": self.tokens,
+            "is_window": self.is_window,
+            "weights_bytes": self.weights,
+            "cache_bytes": dict(self.caches),
+            "other_bytes": self.other,
+        }
+
+
+def footprints(config: ModelConfig, stored: int, slack: int) -> list[Footprint]:
+    """Return what a model takes at its window, or without one at 4,096 tokens and at its whole context.
+
+    stored  bytes of its weights in files
+    slack   positions that a cache keeps beside a window
+    """
+    is_window = config.sliding_window is not None
+    lengths = {planned_length(config)} if is_window else {planned_length(config), config.max_position_embeddings}
     computed = 32 if on_cpu() else 16
     found = []
-    for length in lengths:
-        positions = length + (CHAT_SLACK if config.sliding_window else 0)
-        # The scores of a chunk of a prompt and what is made of them; Metal's kernel keeps none.
+    for tokens in sorted(lengths):
+        positions = tokens + (slack if is_window else 0)
+        # 4.5 bits with scales and biases. A prompt's chunk has scores, and what is made of them; Metal's kernel keeps
+        # none.
+        bits = {f"{computed} bits": float(computed), "4 bits": 4.5}
+        caches = {name: cache_bytes(config, positions, size) for name, size in bits.items()}
         scores = 3 * 4 * 128 * config.n_heads * positions if on_cpu() else 0
-        caches = {
-            f"{bits} bits": cache_bytes(config, positions, size) for bits, size in ((computed, computed), (4, 4.5))
-        }
-        found.append(
-            {"tokens": length, "is_window": config.sliding_window is not None}
-            | {"weights_bytes": loaded_bytes(config, stored), "cache_bytes": caches, "other_bytes": _AROUND + scores}
-        )
+        found.append(Footprint(tokens, is_window, loaded_bytes(config, stored), caches, _AROUND + scores))
     return found

@@ -70,6 +70,7 @@ class Mistral(nn.Module):
     model.logits(…)         without a look at the ids, where they are known to be the vocabulary's
     model.hidden(…)         without the head; `model.head` then gives the logits of the positions wanted
     model.identity          what a cache knows its model by
+    model.adapter           the name of the LoRA adapter that is on it (`m7mlx.set_adapter`), or None
     model.exchange          set where other processes hold shards of it; all of them run each pass
     model.compiles_steps    whether a token is decoded by a compiled function (`m7mlx.compiled`)
     """
@@ -77,7 +78,8 @@ class Mistral(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.identity = object()
+        self.identity = self._own_identity = object()
+        self.adapter: str | None = None
         self.exchange: Exchange | None = None
         self.compiles_steps = False
         self.model = Decoder(config)
@@ -142,6 +144,11 @@ class Mistral(nn.Module):
         cache = RollingCache(self.config, **options)
         cache.bind(self.identity, self.config)
         return cache
+
+    def changed_by(self, adapter: str | None) -> None:
+        """Note which adapter is on the model, None for none: caches of another state no longer belong to it."""
+        self.adapter = adapter
+        self.identity = self._own_identity if adapter is None else object()
 
     @property
     def dtype(self) -> mx.Dtype:

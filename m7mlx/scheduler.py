@@ -12,12 +12,11 @@ from collections import deque
 import mlx.core as mx
 
 from m7mlx.batch import BatchCache
-from m7mlx.cache import RollingCache
+from m7mlx.cache import UNDO_SLACK, RollingCache
 from m7mlx.compiled import step_of
 from m7mlx.decode import default_chunk, read_chunk, reusable, reuse, shared_start
 from m7mlx.errors import InputError, TokenizerError
 from m7mlx.generation import StopFilter, check_prompt
-from m7mlx.memory import CHAT_SLACK
 from m7mlx.model import Mistral
 from m7mlx.request import Answer, Event, Request
 from m7mlx.sampling import known
@@ -40,7 +39,7 @@ class Scheduler:
         *,
         rows: int = 8,
         kept: int = 8,
-        slack: int = CHAT_SLACK,
+        slack: int = UNDO_SLACK,
         kv_bits: int | None = None,
     ) -> None:
         """Raises InputError for numbers that make no sense."""

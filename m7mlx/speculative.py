@@ -27,6 +27,7 @@ from m7mlx.cache import RollingCache
 from m7mlx.decode import default_chunk, prefill, reuse
 from m7mlx.errors import InputError, RollbackError
 from m7mlx.loading import load
+from m7mlx.memory import planned_length
 from m7mlx.model import Mistral
 from m7mlx.pace import MAX_DRAFT, Pace
 from m7mlx.sampling import Sampler
@@ -119,10 +120,9 @@ class DraftModel:
 
     def __init__(self, model: Mistral, vocab_size: int) -> None:
         """`vocab_size` is that of the model it drafts for: embeddings may be padded differently."""
-        full = model.config.sliding_window is None
         self.pace = Pace()
         self._model, self._vocab_size = model, vocab_size
-        size = min(4096, model.config.max_position_embeddings) if full else None
+        size = None if model.config.sliding_window else planned_length(model.config)
         self._cache = model.new_cache(slack=DRAFT_SLACK, max_kv_size=size)
         self._synced = 0  # tokens in its cache that are known to be the conversation's
 

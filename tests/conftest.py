@@ -7,13 +7,15 @@ import m7mlx  # noqa: F401  first: it loads a fast BLAS, before anybody imports 
 # isort: split
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import needs
 import processes
 import pytest
 from models import MISTRAL_FILES, mistral_file, small_config, write_folder
+from peers import silenced
+from unforeseen import nothing_unforeseen
 
 from m7mlx.cpu import blas
 from m7mlx.files.hub import resolve
@@ -60,6 +62,14 @@ def demo_model() -> Path:
     return resolve("demo")
 
 
+@pytest.fixture(scope="session")
+def mlx_lm() -> ModuleType:
+    with silenced():
+        import mlx_lm
+
+        return mlx_lm
+
+
 @pytest.fixture(autouse=True)
 def _apart(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """No test touches the conversations and the configuration of whoever runs it, nor talks to the real Hub: the
@@ -68,16 +78,6 @@ def _apart(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
     monkeypatch.setenv("M7MLX_CONFIG", str(tmp_path_factory.mktemp("config")))
     if "HF_ENDPOINT" not in os.environ:
         monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-
-
-def nothing_unforeseen(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """The chat outlives its own faults and logs them; a test does not, unless it looks at them and clears the log."""
-    yield
-    faults = [record for record in caplog.get_records("call") if record.name.startswith("m7mlx")]
-    for record in faults:
-        if record.exc_info and record.exc_info[1]:
-            raise record.exc_info[1]
-    assert not faults
 
 
 _nothing_unforeseen = pytest.fixture(autouse=True)(nothing_unforeseen)

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from m7mlx.units import in_gigabytes
+
 BASE = "mlx-lm"  # ratios are to this engine, where it ran
 _PACKAGES = ("mlx", "mlx-lm", "torch", "transformers", "llama-cpp-python")
 
@@ -125,7 +127,7 @@ def roofline(results: Results) -> list[list[str]]:
                     moved = run["moved"] + (run["kv"].get(str(position)) or 0)
                     shares.append(moved / bandwidth / (ms / 1e3))
             cells.append(f"{statistics.median(shares):.0%}" if shares else "–")
-        rows.append([f"decode at {position:,}, of the limit by bandwidth ({bandwidth / 1e9:.1f} GB/s)", *cells])
+        rows.append([f"decode at {position:,}, of the limit by bandwidth ({in_gigabytes(bandwidth)}/s)", *cells])
     return rows
 
 

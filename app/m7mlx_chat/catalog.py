@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from m7mlx.cache import UNDO_SLACK
 from m7mlx.config import ModelConfig
 from m7mlx.errors import M7Error
 from m7mlx.files.demo import find_demo
 from m7mlx.files.hub import ALIASES, DEMO, find_local
 from m7mlx.files.weights import folder_weights, parameters
-from m7mlx.memory import budget, chat_memory
+from m7mlx.memory import budget, footprints
 from m7mlx_chat.store.schema import data_dir
 
 Fit = Literal["fits", "tight", "too big"]
@@ -91,14 +92,14 @@ def describe(name: str, folder: Path) -> Entry:
         stored = folder_weights(folder)
         parameters(folder, config, stored)
         nbytes = sum(path.stat().st_size for path in {tensor.path for tensor in stored.values()})
-        chat = chat_memory(config, nbytes)[0]
+        memory = footprints(config, nbytes, UNDO_SLACK)[0].total
     except Exception as error:  # whatever it holds, the others are shown
         return Entry(name, folder, 0, problem=" ".join(str(error).split()) or type(error).__name__)
     return Entry(
         name,
         folder,
         nbytes,
-        memory=chat["weights_bytes"] + next(iter(chat["cache_bytes"].values())) + chat["other_bytes"],
+        memory=memory,
         bits=_bits(config, nbytes),
         window=config.sliding_window,
         context=config.max_position_embeddings,

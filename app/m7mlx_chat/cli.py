@@ -11,7 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m7mlx.command import EXIT_FAILED, ArgumentParser, add_parallel, gigabytes, launched, run
+from m7mlx.command import EXIT_FAILED, ArgumentParser, add_parallel, gigabytes, run
+from m7mlx.parallel.launch import is_launched
 
 if TYPE_CHECKING:
     from m7mlx.parallel.world import World
@@ -157,7 +158,7 @@ def _chat(args: argparse.Namespace) -> int:
         raise InputError("--json-schema is for a single answer: give the question with -p")
     if args.json and args.interactive:
         raise InputError("--json prints, --interactive shows the chat: choose one")
-    if launched() and (args.web or args.interactive or not asked):
+    if is_launched() and (args.web or args.interactive or not asked):
         raise InputError('under mlx.launch there is no terminal: give the question with -p "…"')
     if args.web:
         from m7mlx_chat.web import serve
@@ -198,7 +199,7 @@ def _chat(args: argparse.Namespace) -> int:
 
 def _others(mode: Mode | None, settings: Settings) -> World | None:
     """The processes that `mlx.launch` has started this one with."""
-    if not launched():
+    if not is_launched():
         return None
     from m7mlx.config import ModelConfig
     from m7mlx.errors import InputError

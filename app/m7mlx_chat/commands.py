@@ -18,6 +18,7 @@ from textual.screen import ModalScreen, Screen
 
 from m7mlx.errors import InputError
 from m7mlx.terminal import visible
+from m7mlx.units import in_gigabytes
 from m7mlx_chat.actions import ACTIONS, COMMANDS
 from m7mlx_chat.clipboard import code_blocks, copy_with_tool
 from m7mlx_chat.config import Config, read_config, save, save_preset
@@ -189,7 +190,7 @@ class Commands(SteadyApp):
                 f"{s.get('prompt_tokens', 0):,}",
                 f"{s.get('reused_tokens', 0):,}",
                 f"{s.get('prompt_tps', 0):,.0f}",
-                f"{s.get('peak_memory', 0) / 1e9:.2f} GB",
+                in_gigabytes(s.get("peak_memory", 0), 2),
             )
             what = Text(" ".join(visible(message.text).split())[:24], style="dim", no_wrap=True)
             table.add_row(what, *(Text(number, justify="right") for number in numbers))

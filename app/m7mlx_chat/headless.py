@@ -6,16 +6,16 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from m7mlx.command import launched
 from m7mlx.errors import InputError, RunError
 from m7mlx.files.hub import DEMO, resolve
+from m7mlx.parallel.launch import is_launched
 from m7mlx.paths import user_path
 from m7mlx.terminal import console, json_line, visible
 from m7mlx_chat.events import Done, Event, Failed, Loading, Prefill, Text
@@ -105,7 +105,7 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _print(session: Session, drain: Any, printer: _Plain | _Json) -> None:
+def _print(session: Session, drain: Callable[[float], list[Event]], printer: _Plain | _Json) -> None:
     begun = False
     for event in _until_done(session, drain):
         session.handle(event)
@@ -128,7 +128,7 @@ def _check_whole(done: Done) -> None:
         raise RunError(f"{tokens} tokens were not enough for the whole JSON; allow more with --max-tokens") from None
 
 
-def _until_done(session: Session, drain: Any) -> Iterator[Event]:
+def _until_done(session: Session, drain: Callable[[float], list[Event]]) -> Iterator[Event]:
     while session.under_way is not None:
         yield from drain(_WAIT)
 
@@ -285,7 +285,7 @@ def question(prompt: str | None, files: Sequence[str] = ()) -> str:
     parts = [prompt or "", *map(attached, files)]
     # mlx.launch gives its processes a pipe, and never closes it.
     if (
-        not launched()
+        not is_launched()
         and sys.stdin is not None
         and ((prompt is None and not files) or (not sys.stdin.isatty() and _has_input()))
     ):

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, NamedTuple
 
-from m7mlx.cache import CacheOptions
+from m7mlx.cache import UNDO_SLACK, CacheOptions
 from m7mlx.errors import InputError
-from m7mlx.memory import CHAT_SLACK
 from m7mlx.sampling import Sampling
 
 Kind = Literal["text", "number", "whole", "texts"]
@@ -89,7 +88,7 @@ class Settings:
     @property
     def cache(self) -> CacheOptions:
         return {
-            "slack": CHAT_SLACK,
+            "slack": UNDO_SLACK,
             "kv_bits": self.kv_bits,
             "kv_group_size": self.kv_group_size,
             "max_kv_size": self.max_kv_size,

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from m7mlx.command import EXIT_FAILED, EXIT_INTERRUPTED, ArgumentParser, add_parallel, gigabytes, launched, run, say
+from m7mlx.command import EXIT_FAILED, EXIT_INTERRUPTED, ArgumentParser, add_parallel, gigabytes, run, say
 from m7mlx.errors import InputError, RunError
+from m7mlx.parallel.launch import is_launched
+from m7mlx.units import in_gigabytes
 from m7mlx_serve.address import bind, in_url, is_loopback, listen
 
 if TYPE_CHECKING:
@@ -117,7 +119,7 @@ def _serve(args: argparse.Namespace) -> int | None:
     limits = Limits(args.rows, args.queue, args.keep, args.kv_bits)
     # A port that is taken is told before the model loads, which may take minutes. Of several processes,
     # only the first opens it.
-    bound = None if launched() else bind(args.host, args.port)
+    bound = None if is_launched() else bind(args.host, args.port)
     folder = resolve(args.model)
     world = join(args.parallel, lambda: ModelConfig.from_folder(folder))
     if world is not None and world.rank:
@@ -160,7 +162,7 @@ def _serve(args: argparse.Namespace) -> int | None:
 
 def _describe_memory(weights: int, keys: int, world: World | None) -> str:
     """The bytes of weights, and of keys and values, in words."""
-    memory = f"{weights / 1e9:.2f} GB of weights, at most {keys / 1e9:.2f} GB of keys and values"
+    memory = f"{in_gigabytes(weights, 2)} of weights, at most {in_gigabytes(keys, 2)} of keys and values"
     if world is None:
         return memory
     return f"{memory} in each of {world.size} processes ({world.shard.mode} parallel)"

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from m7mlx import load
+from m7mlx.cache import UNDO_SLACK
 from m7mlx.constrain import close_grammars, json_constraint
 from m7mlx.errors import BusyError, InputError, RunError
-from m7mlx.memory import CHAT_SLACK, cache_bytes
+from m7mlx.memory import cache_bytes
 from m7mlx.model import Mistral
 from m7mlx.parallel.channel import die
 from m7mlx.parallel.world import Leader, World
@@ -313,6 +314,6 @@ def _on(loop: asyncio.AbstractEventLoop, pairs: list[tuple[_Answer, Event]]) -> 
 def rows_memory(model: Mistral, limits: Limits) -> int:
     """Bytes that keys and values take at most: every row, and every conversation kept."""
     config = model.config
-    positions = (config.sliding_window or config.max_position_embeddings) + CHAT_SLACK
+    positions = (config.sliding_window or config.max_position_embeddings) + UNDO_SLACK
     bits = KVFormat(limits.kv_bits).stored_bits(model.dtype)
     return (limits.rows + limits.kept) * cache_bytes(config, positions, bits)

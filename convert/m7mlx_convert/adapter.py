@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from m7mlx.errors import InputError
-from m7mlx.files.adapters import EMBEDDING, FLOATS, HEAD, SETTINGS, Low, find_adapter, read_adapter
+from m7mlx.files.adapters import EMBEDDING, HEAD, SETTINGS, Low, find_adapter, read_adapter
 from m7mlx.files.weights import StoredTensor
 from m7mlx.terminal import shown
 from m7mlx_convert.source import Arrays, Source, Tensor, check_links, reader
@@ -31,7 +31,8 @@ def with_adapter(source: Source, folder: Path) -> Source:
             raise InputError(f"the adapter {folder} changes {shown(module)}, which is not a part of {source.name}")
         for stored in (changes.base.get(module), changes.whole.get(module)):
             if stored is not None:
-                tensors[name] = _replaced(folder, tensors[name], stored, headers)
+                adapter.check_whole(stored, tensors[name].shape)
+                tensors[name] = replace(tensors[name], load=reader(headers, {"weight": stored}), scheme=None)
         if low := changes.low.get(module):
             adapter.check(module, tensors[name].shape)
             tensors[name] = _merged(tensors[name], low, headers)
@@ -54,18 +55,6 @@ def _untied(source: Source) -> Source:
         raw_config={**source.raw_config, "tie_word_embeddings": False},
         tensors={**source.tensors, f"{HEAD}.weight": source.tensors[f"{EMBEDDING}.weight"]},
     )
-
-
-def _replaced(folder: Path, tensor: Tensor, stored: str, headers: Mapping[str, StoredTensor]) -> Tensor:
-    """The tensor with another weight, out of the adapter's file."""
-    found = headers[stored]
-    if found.shape != tensor.shape or found.dtype not in FLOATS:
-        resized = "; was its vocabulary resized? save the whole model with PEFT's merge_and_unload, and convert that"
-        raise InputError(
-            f"the adapter {folder} has {shown(stored)} {found.dtype} {list(found.shape)}, not floats "
-            f"{list(tensor.shape)}" + (resized if found.shape[1:] == tensor.shape[1:] else "")
-        )
-    return replace(tensor, load=reader(headers, {"weight": stored}), scheme=None)
 
 
 def _merged(tensor: Tensor, low: Low, headers: Mapping[str, StoredTensor]) -> Tensor:

@@ -25,6 +25,7 @@ from m7mlx.errors import InputError, RunError
 from m7mlx.memory import machine_memory
 from m7mlx.quantization import Quantization
 from m7mlx.tokens.load import load_tokenizer
+from m7mlx.units import in_bytes
 from m7mlx_convert.progress import Reporter
 from m7mlx_convert.source import Source, Tensor
 from m7mlx_convert.text import file_text
@@ -76,7 +77,7 @@ def calibrated(
 def planned(source: Source, calibration: Calibration) -> Source:
     """The source with a note of what calibrating will take."""
     needed = memory_needed(source, calibration.method, mx.float16)
-    notes = [f"calibrating ({calibration.method}) holds the whole model: about {needed / 1e9:.2g} GB of memory"]
+    notes = [f"calibrating ({calibration.method}) holds the whole model: about {in_bytes(needed)} of memory"]
     if calibration.method == "dynamic":
         notes.append(f"bits are chosen by module, {calibration.target_bpw or _DYNAMIC_BPW:g} a weight on average")
     return replace(source, notes=(*source.notes, *notes))
@@ -101,8 +102,8 @@ def _check(source: Source, calibration: Calibration, scheme: Quantization) -> No
     needed = memory_needed(source, calibration.method, mx.float16)
     if needed > machine_memory():
         raise RunError(
-            f"{calibration.method} of {source.name} takes about {needed / 1e9:.0f} GB of memory, this machine has "
-            f"{machine_memory() / 1e9:.0f} GB; quantise without --calibrate, or use a larger machine"
+            f"{calibration.method} of {source.name} takes about {in_bytes(needed)} of memory, this machine has "
+            f"{in_bytes(machine_memory())}; quantise without --calibrate, or use a larger machine"
         )
 
 

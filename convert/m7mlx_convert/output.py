@@ -20,6 +20,7 @@ from m7mlx.files.checksums import MANIFEST
 from m7mlx.files.disk import sync_path, why
 from m7mlx.files.weights import INDEX
 from m7mlx.terminal import shown
+from m7mlx.units import in_gigabytes
 from m7mlx_convert.folder import COPIED
 from m7mlx_convert.writer import JOURNAL
 
@@ -99,7 +100,7 @@ def check_space(target: Path, nbytes: int) -> None:
     free = shutil.disk_usage(target.parent).free + sum(file.stat().st_size for file in left)
     if free < nbytes + _SPARE:
         raise DiskError(
-            f"{target.parent} has {free / 1e9:.1f} GB free, but the result takes {nbytes / 1e9:.1f} GB; "
+            f"{target.parent} has {in_gigabytes(free)} free, but the result takes {in_gigabytes(nbytes)}; "
             "make room, or give another --mlx-path"
         )
 

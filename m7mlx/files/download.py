@@ -18,6 +18,7 @@ from m7mlx.errors import DiskError, DownloadError
 from m7mlx.files import huggingface
 from m7mlx.files.checksums import remember, sha256
 from m7mlx.files.disk import sync, sync_path
+from m7mlx.units import in_gigabytes
 
 _PART = ".m7mlx-part"
 
@@ -98,7 +99,7 @@ def _fetch(
     free = shutil.disk_usage(part.parent).free
     if free < file.size - done:
         raise DiskError(
-            f"{name} takes {(file.size - done) / 1e9:.1f} GB more, the disk has {free / 1e9:.1f} GB free; make room, "
+            f"{name} takes {in_gigabytes(file.size - done)} more, the disk has {in_gigabytes(free)} free; make room, "
             "then run the command again to resume"
         )
     headers = build_hf_headers()

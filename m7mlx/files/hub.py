@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from m7mlx.errors import NotFoundError, WeightsError
+from m7mlx.files.converter import converted
 from m7mlx.files.demo import fetch_demo, find_demo
 from m7mlx.files.repository import HubOutage, Layout, Progress, fetch_gguf, fetch_snapshot, find_snapshot
 from m7mlx.files.weights import folder_weights, refuse_adapter
@@ -27,11 +28,12 @@ _REPO_FILE = re.compile(r"([\w.-]+/[\w.-]+)/([^\0]+\.gguf)", re.IGNORECASE)
 def resolve(
     name: str | Path, revision: str | None = None, layout: Layout = "huggingface", progress: Progress | None = None
 ) -> Path:
-    """The folder (or GGUF file) that a name stands for; downloads what is not here yet, with progress on stderr.
+    """The folder that a name stands for; downloads what is not here yet, with progress on stderr.
 
     A path that exists comes first, then "demo", the aliases, Hub repositories "org/name" and GGUF files in them,
-    "org/name/file.gguf". `layout` "any" takes weights in Mistral's own layout, too, which only the converter reads;
-    "adapter" takes a LoRA adapter, which is refused otherwise.
+    "org/name/file.gguf". A GGUF file is converted once, into the cache folder (`m7mlx.files.converter`). `layout`
+    "any" gives the file itself, and takes weights in Mistral's own layout, too: for the converter. "adapter" takes a
+    LoRA adapter, which is refused otherwise.
     `progress` is called with (bytes here, bytes in all) of a repository's large files.
     Raises NotFoundError, WeightsError, DownloadError, DiskError.
     """
@@ -39,13 +41,14 @@ def resolve(
     if (path := find_existing(name)) is not None:
         if layout != "adapter":
             refuse_adapter(path)
-        return path
+        return converted(path) if layout == "huggingface" and path.is_file() else path
     if text == DEMO:
         return fetch_demo()
     repo = ALIASES.get(text, text)
     file = _repo_file(text)
     if file is not None:
-        return fetch_gguf(*file, revision)
+        path = fetch_gguf(*file, revision)
+        return converted(path) if layout == "huggingface" else path
     if not _is_repo(text):
         known = ", ".join([DEMO, *ALIASES])
         raise NotFoundError(f"{said(text)} is no folder here, no Hub repository (org/name) and no alias ({known})")

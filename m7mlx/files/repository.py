@@ -141,7 +141,7 @@ def weight_files(repo: str, files: Mapping[str, RemoteFile], layout: Layout) -> 
     if found:
         raise WeightsError(f"{repo} has weights in Mistral's own layout only; convert it: m7mlx-convert {repo}")
     if ggufs := sorted(name for name in files if name.lower().endswith(".gguf")):
-        raise WeightsError(f"{repo} holds GGUF files; name one: m7mlx-convert {_listed(repo, ggufs)}")
+        raise WeightsError(f"{repo} holds GGUF files; name one: {_listed(repo, ggufs)}")
     if any(name.endswith(_PICKLE) for name in files):
         raise WeightsError(
             f"{repo} has only pickle weights, which can run code; take a repository with safetensors, or load it "

@@ -21,7 +21,6 @@ from typing import Any
 import mlx.core as mx
 
 from m7mlx.cache import CacheOptions, RollingCache
-from m7mlx.command import launched
 from m7mlx.constrain import Unconstrained
 from m7mlx.errors import InputError, M7Error, RunError
 from m7mlx.exchange import Exchange
@@ -30,6 +29,7 @@ from m7mlx.loading import load
 from m7mlx.model import Mistral
 from m7mlx.parallel import channel
 from m7mlx.parallel.channel import Channel
+from m7mlx.parallel.launch import is_launched
 from m7mlx.parallel.sums import sum_products
 from m7mlx.request import Event, Request
 from m7mlx.sampling import Sampling
@@ -93,7 +93,7 @@ def join(mode: Mode | None, config_of: Callable[[], Any]) -> World | None:
 
     Raises RunError if they cannot be met.
     """
-    if not launched():
+    if not is_launched():
         return None
     try:
         group = mx.distributed.init(strict=True)

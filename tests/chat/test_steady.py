@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, ClassVar
 
-import conftest
 import pytest
 from m7mlx_chat import steady
 from m7mlx_chat.steady import SteadyApp, log_path
@@ -21,6 +20,7 @@ from textual.reactive import reactive
 from textual.screen import ModalScreen
 from textual.widget import Widget
 from textual.widgets import Input, Static
+from unforeseen import nothing_unforeseen
 
 from m7mlx.errors import DiskError
 
@@ -379,7 +379,7 @@ async def test_before_the_first_frame_there_is_nothing_to_tell_it_on(
 
 
 async def test_what_the_app_outlives_its_tests_do_not(caplog: pytest.LogCaptureFixture) -> None:
-    look = conftest.nothing_unforeseen(caplog)
+    look = nothing_unforeseen(caplog)
     next(look)
     async with running("action", ValueError("on purpose")) as (_, _, pilot):
         await pilot.press("b")

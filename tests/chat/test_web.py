@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from aiohttp import ClientSession, ClientWebSocketResponse, CookieJar, TCPConnector, WSMsgType, WSServerHandshakeError
-from test_serve_page import browsing
+from browser import browsing
 
 CHAT = str(Path(sys.executable).parent / "m7mlx-chat")
 

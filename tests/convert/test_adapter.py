@@ -10,13 +10,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from adapters import ADAPTED, EMBEDDING, HEAD, RANK, random, write_mlx_lm, write_peft
 from m7mlx_chat.cli import main as chat
 from m7mlx_convert.cli import main
 from m7mlx_convert.convert import convert
 from m7mlx_convert.scheme import Recipe
-from m7mlx_plan import cli as cluster
+from m7mlx_plan.cli import main as plan
 from models import random_weights
-from test_convert_source import assert_same, quantisable, read, write_source
+from sources import assert_same, quantisable, read_weights, write_source
 
 from m7mlx import load
 from m7mlx.config import ModelConfig
@@ -24,40 +25,10 @@ from m7mlx.errors import InputError, WeightsError
 from m7mlx.files import patterns
 from m7mlx.quantization import Quantization
 
-CONFIG = quantisable()
-RANK = 4
-
-
-def random(*shape: int, seed: int = 0) -> mx.array:
-    return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32) * 0.1)
-
-
 # --- mlx-lm's -------------------------------------------------------------------------------------------
 
 
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 QUERY, DOWN = "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"
-
-
-def write_mlx_lm(folder: Path, kind: str, modules: list[str]) -> None:
-    """An adapter as mlx-lm's trainer writes it."""
-    folder.mkdir()
-    keys = [module.rpartition("layers.1.")[2] for module in modules]
-    parameters = {"rank": RANK, "scale": 3.0, "dropout": 0.1, "keys": keys}
-    settings = {"fine_tune_type": kind, "num_layers": 1, "lora_parameters": parameters}
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    arrays = {}
-    for module in modules:
-        rows, columns = CONFIG.weight_shapes()[f"{module}.weight"]
-        if kind == "full":
-            arrays[f"{module}.weight"] = random(rows, columns, seed=3)
-            continue
-        outer, inner = (rows, columns) if module == EMBEDDING else (columns, rows)
-        arrays[f"{module}.lora_a"] = random(outer, RANK)
-        arrays[f"{module}.lora_b"] = random(RANK, inner, seed=1)
-        if kind == "dora":
-            arrays[f"{module}.m"] = mx.abs(random(rows, seed=2)) + 1
-    mx.save_safetensors(str(folder / "adapters.safetensors"), arrays)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
@@ -73,7 +44,7 @@ def test_merged_as_mlx_lm_fuses_it(tmp_path: Path, kind: str, is_tied: bool, mod
 
     config = quantisable(tie_word_embeddings=is_tied)
     write_source(tmp_path / "source", config, mx.float32)
-    weights = read(tmp_path / "source")
+    weights = read_weights(tmp_path / "source")
     folder = tmp_path / "adapter"
     write_mlx_lm(folder, kind, modules)
     model: Any = llama.Model(llama.ModelArgs.from_dict(config.to_dict() | {"model_type": "llama"}))
@@ -83,7 +54,7 @@ def test_merged_as_mlx_lm_fuses_it(tmp_path: Path, kind: str, is_tied: bool, mod
     assert len(fused) == (0 if kind == "full" else len(modules))
     model.update_modules(tree_unflatten(fused))
     out = convert(str(tmp_path / "source"), tmp_path / "out", adapter=str(folder))
-    ours, theirs = read(out), dict(tree_flatten(model.parameters()))
+    ours, theirs = read_weights(out), dict(tree_flatten(model.parameters()))
     assert ours.keys() == theirs.keys()
     for name, array in theirs.items():
         np.testing.assert_allclose(np.array(ours[name]), np.array(array), rtol=1e-5, atol=1e-6, err_msg=name)
@@ -116,7 +87,7 @@ MLX_LM_DAMAGE: dict[str, tuple[Callable[[dict[str, Any], dict[str, mx.array]], o
 
 @pytest.mark.parametrize("name", MLX_LM_DAMAGE)
 def test_adapters_of_mlx_lm_that_cannot_be_merged(tmp_path: Path, name: str) -> None:
-    write_source(tmp_path / "source", CONFIG)
+    write_source(tmp_path / "source", ADAPTED)
     folder = tmp_path / "adapter"
     write_mlx_lm(folder, "lora", [QUERY])
     settings = json.loads((folder / "adapter_config.json").read_text())
@@ -134,18 +105,6 @@ def test_adapters_of_mlx_lm_that_cannot_be_merged(tmp_path: Path, name: str) -> 
 # --- PEFT's ---------------------------------------------------------------------------------------------
 
 
-def write_peft(folder: Path, modules: list[str], extra: dict[str, mx.array] | None = None, **settings: Any) -> None:
-    folder.mkdir()
-    arrays = dict(extra or {})
-    for module in modules:
-        rows, columns = CONFIG.weight_shapes()[f"{module}.weight"]
-        arrays[f"base_model.model.{module}.lora_A.weight"] = random(RANK, columns)
-        arrays[f"base_model.model.{module}.lora_B.weight"] = random(rows, RANK, seed=1)
-    mx.save_safetensors(str(folder / "adapter_model.safetensors"), arrays)
-    values = {"peft_type": "LORA", "r": RANK, "lora_alpha": 8, "use_rslora": False, "use_dora": False}
-    (folder / "adapter_config.json").write_text(json.dumps(values | settings))
-
-
 @pytest.mark.parametrize(
     ("settings", "scale"),
     [
@@ -158,14 +117,14 @@ def write_peft(folder: Path, modules: list[str], extra: dict[str, mx.array] | No
     ],
 )
 def test_peft(tmp_path: Path, settings: dict[str, Any], scale: float) -> None:
-    write_source(tmp_path / "source", CONFIG, mx.bfloat16)
+    write_source(tmp_path / "source", ADAPTED, mx.bfloat16)
     module = "model.layers.0.self_attn.q_proj"
-    head = random(*CONFIG.weight_shapes()["lm_head.weight"], seed=5)
+    head = random(*ADAPTED.weight_shapes()["lm_head.weight"], seed=5)
     extra = {"base_model.model.lm_head.weight": head}
     write_peft(tmp_path / "adapter", [module], extra, **settings)
-    before = read(tmp_path / "source")
-    after = read(convert(str(tmp_path / "source"), tmp_path / "out", adapter=str(tmp_path / "adapter")))
-    rows, columns = CONFIG.weight_shapes()[f"{module}.weight"]
+    before = read_weights(tmp_path / "source")
+    after = read_weights(convert(str(tmp_path / "source"), tmp_path / "out", adapter=str(tmp_path / "adapter")))
+    rows, columns = ADAPTED.weight_shapes()[f"{module}.weight"]
     merged = before[f"{module}.weight"].astype(mx.float32) + scale * random(rows, RANK, seed=1) @ random(
         RANK, columns
     )
@@ -180,21 +139,21 @@ def test_peft(tmp_path: Path, settings: dict[str, Any], scale: float) -> None:
 
 def test_dora_of_peft_rescales_rows(tmp_path: Path) -> None:
     """Every row of a DoRA weight has the length that its magnitude says."""
-    write_source(tmp_path / "source", CONFIG, mx.float32)
+    write_source(tmp_path / "source", ADAPTED, mx.float32)
     module = "model.layers.1.mlp.up_proj"
-    magnitude = mx.arange(1, CONFIG.intermediate_size + 1).astype(mx.float32)
+    magnitude = mx.arange(1, ADAPTED.intermediate_size + 1).astype(mx.float32)
     extra = {f"base_model.model.{module}.lora_magnitude_vector": magnitude}
     write_peft(tmp_path / "adapter", [module], extra, use_dora=True)
-    found = read(convert(str(tmp_path / "source"), tmp_path / "out", adapter=str(tmp_path / "adapter")))
+    found = read_weights(convert(str(tmp_path / "source"), tmp_path / "out", adapter=str(tmp_path / "adapter")))
     assert mx.allclose(mx.linalg.norm(found[f"{module}.weight"], axis=1), magnitude, rtol=1e-5).item()
 
 
 def test_a_quantised_model_goes_back_to_its_bits(tmp_path: Path) -> None:
-    write_source(tmp_path / "source", CONFIG)
+    write_source(tmp_path / "source", ADAPTED)
     base = convert(str(tmp_path / "source"), tmp_path / "base", recipe=Recipe(Quantization(32, 8)))
     write_peft(tmp_path / "adapter", ["model.layers.0.self_attn.v_proj"])
     out = convert(str(base), tmp_path / "out", adapter=str(tmp_path / "adapter"))
-    before, after = read(base), read(out)
+    before, after = read_weights(base), read_weights(out)
     changed = {name for name in before if not mx.array_equal(before[name], after[name]).item()}
     assert changed == {f"model.layers.0.self_attn.v_proj.{kind}" for kind in ("weight", "scales", "biases")}
     assert json.loads((out / "config.json").read_text()) == json.loads((base / "config.json").read_text())
@@ -286,7 +245,7 @@ def move_away(file: Path) -> None:
 
 def test_patterns_that_nothing_here_reads_take_no_time(tmp_path: Path) -> None:
     """Which modules an adapter changes is said by the names of its tensors."""
-    write_source(tmp_path / "source", CONFIG)
+    write_source(tmp_path / "source", ADAPTED)
     endless = r"(.*.*)*.*(a|aa)+!"
     write_peft(
         tmp_path / "adapter",
@@ -304,7 +263,7 @@ def test_adapters_that_cannot_be_merged(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(patterns, "_SECONDS", 1.0)
-    write_source(tmp_path / "source", CONFIG)
+    write_source(tmp_path / "source", ADAPTED)
     write_peft(tmp_path / "adapter", ["model.layers.0.self_attn.v_proj"])
     change, message = DAMAGE[name]
     change(tmp_path / "adapter")
@@ -322,7 +281,7 @@ def test_adapters_that_cannot_be_merged(
 
 
 def test_an_adapter_that_is_not_there(tmp_path: Path) -> None:
-    write_source(tmp_path / "source", CONFIG)
+    write_source(tmp_path / "source", ADAPTED)
     with pytest.raises(InputError, match="is no folder here"):
         convert(str(tmp_path / "source"), tmp_path / "out", adapter=str(tmp_path / "nowhere"))
 
@@ -354,7 +313,7 @@ def test_an_adapter_where_a_model_is_wanted(
     commands: list[tuple[Callable[[list[str]], int], list[str]]] = [
         (main, [str(folder)]),
         (main, [str(folder), "--plan"]),
-        (cluster.main, [str(folder)]),
+        (plan, [str(folder)]),
         (chat, ["--model", str(folder), "-p", "Hello"]),
     ]
     for command, arguments in commands:
@@ -364,16 +323,16 @@ def test_an_adapter_where_a_model_is_wanted(
 
 def test_an_adapter_beside_a_models_weights_is_no_model_less(tmp_path: Path) -> None:
     """The settings alone, left there by a merge, do no harm."""
-    write_source(tmp_path / "source", CONFIG)
+    write_source(tmp_path / "source", ADAPTED)
     (tmp_path / "source" / "adapter_config.json").write_text("{}")
     assert convert(str(tmp_path / "source"), tmp_path / "out").is_dir()
 
 
 def test_an_adapter_that_adds_nothing_changes_nothing(tmp_path: Path) -> None:
     """An adapter whose B is zero changes nothing."""
-    write_source(tmp_path / "source", CONFIG, mx.float32)
+    write_source(tmp_path / "source", ADAPTED, mx.float32)
     write_peft(tmp_path / "adapter", ["model.layers.0.mlp.gate_proj"])
-    shape = (CONFIG.intermediate_size, RANK)
+    shape = (ADAPTED.intermediate_size, RANK)
     rewrite(tmp_path / "adapter", "base_model.model.model.layers.0.mlp.gate_proj.lora_B.weight", mx.zeros(shape))
-    after = read(convert(str(tmp_path / "source"), tmp_path / "out", adapter=str(tmp_path / "adapter")))
-    assert_same(after, {name: mx.array(array) for name, array in random_weights(CONFIG).items()})
+    after = read_weights(convert(str(tmp_path / "source"), tmp_path / "out", adapter=str(tmp_path / "adapter")))
+    assert_same(after, {name: mx.array(array) for name, array in random_weights(ADAPTED).items()})

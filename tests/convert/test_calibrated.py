@@ -12,14 +12,13 @@ from m7mlx_convert import calibrated
 from m7mlx_convert.cli import main
 from mlx.utils import tree_flatten
 from models import small_config, write_folder
+from peers import silenced
+from sources import read_weights
 from test_convert import save_transformers_tokenizer
-from test_convert_source import mlx_lm, read, theirs
 
 from m7mlx import load
 from m7mlx.config import ModelConfig
 from m7mlx.memory import machine_memory
-
-__all__ = ["mlx_lm"]  # a fixture
 
 CONFIG = small_config(vocab_size=32000, hidden_size=64, intermediate_size=128, n_layers=2)
 IDS = mx.array([[1, 5, 9, 31999, 7, 400]])
@@ -44,17 +43,17 @@ def test_every_way(
     assert capsys.readouterr() == (f"{out}\n", "")
     found = ModelConfig.from_folder(out).quantization
     assert found and found.for_module("model.layers.0.mlp.up_proj")
-    weights = read(out)
+    weights = read_weights(out)
     assert weights["model.norm.weight"].dtype == mx.bfloat16
     assert weights["model.layers.1.mlp.up_proj.scales"].dtype == mx.bfloat16
     # It is not the plain quantisation, but as near to the source: data had a say.
     assert main([str(source), *options[2:6], "--mlx-path", str(tmp_path / "plain"), "-q"]) == 0
-    plain = read(tmp_path / "plain")
+    plain = read_weights(tmp_path / "plain")
     assert any(name not in plain or not mx.array_equal(weights[name], plain[name]).item() for name in weights)
     ours, expected = load(out)[0](IDS), load(source)[0](IDS)
     distance = (mx.linalg.norm((ours - expected).reshape(-1)) / mx.linalg.norm(expected.reshape(-1))).item()
     assert distance < 0.5
-    with theirs():
+    with silenced():
         their_model = mlx_lm.load(str(out))[0]
     assert all(mx.array_equal(weights[name], array).item() for name, array in tree_flatten(their_model.parameters()))
     assert f"--calibrate {method}" in (out / "README.md").read_text()

@@ -16,13 +16,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from damage import DAMAGE
 from m7mlx_convert.cli import main
 from m7mlx_convert.convert import convert
 from m7mlx_convert.scheme import Recipe
 from m7mlx_convert.writer import Piece, ShardWriter, Spec
-from models import mistral_file, random_weights, small_config, write_folder
+from models import mistral_file, random_weights, shard, small_config, write_folder
 from processes import running
-from test_loading import DAMAGE, shard
+from tokenizer_folders import bpe_json_of
 
 from m7mlx import load
 from m7mlx.config import ModelConfig
@@ -110,8 +111,6 @@ def test_quantised_as_mlx_lm_does_it(tmp_path: Path, bits: int, group: int, tied
 
 def save_transformers_tokenizer(folder: Path) -> None:
     """A tokenizer that transformers, and so mlx-lm, can load."""
-    from test_tokenizer import bpe_json_of
-
     (folder / "tokenizer.json").write_text(json.dumps(bpe_json_of(mistral_file("v1"))))
     (folder / "tokenizer_config.json").write_text(
         '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}'

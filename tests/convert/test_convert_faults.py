@@ -16,7 +16,7 @@ import mlx.core as mx
 import pytest
 from m7mlx_convert.cli import main
 from m7mlx_convert.output import _uninterrupted, whole_folder
-from test_convert_source import assert_same, little, quantisable, read, write_source
+from sources import assert_same, little, quantisable, read_weights, write_source
 
 from m7mlx.files.checksums import sha256
 
@@ -40,7 +40,7 @@ def refusal(arguments: list[str | Path], capsys: pytest.CaptureFixture[str], sta
 
 def rewrite(folder: Path, change: Callable[[dict[str, mx.array]], object]) -> None:
     """Change the tensors of a folder with one file."""
-    weights = read(folder)
+    weights = read_weights(folder)
     mx.eval(*weights.values())
     change(weights)
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
@@ -168,18 +168,18 @@ def test_force_replaces_only_by_something_whole(
 ) -> None:
     out = tmp_path / "out"
     assert main([str(source), "--mlx-path", str(out)]) == 0
-    first = read(out)
+    first = read_weights(out)
     mx.eval(*first.values())
     (tmp_path / "link").symlink_to(out)
     assert main([str(source), "--mlx-path", str(tmp_path / "link"), "--quantize", "--force"]) == 0
     assert (tmp_path / "link").is_symlink()
-    assert "lm_head.scales" in read(out)
+    assert "lm_head.scales" in read_weights(out)
     assert main([str(source), "--mlx-path", str(out), "--force"]) == 0
-    assert_same(read(out), first)
+    assert_same(read_weights(out), first)
     rewrite(source, lambda weights: weights.update({"lm_head.weight": weights["lm_head.weight"] * float("nan")}))
     capsys.readouterr()
     assert "lm_head.weight holds NaN" in refusal([source, "--mlx-path", out, "--force"], capsys)
-    assert_same(read(out), first)
+    assert_same(read_weights(out), first)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out", "source"]
 
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import resource
 import shutil
 import subprocess
 import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -22,96 +17,12 @@ from hub_server import serve
 from m7mlx_convert.cli import main
 from m7mlx_convert.convert import convert
 from m7mlx_convert.writer import Piece, ShardWriter, Spec
-from models import random_weights, small_config
+from peers import silenced
+from sources import assert_same, little, quantisable, read_weights, tokenizer_json, write_source
 
 from m7mlx import load
 from m7mlx.config import ModelConfig
 from m7mlx.errors import InputError
-from m7mlx.files.weights import folder_weights
-
-Weights = dict[str, mx.array]
-
-
-def little(**changes: Any) -> ModelConfig:
-    """As many ids as the tokenizer below needs, and sides that no group divides."""
-    return small_config(**{"vocab_size": 320, "n_layers": 2} | changes)
-
-
-def quantisable(**changes: Any) -> ModelConfig:
-    return little(**{"hidden_size": 128, "head_dim": 32, "intermediate_size": 256} | changes)
-
-
-def tokenizer_json() -> dict[str, Any]:
-    """A byte-level tokenizer of 258 tokens."""
-    from tokenizers import pre_tokenizers
-
-    vocab = {char: i + 2 for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {
-        "version": "1.0",
-        "added_tokens": [{"id": i, "content": name, **flags} for i, name in enumerate(("<s>", "</s>"))],
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-        "model": {"type": "BPE", "vocab": {"<s>": 0, "</s>": 1} | vocab, "merges": []},
-    }
-
-
-def write_source(
-    folder: Path, config: ModelConfig, dtype: mx.Dtype = mx.bfloat16, shards: int = 1, **changes: Any
-) -> Weights:
-    """A folder as on the Hub, with random weights; `changes` go into its config.json."""
-    folder.mkdir(parents=True)
-    weights = {name: mx.array(array).astype(dtype) for name, array in random_weights(config).items()}
-    names = sorted(weights)
-    if shards == 1:
-        mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
-    else:
-        parts = {f"model-{i + 1:05d}-of-{shards:05d}.safetensors": names[i::shards] for i in range(shards)}
-        for file, part in parts.items():
-            mx.save_safetensors(str(folder / file), {n: weights[n] for n in part}, metadata={"format": "pt"})
-        index = {"weight_map": {n: file for file, part in parts.items() for n in part}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    data = config.to_dict() | {"bos_token_id": 0, "eos_token_id": 1} | changes
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in data.items() if v != "absent"}))
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json()))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return weights
-
-
-def read(folder: Path) -> Weights:
-    weights: Weights = {}
-    for file in sorted({tensor.path for tensor in folder_weights(folder).values()}):
-        loaded = mx.load(str(file))
-        assert isinstance(loaded, dict)
-        weights |= loaded
-    return weights
-
-
-def assert_same(found: Weights, expected: Weights) -> None:
-    """Equal names, types and bits."""
-    assert found.keys() == expected.keys()
-    for name, array in expected.items():
-        assert found[name].dtype == array.dtype, name
-        assert mx.array_equal(found[name], array).item(), name
-
-
-@pytest.fixture(scope="session")
-def mlx_lm() -> ModuleType:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import mlx_lm
-
-        return mlx_lm
-
-
-@contextlib.contextmanager
-def theirs() -> Iterator[None]:
-    """Other people's code: its prints and warnings are not ours."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
-
 
 # --- not quantised --------------------------------------------------------------------------------------
 
@@ -122,7 +33,7 @@ def test_weights_are_kept_bit_for_bit(tmp_path: Path, dtype: mx.Dtype, tied: boo
     source = tmp_path / "source"
     weights = write_source(source, little(tie_word_embeddings=tied), dtype, shards, torch_dtype="float32")
     out = convert(str(source), tmp_path / "out")
-    assert_same(read(out), weights)
+    assert_same(read_weights(out), weights)
     assert mx.load(str(out / "model.safetensors"), return_metadata=True)[1] == {"format": "mlx"}
     assert load(out)[0].config == load(source)[0].config
 
@@ -130,7 +41,7 @@ def test_weights_are_kept_bit_for_bit(tmp_path: Path, dtype: mx.Dtype, tied: boo
 def test_dtype_casts_everything_and_says_so_in_the_config(tmp_path: Path) -> None:
     weights = write_source(tmp_path / "source", little(), mx.float32, torch_dtype="float32")
     out = convert(str(tmp_path / "source"), tmp_path / "out", dtype="float16")
-    assert_same(read(out), {name: array.astype(mx.float16) for name, array in weights.items()})
+    assert_same(read_weights(out), {name: array.astype(mx.float16) for name, array in weights.items()})
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "float16"
 
 
@@ -142,7 +53,7 @@ def test_tensors_that_are_computed_or_tied_are_left_out(tmp_path: Path) -> None:
         "lm_head.weight": weights["model.embed_tokens.weight"],
     }
     mx.save_safetensors(str(source / "model.safetensors"), weights | extra)
-    assert_same(read(convert(str(source), tmp_path / "out")), weights)
+    assert_same(read_weights(convert(str(source), tmp_path / "out")), weights)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16, mx.uint32, mx.uint8])
@@ -156,7 +67,7 @@ def test_writer_writes_what_mlx_reads(tmp_path: Path, dtype: mx.Dtype) -> None:
         writer.write([Piece.of(array)])
     writer.finish()
     writer.close()
-    assert_same(read(tmp_path), arrays)
+    assert_same(read_weights(tmp_path), arrays)
 
 
 # --- quantised, and mlx-lm ------------------------------------------------------------------------------
@@ -169,7 +80,7 @@ def test_mlx_lm_reads_what_the_source_left_to_defaults(tmp_path: Path, mlx_lm: M
     write_source(source, little(sliding_window=None), mx.float32, **changes)
     out = convert(str(source), tmp_path / "out")
     ids = mx.array([[1, 5, 90, 7]])
-    with theirs():
+    with silenced():
         model, _ = mlx_lm.load(str(out))
     expected = load(source)[0](ids)
     assert mx.allclose(model(ids), expected, rtol=1e-4, atol=1e-4).item()
@@ -183,10 +94,10 @@ def test_mlx_lm_reads_what_the_source_left_to_defaults(tmp_path: Path, mlx_lm: M
 def test_quantised_folder_of_mlx_lm_is_copied_as_it_is(tmp_path: Path, mlx_lm: ModuleType, mode: str) -> None:
     source, quantised = tmp_path / "source", tmp_path / "quantised"
     write_source(source, quantisable(), torch_dtype="float32")  # which must not change the scales
-    with theirs():
+    with silenced():
         mlx_lm.convert(str(source), str(quantised), quantize=True, q_mode=mode, dtype="float16")
     out = convert(str(quantised), tmp_path / "out")
-    assert_same(read(out), read(quantised))
+    assert_same(read_weights(out), read_weights(quantised))
     ids = mx.array([[1, 5, 90, 7]])
     assert mx.array_equal(load(out)[0](ids), load(quantised)[0](ids)).item()
     with pytest.raises(InputError, match="--dtype bfloat16 would change"):

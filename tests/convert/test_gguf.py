@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +12,20 @@ import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
+from conversations import CHATML
+from gguf_files import write_mistral_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from m7mlx_convert.cli import main
 from m7mlx_convert.convert import convert
-from m7mlx_convert.gguf import _NAMES, repack
+from m7mlx_convert.gguf import repack
 from m7mlx_convert.gguf_header import read_header
-from m7mlx_convert.native import native_name
 from m7mlx_convert.progress import Reporter
 from m7mlx_convert.scheme import Recipe
 from models import mistral_file, random_weights, small_config, weights_on_disk
 from sentencepiece import SentencePieceProcessor
-from test_convert import arrays
-from test_tokenizer import HARD
-from test_tokens_formats import CHATML
+from sources import read_weights
+from tokenizer_folders import HARD
 
 from m7mlx import generate, load, stream_generate
 from m7mlx.config import ModelConfig
@@ -41,78 +40,9 @@ CONFIG = small_config(
 )  # fmt: skip
 
 
-def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows as llama.cpp stores queries and keys: pairs (i, i + d/2) side by side."""
-    d = weight.shape[0] // heads
-    return weight.reshape(heads, 2, d // 2, -1).swapaxes(1, 2).reshape(weight.shape)
-
-
-def write_gguf(
-    path: Path, config: ModelConfig, kind: str = "F32", changes: Callable[[gguf.GGUFWriter], object] | None = None,
-    version: str = "v1", **metadata: Any,
-) -> dict[str, np.ndarray]:  # fmt: skip
-    """A whole GGUF file of random weights; returns what the weights are after `kind`'s rounding, in HF's order."""
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_name("tiny")
-    writer.add_license("apache-2.0")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.n_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.n_heads)
-    writer.add_head_count_kv(config.n_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
-    add_sentencepiece(writer, version)
-    for key, value in metadata.items():
-        writer.add_key_value(key.replace("__", "."), value, *value_type(value))
-    if changes:
-        changes(writer)
-    expected = {}
-    quant = gguf.GGMLQuantizationType[kind]
-    for name, array in random_weights(config).items():
-        heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}.get(name.split(".")[-2])
-        stored = permuted(array, heads) if heads else array
-        if array.ndim == 1:
-            writer.add_tensor(native_name(name, _NAMES, "blk"), stored)
-            expected[name] = array
-            continue
-        data = gguf.quants.quantize(stored, quant)
-        writer.add_tensor(native_name(name, _NAMES, "blk"), data, raw_dtype=quant)
-        rounded = gguf.quants.dequantize(data, quant).reshape(array.shape)
-        inverse = permuted(np.arange(array.shape[0])[:, None], heads)[:, 0].argsort() if heads else slice(None)
-        expected[name] = rounded[inverse]
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return expected
-
-
-def value_type(value: Any) -> tuple[Any, ...]:
-    kinds = {bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32, str: gguf.GGUFValueType.STRING}
-    return (kinds[type(value)],)
-
-
-def add_sentencepiece(writer: gguf.GGUFWriter, version: str) -> None:
-    sp = SentencePieceProcessor(model_file=str(mistral_file(version)))
-    size = range(sp.get_piece_size())
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([sp.id_to_piece(i) for i in size])
-    writer.add_token_scores([sp.get_score(i) for i in size])
-    writer.add_token_types(
-        [6 if sp.is_byte(i) else 3 if sp.is_control(i) else 2 if sp.is_unknown(i) else 5 if sp.is_unused(i) else 1
-         for i in size]
-    )  # fmt: skip
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-
-
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0"])
 def test_weights_are_those_of_the_file(tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]) -> None:
-    expected = write_gguf(tmp_path / "tiny.gguf", CONFIG, kind)
+    expected = write_mistral_gguf(tmp_path / "tiny.gguf", CONFIG, kind)
     reporter = Reporter("text")
     dtype = "float32" if kind == "F32" else None
     out = convert(str(tmp_path / "tiny.gguf"), tmp_path / "out", dtype=dtype, reporter=reporter)
@@ -130,7 +60,7 @@ def test_logits_equal_those_of_the_same_weights_in_huggings_face_layout(tmp_path
     """The row order of queries and keys is undone: seen in the logits, not only in the weights."""
     from models import small_model
 
-    write_gguf(tmp_path / "tiny.gguf", CONFIG)
+    write_mistral_gguf(tmp_path / "tiny.gguf", CONFIG)
     model, _ = load(convert(str(tmp_path / "tiny.gguf"), tmp_path / "out", dtype="float32"))
     ids = mx.array([[1, 500, 31999, 4, 77]])
     assert mx.allclose(model(ids), small_model(CONFIG)(ids), rtol=1e-5, atol=1e-5).item()
@@ -181,16 +111,16 @@ def write_mixed(path: Path, config: ModelConfig) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gguf.GGUFWriter, "add_tensor", add_tensor)
-        write_gguf(path, config, "Q4_1")
+        write_mistral_gguf(path, config, "Q4_1")
 
 
 def test_quantising_expanded_weights(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    write_gguf(tmp_path / "tiny.gguf", CONFIG, "F16")
+    write_mistral_gguf(tmp_path / "tiny.gguf", CONFIG, "F16")
     out = convert(str(tmp_path / "tiny.gguf"), tmp_path / "out", recipe=Recipe(Quantization(32, 4)))
-    weight = arrays(out)["model.layers.0.mlp.up_proj.weight"]
+    weight = read_weights(out)["model.layers.0.mlp.up_proj.weight"]
     original = mx.array(random_weights(CONFIG)["model.layers.0.mlp.up_proj.weight"]).astype(mx.float16)
     assert mx.array_equal(weight, mx.quantize(original, group_size=32, bits=4)[0]).item()
-    write_gguf(tmp_path / "kept.gguf", CONFIG, "Q8_0")
+    write_mistral_gguf(tmp_path / "kept.gguf", CONFIG, "Q8_0")
     options = ["--q-bits", "4", "--q-group-size", "32", "--mlx-path", str(tmp_path / "x")]
     assert main([str(tmp_path / "kept.gguf"), *options]) == 0
     assert "the losses add up" in capfd.readouterr().err
@@ -206,7 +136,7 @@ def test_mistral_7b_v01_gets_its_window(tmp_path: Path) -> None:
     assert "4,096" in notes[0]
     v02 = ModelConfig.from_dict({**v01.to_dict(), "rope_theta": 1e6})
     assert _with_window(v02, {}) == (v02, ())
-    write_gguf(tmp_path / "w.gguf", CONFIG, llama__attention__sliding_window=9)
+    write_mistral_gguf(tmp_path / "w.gguf", CONFIG, llama__attention__sliding_window=9)
     assert load(convert(str(tmp_path / "w.gguf"), tmp_path / "out"))[0].config.sliding_window == 9
 
 
@@ -218,7 +148,7 @@ def twins(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """A sentencepiece tokenizer that went through a GGUF file, and the original."""
     folder = tmp_path_factory.mktemp(request.param)
     config = small_config(**{**vars(CONFIG), "vocab_size": 32768 if request.param == "v3" else 32000, "n_layers": 1})
-    write_gguf(folder / "t.gguf", config, version=request.param)
+    write_mistral_gguf(folder / "t.gguf", config, version=request.param)
     tokenizer = load_tokenizer(convert(str(folder / "t.gguf"), folder / "out"))
     return tokenizer, SentencePieceProcessor(model_file=str(mistral_file(request.param)))
 
@@ -244,7 +174,7 @@ def test_a_mistral_gguf_chats_in_mistrals_format(twins: tuple[Tokenizer, Any]) -
 
 
 def test_a_template_in_the_file_is_used(tmp_path: Path) -> None:
-    write_gguf(
+    write_mistral_gguf(
         tmp_path / "z.gguf", CONFIG, changes=lambda w: w.add_chat_template("{{ messages[0].content }}{{ eos_token }}")
     )
     tokenizer = load_tokenizer(convert(str(tmp_path / "z.gguf"), tmp_path / "out"))
@@ -306,7 +236,7 @@ def test_the_demo_model_reads_nothing_twice(demo_model: Path) -> None:
 def test_models_that_are_not_understood(
     tmp_path: Path, change: Any, metadata: dict[str, Any], reason: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    write_gguf(tmp_path / "x.gguf", CONFIG, changes=change, **metadata)
+    write_mistral_gguf(tmp_path / "x.gguf", CONFIG, changes=change, **metadata)
     assert main([str(tmp_path / "x.gguf"), "--mlx-path", str(tmp_path / "out")]) == 2
     error = capfd.readouterr().err
     assert reason in error

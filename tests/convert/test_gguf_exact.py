@@ -11,141 +11,30 @@ import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType as Kind
+from gguf_files import (
+    Kind,
+    gguf_config,
+    gguf_name,
+    metadata_of,
+    stored,
+    weights_of,
+    write_gguf,
+)
 from m7mlx_convert.cli import main
 from m7mlx_convert.convert import convert
 from m7mlx_convert.gguf import _config, open_gguf, repack
 from m7mlx_convert.gguf_header import GGUFTensor
-from models import random_weights, small_config
-from test_convert_source import assert_same, read, tokenizer_json
+from sources import assert_same, permuted, read_weights
 
 from m7mlx import load
 from m7mlx.config import ModelConfig
 from m7mlx.errors import ConfigError, InputError, M7Error, TokenizerError, WeightsError
 
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def model(**changes: Any) -> ModelConfig:
-    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "n_layers": 2, "sliding_window": None}
-    return small_config(**{"model_type": "llama", "bos_token_id": 0, "eos_token_ids": (1,)} | sizes | changes)
-
-
-def weights_of(config: ModelConfig) -> dict[str, np.ndarray]:
-    """Random weights that float16 holds without loss, as those of published models."""
-    return {name: array.astype(np.float16).astype(np.float32) for name, array in random_weights(config).items()}
-
-
-def gguf_name(name: str) -> str:
-    module = name.removesuffix(".weight")
-    if module in NAMES:
-        return f"{NAMES[module]}.weight"
-    layer, part = module.removeprefix("model.layers.").split(".", 1)
-    return f"blk.{layer}.{NAMES[part]}.weight"
-
-
-def permuted(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Hugging Face's order of query and key rows → llama.cpp's: the halves of a head interleaved."""
-    head_dim = rows.shape[0] // heads
-    new = np.empty_like(rows)
-    for head in range(heads):
-        start = head * head_dim
-        new[start : start + head_dim : 2] = rows[start : start + head_dim // 2]
-        new[start + 1 : start + head_dim : 2] = rows[start + head_dim // 2 : start + head_dim]
-    return new
-
-
-def stored(config: ModelConfig, kinds: Mapping[str, Kind], default: Kind) -> dict[str, tuple[np.ndarray, Kind]]:
-    """What a GGUF file of this model holds: name → bytes, type. Norms are F32, as llama.cpp writes them."""
-    tensors = {}
-    for name, array in weights_of(config).items():
-        heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}.get(name.split(".")[-2])
-        array = permuted(array, heads) if heads else array
-        kind = Kind.F32 if array.ndim == 1 else kinds.get(name, default)
-        tensors[gguf_name(name)] = gguf.quants.quantize(array, kind), kind
-    return tensors
-
-
-def metadata_of(config: ModelConfig) -> dict[str, Any]:
-    return {
-        "llama.block_count": config.n_layers,
-        "llama.context_length": config.max_position_embeddings,
-        "llama.embedding_length": config.hidden_size,
-        "llama.feed_forward_length": config.intermediate_size,
-        "llama.attention.head_count": config.n_heads,
-        "llama.attention.head_count_kv": config.n_kv_heads,
-        "llama.attention.key_length": config.head_dim,
-        "llama.attention.value_length": config.head_dim,
-        "llama.attention.layer_norm_rms_epsilon": config.norm_eps,
-        "llama.rope.freq_base": config.rope_theta,
-        "llama.rope.dimension_count": config.head_dim,
-    } | tokenizer_metadata()
-
-
-def tokenizer_metadata() -> dict[str, Any]:
-    tokens = [*tokenizer_json()["model"]["vocab"], "ab"]
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3, 3] + [1] * (len(tokens) - 2),
-        "tokenizer.ggml.merges": ["a b"],
-        "tokenizer.ggml.bos_token_id": 0,
-        "tokenizer.ggml.eos_token_id": 1,
-    }
-
-
-def write_gguf(
-    path: Path,
-    config: ModelConfig,
-    default: Kind = Kind.F16,
-    kinds: Mapping[str, Kind] | None = None,
-    changes: Mapping[str, Any] | None = None,
-    architecture: str = "llama",
-    extra: Mapping[str, tuple[np.ndarray, Kind]] | None = None,
-) -> dict[str, tuple[np.ndarray, Kind]]:
-    """A GGUF file by the `gguf` package's own writer; `changes` to the metadata, None takes a key out."""
-    writer = gguf.GGUFWriter(path, architecture)
-    for key, value in (metadata_of(config) | dict(changes or {})).items():
-        if key == "general.alignment":
-            writer.add_custom_alignment(value)
-        elif isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        elif value is not None:
-            writer.add_array(key, value)
-    tensors = stored(config, kinds or {}, default) | dict(extra or {})
-    for name, (data, kind) in tensors.items():
-        writer.add_tensor(name, data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return tensors
-
 
 def expanded(out: Path) -> dict[str, np.ndarray]:
     """The weights of a converted folder as float32; quantised ones by w = scale · q + bias."""
     config = ModelConfig.from_folder(out)
-    arrays = read(out)
+    arrays = read_weights(out)
     weights = {}
     for name in config.weight_shapes():
         module = name.removesuffix(".weight")
@@ -179,21 +68,21 @@ def assert_values(out: Path, config: ModelConfig, tensors: Mapping[str, tuple[np
 )
 @pytest.mark.parametrize("tied", [True, False])
 def test_plain_weights_equal_the_source(tmp_path: Path, kind: Kind, dtype: mx.Dtype, tied: bool) -> None:
-    config = model(tie_word_embeddings=tied)
+    config = gguf_config(tie_word_embeddings=tied)
     write_gguf(tmp_path / "m.gguf", config, kind)
     out = convert(str(tmp_path / "m.gguf"), tmp_path / "out")
     expected = {name: mx.array(array).astype(dtype) for name, array in weights_of(config).items()}
-    assert_same(read(out), expected)
+    assert_same(read_weights(out), expected)
     assert load(out)[0].config == config
 
 
 @pytest.mark.parametrize(("kind", "bits"), [(Kind.Q4_0, 4), (Kind.Q4_1, 4), (Kind.Q8_0, 8)])
 def test_blocks_of_32_are_kept_without_loss(tmp_path: Path, kind: Kind, bits: int) -> None:
-    config = model()
+    config = gguf_config()
     tensors = write_gguf(tmp_path / "m.gguf", config, kind)
     out = convert(str(tmp_path / "m.gguf"), tmp_path / "out")
     assert_values(out, config, tensors)
-    arrays = read(out)
+    arrays = read_weights(out)
     assert arrays["lm_head.weight"].dtype == mx.uint32
     assert arrays["lm_head.scales"].dtype == arrays["model.norm.weight"].dtype == mx.float16
     written = json.loads((out / "config.json").read_text())["quantization"]
@@ -221,7 +110,7 @@ def test_every_value_of_a_block_is_kept() -> None:
 
 
 def test_each_module_has_its_own_bits(tmp_path: Path) -> None:
-    config = model(tie_word_embeddings=True)
+    config = gguf_config(tie_word_embeddings=True)
     special = {"model.embed_tokens.weight": Kind.Q8_0, "model.layers.1.mlp.down_proj.weight": Kind.F16}
     tensors = write_gguf(tmp_path / "m.gguf", config, Kind.Q4_1, special)
     out = convert(str(tmp_path / "m.gguf"), tmp_path / "out")
@@ -240,19 +129,19 @@ def test_each_module_has_its_own_bits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [Kind.Q5_0, Kind.Q5_1])
 def test_other_types_are_expanded(tmp_path: Path, kind: Kind, capsys: pytest.CaptureFixture[str]) -> None:
-    config = model()
+    config = gguf_config()
     tensors = write_gguf(tmp_path / "m.gguf", config, kind)
     assert main([str(tmp_path / "m.gguf"), "--mlx-path", str(tmp_path / "out")]) == 0
     err = capsys.readouterr().err
     assert err == f"note: MLX has no counterpart of {kind.name}: these weights are expanded to float16\n"
     found = expanded(tmp_path / "out")["lm_head.weight"]
     assert np.array_equal(found, gguf.dequantize(*tensors["output.weight"]).astype(np.float16))
-    assert read(tmp_path / "out")["lm_head.weight"].dtype == mx.float16
+    assert read_weights(tmp_path / "out")["lm_head.weight"].dtype == mx.float16
 
 
 def test_k_quants_are_expanded(tmp_path: Path) -> None:
     """Blocks of 256; the package cannot make them, so the codes are random and the scale is one."""
-    config = model(hidden_size=256)
+    config = gguf_config(hidden_size=256)
     rng = np.random.default_rng(1)
     blocks = rng.integers(0, 256, (320, 210), np.uint8)
     blocks[:, -2:] = np.array([0.01], np.float16).view(np.uint8)
@@ -264,14 +153,14 @@ def test_k_quants_are_expanded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.Q4_1, Kind.Q5_0])
 def test_quantised_on_request(tmp_path: Path, kind: Kind, capsys: pytest.CaptureFixture[str]) -> None:
-    config = model(head_dim=32, intermediate_size=128)
+    config = gguf_config(head_dim=32, intermediate_size=128)
     tensors = write_gguf(tmp_path / "m.gguf", config, kind)
     assert main([str(tmp_path / "m.gguf"), "--mlx-path", str(tmp_path / "out"), "--q-bits", "6"]) == 0
     err = capsys.readouterr().err
     assert ("the losses add up" in err) == (kind is Kind.Q4_1)
     dtype = mx.float32 if kind is Kind.F32 else mx.float16
     whole = mx.array(gguf.dequantize(*tensors["output.weight"])).astype(dtype)
-    arrays = read(tmp_path / "out")
+    arrays = read_weights(tmp_path / "out")
     for found, expected in zip(("weight", "scales", "biases"), mx.quantize(whole, 64, 6), strict=True):
         assert mx.array_equal(arrays[f"lm_head.{found}"], expected).item()
     written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
@@ -279,7 +168,7 @@ def test_quantised_on_request(tmp_path: Path, kind: Kind, capsys: pytest.Capture
 
 
 def test_scales_are_not_cast(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "m.gguf", model(), Kind.Q8_0)
+    write_gguf(tmp_path / "m.gguf", gguf_config(), Kind.Q8_0)
     with pytest.raises(InputError, match="scales that --dtype bfloat16 would change"):
         convert(str(tmp_path / "m.gguf"), tmp_path / "out", dtype="bfloat16")
     convert(str(tmp_path / "m.gguf"), tmp_path / "out", dtype="float16")
@@ -289,7 +178,7 @@ def test_scales_are_not_cast(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scale", [np.nan, np.inf, 60000.0])
 def test_numbers_that_are_not_finite_are_named(tmp_path: Path, kind: Kind, scale: float) -> None:
     """60,000 as a scale is finite, but −8 · 60,000 and −128 · 60,000 are not in float16."""
-    config = model()
+    config = gguf_config()
     data, _ = stored(config, {}, kind)["output.weight"]
     data.reshape(-1).view(np.uint8)[:2] = np.array([scale], np.float16).view(np.uint8)
     if kind is Kind.F32:
@@ -308,7 +197,7 @@ def test_numbers_that_are_not_finite_are_named(tmp_path: Path, kind: Kind, scale
 
 def test_config_of_the_metadata(tmp_path: Path) -> None:
     """Floats lose their float32 tails; end ids are gathered; licence and name come along."""
-    config = model(norm_eps=1e-5, rope_theta=1e5, head_dim=32)
+    config = gguf_config(norm_eps=1e-5, rope_theta=1e5, head_dim=32)
     changes = {"general.license": "apache-2.0", "general.name": "Little", "tokenizer.ggml.eot_token_id": 7}
     write_gguf(tmp_path / "m.gguf", config, changes=changes)
     out = convert(str(tmp_path / "m.gguf"), tmp_path / "out")
@@ -326,16 +215,16 @@ def test_config_of_the_metadata(tmp_path: Path) -> None:
 
 def test_what_the_metadata_leaves_out(tmp_path: Path) -> None:
     absent = ("llama.attention.key_length", "llama.attention.value_length", "llama.rope.freq_base")
-    write_gguf(tmp_path / "m.gguf", model(n_kv_heads=4), changes=dict.fromkeys(absent))
+    write_gguf(tmp_path / "m.gguf", gguf_config(n_kv_heads=4), changes=dict.fromkeys(absent))
     config = open_gguf(tmp_path / "m.gguf").config
     assert (config.head_dim, config.rope_theta) == (16, 10000.0)
     changes = dict.fromkeys((*absent, "llama.rope.dimension_count", "llama.attention.head_count_kv"))
-    write_gguf(tmp_path / "n.gguf", model(n_kv_heads=4), changes=changes)
+    write_gguf(tmp_path / "n.gguf", gguf_config(n_kv_heads=4), changes=changes)
     assert open_gguf(tmp_path / "n.gguf").config == config
 
 
 def test_a_sliding_window_makes_it_mistral(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "m.gguf", model(), changes={"llama.attention.sliding_window": 100})
+    write_gguf(tmp_path / "m.gguf", gguf_config(), changes={"llama.attention.sliding_window": 100})
     out = convert(str(tmp_path / "m.gguf"), tmp_path / "out")
     assert load(out)[0].config.sliding_window == 100
     assert json.loads((out / "config.json").read_text())["architectures"] == ["MistralForCausalLM"]
@@ -345,7 +234,7 @@ def test_a_sliding_window_makes_it_mistral(tmp_path: Path) -> None:
 def test_mistral_7b_is_known_by_its_shape(theta: float, window: int | None) -> None:
     """v0.1 has a window, which llama.cpp's converter drops; v0.2 and v0.3 have none."""
     values = metadata_of(
-        model(
+        gguf_config(
             hidden_size=4096,
             intermediate_size=14336,
             n_layers=32,
@@ -415,14 +304,14 @@ TOO_MANY_TOKENS: dict[str, Any] = {
 def test_metadata_that_is_not_understood(
     tmp_path: Path, changes: dict[str, Any], error: type[M7Error], says: str
 ) -> None:
-    write_gguf(tmp_path / "m.gguf", model(), changes=changes)
+    write_gguf(tmp_path / "m.gguf", gguf_config(), changes=changes)
     with pytest.raises(error, match=says):
         convert(str(tmp_path / "m.gguf"), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
 def test_foreign_architectures_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_gguf(tmp_path / "m.gguf", model(), architecture="qwen3moe")
+    write_gguf(tmp_path / "m.gguf", gguf_config(), architecture="qwen3moe")
     assert main([str(tmp_path / "m.gguf"), "--mlx-path", str(tmp_path / "out")]) == 2
     assert "architecture 'qwen3moe' is not supported; supported is llama" in capsys.readouterr().err
 
@@ -439,12 +328,12 @@ def test_foreign_architectures_are_refused_by_name(tmp_path: Path, capsys: pytes
 def test_tensors_that_are_not_understood(
     tmp_path: Path, extra: dict[str, tuple[np.ndarray, Kind]], says: str
 ) -> None:
-    write_gguf(tmp_path / "m.gguf", model(), extra=extra)
+    write_gguf(tmp_path / "m.gguf", gguf_config(), extra=extra)
     with pytest.raises(WeightsError, match=says):
         open_gguf(tmp_path / "m.gguf")
 
 
 def test_rope_factors_of_one_change_nothing(tmp_path: Path) -> None:
     ones = {"rope_freqs.weight": (np.ones(8, np.float32), Kind.F32)}
-    write_gguf(tmp_path / "m.gguf", model(), extra=ones)
-    assert open_gguf(tmp_path / "m.gguf").config == model()
+    write_gguf(tmp_path / "m.gguf", gguf_config(), extra=ones)
+    assert open_gguf(tmp_path / "m.gguf").config == gguf_config()

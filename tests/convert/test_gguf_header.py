@@ -11,10 +11,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from gguf_files import Kind, gguf_config, write_gguf
 from m7mlx_convert.cli import main
 from m7mlx_convert.gguf import open_gguf
 from m7mlx_convert.gguf_header import read_header
-from test_gguf_exact import Kind, model, write_gguf
 
 from m7mlx.errors import M7Error, WeightsError
 
@@ -107,7 +107,9 @@ def test_a_large_array_takes_memory_in_proportion(tmp_path: Path) -> None:
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("gguf") / "m.gguf"
     kinds = {"model.embed_tokens.weight": Kind.Q8_0, "lm_head.weight": Kind.Q4_0}
-    write_gguf(path, model(n_layers=1), kinds=kinds, changes={"general.alignment": 64, "general.tags": ["a", "ä"]})
+    write_gguf(
+        path, gguf_config(n_layers=1), kinds=kinds, changes={"general.alignment": 64, "general.tags": ["a", "ä"]}
+    )
     return path
 
 

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from m7mlx_convert.gguf_tokenizer import tokenizer_files
+from gguf_files import tokenizer_metadata, unpack_tokenizer
 from models import mistral_file
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
-from test_gguf_exact import tokenizer_metadata
-
-from m7mlx.tokens.load import load_tokenizer
-from m7mlx.tokens.tokenizer import Tokenizer
 
 TEXTS = [
     "Hello, world!",
@@ -47,16 +42,9 @@ def sentencepiece_metadata(version: str) -> dict[str, Any]:
     }
 
 
-def unpack(folder: Path, metadata: Mapping[str, Any]) -> Tokenizer:
-    for name, content in tokenizer_files(Path("m.gguf"), metadata).items():
-        assert isinstance(content, bytes)
-        (folder / name).write_bytes(content)
-    return load_tokenizer(folder)
-
-
 @pytest.mark.parametrize("version", ["v1", "v2", "v3"])
 def test_sentencepiece_ids_are_the_same(tmp_path: Path, version: str) -> None:
-    ours = unpack(tmp_path, sentencepiece_metadata(version))
+    ours = unpack_tokenizer(tmp_path, sentencepiece_metadata(version))
     original = SentencePieceProcessor(model_file=str(mistral_file(version)))
     rebuilt = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     assert rebuilt.get_piece_size() == original.get_piece_size() == ours.vocab_size
@@ -73,14 +61,14 @@ def test_sentencepiece_ids_are_the_same(tmp_path: Path, version: str) -> None:
 
 def test_sentencepiece_without_the_space_in_front(tmp_path: Path) -> None:
     metadata = sentencepiece_metadata("v1") | {"tokenizer.ggml.add_space_prefix": False}
-    assert unpack(tmp_path, metadata).encode("Hello") == [16230]  # and not ▁Hello, 22557
+    assert unpack_tokenizer(tmp_path, metadata).encode("Hello") == [16230]  # and not ▁Hello, 22557
     metadata["tokenizer.ggml.add_space_prefix"] = True
-    assert unpack(tmp_path, metadata).encode("Hello") == [22557]
+    assert unpack_tokenizer(tmp_path, metadata).encode("Hello") == [22557]
 
 
 @pytest.mark.parametrize("pre", ["gpt-2", "default", "smollm", "llama-bpe", "qwen2"])
 def test_byte_level_round_trip(tmp_path: Path, pre: str) -> None:
-    tokenizer = unpack(tmp_path, tokenizer_metadata() | {"tokenizer.ggml.pre": pre})
+    tokenizer = unpack_tokenizer(tmp_path, tokenizer_metadata() | {"tokenizer.ggml.pre": pre})
     for text in TEXTS:
         composed = unicodedata.normalize("NFC", text) if pre == "qwen2" else text
         assert tokenizer.decode(tokenizer.encode(text)) == composed
@@ -101,7 +89,7 @@ def test_byte_level_round_trip(tmp_path: Path, pre: str) -> None:
 def test_text_is_cut_as_the_model_was_trained(tmp_path: Path, pre: str, pieces: list[str]) -> None:
     from tokenizers import Tokenizer as Library
 
-    unpack(tmp_path, tokenizer_metadata() | {"tokenizer.ggml.pre": pre})
+    unpack_tokenizer(tmp_path, tokenizer_metadata() | {"tokenizer.ggml.pre": pre})
     library = Library.from_file(str(tmp_path / "tokenizer.json"))
     assert library.pre_tokenizer is not None
     assert [piece for piece, _ in library.pre_tokenizer.pre_tokenize_str("it's IT'S  12345 x!!\n\ny")] == pieces
@@ -118,7 +106,7 @@ def test_merges_and_added_tokens(tmp_path: Path) -> None:
         "tokenizer.ggml.add_bos_token": True,
         "tokenizer.chat_template": "{{ bos_token }}{{ messages[0].content }}",
     }
-    tokenizer = unpack(tmp_path, metadata)
+    tokenizer = unpack_tokenizer(tmp_path, metadata)
     assert tokenizer.encode("abc") == [259]
     assert 260 not in tokenizer.encode("<|tool|>x")
     assert tokenizer.control_id("<|tool|>x") == 260
@@ -133,7 +121,7 @@ def test_transformers_reads_the_same(tmp_path: Path) -> None:
     import warnings
 
     metadata = tokenizer_metadata() | {"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.add_bos_token": True}
-    tokenizer = unpack(tmp_path, metadata)
+    tokenizer = unpack_tokenizer(tmp_path, metadata)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformers import AutoTokenizer
@@ -149,7 +137,7 @@ def test_spaces_in_user_defined_tokens(tmp_path: Path) -> None:
     metadata["tokenizer.ggml.tokens"] += ["<|my turn|>", "    x   y", "qqzz"]
     metadata["tokenizer.ggml.scores"] += [0.0, 0.0, 0.0]
     metadata["tokenizer.ggml.token_type"] += [4, 4, 0]
-    tokenizer = unpack(tmp_path, metadata)
+    tokenizer = unpack_tokenizer(tmp_path, metadata)
     assert tokenizer.control_id("<|my turn|>") == 32000
     assert 32000 not in tokenizer.encode("<|my turn|>")
     assert tokenizer.decode([32000]) == "<|my turn|>"

@@ -76,8 +76,8 @@ def logits(model: Any) -> np.ndarray:
     return found
 
 
-def difference(folder: Path, expected: np.ndarray) -> float:
-    found = np.array(load(folder)[0](mx.array(IDS))[0])
+def difference(folder: Path, expected: np.ndarray, adapter_path: Path | None = None) -> float:
+    found = np.array(load(folder, adapter_path=adapter_path)[0](mx.array(IDS))[0])
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
@@ -123,7 +123,7 @@ def skip_where_peft_is_older(settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", MERGED)
-def test_merged_as_peft_computes_it(base: Path, tmp_path: Path, name: str) -> None:
+def test_merged_or_unmerged_as_peft_computes_it(base: Path, tmp_path: Path, name: str) -> None:
     """The logits of the model that PEFT loads, adapter apart: merging a tied model, PEFT itself goes wrong."""
     skip_where_peft_is_older(MERGED[name])
     train(base, tmp_path / "adapter", **MERGED[name])
@@ -131,6 +131,11 @@ def test_merged_as_peft_computes_it(base: Path, tmp_path: Path, name: str) -> No
     out = convert(str(base), tmp_path / "out", adapter=str(tmp_path / "adapter"))
     assert difference(out, expected) < 1e-4
     assert difference(base, expected) > 1e-2  # it has changed something
+    if "norm" in MERGED[name].get("modules_to_save", []):
+        with pytest.raises(InputError, match="which only merging can do: m7mlx-convert MODEL --adapter"):
+            load(base, adapter_path=tmp_path / "adapter")
+    else:
+        assert difference(base, expected, adapter_path=tmp_path / "adapter") < 1e-4
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

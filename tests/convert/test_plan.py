@@ -10,14 +10,15 @@ import mlx.core as mx
 import pytest
 from m7mlx_convert import plan
 from m7mlx_convert.cli import main
-from m7mlx_convert.plan import size
 from m7mlx_convert.source import Tensor
 from models import small_config, small_model, write_folder
-from test_convert_source import quantisable, write_source
+from sources import quantisable, write_source
 
+from m7mlx.cache import UNDO_SLACK
 from m7mlx.files.weights import folder_weights
-from m7mlx.memory import chat_memory
+from m7mlx.memory import footprints
 from m7mlx.quantization import Quantization
+from m7mlx.units import in_bytes
 
 
 @pytest.mark.parametrize(
@@ -106,12 +107,12 @@ def test_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_memory_of_a_chat_is_that_of_its_cache(bits: str, kv_bits: int | None) -> None:
     """What is planned is what a cache takes that has turned."""
     config = small_config(sliding_window=1000, n_heads=2, n_kv_heads=2, head_dim=64, hidden_size=64)
-    (chat,) = chat_memory(config, 1000)
+    (chat,) = footprints(config, 1000, UNDO_SLACK)
     model = small_model(config)
     cache = model.new_cache(kv_bits=kv_bits)
     for _ in range(3):
         mx.eval(model(mx.zeros((1, 500), mx.int32), cache))
-    assert cache.nbytes <= chat["cache_bytes"][bits] <= 1.15 * cache.nbytes
+    assert cache.nbytes <= chat.caches[bits] <= 1.15 * cache.nbytes
 
 
 def test_full_attention_shows_the_whole_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,4 +122,4 @@ def test_full_attention_shows_the_whole_context(tmp_path: Path, capsys: pytest.C
 
 
 def test_sizes() -> None:
-    assert [size(n) for n in (12, 1234, 93_000_000, 4_070_000_000)] == ["12 B", "1.23 kB", "93 MB", "4.07 GB"]
+    assert [in_bytes(n) for n in (12, 1234, 93_000_000, 4_070_000_000)] == ["12 B", "1.23 kB", "93 MB", "4.07 GB"]

@@ -16,6 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from adapters import write_mlx_lm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from m7mlx_convert import plan
@@ -26,9 +27,7 @@ from m7mlx_convert.scheme import Recipe
 from m7mlx_convert.writer import JOURNAL, Piece, ShardWriter, Spec
 from models import random_weights, small_config, write_folder
 from processes import running
-from test_adapter import write_mlx_lm
-from test_convert_source import quantisable, write_source
-from test_sources import write_packed
+from sources import quantisable, write_packed, write_source
 
 from m7mlx.errors import WeightsError
 from m7mlx.quantization import Quantization

@@ -13,15 +13,14 @@ from m7mlx_convert.cli import main
 from m7mlx_convert.convert import convert
 from m7mlx_convert.scheme import MIXED, Recipe, Rule, scheme_of
 from mlx.utils import tree_flatten
-from test_convert_source import mlx_lm, quantisable, read, theirs, write_source
+from peers import silenced
+from sources import quantisable, read_weights, write_source
 
 from m7mlx import load
 from m7mlx.config import ModelConfig
 from m7mlx.errors import InputError
 from m7mlx.files import patterns
 from m7mlx.quantization import Quantization
-
-__all__ = ["mlx_lm"]  # a fixture
 
 IDS = mx.array([[0, 17, 200, 5, 99, 42, 7]])
 SCHEMES = [("affine", bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
@@ -36,11 +35,11 @@ def test_every_scheme_is_mlx_lms(tmp_path: Path, mlx_lm: ModuleType, mode: str, 
     write_source(tmp_path / "source", quantisable(), torch_dtype="bfloat16")
     scheme = scheme_of(mode, bits, group)
     out = convert(str(tmp_path / "source"), tmp_path / "out", recipe=Recipe(scheme))
-    with theirs():
+    with silenced():
         options = {"q_bits": bits, "q_group_size": group, "q_mode": mode, "quantize": True}
         their_convert(str(tmp_path / "source"), str(tmp_path / "theirs"), **options)
         loaded = mlx_lm.load(str(out))[0]
-    found, expected = read(out), read(tmp_path / "theirs")
+    found, expected = read_weights(out), read_weights(tmp_path / "theirs")
     assert found.keys() == expected.keys()
     assert all(mx.array_equal(found[name], expected[name]).item() for name in expected)
     assert all(mx.array_equal(found[name], array).item() for name, array in tree_flatten(loaded.parameters()))
@@ -61,9 +60,9 @@ def test_mixes_are_mlx_lms(tmp_path: Path, mlx_lm: ModuleType, name: str) -> Non
 
     write_source(tmp_path / "source", quantisable(n_layers=9))
     assert main([str(tmp_path / "source"), "--quant-predicate", name, "--mlx-path", str(tmp_path / "out")]) == 0
-    with theirs():
+    with silenced():
         their_convert(str(tmp_path / "source"), str(tmp_path / "theirs"), quantize=True, quant_predicate=name)
-    found, expected = read(tmp_path / "out"), read(tmp_path / "theirs")
+    found, expected = read_weights(tmp_path / "out"), read_weights(tmp_path / "theirs")
     assert found.keys() == expected.keys()
     assert all(mx.array_equal(found[key], expected[key]).item() for key in expected)
     ours, them = (ModelConfig.from_folder(tmp_path / folder).quantization for folder in ("out", "theirs"))
@@ -71,7 +70,7 @@ def test_mixes_are_mlx_lms(tmp_path: Path, mlx_lm: ModuleType, name: str) -> Non
     for module in (key.removesuffix(".weight") for key in quantisable(n_layers=9).weight_shapes()):
         if "norm" not in module:
             assert ours.for_module(module) == them.for_module(module), module
-    with theirs():
+    with silenced():
         assert mlx_lm.load(str(tmp_path / "out"))[0]
     assert mx.array_equal(load(tmp_path / "out")[0](IDS), load(tmp_path / "theirs")[0](IDS)).item()
 
@@ -97,7 +96,7 @@ def test_rules(tmp_path: Path) -> None:
 def test_rules_alone_leave_the_rest_as_it_is(tmp_path: Path) -> None:
     weights = write_source(tmp_path / "source", quantisable())
     assert main([str(tmp_path / "source"), "--q-rule", "lm_head=6", "--mlx-path", str(tmp_path / "out")]) == 0
-    found = read(tmp_path / "out")
+    found = read_weights(tmp_path / "out")
     assert found.keys() == weights.keys() | {"lm_head.scales", "lm_head.biases"}
     assert all(mx.array_equal(found[name], weights[name]).item() for name in weights if name != "lm_head.weight")
     load(tmp_path / "out")

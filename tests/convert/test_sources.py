@@ -10,12 +10,20 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from gguf_files import write_mistral_gguf
 from m7mlx_convert.cli import main
 from m7mlx_convert.convert import convert
 from m7mlx_convert.scheme import Recipe
-from models import mistral_file, random_weights, small_config, write_folder
-from test_convert_source import assert_same, read
-from test_gguf import permuted, write_gguf
+from models import small_config, write_folder
+from sources import (
+    LLAMA,
+    assert_same,
+    native_weights,
+    read_weights,
+    write_native,
+    write_packed,
+    write_sharded,
+)
 
 from m7mlx import load
 from m7mlx.config import ModelConfig
@@ -23,76 +31,15 @@ from m7mlx.errors import ConfigError, WeightsError
 from m7mlx.quantization import Quantization
 
 IDS = mx.array([[1, 5, 9, 31999, 7, 7, 123, 4567, 2, 8, 13, 21]])
-CONFIG = small_config(
-    model_type="llama", vocab_size=32000, hidden_size=128, intermediate_size=192, head_dim=32, sliding_window=None
-)
-NATIVE = {
-    "embed_tokens": "tok_embeddings",
-    "model.norm": "norm",
-    "lm_head": "output",
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "q_proj": "attention.wq",
-    "k_proj": "attention.wk",
-    "v_proj": "attention.wv",
-    "o_proj": "attention.wo",
-    "gate_proj": "feed_forward.w1",
-    "down_proj": "feed_forward.w2",
-    "up_proj": "feed_forward.w3",
-}
-
-
-def write_sharded(folder: Path) -> None:
-    write_folder(folder, CONFIG)
-    weights = mx.load(str(folder / "model.safetensors"))
-    assert isinstance(weights, dict)
-    mx.eval(*weights.values())
-    (folder / "model.safetensors").unlink()
-    parts = {f"model-0000{i + 1}-of-00003.safetensors": sorted(weights)[i::3] for i in range(3)}
-    for file, names in parts.items():
-        mx.save_safetensors(str(folder / file), {name: weights[name] for name in names})
-    index = {"weight_map": {name: file for file, names in parts.items() for name in names}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def native_weights(config: ModelConfig) -> dict[str, mx.array]:
-    """As Mistral publishes them: their names, and query and key rows in pairs."""
-    weights = {}
-    for name, array in random_weights(config).items():
-        heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}.get(name.split(".")[-2])
-        new = next(theirs for ours, theirs in NATIVE.items() if ours in name)
-        layer = f"layers.{name.split('.')[2]}." if "layers" in name else ""
-        weights[f"{layer}{new}.weight"] = mx.array(permuted(array, heads) if heads else array)
-    return weights
-
-
-def write_native(folder: Path, config: ModelConfig = CONFIG) -> None:
-    folder.mkdir()
-    mx.save_safetensors(str(folder / "consolidated.safetensors"), native_weights(config))
-    params = {
-        "dim": config.hidden_size,
-        "n_layers": config.n_layers,
-        "head_dim": config.head_dim,
-        "hidden_dim": config.intermediate_size,
-        "n_heads": config.n_heads,
-        "n_kv_heads": config.n_kv_heads,
-        "norm_eps": config.norm_eps,
-        "vocab_size": config.vocab_size,
-        "rope_theta": config.rope_theta,
-    }
-    if config.sliding_window:
-        params["sliding_window"] = config.sliding_window
-    (folder / "params.json").write_text(json.dumps(params))
-    (folder / "tokenizer.model").write_bytes(mistral_file("v1").read_bytes())
 
 
 def write_gguf_file(path: Path) -> None:
-    write_gguf(path, CONFIG, "F32")
+    write_mistral_gguf(path, LLAMA, "F32")
 
 
 @pytest.mark.parametrize("write", [write_sharded, write_native, write_gguf_file])
 def test_every_form_gives_the_same_logits(tmp_path: Path, write: Callable[[Path], None]) -> None:
-    expected = load(write_folder(tmp_path / "plain", CONFIG))[0](IDS)
+    expected = load(write_folder(tmp_path / "plain", LLAMA))[0](IDS)
     write(tmp_path / "source")
     out = convert(str(tmp_path / "source"), tmp_path / "out", dtype="float32")
     difference = mx.abs(load(out)[0](IDS) - expected).max()
@@ -122,7 +69,7 @@ def test_mistrals_own_layout_damaged(
     tmp_path: Path, change: Callable[[dict[str, mx.array]], object], message: str
 ) -> None:
     write_native(tmp_path / "native")
-    weights = native_weights(CONFIG)
+    weights = native_weights(LLAMA)
     change(weights)
     mx.save_safetensors(str(tmp_path / "native" / "consolidated.safetensors"), weights)
     with pytest.raises(WeightsError, match=message):
@@ -131,63 +78,13 @@ def test_mistrals_own_layout_damaged(
 
 
 def test_an_mlx_folder_gives_the_same_logits_expanded(tmp_path: Path) -> None:
-    write_folder(tmp_path / "plain", CONFIG)
+    write_folder(tmp_path / "plain", LLAMA)
     quantised = convert(str(tmp_path / "plain"), tmp_path / "q", recipe=Recipe(Quantization(32, 5)))
     floats = convert(str(quantised), tmp_path / "f", recipe=Recipe(dequantize=True), dtype="float32")
     assert mx.array_equal(load(floats)[0](IDS), load(quantised)[0](IDS)).item()
 
 
 # --- AWQ and GPTQ -----------------------------------------------------------------------------------------
-
-
-def pack(numbers: np.ndarray, bits: int, order: tuple[int, ...]) -> np.ndarray:
-    """Integers [rows, n] → int32 words [rows, n · bits / 32]; number order[i] of each word lies i-th from below."""
-    per_word = 32 // bits
-    words = numbers.reshape(numbers.shape[0], -1, per_word)[..., list(order)].astype(np.uint64)
-    shifts = np.arange(per_word, dtype=np.uint64) * np.uint64(bits)
-    return (words << shifts).sum(axis=-1).astype(np.uint32).view(np.int32)
-
-
-def write_packed(folder: Path, method: str, bits: int, *, symmetric: bool = False, **settings: Any) -> dict[str, Any]:
-    """A checkpoint as AutoAWQ or GPTQ write it; returns the float weights it stands for."""
-    rng = np.random.default_rng(1)
-    group, expected = 32, {}
-    arrays: dict[str, mx.array] = {}
-    straight = tuple(range(32 // bits))
-    for name, array in random_weights(CONFIG).items():
-        expected[name] = array.astype(np.float16).astype(np.float32)
-        arrays[name] = mx.array(array.astype(np.float16))
-        if "proj" not in name:
-            continue
-        rows, columns = array.shape
-        q = rng.integers(0, 2**bits, (columns, rows))  # [in, out]
-        zeros = rng.integers(0, 2**bits, (columns // group, rows))
-        zeros[:] = 2 ** (bits - 1) if symmetric else zeros
-        scales = rng.uniform(0.01, 0.02, zeros.shape).astype(np.float16)
-        each = (np.repeat(v, group, axis=0) for v in (zeros, scales.astype(np.float32)))
-        zero, scale = each
-        expected[name] = ((q - zero) * scale).T.astype(np.float32)
-        module = name.removesuffix(".weight")
-        del arrays[name]
-        if method == "awq":
-            awq = (0, 2, 4, 6, 1, 3, 5, 7)  # AutoAWQ, `pack_intweight`
-            packed, stored_zeros = pack(q, 4, awq), pack(zeros, 4, awq)
-        else:
-            is_v1 = settings.get("checkpoint_format") or settings.get("format") or "gptq"
-            stored = (zeros - (is_v1 == "gptq")) % 2**bits  # 0 is stored as the highest number
-            packed, stored_zeros = pack(q.T, bits, straight).T, pack(stored, bits, straight)
-        arrays[f"{module}.qweight"] = mx.array(np.ascontiguousarray(packed))
-        arrays[f"{module}.scales"] = mx.array(scales)
-        if not symmetric or method == "gptq":
-            arrays[f"{module}.qzeros"] = mx.array(stored_zeros)
-        if method == "gptq":
-            arrays[f"{module}.g_idx"] = mx.array((np.arange(columns) // group).astype(np.int32))
-    write_folder(folder, CONFIG)
-    mx.save_safetensors(str(folder / "model.safetensors"), arrays)
-    config = CONFIG.to_dict() | {"torch_dtype": "float16"}
-    config["quantization_config"] = {"quant_method": method, "bits": bits, "group_size": group} | settings
-    (folder / "config.json").write_text(json.dumps(config))
-    return expected
 
 
 @pytest.mark.parametrize(
@@ -255,7 +152,7 @@ def test_packings_without_a_counterpart(tmp_path: Path, settings: dict[str, Any]
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
 def test_biases_of_zeros_are_left_out_and_others_are_refused(tmp_path: Path, method: str, dtype: mx.Dtype) -> None:
     write_packed(tmp_path / "packed", method, 4)
-    without = read(convert(str(tmp_path / "packed"), tmp_path / "without"))
+    without = read_weights(convert(str(tmp_path / "packed"), tmp_path / "without"))
     file = tmp_path / "packed" / "model.safetensors"
     arrays = mx.load(str(file))
     assert isinstance(arrays, dict)
@@ -263,7 +160,7 @@ def test_biases_of_zeros_are_left_out_and_others_are_refused(tmp_path: Path, met
     packed = [name.removesuffix(".qweight") for name in arrays if name.endswith(".qweight")]
     arrays |= {f"{module}.bias": mx.zeros((arrays[f"{module}.scales"].shape[1],), dtype) for module in packed}
     mx.save_safetensors(str(file), arrays)
-    assert_same(read(convert(str(tmp_path / "packed"), tmp_path / "with")), without)
+    assert_same(read_weights(convert(str(tmp_path / "packed"), tmp_path / "with")), without)
     last = f"{packed[-1]}.bias"
     for value in (1e-4, float("nan")):
         arrays[last] = mx.concatenate([arrays[last][:-1] * 0, mx.array([value], dtype)])

@@ -18,7 +18,7 @@ from m7mlx_convert.scheme import Recipe
 from m7mlx_convert.text import DEFAULT_TOKENS, Text, read_text
 from m7mlx_convert.verify import Comparison, compare
 from models import random_weights, small_config, weights_on_disk, write_folder
-from test_convert_source import quantisable
+from sources import quantisable
 
 from m7mlx import load
 from m7mlx.errors import InputError

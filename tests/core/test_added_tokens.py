@@ -5,16 +5,16 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf_files import tokenizer_metadata
 from m7mlx_convert.gguf_tokenizer import tokenizer_files
 from models import MISTRAL_FILES, mistral_file
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
-from test_gguf_exact import tokenizer_metadata
-from test_tokenizer import bpe_json_of, byte_level_json
+from tokenizer_folders import added_token, bpe_json_of, byte_level_json, transformers_tokenizer, write_files
 
 from m7mlx.errors import ConfigError, TokenizerError
 from m7mlx.tokens.load import load_tokenizer
@@ -33,19 +33,6 @@ TEMPLATE = (
 SETTINGS = {"chat_template": TEMPLATE, "eos_token": "<|im_end|>"}
 
 
-def entry(name: str, special: bool | None = None) -> dict[str, Any]:
-    special = name in SPECIAL if special is None else special
-    return {"content": name, "special": special, "lstrip": False, "rstrip": False, "single_word": False,
-            "normalized": False}  # fmt: skip
-
-
-def write(folder: Path, files: Mapping[str, Any]) -> Path:
-    for name, content in files.items():
-        data = content if isinstance(content, bytes) else json.dumps(content).encode()
-        (folder / name).write_bytes(data)
-    return folder
-
-
 def trained(**options: Any) -> bytes:
     """A sentencepiece model of a few hundred pieces."""
     model = io.BytesIO()
@@ -61,19 +48,23 @@ def size_of(model: bytes) -> int:
     return int(SentencePieceProcessor(model_proto=model).get_piece_size())
 
 
+def entry(name: str, special: bool | None = None) -> dict[str, Any]:
+    return added_token(name, name in SPECIAL if special is None else special)
+
+
 def decoder_of(size: int) -> dict[str, Any]:
     return {str(size + n): entry(name) for n, name in enumerate(MARKS)}
 
 
 def sentencepiece_with_pieces(folder: Path) -> None:
     model = trained(control_symbols=SPECIAL, user_defined_symbols=SHOWN)
-    write(folder, {"tokenizer.model": model, "tokenizer_config.json": SETTINGS})
+    write_files(folder, {"tokenizer.model": model, "tokenizer_config.json": SETTINGS})
 
 
 def sentencepiece_with_decoder(folder: Path) -> None:
     model = trained()
     settings = SETTINGS | {"added_tokens_decoder": decoder_of(size_of(model))}
-    write(folder, {"tokenizer.model": model, "tokenizer_config.json": settings})
+    write_files(folder, {"tokenizer.model": model, "tokenizer_config.json": settings})
 
 
 def sentencepiece_with_added_tokens(folder: Path) -> None:
@@ -82,12 +73,12 @@ def sentencepiece_with_added_tokens(folder: Path) -> None:
     roles = {"eos_token": entry("<|im_end|>"), "additional_special_tokens": [n for n in SPECIAL if n != "<|im_end|>"]}
     added = {name: size_of(model) + n for n, name in enumerate(MARKS)}
     settings = {"chat_template": TEMPLATE, "legacy": False, "eos_token": "</s>"}
-    write(folder, {"tokenizer.model": model, "tokenizer_config.json": settings, "added_tokens.json": added,
+    write_files(folder, {"tokenizer.model": model, "tokenizer_config.json": settings, "added_tokens.json": added,
                    "special_tokens_map.json": roles})  # fmt: skip
 
 
 def json_alone(folder: Path) -> None:
-    write(
+    write_files(
         folder,
         {"tokenizer.json": byte_level_json({n: n in SPECIAL for n in MARKS}), "tokenizer_config.json": SETTINGS},
     )
@@ -97,18 +88,18 @@ def json_without_vocabulary(folder: Path) -> None:
     """Added tokens that the model of a tokenizer.json does not have besides."""
     data = byte_level_json({n: n in SPECIAL for n in MARKS})
     data["model"]["vocab"] = {piece: i for piece, i in data["model"]["vocab"].items() if i < 256}
-    write(folder, {"tokenizer.json": data, "tokenizer_config.json": SETTINGS})
+    write_files(folder, {"tokenizer.json": data, "tokenizer_config.json": SETTINGS})
 
 
 def json_and_decoder(folder: Path) -> None:
     settings = SETTINGS | {"added_tokens_decoder": decoder_of(256)}
-    write(folder, {"tokenizer.json": byte_level_json({}), "tokenizer_config.json": settings})
+    write_files(folder, {"tokenizer.json": byte_level_json({}), "tokenizer_config.json": settings})
 
 
 def json_and_older_files(folder: Path) -> None:
     roles = {"eos_token": "<|im_end|>", "additional_special_tokens": SPECIAL}
     added = {name: 256 + n for n, name in enumerate(MARKS)}
-    write(folder, {"tokenizer.json": byte_level_json({}), "tokenizer_config.json": {"chat_template": TEMPLATE},
+    write_files(folder, {"tokenizer.json": byte_level_json({}), "tokenizer_config.json": {"chat_template": TEMPLATE},
                    "added_tokens.json": added, "special_tokens_map.json": roles})  # fmt: skip
 
 
@@ -116,7 +107,7 @@ def json_beside_mistrals_model(folder: Path) -> None:
     shutil.copy(mistral_file("v1"), folder / "tokenizer.model")
     data = bpe_json_of(mistral_file("v1"))
     data["added_tokens"] += [{"id": 32000 + n, **entry(name)} for n, name in enumerate(MARKS)]
-    write(folder, {"tokenizer.json": data, "tokenizer_config.json": SETTINGS})
+    write_files(folder, {"tokenizer.json": data, "tokenizer_config.json": SETTINGS})
 
 
 def gguf_sentencepiece(folder: Path) -> None:
@@ -125,7 +116,7 @@ def gguf_sentencepiece(folder: Path) -> None:
     tokens = [proto.id_to_piece(i) for i in range(size)]
     kinds = [2, 3, 3, *[6] * 256, *[1] * (size - 259)]
     scores = [proto.get_score(i) for i in range(size)]
-    write(folder, tokenizer_files(Path("m.gguf"), {
+    write_files(folder, tokenizer_files(Path("m.gguf"), {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": [*tokens, *MARKS],
         "tokenizer.ggml.scores": [*scores, *[-1000.0] * len(MARKS)],
@@ -140,7 +131,7 @@ def gguf_sentencepiece(folder: Path) -> None:
 def gguf_byte_level(folder: Path) -> None:
     metadata = tokenizer_metadata()
     tokens = metadata["tokenizer.ggml.tokens"]
-    write(folder, tokenizer_files(Path("m.gguf"), metadata | {
+    write_files(folder, tokenizer_files(Path("m.gguf"), metadata | {
         "tokenizer.ggml.tokens": [*tokens, *MARKS],
         "tokenizer.ggml.token_type": [3, 3, *[1] * (len(tokens) - 2), *[3] * len(SPECIAL), *[4] * len(SHOWN)],
         "tokenizer.ggml.eos_token_id": len(tokens) + MARKS.index("<|im_end|>"),
@@ -225,7 +216,7 @@ def test_words_and_white_space_are_text(tmp_path: Path) -> None:
     words = ["covid", " Müller", "New York", "  ", "\n\n", "你"]
     settings = {"added_tokens_decoder": {str(256 + n): entry(word, False) for n, word in enumerate(words)}}
     tokenizer = load_tokenizer(
-        write(tmp_path, {"tokenizer.json": byte_level_json({}), "tokenizer_config.json": settings})
+        write_files(tmp_path, {"tokenizer.json": byte_level_json({}), "tokenizer_config.json": settings})
     )
     assert tokenizer.encode("a covid") == [97, 32, 256]
     assert tokenizer.encode("New York Müller") == [258, 257]
@@ -236,7 +227,7 @@ def test_words_and_white_space_are_text(tmp_path: Path) -> None:
 def test_words_are_text_beside_a_sentencepiece_model(tmp_path: Path) -> None:
     model = trained(user_defined_symbols=["covid", "▁▁▁"])
     size = size_of(model)
-    write(tmp_path, {"tokenizer.model": model, "added_tokens.json": {"xyzzy": size, "xyzzy xyzzy": size + 1}})
+    write_files(tmp_path, {"tokenizer.model": model, "added_tokens.json": {"xyzzy": size, "xyzzy xyzzy": size + 1}})
     tokenizer = load_tokenizer(tmp_path)
     for words, name in (("hello covid", "covid"), ("a    b", "▁▁▁")):
         ids = tokenizer.encode(words)
@@ -249,7 +240,7 @@ def test_words_are_text_beside_a_sentencepiece_model(tmp_path: Path) -> None:
 def test_single_characters_can_always_be_written(tmp_path: Path) -> None:
     settings = {"pad_token": "!", "unk_token": "é", "eos_token": "b"}
     tokenizer = load_tokenizer(
-        write(tmp_path, {"tokenizer.json": byte_level_json({}), "tokenizer_config.json": settings})
+        write_files(tmp_path, {"tokenizer.json": byte_level_json({}), "tokenizer_config.json": settings})
     )
     assert tokenizer.encode("a!bé") == [97, 33, 98, *"é".encode()]
     assert tokenizer.decode(tokenizer.encode("a!bé")) == "a!bé"
@@ -258,12 +249,12 @@ def test_single_characters_can_always_be_written(tmp_path: Path) -> None:
 
 def test_bytes_can_always_be_written(tmp_path: Path) -> None:
     shutil.copy(mistral_file("v1"), tmp_path / "tokenizer.model")
-    write(tmp_path, {"tokenizer_config.json": {"pad_token": "<0x00>"}})
+    write_files(tmp_path, {"tokenizer_config.json": {"pad_token": "<0x00>"}})
     alone = load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").unlink()
     data = bpe_json_of(mistral_file("v1"))
     data["added_tokens"].append({"id": 3, **entry("<0x00>", True)})
-    for tokenizer in (alone, load_tokenizer(write(tmp_path, {"tokenizer.json": data}))):
+    for tokenizer in (alone, load_tokenizer(write_files(tmp_path, {"tokenizer.json": data}))):
         assert tokenizer.decode(tokenizer.encode("a\x00b")) == "a\x00b"
         assert 3 not in tokenizer.encode("<0x00>")
 
@@ -290,7 +281,7 @@ def test_bytes_can_always_be_written(tmp_path: Path) -> None:
 def test_contradictions_end_as_in_transformers(
     tmp_path: Path, files: dict[str, Any], eos: str, shown: list[str], oracle: bool
 ) -> None:
-    write(tmp_path, {"tokenizer.json": byte_level_json({"<a>": False, "<b>": False, "<c>": True})} | files)
+    write_files(tmp_path, {"tokenizer.json": byte_level_json({"<a>": False, "<b>": False, "<c>": True})} | files)
     ids = {"<a>": 256, "<b>": 257, "<c>": 258, "<new>": 259}
     if oracle:
         theirs = transformers_tokenizer(tmp_path)
@@ -300,17 +291,6 @@ def test_contradictions_end_as_in_transformers(
         ours = load_tokenizer(tmp_path)
         assert ours.eos_ids == {ids[eos]}
         assert ours.decode([256, 257, 258]) == "".join(n for n in shown if n != eos)
-
-
-def transformers_tokenizer(folder: Path) -> Any:
-    import warnings
-
-    (folder / "config.json").write_text('{"model_type": "mistral"}')
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.mark.oracle
@@ -337,9 +317,9 @@ def test_white_space_around_added_tokens(tmp_path: Path, settings: dict[str, Any
     shutil.copy(mistral_file("v1"), tmp_path / "tokenizer.model")
     sides = [entry("<a>"), entry("<l>") | {"lstrip": True}, entry("<r>") | {"rstrip": True}]
     decoder = {str(32000 + n): token | {"special": True} for n, token in enumerate(sides)}
-    write(tmp_path, {"tokenizer_config.json": settings | {"added_tokens_decoder": decoder}})
+    write_files(tmp_path, {"tokenizer_config.json": settings | {"added_tokens_decoder": decoder}})
     ours, theirs = load_tokenizer(tmp_path), transformers_tokenizer(tmp_path)
-    text = ["Hi ", 32000, "there ", 32001, "  you\n", 32002, " \n a ", 32000, 32001, "b  ", 32001]
+    text: list[str | int] = ["Hi ", 32000, "there ", 32001, "  you\n", 32002, " \n a ", 32000, 32001, "b  ", 32001]
     written = "".join(t if isinstance(t, str) else sides[t - 32000]["content"] for t in text)
     assert ours.encode_mixed(text) == theirs.encode(written, add_special_tokens=False)
 
@@ -356,7 +336,7 @@ def test_white_space_around_added_tokens(tmp_path: Path, settings: dict[str, Any
     ],
 )
 def test_nonsense_is_refused_in_one_line(tmp_path: Path, files: dict[str, Any], reason: str) -> None:
-    write(tmp_path, {"tokenizer.json": byte_level_json({})} | files)
+    write_files(tmp_path, {"tokenizer.json": byte_level_json({})} | files)
     with pytest.raises((ConfigError, TokenizerError), match=reason):
         load_tokenizer(tmp_path)
 
@@ -365,7 +345,7 @@ def test_settings_that_say_nothing_are_none(tmp_path: Path) -> None:
     settings = {"eos_token": None, "pad_token": "", "unk_token": None, "additional_special_tokens": [None, 3, ""],
                 "extra_special_tokens": {"x": None}, "bos_token": ""}  # fmt: skip
     tokenizer = load_tokenizer(
-        write(tmp_path, {"tokenizer.json": byte_level_json({}), "tokenizer_config.json": settings})
+        write_files(tmp_path, {"tokenizer.json": byte_level_json({}), "tokenizer_config.json": settings})
     )
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids) == (256, None, frozenset())
     assert not tokenizer.control_ids()

@@ -91,7 +91,7 @@ def test_a_library_that_does_not_do_is_said(name: str, monkeypatch: pytest.Monke
 def test_how_to_get_one_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blas, "library", "")
     monkeypatch.setattr(blas, "version", lambda _: "0.32.4")
-    monkeypatch.setattr(blas.sys, "platform", "linux")
+    monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("M7MLX_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("M7MLX_BLAS", raising=False)
     assert "libopenblas0-pthread" in blas.note()
@@ -109,9 +109,9 @@ def test_nothing_is_done_or_said_where_there_is_no_need(reason: str, monkeypatch
         raise AssertionError("a library was loaded")
 
     monkeypatch.setattr(blas, "library", "libopenblas.so.0" if reason == "there" else "")
-    monkeypatch.setattr(blas.sys, "platform", "darwin" if reason == "macOS" else "linux")
+    monkeypatch.setattr(sys, "platform", "darwin" if reason == "macOS" else "linux")
     monkeypatch.setattr(blas, "version", missing if reason == "CUDA" else lambda _: "0.32.4")
     monkeypatch.setenv("M7MLX_BLAS", "off" if reason == "off" else "")
-    monkeypatch.setattr(blas.ctypes, "CDLL", refuse)
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
     assert blas.note() == ""
     blas.interpose()

@@ -71,8 +71,8 @@ def test_a_saved_cache_can_still_roll_back(tmp_path: Path) -> None:
     loaded = load_cache(tmp_path / "c", MODEL)
     for one in (cache, loaded):
         one.rollback(5)
-    again = [MODEL(mx.array([IDS[55:58]]), one) for one in (cache, loaded)]
-    assert mx.array_equal(*again)
+    ours, theirs = (MODEL(mx.array([IDS[55:58]]), one) for one in (cache, loaded))
+    assert mx.array_equal(ours, theirs)
 
 
 def test_a_file_of_that_name_is_replaced(tmp_path: Path) -> None:

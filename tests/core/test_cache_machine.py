@@ -26,6 +26,7 @@ from m7mlx.cache import KVCache, RollingCache, Snapshot
 from m7mlx.cache_file import load_cache, save_cache
 from m7mlx.decode import reuse
 from m7mlx.errors import InputError, RollbackError
+from m7mlx.model import Mistral
 
 VOCAB, LAYERS, HEADS, KV, DIM, THETA = 11, 2, 4, 2, 32, 1e4
 EXAMPLES = int(os.environ.get("M7MLX_EXAMPLES", "120"))
@@ -38,7 +39,7 @@ tokens_of = st.integers(0, VOCAB - 1)
 
 
 @functools.cache
-def model(window: int | None):
+def model(window: int | None) -> Mistral:
     return small_model(
         small_config(vocab_size=VOCAB, n_layers=LAYERS, n_heads=HEADS, head_dim=DIM, sliding_window=window)
     )
@@ -52,7 +53,8 @@ def rounded(x: mx.array, bits: int | None) -> mx.array:
     if bits is None:
         return x
     codes, scales, biases = mx.quantize(x, 32, bits)
-    return mx.dequantize(codes, *(s.astype(mx.float16).astype(mx.float32) for s in (scales, biases)), 32, bits)
+    scales, biases = (s.astype(mx.float16).astype(mx.float32) for s in (scales, biases))
+    return mx.dequantize(codes, scales, biases, 32, bits)
 
 
 @functools.cache

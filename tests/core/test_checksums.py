@@ -42,7 +42,12 @@ def test_one_flipped_bit_is_noticed(folder: Path, tmp_path: Path) -> None:
 def test_a_file_is_read_once_for_each_state(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_folder(folder)
     read: list[Path] = []
-    monkeypatch.setattr(checksums, "sha256", lambda path: read.append(path) or sha256(path))
+
+    def noted(path: Path) -> str:
+        read.append(path)
+        return sha256(path)
+
+    monkeypatch.setattr(checksums, "sha256", noted)
     check_folder(folder)
     assert not read
     os.utime(folder / "model.safetensors", ns=(1, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -101,9 +102,14 @@ def test_a_single_row_that_began_late() -> None:
 
 
 def test_one_trace_for_all_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    traces = []
+    traces: list[Positions] = []
     inner = Positions.traced_pass
-    monkeypatch.setattr(Positions, "traced_pass", lambda self, *args: traces.append(1) or inner(self, *args))
+
+    def noted(positions: Positions, *args: Any) -> Any:
+        traces.append(positions)
+        return inner(positions, *args)
+
+    monkeypatch.setattr(Positions, "traced_pass", noted)
     cache, step = MODEL.new_cache(), CompiledStep(MODEL)
     prefill(MODEL, [1, 2, 3], cache)
     for token in range(30):

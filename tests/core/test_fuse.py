@@ -6,8 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
-from models import random_weights, small_config
+from models import named_arrays, random_weights, small_config
 
 import m7mlx.fuse
 from m7mlx.cache import RollingCache
@@ -40,7 +39,7 @@ def test_the_same_numbers(monkeypatch: pytest.MonkeyPatch, tied: bool, on_cpu: b
     fuse(model)
     np.testing.assert_allclose(logits(model, model.new_cache()), before, rtol=1e-5, atol=1e-5)
     assert model.nbytes == nbytes
-    names = {name.split(".")[-2] for name, _ in tree_flatten(model.model.layers[0].parameters())}
+    names = {name.split(".")[-2] for name in named_arrays(model.model.layers[0])}
     feed_forward = ("gate_proj", "up_proj") if on_cpu else ("gate_up_proj",)
     assert names == {
         *("qkv_proj", "o_proj", "down_proj", "input_layernorm", "post_attention_layernorm"),

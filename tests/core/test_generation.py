@@ -37,7 +37,7 @@ def loaded(model_folder: Path) -> tuple[Mistral, Tokenizer]:
 def test_a_conversation_is_not_prefilled_again(loaded: tuple[Mistral, Tokenizer]) -> None:
     model, tokenizer = loaded
     cache = model.new_cache()
-    messages = [{"role": "user", "content": "Tell me a long story, please"}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "Tell me a long story, please"}]
     for _ in range(4):
         before = cache.offset
         pieces = list(stream_generate(model, tokenizer, messages, cache=cache, max_tokens=30))
@@ -323,7 +323,8 @@ def test_what_users_bring_is_taken(loaded: tuple[Mistral, Tokenizer]) -> None:
     ids = [1, 5, 9, 200]
     expected = generate(*loaded, ids, max_tokens=5)
     for brought in (mx.array(ids), mx.array([ids]), np.array(ids), np.array([ids]), tuple(ids), list(np.array(ids))):
-        assert generate(*loaded, brought, max_tokens=5) == expected
+        # Arrays are no Sequence to a type checker.
+        assert generate(*loaded, brought, max_tokens=5) == expected  # type: ignore[arg-type]
     parts = [{"role": "user", "content": [{"type": "text", "text": "Hello "}, {"type": "text", "text": "there"}]}]
     whole = [{"role": "user", "content": "Hello there"}]
     assert generate(*loaded, parts, max_tokens=5) == generate(*loaded, whole, max_tokens=5)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
-from processes import running
+from processes import piped, running
 
 from m7mlx.errors import RunError
 from m7mlx.parallel import handshake, world
@@ -196,11 +196,11 @@ line.hear()
 
 def test_a_line_between_two_processes_beside_strangers() -> None:
     with running([sys.executable, "-c", LEAD], stdout=subprocess.PIPE, text=True) as first:
-        port, key = first.stdout.readline().split()
+        port, key = piped(first.stdout).readline().split()
         with socket.create_connection(("127.0.0.1", int(port))):
             done = subprocess.run([sys.executable, "-c", FOLLOW, port, key], timeout=60, check=False)
         assert done.returncode == 0
-        assert first.stdout.readline() == "all are here {'said': 'hello'}\n"
+        assert piped(first.stdout).readline() == "all are here {'said': 'hello'}\n"
 
 
 def test_a_line_to_somebody_else_is_one_line() -> None:

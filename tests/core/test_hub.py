@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from hub_server import Hub, serve
+from hub_server import Hub, environment, serve
 from models import small_config, write_folder
 from processes import running
 
@@ -41,18 +40,6 @@ except M7Error as error:
     sys.exit(f"{type(error).__name__}: {error}")
 print(*sorted(p.name for p in found.iterdir()) if found.is_dir() else [found.name])
 """
-
-
-def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
-    """Caches of the test's own."""
-    settings = {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "hf"),
-        "M7MLX_CACHE": str(tmp_path / "m7"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_ETAG_TIMEOUT": "2",
-    }
-    return os.environ | settings
 
 
 def start(hub: Hub, tmp_path: Path, name: str) -> AbstractContextManager[subprocess.Popen[str]]:
@@ -225,7 +212,7 @@ def test_mistrals_own_layout_is_for_the_converter(hub: Hub, tmp_path: Path) -> N
     [
         (["pytorch_model.bin"], "has only pickle weights, which can run code"),
         (["consolidated.00.pth"], "has only pickle weights, which can run code"),
-        (["a.Q4_0.gguf", "b.gguf"], f"name one: m7mlx-convert {REPO}/a.Q4_0.gguf or {REPO}/b.gguf"),
+        (["a.Q4_0.gguf", "b.gguf"], f"name one: {REPO}/a.Q4_0.gguf or {REPO}/b.gguf"),
         (["notes.txt"], "has no weights"),
     ],
 )
@@ -240,12 +227,13 @@ def test_repositories_without_weights_to_use_are_refused_first(
 
 def test_a_gguf_file_in_a_repository(hub: Hub, tmp_path: Path) -> None:
     rename(hub, "sub/b.Q8_0.gguf", "a.gguf")
-    done = resolve(hub, tmp_path, f"{REPO}/sub/b.Q8_0.gguf")
+    done = resolve(hub, tmp_path, f"{REPO}/sub/b.Q8_0.gguf", layout="any")
     assert done.stdout.strip() == "b.Q8_0.gguf", done.stderr
     assert {name for name, _ in fetched(hub)} == {"b.Q8_0.gguf"}
     assert "has no file c.gguf; it has a.gguf, sub/b.Q8_0.gguf" in resolve(hub, tmp_path, f"{REPO}/c.gguf").stderr
+    assert "is a file, but not GGUF" in resolve(hub, tmp_path, f"{REPO}/sub/b.Q8_0.gguf").stderr  # it was asked for
     hub.status = 503
-    assert resolve(hub, tmp_path, f"{REPO}/sub/b.Q8_0.gguf").returncode == 0
+    assert resolve(hub, tmp_path, f"{REPO}/sub/b.Q8_0.gguf", layout="any").returncode == 0
 
 
 def test_the_disk_that_is_too_small_is_noticed_first(

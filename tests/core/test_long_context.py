@@ -148,7 +148,7 @@ def test_the_whole_script(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(long_context, "demo", lambda: (reader, words))
-    monkeypatch.setattr(long_context, "TOY", replace(long_context.TOY, n_layers=1))
+    monkeypatch.setattr(long_context, "TOY", replace(long_context_reach.TOY, n_layers=1))
     monkeypatch.setattr(long_context, "TOY_WINDOW", 9)
     monkeypatch.setattr(long_context, "PLACES", (1 / 8, 1.5))
     result, picture = tmp_path / "long.json", tmp_path / "long.png"

@@ -14,11 +14,12 @@ from models import small_config, small_model, write_folder
 
 import m7mlx.memory
 from m7mlx import load
+from m7mlx.cache import UNDO_SLACK
 from m7mlx.config import ModelConfig
 from m7mlx.errors import InputError, PromptTooLongError, RunError
 from m7mlx.files.weights import folder_weights
 from m7mlx.generation import stream_generate
-from m7mlx.memory import budget, cache_bytes, chat_memory, limit_memory, loaded_bytes, machine_memory
+from m7mlx.memory import budget, cache_bytes, footprints, limit_memory, loaded_bytes, machine_memory
 from m7mlx.quantization import Quantization
 from m7mlx.tokens.tokenizer import Tokenizer
 
@@ -58,11 +59,10 @@ def test_a_chat_takes_what_was_planned(demo_model: Path) -> None:
     """All of a process, as the kernel counts it, with 4,096 tokens in the cache."""
     config = ModelConfig.from_folder(demo_model)
     stored = sum(path.stat().st_size for path in {tensor.path for tensor in folder_weights(demo_model).values()})
-    plan = chat_memory(config, stored)[0]
-    planned = plan["weights_bytes"] + next(iter(plan["cache_bytes"].values())) + plan["other_bytes"]
-    command = [sys.executable, "-c", _CHAT, str(demo_model), str(plan["tokens"])]
+    plan = footprints(config, stored, UNDO_SLACK)[0]
+    command = [sys.executable, "-c", _CHAT, str(demo_model), str(plan.tokens)]
     measured = int(subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ)).stdout)
-    assert abs(planned / measured - 1) < 0.1
+    assert abs(plan.total / measured - 1) < 0.1
 
 
 def test_weights_that_are_not_expanded_are_planned_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +70,7 @@ def test_weights_that_are_not_expanded_are_planned_too(tmp_path: Path, monkeypat
     monkeypatch.setattr(m7mlx.memory, "expands", lambda config: False)
     monkeypatch.setattr(sys.modules["m7mlx.loading"], "expands", lambda config: False)
     config = small_config(hidden_size=256, intermediate_size=512, quantization=Quantization(64, 4), vocab_size=32000)
-    weights = {}
+    weights: dict[str, mx.array] = {}
     for name, shape in config.weight_shapes().items():
         array = mx.random.normal(shape)
         kinds = ("weight", "scales", "biases")

@@ -12,6 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from adapters import ADAPTED, write_peft
+from gguf_files import tokenizer_metadata, unpack_tokenizer
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from m7mlx_chat.catalog import describe, models
@@ -19,13 +21,10 @@ from m7mlx_convert.cli import main as convert
 from m7mlx_convert.folder import open_folder
 from m7mlx_convert.plan import make_plan
 from m7mlx_convert.scheme import Recipe
-from m7mlx_plan import cli as cluster
+from m7mlx_plan.cli import main as plan
+from m7mlx_plan.weights import list_weights
 from models import small_config, write_folder
-from test_adapter import CONFIG as ADAPTED
-from test_adapter import write_peft
-from test_convert_source import write_source
-from test_gguf_exact import tokenizer_metadata
-from test_gguf_tokenizer import unpack
+from sources import write_source
 
 from m7mlx import load
 from m7mlx.errors import ChatFormatError, ConfigError, M7Error, NotFoundError
@@ -93,7 +92,7 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_folder(folder / "plain", config)
     (folder / "plain" / "tokenizer.model").unlink()
     metadata = tokenizer_metadata() | {"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.add_bos_token": True}
-    unpack(folder / "plain", metadata)
+    unpack_tokenizer(folder / "plain", metadata)
     rules = ["--q-rule", "lm_head=8:32", "--q-bits", "4", "--q-group-size", "32", "-q"]
     assert convert([str(folder / "plain"), *rules, "--mlx-path", str(folder / "model")]) == 0
     model = folder / "model"
@@ -132,9 +131,9 @@ def all_that_reads(folder: Path) -> None:
     """Everything that reads a model's folder; raises what it raises."""
     describe("name", folder)  # tells what is wrong instead of raising
     with contextlib.suppress(M7Error):
-        cluster.stored(str(folder), None)
+        list_weights(str(folder), None)
     with contextlib.suppress(M7Error):
-        cluster.stored(str(folder), 4)
+        list_weights(str(folder), 4)
     with contextlib.suppress(M7Error):
         make_plan(open_folder(folder, "name"), Recipe(), None)
     _, tokenizer = load(folder)
@@ -230,7 +229,7 @@ def test_any_value_in_a_tokenizers_files(
     if not _TOKENIZERS:
         folder = tmp_path_factory.mktemp("tokenizer")
         metadata = tokenizer_metadata() | {"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.add_bos_token": True}
-        unpack(folder, metadata)
+        unpack_tokenizer(folder, metadata)
         _TOKENIZERS.append(folder)
     folder = _TOKENIZERS[0]
     file = folder / name
@@ -313,7 +312,7 @@ def test_a_config_of_endless_layers_takes_no_memory(quantised: Path, tmp_path: P
     file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": 10**9}))
     assert "num_hidden_layers must be a whole number above 0 and at most 10,000" in describe("x", file.parent).problem
     with pytest.raises(ConfigError, match="num_hidden_layers"):
-        cluster.stored(str(file.parent), 4)
+        list_weights(str(file.parent), 4)
 
 
 # --- names ----------------------------------------------------------------------------------------------
@@ -334,7 +333,7 @@ def test_names_that_the_hub_refuses(
     with pytest.raises(NotFoundError) as refused:
         hub.resolve(name)
     assert len(str(refused.value)) < 300
-    for program, options in ((cluster.main, [name]), (convert, [name, "--plan"]), (convert, [name])):
+    for program, options in ((plan, [name]), (convert, [name, "--plan"]), (convert, [name])):
         if not name.startswith("-") and name:
             assert program(options) == 2
             out, err = capsys.readouterr()

@@ -28,7 +28,7 @@ pytestmark = [
 ]
 
 LENGTH = 96
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -55,8 +55,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """A random model of transformers, and the folder that m7mlx-convert made of what it saved."""
     torch.manual_seed(len(request.param))
-    config = transformers.MistralConfig(
-        **(SMALL | SHAPES[request.param]), attn_implementation="eager", initializer_range=0.25
+    config = transformers.MistralConfig.from_dict(
+        SMALL | SHAPES[request.param] | {"initializer_range": 0.25}, attn_implementation="eager"
     )
     model = transformers.MistralForCausalLM(config).float().eval()
     folder = tmp_path_factory.mktemp("oracle")
@@ -108,7 +108,7 @@ def test_a_head_beside_a_tied_embedding(is_own: bool, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     torch.manual_seed(3)
-    config = transformers.MistralConfig(**SMALL, tie_word_embeddings=True, attn_implementation="eager")
+    config = transformers.MistralConfig.from_dict(SMALL | {"tie_word_embeddings": True}, attn_implementation="eager")
     transformers.MistralForCausalLM(config).float().save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     head = weights["model.embed_tokens.weight"].clone()

@@ -83,7 +83,7 @@ def test_a_seed_repeats_and_leaves_the_global_state_alone() -> None:
 def test_the_repetition_penalty_is_mlx_lms(logits: list[float], recent: list[int], penalty: float) -> None:
     row = mx.array([logits])
     (process,) = make_logits_processors(repetition_penalty=penalty)
-    expected = np.array(process(recent, mx.array([logits])))
+    expected = np.array(process(mx.array(recent), mx.array([logits])))
     np.testing.assert_allclose(np.array(penalize(row, mx.array(recent), penalty)), expected, rtol=1e-5)
     assert row.tolist() == mx.array([logits]).tolist()
 

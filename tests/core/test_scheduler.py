@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from models import random_weights, small_config, small_model
 
 import m7mlx.batch
+import m7mlx.generation
 import m7mlx.request
 import m7mlx.sampling
 import m7mlx.scheduler
@@ -247,8 +248,9 @@ def test_rows_are_given_back(tokenizer: Tokenizer) -> None:
     assert scheduler.load == (0, 4)
     for _ in range(12):
         clients.step()
-    assert scheduler._batch is not None
-    assert (len(scheduler._batch), scheduler.load) == (1, (1, 0))
+    batch = scheduler._batch
+    assert batch is not None
+    assert (len(batch), scheduler.load) == (1, (1, 0))
     clients.run()
     assert scheduler._batch is None
     assert scheduler.step() == ([], False)
@@ -294,7 +296,7 @@ def test_a_grammar_that_fails_fails_its_own_answer(tokenizer: Tokenizer, monkeyp
     ("owner", "name", "lost"),
     [
         (m7mlx.request.Answer, "_taken", {"first"}),
-        (m7mlx.request.StopFilter, "add", {"first"}),
+        (m7mlx.generation.StopFilter, "add", {"first"}),
         (m7mlx.sampling.Sampler, "__call__", {"second"}),
         (m7mlx.batch.BatchCache, "row", set()),  # its conversation is not kept, that is all
         (m7mlx.batch.BatchCache, "put", {"late"}),

@@ -22,11 +22,9 @@ IDS = np.random.default_rng(3).integers(0, CONFIG.vocab_size, 41).tolist()
 def plain(ids: list[int], seed: int = 0) -> np.ndarray:
     """Log probabilities [len(ids), vocab_size] in float64."""
     logits = reference.logits(CONFIG, random_weights(CONFIG, seed), ids)
-    return (
-        logits
-        - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
-        - logits.max(-1, keepdims=True)
-    )
+    most = logits.max(-1, keepdims=True)
+    probabilities: np.ndarray = logits - np.log(np.exp(logits - most).sum(-1, keepdims=True)) - most
+    return probabilities
 
 
 @pytest.mark.parametrize(("chunk", "positions"), [(1, 128), (3, 2), (7, 128), (13, 5), (128, 4)])

@@ -93,13 +93,13 @@ def _ready(model: Mistral, ids: list[int], cache: RollingCache, sampler: Sampler
 
 
 def drafter_of(kind: str, most: int) -> Drafter:
-    made: Callable[[], Drafter] = {
+    drafters: dict[str, Callable[[], Drafter]] = {
         "lookup": PromptLookup,
         "model": lambda: DraftModel(OTHER, 97),
         "padded": lambda: DraftModel(PADDED, 97),
         "short": lambda: DraftModel(SHORT, 97),
-    }[kind]
-    drafter = made()
+    }
+    drafter = drafters[kind]()
     drafter.pace = Always(most)
     return drafter
 
@@ -216,7 +216,7 @@ def test_stopping_early_leaves_a_cache_that_holds_what_was_yielded() -> None:
 # --- the distribution ----------------------------------------------------------------------------------
 
 
-def chi_squared(counts: Counter[int], expected: np.ndarray, draws: int) -> float:
+def chi_squared(counts: Counter[int], expected: Sequence[float], draws: int) -> float:
     return sum((counts[i] - draws * p) ** 2 / (draws * p) for i, p in enumerate(expected))
 
 
@@ -235,9 +235,9 @@ def test_what_is_sampled_follows_the_target_and_the_naive_rule_does_not() -> Non
         exact[chosen] += 1
         # The naive rule: keep a draft by min(1, p/q), but replace it by a plain draw from p.
         keep = chance.random() < min(1.0, p[drafted] / q[drafted])
-        naive[drafted if keep else chance.choices(range(6), p)[0]] += 1
-    assert chi_squared(exact, p, draws) < 25.7
-    assert chi_squared(naive, p, draws) > 100
+        naive[drafted if keep else chance.choices(range(6), p.tolist())[0]] += 1
+    assert chi_squared(exact, p.tolist(), draws) < 25.7
+    assert chi_squared(naive, p.tolist(), draws) > 100
     # The same noise for both makes them agree more often than two independent draws would.
     assert kept / draws > float((p * q).sum()) * 1.2
 
@@ -259,7 +259,7 @@ def test_sequences_follow_the_target() -> None:
         sampler = Sampler(Sampling(temperature=2.0, seed=seed))
         a, b = list(speculate(model, logits, base, sampler, 4, drafter))[:2]
         counts[a * 3 + b] += 1
-    assert chi_squared(counts, joint.reshape(-1), draws) < 31.8  # 99.99 % for 8 degrees of freedom
+    assert chi_squared(counts, joint.reshape(-1).tolist(), draws) < 31.8  # 99.99 % for 8 degrees of freedom
 
 
 # --- whole answers --------------------------------------------------------------------------------------

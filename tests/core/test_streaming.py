@@ -79,7 +79,7 @@ def test_memory_stays_the_same_far_past_the_context() -> None:
 )
 def test_sizes_that_cannot_be(options: dict[str, int], text: str) -> None:
     with pytest.raises(InputError, match=text):
-        MODEL.new_cache(**options)  # type: ignore[arg-type]
+        MODEL.new_cache(**options)
 
 
 def test_a_model_with_a_window_needs_no_bound() -> None:

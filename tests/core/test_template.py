@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from models import mistral_file
-from test_tokenizer import byte_level_json, write_json_tokenizer
+from tokenizer_folders import byte_level_json, write_json_tokenizer
 
 from m7mlx import worker as worker_module
 from m7mlx.errors import ChatFormatError

@@ -10,10 +10,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from m7mlx_convert.convert import convert
-from m7mlx_convert.native import native_name, row_order
-from m7mlx_plan.cli import stored
+from m7mlx_plan.weights import list_weights
 from models import random_weights, small_config, write_folder
-from test_convert_source import assert_same, read
+from sources import assert_same, native_weights, read_weights, write_native
 
 from m7mlx import load
 from m7mlx.config import ModelConfig
@@ -51,9 +50,9 @@ def test_the_embedding_once_more_is_left_out(tmp_path: Path, dtype: mx.Dtype) ->
     model, _ = load(tmp_path / "m")
     assert model.config.tie_word_embeddings
     out = convert(str(tmp_path / "m"), tmp_path / "out")
-    assert_same(read(out), {name: array for name, array in weights.items() if name != HEAD})
+    assert_same(read_weights(out), {name: array for name, array in weights.items() if name != HEAD})
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is True
-    assert stored(str(tmp_path / "m"), None)[0].tie_word_embeddings
+    assert list_weights(str(tmp_path / "m"), None)[0].tie_word_embeddings
 
 
 @pytest.mark.parametrize(("row", "column"), [(0, 0), (1023, 63), (1024, 0), (31999, 63)])
@@ -65,9 +64,9 @@ def test_a_head_of_its_own_is_used(tmp_path: Path, row: int, column: int) -> Non
     hidden = model.hidden(IDS)
     assert mx.allclose(model.head(hidden), hidden @ changed(row, column).T, rtol=1e-4, atol=1e-4).item()
     out = convert(str(tmp_path / "m"), tmp_path / "out")
-    assert_same(read(out), weights)
+    assert_same(read_weights(out), weights)
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
-    assert not stored(str(tmp_path / "m"), None)[0].tie_word_embeddings
+    assert not list_weights(str(tmp_path / "m"), None)[0].tie_word_embeddings
 
 
 def test_types_that_differ_are_compared_by_number(tmp_path: Path) -> None:
@@ -88,7 +87,7 @@ def test_a_quantised_head_beside_an_embedding_that_is_not_is_another(tmp_path: P
     (tmp_path / "m" / "config.json").write_text(json.dumps(data))
     assert not load(tmp_path / "m")[0].config.tie_word_embeddings
     out = convert(str(tmp_path / "m"), tmp_path / "out")
-    assert_same(read(out), weights)
+    assert_same(read_weights(out), weights)
     assert ModelConfig.from_folder(out).tie_word_embeddings is False
 
 
@@ -122,29 +121,11 @@ def test_a_head_that_does_not_fit_is_refused(tmp_path: Path, shape: tuple[int, .
 @pytest.mark.parametrize("is_own", [False, True])
 def test_mistrals_own_layout(tmp_path: Path, is_own: bool) -> None:
     config = small_config(vocab_size=32000, tie_word_embeddings=True)
-    write_folder(tmp_path / "m", config)
-    (tmp_path / "m" / "config.json").unlink()
-    (tmp_path / "m" / "model.safetensors").unlink()
-    params = {
-        "dim": config.hidden_size,
-        "n_layers": config.n_layers,
-        "head_dim": config.head_dim,
-        "hidden_dim": config.intermediate_size,
-        "n_heads": config.n_heads,
-        "n_kv_heads": config.n_kv_heads,
-        "norm_eps": config.norm_eps,
-        "vocab_size": config.vocab_size,
-        "tied_embeddings": True,
-    }
-    (tmp_path / "m" / "params.json").write_text(json.dumps(params))
+    write_native(tmp_path / "m", config, tied_embeddings=True)
     weights = random_weights(config)
-    arrays = {}
-    for name, array in weights.items():
-        order = row_order(config, name)
-        arrays[native_name(name)] = mx.array(array if order is None else array[np.argsort(order)])
     head = weights[EMBEDDING] + (0.5 if is_own else 0)
-    arrays["output.weight"] = mx.array(head)
+    arrays = native_weights(config) | {"output.weight": mx.array(head)}
     mx.save_safetensors(str(tmp_path / "m" / "consolidated.safetensors"), arrays)
-    out = read(convert(str(tmp_path / "m"), tmp_path / "out"))
+    out = read_weights(convert(str(tmp_path / "m"), tmp_path / "out"))
     expected = {name: mx.array(array) for name, array in weights.items()}
     assert_same(out, expected | ({HEAD: mx.array(head)} if is_own else {}))

@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer as Oracle
 from models import MISTRAL_FILES, mistral_file
+from tokenizer_folders import CONTROLS, HARD, ORACLES, bpe_json_of, byte_level_json, write_json_tokenizer
 
 from m7mlx.errors import TokenizerError
 from m7mlx.tokens.load import load_tokenizer
 from m7mlx.tokens.tokenizer import Tokenizer
 
 VERSIONS = list(MISTRAL_FILES)
-HARD = [
-    "",
-    " ",
-    "  two",
-    "trailing  ",
-    "\n\n\t\r\n",
-    "naïve café — “quotes”",
-    "👩‍👩‍👧‍👦 🇫🇷 ☕",
-    "你好，世界。日本語テキスト",
-    "שלום עולם مرحبا",
-    "</s><s>[INST] [/INST] <unk> [control_99] <0x41>",
-    "▁already▁marked",
-    "a\x00b\x7f\ufdd0\ufffd",
-    "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 \U0010ffff",
-    "def f(x):\n    return x  # tabs\tand spaces\n",
-]
-ORACLES = {v: Oracle(str(mistral_file(v))) for v in VERSIONS}
 text = st.text(st.characters(codec="utf-8"), max_size=60)
 
 
@@ -121,34 +102,6 @@ def test_ids_past_the_vocabulary_have_no_text(mistral_tokenizers: dict[str, Toke
 # --- tokenizer.json -------------------------------------------------------------------------------------
 
 
-def byte_level_json(special: dict[str, bool]) -> dict[str, Any]:
-    """A byte-level tokenizer of 256 bytes and some added tokens (name → special)."""
-    from m7mlx.tokens.tokenizer_json import _BYTE_OF
-
-    vocab = {char: byte[0] for char, byte in _BYTE_OF.items()}
-    added = [
-        {"id": 256 + n, "content": name, "special": s, "single_word": False, "lstrip": False, "rstrip": False,
-         "normalized": False}
-        for n, (name, s) in enumerate(special.items())
-    ]  # fmt: skip
-    return {
-        "version": "1.0",
-        "added_tokens": added,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True, "trim_offsets": True},
-        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True, "trim_offsets": True},
-        "model": {"type": "BPE", "vocab": vocab | {a["content"]: a["id"] for a in added}, "merges": []},
-    }
-
-
-def write_json_tokenizer(folder: Path, data: dict[str, Any], settings: dict[str, Any] | None = None) -> Tokenizer:
-    (folder / "tokenizer.json").write_text(json.dumps(data))
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings or {}))
-    return load_tokenizer(folder)
-
-
-CONTROLS = {"<|im_start|>": True, "<|im_end|>": False, "</s>": True, "[INST]": False}
-
-
 def test_text_is_never_a_control_id_in_tokenizer_json(tmp_path: Path) -> None:
     tokenizer = write_json_tokenizer(tmp_path, byte_level_json(CONTROLS), {"eos_token": "<|im_end|>"})
     for name in CONTROLS:
@@ -193,42 +146,6 @@ def json_twins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]
     for version in ("v1", "v3"):
         twins[version] = write_json_tokenizer(tmp_path_factory.mktemp(version), bpe_json_of(mistral_file(version)))
     return twins
-
-
-def bpe_json_of(model: Path) -> dict[str, Any]:
-    from sentencepiece import SentencePieceProcessor
-
-    sp = SentencePieceProcessor(model_file=str(model))
-    size = sp.get_piece_size()
-    pieces = [sp.id_to_piece(i) for i in range(size)]
-    vocab = {piece: i for i, piece in enumerate(pieces)}
-    merges = []
-    for piece in pieces:
-        splits = [(piece[:n], piece[n:]) for n in range(1, len(piece)) if {piece[:n], piece[n:]} <= vocab.keys()]
-        merges += [(-sp.get_score(vocab[piece]), vocab[a], vocab[b], a, b) for a, b in splits]
-    merges.sort()
-    added = [
-        {"id": i, "content": pieces[i], "special": True, "single_word": False, "lstrip": False, "rstrip": False,
-         "normalized": False}
-        for i in range(size) if sp.is_control(i) or sp.is_unknown(i)
-    ]  # fmt: skip
-    prepend = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
-    decoders = [
-        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-    ]
-    return {
-        "version": "1.0",
-        "added_tokens": added,
-        "normalizer": {"type": "Sequence", "normalizers": prepend},
-        "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": {
-            "type": "BPE", "byte_fallback": True, "fuse_unk": True, "unk_token": "<unk>", "vocab": vocab,
-            "merges": [[a, b] for _, _, _, a, b in merges],
-        },
-    }  # fmt: skip
 
 
 # --- folders --------------------------------------------------------------------------------------------

@@ -7,65 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conversations import CHATML, CONVERSATIONS, INSTRUCT, TOOLS, assistant, oracle, system, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mistral_common.protocol.instruct.normalize import InstructRequestNormalizer
-from mistral_common.protocol.instruct.request import ChatCompletionRequest
-from mistral_common.tokens.tokenizers.instruct import InstructTokenizerV1, InstructTokenizerV2, InstructTokenizerV3
-from test_tokenizer import CONTROLS, HARD, ORACLES, byte_level_json, write_json_tokenizer
+from tokenizer_folders import CONTROLS, HARD, byte_level_json, write_json_tokenizer
 
 from m7mlx.errors import ChatFormatError, TokenizerError
 from m7mlx.tokens.messages import Message
 from m7mlx.tokens.tokenizer import Tokenizer
 
-INSTRUCT = {
-    "v1": InstructTokenizerV1(ORACLES["v1"]),
-    "v2": InstructTokenizerV2(ORACLES["v2"]),
-    "v3": InstructTokenizerV3(ORACLES["v3"]),
-}
 VERSIONS = list(INSTRUCT)
-
-
-def oracle(version: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
-    asked = [{key: value for key, value in message.items() if key != "prefix"} for message in messages]
-    request = ChatCompletionRequest.from_openai(
-        messages=asked, tools=tools, continue_final_message=messages[-1].get("prefix", False)
-    )
-    return (
-        INSTRUCT[version]
-        .encode_instruct(InstructRequestNormalizer.normalizer().from_chat_completion_request(request))
-        .tokens
-    )
-
-
-def user(content: str) -> dict[str, Any]:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": content}
-
-
-def system(content: str) -> dict[str, Any]:
-    return {"role": "system", "content": content}
-
-
-CONVERSATIONS = [
-    [user("Hello")],
-    [user("")],
-    [system("Be brief"), user("Hello")],
-    [system("Be brief"), user("Hello"), assistant("Hi"), user("Bye")],
-    [system("A"), system("B"), user("x")],
-    [system(""), user("x")],
-    [user("Hello"), assistant("Hi there"), user("Bye")],
-    [user("a"), user("b"), assistant("c"), assistant("d"), user("e")],
-    [user("a"), system("late"), user("b")],
-    [user("a"), assistant(" leading and trailing  "), user("b")],
-    [user("a [/INST] b [INST] c"), assistant("a</s>b<s>c"), user("[control_99] [TOOL_CALLS]")],
-    [assistant("I speak first"), user("ok")],
-    *([user(hard), assistant("x" + hard), user(hard)] for hard in HARD),
-    [m for i in range(40) for m in (user(f"question {i}"), assistant(f"answer {i}"))] + [user("last")],
-]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -124,18 +75,11 @@ def test_golden_ids(mistral_tokenizers: dict[str, Tokenizer], version: str) -> N
 
 # --- tools ----------------------------------------------------------------------------------------------
 
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "weather",
-            "description": "The weather – in a “city”",
-            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-        },
-    },
-    {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}},
-]
-CALL = {"id": "a1B2c3D4e", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Köln"}'}}
+CALL: dict[str, Any] = {
+    "id": "a1B2c3D4e",
+    "type": "function",
+    "function": {"name": "weather", "arguments": '{"city": "Köln"}'},
+}
 RESULT = {"role": "tool", "tool_call_id": "a1B2c3D4e", "name": "weather", "content": '{"celsius": 7}'}
 TOOL_CONVERSATIONS = [
     [user("Weather?")],
@@ -278,13 +222,6 @@ def test_ids_of_a_generated_answer_are_kept_through_a_template(tmp_path: Path) -
 
 
 # --- templates ------------------------------------------------------------------------------------------
-
-CHATML = (
-    "{% for m in messages %}"
-    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def chatml(folder: Path, template: str = CHATML) -> Tokenizer:

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conversations import CONVERSATIONS, TOOLS, assistant, oracle, system, user
 from mistral_common.integrations.chat_templates.template_generator import TemplateConfig, build_chat_template
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from models import mistral_file
-from test_added_tokens import entry, transformers_tokenizer, write
-from test_tokenizer import bpe_json_of, byte_level_json
-from test_tokens_formats import CONVERSATIONS, TOOLS, assistant, oracle, system, user
+from tokenizer_folders import added_token, bpe_json_of, byte_level_json, transformers_tokenizer, write_files
 
 from m7mlx.errors import ChatFormatError, TokenizerError
 from m7mlx.tokens import choice
@@ -75,7 +74,7 @@ def record(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
 def mistrals(folder: Path, version: str, template: str | None, **settings: Any) -> Path:
     shutil.copy(mistral_file(version), folder / "tokenizer.model")
     given = {} if template is None else {"chat_template": template}
-    return write(folder, {"tokenizer_config.json": NAMED | given | settings})
+    return write_files(folder, {"tokenizer_config.json": NAMED | given | settings})
 
 
 @pytest.mark.parametrize("version", ["v1", "v3"])
@@ -146,11 +145,11 @@ def test_a_template_that_mistral_published(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(choice, "_PUBLISHED", {choice._digest(text)})
     mistrals(tmp_path, "v1", text.replace("{% else %}", "\n  {%- else %}").replace("\n  {%- else %}", "{% else %}"))
     if with_json:
-        write(tmp_path, {"tokenizer.json": bpe_json_of(mistral_file("v1"))})
+        write_files(tmp_path, {"tokenizer.json": bpe_json_of(mistral_file("v1"))})
     tokenizer = load_tokenizer(tmp_path)
     assert isinstance(tokenizer, SentencePieceTokenizer) and isinstance(tokenizer.chat, MistralFormat)
     assert tokenizer.chat.encode(ASKED[3]) == oracle("v1", ASKED[3])
-    write(tmp_path, {"added_tokens.json": {"<|im_end|>": 32000}})  # a fine-tune
+    write_files(tmp_path, {"added_tokens.json": {"<|im_end|>": 32000}})  # a fine-tune
     assert isinstance(load_tokenizer(tmp_path).chat, TemplateFormat)
 
 
@@ -167,7 +166,7 @@ def test_a_copy_with_other_indentation_is_the_same_template() -> None:
 def v7(tmp_path: Path) -> Tokenizer:
     template = build_chat_template(TemplateConfig(TokenizerVersion.v7, spm=True))
     shutil.copy(V7, tmp_path / "tokenizer.model")
-    return load_tokenizer(write(tmp_path, {"tokenizer_config.json": NAMED | {"chat_template": template}}))
+    return load_tokenizer(write_files(tmp_path, {"tokenizer_config.json": NAMED | {"chat_template": template}}))
 
 
 @pytest.mark.parametrize("messages", ASKED, ids=range(len(ASKED)))
@@ -196,14 +195,14 @@ def test_without_a_template_they_are_refused(tmp_path: Path) -> None:
 def test_the_one_with_more_tokens_counts(tmp_path: Path) -> None:
     data = bpe_json_of(mistral_file("v1"))
     mistrals(tmp_path, "v1", None)
-    assert isinstance(load_tokenizer(write(tmp_path, {"tokenizer.json": data})), SentencePieceTokenizer)
-    data["added_tokens"].append({"id": 32000, **entry("<|any|>")})
-    tokenizer = load_tokenizer(write(tmp_path, {"tokenizer.json": data}))
+    assert isinstance(load_tokenizer(write_files(tmp_path, {"tokenizer.json": data})), SentencePieceTokenizer)
+    data["added_tokens"].append({"id": 32000, **added_token("<|any|>")})
+    tokenizer = load_tokenizer(write_files(tmp_path, {"tokenizer.json": data}))
     assert isinstance(tokenizer, JsonTokenizer) and tokenizer.control_id("<|any|>") == 32000
 
 
 def test_a_broken_model_beside_tokenizer_json_is_not_needed(tmp_path: Path) -> None:
-    write(tmp_path, {"tokenizer.model": b"broken", "tokenizer.json": byte_level_json({})})
+    write_files(tmp_path, {"tokenizer.model": b"broken", "tokenizer.json": byte_level_json({})})
     assert load_tokenizer(tmp_path).encode("a") == [97]
 
 
@@ -214,7 +213,12 @@ def test_a_broken_model_beside_tokenizer_json_is_not_needed(tmp_path: Path) -> N
 def tries(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     found: list[Path] = []
     choose = choice._choose
-    monkeypatch.setattr(choice, "_choose", lambda folder: found.append(folder.path) or choose(folder))
+
+    def noted(folder: choice.Folder) -> choice._Choice:
+        found.append(folder.path)
+        return choose(folder)
+
+    monkeypatch.setattr(choice, "_choose", noted)
     return found
 
 
@@ -227,7 +231,7 @@ def test_a_folder_is_tried_once_for_each_state(tmp_path: Path, tries: list[Path]
     assert len(tries) == 1 and record.is_file()
     (tmp_path / "chat_template.jinja").write_text(V3)
     assert isinstance(load_tokenizer(tmp_path).chat, TemplateFormat) and len(tries) == 2
-    write(tmp_path, {"added_tokens.json": {"<|x|>": 32000}})
+    write_files(tmp_path, {"added_tokens.json": {"<|x|>": 32000}})
     assert load_tokenizer(tmp_path).control_id("<|x|>") == 32000 and len(tries) == 3
 
 
@@ -257,7 +261,7 @@ def test_where_nothing_can_be_noted_it_is_tried_again(
 def test_the_record_stays_small(tmp_path: Path, record: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "_KEPT", 3)
     for n in range(5):
-        load_tokenizer(write(tmp_path, {"tokenizer.json": byte_level_json({f"<{n}>": True})}))
+        load_tokenizer(write_files(tmp_path, {"tokenizer.json": byte_level_json({f"<{n}>": True})}))
     assert len(json.loads(record.read_text())) == 3
 
 
@@ -266,13 +270,13 @@ def test_the_record_stays_small(tmp_path: Path, record: Path, monkeypatch: pytes
 
 def padded(folder: Path, rows: int, **settings: Any) -> Tokenizer:
     added = {"<s>": True, "</s>": True, "<pad>": True, "covid": False}
-    write(folder, {"tokenizer.json": byte_level_json(added), "tokenizer_config.json": settings})
+    write_files(folder, {"tokenizer.json": byte_level_json(added), "tokenizer_config.json": settings})
     return load_tokenizer(folder, rows)
 
 
 def test_a_few_tokens_more_than_rows_are_none_to_the_model(tmp_path: Path) -> None:
     tokenizer = padded(tmp_path, 258, eos_token="</s>", pad_token="<pad>")
-    assert (tokenizer.vocab_size, tokenizer.eos_ids) == (258, {257})
+    assert (tokenizer.vocab_size, tokenizer.eos_ids) == (258, frozenset({257}))
     assert tokenizer.encode("<pad> covid") == [*b"<pad> covid"]  # not the token that the model does not have
     assert tokenizer.decode([258, 97, 259]) == "a"
 
@@ -288,7 +292,7 @@ def test_they_are_refused_by_name_where_they_occur(tmp_path: Path) -> None:
 
 def test_a_sentencepiece_model_does_without_them_too(tmp_path: Path) -> None:
     shutil.copy(mistral_file("v1"), tmp_path / "tokenizer.model")
-    write(tmp_path, {"added_tokens.json": {"[PAD]": 32000, "covid": 32001}})
+    write_files(tmp_path, {"added_tokens.json": {"[PAD]": 32000, "covid": 32001}})
     tokenizer = load_tokenizer(tmp_path, 32000)
     assert tokenizer.vocab_size == 32000 and max(tokenizer.encode("covid [PAD]")) < 32000
     assert load_tokenizer(tmp_path, 32002).encode("covid") == [32001]
@@ -310,5 +314,5 @@ def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path: Path, rows: int) ->
 )  # fmt: skip
 def test_prompts_are_neither_cut_nor_filled(tmp_path: Path, changes: dict[str, Any]) -> None:
     settings = {"tokenizer_config.json": {"chat_template": "{{ messages[0].content }}"}}
-    tokenizer = load_tokenizer(write(tmp_path, {"tokenizer.json": byte_level_json({}) | changes} | settings))
+    tokenizer = load_tokenizer(write_files(tmp_path, {"tokenizer.json": byte_level_json({}) | changes} | settings))
     assert tokenizer.encode("Hello, world") == tokenizer.chat.encode([user("Hello, world")]) == [*b"Hello, world"]

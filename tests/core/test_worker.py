@@ -92,8 +92,8 @@ def test_what_goes_wrong_is_one_error_and_the_next_question_is_answered(
     worker: Worker, job: str, kind: type[WorkerError]
 ) -> None:
     worker.ask(b"", SECONDS)
-    pid = worker.pid
-    assert pid and worker.alive
+    pid, alive = worker.pid, worker.alive
+    assert pid and alive
     with pytest.raises(kind) as caught:
         worker.ask(job.encode(), seconds=2.0 if kind is WorkerTimeError else SECONDS)
     assert type(caught.value) is kind

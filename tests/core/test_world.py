@@ -176,7 +176,7 @@ def test_a_server_of_two_processes_and_a_rank_that_is_killed(folder: Path) -> No
             expected = "".join(p.text for p in stream_generate(model, tokenizer, user(question), max_tokens=8))
             assert expected.startswith(text) if question == "Why?" else text == expected
         schema = {"type": "object", "properties": {"n": {"type": "boolean"}}, "required": ["n"]}
-        wanted = {
+        wanted: dict[str, Any] = {
             "type": "json_schema",
             "json_schema": {"name": "n", "schema": schema | {"additionalProperties": False}},
         }

@@ -144,7 +144,7 @@ def test_the_greedy_answer_is_known_as_such(model_folder: Path) -> None:
     model, tokenizer = load(model_folder)
     lm = M7LM(model, tokenizer)
     context = tokenizer.encode("Bees make", add_bos=True)
-    best = int(mx.argmax(model(mx.array([context]))[0, -1]).item())
+    best: int = mx.argmax(model(mx.array([context]))[0, -1]).item()  # type: ignore[assignment]
     (right, greedy), (wrong, not_greedy) = lm._loglikelihood_tokens(
         [(None, context, [best]), (None, context, [best - 1])]
     )

@@ -32,7 +32,8 @@ CUTS = st.lists(st.integers(0, 400), max_size=12)
 
 def joined(text: str, cuts: list[int]) -> tuple[list[dict[str, Any]], CallReader]:
     """What a client makes of the deltas."""
-    reader, calls = CallReader(), []
+    calls: list[dict[str, Any]] = []
+    reader = CallReader()
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     for start, end in itertools.pairwise(edges):
         for delta in reader.add(text[start:end]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 import time
 from base64 import b64decode
@@ -215,3 +216,15 @@ def serve(folder: Path, repo: str) -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
+    """The variables of a process that asks this server, with caches of its own."""
+    settings = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "hf"),
+        "M7MLX_CACHE": str(tmp_path / "m7"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_ETAG_TIMEOUT": "2",
+    }
+    return os.environ | settings

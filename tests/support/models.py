@@ -10,6 +10,7 @@ from typing import Any
 
 import mistral_common
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
@@ -58,9 +59,14 @@ def small_model(config: ModelConfig, seed: int = 0) -> Mistral:
     return build(config, {name: mx.array(array) for name, array in random_weights(config, seed).items()})
 
 
+def named_arrays(module: nn.Module) -> dict[str, mx.array]:
+    """The parameters of a module by their names, joined by dots."""
+    return dict(tree_flatten(module.parameters()))
+
+
 def weights_on_disk(model: Mistral) -> dict[str, np.ndarray]:
     """The unquantised weights of a loaded model by their names on disk: `m7mlx.fuse` undone."""
-    loaded = {name: np.array(array) for name, array in tree_flatten(model.parameters())}
+    loaded = {name: np.array(array) for name, array in named_arrays(model).items()}
     found: dict[str, np.ndarray] = {}
     taken: dict[str, int] = {}
     for name, shape in model.config.weight_shapes().items():
@@ -82,6 +88,19 @@ def write_folder(folder: Path, config: ModelConfig, weights: dict[str, np.ndarra
     version = "v3" if config.vocab_size >= 32768 else "v1"
     shutil.copy(mistral_file(version), folder / "tokenizer.model")
     return folder
+
+
+def shard(folder: Path) -> None:
+    """Rewrite the folder's weights as two shards and an index."""
+    weights = mx.load(str(folder / "model.safetensors"))
+    assert isinstance(weights, dict)
+    names = sorted(weights)
+    halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in halves.items():
+        mx.save_safetensors(str(folder / file), {n: weights[n] for n in part})
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {n: file for file, part in halves.items() for n in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def mistral_file(version: str) -> Path:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any, AnyStr
 
 
 def take_signals() -> None:
@@ -35,3 +35,9 @@ def running(command: Sequence[object], **options: Any) -> Iterator[subprocess.Po
             if stream is not None:
                 with contextlib.suppress(OSError):  # what was not written yet
                     stream.close()
+
+
+def piped(stream: IO[AnyStr] | None) -> IO[AnyStr]:
+    """A stream of a process that was started with a pipe there."""
+    assert stream is not None
+    return stream

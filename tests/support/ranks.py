@@ -18,7 +18,7 @@ from m7mlx.batch import BatchCache
 from m7mlx.config import ModelConfig
 from m7mlx.decode import prefill
 from m7mlx.model import Mistral
-from m7mlx.parallel.world import join
+from m7mlx.parallel.world import World, join
 
 PROMPT = [(i * i * 7 + 3) % 97 for i in range(23)]
 STEPS = [5, 80, 2, 9, 41, 77, 13, 60, 8, 33]
@@ -39,20 +39,26 @@ def passes(model: Mistral) -> dict[str, np.ndarray]:
     return found
 
 
+def joined(mode: str, folder: str) -> World:
+    """What this rank has joined; `mlx.launch` makes more than one."""
+    world = join(mode, lambda: ModelConfig.from_folder(folder))  # type: ignore[arg-type]
+    assert world is not None
+    return world
+
+
 def main() -> None:
     folder, out, modes, *rest = sys.argv[1:]
     if rest:
         vars(sys.modules["m7mlx.loading"])["expands"] = lambda config: False
     for mode in modes.split(","):
-        world = join(mode, lambda: ModelConfig.from_folder(folder))  # type: ignore[arg-type]
-        assert world is not None
+        world = joined(mode, folder)
         model, _ = world.load(folder)
         found = passes(model)
         found |= {
             "bytes": np.array(model.nbytes),
             "shape": np.array([model.config.n_kv_heads, model.config.n_layers]),
         }
-        np.savez(Path(out) / f"{mode}-{world.rank}.npz", **found)
+        np.savez(Path(out) / f"{mode}-{world.rank}.npz", allow_pickle=False, **found)
         mx.eval(mx.distributed.all_sum(mx.array(1)))  # all have written
     if world.rank == 0:
         world.close()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from m7mlx.config import ModelConfig
+
+Array = NDArray[np.float64]
 
 
 def logits(
@@ -13,7 +16,7 @@ def logits(
     ids: list[int],
     max_kv_size: int | None = None,
     sinks: int = 0,
-) -> np.ndarray:
+) -> Array:
     """Logits [len(ids), vocab_size]; full banded attention over the whole sequence, key by key.
 
     With `max_kv_size` each query sees the first `sinks` keys and the last others; every key is rotated anew for
@@ -34,18 +37,19 @@ def logits(
     return x @ w[head].T
 
 
-def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    size: Array = np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+    return x / size * weight
 
 
 def attention(
     config: ModelConfig,
-    w: dict[str, np.ndarray],
+    w: dict[str, Array],
     layer: str,
-    x: np.ndarray,
+    x: Array,
     max_kv_size: int | None = None,
     sinks: int = 0,
-) -> np.ndarray:
+) -> Array:
     length, dim = len(x), config.head_dim
     q = (x @ w[layer + "self_attn.q_proj.weight"].T).reshape(length, config.n_heads, dim)
     k = (x @ w[layer + "self_attn.k_proj.weight"].T).reshape(length, config.n_kv_heads, dim)
@@ -67,7 +71,7 @@ def attention(
     return out.reshape(length, -1) @ w[layer + "self_attn.o_proj.weight"].T
 
 
-def rope(config: ModelConfig, x: np.ndarray, positions: np.ndarray) -> np.ndarray:
+def rope(config: ModelConfig, x: Array, positions: np.ndarray) -> Array:
     """Rotate pairs (i, i + head_dim / 2) by position · theta^(−2i / head_dim)."""
     half = config.head_dim // 2
     angles = np.outer(positions, config.rope_theta ** (-np.arange(half) / half))[:, None, :]

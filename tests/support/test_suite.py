@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import needs
 import pytest
-from processes import running
+from processes import piped, running
 
 TESTS = Path(__file__).parents[1]
 ENDLESS = "import subprocess, sys, time\nprint(subprocess.Popen(['sleep', '1000']).pid, flush=True)\ntime.sleep(1000)"
@@ -40,7 +40,7 @@ def test_a_program_ends_with_its_test_and_so_does_what_it_has_started() -> None:
         contextlib.suppress(ZeroDivisionError),
         running([sys.executable, "-c", ENDLESS], stdout=subprocess.PIPE, text=True) as process,
     ):
-        child = int(process.stdout.readline())
+        child = int(piped(process.stdout).readline())
         raise ZeroDivisionError
     assert process.returncode == -9
     until = time.monotonic() + 30

@@ -22,6 +22,7 @@ from m7mlx.errors import M7Error
 from m7mlx.files.hub import DEMO, is_repo_id
 from m7mlx.memory import machine_memory
 from m7mlx.terminal import visible
+from m7mlx.units import in_gigabytes
 from m7mlx_chat import jobs
 from m7mlx_chat.catalog import Entry, describe, models, models_folder, on_this_machine
 
@@ -85,7 +86,7 @@ class Models(ModalScreen[Chosen | None]):
 
     def on_mount(self) -> None:
         self.set_class(self.app.size.height < 32, "-short")
-        self._tell(f"this machine has {machine_memory() / 1e9:.0f} GB of memory")
+        self._tell(f"this machine has {in_gigabytes(machine_memory(), 0)} of memory")
         self._list()
         if self._start is not None:
             self._take(self._start)
@@ -119,8 +120,8 @@ class Models(ModalScreen[Chosen | None]):
         if entry.problem:
             problem = entry.problem.replace(f"{entry.folder}/", "").replace(str(entry.folder), "it")
             return text.append(f"\n    {visible(problem)[:_PROBLEM]}", style="not bold dim")
-        text.append(f"{entry.nbytes / 1e9:6.2f} GB  {entry.bits}\n    ", style="not bold")
-        text.append(f"{entry.fit} {entry.memory / 1e9:.1f} GB", style=_COLORS[entry.fit])
+        text.append(f"{in_gigabytes(entry.nbytes, 2):>9}  {entry.bits}\n    ", style="not bold")
+        text.append(f"{entry.fit} {in_gigabytes(entry.memory)}", style=_COLORS[entry.fit])
         sees = f"window {entry.window:,}" if entry.window else f"context {entry.context:,}"
         about = [sees, entry.about, "a download" if entry.folder is None else ""]
         return text.append(" · " + " · ".join(filter(None, about)), style="not bold dim")

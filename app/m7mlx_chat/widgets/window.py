@@ -11,6 +11,7 @@ from rich.text import Text
 from textual.color import Color
 from textual.widgets import Static
 
+from m7mlx.units import in_gigabytes
 from m7mlx_chat.events import Ready, Seen
 
 _EMPTY = "░"
@@ -138,7 +139,7 @@ def _growing(ready: Ready, seen: Seen, width: int, new: Color) -> Text:
     text.append(_EMPTY * (width - filled) + "\n", style="dim")
     text.append(f"{seen.cache_bytes / 1e6:,.1f} MB", style="bold")
     whole = ready.context * ready.token_bytes
-    text.append(f" of keys and values, growing to {whole / 1e9:,.1f} GB", style="dim")
+    text.append(f" of keys and values, growing to {in_gigabytes(whole)}", style="dim")
     text.append(" · --max-kv-size bounds it" if whole > 5e8 else "", style="dim")
     if seen.kept_bytes:
         text.append(f" · {seen.kept_bytes / 1e6:,.0f} MB for other branches", style="dim")

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 HERE = Path(__file__).parent
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 61,
     "hidden_size": 32,
     "intermediate_size": 40,
@@ -24,16 +25,16 @@ SMALL = {
     "head_dim": 8,
     "rms_norm_eps": 1e-5,
 }
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "sliding": {"sliding_window": 6},
     "full": {"sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     "odd": {"sliding_window": 9, "head_dim": 10, "num_key_value_heads": 1, "tie_word_embeddings": True},
 }
 
 
-def make(name: str, changes: dict[str, object], seed: int) -> None:
+def make(name: str, changes: dict[str, Any], seed: int) -> None:
     torch.manual_seed(seed)
-    config = MistralConfig(**(SMALL | changes), attn_implementation="eager", initializer_range=0.3)
+    config = MistralConfig.from_dict(SMALL | changes | {"initializer_range": 0.3}, attn_implementation="eager")
     model = MistralForCausalLM(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # not model.half(): it would round RoPE's frequencies as well

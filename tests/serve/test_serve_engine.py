@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from typing import Any
 import httpx
 import pytest
 from models import small_config, write_folder
-from processes import running
-from test_serve import ENDLESS, NAME, open_requests, serving, settle, user
+from processes import piped, running
+from serving import ENDLESS, NAME, open_requests, serving, settle, user
 
 SLOW = {"type": "integer", "multipleOf": 3_000_017}  # takes longer to prepare than it may
 
@@ -29,14 +28,6 @@ def asked(url: str, timeout: float = 60, **body: Any) -> httpx.Response:
 
 def following(schema: dict[str, Any]) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"schema": schema}}
-
-
-def nobody(url: str) -> None:
-    """Wait until no request is open."""
-    until = time.monotonic() + 20
-    while open_requests(url):
-        assert time.monotonic() < until
-        time.sleep(0.05)
 
 
 def test_a_padded_embedding(tmp_path: Path) -> None:
@@ -58,7 +49,7 @@ def test_all_answers_of_a_refused_request_end(model_folder: Path, stream: bool) 
         ):
             found = asked(url, stream=stream, max_tokens=100_000, **extra)
             assert found.status_code == 400, found.text
-            nobody(url)
+            settle(url, 0)
         # In the place of others it waits for all its places, and takes none before.
         with ThreadPoolExecutor(1) as pool:
             going = pool.submit(
@@ -69,18 +60,18 @@ def test_all_answers_of_a_refused_request_end(model_folder: Path, stream: bool) 
             assert open_requests(url) <= 1
             assert going.result(60).status_code == 200
         assert asked(url, n=4, stream=stream).status_code == 200
-        nobody(url)
+        settle(url, 0)
 
 
 def test_no_answer_takes_longer_than_it_may(model_folder: Path) -> None:
     with serving(model_folder, "--max-seconds", "1") as (url, _):
         found = asked(url, max_tokens=1_000_000, logit_bias={"2": -100}, n=2)
         assert found.status_code == 504 and "fewer tokens" in found.text
-        nobody(url)
+        settle(url, 0)
         streamed = asked(url, max_tokens=1_000_000, logit_bias={"2": -100}, stream=True)
         assert streamed.status_code == 200
         assert "took too long" in json.loads(streamed.text.strip().split("\n\n")[-1][6:])["error"]["message"]
-        nobody(url)
+        settle(url, 0)
 
 
 def test_plain_requests_do_not_wait_for_schemas(model_folder: Path) -> None:
@@ -93,7 +84,7 @@ def test_plain_requests_do_not_wait_for_schemas(model_folder: Path) -> None:
         for one in slow:
             found = one.result(60)
             assert found.status_code == 400 and "takes too long to prepare" in found.text
-        nobody(url)
+        settle(url, 0)
         # There are places left for others, however many schemas come.
         slow = [pool.submit(asked, url, response_format=following(SLOW | {"title": f"x{i}"})) for i in range(8)]
         settle(url, 8)
@@ -116,7 +107,7 @@ def test_a_schema_for_which_there_is_no_place(model_folder: Path) -> None:
     """The answers that have the places go on; once they have ended, in whatever way, there is room."""
     command = [sys.executable, "-c", _FEW, "--model", str(model_folder), "--name", NAME, "--port", "0"]
     with running(command, stderr=subprocess.PIPE, text=True) as process:
-        url = next(found[0] for line in process.stderr if (found := re.search(r"http://\S+", line)))
+        url = next(found[0] for line in piped(process.stderr) if (found := re.search(r"http://\S+", line)))
         long = {"type": "string", "minLength": 100_000}
         with httpx.stream(
             "POST",
@@ -129,7 +120,7 @@ def test_a_schema_for_which_there_is_no_place(model_folder: Path) -> None:
             refused = asked(url, response_format=following({"const": 1}))
             assert refused.status_code == 429 and "try again later" in refused.text
             assert refused.headers["retry-after"]
-        nobody(url)
+        settle(url, 0)
         assert asked(url, response_format=following({"const": 1})).status_code == 200
         refusals: list[dict[str, Any]] = [{"stop": ["a", "e", "i"], "max_tokens": 900}, {"logit_bias": {"999999": 1}}]
         for number, wrong in enumerate(refusals):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +17,17 @@ import httpx
 import pytest
 from m7mlx_serve.app import Served, Server
 from m7mlx_serve.engine import Engine, Limits
-from m7mlx_serve.guard import ApiError
+from m7mlx_serve.errors import ApiError
 from m7mlx_serve.readers import Readers
 from m7mlx_serve.reading import parsed, read
 from m7mlx_serve.schemas import ChatRequest
+from serving import CHAT, settle, user
 
 from m7mlx.errors import InputError
 from m7mlx.tokens.load import load_tokenizer
 from m7mlx.tokens.tokenizer import Tokenizer
 
-CHAT = "/v1/chat/completions"
+PATH = "/v1/chat/completions"
 BODY: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
@@ -53,10 +57,10 @@ LARGE = {
 @pytest.mark.parametrize("name", list(LARGE))
 def test_what_is_wrong_a_million_times_costs_little(name: str) -> None:
     """Time and memory are those of parsing: under 0.5 GB, where an error takes 0.8 kB."""
-    path = "/v1/completions" if "ids" in name else CHAT
+    path = "/v1/completions" if "ids" in name else PATH
     program = f"""
 from m7mlx_bench.worker import peak_rss as peak
-from m7mlx_serve.guard import ApiError
+from m7mlx_serve.errors import ApiError
 from m7mlx_serve.reading import SCHEMAS, parsed
 data = {LARGE[name]}
 assert len(data) <= 8 << 20
@@ -105,10 +109,10 @@ def test_depth_is_bounded_wherever_json_may_stand(mistral_tokenizers: dict[str, 
     ]
     for data in bodies:
         if depth == 64:
-            assert read(CHAT, data, "m", mistral_tokenizers["v3"]).ids
+            assert read(PATH, data, "m", mistral_tokenizers["v3"]).ids
         else:
             with pytest.raises((ApiError, InputError), match="deeper than 64 levels"):
-                read(CHAT, data, "m", mistral_tokenizers["v3"])
+                read(PATH, data, "m", mistral_tokenizers["v3"])
 
 
 def test_what_has_been_read_keeps_no_texts(mistral_tokenizers: dict[str, Tokenizer]) -> None:
@@ -117,13 +121,13 @@ def test_what_has_been_read_keeps_no_texts(mistral_tokenizers: dict[str, Tokeniz
         {"type": "function", "function": {"name": name, "description": "long", "parameters": {"type": "object"}}}
         for name in ("f", "g")
     ]
-    asked = read(CHAT, json.dumps(BODY | {"tools": tools}).encode(), "m", tokenizer)
+    asked = read(PATH, json.dumps(BODY | {"tools": tools}).encode(), "m", tokenizer)
     assert isinstance(asked.body, ChatRequest) and asked.body.tools
     assert list(asked.ids) == tokenizer.chat.encode(BODY["messages"], tools)
     assert [message.content for message in asked.body.messages] == [""]
     assert asked.body.tools[0].function.parameters == {}
     named = {"tools": tools, "tool_choice": {"type": "function", "function": {"name": "g"}}}
-    asked = read(CHAT, json.dumps(BODY | named).encode(), "m", tokenizer)
+    asked = read(PATH, json.dumps(BODY | named).encode(), "m", tokenizer)
     assert isinstance(asked.body, ChatRequest) and asked.body.tools
     assert [tool.function.parameters for tool in asked.body.tools] == [{}, {"type": "object"}]
     assert asked.ids[-1] == tokenizer.control_id("[TOOL_CALLS]")
@@ -132,18 +136,18 @@ def test_what_has_been_read_keeps_no_texts(mistral_tokenizers: dict[str, Tokeniz
         assert list(found.ids) == ids
     schema = {"type": "json_schema", "json_schema": {"schema": {"enum": ["x" * 200_000]}}}
     with pytest.raises(InputError, match="longer than 200,000"):
-        read(CHAT, json.dumps(BODY | {"response_format": schema}).encode(), "m", tokenizer)
+        read(PATH, json.dumps(BODY | {"response_format": schema}).encode(), "m", tokenizer)
 
 
 def test_a_message_that_is_continued(mistral_tokenizers: dict[str, Tokenizer]) -> None:
     tokenizer = mistral_tokenizers["v3"]
     messages = [*BODY["messages"], {"role": "assistant", "content": "The answer is", "prefix": True}]
-    asked = read(CHAT, json.dumps(BODY | {"messages": messages}).encode(), "m", tokenizer)
+    asked = read(PATH, json.dumps(BODY | {"messages": messages}).encode(), "m", tokenizer)
     assert isinstance(asked.body, ChatRequest) and asked.body.is_continued
     assert list(asked.ids) == [*tokenizer.chat.encode(BODY["messages"]), *tokenizer.encode("The answer is")]
     for wrong in ([*messages, *BODY["messages"]], [{"role": "user", "content": "x", "prefix": True}]):
         with pytest.raises(InputError, match="only an assistant's last message is continued"):
-            read(CHAT, json.dumps(BODY | {"messages": wrong}).encode(), "m", tokenizer)
+            read(PATH, json.dumps(BODY | {"messages": wrong}).encode(), "m", tokenizer)
     tool = {"type": "function", "function": {"name": "f"}}
     with pytest.raises(ApiError, match="must call a tool has no prefix"):
         parsed(
@@ -161,7 +165,7 @@ def readers(model_folder: Path) -> Iterator[Readers]:
 
 def unread(found: Readers, data: bytes, tokenizer: Tokenizer) -> ApiError:
     with pytest.raises(ApiError) as caught:
-        asyncio.run(found.read(CHAT, data, tokenizer))
+        asyncio.run(found.read(PATH, data, tokenizer))
     return caught.value
 
 
@@ -173,18 +177,18 @@ def test_a_process_of_its_own_reads_alike(
     schema = {"type": "object", "properties": {"a": {"type": "integer", "default": None}}}
     tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
     bodies: list[tuple[str, dict[str, Any]]] = [
-        (CHAT, BODY),
-        (CHAT, BODY | {"tools": [tool], "tool_choice": "required", "seed": (1 << 63) - 1, "n": 3}),
-        (CHAT, BODY | {"tools": [tool], "tool_choice": {"type": "function", "function": {"name": "f"}}}),
-        (CHAT, BODY | {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}),
-        (CHAT, BODY | {"logprobs": True, "top_logprobs": 3, "stop": ["a", "\u2028"], "temperature": 0.1}),
-        (CHAT, BODY | {"logit_bias": {"5": -1.5}, "stream": True, "stream_options": {"include_usage": True}}),
+        (PATH, BODY),
+        (PATH, BODY | {"tools": [tool], "tool_choice": "required", "seed": (1 << 63) - 1, "n": 3}),
+        (PATH, BODY | {"tools": [tool], "tool_choice": {"type": "function", "function": {"name": "f"}}}),
+        (PATH, BODY | {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}),
+        (PATH, BODY | {"logprobs": True, "top_logprobs": 3, "stop": ["a", "\u2028"], "temperature": 0.1}),
+        (PATH, BODY | {"logit_bias": {"5": -1.5}, "stream": True, "stream_options": {"include_usage": True}}),
         ("/v1/completions", {"model": "m", "prompt": "Ünïcödé 😀"}),
         ("/v1/completions", {"model": "m", "prompt": [1, 2, 3], "logprobs": 2, "max_tokens": 7}),
-        (CHAT, BODY | {"model": "other"}),
-        (CHAT, BODY | {"messages": [{"role": "assistant", "content": "x"}]}),
-        (CHAT, BODY | {"messages": [*BODY["messages"], {"role": "assistant", "content": "x", "prefix": True}]}),
-        (CHAT, BODY | {"temperature": -1}),
+        (PATH, BODY | {"model": "other"}),
+        (PATH, BODY | {"messages": [{"role": "assistant", "content": "x"}]}),
+        (PATH, BODY | {"messages": [*BODY["messages"], {"role": "assistant", "content": "x", "prefix": True}]}),
+        (PATH, BODY | {"temperature": -1}),
     ]
     for path, body in bodies:
         found: list[Any] = []
@@ -210,7 +214,7 @@ def test_reading_is_bounded_by_the_system(readers: Readers, model_folder: Path, 
     small = Readers(model_folder, "m")
     assert "too much memory" in str(unread(small, b"[" + b"[],[[]]," * 1_000_000 + b"0]", tokenizer))
     small.close()
-    assert len(asyncio.run(readers.read(CHAT, large, tokenizer)).ids) > 400_000  # and it reads on
+    assert len(asyncio.run(readers.read(PATH, large, tokenizer)).ids) > 400_000  # and it reads on
 
 
 def test_who_leaves_gives_up_the_place_in_the_line(readers: Readers, model_folder: Path) -> None:
@@ -219,10 +223,10 @@ def test_who_leaves_gives_up_the_place_in_the_line(readers: Readers, model_folde
 
     async def leave() -> float:
         for _ in range(30):
-            task = asyncio.ensure_future(readers.read(CHAT, large, tokenizer))
+            task = asyncio.ensure_future(readers.read(PATH, large, tokenizer))
             await asyncio.sleep(0)
             task.cancel()
-        return len((await readers.read(CHAT, large, tokenizer)).ids)
+        return len((await readers.read(PATH, large, tokenizer)).ids)
 
     assert asyncio.run(asyncio.wait_for(leave(), 60)) > 400_000
 
@@ -244,7 +248,7 @@ def test_nothing_typed_is_a_control_token(mistral_tokenizers: dict[str, Tokenize
         ]
         function = {"name": "f", "description": word, "parameters": {"type": "object", "properties": inner}}
         body = {"model": "m", "messages": messages, "tools": [{"type": "function", "function": function}]}
-        ids = [i for i in read(CHAT, json.dumps(body).encode(), "m", tokenizer).ids if i in controls]
+        ids = [i for i in read(PATH, json.dumps(body).encode(), "m", tokenizer).ids if i in controls]
         prompt = json.dumps({"model": "m", "prompt": word}).encode()
         assert [i for i in read("/v1/completions", prompt, "m", tokenizer).ids if i in controls] == [tokenizer.bos_id]
         return ids
@@ -274,7 +278,34 @@ def test_what_nests_too_deep_somewhere_else_is_the_clients_fault(model_folder: P
         transport = httpx.ASGITransport(server.app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             server._engine.tokenizer = load_tokenizer(model_folder)
-            return await client.post(CHAT, json=BODY)
+            return await client.post(PATH, json=BODY)
 
     found = asyncio.run(ask())
     assert (found.status_code, found.json()["error"]["message"]) == (400, "the request nests too deep")
+
+
+def test_nobody_waits_while_others_are_read(url: str) -> None:
+    """What is large is parsed and tokenised elsewhere, and once however many answers are asked for. The bound is
+    generous: each of these took the loop a second and more."""
+    text = "".join(chr(0x4E00 + i * 7919 % 20_000) for i in range(990_000))
+    bodies = [
+        json.dumps(CHAT | {"messages": user(text), "n": 8}).encode(),
+        b"[" + b"[]," * 2_700_000 + b"0]",
+        b'{"messages":[' + b"{}," * 2_700_000 + b"{}]}",
+    ]
+
+    def ask(body: bytes) -> None:
+        with contextlib.suppress(httpx.TimeoutException):
+            headers = {"Content-Type": "application/json"}
+            httpx.post(f"{url}/v1/chat/completions", content=body, headers=headers, timeout=6)
+
+    worst = 0.0
+    with ThreadPoolExecutor(3) as pool, httpx.Client(timeout=60) as other:
+        asked = [pool.submit(ask, body) for body in bodies]
+        while not all(one.done() for one in asked):
+            began = time.perf_counter()
+            assert other.get(f"{url}/health").status_code == 200
+            worst = max(worst, time.perf_counter() - began)
+            time.sleep(0.02)
+    settle(url, 0)
+    assert worst < 0.5

@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
-from m7mlx_plan.cli import LINKS, Link, estimate, main, stored
+from m7mlx_plan.cli import main
+from m7mlx_plan.estimate import NETWORKS, Network, estimate
+from m7mlx_plan.weights import list_weights
 from models import small_config, write_folder
 
 from m7mlx.loading import load
 from m7mlx.shard import MODES, Mode, Shard
 
-NONE = Link(0.0, float("inf"))
+NONE = Network(0.0, float("inf"))
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_weights_and_cache_are_those_of_the_shards(folder: Path, mode: Mode, ranks: int) -> None:
-    config, tensors = stored(str(folder), None)
+    config, tensors = list_weights(str(folder), None)
     found = estimate(config, tensors, mode, ranks, NONE, positions=11, rows=3)
     shards = [load(folder, shard=Shard(mode, rank, ranks))[0] for rank in range(ranks)]
     assert found.weights == max(shard.nbytes for shard in shards)
@@ -34,18 +36,18 @@ def test_weights_and_cache_are_those_of_the_shards(folder: Path, mode: Mode, ran
     assert found.cache == max(caches)
 
 
-def test_links_decide_where_dividing_pays() -> None:
-    config, tensors = stored("mistral", 4)
+def test_networks_decide_where_dividing_pays() -> None:
+    config, tensors = list_weights("mistral", 4)
 
-    def seconds(mode: Mode, ranks: int, link: Link) -> float:
-        return estimate(config, tensors, mode, ranks, link, positions=4096).seconds
+    def seconds(mode: Mode, ranks: int, network: Network) -> float:
+        return estimate(config, tensors, mode, ranks, network, positions=4096).seconds
 
     alone = seconds("tensor", 1, NONE)
-    assert seconds("pipeline", 1, LINKS["1gbe"]) == alone  # nothing to exchange
+    assert seconds("pipeline", 1, NETWORKS["1gbe"]) == alone  # nothing to exchange
     assert alone / seconds("tensor", 4, NONE) > 3
-    assert seconds("tensor", 2, LINKS["rdma"]) < alone < seconds("tensor", 2, LINKS["thunderbolt"])
-    assert seconds("pipeline", 4, LINKS["10gbe"]) < seconds("tensor", 4, LINKS["10gbe"])
-    two = estimate(config, tensors, "tensor", 2, LINKS["10gbe"], positions=4096)
+    assert seconds("tensor", 2, NETWORKS["rdma"]) < alone < seconds("tensor", 2, NETWORKS["thunderbolt"])
+    assert seconds("pipeline", 4, NETWORKS["10gbe"]) < seconds("tensor", 4, NETWORKS["10gbe"])
+    two = estimate(config, tensors, "tensor", 2, NETWORKS["10gbe"], positions=4096)
     assert (two.sent, two.exchanges) == (2 * 32 * 4096 * 2, 65)  # twice a layer, a hidden state in 16 bits
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi import checks
-from test_serve import serving
+from serving import serving
 
 CHECKS = [
     not_a_server_error,
@@ -53,3 +56,17 @@ def test_answers_are_as_described(described: Any, mode: GenerationMode) -> None:
         if operation.body or operation.path_parameters or mode is GenerationMode.POSITIVE:
             check()
     assert 400 in statuses if mode is GenerationMode.NEGATIVE else 200 in statuses
+
+
+def test_the_api_describes_itself(url: str) -> None:
+    data = httpx.get(f"{url}/openapi.json").json()
+    assert data["openapi"].startswith("3.1")
+    assert set(data["paths"]) >= {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics"}
+    text = json.dumps(data)
+    for name in re.findall(r'#/components/schemas/([^"]+)', text):
+        assert name in data["components"]["schemas"]
+    fields = data["components"]["schemas"]["ChatRequest"]["properties"]
+    assert {"messages", "tools", "response_format", "logit_bias", "stream"} <= set(fields)
+    shown = httpx.get(f"{url}/docs")
+    assert "POST /v1/chat/completions" in shown.text
+    assert "default-src 'none'" in shown.headers["content-security-policy"]

@@ -1,0 +1,131 @@
+"""Running the converter from the core: in a process of its own, which the core does not import.
+
+That is the one step back from the core to what is built on it. A process of its own also gives its memory back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+from m7mlx.errors import ConfigError, DiskError, M7Error, RunError, WeightsError
+from m7mlx.files.disk import why
+from m7mlx.paths import cache_dir
+
+_MAGIC = b"GGUF"
+_LAST = 4000  # bytes of what a converter says that ends without a reason
+
+
+def converted(file: Path) -> Path:
+    """The model folder of a GGUF file, converted once for each state of the file, into the cache folder.
+
+    Another process that wants the same waits. Results of earlier states are removed.
+    Raises ConfigError for a file that is not GGUF; WeightsError, RunError, DiskError.
+    """
+    try:
+        with file.open("rb") as opened:
+            magic = opened.read(len(_MAGIC))
+        real, status = file.resolve(), file.stat()
+    except OSError as error:
+        raise WeightsError(f"{file} cannot be read: {why(error)}") from None
+    if magic != _MAGIC:
+        raise ConfigError(f"{file} is a file, but not GGUF; give a model's folder")
+    place = _hash(os.fspath(real))
+    state = _hash(f"{status.st_size} {status.st_mtime_ns} {version('m7mlx')}")
+    stem = re.sub(r"[^\w.-]+", "-", file.stem)[:60].strip("-.") or "model"
+    folder = cache_dir() / "gguf" / f"{stem}-{place}-{state}"
+    if not _is_whole(folder):
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with locked(folder.parent / f"{place}.lock") as lock:
+                if not _is_whole(folder):  # not converted by another process meanwhile
+                    _remove_others(folder, place)
+                    print(f"Converting {file}, once, into {folder} …", file=sys.stderr)
+                    run_converter(real, folder, lock)
+        except OSError as error:
+            raise DiskError(f"{folder} cannot be written: {why(error)}") from None
+    return folder
+
+
+def run_converter(source: Path, target: Path, lock: int) -> None:
+    """Convert `source` into the folder `target`, in a process that holds `lock` until it ends.
+
+    If this process is killed, the converter ends at its next sign of progress; what it leaves, the next one takes up.
+    Raises WeightsError for a source that cannot be converted, RunError where it fails on the way.
+    """
+    command = [sys.executable, "-m", "m7mlx_convert", str(source), "--mlx-path", str(target), "--json"]
+    message = ""
+    with tempfile.TemporaryFile() as errors:
+        converter = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, pass_fds=(lock,), text=True
+        )
+        assert converter.stdout is not None
+        try:
+            with contextlib.closing(converter.stdout) as events:
+                for line in events:
+                    message = _follow(line) or message
+            status = converter.wait()
+        finally:
+            converter.terminate()  # as Ctrl-C: it cleans up
+            converter.wait()
+        if status == 0:
+            return
+        errors.seek(max(0, errors.seek(0, os.SEEK_END) - _LAST))
+        said = errors.read().decode("utf-8", "replace").strip().splitlines()
+    kind: type[M7Error] = WeightsError if status == 2 else RunError
+    reason = message or (said[-1] if said else f"its converter ended with status {status}")
+    raise kind(f"{source} could not be converted: {reason}")
+
+
+def _follow(line: str) -> str:
+    """Show the progress in one line of the converter's events, on a terminal; the message of an error, else ""."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return ""
+    if event.get("event") == "progress" and sys.stderr.isatty():
+        done, total = event["done"], max(event["total"], 1)
+        print(
+            f"\r{event['task']}: {done / total:.0%}", end="\n" if done >= total else "", file=sys.stderr, flush=True
+        )
+    return str(event.get("message", "")) if event.get("event") == "error" else ""
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[int]:
+    """Hold the lock of this file, and wait for it first; gives its descriptor.
+
+    A process that inherits the descriptor holds the lock as well, even if this one is killed.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / "config.json").is_file()  # the converter's folder appears whole or not at all
+
+
+def _remove_others(folder: Path, place: str) -> None:
+    """Remove what other states of the same file were converted to, and what killed runs left of them."""
+    for other in folder.parent.glob(f"*-{place}-*"):
+        if folder.name not in other.name:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:12]
