@@ -205,10 +205,8 @@ def test_reading_is_bounded_by_the_system(readers: Readers, model_folder: Path, 
     tokenizer = load_tokenizer(model_folder)
     large = json.dumps(BODY | {"messages": [{"role": "user", "content": "\u4e00\u9fff" * 400_000}]}).encode()
     monkeypatch.setattr("m7mlx_serve.readers._CPU_SECONDS", 0.05)
-    assert (unread(readers, large, tokenizer).status, str(unread(readers, large, tokenizer))) == (
-        400,
-        "the request takes too long to read; send less",
-    )
+    refused = unread(readers, large, tokenizer)
+    assert (refused.status, str(refused)) == (400, "the request takes too long to read; send less")
     monkeypatch.undo()
     monkeypatch.setattr("m7mlx_serve.readers._MEMORY", 100 << 20)
     small = Readers(model_folder, "m")
