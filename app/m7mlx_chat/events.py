@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 from m7mlx.sampling import Sampling
+from m7mlx_chat.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -112,3 +114,25 @@ class Failed:
 
 
 Event = Loading | Ready | Prefill | Text | Done | Failed
+
+
+class AnyEngine(Protocol):
+    """What answers: `m7mlx_chat.engine.Engine`, or a scripted one in tests. Every method returns at once."""
+
+    def start(self) -> None:
+        """Begin to take commands."""
+
+    def load(self, folder: Path, settings: Settings) -> None:
+        """Load a model. The events end with Ready, or with Failed."""
+
+    def submit(self, request: Request) -> None:
+        """Answer. The events end with one Done or Failed."""
+
+    def cancel(self) -> None:
+        """End what was submitted so far."""
+
+    def drain(self, wait: float = 0.0) -> list[Event]:
+        """Return the events since the last call; wait so many seconds for one if there is none."""
+
+    def close(self) -> None:
+        """End for good."""
