@@ -268,8 +268,6 @@ class _Json:
                 self._write("text", text=text)
             case Done(reason, text, _, statistics):
                 self._write("done", reason=reason, text=text, statistics=asdict(statistics))
-            case Failed(message):
-                self._write("error", message=message)
             case _:
                 pass
 
