@@ -10,9 +10,9 @@ from m7mlx.terminal import console
 
 
 @contextmanager
-def bar(label: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
+def bar(label: str, total: int | None, unit: str, is_shown: bool = True) -> Iterator[Callable[[int], None]]:
     """Gives the function that takes each count done; without a total the bar only moves."""
-    if not sys.stderr.isatty():
+    if not (is_shown and sys.stderr.isatty()):
         yield lambda count: None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -29,7 +29,7 @@ from m7mlx.request import with_grammar
 from m7mlx.ring import KVFormat
 from m7mlx.scheduler import Scheduler, Told
 from m7mlx.tokens.tokenizer import Tokenizer
-from m7mlx_serve.guard import report
+from m7mlx_serve.errors import report
 
 _SCHEMAS = 8  # requests whose schemas are prepared, or wait for that; more would take the places of others
 _LATE = "the answer took too long; ask for fewer tokens"
