@@ -96,7 +96,6 @@ def _window(text: str) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from m7mlx.cpu import blas
     from m7mlx.files.disk import write_whole
     from m7mlx.terminal import console
     from m7mlx_bench import report
@@ -112,7 +111,7 @@ def _bench(args: argparse.Namespace) -> int:
         folder, name, config = _model(args, scratch)
         results = report.Results(
             model={"name": name, "window": config.sliding_window, "config": config.to_dict()},
-            machine=report.machine(blas.library),
+            machine=report.machine_facts(),
             prompts=sorted(set(args.prompt)),
             positions=sorted(set(args.positions)),
             tokens=args.tokens,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from m7mlx.files.disk import write_whole
-from m7mlx_bench.report import Results, describe
+from m7mlx_bench.report import Results, machine_line
 
 FORMATS = (".png", ".svg")
 
@@ -45,7 +45,7 @@ def plot(results: Results, path: Path) -> None:
                 " window", (window, 1), xycoords=("data", "axes fraction"), va="top", color="grey", fontsize=8
             )
     axes[0].legend(fontsize=8)
-    figure.suptitle(f"{results.model['name']} · {describe(results.machine)}", fontsize=9)
+    figure.suptitle(f"{results.model['name']} · {machine_line(results.machine)}", fontsize=9)
     drawn = BytesIO()
     figure.savefig(drawn, dpi=120, format=path.suffix[1:].lower())
     pyplot.close(figure)
