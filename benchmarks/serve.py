@@ -149,12 +149,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--only", choices=("own", "shared"))
     args = parser.parse_args()
-    from m7mlx_bench.models import readable
+    from m7mlx_bench.models import find_readable
 
     from m7mlx.files.hub import resolve
 
     with tempfile.TemporaryDirectory() as scratch:
-        folder, _ = readable("transformers", resolve(args.model), Path(scratch))  # in float32
+        folder, _ = find_readable("transformers", resolve(args.model), Path(scratch))  # in float32
         rows = []
         for shared in (0, 512):
             if args.only and (args.only == "shared") != bool(shared):

@@ -1,4 +1,4 @@
-"""The figures as a picture: decode time and keys and values by position, prefill by length."""
+"""A plot of the figures: decoding, keys and values by position, prefill by length."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from m7mlx_bench.report import Results, machine_line
 FORMATS = (".png", ".svg")
 
 
-def plot(results: Results, path: Path) -> None:
-    """Write a PNG or SVG, with matplotlib."""
+def draw_plot(results: Results, path: Path) -> None:
+    """Draw a PNG or SVG, with matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""The options of a task's answers → a request."""
+"""From the options of a task's answers to a request."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from m7mlx.errors import InputError
 from m7mlx.request import Request
 from m7mlx.sampling import Sampling
 
-_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is given
+# Names of the longest answer; the first that is given counts.
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _DEFAULT_LENGTH = 256
 _SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "repetition_penalty": float}
 
 
 def generation_request(ids: Sequence[int], options: Mapping[str, Any], max_length: int, repeat: int) -> Request:
-    """A request for the prompt `ids`, cut on the left so that prompt and answer have `max_length` tokens at most.
+    """Make a request for the prompt `ids`, cut on the left.
 
-    repeat  the how manieth answer to the same question: drawn ones differ, and are the same in another run
+    max_length  tokens of prompt and answer together, at most
+    repeat      the number of this answer among those to the same question: those that are drawn
+                differ, and are the same in another run
 
     Raises InputError for options that are not understood.
     """
