@@ -195,7 +195,12 @@ async def test_an_image_is_its_words_and_nothing_is_fetched(tmp_path: Path, monk
     reached: list[object] = []
     for name in ("connect", "connect_ex", "sendto"):
         monkeypatch.setattr(socket.socket, name, lambda self, *given, **more: reached.append(given))
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **more: reached.append(given) or [])
+
+    def look_up(*given: object, **more: object) -> list[object]:
+        reached.append(given)
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
     async with chatting(tmp_path) as chat:
         opened: list[str] = []
         monkeypatch.setattr(chat.app, "open_url", lambda url, **_: opened.append(url))

@@ -28,9 +28,6 @@ NAMES = (
     "\udcff",
     "\x1b[2J",
     "~nobody/x",
-)
-NAMES = (
-    *NAMES,
     "",
     " ",
     "/",

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -17,7 +18,7 @@ from m7mlx_chat.environment import read_environment
 from m7mlx_chat.headless import answer
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.store import Store
-from processes import running
+from processes import piped, running
 
 from m7mlx.errors import InputError, M7Error, RunError
 
@@ -28,9 +29,11 @@ CAPITAL = "What is the capital of France?"
 def chat(
     *arguments: str | Path, stdin: bytes | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[bytes]:
-    source: dict[str, object] = {"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}
+    source: dict[str, Any] = {"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}
     command = [CHAT, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, cwd=cwd, timeout=300, check=False, **source)  # type: ignore[call-overload]
+    done: subprocess.CompletedProcess[bytes]
+    done = subprocess.run(command, capture_output=True, cwd=cwd, timeout=300, check=False, **source)
+    return done
 
 
 # --- a real model -------------------------------------------------------------------------------------------
@@ -154,7 +157,7 @@ def test_control_c_keeps_what_was_answered(model_folder: Path) -> None:
     command = [CHAT, "--model", str(model_folder), "-p", "x", "--max-tokens", "1000000"]
     pipe = subprocess.PIPE
     with running(command, stdout=pipe, stderr=pipe, stdin=subprocess.DEVNULL) as process:
-        first = process.stdout.read(1)
+        first = piped(process.stdout).read(1)
         process.send_signal(signal.SIGINT)
         rest, noise = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -298,9 +301,9 @@ def test_whatever_ends_it_what_was_said_is_kept(model_folder: Path, number: int)
     with running(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         until = time.monotonic() + 3
         while time.monotonic() < until:
-            said += process.stdout.read1(65536)
+            said += os.read(piped(process.stdout).fileno(), 65536)
         process.send_signal(number)
-        rest = process.stdout.read()
+        rest = piped(process.stdout).read()
     with Store(read_environment().database) as store:
         (conversation,) = store.conversations()
         question, answer = store.branch(conversation.leaf or 0)

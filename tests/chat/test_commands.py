@@ -75,7 +75,7 @@ async def test_a_model_is_chosen_in_mid_chat(here: Path, tmp_path: Path) -> None
         folder, settings = chat.engine.loaded[-1]
         assert folder == here / "windowed"
         assert settings.model == str(folder)
-        assert chat.app.state == "loading"
+        assert chat.state() == "loading"
         await chat.say(READY)
         await chat.send("two")
         assert [m["content"] for m in chat.engine.asked[-1].messages] == ["one", "first", "two"]
@@ -256,7 +256,7 @@ async def test_what_concerns_the_engine_sets_it_up_anew(tmp_path: Path) -> None:
     async with chatting(tmp_path) as chat:
         await chat.send("/set kv_bits 8")
         assert chat.engine.loaded[-1][1].kv_bits == 8
-        assert chat.app.state == "loading"
+        assert chat.state() == "loading"
         await chat.say(READY)
         await chat.send("/set kv_bits 5")
         assert "kv_bits must be off, 4, 8" in chat.notices()
@@ -264,7 +264,7 @@ async def test_what_concerns_the_engine_sets_it_up_anew(tmp_path: Path) -> None:
         await chat.say(Failed("this model's own window bounds its cache"), READY)  # the engine goes on as it was
         assert "own window" in chat.notices()
         assert chat.session.settings.max_kv_size is None
-        assert chat.app.state == "ready"
+        assert chat.state() == "ready"
         await chat.send("/set nonsense 1")
         assert "there is no setting 'nonsense'" in chat.notices()
         await chat.send("/set top_p")

@@ -21,6 +21,11 @@ def asked(chat: Chat, number: int = 0) -> str:
     return str(chat.engine.asked[number].messages[-1]["content"])
 
 
+def is_open(chat: Chat) -> bool:
+    """Whether choices are shown."""
+    return chat.app.query_one(Completion).is_open
+
+
 async def paste(chat: Chat, text: str) -> None:
     chat.app.post_message(events.Paste(text))
     await chat.pilot.pause()
@@ -132,19 +137,18 @@ async def test_commands_are_completed(tmp_path: Path) -> None:
     async with chatting(tmp_path) as chat:
         await chat.pilot.press("/", "e")
         await chat.pilot.pause()
-        completion = chat.app.query_one(Completion)
-        assert completion.is_open
+        assert is_open(chat)
         assert "/edit" in chat.shown() and "/export" in chat.shown()
         await chat.pilot.press("down", "enter")
         assert chat.app.composer.text == "/export "
-        assert not completion.is_open
+        assert not is_open(chat)
         chat.app.composer.reset()
         await chat.pilot.press(*"/new", "enter")  # all of it typed: it runs
         await chat.pilot.pause()
         assert chat.app.composer.text == ""
         assert chat.engine.asked == []
         await chat.pilot.press("/", "escape")
-        assert not completion.is_open
+        assert not is_open(chat)
         assert chat.app.composer.text == "/"
 
 

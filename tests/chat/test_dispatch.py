@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +21,10 @@ _QUITS = ("quit", "interrupt", "editor")
 
 
 def refuse(chat: Chat, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextmanager
-    def refused() -> Iterator[None]:
-        raise error
-        yield
-
     def raises(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(chat.store, "_writing", refused)
+    monkeypatch.setattr(chat.store, "_writing", raises)
     for module, name in ((files, "write_new"), (settings, "save"), (settings, "save_preset")):
         monkeypatch.setattr(module, name, raises)
 

@@ -99,11 +99,13 @@ def test_a_conversation_that_was_led_here_comes_back_but_for_its_token_ids(store
 def own(**changes: Any) -> dict[str, Any]:
     node = Node(parent=None, role="user", text="q", created=1)
     tree = Tree(title="t", automatic=True, created=1, updated=2, leaf=0, nodes=(node,))
-    return json.loads(to_json(tree)) | changes
+    values: dict[str, Any] = json.loads(to_json(tree))
+    return values | changes
 
 
 def message(**changes: Any) -> dict[str, Any]:
-    return own()["messages"][0] | changes
+    values: dict[str, Any] = own()["messages"][0]
+    return values | changes
 
 
 # --- ChatGPT's export -----------------------------------------------------------------------------------
@@ -129,7 +131,7 @@ def chatgpt(*nodes: dict[str, Any], **more: Any) -> dict[str, Any]:
     return head | more
 
 
-ROOT = {"id": "root", "parent": None, "children": [], "message": None}
+ROOT: dict[str, Any] = {"id": "root", "parent": None, "children": [], "message": None}
 
 
 def test_chatgpts_tree_comes_over_with_its_branches() -> None:

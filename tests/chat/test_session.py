@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import pytest
 from chat_harness import READY, ScriptedEngine, done
-from m7mlx_chat import answering
 from m7mlx_chat.answering import Busy
 from m7mlx_chat.events import Failed, Seen, Text
 from m7mlx_chat.session import Session
@@ -65,7 +64,7 @@ def test_the_question_is_kept_before_the_engine_hears_it(speaker: Speaker, monke
 def test_what_is_said_is_kept_within_a_second(speaker: Speaker, monkeypatch: pytest.MonkeyPatch) -> None:
     under_way = speaker.session.ask("hello")
     now = under_way.saved
-    monkeypatch.setattr(answering.time, "monotonic", lambda: now)
+    monkeypatch.setattr("m7mlx_chat.answering.time.monotonic", lambda: now)
     speaker.session.handle(Text("one ", 1, Seen(5, 100)))
     assert speaker.store.message(under_way.answer).text == ""
     now += 0.99

@@ -87,6 +87,10 @@ class Chat:
     def texts(self, kind: type[Static] | str) -> list[str]:
         return [str(w.content) for w in self.app.query(kind).results(Static)]
 
+    def state(self) -> str:
+        """What the model is doing."""
+        return self.app.state
+
     def status(self) -> str:
         return str(self.app.screen_stack[0].query_one("#state", Static).content)
 

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from chat_harness import READY, Chat, ScriptedEngine, done, environment_in
 from m7mlx_chat import jobs
@@ -423,7 +423,7 @@ def main(folder: Path) -> None:
         parts = Parts(engine, session, config(folder), environment_in(folder))
         app = ChatApp(parts, folder=folder)
 
-        async def drive(pilot: Pilot[None]) -> None:
+        async def drive(pilot: Pilot[Any]) -> None:
             chat = Chat(app, engine, session, pilot)
             written: list[str] = []
             write = app._driver.write  # type: ignore[union-attr]
