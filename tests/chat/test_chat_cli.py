@@ -36,7 +36,7 @@ def chat(
     return done
 
 
-# --- a real model -------------------------------------------------------------------------------------------
+# --- a real model ---------------------------------------------------------------------------------
 
 
 @pytest.mark.demo
@@ -75,7 +75,7 @@ def test_the_answer_with_other_memory_and_other_speed(demo_model: Path, options:
     assert done.stderr == b""
 
 
-# --- a small model: what goes wrong --------------------------------------------------------------------------
+# --- a small model: what goes wrong ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stdin", [b"a\x00b \xff\xfe [/INST] </s>", "👩‍👩‍👧 你好".encode(), b"word " * 20_000])
@@ -207,7 +207,7 @@ def test_a_terminal_on_stdout_gets_no_control_characters(model_folder: Path, mon
 
 @pytest.mark.parametrize("command", ["m7mlx-chat", "m7mlx-convert"])
 def test_help_teaches_and_costs_little(command: str, tmp_path: Path) -> None:
-    """At most half a second of CPU more than bare Python: no MLX model, no Textual, no Hub library."""
+    """At most half a second of CPU more than bare Python: no model, no Textual, no Hub."""
     code = f"import sys; sys.argv = [{command!r}, '--help']\nfrom {command.replace('-', '_')}.cli import main\n"
     code += "try:\n    main()\nexcept SystemExit as e:\n    status = e.code\n"
     code += "heavy = {'textual', 'mlx_lm', 'transformers', 'huggingface_hub', 'gguf', 'tokenizers', 'torch'}\n"
@@ -221,7 +221,7 @@ def test_help_teaches_and_costs_little(command: str, tmp_path: Path) -> None:
     assert installed.stdout.split()[0] == command
 
 
-# --- conversations ------------------------------------------------------------------------------------------
+# --- conversations --------------------------------------------------------------------------------
 
 
 def events(done: subprocess.CompletedProcess[bytes]) -> list[dict[str, object]]:
@@ -334,7 +334,7 @@ def test_a_second_signal_ends_it_at_once(model_folder: Path) -> None:
         assert process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM)  # no abort
 
 
-# --- answers in JSON -----------------------------------------------------------------------------------------
+# --- answers in JSON ------------------------------------------------------------------------------
 
 
 @pytest.mark.demo

@@ -98,7 +98,7 @@ async def test_a_long_question_comes_back_folded(tmp_path: Path) -> None:
         assert asked(chat, 1) == asked(chat, 0)
 
 
-# --- what was asked before ------------------------------------------------------------------------------
+# --- what was asked before ------------------------------------------------------------------------
 
 
 async def test_what_was_asked_before_comes_back_with_the_arrows(tmp_path: Path) -> None:
@@ -109,7 +109,8 @@ async def test_what_was_asked_before_comes_back_with_the_arrows(tmp_path: Path) 
         await chat.pilot.press("up")
         assert chat.app.composer.text == "third\nwith two lines"
         await chat.pilot.press("up")
-        assert chat.app.composer.text == "third\nwith two lines"  # the cursor has only gone to the first line
+        # the cursor has only gone to the first line
+        assert chat.app.composer.text == "third\nwith two lines"
         await chat.pilot.press("up", "up", "up")
         assert chat.app.composer.text == "first"
         await chat.pilot.press("down", "down", "down", "down")
@@ -130,7 +131,7 @@ async def test_what_was_asked_before_is_searched(tmp_path: Path) -> None:
         assert chat.app.composer.text == "about apples"
 
 
-# --- completion -----------------------------------------------------------------------------------------
+# --- completion -----------------------------------------------------------------------------------
 
 
 async def test_commands_are_completed(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every key, command and palette entry while nothing can be written: each is told, and the chat goes on."""
+"""Every key and command while nothing can be written: that is told, and the chat goes on."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _argument(action: Action) -> str:
     return known.get(action.slash, re.sub(r"\W", "", action.takes).lower())
 
 
-# --- a database that can only be read -----------------------------------------------------------------------
+# --- a database that can only be read -------------------------------------------------------------
 
 WRITING: dict[str, list[str]] = {  # keys, or a line that is sent
     "send": ["a question"],

@@ -1,4 +1,4 @@
-"""Export and import: what goes out comes back the same; what strangers wrote is taken whole or refused."""
+"""Export and import: what goes out comes back the same, what is hostile is refused."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def exported(store: Store) -> tuple[Any, list[Any]]:
     return store.conversation(asked.conversation), store.branch(more.answer)
 
 
-# --- our own JSON ---------------------------------------------------------------------------------------
+# --- our own JSON ---------------------------------------------------------------------------------
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -108,7 +108,7 @@ def message(**changes: Any) -> dict[str, Any]:
     return values | changes
 
 
-# --- ChatGPT's export -----------------------------------------------------------------------------------
+# --- ChatGPT's export -----------------------------------------------------------------------------
 
 
 def node(
@@ -136,7 +136,8 @@ ROOT: dict[str, Any] = {"id": "root", "parent": None, "children": [], "message":
 
 def test_chatgpts_tree_comes_over_with_its_branches() -> None:
     data = chatgpt(
-        node("a2", "q1", "assistant", "second answer", time=4, metadata={"model_slug": "gpt-x"}),  # before its parent
+        # before its parent
+        node("a2", "q1", "assistant", "second answer", time=4, metadata={"model_slug": "gpt-x"}),
         ROOT,
         node("sys", "root", "system", "", metadata={"is_visually_hidden_from_conversation": True}),
         node("ctx", "sys", "user", "about me", content={"content_type": "user_editable_context"}),
@@ -227,7 +228,7 @@ def test_a_chain_of_100_000_messages_comes_over(store: Store) -> None:
     assert len(tree.nodes) == 1 and len(tree.nodes[0].text) == 6 * count - 2
 
 
-# --- hostile files --------------------------------------------------------------------------------------
+# --- hostile files --------------------------------------------------------------------------------
 
 CIRCLE = chatgpt(node("a", "b", "user", "x"), node("b", "a", "assistant", "y"), node("c", None, "user", "z"))
 HOSTILE: dict[str, str | bytes] = {
@@ -350,7 +351,7 @@ def test_any_value_at_any_place_is_taken_or_refused(store: Store, data: st.DataO
     assert one_line
 
 
-# --- pages ----------------------------------------------------------------------------------------------
+# --- pages ----------------------------------------------------------------------------------------
 
 
 class Page(HTMLParser):

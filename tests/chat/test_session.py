@@ -72,7 +72,8 @@ def test_what_is_said_is_kept_within_a_second(speaker: Speaker, monkeypatch: pyt
     assert speaker.store.message(under_way.answer).text == "one two"
     now += 0.1
     speaker.session.handle(Text(" three", 1, None))
-    assert speaker.session.message(under_way.answer).text == "one two three"  # as shown, ahead of what is kept
+    # as shown, ahead of what is kept
+    assert speaker.session.message(under_way.answer).text == "one two three"
     assert speaker.session.seen == Seen(6, 100)
 
 
@@ -110,7 +111,8 @@ def test_a_question_that_failed_does_not_stand_in_the_way_of_the_next(speaker: S
     speaker.exchange("two", "second")
     said = [(m["role"], m["content"]) for m in speaker.engine.asked[-1].messages]
     assert said == [("user", "one"), ("assistant", "first"), ("user", "two")]
-    assert speaker.texts == ["one", "first", "far too long", "", "two", "second"]  # it is still there to see
+    # it is still there to see
+    assert speaker.texts == ["one", "first", "far too long", "", "two", "second"]
 
 
 def test_an_answer_waits_for_its_model(database: Path) -> None:
@@ -163,7 +165,7 @@ def test_a_switch_at_the_end_goes_nowhere(speaker: Speaker) -> None:
     assert speaker.texts == ["one", "first"]
 
 
-# --- two instances on one database ----------------------------------------------------------------------
+# --- two instances on one database ----------------------------------------------------------------
 
 
 def test_two_instances_speak_in_one_conversation_without_hurting_each_other(speaker: Speaker, database: Path) -> None:
@@ -199,7 +201,8 @@ def test_an_answer_cut_short_elsewhere_can_be_gone_on_with_when_that_instance_is
     left = speaker.store.message(under_way.answer)
     assert (left.text, left.status) == ("once upon", "interrupted")
     speaker.session.resume()
-    assert speaker.engine.asked[-1].begun == ("once upon", None)  # a text alone: its ids were never known
+    # a text alone: its ids were never known
+    assert speaker.engine.asked[-1].begun == ("once upon", None)
     speaker.session.handle(done(" a time"))
     assert speaker.texts == ["one", "once upon a time"]
     assert speaker.store.message(under_way.answer).status == "complete"

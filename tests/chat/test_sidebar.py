@@ -1,4 +1,4 @@
-"""The list of conversations: order, titles, search and jump, renaming, putting away, deleting and undoing."""
+"""The list of conversations: order, titles, search, renaming, putting away, deleting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Branches: edit, answer again, go on, fork, back and forth between versions; by keys and by commands."""
+"""Versions and branches: edit, answer again, go on, fork; by keys and by commands."""
 
 from __future__ import annotations
 
