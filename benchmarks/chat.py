@@ -26,9 +26,10 @@ QUESTION = "Tell me a long story about a fox, with many chapters, a table of con
 def headless(model: str, tokens: int) -> dict[str, float]:
     """Tokens per second of the engine alone."""
     from m7mlx_chat.engine import Engine
-    from m7mlx_chat.events import Done, Request
+    from m7mlx_chat.events import Done
     from m7mlx_chat.settings import Settings
 
+    from m7mlx import Request
     from m7mlx.files.hub import resolve
 
     engine = Engine()

@@ -78,7 +78,7 @@ async def test_a_model_is_chosen_in_mid_chat(here: Path, tmp_path: Path) -> None
         assert chat.state() == "loading"
         await chat.say(READY)
         await chat.send("two")
-        assert [m["content"] for m in chat.engine.asked[-1].messages] == ["one", "first", "two"]
+        assert [m["content"] for m in chat.engine.asked[-1].prompt] == ["one", "first", "two"]
         assert chat.store.message(chat.session.line[-1]).model == str(folder)
 
 
@@ -221,7 +221,7 @@ async def test_settings_count_for_the_conversation_and_are_kept_with_it(tmp_path
         await chat.send("two")
         request = chat.engine.asked[-1]
         assert request.sampling.temperature == 0.7
-        assert request.messages[0] == {"role": "system", "content": "Be brief"}
+        assert request.prompt[0] == {"role": "system", "content": "Be brief"}
         conversation = chat.session.conversation
         await chat.app.action_new()
         assert chat.session.settings.temperature == 0
