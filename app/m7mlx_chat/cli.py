@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from m7mlx.command import EXIT_FAILED, ArgumentParser, add_parallel, gigabytes, run
 from m7mlx.errors import InputError
 from m7mlx.parallel.launch import is_launched
+from m7mlx_chat import ENGINE_THREAD
 
 if TYPE_CHECKING:
     from m7mlx.parallel.world import World
@@ -58,8 +59,7 @@ def _left(status: int) -> int:
 
     To end in order would abort the process.
     """
-    engine = sys.modules.get("m7mlx_chat.engine")
-    if engine is not None and any(thread.name == engine.THREAD for thread in threading.enumerate()):
+    if any(thread.name == ENGINE_THREAD for thread in threading.enumerate()):
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError, AttributeError):
                 stream.flush()

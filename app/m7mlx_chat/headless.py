@@ -12,19 +12,17 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from m7mlx.errors import DownloadError, InputError, RunError
 from m7mlx.files.hub import DEMO, resolve
+from m7mlx.parallel.world import World
 from m7mlx_chat.engine import Engine
 from m7mlx_chat.events import Done, Event, Failed, Text
 from m7mlx_chat.printers import JsonPrinter, Printer, TextPrinter
 from m7mlx_chat.session import Session
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.store import open_store
-
-if TYPE_CHECKING:  # for the annotation only: it comes with sockets and authentication
-    from m7mlx.parallel.world import World
 
 _WAIT = 0.5  # seconds to wait for an event at a time: signals come through in between
 

@@ -78,7 +78,7 @@ async def test_a_model_is_chosen_in_mid_chat(here: Path, tmp_path: Path) -> None
         assert chat.state() == "loading"
         await chat.say(READY)
         await chat.send("two")
-        assert [m["content"] for m in chat.engine.asked[-1].prompt] == ["one", "first", "two"]
+        assert [m["content"] for m in chat.engine.messages()] == ["one", "first", "two"]
         assert chat.store.message(chat.session.line[-1]).model == str(folder)
 
 

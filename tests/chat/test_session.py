@@ -109,7 +109,7 @@ def test_a_question_that_failed_does_not_stand_in_the_way_of_the_next(speaker: S
     speaker.session.ask("far too long")
     speaker.session.handle(Failed("the prompt has 20000 tokens", fatal=False, exit_status=2))
     speaker.exchange("two", "second")
-    said = [(m["role"], m["content"]) for m in speaker.engine.asked[-1].prompt]
+    said = [(m["role"], m["content"]) for m in speaker.engine.messages()]
     assert said == [("user", "one"), ("assistant", "first"), ("user", "two")]
     # it is still there to see
     assert speaker.texts == ["one", "first", "far too long", "", "two", "second"]
@@ -121,7 +121,7 @@ def test_an_answer_waits_for_its_model(database: Path) -> None:
         speaker.session.ask("one")
         assert speaker.engine.asked == []
         speaker.session.handle(READY)
-        assert [m["content"] for m in speaker.engine.asked[0].prompt] == ["one"]
+        assert [m["content"] for m in speaker.engine.messages(0)] == ["one"]
         speaker.session.handle(done("first"))
         assert speaker.texts == ["one", "first"]
 
