@@ -1,4 +1,4 @@
-"""Whatever raises, wherever Textual calls it from: a line in the corner, a traceback in the log, the app lives."""
+"""Whatever raises, wherever Textual calls it from, is told and logged, and the app lives."""
 
 from __future__ import annotations
 
