@@ -40,7 +40,7 @@ class Engine:
     """
 
     def __init__(self, world: World | None = None) -> None:
-        """Make an engine; `world` is there where processes share the model, of which this is the first."""
+        """Make an engine; `world` is there where processes share the model, this one the first."""
         self._world = world
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._events: list[Event] = []
@@ -103,7 +103,7 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join(timeout)
 
-    # --- on the engine's thread ---------------------------------------------------------------------
+    # --- on the engine's thread -----------------------------------------------------------------
 
     def _run(self) -> None:
         try:
@@ -167,7 +167,10 @@ class Engine:
 
 
 def _failed(error: Exception, fatal: bool = False) -> Failed:
-    """An exception as an event. One that nobody foresaw leaves its traceback on fd 2: the app's log."""
+    """Turn an exception into an event.
+
+    One that nobody foresaw leaves its traceback on fd 2, which is the app's log.
+    """
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, M7Error):
         return Failed(text, fatal, error.exit_status)

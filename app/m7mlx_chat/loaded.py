@@ -53,7 +53,10 @@ class LoadedModel:
         self.set_up(settings)
 
     def set_up(self, settings: Settings) -> None:
-        """Begin anew with the cache and the drafter of `settings`. Raises M7Error, and changes nothing then."""
+        """Begin anew with the cache and the drafter of `settings`.
+
+        Raises M7Error, and changes nothing then.
+        """
         drafter = _drafter(settings.speculate, self._model, self.tokenizer)
         cache = self._model.new_cache(**settings.cache)
         self._branches.clear()
@@ -66,7 +69,7 @@ class LoadedModel:
         emit: Callable[[Event], None],
         is_cancelled: Callable[[], bool],
     ) -> None:
-        """Answer a request in events, of which Done is the last. Raises what the request fails with."""
+        """Answer a request in events, Done the last. Raises what the request fails with."""
         cache = self._cache
         request = prepare(request, self._model, self.tokenizer, cache)
         if self._world is not None:

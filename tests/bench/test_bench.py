@@ -136,7 +136,7 @@ def test_an_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys
 def test_a_worker_that_fails_says_why() -> None:
     job = worker.Job("m7mlx", "/no/such/folder", [4], [], 1, 300)
     with pytest.raises(RunError, match="/no/such/folder"):
-        cli._worker(job.dumps())
+        cli._run_worker(job.dumps())
 
 
 def run_of(scale: float) -> dict[str, Any]:
