@@ -79,6 +79,11 @@ class Clients:
         events = self.events[number]
         return "".join(e.text for e in events), [i for e in events for i in e.ids], events[-1].reason
 
+    def reused(self, number: int) -> int:
+        usage = self.events[number][-1].usage
+        assert usage is not None
+        return usage.reused_tokens
+
 
 arrivals = st.lists(
     st.tuples(
@@ -160,7 +165,7 @@ def test_what_was_read_before_is_not_read_again(tokenizer: Tokenizer, window: in
     clients.run()
     assert clients.answer(number) == alone(model, tokenizer, second)
     assert clients.answer(other) == alone(model, tokenizer, Request([*opening, 5, 6], max_tokens=4))
-    reused = [clients.events[n][-1].usage.reused_tokens for n in (first, number, other)]  # type: ignore[union-attr]
+    reused = [clients.reused(n) for n in (first, number, other)]
     assert reused == [0, len(held), len(opening)]
     assert len(clients.scheduler._kept) == 2  # the first is a part of the second
 
@@ -180,7 +185,7 @@ def test_what_is_being_read_is_read_once_for_all_that_begin_with_it(
     clients.run()
     for number, request in zip(numbers, requests, strict=True):
         assert clients.answer(number) == alone(model, tokenizer, request)
-    reused = [clients.events[n][-1].usage.reused_tokens for n in numbers]  # type: ignore[union-attr]
+    reused = [clients.reused(n) for n in numbers]
     assert reused[0] == reused[6] == 0
     assert all(len(opening) - 10 <= n <= len(opening) for n in reused[1:5])
 
@@ -193,10 +198,10 @@ def test_a_start_stays_where_what_goes_on_from_it_cannot_go_back(tokenizer: Toke
     for _ in range(2):
         number = clients.scheduler.add(Request([*opening, *prompt(9, 30)], max_tokens=4))
         clients.run()
-        assert clients.events[number][-1].usage.reused_tokens >= len(opening)  # type: ignore[union-attr]
+        assert clients.reused(number) >= len(opening)
         other = clients.scheduler.add(Request([*opening, *prompt(8, 30)], max_tokens=4))
         clients.run()
-        assert clients.events[other][-1].usage.reused_tokens >= len(opening)  # type: ignore[union-attr]
+        assert clients.reused(other) >= len(opening)
 
 
 def test_one_that_fails_fails_alone(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
