@@ -20,7 +20,7 @@ from damage import DAMAGE
 from m7mlx_convert.cli import main
 from m7mlx_convert.convert import convert
 from m7mlx_convert.scheme import Recipe
-from m7mlx_convert.writer import Piece, ShardWriter, Spec
+from m7mlx_convert.writer import Spec, TensorBytes, WeightsWriter
 from models import named_arrays, random_weights, shard, small_config, write_folder
 from processes import running
 from tokenizer_folders import write_transformers_tokenizer
@@ -171,9 +171,9 @@ def test_large_results_are_split_with_an_index(tmp_path: Path) -> None:
     }
     tensors["empty"] = mx.zeros((0, 3))
     tensors["turned"] = mx.arange(12, dtype=mx.uint32).reshape(3, 4).T
-    writer = ShardWriter(tmp_path, [[Spec(k, v.dtype, v.shape)] for k, v in tensors.items()], max_bytes=400)
+    writer = WeightsWriter(tmp_path, [[Spec(k, v.dtype, v.shape)] for k, v in tensors.items()], max_bytes=400)
     for array in tensors.values():
-        writer.write([Piece.of(array)])
+        writer.write([TensorBytes.of(array)])
     writer.finish()
     writer.close()
     index = json.loads((tmp_path / INDEX).read_text())["weight_map"]
@@ -183,12 +183,12 @@ def test_large_results_are_split_with_an_index(tmp_path: Path) -> None:
 
 
 def test_the_writer_keeps_to_its_plan(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, [[Spec("a", mx.float32, (2,))], [Spec("b", mx.float32, (2,))]])
+    writer = WeightsWriter(tmp_path, [[Spec("a", mx.float32, (2,))], [Spec("b", mx.float32, (2,))]])
     with pytest.raises(RunError, match="planned"):
-        writer.write([Piece.of(mx.zeros(2)), Piece.of(mx.zeros(2))])
+        writer.write([TensorBytes.of(mx.zeros(2)), TensorBytes.of(mx.zeros(2))])
     with pytest.raises(RunError, match="planned"):
-        writer.write([Piece.of(mx.zeros(3))])
-    writer.write([Piece.of(mx.zeros(2))])
+        writer.write([TensorBytes.of(mx.zeros(3))])
+    writer.write([TensorBytes.of(mx.zeros(2))])
     with pytest.raises(RunError, match="b was planned but not written"):
         writer.finish()
     writer.close()

@@ -1,0 +1,28 @@
+"""The driver of a chat in a browser, named to Textual by `m7mlx_chat.web.page`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+
+from m7mlx_chat.textual_internals import OpenWebDriver
+
+_SECONDS = 15.0  # for the answer under way to be kept; then the process ends as it is: nothing is lost by that either
+
+
+class ServedDriver(OpenWebDriver):
+    """Ends the chat when standard input ends: the page is closed, or the server has gone, however it went."""
+
+    def send(self, data: bytes) -> int:
+        with contextlib.suppress(OSError):  # nobody reads any more: input has ended, too
+            os.write(self.fileno, data)
+        return len(data)
+
+    def run_input_thread(self) -> None:
+        super().run_input_thread()
+        if not self.exit_event.is_set():
+            last = threading.Timer(_SECONDS, os._exit, (1,))
+            last.daemon = True
+            last.start()
+            self.leave_app()
