@@ -51,6 +51,10 @@ class BatchCache(KVCache):
         return len(self.positions.starts)
 
     @property
+    def _tokens(self) -> str:
+        return f"{len(self)} rows of {', '.join(f'{offset:,}' for offset in self.offsets)} tokens"
+
+    @property
     def offsets(self) -> list[int]:
         """Tokens that each row has seen."""
         return [self.positions.offset - start for start in self.positions.starts]

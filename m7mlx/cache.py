@@ -75,6 +75,18 @@ class KVCache:
         self.owner: object | None = None
         self.rings = [LayerRing(positions.window, positions.slack, kv_format) for _ in range(config.n_layers)]
 
+    def __repr__(self) -> str:
+        kept = "all tokens" if self.window is None else f"window {self.window:,} + slack {self.slack}"
+        sinks = f" + {self.n_sinks} sinks" if self.n_sinks else ""
+        bits = "" if self.format.bits is None else f" in {self.format.bits} bits"
+        layers = f"{len(self.rings)} layers of {self.config.n_kv_heads} × {self.config.head_dim}"
+        return f"{type(self).__name__}({self._tokens}, {kept}{sinks}, {layers}{bits}, {self.nbytes / 1e6:.1f} MB)"
+
+    @property
+    def _tokens(self) -> str:
+        """How many tokens are here, for `repr`."""
+        return f"{self.positions.offset:,} tokens"
+
     @property
     def nbytes(self) -> int:
         """Bytes allocated for keys and values."""

@@ -34,22 +34,26 @@ from m7mlx.tokens.load import load_tokenizer
 from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx.units import in_gigabytes
 
+_COMPUTED: dict[str, mx.Dtype] = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+
 
 def load(
     name: str | Path,
     *,
-    dtype: mx.Dtype | None = None,
+    dtype: mx.Dtype | str | None = None,
     progress: Callable[[int, int], None] | None = None,
     shard: Shard | None = None,
     adapter_path: str | Path | None = None,
 ) -> tuple[Mistral, Tokenizer]:
     """Load a model and its tokenizer.
 
-    name          a folder, a GGUF file, a Hub repository ("org/name"), a GGUF file in one, or an
-                  alias
-    dtype         type of activations and unquantised weights; None keeps the file's, except on the
-                  CPU backend, which emulates 16-bit arithmetic: there it is float32, and quantised
-                  weights are expanded to float32 if they fit into half of the memory
+    name          a folder, a GGUF file, a Hub repository ("org/name"), a GGUF file in one
+                  ("org/name/file.gguf"), or an alias ("mistral", "demo"); GGUF is converted once,
+                  into the cache folder
+    dtype         type of activations and unquantised weights, or its name ("float16", "bfloat16",
+                  "float32"); None keeps the file's, except on the CPU backend, which emulates
+                  16-bit arithmetic: there it is float32, and quantised weights are expanded to
+                  float32 if they fit into half of the memory
     progress      called with (bytes read, bytes to read)
     shard         read this shard of the model only, for processes that divide it
                   (`m7mlx.parallel.world.World.load`)
@@ -77,7 +81,7 @@ def load(
     return model, tokenizer
 
 
-def load_model(name: str | Path, *, dtype: mx.Dtype | None = None) -> Mistral:
+def load_model(name: str | Path, *, dtype: mx.Dtype | str | None = None) -> Mistral:
     """Load a model without its tokenizer, which its folder may lack; arguments as for `load`."""
     _, config, headers = _checked(name, dtype)
     model = build(config, _read(_files(headers)), dtype)
@@ -91,7 +95,7 @@ def _wants_compiled_steps() -> bool:
 
 def _checked(
     name: str | Path,
-    dtype: mx.Dtype | None,
+    dtype: mx.Dtype | str | None,
     shard: Shard | None = None,
 ) -> tuple[Path, ModelConfig, dict[str, StoredTensor]]:
     """Return a model's folder, configuration and tensors, checked as far as possible unread."""
@@ -118,7 +122,7 @@ def _files(headers: dict[str, StoredTensor]) -> list[Path]:
 def build(
     config: ModelConfig,
     weights: dict[str, mx.array],
-    dtype: mx.Dtype | None = None,
+    dtype: mx.Dtype | str | None = None,
     *,
     is_shard: bool = False,
 ) -> Mistral:
@@ -128,7 +132,7 @@ def build(
     dtype     as for `load`
     is_shard  the embedding may be missing: other processes have it
     """
-    dtype = _compute_dtype(dtype)
+    computed = _compute_dtype(dtype)
     expand = config.quantization is not None and expands(config)
     model = Mistral(config)
     if is_shard and "model.embed_tokens.weight" not in weights:
@@ -138,7 +142,7 @@ def build(
         if is_left_out(name, config):
             del weights[name]
         elif name in weights:  # not yet taken together with its module's other arrays
-            loaded |= _module_arrays(config, weights, name, dtype, expand)
+            loaded |= _module_arrays(config, weights, name, computed, expand)
     if config.quantization and not expand:
         nn.quantize(model, class_predicate=lambda path, module: _scheme_of(config, path, loaded))
     model.load_weights(list(loaded.items()), strict=True)
@@ -178,9 +182,12 @@ def _scheme_of(config: ModelConfig, path: str, loaded: dict[str, mx.array]) -> b
     return {"group_size": scheme.group_size, "bits": scheme.bits, "mode": scheme.mode}
 
 
-def _compute_dtype(asked: mx.Dtype | None) -> mx.Dtype | None:
-    """Return the type to compute in; None keeps the file's."""
-    return mx.float32 if asked is None and on_cpu() else asked
+def _compute_dtype(asked: mx.Dtype | str | None) -> mx.Dtype | None:
+    """Return the type to compute in; None keeps the file's. Raises InputError for what is none."""
+    dtype = _COMPUTED.get(asked) if isinstance(asked, str) else asked
+    if asked is not None and not (isinstance(dtype, mx.Dtype) and dtype in _COMPUTED.values()):
+        raise InputError(f"dtype must be one of {', '.join(_COMPUTED)}, not {asked!r:.100}")
+    return mx.float32 if asked is None and on_cpu() else dtype
 
 
 def _check_memory(folder: Path, config: ModelConfig, stored: int, dtype: mx.Dtype | None) -> None:

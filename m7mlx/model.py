@@ -154,6 +154,16 @@ class Mistral(nn.Module):
         self.adapter = adapter
         self.identity = self._own_identity if adapter is None else object()
 
+    def __repr__(self) -> str:
+        config, scheme = self.config, self.config.quantization
+        bits = "" if scheme is None else f" in {scheme.bits} bits" + (" and others" if scheme.overrides else "")
+        window = "no window" if config.sliding_window is None else f"window {config.sliding_window:,}"
+        adapter = "" if self.adapter is None else f", adapter {self.adapter!r}"
+        return (
+            f"Mistral({config.n_weights:,} parameters{bits}, {config.n_layers} layers of {config.hidden_size:,}, "
+            f"{window}, {self.nbytes / 1e9:.2f} GB for {str(self.dtype).removeprefix('mlx.core.')}{adapter})"
+        )
+
     @property
     def dtype(self) -> mx.Dtype:
         """The type of activations, keys and values."""

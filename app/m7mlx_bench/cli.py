@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from m7mlx.command import EXIT_FAILED, ArgumentParser, positive, run
+from m7mlx.command import EXIT_FAILED, ArgumentParser, add_json, positive, run
 from m7mlx.errors import ConfigError, InputError, RunError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ examples:
   m7mlx-bench --shape small --positions 1024 32768         a model of 4 layers, far into a conversation
   m7mlx-bench --shape 7b --q-bits 4 --engines m7mlx        Mistral 7B's size, without its weights
   m7mlx-bench ~/models/Mistral-7B-Instruct-v0.3-4bit --gguf ~/models/mistral-7b.Q4_K_M.gguf
-  m7mlx-bench demo --rounds 5 --json demo.json --plot demo.svg
+  m7mlx-bench demo --rounds 5 --save demo.json --plot demo.svg
 
 Ratios are medians of rounds, since a machine's speed drifts. "Of the limit": the bytes that a token must move
 (weights, keys and values), over the memory bandwidth measured in the same run. Peers: mlx-lm (which ignores the
@@ -86,7 +86,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--tokens", type=positive, default=24, metavar="N", help="tokens to decode at each (24)")
     what.add_argument("--rounds", type=positive, default=3, metavar="N", help="how often, in turn (3)")
     out = parser.add_argument_group("results")
-    out.add_argument("--json", type=Path, metavar="FILE", help="all figures of all runs")
+    out.add_argument("--save", type=Path, metavar="FILE", help="keep all figures of all runs, as JSON")
+    add_json(out)
     out.add_argument("--plot", type=Path, metavar="FILE", action="append", default=[], help="a .png or .svg")
     return parser.parse_args(argv)
 
@@ -97,12 +98,12 @@ def _window(text: str) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     from m7mlx.files.disk import write_whole
-    from m7mlx.terminal import console
+    from m7mlx.terminal import console, print_event
     from m7mlx_bench import report
 
     for path in args.plot:
         _check_plot(path)
-    for path in [*args.plot, *([args.json] if args.json else [])]:
+    for path in [*args.plot, *([args.save] if args.save else [])]:
         if not path.absolute().parent.is_dir():
             raise InputError(f"{path}: there is no folder {path.absolute().parent}")
     engines = _engines(args)
@@ -117,10 +118,13 @@ def _bench(args: argparse.Namespace) -> int:
             tokens=args.tokens,
         )
         _measure(args, results, engines, folder, scratch, config.vocab_size)
-    # First, whatever becomes of the files.
-    report.show(results, console(width=None if sys.stdout.isatty() else 1000))
     if args.json:
-        write_whole(args.json, json.dumps(results.to_dict(), indent=1))
+        print_event("result", **results.to_dict())
+    else:
+        # First, whatever becomes of the files.
+        report.show(results, console(width=None if sys.stdout.isatty() else 1000))
+    if args.save:
+        write_whole(args.save, json.dumps(results.to_dict(), indent=1))
     for path in args.plot:
         from m7mlx_bench.plots import draw_plot
 
@@ -220,7 +224,7 @@ def _measure(
     from m7mlx_bench.worker import Job
 
     columns = (TextColumn("{task.description}", markup=False), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=console(stderr=True), transient=True, disable=args.json) as progress:
         task = progress.add_task("preparing", total=args.rounds * len(engines))
         jobs: dict[str, Job] = {}
         for engine in engines:

@@ -1,4 +1,4 @@
-"""The one list of what the user can do: keys, slash commands, the palette and the help are all drawn from it."""
+"""The one list of what the user can do: keys, commands, the palette and the help come from it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class Action(NamedTuple):
     keys   default keys, separated by commas; none: by a slash command only
     shown  the keys as people call them
     slash  the command's name after "/"; `takes` is what may follow
-    place  where the keys work: everywhere, on a selected message, in the sidebar; "composer": done by the composer
+    place  where the keys work: everywhere, on a selected message or in the sidebar; what is in the
+           "composer" is done by the composer itself
     """
 
     name: str
@@ -35,7 +36,7 @@ ACTIONS = (
     Action("complete", "", "/ and @", "complete a command, or put a text file in", place="composer"),
     Action("editor", "ctrl+g", "Ctrl+G", "write the message in $EDITOR"),
     Action("stop", "escape", "Esc", "stop the answer and keep its text; close; back to the composer"),
-    Action("interrupt", "ctrl+c", "Ctrl+C", "copy what is selected, clear the draft or stop; twice: quit"),
+    Action("interrupt", "ctrl+c", "Ctrl+C", "copy what is selected, clear the text or stop; twice: quit"),
     Action("new", "ctrl+n", "Ctrl+N", "new conversation", "new"),
     Action("retry", "", "", "answer the last question again", "retry"),
     Action("resume", "", "", "go on with an answer that was broken off", "continue"),
@@ -53,7 +54,7 @@ ACTIONS = (
     Action("stats", "f4", "F4", "what the answers cost", "stats"),
     Action("copy", "ctrl+y", "Ctrl+Y", "copy the last answer; or its nth code block, or all", "copy", "[N | all]"),
     Action("export", "", "", "write the conversation to a file", "export", "[md | html | json] [FILE]"),
-    Action("load", "", "", "take in conversations: ours, or ChatGPT's", "import", "FILE"),
+    Action("import", "", "", "take in conversations: ours, or ChatGPT's", "import", "FILE"),
     Action("rename", "", "", "give the conversation a title", "rename", "[TITLE]"),
     Action("archive", "", "", "put the conversation away", "archive"),
     Action("delete", "", "", "delete the conversation; /undo brings it back", "delete"),
@@ -93,7 +94,7 @@ def bindings(place: Place) -> list[BindingType]:
 
 
 def key_name(action: Action) -> str:
-    """What an action is called in the user's key map: "select-1" is one, to be "select_previous" there."""
+    """The name of an action in the user's key map: `select(-1)` is "select_previous" there."""
     name = action.name.replace("(-1)", "_previous").replace("(1)", "_next")
     return name if action.place in ("app", "composer") else f"{action.place}_{name}"
 

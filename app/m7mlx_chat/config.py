@@ -1,4 +1,6 @@
-"""The user's own file, config.toml: defaults, presets, theme, keys. Written only where the user asks for it.
+"""The user's own file, config.toml: defaults, presets, theme, keys.
+
+Written only where the user asks for it.
 
 model = "mistral"
 temperature = 0.7
@@ -14,7 +16,6 @@ new = "ctrl+t"
 
 from __future__ import annotations
 
-import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,7 +31,10 @@ _TABLES = ("presets", "keys")
 
 @dataclass(frozen=True)
 class Config:
-    """What the file says. `values` are settings, `presets` settings under a name, `keys` action → keys."""
+    """What the file says.
+
+    `values` are settings, `presets` settings under a name, `keys` action → keys.
+    """
 
     path: Path
     values: dict[str, Any] = field(default_factory=dict)
@@ -39,7 +43,10 @@ class Config:
     keys: dict[str, str] = field(default_factory=dict)
 
     def settings(self, preset: str | None = None) -> Settings:
-        """The defaults, with the file's values and those of a preset. Raises InputError if there is no such."""
+        """The defaults, with the file's values and those of a preset.
+
+        Raises InputError if there is no such.
+        """
         settings = Settings().changed(self.values)
         return settings if preset is None else settings.changed(self.preset(preset))
 
@@ -50,16 +57,11 @@ class Config:
         return self.presets[name]
 
 
-def config_path() -> Path:
-    """config.toml in $M7MLX_CONFIG, or in the user's configuration directory."""
-    import platformdirs
+def read_config(path: Path) -> Config:
+    """Read the file, if there is one.
 
-    return Path(os.environ.get("M7MLX_CONFIG") or platformdirs.user_config_dir("m7mlx")) / "config.toml"
-
-
-def read_config(path: Path | None = None) -> Config:
-    """The file, or nothing where there is none. Raises InputError, which names it, for whatever is wrong in it."""
-    path = path or config_path()
+    Raises InputError, which names it, for whatever is wrong in it.
+    """
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -90,7 +92,10 @@ def _checked(path: Path, data: dict[str, Any]) -> Config:
 
 
 def save(path: Path, changes: Mapping[str, Any]) -> None:
-    """Change top-level entries of the file, or make it; None removes one. Comments and order stay."""
+    """Change top-level entries of the file, or make it; None removes one.
+
+    Comments and order stay.
+    """
     _edit(path, (), changes)
 
 
@@ -100,7 +105,7 @@ def save_preset(path: Path, name: str, values: Mapping[str, Any] | None) -> None
 
 
 def _edit(path: Path, table: tuple[str, ...], changes: Mapping[str, Any]) -> None:
-    import tomlkit
+    import tomlkit  # 30 ms, and only whoever keeps something needs it
     from tomlkit.exceptions import TOMLKitError
 
     unknown = [name for name in changes if not table and name not in (*FIELDS, *_TABLES, "theme")]

@@ -7,9 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from m7mlx import Request, Sampling
 from m7mlx.errors import InputError
-from m7mlx.request import Request
-from m7mlx.sampling import Sampling
 
 # Names of the longest answer; the first that is given counts.
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")

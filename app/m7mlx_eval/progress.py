@@ -10,9 +10,14 @@ from m7mlx.terminal import console
 
 
 @contextmanager
-def show_bar(label: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
+def show_bar(
+    label: str,
+    total: int | None,
+    unit: str,
+    is_shown: bool = True,
+) -> Iterator[Callable[[int], None]]:
     """Show a bar; gives the function that takes each count done. Without a total it only moves."""
-    if not sys.stderr.isatty():
+    if not (is_shown and sys.stderr.isatty()):
         yield lambda count: None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

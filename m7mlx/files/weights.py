@@ -25,7 +25,7 @@ from m7mlx.terminal import one_line
 _MOST_INDEX = 64 << 20  # bytes
 ADAPTERS = ("adapters.safetensors", "adapter_model.safetensors")  # of mlx-lm and of PEFT
 INDEX = "model.safetensors.index.json"
-_FLOATS = ("F32", "F16", "BF16")
+FLOATS = ("F32", "F16", "BF16")
 DTYPES: dict[str, mx.Dtype] = {  # safetensors' names → MLX's types, of those that weights have
     "F32": mx.float32,
     "F16": mx.float16,
@@ -288,14 +288,14 @@ def _parameter(
     scheme = config.quantization.for_module(module) if config.quantization and len(shape) == 2 else None
     if f"{module}.scales" not in headers:
         scheme = None  # mlx-lm leaves out what its groups do not divide
-    expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {"weight": (_FLOATS, shape)}
+    expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {"weight": (FLOATS, shape)}
     if scheme:
         rows, columns = shape
         if columns % scheme.group_size:
             raise WeightsError(
                 f"{folder}: {module} has {columns} columns, which groups of {scheme.group_size} do not divide"
             )
-        groups = (_FLOATS if scheme.mode == "affine" else ("U8",), (rows, columns // scheme.group_size))
+        groups = (FLOATS if scheme.mode == "affine" else ("U8",), (rows, columns // scheme.group_size))
         expected = {"weight": (("U32",), (rows, columns * scheme.bits // 32)), "scales": groups}
         if scheme.mode == "affine":
             expected["biases"] = groups

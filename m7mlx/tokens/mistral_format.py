@@ -39,6 +39,9 @@ class MistralFormat(ChatFormat):
         self._tokenizer = tokenizer
         self._bos, self._eos = self._control("<s>"), self._control("</s>")
 
+    def __repr__(self) -> str:
+        return f"MistralFormat({self.version})"
+
     def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         check_messages(messages)
         if self.version == "v1" and (tools or any(m["role"] == "tool" or m.get("tool_calls") for m in messages)):

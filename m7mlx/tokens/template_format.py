@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from m7mlx.errors import ChatFormatError
+from m7mlx.terminal import shown
 from m7mlx.tokens.messages import ChatFormat, Message, check_messages, is_continued, parse_json
 from m7mlx.tokens.template import Marker, render
 from m7mlx.tokens.tokenizer import Tokenizer
@@ -25,6 +26,9 @@ class TemplateFormat(ChatFormat):
         self._tokenizer = tokenizer
         self._templates = templates
         self._settings = settings
+
+    def __repr__(self) -> str:
+        return f"TemplateFormat({', '.join(map(shown, self._templates))})"
 
     def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         check_messages(messages)

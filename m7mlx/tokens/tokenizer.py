@@ -74,6 +74,11 @@ class Tokenizer(ABC):
         self._bytes: dict[int, bytes] = {}
         self._without_row: dict[int, str] = {}
 
+    def __repr__(self) -> str:
+        ends = ", ".join(map(str, sorted(self.eos_ids))) or "none"
+        start = "none" if self.bos_id is None else self.bos_id
+        return f"{type(self).__name__}({self.vocab_size:,} tokens, start {start}, end {ends})"
+
     def encode_mixed(self, parts: Sequence[str | int]) -> list[int]:
         """Return the ids of texts (str) and, unchanged, those given as ids (int), in this order.
 

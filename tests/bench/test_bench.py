@@ -32,7 +32,7 @@ def test_every_engine_chooses_the_same_and_is_measured(tmp_path: Path, capsys: p
     result, picture, drawing = (tmp_path / name for name in ("all.json", "all.png", "all.svg"))
     engines = ["m7mlx", "m7mlx compiled", "m7mlx kv8", "mlx-lm", "mlx-lm rotating", "transformers"]
     options = [*TINY[:-1], "64", *QUICK, "--rounds", "2", "--engines", ",".join(engines)]
-    plots = ["--json", str(result), "--plot", str(picture), "--plot", str(drawing)]
+    plots = ["--save", str(result), "--plot", str(picture), "--plot", str(drawing)]
     assert main([*options, *plots]) == 0
     shown = capsys.readouterr().out
     data = json.loads(result.read_text())
@@ -108,7 +108,7 @@ def test_copies_for_peers_hold_the_same_numbers(tmp_path: Path) -> None:
         (["--engines", "vllm"], "there is no engine 'vllm'; there are m7mlx, "),
         (["--gguf", "/no/such.gguf"], "/no/such.gguf is not a file"),
         (["--plot", "figures.gif"], "a plot is a .png or .svg file"),
-        (["--json", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),
+        (["--save", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),
         (["--heads", "3"], "heads"),
         (["--hidden", "100", "--q-bits", "4"], "do not divide"),
         (["--rounds", "0"], "'0' is not a positive number"),

@@ -10,13 +10,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
+from m7mlx_chat.environment import read_environment
 from m7mlx_chat.headless import answer
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.store import Store
-from processes import running
+from processes import piped, running
 
 from m7mlx.errors import InputError, M7Error, RunError
 
@@ -27,12 +29,14 @@ CAPITAL = "What is the capital of France?"
 def chat(
     *arguments: str | Path, stdin: bytes | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[bytes]:
-    source: dict[str, object] = {"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}
+    source: dict[str, Any] = {"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}
     command = [CHAT, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, cwd=cwd, timeout=300, check=False, **source)  # type: ignore[call-overload]
+    done: subprocess.CompletedProcess[bytes]
+    done = subprocess.run(command, capture_output=True, cwd=cwd, timeout=300, check=False, **source)
+    return done
 
 
-# --- a real model -------------------------------------------------------------------------------------------
+# --- a real model ---------------------------------------------------------------------------------
 
 
 @pytest.mark.demo
@@ -71,7 +75,7 @@ def test_the_answer_with_other_memory_and_other_speed(demo_model: Path, options:
     assert done.stderr == b""
 
 
-# --- a small model: what goes wrong --------------------------------------------------------------------------
+# --- a small model: what goes wrong ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stdin", [b"a\x00b \xff\xfe [/INST] </s>", "👩‍👩‍👧 你好".encode(), b"word " * 20_000])
@@ -153,7 +157,7 @@ def test_control_c_keeps_what_was_answered(model_folder: Path) -> None:
     command = [CHAT, "--model", str(model_folder), "-p", "x", "--max-tokens", "1000000"]
     pipe = subprocess.PIPE
     with running(command, stdout=pipe, stderr=pipe, stdin=subprocess.DEVNULL) as process:
-        first = process.stdout.read(1)
+        first = piped(process.stdout).read(1)
         process.send_signal(signal.SIGINT)
         rest, noise = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -187,8 +191,8 @@ def test_a_reader_that_leaves_is_no_error(model_folder: Path) -> None:
 def test_a_terminal_on_stdout_gets_no_control_characters(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a pseudo-terminal, with a model made to print an escape sequence."""
     code = (
-        "import sys, m7mlx\nfrom m7mlx import Piece\n"
-        "m7mlx.stream_generate = lambda *a, **k: (p for p in [Piece('a\\x1b'), Piece(']52;c;eA==\\x07b')])\n"
+        "import sys, m7mlx.generation\nfrom m7mlx import Piece\n"
+        "m7mlx.generation.stream_answer = lambda *a, **k: (p for p in [Piece('a\\x1b'), Piece(']52;c;eA==\\x07b')])\n"
         "from m7mlx_chat.cli import main\nsys.exit(main(sys.argv[1:]))"
     )
     master, slave = pty.openpty()
@@ -203,7 +207,7 @@ def test_a_terminal_on_stdout_gets_no_control_characters(model_folder: Path, mon
 
 @pytest.mark.parametrize("command", ["m7mlx-chat", "m7mlx-convert"])
 def test_help_teaches_and_costs_little(command: str, tmp_path: Path) -> None:
-    """At most half a second of CPU more than bare Python: no MLX model, no Textual, no Hub library."""
+    """At most half a second of CPU more than bare Python: no model, no Textual, no Hub."""
     code = f"import sys; sys.argv = [{command!r}, '--help']\nfrom {command.replace('-', '_')}.cli import main\n"
     code += "try:\n    main()\nexcept SystemExit as e:\n    status = e.code\n"
     code += "heavy = {'textual', 'mlx_lm', 'transformers', 'huggingface_hub', 'gguf', 'tokenizers', 'torch'}\n"
@@ -217,7 +221,7 @@ def test_help_teaches_and_costs_little(command: str, tmp_path: Path) -> None:
     assert installed.stdout.split()[0] == command
 
 
-# --- conversations ------------------------------------------------------------------------------------------
+# --- conversations --------------------------------------------------------------------------------
 
 
 def events(done: subprocess.CompletedProcess[bytes]) -> list[dict[str, object]]:
@@ -246,7 +250,7 @@ def test_a_conversation_is_kept_and_gone_on_with(model_folder: Path) -> None:
     assert first[0]["conversation"] == second[0]["conversation"] != third[0]["conversation"]
     gone = chat(*small, "-p", "secret", "--no-save")
     assert gone.returncode == 0
-    with Store() as store:
+    with Store(read_environment().database) as store:
         conversations = store.conversations()
         assert [c.title for c in conversations] == ["three", "one"]
         branch = store.branch(conversations[1].leaf or 0)
@@ -262,7 +266,7 @@ def test_files_in_a_question(model_folder: Path, tmp_path: Path) -> None:
     files = ("--file", tmp_path / "notes.md", "--file", tmp_path / "more.txt")
     done = chat("--model", model_folder, "--max-tokens", "2", "-p", "What?", *files, stdin=b"piped")
     assert done.returncode == 0, done.stderr
-    with Store() as store:
+    with Store(read_environment().database) as store:
         asked = store.prompts()[0]
     assert asked == "What?\n\nnotes.md:\n```\nbuy bread\n```\n\nmore.txt:\n```\nand milk\n```\n\npiped"
 
@@ -286,7 +290,7 @@ def test_conversations_come_in_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "conversations.json").write_text(json.dumps([{"title": "Theirs", "mapping": {"a": node}}]))
     done = chat("--import", tmp_path / "conversations.json")
     assert (done.returncode, done.stdout) == (0, b"1 conversation imported\n"), done.stderr
-    with Store() as store:
+    with Store(read_environment().database) as store:
         assert [c.title for c in store.conversations()] == ["Theirs"]
 
 
@@ -297,10 +301,10 @@ def test_whatever_ends_it_what_was_said_is_kept(model_folder: Path, number: int)
     with running(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         until = time.monotonic() + 3
         while time.monotonic() < until:
-            said += process.stdout.read1(65536)
+            said += os.read(piped(process.stdout).fileno(), 65536)
         process.send_signal(number)
-        rest = process.stdout.read()
-    with Store() as store:
+        rest = piped(process.stdout).read()
+    with Store(read_environment().database) as store:
         (conversation,) = store.conversations()
         question, answer = store.branch(conversation.leaf or 0)
     assert question.text == "tell me"
@@ -330,7 +334,7 @@ def test_a_second_signal_ends_it_at_once(model_folder: Path) -> None:
         assert process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM)  # no abort
 
 
-# --- answers in JSON -----------------------------------------------------------------------------------------
+# --- answers in JSON ------------------------------------------------------------------------------
 
 
 @pytest.mark.demo
@@ -401,12 +405,11 @@ def test_an_answer_that_fails_on_the_way_is_kept_and_is_no_success(
     tokens: int,
     kind: type[M7Error],
 ) -> None:
-    (tmp_path / "schema.json").write_text("{}")
-    monkeypatch.setattr("m7mlx_chat.engine.json_constraint", lambda *_: Breaks(tokens))
+    monkeypatch.setattr("m7mlx.request.json_constraint", lambda *_: Breaks(tokens))
     with pytest.raises(M7Error, match="it asks for too much") as raised:
-        answer(Settings(model=str(model_folder)), "Hi", schema=tmp_path / "schema.json")
+        answer(Settings(model=str(model_folder)), "Hi", tmp_path / "chats.db", schema={})
     assert type(raised.value) is kind
-    with Store() as store:
+    with Store(tmp_path / "chats.db") as store:
         (conversation,) = store.conversations()
         kept = store.message(conversation.leaf or 0)
     assert kept.status == "error"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from chat_harness import Chat, chatting
+from m7mlx_chat.environment import read_environment
 from m7mlx_chat.events import Failed
 from m7mlx_chat.screens.dialogs import Search
 from m7mlx_chat.widgets.completion import Completion, paths
@@ -15,7 +18,12 @@ from textual.widgets import Static
 
 
 def asked(chat: Chat, number: int = 0) -> str:
-    return str(chat.engine.asked[number].messages[-1]["content"])
+    return str(chat.engine.messages(number)[-1]["content"])
+
+
+def is_open(chat: Chat) -> bool:
+    """Whether choices are shown."""
+    return chat.app.query_one(Completion).is_open
 
 
 async def paste(chat: Chat, text: str) -> None:
@@ -90,7 +98,7 @@ async def test_a_long_question_comes_back_folded(tmp_path: Path) -> None:
         assert asked(chat, 1) == asked(chat, 0)
 
 
-# --- what was asked before ------------------------------------------------------------------------------
+# --- what was asked before ------------------------------------------------------------------------
 
 
 async def test_what_was_asked_before_comes_back_with_the_arrows(tmp_path: Path) -> None:
@@ -101,7 +109,8 @@ async def test_what_was_asked_before_comes_back_with_the_arrows(tmp_path: Path) 
         await chat.pilot.press("up")
         assert chat.app.composer.text == "third\nwith two lines"
         await chat.pilot.press("up")
-        assert chat.app.composer.text == "third\nwith two lines"  # the cursor has only gone to the first line
+        # the cursor has only gone to the first line
+        assert chat.app.composer.text == "third\nwith two lines"
         await chat.pilot.press("up", "up", "up")
         assert chat.app.composer.text == "first"
         await chat.pilot.press("down", "down", "down", "down")
@@ -122,26 +131,25 @@ async def test_what_was_asked_before_is_searched(tmp_path: Path) -> None:
         assert chat.app.composer.text == "about apples"
 
 
-# --- completion -----------------------------------------------------------------------------------------
+# --- completion -----------------------------------------------------------------------------------
 
 
 async def test_commands_are_completed(tmp_path: Path) -> None:
     async with chatting(tmp_path) as chat:
         await chat.pilot.press("/", "e")
         await chat.pilot.pause()
-        completion = chat.app.query_one(Completion)
-        assert completion.is_open
+        assert is_open(chat)
         assert "/edit" in chat.shown() and "/export" in chat.shown()
         await chat.pilot.press("down", "enter")
         assert chat.app.composer.text == "/export "
-        assert not completion.is_open
+        assert not is_open(chat)
         chat.app.composer.reset()
         await chat.pilot.press(*"/new", "enter")  # all of it typed: it runs
         await chat.pilot.pause()
         assert chat.app.composer.text == ""
         assert chat.engine.asked == []
         await chat.pilot.press("/", "escape")
-        assert not completion.is_open
+        assert not is_open(chat)
         assert chat.app.composer.text == "/"
 
 
@@ -182,20 +190,18 @@ async def test_files_are_completed_and_put_in(tmp_path: Path, monkeypatch: pytes
 
 async def test_the_editor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A program that adds a line; without a terminal to give it, it is said that there is none."""
-    async with chatting(tmp_path) as chat:
-        from contextlib import nullcontext
-
-        editor = tmp_path / "editor.sh"
-        editor.write_text('#!/bin/sh\necho " and more" >> "$1"\n')
-        editor.chmod(0o755)
-        monkeypatch.setenv("VISUAL", str(editor))
+    editor = tmp_path / "editor.sh"
+    editor.write_text('#!/bin/sh\necho " and more" >> "$1"\n')
+    editor.chmod(0o755)
+    monkeypatch.setenv("VISUAL", str(editor))
+    async with chatting(tmp_path, environment=read_environment()) as chat:
         chat.app.composer.insert("draft")
         await chat.pilot.press("ctrl+g")
         assert any("cannot be opened" in n.message for n in chat.app._notifications)
         monkeypatch.setattr(chat.app, "suspend", nullcontext)
         await chat.pilot.press("ctrl+g")
         assert chat.app.composer.text == "draft and more"
-        monkeypatch.setenv("VISUAL", "/no/such/editor")
+        chat.app.environment = replace(chat.app.environment, editor="/no/such/editor")
         await chat.pilot.press("ctrl+g")
         assert chat.app.composer.text == "draft and more"
         assert any("set $EDITOR" in n.message for n in chat.app._notifications)

@@ -1,4 +1,4 @@
-"""The store: nothing said is lost, every branch is what was said, and no file or text makes it fail unforeseen."""
+"""The store: nothing said is lost, and no file or text makes it fail unforeseen."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_harness import check_database
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from m7mlx_chat.portable import dumps
+from m7mlx_chat.environment import read_environment
+from m7mlx_chat.portable import to_json
 from m7mlx_chat.portable.page import to_html
 from m7mlx_chat.store import Store, schema
 from m7mlx_chat.store.errors import StoreError
-from m7mlx_chat.store.rows import TITLE_LENGTH, Asked, Message, Node, Tree, clean, pack, title_of, unpack
-from m7mlx_chat.store.schema import MIGRATIONS, database_path, open_database
+from m7mlx_chat.store.rows import TITLE_LENGTH, Asked, Message, Node, Tree, encodable, pack, title_of, unpack
+from m7mlx_chat.store.schema import MIGRATIONS, open_database
 
 from m7mlx.errors import DiskError, M7Error, RunError
 
@@ -63,18 +65,7 @@ def texts(messages: list[Message]) -> list[str]:
     return [m.text for m in messages]
 
 
-def check_database(path: Path) -> None:
-    """What SQLite itself can say about the file, the index of words and the references."""
-    db = sqlite3.connect(path)
-    try:
-        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        assert db.execute("PRAGMA foreign_key_check").fetchall() == []
-        db.execute("INSERT INTO message_words (message_words, rank) VALUES ('integrity-check', 1)")
-    finally:
-        db.close()
-
-
-# --- asking and answering -------------------------------------------------------------------------------
+# --- asking and answering -------------------------------------------------------------------------
 
 
 def test_a_question_is_stored_with_an_answer_under_way_and_then_a_whole_one(store: Store) -> None:
@@ -147,7 +138,8 @@ def test_the_database_itself_refuses_what_is_no_tree(store: Store) -> None:
     one, other = say(store, None, None, "q"), say(store, None, None, "q")
     for change in (
         f"UPDATE message SET parent = {one.answer} WHERE id = {one.question}",  # a circle
-        f"UPDATE message SET parent = {one.answer} WHERE id = {other.question}",  # across conversations
+        # across conversations
+        f"UPDATE message SET parent = {one.answer} WHERE id = {other.question}",
         f"UPDATE conversation SET leaf = {one.answer} WHERE id = {other.conversation}",
         f"DELETE FROM message WHERE id = {one.question}",  # what others refer to
         f"UPDATE message SET status = 'answering' WHERE id = {one.answer}",  # by nobody
@@ -157,11 +149,11 @@ def test_the_database_itself_refuses_what_is_no_tree(store: Store) -> None:
             store._db.execute(change)
 
 
-# --- branches -------------------------------------------------------------------------------------------
+# --- branches -------------------------------------------------------------------------------------
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """The store beside a dictionary of parents: every branch, sibling, count and search result agrees."""
+    """The store beside a dictionary of parents: branches, siblings, counts and hits agree."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -190,7 +182,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.conversations[conversation]["leaf"] = message
 
     def add_pair(self, asked: Asked, parent: int | None, text: str) -> None:
-        self.add(asked.question, asked.conversation, parent, "user", clean(text))
+        self.add(asked.question, asked.conversation, parent, "user", encodable(text))
         self.add(asked.answer, asked.conversation, asked.question, "assistant", "")
 
     def path(self, message: int | None) -> list[int]:
@@ -231,7 +223,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.store.finish(message, "stopped", text)
         else:
             self.store.grow(message, text)
-        self.messages[message]["text"] = clean(text)
+        self.messages[message]["text"] = encodable(text)
 
     @precondition(lambda self: self.messages)
     @rule(data=st.data())
@@ -382,7 +374,7 @@ def test_a_conversation_of_10_000_messages_is_paged_through_and_erased(store: St
 
 
 def test_reading_steps_stay_bounded(store: Store) -> None:
-    """What a page of a branch costs does not grow with the conversation: SQLite's own count of steps."""
+    """What a page of a branch costs, in SQLite's steps, does not grow with the conversation."""
 
     def steps(length: int) -> int:
         nodes = tuple(Node(parent=i - 1 if i else None, role="user", text="x", created=i) for i in range(length))
@@ -405,7 +397,7 @@ def test_reading_steps_stay_bounded(store: Store) -> None:
     assert steps(3_000) <= 1.5 * steps(60)
 
 
-# --- conversations --------------------------------------------------------------------------------------
+# --- conversations --------------------------------------------------------------------------------
 
 
 def test_the_last_one_spoken_in_comes_first(store: Store) -> None:
@@ -455,7 +447,8 @@ def test_what_was_deleted_comes_back_for_30_days(tmp_path: Path, clock: Clock) -
         with pytest.raises(StoreError, match="any more"):
             store.undo_delete(gone.conversation)
         later = say(store, None, None, "new")
-        assert later.conversation > gone.conversation  # what is erased is never mistaken for what came after
+        # what is erased is never mistaken for what came after
+        assert later.conversation > gone.conversation
     check_database(path)
 
 
@@ -470,7 +463,7 @@ def test_nothing_is_erased_under_an_answer(store: Store, clock: Clock) -> None:
         store.message(asked.answer)
 
 
-# --- searching ------------------------------------------------------------------------------------------
+# --- searching ------------------------------------------------------------------------------------
 
 
 def test_search_finds_words_their_beginnings_and_other_spellings(store: Store) -> None:
@@ -544,7 +537,7 @@ def test_earlier_prompts_come_once_newest_first(store: Store) -> None:
     assert store.prompts("gamma") == ["GAMMA ray"] and store.prompts("%") == []
 
 
-# --- texts ----------------------------------------------------------------------------------------------
+# --- texts ----------------------------------------------------------------------------------------
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -554,7 +547,7 @@ def test_any_text_is_stored(store: Store, text: str) -> None:
     store.grow(asked.answer, text)
     store.rename(asked.conversation, text)
     store.finish(asked.answer, "complete", text, {"s": text})
-    kept = clean(text)
+    kept = encodable(text)
     question, answer = store.branch(asked.answer)
     assert question.text == answer.text == answer.model == answer.settings["system"] == kept
     assert answer.statistics == {"s": kept}
@@ -578,20 +571,22 @@ def test_ids_take_about_two_bytes_each() -> None:
     assert len(pack(ids)) < 2.3 * len(ids)
 
 
-# --- the file -------------------------------------------------------------------------------------------
+# --- the file -------------------------------------------------------------------------------------
 
 
 def test_the_database_lies_where_the_user_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("M7MLX_DATA", str(tmp_path / "here"))
-    assert database_path() == tmp_path / "here" / "chats.db"
-    with Store() as store:
+    path = read_environment().database
+    assert path == tmp_path / "here" / "chats.db"
+    with Store(path) as store:
         asked = say(store, None, None, "q")
-    with Store() as store:
+    with Store(path) as store:
         assert store.message(asked.question).text == "q"
     monkeypatch.delenv("M7MLX_DATA")
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert database_path().is_relative_to(tmp_path) and "m7mlx" in database_path().parts
+    path = read_environment().database
+    assert path.is_relative_to(tmp_path) and "m7mlx" in path.parts
 
 
 def test_only_the_user_may_read_it_and_a_commit_is_on_the_disk(store: Store) -> None:
@@ -765,7 +760,7 @@ def test_a_row_that_is_damaged_is_one_line(tmp_path: Path, column: str) -> None:
                 store.prompts,
                 lambda s=store, a=asked: to_html(s.conversation(a.conversation), s.branch(a.answer)),
                 lambda s=store, a=asked: [message.ids for message in s.branch(a.answer)],
-                lambda s=store, a=asked: dumps(s.tree(a.conversation)),
+                lambda s=store, a=asked: to_json(s.tree(a.conversation)),
                 lambda s=store: s.search("q"),
                 lambda s=store, a=asked: s.fork(a.answer),
                 lambda s=store, a=asked: s.again(a.question),

@@ -47,7 +47,7 @@ def text(tmp_path: Path) -> Path:
 
 def figures(tmp_path: Path, *arguments: str | Path) -> dict[str, Any]:
     result = tmp_path / "result.json"
-    assert main([*map(str, arguments), "--json", str(result)]) == 0
+    assert main([*map(str, arguments), "--save", str(result)]) == 0
     found: dict[str, Any] = json.loads(result.read_text())
     return found
 
@@ -165,7 +165,7 @@ def test_a_mean_and_its_error_without_its_values() -> None:
         (["--tasks", "x", "--max-tokens", "9"], "--max-tokens goes with --text"),
         (["--tasks", "x", "--system", "Be brief"], "--system needs --chat"),
         (["--text", "TMP/good.txt", "--context", "0"], "'0' is not a positive number"),
-        (["--text", "TMP/good.txt", "--json", "/no/such/x.json"], "the folder of /no/such/x.json does not exist"),
+        (["--text", "TMP/good.txt", "--save", "/no/such/x.json"], "the folder of /no/such/x.json does not exist"),
         ([], "one of the arguments --text --tasks is required"),
     ],
 )

@@ -1,16 +1,16 @@
-"""Conversations as files: our own JSON, which holds all of a conversation, and what is taken in from elsewhere.
+"""Conversations as files: our own JSON, which holds all of one, and files from elsewhere.
 
-    {"format": "m7mlx-chat", "version": 1, "title": …, "automatic": …, "created": …, "updated": …, "archived": …,
-     "model": …, "system": …, "settings": {…}, "leaf": 3,
+    {"format": "m7mlx-chat", "version": 1, "title": …, "automatic": …, "created": …,
+     "updated": …, "archived": …, "model": …, "system": …, "settings": {…}, "leaf": 3,
      "messages": [{"parent": null, "role": "user", "text": …, "status": …, "created": …, "model": …,
                    "settings": {…}, "statistics": {…}}, …]}
 
-`parent` and `leaf` count messages from 0; a parent comes before its children, so there is nothing to go round in.
-Times are seconds since 1970. Token ids stay out: a file from a stranger could make the model read ids that are not
-those of the text shown.
+`parent` and `leaf` count messages from 0; a parent comes before its children, so there is nothing
+to go round in. Times are seconds since 1970. Token ids stay out: a file from a stranger could make
+the model read ids that are not those of the text shown.
 
-A file is read whole and checked before anything is stored; `Store.plant` stores all of it or nothing. Nothing here
-touches a store: a long file may be read in any thread.
+A file is read whole and checked before anything is stored; `Store.plant` stores all of it or
+nothing. Nothing here touches a store: a long file may be read in any thread.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from m7mlx_chat.portable.checked import Record
 from m7mlx_chat.store.rows import CHOSEN_TITLE_LENGTH, Ending, Node, Role, Tree, title_of
 
 FORMAT, VERSION = "m7mlx-chat", 1
-MOST_BYTES = 1 << 29  # ChatGPT's exports of years are some 100 MB; in memory they take ten times as much
+# ChatGPT's exports of years are some 100 MB; in memory they take ten times as much
+MOST_BYTES = 1 << 29
 _TOO_LONG = f"the file has {{:,.0f}} MB, the most is {MOST_BYTES / 1e6:,.0f}; split it"
 _STATUSES = (*get_args(Ending), "interrupted")
 
 
-def dumps(tree: Tree) -> str:
+def to_json(tree: Tree) -> str:
     """A conversation as our own JSON."""
     messages = [
         {
@@ -61,12 +62,12 @@ def dumps(tree: Tree) -> str:
     return json.dumps({**head, "messages": messages}, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
 
 
-def loads(data: str | bytes) -> list[Tree]:
+def parse(data: str | bytes) -> list[Tree]:
     """The conversations in a file of ours, a list of such, or ChatGPT's conversations.json.
 
     Raises InputError, in one line, for whatever is not one of these.
     """
-    parsed = _parse(data)
+    parsed = _json_of(data)
     items = parsed if isinstance(parsed, list) else [parsed]
     trees = []
     for i, item in enumerate(items):
@@ -82,17 +83,17 @@ def loads(data: str | bytes) -> list[Tree]:
     return trees
 
 
-def load_file(path: Path) -> list[Tree]:
-    """The conversations in a file, as `loads`. Raises InputError."""
+def read_file(path: Path) -> list[Tree]:
+    """The conversations in a file, as `parse`. Raises InputError."""
     try:
         if path.stat().st_size > MOST_BYTES:
             raise InputError(_TOO_LONG.format(path.stat().st_size / 1e6))
-        return loads(path.read_bytes())
+        return parse(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from None
 
 
-def _parse(data: str | bytes) -> Any:
+def _json_of(data: str | bytes) -> Any:
     if len(data) > MOST_BYTES:
         raise InputError(_TOO_LONG.format(len(data) / 1e6))
     try:

@@ -1,7 +1,7 @@
-"""ChatGPT's export, conversations.json: each conversation is a `mapping` of nodes that name their parents.
+"""ChatGPT's export, conversations.json: a conversation is a `mapping` of nodes that name parents.
 
-Only what was said is taken over, with all branches: questions and answers. System prompts, hidden nodes, calls of
-tools and what they returned are left out, and what followed them moves up.
+Only what was said is taken over, with all branches: questions and answers. System prompts, hidden
+nodes, calls of tools and what they returned are left out, and what followed them moves up.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from m7mlx_chat.portable.checked import Record
-from m7mlx_chat.store.rows import Node, Role, Status, Tree, clean, title_of
+from m7mlx_chat.store.rows import Node, Role, Status, Tree, encodable, title_of
 
 _SAID = ("text", "multimodal_text")
 _ENDINGS: dict[Any, Status] = {"max_tokens": "length", "interrupted": "stopped"}
@@ -109,11 +109,11 @@ def _said(content: Record) -> str:
             other = Record(part, f"a part of {content.name}")
             is_image = other.get("content_type") == "image_asset_pointer"
             parts.append("[image]" if is_image else _text(other, "text"))
-    return clean("\n".join(filter(None, parts)))
+    return encodable("\n".join(filter(None, parts)))
 
 
 def _joined(nodes: list[Node]) -> tuple[list[Node], list[int]]:
-    """Without messages of one role in a row, where they do not branch: what stood between them was left out.
+    """Join messages of one role in a row: what stood between them was left out.
 
     Also where each message went.
     """

@@ -1,19 +1,21 @@
 """The conversations on disk: every question and every answer, from the moment it is sent.
 
-    with Store() as store:
+    with Store(path) as store:
         asked = store.ask(None, None, "What is the capital of France?", model="mistral")
         store.grow(asked.answer, "The capital")                         # at least every second
         store.finish(asked.answer, "complete", "The capital of France is Paris.", ids=[...])
         store.branch(asked.answer, limit=50)
 
-Nothing is lost: a question is on the disk, with an empty answer, before the model sees it; an answer is at most
-one `grow` behind. Whoever opens the store makes the answers of those who died `interrupted`. Several instances of
-the program may use one database.
+Nothing is lost: a question is on the disk, with an empty answer, before the model sees it; an
+answer is at most one `grow` behind. Whoever opens the store makes the answers of those who died
+`interrupted`. Several instances of the program may use one database.
 
-Threads: a store belongs to the thread that opened it, the app's; sqlite3 refuses any other. Its transactions are
-short, but for `plant` and `fork`, which write whole conversations. Only opening may have to wait for long.
+Threads: a store belongs to the thread that opened it, the app's; sqlite3 refuses any other. Its
+transactions are short, but for `plant` and `fork`, which write whole conversations. Only opening
+may have to wait for long.
 
-Every method raises StoreError if what it is given is not there, and DiskError or RunError if SQLite fails.
+Every method raises StoreError if what it is given is not there, and DiskError or RunError if SQLite
+fails.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Self
 
@@ -32,8 +35,18 @@ from m7mlx.errors import RunError
 from m7mlx_chat.store.errors import StoreError
 from m7mlx_chat.store.instances import Instance, living
 from m7mlx_chat.store.reader import tree_of
-from m7mlx_chat.store.rows import CHOSEN_TITLE_LENGTH, Asked, Ending, Head, Node, Tree, clean, pack, title_of
-from m7mlx_chat.store.schema import database_path, one_line, open_database
+from m7mlx_chat.store.rows import (
+    CHOSEN_TITLE_LENGTH,
+    Asked,
+    Ending,
+    Head,
+    Node,
+    Tree,
+    encodable,
+    pack,
+    title_of,
+)
+from m7mlx_chat.store.schema import one_line, open_database
 from m7mlx_chat.store.writer import Values, Writer, as_json
 
 _KEEP_DELETED = 30 * 86400  # seconds
@@ -52,12 +65,11 @@ _BELOW = """
 class Store(Writer):
     """The database, open for reading and writing.
 
-    path   `database_path()` unless given
+    path   the database; made where there is none
     clock  seconds since 1970
     """
 
-    def __init__(self, path: Path | None = None, *, clock: Callable[[], float] = time.time) -> None:
-        path = path or database_path()
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._instances = path.with_name("instances")
         with one_line(path), ExitStack() as undo:
@@ -90,7 +102,7 @@ class Store(Writer):
     ) -> None:
         self.close()
 
-    # --- asking and answering ---------------------------------------------------------------------------
+    # --- asking and answering ---------------------------------------------------------------------
 
     def ask(
         self,
@@ -104,9 +116,9 @@ class Store(Writer):
     ) -> Asked:
         """Store a question and the answer to come, which becomes the end of the branch shown.
 
-        Without a `conversation` a new one begins. `parent` is the answer before the question, None for a first
-        question; an edited question has the parent of the old one. The answer keeps what it is made with: `model`,
-        `settings` and, as settings["system"], the system prompt.
+        Without a `conversation` a new one begins. `parent` is the answer before the question, None
+        for a first question; an edited question has the parent of the old one. The answer keeps
+        what it is made with: `model`, `settings` and, as settings["system"], the system prompt.
         """
         now = self._clock()
         with self._writing():
@@ -152,7 +164,7 @@ class Store(Writer):
     def grow(self, answer: int, text: str) -> None:
         """Save all there is of an answer so far."""
         with self._writing():
-            self._update_answer(answer, {"text": clean(text)})
+            self._update_answer(answer, {"text": encodable(text)})
 
     def finish(
         self,
@@ -163,7 +175,12 @@ class Store(Writer):
         ids: Sequence[int] | None = None,
     ) -> None:
         """Save a whole answer and how it ended."""
-        values = {"status": status, "owner": None, "text": clean(text), "statistics": as_json(statistics)}
+        values = {
+            "status": status,
+            "owner": None,
+            "text": encodable(text),
+            "statistics": as_json(statistics),
+        }
         with self._writing():
             self._update_answer(answer, {**values, "ids": None if ids is None else pack(ids)})
             spoken = "UPDATE conversation SET updated = ? WHERE id = (SELECT conversation FROM message WHERE id = ?)"
@@ -175,13 +192,14 @@ class Store(Writer):
             alive = sorted(living(self._instances))
             self._interrupt(f"owner NOT IN ({', '.join('?' * len(alive))})", alive)
 
-    # --- branches ---------------------------------------------------------------------------------------
+    # --- branches ---------------------------------------------------------------------------------
 
     def switch(self, conversation: int, message: int) -> int:
-        """Show the branch through a message, down to the newest message below it; returns that leaf."""
+        """Show the branch through a message, down to the newest below it; returns that leaf."""
         with self._writing():
             self._check_inside(conversation, message)
-            # Ids only grow, and a child is newer than its parent: the newest of all below is a leaf.
+            # Ids only grow, and a child is newer than its parent: the newest of all below is a
+            # leaf.
             (row,) = self._rows(
                 f"{_BELOW} SELECT max(id) AS leaf FROM below", {"conversation": conversation, "message": message}
             )
@@ -210,11 +228,14 @@ class Store(Writer):
                 planted.append(conversation)
         return planted
 
-    # --- conversations ----------------------------------------------------------------------------------
+    # --- conversations ----------------------------------------------------------------------------
 
     def configure(self, conversation: int, *, model: str, system: str, settings: Values) -> None:
         """What the conversation's next answers are to be made with."""
-        self._change(conversation, {"model": clean(model), "system": clean(system), "settings": as_json(settings)})
+        self._change(
+            conversation,
+            {"model": encodable(model), "system": encodable(system), "settings": as_json(settings)},
+        )
 
     def rename(self, conversation: int, title: str) -> None:
         """Give a title; an empty one brings the automatic title back."""
@@ -234,14 +255,14 @@ class Store(Writer):
         self._change(conversation, {"archived": False})
 
     def delete(self, conversation: int) -> None:
-        """Hide a conversation from lists and searches; it is erased when the store is opened 30 days later."""
+        """Hide a conversation; it is erased when the store is opened 30 days later."""
         self._change(conversation, {"deleted_at": self._clock()})
 
     def undo_delete(self, conversation: int) -> None:
         """Undo `delete`, as long as the conversation has not been erased."""
         self._change(conversation, {"deleted_at": None})
 
-    # --- writing ----------------------------------------------------------------------------------------
+    # --- writing ----------------------------------------------------------------------------------
 
     def _add_answer(self, conversation: int, question: int, model: str, system: str, settings: Values | None) -> int:
         now = self._clock()
@@ -262,7 +283,8 @@ class Store(Writer):
 
     def _interrupt(self, whose: str, values: Sequence[str]) -> None:
         with self._writing():
-            # OR IGNORE: a row that breaks another rule, since it is damaged, does not keep the others.
+            # OR IGNORE: a row that breaks another rule, since it is damaged, does not keep the
+            # others.
             sql = "UPDATE OR IGNORE message SET status = 'interrupted', owner = NULL WHERE status = 'answering'"
             sql += f" AND (owner IS NULL OR {whose})"
             self._db.execute(sql, values)
@@ -285,3 +307,14 @@ def _held(lock: FileLock, path: Path) -> Iterator[None]:
             yield
     except Timeout:
         raise RunError(f"another m7mlx-chat has been opening {path} for long; try again, or end it") from None
+
+
+@contextmanager
+def open_store(path: Path | None) -> Iterator[Store]:
+    """Open a database for a while; None: an empty one that is gone afterwards."""
+    if path is not None:
+        with Store(path) as store:
+            yield store
+    else:
+        with TemporaryDirectory(prefix="m7mlx-chat-") as folder, Store(Path(folder) / "chats.db") as store:
+            yield store

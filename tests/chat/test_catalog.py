@@ -1,0 +1,152 @@
+"""Names and settings from elsewhere: from an import, a stray folder, an older file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_harness import chatting
+from m7mlx_chat import cli, launch
+from m7mlx_chat.catalog import models, on_this_machine
+from m7mlx_chat.environment import read_environment
+from m7mlx_chat.screens.models import Models
+from m7mlx_chat.settings import Settings
+from m7mlx_chat.store import Store
+from m7mlx_chat.view import Parts
+
+# What Hub repositories, folders and settings cannot be called, or not everywhere.
+NAMES = (
+    "a/b.git",
+    "a--b/c",
+    "a/b..c",
+    "-a/b",
+    "x" * 5000,
+    "a/" + "b" * 200,
+    "\0",
+    "a\0/b",
+    "\udcff",
+    "\x1b[2J",
+    "~nobody/x",
+    "",
+    " ",
+    "/",
+    "//",
+    ".",
+    "..",
+    "/dev/null",
+    "/root/../proc/1/root/x",
+    "--help",
+    "gpt-4o",
+    "Ünïcode/Möd€l",
+)
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("M7MLX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for stray in (
+        "models--a--b--backup",
+        "models--a--b.git",
+        "models--a",
+        "models--..--x",
+        "models--a--" + "b" * 200,
+    ):
+        (tmp_path / "hub" / stray).mkdir(parents=True)
+
+
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: repr(name[:12]))
+async def test_any_name_can_be_given_to_the_picker_and_to_the_commands(tmp_path: Path, name: str) -> None:
+    on_this_machine(name)  # raises nothing
+    async with chatting(tmp_path) as chat:
+        await chat.exchange("question", "answer")
+        before = chat.session.settings.model
+        chat.app.choose_model(name)
+        await chat.settled()
+        assert isinstance(chat.app.screen, Models)
+        chat.app.screen._take(name)
+        await chat.settled()
+        assert chat.told()
+        assert len(chat.told()) <= 500
+        while len(chat.app.screen_stack) > 1:
+            await chat.pilot.press("escape")
+            await chat.pilot.pause(0.05)
+        with chat.app.going_on():
+            await chat.app.run_command(f"/set model {name}")
+        await chat.settled()
+        assert chat.session.settings.model == before  # until it is one
+        assert chat.store.conversations()[0].model == before
+    assert len(models(list(NAMES), tmp_path)) >= 2
+
+
+async def test_a_conversation_that_names_no_model_is_opened(tmp_path: Path) -> None:
+    async with chatting(tmp_path) as chat:
+        asked = chat.store.ask(None, None, "q", model="a/b.git", settings={"temperature": "hot", "top_k": -1, "x": 1})
+        chat.store.configure(asked.conversation, model="a/b.git", system="", settings={"stop": [""], "seed": 1.5})
+        chat.store.finish(asked.answer, "complete", "a")
+        await chat.app.open_conversation(asked.conversation)
+        assert chat.session.settings == Settings(model=chat.session.settings.model)
+        await chat.exchange("goes on", "indeed")
+        assert chat.line() == ["q", "a", "goes on", "indeed"]
+
+
+class _Shown(Exception):
+    pass
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the app was begun with; it does not come up."""
+    found: dict[str, Any] = {}
+
+    def remember(parts: Parts, **options: Any) -> None:
+        found.update(options, settings=parts.session.settings)
+        raise _Shown
+
+    monkeypatch.setattr(launch, "ChatApp", remember)
+    monkeypatch.setenv("TEXTUAL_DRIVER", "of a browser")  # as good as a terminal
+    return found
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name.strip("/. ") and name != "\udcff"], ids=lambda name: repr(name[:12])
+)
+def test_the_chat_starts_whatever_model_was_the_last(shown: dict[str, Any], name: str) -> None:
+    with Store(read_environment().database) as store:
+        store.ask(None, None, "q", model=name)
+    with pytest.raises(_Shown):
+        cli.main([])
+    assert shown["settings"].model == "mistral"
+    assert shown["folder"] is None
+    (note,) = shown["notes"]
+    # far longer ones are cut
+    assert note.startswith(f"the model of the last conversation is not here: {name[:900]}")
+
+
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [
+        ('model = "no-such"', "names a model that is not there: no-such"),
+        ("temperature = 'hot'", "temperature must be a number"),
+        ("temperature = -1", "temperature"),
+        ("nonsense = 1", "there is no setting 'nonsense'"),
+        ("[presets]\na = 1", "presets are tables"),
+        ("model = [", "cannot be read"),
+        ("[keys]\nnew = 5", "keys are texts"),
+    ],
+)
+def test_the_chat_starts_whatever_the_file_says(
+    shown: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, note: str
+) -> None:
+    monkeypatch.setenv("M7MLX_CONFIG", str(tmp_path))
+    (tmp_path / "config.toml").write_text(text)
+    with pytest.raises(_Shown):
+        cli.main([])
+    assert [note in told for told in shown["notes"]] == [True]
+
+
+async def test_what_went_wrong_before_is_told(tmp_path: Path) -> None:
+    async with chatting(tmp_path, model=None, notes=["config.toml is odd"]) as chat:
+        assert "config.toml is odd" in chat.notices()
+        assert isinstance(chat.app.screen, Models)

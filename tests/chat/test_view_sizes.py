@@ -1,0 +1,102 @@
+"""Every screen in terminals of every size, made smaller and larger while an answer comes."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from chat_harness import Chat, chatting
+from m7mlx_chat.events import Seen, Text
+from m7mlx_chat.steady import SMALLEST
+from m7mlx_chat.widgets.composer import Composer
+from textual.events import Resize
+from textual.geometry import Size
+from textual.widgets import Input
+
+# Smaller ones than `SMALLEST` are drawn in that size: one of these is enough in each direction.
+SIZES = (
+    (2, 2),
+    (6, 30),
+    (12, 10),
+    (300, 1),
+    (24, 8),
+    (30, 40),
+    (1, 100),
+    (40, 12),
+    (200, 60),
+    (56, 9),
+    (30, 10),
+    (100, 30),
+)
+SCREENS: dict[str, tuple[str, ...]] = {
+    "chat": (),
+    "conversations": ("ctrl+b",),
+    "search": ("ctrl+f", "q"),
+    "window": ("f3",),
+    "help": ("f1",),
+    "settings": ("f2",),
+    "figures": ("f4",),
+    "models": ("ctrl+o",),
+    "history": ("ctrl+r",),
+    "palette": ("ctrl+p", "e"),
+    "selection": ("alt+up",),
+    "completion": ("slash",),
+    "title": ("slash", "r", "e", "n", "tab", "enter"),
+}
+ANSWER = "# Heading\n\n| a | b |\n|---|---|\n| x | y |\n\n```python\nfor x in y: pass\n```\n\n- one\n  - two\n\n"
+
+
+async def resized(chat: Chat, width: int, height: int) -> None:
+    """As the terminal's driver does it.
+
+    What is drawn is drawn by the app: Pilot's pause would do it by itself.
+    """
+    chat.app._driver._size = (width, height)  # type: ignore[union-attr]
+    chat.app.post_message(Resize(Size(width, height), Size(width, height)))
+    await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("screen", SCREENS)
+async def test_every_screen_in_every_size(tmp_path: Path, screen: str) -> None:
+    async with chatting(tmp_path, notifications=True) as chat:
+        await chat.exchange("a question", ANSWER)
+        await chat.send("another question")
+        await chat.pilot.press(*SCREENS[screen])
+        chat.app.tell("an error " * 20, is_error=True)
+        chat.app.tell("done")
+        for place, (width, height) in enumerate(SIZES):
+            await resized(chat, width, height)
+            text = f"word {place} **bold**\n\n" + ANSWER[: place % 9]
+            await chat.say(Text(text, place + 1, Seen(500 * place, 10**6)))
+            assert chat.app.size == (max(width, SMALLEST.width), max(height, SMALLEST.height))
+        assert chat.app._undrawn == 0
+        await chat.pilot.press("escape", "escape", "escape")
+        assert f"word {len(SIZES) - 1}" in chat.shown()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (20, 5), (24, 8), (300, 100)])
+async def test_a_chat_that_starts_in_any_size(tmp_path: Path, size: tuple[int, int]) -> None:
+    async with chatting(tmp_path, size=size, notifications=True) as chat:
+        await chat.exchange("a question", "an answer")
+        assert "▌" in chat.shown()
+
+
+async def test_in_a_narrow_terminal_the_conversations_lie_over_the_talk(tmp_path: Path) -> None:
+    async with chatting(tmp_path, size=(30, 12)) as chat:
+        await chat.exchange("the question", "the answer")
+        await chat.pilot.press("ctrl+b")
+        await chat.pilot.pause()
+        assert "1 conversation" in chat.shown()
+        assert "Write" not in chat.shown()
+        await chat.pilot.press("enter")
+        await chat.pilot.pause()
+        assert isinstance(chat.app.focused, Composer)
+        assert "Write a message" in chat.shown()
+
+
+async def test_in_a_narrow_terminal_every_setting_has_room(tmp_path: Path) -> None:
+    async with chatting(tmp_path, size=(24, 12)) as chat:
+        await chat.pilot.press("f2")
+        await chat.pilot.pause()
+        assert all(field.size.width >= 12 for field in chat.app.screen.query(Input))
