@@ -1,4 +1,4 @@
-"""Requests → the engine's, and its events → what OpenAI's clients read, whole or as server-sent events."""
+"""Requests → the engine's, and its pieces → what OpenAI's clients read, whole or as server-sent events."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, Literal
 
+from m7mlx import Piece, Request, Sampling, Stats
 from m7mlx.errors import BusyError, InputError
-from m7mlx.request import Event, Request, Usage
-from m7mlx.sampling import Sampling
 from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx_serve.choices import Choice
-from m7mlx_serve.engine import LateError, Prepared
+from m7mlx_serve.engine import LateError
 from m7mlx_serve.guard import ApiError, report
 from m7mlx_serve.reading import Asked, demanded, refusal
 from m7mlx_serve.schemas import ChatRequest, Generation
 from m7mlx_serve.tools import MARK, calls_schema
 
-Ask = Callable[[Prepared, float], AsyncGenerator[tuple[int, Event], None]]
+Ask = Callable[[Sequence[Request], float], AsyncGenerator[tuple[int, Piece], None]]
 _RETRY_SECONDS = 5
 _SAMPLED = 0.7  # OpenAI's default is 1, which is too wild for models of this size
 
@@ -39,29 +38,29 @@ class Answers:
 
     async def whole(self) -> dict[str, Any]:
         """One object with all answers, for `choices.written`."""
-        choices, usages = [self._choice(i) for i in range(self._body.n)], []
-        async with aclosing(self._events()) as events:
-            async for index, event in events:
-                choices[index].feed(event)
-                if event.usage:
-                    usages.append(event.usage)
-        return self._envelope([choice.whole() for choice in choices], "") | {"usage": _usage(usages)}
+        choices, costs = [self._choice(i) for i in range(self._body.n)], []
+        async with aclosing(self._pieces()) as pieces:
+            async for index, piece in pieces:
+                choices[index].feed(piece)
+                if piece.stats:
+                    costs.append(piece.stats)
+        return self._envelope([choice.whole() for choice in choices], "") | {"usage": _usage(costs)}
 
     async def stream(self) -> AsyncGenerator[str, None]:
         """Server-sent events. What fails before the first token raises; after it, it is an event of its own."""
         choices = [self._choice(i) for i in range(self._body.n)]
-        usages: list[Usage] = []
+        costs: list[Stats] = []
         begun = False
         try:
-            async with aclosing(self._events()) as events:
-                async for index, event in events:
+            async with aclosing(self._pieces()) as pieces:
+                async for index, piece in pieces:
                     if not begun and self._is_chat:
                         for choice in choices:
                             yield self._sse(choice.role())
                     begun = True
-                    if event.usage:
-                        usages.append(event.usage)
-                    for chunk in choices[index].feed(event):
+                    if piece.stats:
+                        costs.append(piece.stats)
+                    for chunk in choices[index].feed(piece):
                         yield self._sse(chunk)
         except ApiError as error:
             if not begun:
@@ -69,17 +68,17 @@ class Answers:
             yield f"data: {json.dumps(error.body())}\n\n"
             return
         if self._body.stream_options and self._body.stream_options.include_usage:
-            yield f"data: {json.dumps(self._envelope([], '.chunk') | {'usage': _usage(usages)})}\n\n"
+            yield f"data: {json.dumps(self._envelope([], '.chunk') | {'usage': _usage(costs)})}\n\n"
         yield "data: [DONE]\n\n"
 
-    async def _events(self) -> AsyncGenerator[tuple[int, Event], None]:
-        """(number of the answer, event) of all answers as they come. Raises ApiError for what fails: then all end."""
+    async def _pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
+        """(number of the answer, piece) of all answers as they come. Raises ApiError for what fails: then all end."""
         try:
-            async with aclosing(self._ask(_prepared(self._asked, self._most), self._seconds)) as events:
-                async for index, event in events:
-                    if event.reason in ("failed", "cancelled"):
-                        raise _error(event)
-                    yield index, event
+            async with aclosing(self._ask(_requests(self._asked, self._most), self._seconds)) as pieces:
+                async for index, piece in pieces:
+                    if piece.finish_reason in ("failed", "cancelled"):
+                        raise _error(piece)
+                    yield index, piece
         except BusyError as error:
             raise ApiError(429, str(error), "rate_limit_exceeded", {"Retry-After": str(_RETRY_SECONDS)}) from None
         except LateError as error:
@@ -110,7 +109,7 @@ class Answers:
         return f"data: {json.dumps(self._envelope([choice], '.chunk'), ensure_ascii=False)}\n\n"
 
 
-def _prepared(asked: Asked, most: int | None) -> Prepared:
+def _requests(asked: Asked, most: int | None) -> list[Request]:
     """What the engine is asked for."""
     schema: Mapping[str, Any] | None = None
     body = asked.body
@@ -135,8 +134,9 @@ def _prepared(asked: Asked, most: int | None) -> Prepared:
         at_start=isinstance(body, ChatRequest) and not body.is_continued,
         logit_bias={int(token): value for token, value in (body.logit_bias or {}).items()},
         logprobs=logprobs,
+        schema=schema,
     )
-    return Prepared([replace(request, sampling=_sampling(body, i)) for i in range(body.n)], schema)
+    return [replace(request, sampling=_sampling(body, i)) for i in range(body.n)]
 
 
 def _sampling(body: Generation, index: int) -> Sampling:
@@ -151,13 +151,13 @@ def _sampling(body: Generation, index: int) -> Sampling:
     )
 
 
-def _usage(usages: Sequence[Usage]) -> dict[str, Any]:
+def _usage(costs: Sequence[Stats]) -> dict[str, Any]:
     """The prompt is counted once, however many answers it gets.
 
     How much of it was held already is not told: it would tell a client how another's conversation begins.
     """
-    prompt = max((usage.prompt_tokens for usage in usages), default=0)
-    generated = sum(usage.generated_tokens for usage in usages)
+    prompt = max((cost.prompt_tokens for cost in costs), default=0)
+    generated = sum(cost.generated_tokens for cost in costs)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": generated,
@@ -166,14 +166,14 @@ def _usage(usages: Sequence[Usage]) -> dict[str, Any]:
     }
 
 
-def _error(event: Event) -> ApiError:
+def _error(piece: Piece) -> ApiError:
     """Of a request that did not end well. What was not foreseen is not told to strangers."""
-    if isinstance(event.error, InputError):
-        return refusal(event.error)
-    if event.reason == "cancelled":
+    if isinstance(piece.error, InputError):
+        return refusal(piece.error)
+    if piece.finish_reason == "cancelled":
         return ApiError(503, "the server is shutting down", "shutting_down")
-    if isinstance(event.error, LateError):
-        return ApiError(504, str(event.error))
-    if event.error is not None:
-        report(event.error)
+    if isinstance(piece.error, LateError):
+        return ApiError(504, str(piece.error))
+    if piece.error is not None:
+        report(piece.error)
     return ApiError(500, "the request failed on the way")

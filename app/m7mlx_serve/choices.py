@@ -10,8 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from m7mlx.request import Event
-from m7mlx.sampling import TokenScores
+from m7mlx import Piece, TokenLogprobs
 from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx_serve.tools import CallReader
 
@@ -20,7 +19,7 @@ _ENDS: dict[bool, dict[str, Any]] = {True: {"refusal": None}, False: {}}  # of s
 
 
 class Choice:
-    """Events in, deltas out; `whole` is all of it, where it was not streamed.
+    """Pieces in, deltas out; `whole` is all of it, where it was not streamed.
 
     mark     the id after which tool calls are written; None where none may be
     calling  whether they are written from the beginning on
@@ -34,36 +33,34 @@ class Choice:
         self._led = False  # what stood before the calls has been told
         self._told = 0  # characters
         self._texts: list[str] = []
-        self._scores = Scores(is_chat)
+        self._logprobs = _Logprobs(is_chat)
         self.reason: str | None = None
 
-    def feed(self, event: Event) -> list[dict[str, Any]]:
-        """The choices of the chunks that an event makes."""
-        scored = [
-            _scored(self._tokenizer, token, score) for token, score in zip(event.ids, event.scores, strict=False)
-        ]
+    def feed(self, piece: Piece) -> list[dict[str, Any]]:
+        """The choices of the chunks that a piece makes."""
+        scored = [_scored(self._tokenizer, one) for one in piece.logprobs]
         offset = self._told
-        text, calls = event.text, []
-        self._calling = self._calling or (self._mark is not None and self._mark in event.ids)
+        text, calls = piece.text, []
+        self._calling = self._calling or (self._mark is not None and self._mark in piece.ids)
         if self._calling:
             calls, text = self._reader.add(text), ""
             if calls and not self._led:
                 self._led, text = True, self._reader.lead
-            if event.reason is not None and not self._reader.has_calls:
+            if piece.finish_reason is not None and not self._reader.has_calls:
                 text = self._reader.rest
         self._told += len(text)
-        if event.reason is not None:
-            called = event.reason == "stop" and self._reader.has_calls and not self._reader.is_open
-            self.reason = "tool_calls" if called else event.reason
+        if piece.finish_reason is not None:
+            called = piece.finish_reason == "stop" and self._reader.has_calls and not self._reader.is_open
+            self.reason = "tool_calls" if called else piece.finish_reason
         if not self._streamed:
             self._texts.append(text)
-            self._scores.add(scored, offset)
+            self._logprobs.add(scored, offset)
             return []
         found = []
         if text or scored:
             found.append(self._chunk({"content": text} if text else {}, scored, offset))
         found += [self._chunk({"tool_calls": [call]}) for call in calls]
-        if event.reason is not None:
+        if piece.finish_reason is not None:
             found.append(self._chunk({}, reason=self.reason))
         return found
 
@@ -80,7 +77,7 @@ class Choice:
             if self._reader.has_calls:
                 message |= {"content": text or None, "tool_calls": self._reader.calls}
             said = {"message": message}
-        return {"index": self.index, **said, "finish_reason": self.reason, "logprobs": self._scores}
+        return {"index": self.index, **said, "finish_reason": self.reason, "logprobs": self._logprobs}
 
     def _chunk(
         self, delta: dict[str, Any], scored: Sequence[dict[str, Any]] = (), offset: int = 0, reason: str | None = None
@@ -90,7 +87,7 @@ class Choice:
         return {"index": self.index, **said, "logprobs": scores, "finish_reason": reason}
 
 
-class Scores:
+class _Logprobs:
     """Log probabilities of the tokens of an answer, as JSON."""
 
     def __init__(self, is_chat: bool) -> None:
@@ -141,9 +138,9 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _scored(tokenizer: Tokenizer, token: int, scores: TokenScores) -> dict[str, Any]:
-    top = [_token(tokenizer, other, logprob) for other, logprob in scores.best]
-    return _token(tokenizer, token, scores.chosen) | {"top_logprobs": top}
+def _scored(tokenizer: Tokenizer, one: TokenLogprobs) -> dict[str, Any]:
+    top = [_token(tokenizer, other, logprob) for other, logprob in one.top]
+    return _token(tokenizer, one.id, one.logprob) | {"top_logprobs": top}
 
 
 def _token(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""The thread that owns the model: requests go in, their events come out on the event loop of whoever asked.
+"""The thread that owns the model: requests go in, pieces of answers come out on the event loop of whoever asked.
 
 MLX's streams belong to the thread that made them, so one thread loads the model and runs the scheduler. Nothing of it
-is shared but numbers and events.
+is shared but numbers and pieces.
 """
 
 from __future__ import annotations
@@ -9,35 +9,26 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from m7mlx import load
+from m7mlx import Piece, Request, load
 from m7mlx.cache import UNDO_SLACK
-from m7mlx.constrain import close_grammars, json_constraint
+from m7mlx.constrain import close_grammars
 from m7mlx.errors import BusyError, InputError, RunError
 from m7mlx.memory import cache_bytes
 from m7mlx.model import Mistral
 from m7mlx.parallel.channel import die
 from m7mlx.parallel.world import Leader, World
-from m7mlx.request import Event, Request
+from m7mlx.request import with_grammar
 from m7mlx.ring import KVFormat
-from m7mlx.scheduler import Scheduler
+from m7mlx.scheduler import Scheduler, Told
 from m7mlx_serve.guard import report
-
-
-class Prepared(NamedTuple):
-    """Requests for several answers, and the JSON schema that all of them follow, if any."""
-
-    requests: Sequence[Request]
-    schema: Mapping[str, Any] | None = None
-
 
 _SCHEMAS = 8  # requests whose schemas are prepared, or wait for that; more would take the places of others
 _LATE = "the answer took too long; ask for fewer tokens"
@@ -111,39 +102,43 @@ class Engine:
         scheduler: Scheduler | Leader | None = self.__dict__.get("_scheduler")
         return scheduler.load[0] if scheduler else 0
 
-    async def ask(self, prepared: Prepared, seconds: float = float("inf")) -> AsyncGenerator[tuple[int, Event], None]:
-        """(number of the answer, event) of several answers, as they come; the last event of each has a reason.
+    async def ask(
+        self, requests: Sequence[Request], seconds: float = float("inf")
+    ) -> AsyncGenerator[tuple[int, Piece], None]:
+        """(number of the answer, piece) of several answers as they come; the last of each has a finish reason.
+
+        All follow the same JSON schema, or none.
 
         Closing the iterator cancels them all. Nothing of them goes on for longer than `seconds`.
 
-        Raises BusyError at once, and LateError; what grammar and scheduler refuse comes as an event.
+        Raises BusyError at once, and LateError; what grammar and scheduler refuse comes as a piece.
         """
-        n, places = len(prepared.requests), self._limits.rows + self._limits.queue
+        n, places = len(requests), self._limits.rows + self._limits.queue
         if n > places:
             raise InputError(f"n: {n} answers at a time are more than the {places} that this server has places for")
         with self._lock:
             if self._open + n > places:
                 raise BusyError("too many requests are waiting; try again later")
             self._open += n
-        events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         loop, until = asyncio.get_running_loop(), time.monotonic() + seconds
-        answers = [_Answer(loop, events, index, until) for index in range(n)]
+        answers = [_Answer(loop, pieces, index, until) for index in range(n)]
         try:
             async with asyncio.timeout(None if seconds == float("inf") else seconds) as clock:
                 try:
-                    requests = await self._constrained(prepared)
+                    requests = await self._constrained(requests)
                 except BusyError:
                     raise
                 except Exception as error:
-                    yield 0, Event(0, reason="cancelled" if self._closing else "failed", error=error)
+                    yield 0, Piece(finish_reason="cancelled" if self._closing else "failed", error=error)
                     return
                 for answer, request in zip(answers, requests, strict=True):
                     self._put(answer, request)
                 going = n
                 while going:
-                    index, event = await events.get()
-                    going -= event.reason is not None
-                    yield index, event
+                    index, piece = await pieces.get()
+                    going -= piece.finish_reason is not None
+                    yield index, piece
         except TimeoutError:
             if not clock.expired():
                 raise
@@ -154,14 +149,12 @@ class Engine:
             with self._lock:
                 self._open -= n
 
-    async def _constrained(self, prepared: Prepared) -> list[Request]:
-        if prepared.schema is None:
-            return list(prepared.requests)
+    async def _constrained(self, requests: Sequence[Request]) -> Sequence[Request]:
+        if requests[0].schema is None:
+            return requests
 
         def constrained() -> list[Request]:
-            return [
-                replace(r, constraint=json_constraint(self.tokenizer, prepared.schema)) for r in prepared.requests
-            ]
+            return [with_grammar(request, self.tokenizer) for request in requests]
 
         if self._schemas >= _SCHEMAS:
             raise BusyError("too many JSON schemas are being prepared; try again later")
@@ -187,7 +180,7 @@ class Engine:
             if not self._closing:
                 self._commands.put(lambda: self._add(answer, request))
                 return
-        answer.tell(Event(0, reason="cancelled"))
+        answer.tell(Piece(finish_reason="cancelled"))
 
     # --- on the engine's thread -------------------------------------------------------------------------
 
@@ -213,7 +206,7 @@ class Engine:
             while not self._commands.empty():
                 self._do(self._commands.get())
             for answer in self._answers.values():
-                answer.tell(Event(0, reason="cancelled"))
+                answer.tell(Piece(finish_reason="cancelled"))
             self._answers.clear()
             if self.failure is not None:
                 self._on_failure()
@@ -237,8 +230,8 @@ class Engine:
                     more = more or any(self._scheduler.load)
             except Empty:
                 pass
-            events, more = self._scheduler.step()
-            self._tell(events)
+            told, more = self._scheduler.step()
+            self._tell(told)
             self._expire()
 
     def _do(self, command: Callable[[], None]) -> None:
@@ -254,7 +247,7 @@ class Engine:
         now = time.monotonic()
         for answer in [a for a in self._answers.values() if a.until < now]:
             self._do(lambda answer=answer: self._drop(answer))  # type: ignore[misc]
-            answer.tell(Event(0, reason="failed", error=LateError(_LATE)))
+            answer.tell(Piece(finish_reason="failed", error=LateError(_LATE)))
 
     def _add(self, answer: _Answer, request: Request) -> None:
         try:
@@ -262,7 +255,7 @@ class Engine:
         except Exception as error:  # of this request alone
             if request.constraint is not None:
                 request.constraint.close()
-            answer.tell(Event(0, reason="failed", error=error))
+            answer.tell(Piece(finish_reason="failed", error=error))
         else:
             self._answers[answer.number] = answer
 
@@ -270,40 +263,40 @@ class Engine:
         if self._answers.pop(answer.number, None):
             self._scheduler.cancel(answer.number)
 
-    def _tell(self, events: list[Event]) -> None:
-        """Hand over the events of a step: each loop is woken once, not once for every answer."""
-        told: dict[asyncio.AbstractEventLoop, list[tuple[_Answer, Event]]] = {}
-        for event in events:
-            answer = self._answers.get(event.request)
+    def _tell(self, told: Told) -> None:
+        """Hand over the pieces of a step: each loop is woken once, not once for every answer."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Answer, Piece]]] = {}
+        for number, piece in told:
+            answer = self._answers.get(number)
             if answer is not None:
-                told.setdefault(answer.loop, []).append((answer, event))
-                if event.reason is not None:
-                    del self._answers[event.request]
-        for loop, pairs in told.items():
+                by_loop.setdefault(answer.loop, []).append((answer, piece))
+                if piece.finish_reason is not None:
+                    del self._answers[number]
+        for loop, pairs in by_loop.items():
             _on(loop, pairs)
 
 
 class _Answer:
-    """Where the events of one answer go, and when it has to have ended (time.monotonic)."""
+    """Where the pieces of one answer go, and when it has to have ended (time.monotonic)."""
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        events: asyncio.Queue[tuple[int, Event]],
+        pieces: asyncio.Queue[tuple[int, Piece]],
         index: int,
         until: float,
     ) -> None:
         self.number = 0  # the scheduler's
-        self.loop, self.events, self.index, self.until = loop, events, index, until
+        self.loop, self.pieces, self.index, self.until = loop, pieces, index, until
 
-    def tell(self, event: Event) -> None:
-        _on(self.loop, [(self, event)])
+    def tell(self, piece: Piece) -> None:
+        _on(self.loop, [(self, piece)])
 
 
-def _on(loop: asyncio.AbstractEventLoop, pairs: list[tuple[_Answer, Event]]) -> None:
+def _on(loop: asyncio.AbstractEventLoop, pairs: list[tuple[_Answer, Piece]]) -> None:
     def put() -> None:
-        for answer, event in pairs:
-            answer.events.put_nowait((answer.index, event))
+        for answer, piece in pairs:
+            answer.pieces.put_nowait((answer.index, piece))
 
     try:
         loop.call_soon_threadsafe(put)

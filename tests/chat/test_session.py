@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import pytest
 from chat_harness import READY, ScriptedEngine, done
-from m7mlx_chat import session as session_module
-from m7mlx_chat.engine import Engine
+from m7mlx_chat import answering
+from m7mlx_chat.answering import Busy
 from m7mlx_chat.events import Failed, Seen, Text
-from m7mlx_chat.session import Busy, Session
+from m7mlx_chat.session import Session
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.store import Store
 from m7mlx_chat.store.errors import StoreError
@@ -26,7 +26,7 @@ class Speaker:
     def __init__(self, database: Path, *, ready: bool = True, **settings: Any) -> None:
         self.engine = ScriptedEngine()
         self.store = Store(database)
-        self.session = Session(self.store, cast(Engine, self.engine), Settings(model="m", **settings))
+        self.session = Session(self.store, self.engine, Settings(model="m", **settings))
         if ready:
             self.session.handle(READY)
 
@@ -65,7 +65,7 @@ def test_the_question_is_kept_before_the_engine_hears_it(speaker: Speaker, monke
 def test_what_is_said_is_kept_within_a_second(speaker: Speaker, monkeypatch: pytest.MonkeyPatch) -> None:
     under_way = speaker.session.ask("hello")
     now = under_way.saved
-    monkeypatch.setattr(session_module.time, "monotonic", lambda: now)
+    monkeypatch.setattr(answering.time, "monotonic", lambda: now)
     speaker.session.handle(Text("one ", 1, Seen(5, 100)))
     assert speaker.store.message(under_way.answer).text == ""
     now += 0.99
@@ -109,7 +109,7 @@ def test_a_question_that_failed_does_not_stand_in_the_way_of_the_next(speaker: S
     speaker.session.ask("far too long")
     speaker.session.handle(Failed("the prompt has 20000 tokens", fatal=False, exit_status=2))
     speaker.exchange("two", "second")
-    said = [(m["role"], m["content"]) for m in speaker.engine.asked[-1].messages]
+    said = [(m["role"], m["content"]) for m in speaker.engine.asked[-1].prompt]
     assert said == [("user", "one"), ("assistant", "first"), ("user", "two")]
     assert speaker.texts == ["one", "first", "far too long", "", "two", "second"]  # it is still there to see
 
@@ -120,7 +120,7 @@ def test_an_answer_waits_for_its_model(database: Path) -> None:
         speaker.session.ask("one")
         assert speaker.engine.asked == []
         speaker.session.handle(READY)
-        assert [m["content"] for m in speaker.engine.asked[0].messages] == ["one"]
+        assert [m["content"] for m in speaker.engine.asked[0].prompt] == ["one"]
         speaker.session.handle(done("first"))
         assert speaker.texts == ["one", "first"]
 
@@ -200,7 +200,7 @@ def test_an_answer_cut_short_elsewhere_can_be_gone_on_with_when_that_instance_is
     left = speaker.store.message(under_way.answer)
     assert (left.text, left.status) == ("once upon", "interrupted")
     speaker.session.resume()
-    assert speaker.engine.asked[-1].begun == ("once upon", None)  # a text alone: its ids were never known
+    assert speaker.engine.asked[-1].continues == "once upon"  # a text alone: its ids were never known
     speaker.session.handle(done(" a time"))
     assert speaker.texts == ["one", "once upon a time"]
     assert speaker.store.message(under_way.answer).status == "complete"

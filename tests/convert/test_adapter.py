@@ -10,18 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from adapters import (
-    ADAPTED,
-    DOWN,
-    EMBEDDING,
-    HEAD,
-    QUERY,
-    RANK,
-    break_config,
-    random,
-    write_mlx_lm,
-    write_peft,
-)
+from adapters import ADAPTED, DOWN, EMBEDDING, HEAD, QUERY, RANK, break_config, random, write_mlx_lm, write_peft
 from m7mlx_chat.cli import main as chat
 from m7mlx_convert.cli import main
 from m7mlx_convert.convert import convert

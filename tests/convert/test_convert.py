@@ -20,10 +20,11 @@ from damage import DAMAGE
 from m7mlx_convert.cli import main
 from m7mlx_convert.convert import convert
 from m7mlx_convert.scheme import Recipe
-from m7mlx_convert.writer import Piece, ShardWriter, Spec
-from models import mistral_file, random_weights, shard, small_config, write_folder
+from m7mlx_convert.writer import Spec, TensorBytes, WeightsWriter
+from models import named_arrays, random_weights, shard, small_config, write_folder
 from processes import running
-from tokenizer_folders import bpe_json_of
+from tokenizer_folders import write_transformers_tokenizer
+from values import number
 
 from m7mlx import load
 from m7mlx.config import ModelConfig
@@ -92,7 +93,7 @@ def test_quantised_as_mlx_lm_does_it(tmp_path: Path, bits: int, group: int, tied
     folder = write_folder(tmp_path / "source", config)
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(raw | {"torch_dtype": "float16"}))
-    save_transformers_tokenizer(folder)
+    write_transformers_tokenizer(folder)
     ours = convert(str(folder), tmp_path / "ours", recipe=Recipe(Quantization(group, bits)))
     theirs(str(folder), str(tmp_path / "theirs"), quantize=True, q_bits=bits, q_group_size=group)
     assert same(arrays(ours), arrays(tmp_path / "theirs"))
@@ -102,25 +103,11 @@ def test_quantised_as_mlx_lm_does_it(tmp_path: Path, bits: int, group: int, tied
     import mlx_lm
 
     their_model = mlx_lm.load(str(ours))[0]
-    assert same(flat(their_model), arrays(ours))
+    assert same(named_arrays(their_model), arrays(ours))
     expected = load(ours)[0](IDS)
     assert mx.array_equal(load(tmp_path / "theirs")[0](IDS), expected).item()
     difference = mx.abs(their_model(IDS).astype(mx.float32) - expected).max() / mx.abs(expected).max()
-    assert difference.item() < 0.02  # theirs computes in float16 here
-
-
-def save_transformers_tokenizer(folder: Path) -> None:
-    """A tokenizer that transformers, and so mlx-lm, can load."""
-    (folder / "tokenizer.json").write_text(json.dumps(bpe_json_of(mistral_file("v1"))))
-    (folder / "tokenizer_config.json").write_text(
-        '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}'
-    )
-
-
-def flat(model: Any) -> dict[str, mx.array]:
-    from mlx.utils import tree_flatten
-
-    return dict(tree_flatten(model.parameters()))
+    assert number(difference) < 0.02  # theirs computes in float16 here
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -147,8 +134,8 @@ def test_a_quantised_folder_is_kept_quantised_again_or_expanded(
     for name, weight in plain.items():
         if weight.ndim == 1:
             continue
-        parts = [kept[name], *(kept[f"{name.removesuffix('.weight')}.{kind}"] for kind in ("scales", "biases"))]
-        assert mx.array_equal(weight, mx.dequantize(*parts, group_size=64, bits=4)).item()
+        scales, biases = (kept[f"{name.removesuffix('.weight')}.{kind}"] for kind in ("scales", "biases"))
+        assert mx.array_equal(weight, mx.dequantize(kept[name], scales, biases, group_size=64, bits=4)).item()
         expected = mx.quantize(weight, group_size=64, bits=8)
         assert mx.array_equal(again[name], expected[0]).item()
 
@@ -184,9 +171,9 @@ def test_large_results_are_split_with_an_index(tmp_path: Path) -> None:
     }
     tensors["empty"] = mx.zeros((0, 3))
     tensors["turned"] = mx.arange(12, dtype=mx.uint32).reshape(3, 4).T
-    writer = ShardWriter(tmp_path, [[Spec(k, v.dtype, v.shape)] for k, v in tensors.items()], max_bytes=400)
+    writer = WeightsWriter(tmp_path, [[Spec(k, v.dtype, v.shape)] for k, v in tensors.items()], max_bytes=400)
     for array in tensors.values():
-        writer.write([Piece.of(array)])
+        writer.write([TensorBytes.of(array)])
     writer.finish()
     writer.close()
     index = json.loads((tmp_path / INDEX).read_text())["weight_map"]
@@ -196,12 +183,12 @@ def test_large_results_are_split_with_an_index(tmp_path: Path) -> None:
 
 
 def test_the_writer_keeps_to_its_plan(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, [[Spec("a", mx.float32, (2,))], [Spec("b", mx.float32, (2,))]])
+    writer = WeightsWriter(tmp_path, [[Spec("a", mx.float32, (2,))], [Spec("b", mx.float32, (2,))]])
     with pytest.raises(RunError, match="planned"):
-        writer.write([Piece.of(mx.zeros(2)), Piece.of(mx.zeros(2))])
+        writer.write([TensorBytes.of(mx.zeros(2)), TensorBytes.of(mx.zeros(2))])
     with pytest.raises(RunError, match="planned"):
-        writer.write([Piece.of(mx.zeros(3))])
-    writer.write([Piece.of(mx.zeros(2))])
+        writer.write([TensorBytes.of(mx.zeros(3))])
+    writer.write([TensorBytes.of(mx.zeros(2))])
     with pytest.raises(RunError, match="b was planned but not written"):
         writer.finish()
     writer.close()

@@ -11,7 +11,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from gguf_files import Kind, gguf_config, write_gguf
+from gguf import GGMLQuantizationType as Kind
+from gguf_files import gguf_config, write_gguf
 from m7mlx_convert.cli import main
 from m7mlx_convert.gguf import open_gguf
 from m7mlx_convert.gguf_header import read_header
@@ -161,4 +162,4 @@ def test_a_file_that_shrinks_meanwhile(sound: Path, tmp_path: Path) -> None:
     last = list(open_gguf(path).tensors.values())[-1]
     path.write_bytes(sound.read_bytes()[:-40_000])
     with pytest.raises(WeightsError, match="has become shorter"):
-        last.load()
+        last.read()
