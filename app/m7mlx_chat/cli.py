@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m7mlx.command import EXIT_FAILED, ArgumentParser, add_parallel, gigabytes, run
+from m7mlx.command import EXIT_FAILED, ArgumentParser, add_json, add_parallel, gigabytes, run
 from m7mlx.errors import InputError
 from m7mlx.parallel.launch import is_launched
 from m7mlx_chat import ENGINE_THREAD
@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = _parser()
     args = parser.parse_args(argv)
+    if args.json and (args.interactive or args.web or args.import_file):
+        parser.error("--json prints an answer; --interactive, --web and --import do something else: choose one")
     try:
         status = run(_chat, args, PROG)
     except SystemExit as ended:
@@ -82,9 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "-c", "--continue", action="store_true", dest="go_on", help="go on with the last conversation"
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object a line for everything that happens"
-    )
+    add_json(parser)
     parser.add_argument(
         "--json-schema", type=Path, metavar="FILE", help="with -p: an answer in JSON that fits this schema"
     )
@@ -189,8 +189,6 @@ def _check_together(args: argparse.Namespace, asked: bool, in_terminal: bool) ->
     """Raise InputError for options that exclude each other."""
     if args.json_schema and (args.interactive or not (asked or not in_terminal)):
         raise InputError("--json-schema is for a single answer: give the question with -p")
-    if args.json and args.interactive:
-        raise InputError("--json prints, --interactive shows the chat: choose one")
     if is_launched() and (args.web or args.interactive or not asked):
         raise InputError('under mlx.launch there is no terminal: give the question with -p "…"')
 

@@ -41,7 +41,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_models_on_this_machine(here: Path, tmp_path: Path) -> None:
     elsewhere = write_folder(tmp_path / "elsewhere", small_config(vocab_size=32768))
-    found = models(here, [str(elsewhere), "no-such", "org/name"])
+    found = models([str(elsewhere), "no-such", "org/name"], here)
     names = [entry.name.removeprefix(f"{here}/") for entry in found]
     assert names == ["full", "windowed", str(elsewhere), "mistral", "demo", "broken"]
     windowed = found[names.index("windowed")]
@@ -330,5 +330,5 @@ async def test_the_list_of_models_is_what_the_screen_shows(here: Path, tmp_path:
         await chat.pilot.press("ctrl+o")
         await chat.settled()
         options = chat.app.screen.query_one(OptionList)
-        assert options.option_count == len(models(here))
-        assert isinstance(models(here)[0], Entry)
+        assert options.option_count == len(models(own=here))
+        assert isinstance(models(own=here)[0], Entry)
