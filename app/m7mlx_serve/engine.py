@@ -28,6 +28,7 @@ from m7mlx.parallel.world import Leader, World
 from m7mlx.request import with_grammar
 from m7mlx.ring import KVFormat
 from m7mlx.scheduler import Scheduler, Told
+from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx_serve.errors import report
 
 _SCHEMAS = 8  # requests whose schemas are prepared, or wait for that; more would take the places of others
@@ -69,6 +70,9 @@ class Engine:
         """
         self._folder, self._limits, self._world, self._on_failure = folder, limits, world, failed
         self.failure: Exception | None = None
+        self._model: Mistral | None = None
+        self._tokenizer: Tokenizer | None = None
+        self._scheduler: Scheduler | Leader | None = None
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._answers: dict[int, _Answer] = {}  # by the scheduler's numbers; the engine's thread alone
         self._schemas = 0  # requests that wait for one; event loops alone
@@ -92,6 +96,18 @@ class Engine:
         return self._thread.is_alive() and not self._closing
 
     @property
+    def model(self) -> Mistral:
+        """The model, between `start` and the engine's end."""
+        assert self._model is not None
+        return self._model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, from `start` on."""
+        assert self._tokenizer is not None
+        return self._tokenizer
+
+    @property
     def open_requests(self) -> int:
         """Requests that have not ended."""
         return self._open
@@ -99,8 +115,8 @@ class Engine:
     @property
     def running(self) -> int:
         """Requests that are read or answered; the others wait."""
-        scheduler: Scheduler | Leader | None = self.__dict__.get("_scheduler")
-        return scheduler.load[0] if scheduler else 0
+        scheduler = self._scheduler
+        return scheduler.running_and_waiting[0] if scheduler else 0
 
     async def ask(
         self, requests: Sequence[Request], seconds: float = float("inf")
@@ -188,7 +204,7 @@ class Engine:
         try:
             try:
                 read = load if self._world is None else self._world.load
-                self.model, self.tokenizer = read(self._folder)
+                self._model, self._tokenizer = read(self._folder)
                 self._scheduler = self._scheduled()
             except Exception as error:
                 self.failure = error
@@ -212,8 +228,7 @@ class Engine:
                 self._on_failure()
             if self._world is not None:
                 self._world.close()
-            self.__dict__.pop("model", None)
-            self.__dict__.pop("_scheduler", None)
+            self._model = self._scheduler = None
             mx.clear_streams()  # left to the thread's own end they abort the process every third time (mlx 0.32)
 
     def _scheduled(self) -> Scheduler | Leader:
@@ -222,12 +237,13 @@ class Engine:
         return scheduler if self._world is None else Leader(scheduler, self._world)
 
     def _serve(self) -> None:
+        assert self._scheduler is not None
         more = False
         while not self._closing:
             try:
                 while not self._closing:
                     self._do(self._commands.get(block=not more))
-                    more = more or any(self._scheduler.load)
+                    more = more or any(self._scheduler.running_and_waiting)
             except Empty:
                 pass
             told, more = self._scheduler.step()
@@ -250,6 +266,7 @@ class Engine:
             answer.tell(Piece(finish_reason="failed", error=LateError(_LATE)))
 
     def _add(self, answer: _Answer, request: Request) -> None:
+        assert self._scheduler is not None
         try:
             answer.number = self._scheduler.add(request)
         except Exception as error:  # of this request alone
@@ -260,7 +277,7 @@ class Engine:
             self._answers[answer.number] = answer
 
     def _drop(self, answer: _Answer) -> None:
-        if self._answers.pop(answer.number, None):
+        if self._answers.pop(answer.number, None) and self._scheduler is not None:
             self._scheduler.cancel(answer.number)
 
     def _tell(self, told: Told) -> None:

@@ -275,7 +275,7 @@ def test_what_nests_too_deep_somewhere_else_is_the_clients_fault(model_folder: P
     async def ask() -> httpx.Response:
         transport = httpx.ASGITransport(server.app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-            server._engine.tokenizer = load_tokenizer(model_folder)
+            server._engine._tokenizer = load_tokenizer(model_folder)
             return await client.post(PATH, json=BODY)
 
     found = asyncio.run(ask())
