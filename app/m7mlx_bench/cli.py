@@ -254,7 +254,7 @@ def _measure(
 
 
 def _run_worker(job: str) -> str:
-    """Return the last line that a worker prints. Raises RunError with the last of its complaints."""
+    """Return the last line that a worker prints. Raises RunError with its last complaint."""
     command = [sys.executable, "-m", "m7mlx_bench.worker", job]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

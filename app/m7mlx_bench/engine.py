@@ -1,4 +1,4 @@
-"""What an engine is for m7mlx-bench: a few calls, whatever is behind them."""
+"""An engine, as m7mlx-bench sees it: a few calls, whatever is behind them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Engine(Protocol):
         """Begin anew with a prompt, read as this engine reads prompts."""
 
     def fill(self, position: int) -> None:
-        """Begin anew with random keys and values for so many tokens, which cost what true ones do."""
+        """Begin anew with random keys and values for so many tokens: they cost what true ones do."""
 
     def tokens(self) -> Iterator[int]:
         """Decode greedily from there on, in the engine's own loop."""

@@ -1,7 +1,7 @@
 """The engines by name, and whether they are installed.
 
-Nothing is imported before its engine is asked for: m7mlx brings a BLAS into its process, which MLX is
-to have, in mlx-lm's runs too, and torch is not.
+Nothing is imported before its engine is asked for: m7mlx brings a BLAS into its process, which MLX
+is to have, in mlx-lm's runs too, and torch is not.
 """
 
 from __future__ import annotations
