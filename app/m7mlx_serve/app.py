@@ -19,13 +19,14 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from m7mlx_serve.admission import Admission
-from m7mlx_serve.answers import Answers
 from m7mlx_serve.bodies import SCOPE_KEY
-from m7mlx_serve.choices import written
+from m7mlx_serve.endpoints import ENDPOINTS
 from m7mlx_serve.engine import Engine
 from m7mlx_serve.errors import ApiError, report
 from m7mlx_serve.metrics import Counted, Metrics
-from m7mlx_serve.openapi import PATHS, POSTS, document, page
+from m7mlx_serve.openai.answers import Answers
+from m7mlx_serve.openai.choices import written
+from m7mlx_serve.openapi import PATHS, document, page
 from m7mlx_serve.readers import Readers
 
 _Found = TypeVar("_Found")
@@ -69,7 +70,7 @@ class Server:
         self._engine, self._readers, self._served, self._started = engine, readers, served, int(time.time())
         self._metrics = Metrics(engine)
         routes = [
-            *(Route(path, self._answer, methods=["POST"]) for path in POSTS),
+            *(Route(path, self._answer, methods=["POST"]) for path in ENDPOINTS),
             Route("/v1/models", self._models),
             Route("/v1/models/{name:path}", self._model),
             Route("/health", self._health),
@@ -80,7 +81,7 @@ class Server:
         ]
         app = Starlette(
             routes=routes,
-            middleware=[Middleware(Admission, posts=POSTS, hosts=hosts, key=key)],
+            middleware=[Middleware(Admission, posts=ENDPOINTS, hosts=hosts, key=key)],
             exception_handlers={
                 ApiError: _api_error,
                 HTTPException: _http_error,

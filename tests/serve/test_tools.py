@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from m7mlx_serve.choices import Choice, written
+from m7mlx_serve.openai.choices import Choice, written
 from m7mlx_serve.tool_calls import MARK, CallReader
 
 from m7mlx.request import Event

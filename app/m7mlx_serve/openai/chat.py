@@ -1,59 +1,39 @@
-"""What clients send and get: the part of OpenAI's API that a local model has an answer to.
-
-Fields that would change the answer and are not supported are refused, not ignored; those that only describe the
-client (`user`, `metadata`, `store`) are let through.
-"""
+"""POST /v1/chat/completions: the next message of a conversation."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, ClassVar, Literal
+from array import array
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Stop = Annotated[str, Field(min_length=1, max_length=1000)]
-TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
-MAX_TEXT = (
-    1_000_000  # characters of all messages and tools together, or of a prompt; more ids than the model ever sees
-)
-Text = Annotated[str, Field(max_length=MAX_TEXT)]
-Name = Annotated[str, Field(max_length=200)]
-_MOST_BIASED = 1024
-MEANINGLESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
-NEUTRAL = {"presence_penalty": 0, "frequency_penalty": 0}  # other values are not served
+from m7mlx.errors import InputError
+from m7mlx.grammar import MAX_SCHEMA
+from m7mlx.tokens.tokenizer import Tokenizer
+from m7mlx_serve.endpoint import Endpoint
+from m7mlx_serve.openai.fields import Generation
+from m7mlx_serve.openai.replies import ChatChunk, ChatCompletion
+from m7mlx_serve.strict import MAX_TEXT, Name, Strict, Text
+from m7mlx_serve.tool_calls import MARK
 
 
-class _Strict(BaseModel):
-    """A body may hold millions of mistakes: of a list only the first is looked for, and of unknown fields too."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    also: ClassVar[frozenset[str]] = frozenset()  # fields that are known and not kept
-
-    @model_validator(mode="before")
-    @classmethod
-    def _knows_all_fields(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            known = {field.alias or name for name, field in cls.model_fields.items()} | cls.also
-            if unknown := next((name for name in data if name not in known), None):
-                raise ValueError(f"there is no field {unknown[:100]!r}")
-        return data
-
-
-class TextPart(_Strict):
-    """A part of a message; pictures and sound are refused, and nothing is ever fetched."""
+class TextPart(Strict):
+    """A part of a message. Pictures and sound are refused; nothing is ever fetched."""
 
     type: Literal["text"]
     text: Text
 
 
-class CalledFunction(_Strict):
+class CalledFunction(Strict):
+    """The name and arguments of a call."""
+
     name: Annotated[str, Field(min_length=1, max_length=200)]
     arguments: Text = "{}"
 
 
-class ToolCall(_Strict):
-    """What an assistant message has called."""
+class ToolCall(Strict):
+    """A call in a message of the assistant."""
 
     id: Annotated[str, Field(max_length=100)]
     type: Literal["function"] = "function"
@@ -61,7 +41,7 @@ class ToolCall(_Strict):
     index: int | None = None  # some clients send back what they were streamed
 
 
-class ChatMessage(_Strict):
+class ChatMessage(Strict):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -74,7 +54,7 @@ class ChatMessage(_Strict):
 
     @property
     def size(self) -> int:
-        """In characters."""
+        """Its length in characters."""
         content = self.content or ""
         texts = [content] if isinstance(content, str) else [part.text for part in content]
         for call in self.tool_calls or []:
@@ -82,7 +62,7 @@ class ChatMessage(_Strict):
         return sum(map(len, [*texts, self.name or "", self.tool_call_id or ""]))
 
     def plain(self) -> dict[str, Any]:
-        """As `m7mlx.tokens.messages` takes it."""
+        """The message as `m7mlx.tokens.messages` takes it."""
         content = self.content or ""
         text = content if isinstance(content, str) else "".join(part.text for part in content)
         found: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
@@ -91,40 +71,46 @@ class ChatMessage(_Strict):
         return found | {k: v for k in ("name", "tool_call_id", "prefix") if (v := getattr(self, k)) is not None}
 
 
-class Function(_Strict):
+class Function(Strict):
+    """What the model is told of a function."""
+
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
     description: Text = ""
     parameters: dict[str, Any] = Field(default_factory=lambda: {"type": "object", "properties": {}})
     strict: bool | None = None
 
 
-class Tool(_Strict):
+class Tool(Strict):
     """A function that the model may call."""
 
     type: Literal["function"]
     function: Function
 
 
-class NamedFunction(_Strict):
+class NamedFunction(Strict):
+    """The name of a function."""
+
     name: Name
 
 
-class NamedTool(_Strict):
-    """This function and no other."""
+class NamedTool(Strict):
+    """A demand to call this function and no other."""
 
     type: Literal["function"]
     function: NamedFunction
 
 
-class JsonSchema(_Strict):
+class JsonSchema(Strict):
+    """The schema that an answer must fit."""
+
     name: Name = "answer"
     description: Text | None = None
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
     strict: bool | None = None
 
 
-class ResponseFormat(_Strict):
-    """Text, any JSON object, or the JSON of a schema; enforced, not asked for."""
+class ResponseFormat(Strict):
+    """Text, any JSON object, or JSON that fits a schema. It is enforced, not merely asked for."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -136,53 +122,8 @@ class ResponseFormat(_Strict):
         return self
 
 
-class StreamOptions(_Strict):
-    include_usage: bool = False
-
-
-class Generation(_Strict):
-    """What both ways of asking have in common."""
-
-    model: str
-    temperature: Annotated[Finite, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[Finite, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=1 << 30)] | None = None
-    min_p: Annotated[Finite, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[Finite, Field(ge=0.01, le=100)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=64, fail_fast=True)] | None = None
-    n: Annotated[int, Field(ge=1, le=8)] = 1
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    logit_bias: (
-        Annotated[dict[TokenId, Annotated[Finite, Field(ge=-100, le=100)]], Field(max_length=_MOST_BIASED)] | None
-    ) = None
-    also: ClassVar[frozenset[str]] = frozenset({*MEANINGLESS, *NEUTRAL})
-
-    @field_validator("logit_bias", mode="before")
-    @classmethod
-    def _biases_few(cls, data: Any) -> Any:
-        """… before each of them is looked at."""
-        if isinstance(data, dict) and len(data) > _MOST_BIASED:
-            raise ValueError(f"at most {_MOST_BIASED:,} ids can be biased")
-        return data
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_what_means_nothing(cls, data: Any) -> Any:
-        """… here, and what asks for nothing: null, and penalties of 0."""
-        if not isinstance(data, dict):
-            return data
-        return {
-            key: value
-            for key, value in data.items()
-            if value is not None and key not in MEANINGLESS and not (key in NEUTRAL and value == NEUTRAL[key])
-        }
-
-
 class ChatRequest(Generation):
-    """POST /v1/chat/completions."""
+    """The body of POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -197,6 +138,42 @@ class ChatRequest(Generation):
     def is_continued(self) -> bool:
         """Whether the model continues the last message, instead of answering it."""
         return bool(self.messages[-1].prefix)
+
+    @property
+    def required_tools(self) -> list[Tool] | None:
+        """The tools one of which must be called; None where the model may answer otherwise."""
+        if isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+            return [tool for tool in self.tools or [] if tool.function.name == name]
+        return self.tools if self.tool_choice == "required" else None
+
+    def without_texts(self) -> Self:
+        """Leave out messages and tools, save for the schemas that the answer must follow."""
+        required = self.required_tools or []
+        schemas = [tool.function.parameters for tool in required]
+        if self.response_format and self.response_format.json_schema:
+            schemas.append(self.response_format.json_schema.schema_)
+        if sum(len(json.dumps(schema)) for schema in schemas) > MAX_SCHEMA:
+            raise InputError(f"the JSON schema is longer than {MAX_SCHEMA:,} characters")
+        parameters = {tool.function.name: tool.function.parameters for tool in required}
+        names = [tool.function.name for tool in self.tools or []]
+        tools = [
+            Tool(type="function", function=Function(name=name, parameters=parameters.get(name, {}))) for name in names
+        ]
+        last = self.messages[-1]
+        empty = [ChatMessage(role=last.role, content="", prefix=last.prefix)]
+        return self.model_copy(update={"messages": empty, "tools": tools or None})
+
+    def _encode_prompt(self, tokenizer: Tokenizer) -> array[int]:
+        tools = self.tools or [] if self.tool_choice != "none" else []
+        mark = tokenizer.control_id(MARK)
+        if tools and mark is None:
+            raise InputError("this model's chat format has no tools; leave out tools")
+        messages = [message.plain() for message in self.messages]
+        ids = array("i", tokenizer.chat.encode(messages, [tool.model_dump(exclude_none=True) for tool in tools]))
+        if self.required_tools is not None and mark is not None:
+            ids.append(mark)
+        return ids
 
     @model_validator(mode="after")
     def _fits_together(self) -> ChatRequest:
@@ -221,9 +198,4 @@ class ChatRequest(Generation):
         return self
 
 
-class CompletionRequest(Generation):
-    """POST /v1/completions: a text or ids to go on from."""
-
-    prompt: Text | Annotated[list[int], Field(min_length=1, max_length=MAX_TEXT, fail_fast=True)]
-    echo: Literal[False] = False
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+ENDPOINT = Endpoint("/v1/chat/completions", "Answer a conversation", ChatRequest, ChatCompletion, ChatChunk)

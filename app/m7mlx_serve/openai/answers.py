@@ -14,11 +14,13 @@ from m7mlx.errors import BusyError, InputError
 from m7mlx.request import Event, Request, Usage
 from m7mlx.sampling import Sampling
 from m7mlx.tokens.tokenizer import Tokenizer
-from m7mlx_serve.choices import Choice
+from m7mlx_serve.endpoint import ReadRequest
 from m7mlx_serve.engine import LateError, Prepared
-from m7mlx_serve.errors import ApiError, report
-from m7mlx_serve.reading import Asked, demanded, refusal
-from m7mlx_serve.schemas import ChatRequest, Generation
+from m7mlx_serve.errors import ApiError, refusal, report
+from m7mlx_serve.openai.chat import ChatRequest
+from m7mlx_serve.openai.choices import Choice
+from m7mlx_serve.openai.fields import Generation
+from m7mlx_serve.openai.text import CompletionRequest
 from m7mlx_serve.tool_calls import MARK
 from m7mlx_serve.tool_schema import calls_schema
 
@@ -30,9 +32,10 @@ _SAMPLED = 0.7  # OpenAI's default is 1, which is too wild for models of this si
 class Answers:
     """The answers to one request: `n` of them."""
 
-    def __init__(self, tokenizer: Tokenizer, ask: Ask, asked: Asked, most: int | None, seconds: float) -> None:
+    def __init__(self, tokenizer: Tokenizer, ask: Ask, asked: ReadRequest, most: int | None, seconds: float) -> None:
         """`ask` is the engine's; `most` tokens and `seconds` bound each answer."""
         self._tokenizer, self._ask, self._asked, self._most = tokenizer, ask, asked, most
+        assert isinstance(asked.body, Generation)
         self._body, self._seconds = asked.body, seconds
         self._is_chat = isinstance(asked.body, ChatRequest)
         self._id = ("chatcmpl-" if self._is_chat else "cmpl-") + secrets.token_hex(12)
@@ -94,7 +97,7 @@ class Answers:
         mark, forced = None, False
         tokenizer = self._tokenizer
         if isinstance(self._body, ChatRequest) and self._body.tools and self._body.tool_choice != "none":
-            mark, forced = tokenizer.control_id(MARK), demanded(self._body) is not None
+            mark, forced = tokenizer.control_id(MARK), self._body.required_tools is not None
         return Choice(index, tokenizer, self._is_chat, mark, forced, self._body.stream)
 
     def _envelope(self, choices: Sequence[dict[str, Any]], suffix: Literal["", ".chunk"]) -> dict[str, Any]:
@@ -111,12 +114,12 @@ class Answers:
         return f"data: {json.dumps(self._envelope([choice], '.chunk'), ensure_ascii=False)}\n\n"
 
 
-def _prepared(asked: Asked, most: int | None) -> Prepared:
+def _prepared(asked: ReadRequest, most: int | None) -> Prepared:
     """What the engine is asked for."""
     schema: Mapping[str, Any] | None = None
     body = asked.body
     if isinstance(body, ChatRequest):
-        if (tools := demanded(body)) is not None:
+        if (tools := body.required_tools) is not None:
             functions = [tool.function.model_dump() for tool in tools]
             schema = calls_schema(functions, body.parallel_tool_calls is not False)
         elif body.response_format and body.response_format.type != "text":
@@ -127,6 +130,7 @@ def _prepared(asked: Asked, most: int | None) -> Prepared:
             (body.top_logprobs or 0) if body.logprobs else None,
         )
     else:
+        assert isinstance(body, CompletionRequest)
         wanted, logprobs = body.max_tokens or 16, body.logprobs  # 16 is OpenAI's default
     limits = [n for n in (wanted, most) if n is not None]
     request = Request(
