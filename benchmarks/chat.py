@@ -26,9 +26,10 @@ QUESTION = "Tell me a long story about a fox, with many chapters, a table of con
 def headless(model: str, tokens: int) -> dict[str, float]:
     """Tokens per second of the engine alone."""
     from m7mlx_chat.engine import Engine
-    from m7mlx_chat.events import Done, Request
+    from m7mlx_chat.events import Done
     from m7mlx_chat.settings import Settings
 
+    from m7mlx import Request
     from m7mlx.files.hub import resolve
 
     engine = Engine()
@@ -85,10 +86,12 @@ async def opening(count: int) -> dict[str, float]:
     from m7mlx_chat.app import ChatApp
     from m7mlx_chat.config import Config
     from m7mlx_chat.engine import Engine
+    from m7mlx_chat.environment import read_environment
     from m7mlx_chat.session import Session
     from m7mlx_chat.settings import Settings
     from m7mlx_chat.store import Store
     from m7mlx_chat.store.rows import Node, Tree
+    from m7mlx_chat.view import Parts
 
     text = "Some **words** of an answer, with `code` in it.\n\n- one\n- two\n\n```python\nx = 1\n```\n"
     nodes = tuple(
@@ -98,15 +101,17 @@ async def opening(count: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder, Store(Path(folder) / "chats.db") as store:
         tree = Tree(title="long", automatic=False, created=1e9, updated=1e9, leaf=count - 1, nodes=nodes)
         (conversation,) = store.plant([tree])
-        session = Session(store, Engine(), Settings())
-        app = ChatApp(session._engine, session, Config(Path(folder) / "c.toml"), folder=Path("/nowhere"))
+        engine, environment = Engine(), read_environment()
+        session = Session(store, engine, Settings())
+        parts = Parts(engine, session, Config(Path(folder) / "c.toml"), environment)
+        app = ChatApp(parts, folder=Path("/nowhere"))
         async with app.run_test(size=(120, 40)) as pilot:
             await pilot.pause()
             started = time.perf_counter()
             await app.open_conversation(conversation)
             await pilot.pause()
             seconds = time.perf_counter() - started
-        session._engine.close()
+        engine.close()
     return {"seconds": seconds}
 
 

@@ -96,11 +96,11 @@ def questions(folder: Path, count: int) -> list[Question]:
         scheduler.add(Request(ids, Sampling(), tokens, logprobs=2, constraint=constraint))
         text, margin, more = "", 1.0, True
         while more:
-            events, more = scheduler.step()
-            for event in events:
-                text += event.text
-                for scores in event.scores if constraint is None else ():
-                    margin = min(margin, scores.best[0][1] - scores.best[1][1])
+            told, more = scheduler.step()
+            for _, piece in told:
+                text += piece.text
+                for scored in piece.logprobs if constraint is None else ():
+                    margin = min(margin, scored.top[0][1] - scored.top[1][1])
         return text, margin
 
     found: list[Question] = []

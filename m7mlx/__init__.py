@@ -11,6 +11,7 @@ import m7mlx.cpu.blas  # noqa: F401  first: it has to be there before mlx.core i
 # isort: split
 from importlib.metadata import version
 
+from m7mlx.answer import Piece, Stats
 from m7mlx.batch import BatchCache
 from m7mlx.cache import RollingCache, Snapshot
 from m7mlx.cache_file import load_cache, save_cache
@@ -32,12 +33,13 @@ from m7mlx.errors import (
     TokenizerError,
     WeightsError,
 )
-from m7mlx.generation import Piece, Stats, generate, stream_generate
+from m7mlx.generation import generate, stream_generate
 from m7mlx.loading import load
 from m7mlx.lora import set_adapter
 from m7mlx.model import Mistral
 from m7mlx.quantization import Quantization
-from m7mlx.sampling import Sampling
+from m7mlx.request import Request
+from m7mlx.sampling import LogitsProcessor, Sampling, TokenLogprobs
 from m7mlx.speculative import DraftModel, PromptLookup, load_draft_model
 from m7mlx.tokens.messages import Message
 from m7mlx.tokens.tokenizer import Tokenizer
@@ -53,6 +55,7 @@ __all__ = [
     "DownloadError",
     "DraftModel",
     "InputError",
+    "LogitsProcessor",
     "M7Error",
     "Message",
     "Mistral",
@@ -62,12 +65,14 @@ __all__ = [
     "PromptLookup",
     "PromptTooLongError",
     "Quantization",
+    "Request",
     "RollbackError",
     "RollingCache",
     "RunError",
     "Sampling",
     "Snapshot",
     "Stats",
+    "TokenLogprobs",
     "Tokenizer",
     "TokenizerError",
     "WeightsError",

@@ -108,8 +108,9 @@ def decode(
 ) -> Generator[int, None, None]:
     """Yield up to `limit` tokens (None: for ever), starting from the logits [1, vocab_size] of the prompt's end.
 
-    The step after a token is under way before that token is read: the device never waits for Python. Every
-    token that has been yielded is in the cache.
+    The pass after a token is under way before that token is read: the device never waits for Python. Every token that
+    has been yielded is in the cache. A sampler that does not look ahead is called once for each token, after the
+    one before has been taken.
     """
     if limit == 0:
         return
@@ -118,10 +119,16 @@ def decode(
     mx.async_eval(token)
     count = 0
     while count != limit:
-        following = sampler(step(token[:, None], cache)[:, -1])
-        mx.async_eval(following)
+        logits = step(token[:, None], cache)[:, -1]
+        following = sampler(logits) if sampler.looks_ahead else None
+        mx.async_eval(logits if following is None else following)
         value: int = token.item()  # type: ignore[assignment]
         cache.ids.append(value)
         yield value
         count += 1
+        if following is None:
+            if count == limit:
+                return
+            following = sampler(logits)
+            mx.async_eval(following)
         token = following

@@ -9,8 +9,8 @@ import mlx.core as mx
 
 from m7mlx.decode import default_chunk
 from m7mlx.errors import InputError
-from m7mlx.generation import check_prompt, encode_prompt
 from m7mlx.model import Mistral
+from m7mlx.request import check_prompt, encode_prompt
 from m7mlx.tokens.tokenizer import Tokenizer
 
 Pooling = Literal["mean", "last"]

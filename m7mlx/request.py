@@ -1,141 +1,249 @@
-"""What a client asks of the scheduler, what becomes of it, and one answer on its way between the two."""
+"""What is asked for: a prompt in any of its forms, and how to answer it.
+
+A `Request` says it once, for the library, the chat, the server and processes that share a model.
+`prepare` makes of it what one model can answer: its prompt as ids, a JSON schema as a grammar, and a
+limit that its cache has room for.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
-from weakref import WeakKeyDictionary
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from numbers import Integral
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
 
 from m7mlx.cache import RollingCache
-from m7mlx.constrain import CUT, Constraint
-from m7mlx.decode import shared_start
-from m7mlx.errors import InputError
-from m7mlx.generation import StopFilter
+from m7mlx.constrain import Constraint, Unconstrained, json_constraint
+from m7mlx.errors import InputError, PromptTooLongError, TokenizerError
+from m7mlx.memory import positions_that_fit
 from m7mlx.model import Mistral
-from m7mlx.sampling import Sampler, Sampling, TokenScores
+from m7mlx.sampling import LogitsProcessor, Sampling
+from m7mlx.tokens.messages import Message
 from m7mlx.tokens.tokenizer import Tokenizer
 
-Reason = Literal["stop", "length", "cancelled", "failed"]
+Prompt = str | Sequence[int] | Sequence[Message]
+DEFAULT_MAX_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, and how to answer it; options as for `m7mlx.stream_generate`.
+    """A prompt, and how to answer it.
 
-    at_start    whether the answer begins a message (chat), not the middle of a text
-    logit_bias, logprobs, constraint  as for `m7mlx.sampling.Sampler`
+    prompt      a text to go on with, ids (a list, or an array of MLX or NumPy), or chat messages
+                (`m7mlx.tokens.messages`), whose contents may be lists of text parts. A last message
+                of the assistant with "prefix": True is continued
+    sampling    how each token is chosen
+    max_tokens  tokens to generate at most; None goes on until the model ends or its context is full
+    stop        texts that end the answer; they are not part of it
+    at_start    whether the answer to ids or messages begins a message, not amid a text
+    begun       how many of the prompt's last ids begin the answer, their text shown already;
+                `prepare` counts those of a message that is continued
+    continues   the ids, or the text, of an answer that was broken off. It goes on after them, with
+                the same seed as if it had never been broken off
+    logit_bias  numbers added to the logits of some ids
+    logprobs    tell the log probability of each token, and of this many of the likeliest in its
+                place; None for neither
+    logits_processors
+                functions f(ids, logits) → logits (`m7mlx.sampling.LogitsProcessor`)
+    constraint  a grammar that the answer follows (`m7mlx.constrain`)
+    schema      a JSON schema that the answer fits: `prepare` makes a constraint of it
+
+    Raises InputError for what can be used with no model at all.
     """
 
-    ids: Sequence[int]
+    prompt: Prompt
     sampling: Sampling = field(default_factory=Sampling)
-    max_tokens: int | None = 512
+    max_tokens: int | None = DEFAULT_MAX_TOKENS
     stop: Sequence[str] = ()
     at_start: bool = True
+    begun: int = 0
+    continues: Sequence[int] | str = ()
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    logits_processors: Sequence[LogitsProcessor] = ()
     constraint: Constraint | None = None
+    schema: Mapping[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.sampling, Sampling):
+            raise InputError(f"sampling must be a Sampling, not {kind_of(self.sampling)}")
+        for name, value in (("max_tokens", self.max_tokens), ("logprobs", self.logprobs)):
+            if value is not None and (type(value) is not int or value < 0):
+                raise InputError(f"{name} must be a whole number that is not negative, or None, not {value!r:.100}")
+        if not _is_list_of(self.stop, str) or not all(self.stop):
+            raise InputError("stop must be a list of texts, none of them empty")
+        if not _is_list_of(self.logits_processors, Callable):
+            raise InputError("logits_processors must be a list of functions f(ids, logits) that return logits")
+        if self.has_grammar and len(self.continues):
+            raise InputError("an answer that follows a grammar cannot go on where it was broken off; ask for it anew")
 
-@dataclass(frozen=True)
-class Event:
-    """What has become of a request: more of its answer, or its end.
+    @property
+    def has_grammar(self) -> bool:
+        """Whether the answer follows a grammar."""
+        return self.constraint is not None or self.schema is not None
 
-    request  the number that `Scheduler.add` gave
-    text     what can be shown since the event before; ids, the tokens generated since then; scores, theirs
-    reason   None as long as it goes on; "failed" has an error
-    """
+    @property
+    def ids(self) -> Sequence[int]:
+        """All that is read before the first token; of a request that is prepared."""
+        prompt, continues = cast("Sequence[int]", self.prompt), cast("Sequence[int]", self.continues)
+        return [*prompt, *continues] if len(continues) else prompt
 
-    request: int
-    text: str = ""
-    ids: tuple[int, ...] = ()
-    scores: tuple[TokenScores, ...] = ()
-    reason: Reason | None = None
-    error: Exception | None = None
-    usage: Usage | None = None
+    def to_dict(self) -> dict[str, Any]:
+        """The request as JSON, for `from_dict`.
 
-
-@dataclass(frozen=True)
-class Usage:
-    """Tokens of the prompt, how many of them were held already, and tokens generated; seconds from `add` on."""
-
-    prompt_tokens: int
-    reused_tokens: int
-    generated_tokens: int
-    first_token: float
-    whole: float
-
-
-class Answer:
-    """One request on its way."""
-
-    def __init__(
-        self, number: int, request: Request, limit: int | None, model: Mistral, tokenizer: Tokenizer
-    ) -> None:
-        self.number, self.limit = number, limit
-        self.ids = request.ids
-        self._constraint = request.constraint
-        self.alike: WeakKeyDictionary[Answer | RollingCache, int] = WeakKeyDictionary()
-        self.sampler = Sampler(
-            request.sampling,
-            bias=request.logit_bias,
-            constraint=request.constraint,
-            logprobs=request.logprobs,
-            vocab_size=tokenizer.vocab_size,
-            agree=model.agree,
-        )
-        self.sampler.see(self.ids)
-        self.text, self.stop = tokenizer.detokenizer(request.at_start), StopFilter(request.stop)
-        self.eos = tokenizer.eos_ids
-        self.cache: RollingCache | None = None  # as long as the prompt is being read
-        self.reused = self.generated = 0
-        self.added = time.perf_counter()
-        self.first = 0.0
-        self.error: Exception | None = None  # its grammar has failed
-
-    def shares(self, other: Answer | RollingCache) -> int:
-        """How many ids its prompt and another, or a conversation that has ended, begin with alike.
-
-        It is looked at before each step, and neither changes: a million ids are compared once.
+        A grammar and logits processors stay in this process; only that there are some is told.
+        Another process that shares the model takes the tokens that are chosen here.
         """
-        if other not in self.alike:
-            self.alike[other] = shared_start(self.ids, other.ids)
-        return self.alike[other]
+        return {
+            "prompt": self.prompt if isinstance(self.prompt, str) else _plain(self.prompt),
+            "sampling": asdict(self.sampling),
+            "max_tokens": self.max_tokens,
+            "stop": list(self.stop),
+            "at_start": self.at_start,
+            "begun": self.begun,
+            "continues": self.continues if isinstance(self.continues, str) else check_ids(self.continues),
+            "logit_bias": list(self.logit_bias.items()),
+            "logprobs": self.logprobs,
+            "is_processed": bool(self.logits_processors),
+            "is_constrained": self.constraint is not None,
+            "schema": self.schema,
+        }
 
-    def take(self, token: int) -> Event:
-        """The event of one more token."""
-        scores = (self.sampler.scores.popleft().read(),) if self.sampler.scores else ()
-        return replace(self._taken(token), scores=scores)
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> Request:
+        """The request that `to_dict` has told. Raises InputError for anything else."""
+        try:
+            values = dict(told)
+            is_processed, is_constrained = values.pop("is_processed", False), values.pop("is_constrained", False)
+            values["sampling"] = Sampling(**values.get("sampling", {}))
+            values["logit_bias"] = dict(values.get("logit_bias", ()))
+            return cls(
+                **values,
+                logits_processors=[_unprocessed] if is_processed else (),
+                constraint=Unconstrained() if is_constrained else None,
+            )
+        except (TypeError, ValueError) as error:
+            raise InputError(f"this is no request: {error}") from None
 
-    def _taken(self, token: int) -> Event:
-        self.generated += 1
-        self.first = self.first or time.perf_counter()
-        if token in self.eos:
-            return self.end("stop", ids=(token,))
-        shown = self.stop.add(self.text.add(token))
-        if self.stop.found:
-            if self._constraint is not None and self._constraint.enforced:
-                self.error = self.error or InputError(CUT)
-            return self.end("stop", shown, (token,))
-        if self.generated == self.limit:
-            return self.end("length", shown, (token,))
-        return Event(self.number, shown, (token,))
 
-    def end(self, reason: Reason, text: str = "", ids: tuple[int, ...] = (), error: Exception | None = None) -> Event:
-        now = time.perf_counter()
-        usage = Usage(
-            prompt_tokens=len(self.ids),
-            reused_tokens=self.reused,
-            generated_tokens=self.generated,
-            first_token=(self.first or now) - self.added,
-            whole=now - self.added,
+def _unprocessed(ids: mx.array, logits: mx.array) -> mx.array:
+    """Stand for logits processors of another process."""
+    return logits
+
+
+def prepare(request: Request, model: Mistral, tokenizer: Tokenizer, cache: RollingCache) -> Request:
+    """The request as `model` can answer it with `cache`: ids, a grammar, and a limit with room for it.
+
+    Raises TokenizerError (ids outside the vocabulary), ChatFormatError, PromptTooLongError,
+    InputError, BusyError.
+    """
+    continues, message = request.continues, _continued(request.prompt)
+    ready = replace(
+        request,
+        prompt=encode_prompt(tokenizer, request.prompt),
+        at_start=request.at_start and message is None and not isinstance(request.prompt, str),
+        begun=request.begun if message is None else len(message.get("ids") or ()),
+        continues=tokenizer.encode(continues) if isinstance(continues, str) else check_ids(continues),
+    )
+    for token in request.logit_bias:
+        if not 0 <= token < min(model.config.vocab_size, tokenizer.vocab_size):
+            raise TokenizerError(f"logit_bias: token id {token} is outside the model's vocabulary")
+    room = check_prompt(model, ready.ids, cache)
+    limit = min((n for n in (room, request.max_tokens) if n is not None), default=None)
+    return with_grammar(replace(ready, max_tokens=limit), tokenizer)
+
+
+def with_grammar(request: Request, tokenizer: Tokenizer) -> Request:
+    """The request with the constraint that its JSON schema means; that may take seconds.
+
+    Raises InputError for a schema that cannot be used, and BusyError.
+    """
+    if request.schema is None:
+        return request
+    return replace(request, schema=None, constraint=json_constraint(tokenizer, request.schema))
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> Sequence[int]:
+    """Ids of a prompt in any of its three forms. Raises InputError and ChatFormatError."""
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt, add_bos=tokenizer.add_bos)
+    if isinstance(prompt, Mapping):
+        raise InputError("a message stands in a list: [{'role': …, 'content': …}]")
+    if _is_messages(prompt):
+        return tokenizer.chat.encode([_joined(message) for message in prompt])
+    return check_ids(prompt)
+
+
+def _continued(prompt: Prompt) -> Message | None:
+    """The message of a prompt that the answer continues, if there is one."""
+    last = prompt[-1] if isinstance(prompt, Sequence) and len(prompt) else None
+    return last if isinstance(last, Mapping) and last.get("prefix") else None
+
+
+def check_ids(given: Any) -> Sequence[int]:
+    """Token ids from a list or an array of one conversation. Raises InputError for others."""
+    if isinstance(given, array) and given.typecode in "iIlLqQ":
+        return given  # from a server's client: a million of them would take a while to look at
+    if isinstance(given, mx.array | np.ndarray):
+        given = given[0] if given.ndim == 2 and len(given) == 1 else given
+        given = given.tolist() if given.ndim == 1 else None
+    is_list = isinstance(given, Iterable) and not isinstance(given, bytes | bytearray | memoryview | str)
+    ids: list[Any] = list(given) if is_list else [None]
+    if not all(isinstance(i, Integral) for i in ids) or any(isinstance(i, bool) for i in ids):
+        raise InputError("a prompt is a text, a list of ids or a list of messages")
+    return [int(i) for i in ids]
+
+
+def check_prompt(model: Mistral, ids: Sequence[int], cache: RollingCache) -> int | None:
+    """How many tokens may follow the prompt; None where a window sets no limit."""
+    config = model.config
+    if not ids:
+        raise InputError("the prompt is empty; give at least one token")
+    found = np.asarray(ids)  # without a copy of those that a server reads
+    beyond = np.flatnonzero((found < 0) | (found >= config.vocab_size))
+    if beyond.size:  # it would read memory that is not the model's
+        token = ids[int(beyond[0])]
+        raise TokenizerError(f"token id {token} is outside the model's vocabulary of {config.vocab_size}")
+    if cache.window is not None:
+        return None
+    bits = cache.format.stored_bits(model.dtype)
+    fit, context = positions_that_fit(config, model.nbytes, bits), config.max_position_embeddings
+    if len(ids) > min(fit, context):
+        what = f"the model's context holds {context}" if context <= fit else f"memory holds {fit} beside the model"
+        raise PromptTooLongError(
+            f"the prompt has {len(ids)} tokens, but {what}; "
+            "shorten it, start a new conversation, or bound the cache with max_kv_size"
         )
-        if self._constraint is not None:
-            self._constraint.close()
-        shown = text if reason == "failed" else text + self.stop.finish(self.text.finish())
-        return Event(self.number, shown, ids, reason=reason, error=error, usage=usage)
+    return min(fit, context) - len(ids)
 
-    def fail(self, error: Exception) -> Event:
-        """Its last event, where it cannot go on."""
-        return self.end("failed", error=error)
+
+def kind_of(value: object) -> str:
+    """The kind of a value, for messages."""
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
+def _is_messages(prompt: Any) -> bool:
+    return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+
+
+def _plain(prompt: Any) -> list[Any]:
+    return list(prompt) if _is_messages(prompt) else list(check_ids(prompt))
+
+
+def _is_list_of(values: Any, kind: Any) -> bool:
+    return isinstance(values, Sequence) and not isinstance(values, str) and all(isinstance(v, kind) for v in values)
+
+
+def _joined(message: Any) -> Any:
+    """A message whose content, if it is a list of text parts, is their text."""
+    parts = message.get("content") if isinstance(message, Mapping) else None
+    if not isinstance(parts, list):
+        return message
+    texts = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
+    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
+        raise InputError("the parts of a message must be of type text: this model reads nothing else")
+    return {**message, "content": "".join(map(str, texts))}

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from m7mlx.errors import InputError
 
@@ -62,26 +63,41 @@ class Sampling:
                 raise InputError(f"{name} must lie between {low} and {high}, not {value!r}")
 
 
-class Scores(NamedTuple):
-    """Log probabilities of the model itself, before any filter: of a token [1], and of the likeliest ids [n], best
-    first."""
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+"""A function f(ids [n], logits [1, vocab_size]) → logits [1, vocab_size], as mlx-lm has them.
 
-    chosen: mx.array
+It is called once for each token, in order, with all ids before it: those of the whole prompt,
+however much of it was in a cache already, and those of the answer. It may write into the logits.
+"""
+
+
+class TokenLogprobs(NamedTuple):
+    """How likely the model itself found a token, before anything changes its logits.
+
+    id       the token
+    logprob  its log probability, natural
+    top      (id, log probability) of the likeliest tokens, best first
+    """
+
+    id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class Scored(NamedTuple):
+    """The same on the device: of a token [1], and of the likeliest ids [n], best first."""
+
+    token: mx.array
+    logprob: mx.array
     ids: mx.array
     values: mx.array
 
-    def read(self) -> TokenScores:
-        """… off the device."""
+    def read(self) -> TokenLogprobs:
+        """Wait for the device, and read it."""
         ids: list[int] = self.ids.tolist()  # type: ignore[assignment]
         values: list[float] = self.values.tolist()  # type: ignore[assignment]
-        return TokenScores(self.chosen.item(), list(zip(ids, values, strict=True)))  # type: ignore[arg-type]
-
-
-class TokenScores(NamedTuple):
-    """The log probability of a token, and (id, log probability) of the likeliest, best first."""
-
-    chosen: float
-    best: list[tuple[int, float]]
+        top = list(zip(ids, values, strict=True))
+        return TokenLogprobs(self.token.item(), self.logprob.item(), top)  # type: ignore[arg-type]
 
 
 class Sampler:
@@ -91,8 +107,9 @@ class Sampler:
     looked at in one pass, which is what makes speculative decoding exact here (`m7mlx.speculative`).
 
     bias        added to the logits of some ids
+    processors  functions that change the logits, after bias and penalty (`LogitsProcessor`)
     constraint  what the answer must follow (`m7mlx.constrain`): then each token is read before the next is chosen
-    logprobs    score this many alternatives to each token, besides itself, in `scores`; None for none
+    logprobs    tell of each token how likely it was, and so many of the likeliest, in `scored`; None for neither
     vocab_size  that of the tokenizer: ids from there on, which padded embeddings have, are never chosen
     agree       makes of tokens [B] those that are taken, where several processes choose (`Mistral.agree`)
     """
@@ -102,6 +119,7 @@ class Sampler:
         sampling: Sampling,
         *,
         bias: Mapping[int, float] | None = None,
+        processors: Sequence[LogitsProcessor] = (),
         constraint: Constraint | None = None,
         logprobs: int | None = None,
         vocab_size: int | None = None,
@@ -109,22 +127,35 @@ class Sampler:
     ) -> None:
         self.sampling, self._bias, self.constraint = sampling, bias, constraint
         self._logprobs, self._vocab_size, self._agree = logprobs, vocab_size, agree
-        self.scores: deque[Scores] = deque()  # of the tokens chosen and not yet taken from here
+        self._processors = tuple(processors)
+        self.scored: deque[Scored] = deque()  # of the tokens chosen and not yet taken from here
+        self._previewed: list[Scored] = []  # by the last `preview`, of tokens that may come to be chosen
         self._last: mx.array | None = None  # chosen, and not yet told to the constraint
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         self._seed = random.Random(seed).getrandbits(64)  # far apart for neighbouring seeds
         self._count = 0  # tokens chosen
         self._recent: mx.array | None = None  # ids [≤ repetition_context], the prompt's last ones first
+        self._ids = mx.array([], mx.int32)  # all of them, where processors want them
 
     @property
     def is_greedy(self) -> bool:
         """Whether it takes the most probable token, and needs to know nothing else."""
-        plain = not self._bias and self.constraint is None and self._logprobs is None
+        plain = not self._bias and self.looks_ahead and self._logprobs is None
         return plain and self.sampling.temperature == 0 and self._recent is None
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether it may choose a token before it is known that the answer goes on.
+
+        A grammar and processors may keep state, so they are asked for tokens that will come.
+        """
+        return self.constraint is None and not self._processors
+
     def see(self, ids: Sequence[int], chosen: int = 0) -> None:
-        """Tell what the prompt is, for the repetition penalty; its last `chosen` tokens were chosen earlier on."""
+        """Tell what the prompt is, for penalty and processors; its last `chosen` tokens were chosen earlier on."""
         self._count = chosen
+        if self._processors:
+            self._ids = mx.array(np.asarray(ids, np.int32))
         context = self.sampling.repetition_context
         if self.sampling.repetition_penalty != 1.0 and context:
             self._recent = mx.array(list(ids[-context:]), dtype=mx.int32)
@@ -138,6 +169,8 @@ class Sampler:
             logits[:, ids] += values
         if self._recent is not None:
             logits = penalize(logits, self._recent, s.repetition_penalty)
+        if self._processors:
+            logits = self._processed(logits)
         if self.constraint is not None:
             logits = self._constrained(logits)
         if s.temperature == 0:
@@ -149,9 +182,20 @@ class Sampler:
         if self.constraint is not None:
             self._last = token
         if self._logprobs is not None:
-            self.scores.append(_scores(unchanged, token, self._logprobs))
+            self.scored.append(_scored(unchanged, token, self._logprobs))
         self._advance(token, 1)
         return token
+
+    def _processed(self, logits: mx.array) -> mx.array:
+        shape = logits.shape
+        logits = mx.array(logits)  # mlx-lm's own processors write into what they are given
+        mx.async_eval(self._ids)  # or it would be built anew from the beginning if nobody ever looked at it
+        for process in self._processors:
+            logits = process(self._ids, logits)
+            if not isinstance(logits, mx.array) or logits.shape != shape:
+                given = logits.shape if isinstance(logits, mx.array) else type(logits).__name__
+                raise InputError(f"a logits processor must return logits of the shape {shape}, not {given}")
+        return logits
 
     def _constrained(self, logits: mx.array) -> mx.array:
         assert self.constraint is not None
@@ -168,21 +212,29 @@ class Sampler:
         for i in range(logits.shape[1]):
             chosen.append(after.fork()(logits[:, i]))
             after.accept(draft[i : i + 1])
+        if self._logprobs is not None:
+            self._previewed = [_scored(logits[:, i], token, self._logprobs) for i, token in enumerate(chosen)]
         return mx.concatenate(chosen)
 
     def accept(self, ids: Sequence[int]) -> None:
-        """Go on as if `ids` had been chosen here."""
+        """Go on as if `ids`, the first that `preview` has found, had been chosen here."""
+        self.scored.extend(self._previewed[: len(ids)])
+        self._previewed = []
         self._advance(mx.array(list(ids)), len(ids))
 
     def fork(self) -> Sampler:
-        """Another sampler that goes on from here with the same randomness."""
-        return copy.copy(self)
+        """Another sampler that goes on from here with the same randomness; it tells no log probabilities."""
+        other = copy.copy(self)
+        other._logprobs, other.scored, other._previewed = None, deque(), []
+        return other
 
     def _advance(self, tokens: mx.array, count: int) -> None:
         self._count += count
         if self._recent is not None:
             context = self.sampling.repetition_context
             self._recent = mx.concatenate([self._recent, tokens.astype(mx.int32)])[-context:]
+        if self._processors:
+            self._ids = mx.concatenate([self._ids, tokens.astype(mx.int32)])
 
 
 def known(logits: mx.array, vocab_size: int | None) -> mx.array:
@@ -190,11 +242,13 @@ def known(logits: mx.array, vocab_size: int | None) -> mx.array:
     return logits if vocab_size is None or vocab_size >= logits.shape[-1] else logits[..., :vocab_size]
 
 
-def _scores(logits: mx.array, token: mx.array, n: int) -> Scores:
+def _scored(logits: mx.array, token: mx.array, n: int) -> Scored:
     logits = logits[0].astype(mx.float32)
     logprobs = logits - mx.logsumexp(logits)
     best = mx.argsort(-logprobs)[:n]
-    return Scores(logprobs[token], best, logprobs[best])
+    scored = Scored(token, logprobs[token], best, logprobs[best])
+    mx.async_eval(*scored)  # before the next pass, or whoever reads it would wait for that
+    return scored
 
 
 def filtered_logprobs(logits: mx.array, sampling: Sampling) -> mx.array:

@@ -8,21 +8,44 @@ kept, so that a request that begins like an earlier one reads only what is new.
 from __future__ import annotations
 
 from collections import deque
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 
+from m7mlx.answer import Answer, Piece
 from m7mlx.batch import BatchCache
 from m7mlx.cache import UNDO_SLACK, RollingCache
 from m7mlx.compiled import step_of
 from m7mlx.decode import default_chunk, read_chunk, reusable, reuse, shared_start
-from m7mlx.errors import InputError, TokenizerError
-from m7mlx.generation import StopFilter, check_prompt
+from m7mlx.errors import InputError
 from m7mlx.model import Mistral
-from m7mlx.request import Answer, Event, Request
+from m7mlx.request import Request, prepare
 from m7mlx.sampling import known
 from m7mlx.tokens.tokenizer import Tokenizer
 
 _TURNS = 4  # prompts of which a chunk is read between two steps: more would stall the answers under way
+
+Told = list[tuple[int, Piece]]
+"""Pieces of answers, each with the number that `Scheduler.add` gave to its request."""
+
+
+class _Numbered(Answer):
+    """An answer among others."""
+
+    def __init__(self, number: int, request: Request, model: Mistral, tokenizer: Tokenizer) -> None:
+        super().__init__(request, model, tokenizer)
+        self.number = number
+        self.error: Exception | None = None  # the next token could not be chosen
+        self._alike: WeakKeyDictionary[_Numbered | RollingCache, int] = WeakKeyDictionary()
+
+    def shares(self, other: _Numbered | RollingCache) -> int:
+        """How many ids its prompt and another, or a conversation that has ended, begin with alike.
+
+        It is asked before each step, and neither changes: a million ids are compared once.
+        """
+        if other not in self._alike:
+            self._alike[other] = shared_start(self.ids, other.ids)
+        return self._alike[other]
 
 
 class Scheduler:
@@ -50,13 +73,13 @@ class Scheduler:
         self._step = step_of(model)
         self._shared = model.exchange is not None  # a failed pass failed here alone, and other processes wait for it
         self._new = model.new_cache(slack=slack, kv_bits=kv_bits)
-        self._waiting: deque[Answer] = deque()
-        self._reading: deque[Answer] = deque()  # their prompts take turns
+        self._waiting: deque[_Numbered] = deque()
+        self._reading: deque[_Numbered] = deque()  # their prompts take turns
         self._batch: BatchCache | None = None
-        self._answers: list[Answer | None] = []  # by row of the batch; None where one has ended
+        self._answers: list[_Numbered | None] = []  # by row of the batch; None where one has ended
         self._tokens = mx.array([0])  # chosen for each row, not yet read, nor in the batch
         self._kept: deque[RollingCache] = deque(maxlen=kept)
-        self._late: list[Event] = []  # of answers that ended outside of a step
+        self._late: Told = []  # of answers that ended outside of a step
         self._count = 0
 
     @property
@@ -66,27 +89,22 @@ class Scheduler:
 
     def add(self, request: Request) -> int:
         """Queue a request; its number. Raises what `m7mlx.stream_generate` raises for its prompt and options."""
-        return self.admit(request, self.check(request))
+        return self.admit(self.prepare(request))
 
-    def check(self, request: Request) -> int | None:
-        """How many tokens its answer may have; raises as `add`."""
+    def prepare(self, request: Request) -> Request:
+        """The request as it will be answered; raises as `add`."""
         if request.max_tokens is not None and request.max_tokens < 1:
             raise InputError(f"max_tokens must be at least 1, got {request.max_tokens}")
-        StopFilter(request.stop)
-        for token in request.logit_bias:
-            if not 0 <= token < min(self._model.config.vocab_size, self._tokenizer.vocab_size):
-                raise TokenizerError(f"logit_bias: token id {token} is outside the model's vocabulary")
-        room = check_prompt(self._model, request.ids, self._new)
-        return min((n for n in (room, request.max_tokens) if n is not None), default=None)
+        return prepare(request, self._model, self._tokenizer, self._new)
 
-    def admit(self, request: Request, limit: int | None) -> int:
-        """Queue a request that has been checked; its number."""
+    def admit(self, request: Request) -> int:
+        """Queue a request that is prepared; its number."""
         self._count += 1
-        self._waiting.append(Answer(self._count, request, limit, self._model, self._tokenizer))
+        self._waiting.append(_Numbered(self._count, request, self._model, self._tokenizer))
         return self._count
 
-    def cancel(self, number: int) -> Event | None:
-        """End a request, wherever it is; its last event, or None if it has ended already."""
+    def cancel(self, number: int) -> Piece | None:
+        """End a request, wherever it is; its last piece, or None if it has ended already."""
         everyone = (*self._waiting, *self._reading, *self._answers)
         answer = next((a for a in everyone if a is not None and a.number == number), None)
         if answer is None:
@@ -104,21 +122,22 @@ class Scheduler:
         """Numbers of answers that have failed and wait to be cancelled, where other processes must hear of it."""
         return [a.number for a in self._answers if a is not None and a.error] if self._shared else []
 
-    def step(self) -> tuple[list[Event], bool]:
-        """One chunk of a prompt, one token of every answer; their events, and whether there is more to do."""
-        events = self._read()
+    def step(self) -> tuple[Told, bool]:
+        """One chunk of a prompt, one token of every answer; their pieces, and whether there is more to do."""
+        told = self._read()
         if any(self._answers):
-            events += self._decode()
+            told += self._decode()
         late, self._late = self._late, []
-        return late + events, any(self.load)
+        return late + told, any(self.load)
 
     # --- prompts ----------------------------------------------------------------------------------------
 
-    def _read(self) -> list[Event]:
+    def _read(self) -> Told:
         """Read a chunk of each of the prompts whose turn it is; what is whole joins the batch."""
         while self._waiting and self.load[0] < self._rows:
             self._reading.append(self._waiting.popleft())
-        events, turns = [], 0
+        told: Told = []
+        turns = 0
         for _ in range(len(self._reading)):
             if turns == _TURNS:
                 break
@@ -136,10 +155,10 @@ class Scheduler:
             except Exception as error:  # of this request alone
                 if self._shared:
                     raise
-                events.append(answer.fail(error))
-        return events
+                told.append((answer.number, answer.fail(error)))
+        return told
 
-    def _may_wait(self, answer: Answer) -> bool:
+    def _may_wait(self, answer: _Numbered) -> bool:
         """Whether a prompt that came before is being read and will soon hold more of the start of this one.
 
         The wait ends one chunk before they part: a ring that has turned could not go back to there.
@@ -151,20 +170,24 @@ class Scheduler:
         soon = [answer.shares(a) for a in reading if a.cache and answer.shares(a) >= a.cache.offset + chunk]
         return bool(soon) and max(soon) >= self._source(answer)[0] + chunk
 
-    def _chunk(self, answer: Answer) -> mx.array | None:
+    def _chunk(self, answer: _Numbered) -> mx.array | None:
         """Logits [1, vocab_size] once the whole prompt is read."""
         if answer.cache is None:
-            answer.cache = self._longest_start(answer)
-            answer.reused = answer.cache.offset
-        cache = answer.cache
+            cache = self._longest_start(answer)
+            answer.begin(cache, cache.offset)
+        else:
+            cache = answer.cache
         chunk = default_chunk(self._model)
         end = cache.offset + chunk
         if len(answer.ids) - end < chunk // 2:  # so few rows would cost nearly as much as a whole chunk
             end = len(answer.ids)
         hidden = read_chunk(self._model, list(answer.ids[cache.offset : end]), cache)
-        return self._model.head(hidden)[:, -1] if cache.offset == len(answer.ids) else None
+        if cache.offset < len(answer.ids):
+            return None
+        answer.read()
+        return self._model.head(hidden)[:, -1]
 
-    def _longest_start(self, answer: Answer) -> RollingCache:
+    def _longest_start(self, answer: _Numbered) -> RollingCache:
         """A cache that holds as much of the start of a prompt as any conversation that has ended or is being read."""
         cache = self._new.like()
         best, source = self._source(answer)
@@ -176,7 +199,7 @@ class Scheduler:
             self._kept.append(used)
         return cache
 
-    def _source(self, answer: Answer) -> tuple[int, RollingCache | None]:
+    def _source(self, answer: _Numbered) -> tuple[int, RollingCache | None]:
         """How much of the start of a prompt is held, and by whom."""
         best, source = 0, None
         held = [(answer.shares(kept), kept) for kept in self._kept]
@@ -189,7 +212,7 @@ class Scheduler:
 
     # --- the batch --------------------------------------------------------------------------------------
 
-    def _join(self, answer: Answer, token: mx.array) -> None:
+    def _join(self, answer: _Numbered, token: mx.array) -> None:
         """Into the row of one that has ended, or a new one."""
         cache, answer.cache = answer.cache, None
         assert cache is not None
@@ -218,15 +241,15 @@ class Scheduler:
         else:
             self._answers, self._tokens = [self._answers[i] for i in rows], self._tokens[mx.array(rows)]
 
-    def _lose(self, error: Exception) -> list[Event]:
-        """End all answers of the batch, which has failed; their events."""
+    def _lose(self, error: Exception) -> Told:
+        """End all answers of the batch, which has failed; their last pieces."""
         if self._shared:
             raise error
         lost = [answer for answer in self._answers if answer]
         self._batch, self._answers = None, []
-        return [answer.fail(error) for answer in lost]
+        return [(answer.number, answer.fail(error)) for answer in lost]
 
-    def _decode(self) -> list[Event]:
+    def _decode(self) -> Told:
         """The tokens chosen by the step before, and the next ones under way."""
         batch, tokens = self._batch, self._tokens
         assert batch is not None
@@ -236,26 +259,26 @@ class Scheduler:
             values: list[int] = tokens.tolist()  # type: ignore[assignment]
         except Exception as error:  # of all that share the pass
             return self._lose(error)
-        events = []
+        told: Told = []
         for row, (answer, value) in enumerate(zip(self._answers, values, strict=True)):
             batch.ids[row].append(value)
-            if answer is not None and (event := self._taken(answer, value)):
-                events.append(event)
-                if event.reason is not None:
+            if answer is not None and (piece := self._taken(answer, value)):
+                told.append((answer.number, piece))
+                if piece.finish_reason is not None:
                     self._retire(row)
-        return events + self._shrink()
+        return told + self._shrink()
 
-    def _taken(self, answer: Answer, token: int) -> Event | None:
-        """The event of one more token of an answer; what goes wrong with it is its own."""
+    def _taken(self, answer: _Numbered, token: int) -> Piece | None:
+        """The piece of one more token of an answer; what goes wrong with it is its own."""
         try:
-            event = answer.take(token)
+            piece = answer.take(token)
         except Exception as error:
             if self._shared:
                 raise
             return answer.fail(error)
         if answer.error is None:
-            return event
-        if self._shared and event.reason is None:
+            return piece
+        if self._shared and piece.finish_reason is None:
             return None  # the other processes go on with it: it ends when it is cancelled on all of them
         return answer.fail(answer.error)
 
@@ -266,8 +289,8 @@ class Scheduler:
         rows = [(answer, logits[row : row + 1]) for row, answer in enumerate(answers)]
         return mx.concatenate([self._token(a, one) if a else mx.argmax(one, axis=-1) for a, one in rows])
 
-    def _token(self, answer: Answer, logits: mx.array) -> mx.array:  # [1, vocab_size] → [1]
-        """What an answer chooses. Where its grammar fails, any token: it will be told that it has failed."""
+    def _token(self, answer: _Numbered, logits: mx.array) -> mx.array:  # [1, vocab_size] → [1]
+        """What an answer chooses. Where its grammar or a processor fails, any token: it will end as failed."""
         try:
             return answer.sampler(logits)
         except Exception as error:
@@ -287,7 +310,7 @@ class Scheduler:
             if self._shared:
                 raise
 
-    def _shrink(self) -> list[Event]:
+    def _shrink(self) -> Told:
         """Give up the rows of answers that have ended, once they cost more than laying the others out anew."""
         going = [i for i, answer in enumerate(self._answers) if answer]
         try:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from m7mlx import Request
 from m7mlx.errors import InputError
-from m7mlx_chat.events import AnyEngine, Done, Event, Failed, Ready, Request, Seen, Text
+from m7mlx_chat.events import AnyEngine, Done, Event, Failed, Ready, Seen, Text
 from m7mlx_chat.history import history
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.store import Store
@@ -118,14 +119,15 @@ class Answering:
     def _submit(self, under_way: UnderWay) -> None:
         settings = under_way.settings
         under_way.submitted, under_way.saved = True, time.monotonic()
+        text, ids = under_way.begun or ("", None)
         self._engine.submit(
             Request(
                 history(self.store.branch(under_way.question), settings.system, self.vocabulary),
                 settings.sampling,
                 settings.max_tokens,
                 settings.stop,
-                under_way.begun,
-                self.schema,
+                continues=text if ids is None else ids,
+                schema=self.schema,
             )
         )
 

@@ -11,24 +11,24 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Literal
 
 import mlx.core as mx
 
-from m7mlx import Mistral, RollingCache, Tokenizer, load, reuse, stream_generate
+from m7mlx import Mistral, Piece, Request, RollingCache, Stats, Tokenizer, load
 from m7mlx.config import ModelConfig
-from m7mlx.constrain import json_constraint
 from m7mlx.decode import shared_start
 from m7mlx.errors import M7Error
+from m7mlx.generation import stream_answer
 from m7mlx.memory import budget, cache_bytes
-from m7mlx.request import Request as Passes
+from m7mlx.request import prepare
 from m7mlx.speculative import Drafter, PromptLookup, load_draft_model
 from m7mlx_chat.branches import Branches
-from m7mlx_chat.events import Done, Event, Failed, Loading, Prefill, Ready, Request, Seen, Statistics, Text
+from m7mlx_chat.events import Done, Event, Failed, Loading, Prefill, Ready, Seen, Text
 from m7mlx_chat.settings import Settings
 
 if TYPE_CHECKING:
@@ -40,39 +40,11 @@ _BRANCHES = 0.1  # of the machine's memory, for caches of branches that were lef
 _TOLD_SECONDS = 0.1  # between two looks at the cache, or at the progress of loading
 
 
+_REASONS: dict[str | None, Literal["stop", "length"]] = {"stop": "stop", "length": "length"}
+
+
 class _Stopped(Exception):
-    """Raised inside a prefill or while loading to end it."""
-
-
-@dataclass
-class _Answer:
-    """One answer under way, and its times."""
-
-    prompt_tokens: int
-    reused: int = 0
-    text: str = ""
-    ids: list[int] = field(default_factory=list)
-    started: float = field(default_factory=time.perf_counter)
-    prefilled: float = 0.0
-    first: float = 0.0
-
-    def add(self, text: str, ids: Sequence[int]) -> None:
-        self.first = self.first or time.perf_counter()
-        self.text += text
-        self.ids += ids
-
-    def statistics(self) -> Statistics:
-        now = time.perf_counter()
-        read = self.prompt_tokens - self.reused
-        return Statistics(
-            prompt_tokens=self.prompt_tokens,
-            reused_tokens=self.reused,
-            prompt_tps=read / max(self.prefilled - self.started, 1e-9) if self.prefilled else 0.0,
-            generated_tokens=len(self.ids),
-            generation_tps=(len(self.ids) - 1) / max(now - self.first, 1e-9) if len(self.ids) > 1 else 0.0,
-            time_to_first_token=(self.first or now) - self.started,
-            peak_memory=mx.get_peak_memory(),
-        )
+    """Raised while loading to end it."""
 
 
 class Engine:
@@ -207,71 +179,46 @@ class Engine:
         model, tokenizer, cache = self._model, self._tokenizer, self._cache
         assert model is not None and tokenizer is not None and cache is not None, "nothing is loaded"
         self._answering = number
-        prompt = tokenizer.chat.encode(request.messages)
-        begun: list[int] = []
-        if request.begun is not None:
-            text, ids = request.begun
-            begun = list(ids) if ids is not None else tokenizer.encode(text)
-        whole = [*prompt, *begun]
-        answer = _Answer(len(whole), self._go_to(cache, whole))
-        reason: Literal["stop", "length", "stopped"] = "stopped"
-        mx.reset_peak_memory()
+        request = prepare(request, model, tokenizer, cache)
+        if self._world is not None:
+            request = self._world.share(request, self._cache_options)
+        if shared_start(cache.ids, request.ids) < len(cache.ids) - 1:
+            self._branches.keep(cache)  # of another branch, or another conversation: the user may come back
 
         def on_prefill(done: int, total: int) -> None:
-            if self._unwanted:
-                raise _Stopped
-            self._emit(Prefill(done, total, answer.reused))
-            if done == total:
-                answer.prefilled = time.perf_counter()
-                if not can_roll_back(cache, request.max_tokens):
-                    self._branches.keep(cache)  # another answer to the same question needs it as it is now
+            self._emit(Prefill(done, total, len(request.ids) - total))
+            if done == total and not can_roll_back(cache, request.max_tokens):
+                self._branches.keep(cache)  # another answer to the same question needs it as it is now
 
-        constraint = None if request.schema is None else json_constraint(tokenizer, request.schema)
-        asked = Passes(whole, request.sampling, request.max_tokens, request.stop, constraint=constraint)
-        if self._world is not None:
-            asked = self._world.answer(asked, len(begun), model, cache, self._cache_options)
-        stream = stream_generate(
+        pieces = stream_answer(
             model,
             tokenizer,
-            prompt,
-            cache=cache,
+            request,
+            cache,
             drafter=self._drafter,
-            sampling=asked.sampling,
-            max_tokens=asked.max_tokens,
-            stop=asked.stop,
+            snapshots=self._branches.snapshots,
             on_prefill=on_prefill,
-            continues=begun,
-            constraint=constraint,
+            is_cancelled=lambda: self._unwanted,
         )
-        looked = 0.0
-        try:
-            for piece in stream:
-                answer.add(piece.text, piece.ids)
-                now = time.perf_counter()
-                seen, looked = (self._seen(cache), now) if now - looked > _TOLD_SECONDS else (None, looked)
-                self._emit(Text(piece.text, len(answer.ids), seen))
-                if piece.stats:
-                    reason = piece.stats.finish_reason
-                elif self._unwanted:
-                    break
-        except _Stopped:
-            pass
-        finally:
-            statistics = answer.statistics()
-            stream.close()
-        ids = answer.ids
+        self._emit(self._told(pieces, cache, tokenizer))
+
+    def _told(self, pieces: Generator[Piece, None, None], cache: RollingCache, tokenizer: Tokenizer) -> Done:
+        """Tell an answer piece by piece; how it ended."""
+        text, ids, looked, piece = "", list[int](), 0.0, Piece()
+        for piece in pieces:
+            text += piece.text
+            ids += piece.ids
+            now = time.perf_counter()
+            seen, looked = (self._seen(cache), now) if now - looked > _TOLD_SECONDS else (None, looked)
+            if piece.text:
+                self._emit(Text(piece.text, len(ids), seen))
         if ids and ids[-1] in tokenizer.eos_ids:
             ids = ids[:-1]
-        elif reason == "stop":  # a stop text: what the model wrote of it is not part of the answer
-            ids = tokenizer.encode(answer.text)
-        self._emit(Done(reason, answer.text, ids, statistics, self._seen(cache)))
-
-    def _go_to(self, cache: RollingCache, ids: list[int]) -> int:
-        """Bring the cache to the longest start of `ids` that is held anywhere; how many tokens that is."""
-        # Another branch, or another conversation: the user may come back.
-        if shared_start(cache.ids, ids) < len(cache.ids) - 1:
-            self._branches.keep(cache)
-        return reuse(cache, ids, self._branches.snapshots)
+        elif piece.finish_reason == "stop":  # a stop text: what the model wrote of it is not part of the answer
+            ids = tokenizer.encode(text)
+        return Done(
+            _REASONS.get(piece.finish_reason, "stopped"), text, ids, piece.stats or Stats(), self._seen(cache)
+        )
 
     def _seen(self, cache: RollingCache) -> Seen:
         return Seen(cache.offset, cache.nbytes, self._branches.nbytes)

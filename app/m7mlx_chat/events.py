@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
-from m7mlx.sampling import Sampling
+from m7mlx import Request, Stats
 from m7mlx_chat.settings import Settings
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to answer, and how. `begun` is an answer that was broken off, to go on with: its text and, if they are
-    known, its ids. `schema` is a JSON schema that the answer must fit."""
-
-    messages: Sequence[dict[str, Any]]
-    sampling: Sampling = field(default_factory=Sampling)
-    max_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-    begun: tuple[str, Sequence[int] | None] | None = None
-    schema: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,26 +67,13 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Statistics:
-    """What an answer cost. Speeds are tokens per second, times seconds of wall clock, sizes bytes."""
-
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    prompt_tps: float = 0.0
-    generated_tokens: int = 0
-    generation_tps: float = 0.0
-    time_to_first_token: float = 0.0
-    peak_memory: int = 0
-
-
-@dataclass(frozen=True)
 class Done:
     """The answer has ended, and everything up to here is in the cache. `text` and `ids` leave out what was begun."""
 
     reason: Literal["stop", "length", "stopped"]
     text: str
     ids: list[int]
-    statistics: Statistics
+    statistics: Stats
     seen: Seen
 
 

@@ -232,13 +232,13 @@ class M7LM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         texts = dict.fromkeys(numbers, "")
         more = bool(numbers)
         while more:
-            events, more = scheduler.step()
-            for event in events:
-                texts[event.request] += event.text
-                if event.error is not None:
-                    raise event.error
-                if event.reason is not None:
-                    yield numbers[event.request], texts[event.request]
+            told, more = scheduler.step()
+            for number, piece in told:
+                texts[number] += piece.text
+                if piece.error is not None:
+                    raise piece.error
+                if piece.finish_reason is not None:
+                    yield numbers[number], texts[number]
 
     # --- what all have in common ------------------------------------------------------------------------
 

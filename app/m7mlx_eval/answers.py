@@ -7,9 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from m7mlx import Request, Sampling
 from m7mlx.errors import InputError
-from m7mlx.request import Request
-from m7mlx.sampling import Sampling
 
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is given
 _DEFAULT_LENGTH = 256
@@ -17,9 +16,12 @@ _SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "min_p": float,
 
 
 def generation_request(ids: Sequence[int], options: Mapping[str, Any], max_length: int, repeat: int) -> Request:
-    """A request for the prompt `ids`, cut on the left so that prompt and answer have `max_length` tokens at most.
+    """A request for the prompt `ids`, cut on the left to leave room for the answer.
 
-    repeat  the how manieth answer to the same question: drawn ones differ, and are the same in another run
+    max_length  tokens of prompt and answer together, at most
+
+    repeat  number of this answer among those to the same question: drawn ones differ, and are the
+            same in another run
 
     Raises InputError for options that are not understood.
     """

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Collection
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from m7mlx import Piece, Request
 from m7mlx.errors import BusyError, InputError
-from m7mlx.request import Event
-from m7mlx_serve.engine import Engine, Prepared
+from m7mlx_serve.engine import Engine
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
@@ -58,14 +58,14 @@ class Metrics:
     def text(self) -> bytes:
         return generate_latest(self._registry)
 
-    async def ask(self, prepared: Prepared, seconds: float) -> AsyncGenerator[tuple[int, Event], None]:
+    async def ask(self, requests: Sequence[Request], seconds: float) -> AsyncGenerator[tuple[int, Piece], None]:
         """`Engine.ask`, measured: an answer that its client leaves counts as far as it came."""
-        answers = [_Measured(time.perf_counter(), len(request.ids)) for request in prepared.requests]
+        answers = [_Measured(time.perf_counter(), len(request.ids)) for request in requests]
         try:
-            async with aclosing(self._engine.ask(prepared, seconds)) as events:
-                async for index, event in events:
-                    self._seen(answers[index], event)
-                    yield index, event
+            async with aclosing(self._engine.ask(requests, seconds)) as pieces:
+                async for index, piece in pieces:
+                    self._seen(answers[index], piece)
+                    yield index, piece
         except (BusyError, InputError):
             for answer in answers:
                 answer.reason = "refused"
@@ -74,14 +74,14 @@ class Metrics:
             for answer in answers:
                 self._ends(answer)
 
-    def _seen(self, answer: _Measured, event: Event) -> None:
-        answer.generated += len(event.ids)
-        if event.ids and not answer.first:
+    def _seen(self, answer: _Measured, piece: Piece) -> None:
+        answer.generated += len(piece.ids)
+        if piece.ids and not answer.first:
             answer.first = time.perf_counter()
             self._first.observe(answer.first - answer.began)
             self._prompt.inc(answer.prompt)
-        if event.reason is not None:
-            answer.reason = event.reason
+        if piece.finish_reason is not None:
+            answer.reason = piece.finish_reason
 
     def _ends(self, answer: _Measured) -> None:
         now = time.perf_counter()

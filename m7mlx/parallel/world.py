@@ -14,26 +14,25 @@ import os
 import signal
 import socket
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from m7mlx.answer import Piece
 from m7mlx.cache import CacheOptions, RollingCache
-from m7mlx.constrain import Unconstrained
 from m7mlx.errors import InputError, M7Error, RunError
 from m7mlx.exchange import Exchange
-from m7mlx.generation import check_prompt, stream_generate
+from m7mlx.generation import stream_answer
 from m7mlx.loading import load
 from m7mlx.model import Mistral
 from m7mlx.parallel import channel
 from m7mlx.parallel.channel import Channel
 from m7mlx.parallel.launch import is_launched
 from m7mlx.parallel.sums import sum_products
-from m7mlx.request import Event, Request
-from m7mlx.sampling import Sampling
-from m7mlx.scheduler import Scheduler
+from m7mlx.request import Request, prepare
+from m7mlx.scheduler import Scheduler, Told
 from m7mlx.shard import Mode, Shard
 from m7mlx.tokens.tokenizer import Tokenizer
 
@@ -67,17 +66,13 @@ class World:
                 self.channel.hear()
         return model, tokenizer
 
-    def answer(
-        self, request: Request, begun: int, model: Mistral, cache: RollingCache, options: CacheOptions
-    ) -> Request:
-        """Let the others run the passes of the `stream_generate` that this rank is about to begin; with what options.
+    def share(self, request: Request, options: CacheOptions) -> Request:
+        """Let the others run the passes of an answer that this rank is about to begin.
 
-        begun  ids at the end of the request that it `continues`; options, those that `cache`, an empty one, has
+        request  prepared for an empty cache with these options; what comes back has a seed for all
         """
-        room = check_prompt(model, request.ids, cache)
-        limit = min((n for n in (room, request.max_tokens) if n is not None), default=None)
-        request = seeded(replace(request, max_tokens=limit))
-        self.channel.tell({"do": "answer", "begun": begun, "cache": options, **dump(request)})
+        request = seeded(request)
+        self.channel.tell({"do": "answer", "cache": options, "request": request.to_dict()})
         return request
 
     def close(self) -> None:
@@ -173,20 +168,19 @@ class Leader:
         return self._scheduler.load
 
     def add(self, request: Request) -> int:
-        request = seeded(request)
-        limit = self._scheduler.check(request)
-        self._channel.tell({"do": "add", **dump(replace(request, max_tokens=limit))})
-        return self._scheduler.admit(request, limit)
+        request = seeded(self._scheduler.prepare(request))
+        self._channel.tell({"do": "add", "request": request.to_dict()})
+        return self._scheduler.admit(request)
 
-    def cancel(self, number: int) -> Event | None:
+    def cancel(self, number: int) -> Piece | None:
         self._channel.tell({"do": "cancel", "number": number})
         return self._scheduler.cancel(number)
 
-    def step(self) -> tuple[list[Event], bool]:
+    def step(self) -> tuple[Told, bool]:
         self._channel.tell({"do": "step"})
-        events, more = self._scheduler.step()
-        ended = [self.cancel(number) for number in self._scheduler.broken()]
-        return events + [event for event in ended if event], more
+        told, more = self._scheduler.step()
+        ended = [(number, self.cancel(number)) for number in self._scheduler.broken()]
+        return told + [(number, piece) for number, piece in ended if piece is not None], more
 
 
 def seeded(request: Request) -> Request:
@@ -194,33 +188,6 @@ def seeded(request: Request) -> Request:
     if request.sampling.seed is not None:
         return request
     return replace(request, sampling=replace(request.sampling, seed=int.from_bytes(os.urandom(7), "big")))
-
-
-def dump(request: Request) -> dict[str, Any]:
-    """A request as JSON: the inverse of `_request`. Its grammar stays here: the others take this rank's tokens."""
-    return {
-        "ids": list(request.ids),
-        "max_tokens": request.max_tokens,
-        "sampling": asdict(request.sampling),
-        "stop": list(request.stop),
-        "at_start": request.at_start,
-        "logit_bias": list(request.logit_bias.items()),
-        "logprobs": request.logprobs,
-        "constrained": request.constraint is not None,
-    }
-
-
-def _request(told: dict[str, Any]) -> Request:
-    return Request(
-        told["ids"],
-        Sampling(**told["sampling"]),
-        told["max_tokens"],
-        told["stop"],
-        told["at_start"],
-        dict(told["logit_bias"]),
-        told["logprobs"],
-        Unconstrained() if told["constrained"] else None,
-    )
 
 
 def follow(world: World, name: str | Path) -> None:
@@ -233,33 +200,21 @@ def follow(world: World, name: str | Path) -> None:
             case "serve":
                 scheduler = Scheduler(model, tokenizer, **told)
             case "add" if scheduler:
-                scheduler.admit(_request(told), told["max_tokens"])
+                scheduler.admit(Request.from_dict(told["request"]))
             case "cancel" if scheduler:
                 scheduler.cancel(told["number"])
             case "step" if scheduler:
                 scheduler.step()
             case "answer":
-                _answer(model, tokenizer, told)
+                _answer(model, tokenizer, Request.from_dict(told["request"]), model.new_cache(**told["cache"]))
 
 
-def _answer(model: Mistral, tokenizer: Tokenizer, told: dict[str, Any]) -> None:
-    request, cache = _request(told), model.new_cache(**told["cache"])
-    room = check_prompt(model, request.ids, cache)
-    if room is not None and (request.max_tokens is None or request.max_tokens > room):
-        raise RunError(f"this machine's memory holds {room} tokens of the answer, not {request.max_tokens}")
-    prompt = len(request.ids) - told["begun"]
-    stream = stream_generate(
-        model,
-        tokenizer,
-        list(request.ids[:prompt]),
-        cache=cache,
-        sampling=request.sampling,
-        max_tokens=request.max_tokens,
-        stop=request.stop,
-        continues=list(request.ids[prompt:]),
-        constraint=request.constraint,
-    )
-    for _ in stream:
+def _answer(model: Mistral, tokenizer: Tokenizer, request: Request, cache: RollingCache) -> None:
+    """Run the passes of an answer, for the rank that shows it."""
+    limit = prepare(request, model, tokenizer, cache).max_tokens
+    if limit != request.max_tokens:
+        raise RunError(f"this machine's memory holds {limit} tokens of the answer, not {request.max_tokens}")
+    for _ in stream_answer(model, tokenizer, request, cache):
         pass
 
 

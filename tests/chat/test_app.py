@@ -38,7 +38,7 @@ async def test_a_conversation_of_two_turns(tmp_path: Path) -> None:
         await chat.say(Loading(5, 10), READY)
         assert chat.status() == "ready"
         await chat.send("Hello")
-        assert chat.engine.asked[0].messages == [
+        assert chat.engine.asked[0].prompt == [
             {"role": "system", "content": "Be brief"},
             {"role": "user", "content": "Hello"},
         ]
@@ -50,7 +50,7 @@ async def test_a_conversation_of_two_turns(tmp_path: Path) -> None:
         assert chat.footers()[-1] == "2 tokens · 21.5 tok/s · first after 0.30 s"
         assert last(chat).query_one(Markdown).source == "**Hi** there"
         await chat.send("And again")
-        assert chat.engine.asked[1].messages == [
+        assert chat.engine.asked[1].prompt == [
             {"role": "system", "content": "Be brief"},
             {"role": "user", "content": "Hello"},
             {"role": "assistant", "content": "**Hi** there", "ids": [7, 7]},
@@ -94,7 +94,7 @@ async def test_stopped_before_the_first_token_nothing_is_lost(tmp_path: Path) ->
         assert chat.line() == ["Too long", ""]
         assert chat.footers()[-1] == "stopped before the first word"
         await chat.send("Shorter")
-        assert [m["content"] for m in chat.engine.asked[-1].messages] == ["Shorter"]  # the model is spared the other
+        assert [m["content"] for m in chat.engine.asked[-1].prompt] == ["Shorter"]  # the model is spared the other
 
 
 async def test_a_message_sent_while_loading_is_kept_and_answered_then(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ async def test_a_message_sent_while_loading_is_kept_and_answered_then(tmp_path: 
         await chat.send("second")
         assert chat.app.composer.text == "second"  # one waits, the other stays a draft
         await chat.say(READY)
-        assert chat.engine.asked[0].messages[-1]["content"] == "early"
+        assert chat.engine.asked[0].prompt[-1]["content"] == "early"
 
 
 async def test_escape_takes_back_a_message_that_waits_for_the_model(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ async def test_a_failed_answer_says_why_and_the_question_is_kept(tmp_path: Path)
         assert "✗ the prompt has 9000 tokens, but [the] context holds 8192" in chat.shown()
         assert chat.line() == ["too long", ""]
         await chat.send("/retry")
-        assert chat.engine.asked[1].messages == chat.engine.asked[0].messages
+        assert chat.engine.asked[1].prompt == chat.engine.asked[0].prompt
 
 
 async def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ async def test_a_new_conversation_leaves_the_old_one_where_it_is(tmp_path: Path)
         assert questions(chat) == []
         assert chat.app.query_one(Welcome).display
         await chat.send("new")
-        assert [m["content"] for m in chat.engine.asked[-1].messages] == ["new"]
+        assert [m["content"] for m in chat.engine.asked[-1].prompt] == ["new"]
         assert [c.title for c in chat.store.conversations()] == ["new", "old"]
 
 
@@ -385,7 +385,7 @@ def test_native_output_goes_to_the_log_and_the_terminal_comes_back(
 
 async def test_a_question_to_begin_with(tmp_path: Path) -> None:
     async with chatting(tmp_path, question="What is this?") as chat:
-        assert chat.engine.asked[0].messages[-1]["content"] == "What is this?"
+        assert chat.engine.asked[0].prompt[-1]["content"] == "What is this?"
 
 
 async def test_the_palette_runs_commands(tmp_path: Path) -> None:

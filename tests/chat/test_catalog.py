@@ -80,7 +80,7 @@ async def test_any_name_can_be_given_to_the_picker_and_to_the_commands(tmp_path:
         await chat.settled()
         assert chat.session.settings.model == before  # until it is one
         assert chat.store.conversations()[0].model == before
-    assert len(models(tmp_path, list(NAMES))) >= 2
+    assert len(models(list(NAMES), tmp_path)) >= 2
 
 
 async def test_a_conversation_that_names_no_model_is_opened(tmp_path: Path) -> None:

@@ -188,8 +188,8 @@ def test_a_reader_that_leaves_is_no_error(model_folder: Path) -> None:
 def test_a_terminal_on_stdout_gets_no_control_characters(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a pseudo-terminal, with a model made to print an escape sequence."""
     code = (
-        "import sys, m7mlx\nfrom m7mlx import Piece\n"
-        "m7mlx.stream_generate = lambda *a, **k: (p for p in [Piece('a\\x1b'), Piece(']52;c;eA==\\x07b')])\n"
+        "import sys, m7mlx.generation\nfrom m7mlx import Piece\n"
+        "m7mlx.generation.stream_answer = lambda *a, **k: (p for p in [Piece('a\\x1b'), Piece(']52;c;eA==\\x07b')])\n"
         "from m7mlx_chat.cli import main\nsys.exit(main(sys.argv[1:]))"
     )
     master, slave = pty.openpty()
@@ -402,7 +402,7 @@ def test_an_answer_that_fails_on_the_way_is_kept_and_is_no_success(
     tokens: int,
     kind: type[M7Error],
 ) -> None:
-    monkeypatch.setattr("m7mlx_chat.engine.json_constraint", lambda *_: Breaks(tokens))
+    monkeypatch.setattr("m7mlx.request.json_constraint", lambda *_: Breaks(tokens))
     with pytest.raises(M7Error, match="it asks for too much") as raised:
         answer(Settings(model=str(model_folder)), "Hi", tmp_path / "chats.db", schema={})
     assert type(raised.value) is kind

@@ -41,7 +41,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_models_on_this_machine(here: Path, tmp_path: Path) -> None:
     elsewhere = write_folder(tmp_path / "elsewhere", small_config(vocab_size=32768))
-    found = models(here, [str(elsewhere), "no-such", "org/name"])
+    found = models([str(elsewhere), "no-such", "org/name"], here)
     names = [entry.name.removeprefix(f"{here}/") for entry in found]
     assert names == ["full", "windowed", str(elsewhere), "mistral", "demo", "broken"]
     windowed = found[names.index("windowed")]
@@ -78,7 +78,7 @@ async def test_a_model_is_chosen_in_mid_chat(here: Path, tmp_path: Path) -> None
         assert chat.app.state == "loading"
         await chat.say(READY)
         await chat.send("two")
-        assert [m["content"] for m in chat.engine.asked[-1].messages] == ["one", "first", "two"]
+        assert [m["content"] for m in chat.engine.asked[-1].prompt] == ["one", "first", "two"]
         assert chat.store.message(chat.session.line[-1]).model == str(folder)
 
 
@@ -221,7 +221,7 @@ async def test_settings_count_for_the_conversation_and_are_kept_with_it(tmp_path
         await chat.send("two")
         request = chat.engine.asked[-1]
         assert request.sampling.temperature == 0.7
-        assert request.messages[0] == {"role": "system", "content": "Be brief"}
+        assert request.prompt[0] == {"role": "system", "content": "Be brief"}
         conversation = chat.session.conversation
         await chat.app.action_new()
         assert chat.session.settings.temperature == 0
@@ -329,5 +329,5 @@ async def test_the_list_of_models_is_what_the_screen_shows(here: Path, tmp_path:
         await chat.pilot.press("ctrl+o")
         await chat.settled()
         options = chat.app.screen.query_one(OptionList)
-        assert options.option_count == len(models(here))
-        assert isinstance(models(here)[0], Entry)
+        assert options.option_count == len(models(own=here))
+        assert isinstance(models(own=here)[0], Entry)

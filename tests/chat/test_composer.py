@@ -18,7 +18,7 @@ from textual.widgets import Static
 
 
 def asked(chat: Chat, number: int = 0) -> str:
-    return str(chat.engine.asked[number].messages[-1]["content"])
+    return str(chat.engine.asked[number].prompt[-1]["content"])
 
 
 async def paste(chat: Chat, text: str) -> None:

@@ -13,11 +13,11 @@ import pytest
 from m7mlx_chat import engine as module
 from m7mlx_chat.branches import Branches
 from m7mlx_chat.engine import Engine
-from m7mlx_chat.events import Done, Event, Failed, Loading, Prefill, Ready, Request, Text
+from m7mlx_chat.events import Done, Event, Failed, Loading, Prefill, Ready, Text
 from m7mlx_chat.settings import Settings
 from models import small_config, write_folder
 
-from m7mlx import Sampling, load
+from m7mlx import Request, Sampling, load
 
 LONG = 100_000
 
@@ -149,7 +149,7 @@ def test_a_failing_request_does_not_end_the_thread(
     assert "role" in failed.message
     assert not failed.fatal
     with monkeypatch.context() as patch:
-        patch.setattr(module, "stream_generate", lambda *a, **k: 1 / 0)
+        patch.setattr(module, "stream_answer", lambda *a, **k: 1 / 0)
         engine.ask(user("x"))
         assert wait(engine, ended)[-1] == Failed("ZeroDivisionError: division by zero")
     engine.ask(user("x"))
@@ -251,7 +251,7 @@ def test_an_answer_that_was_stopped_goes_on_as_if_it_had_not_been(start: Callabl
     for begun in range(0, len(ids), max(1, len(ids) // stops)):
         engine.max_tokens = min(len(ids) // stops, len(ids) - begun)
         text = engine_decode(engine, ids[:begun])
-        engine.ask(user("Tell me"), sampling=sampling, begun=(text, ids[:begun]))
+        engine.ask(user("Tell me"), sampling=sampling, continues=ids[:begun])
         rest = wait(engine, ended)[-1]
         assert isinstance(rest, Done)
         assert whole.text.startswith(text + rest.text)

@@ -109,7 +109,7 @@ def test_a_question_that_failed_does_not_stand_in_the_way_of_the_next(speaker: S
     speaker.session.ask("far too long")
     speaker.session.handle(Failed("the prompt has 20000 tokens", fatal=False, exit_status=2))
     speaker.exchange("two", "second")
-    said = [(m["role"], m["content"]) for m in speaker.engine.asked[-1].messages]
+    said = [(m["role"], m["content"]) for m in speaker.engine.asked[-1].prompt]
     assert said == [("user", "one"), ("assistant", "first"), ("user", "two")]
     assert speaker.texts == ["one", "first", "far too long", "", "two", "second"]  # it is still there to see
 
@@ -120,7 +120,7 @@ def test_an_answer_waits_for_its_model(database: Path) -> None:
         speaker.session.ask("one")
         assert speaker.engine.asked == []
         speaker.session.handle(READY)
-        assert [m["content"] for m in speaker.engine.asked[0].messages] == ["one"]
+        assert [m["content"] for m in speaker.engine.asked[0].prompt] == ["one"]
         speaker.session.handle(done("first"))
         assert speaker.texts == ["one", "first"]
 
@@ -200,7 +200,7 @@ def test_an_answer_cut_short_elsewhere_can_be_gone_on_with_when_that_instance_is
     left = speaker.store.message(under_way.answer)
     assert (left.text, left.status) == ("once upon", "interrupted")
     speaker.session.resume()
-    assert speaker.engine.asked[-1].begun == ("once upon", None)  # a text alone: its ids were never known
+    assert speaker.engine.asked[-1].continues == "once upon"  # a text alone: its ids were never known
     speaker.session.handle(done(" a time"))
     assert speaker.texts == ["one", "once upon a time"]
     assert speaker.store.message(under_way.answer).status == "complete"

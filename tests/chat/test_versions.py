@@ -18,7 +18,7 @@ def versions(chat: Chat) -> list[str]:
 
 
 def said(chat: Chat, number: int = -1) -> list[str]:
-    return [m["content"] for m in chat.engine.asked[number].messages]
+    return [m["content"] for m in chat.engine.asked[number].prompt]
 
 
 async def two_turns(chat: Chat) -> None:
@@ -114,7 +114,7 @@ async def test_an_answer_that_was_stopped_goes_on(tmp_path: Path) -> None:
         await chat.send("/continue")
         request = chat.engine.asked[-1]
         assert said(chat) == ["story"]
-        assert request.begun == ("Once upon a", [7, 7, 7])
+        assert request.continues == [7, 7, 7]
         assert not any("stopped" in footer for footer in chat.footers())
         await chat.say(Text(" time"))
         assert chat.app.query_one(Answer).text == "Once upon a time"
@@ -141,7 +141,7 @@ async def test_an_answer_that_a_kill_cut_short_goes_on_from_its_text(
         await chat.app.open_conversation(chat.store.conversations()[0].id)
         assert chat.footers()[-1] == "interrupted"
         await chat.send("/continue")
-        assert chat.engine.asked[-1].begun == ("Once upon", None)
+        assert chat.engine.asked[-1].continues == "Once upon"
 
 
 async def test_a_fork_is_a_conversation_of_its_own(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ async def test_ids_of_another_tokenizer_are_not_given_to_a_model(tmp_path: Path)
         await chat.exchange("one", "first")
         await chat.say(replace(READY, vocabulary="other"))
         await chat.send("two")
-        assert all("ids" not in m for m in chat.engine.asked[-1].messages)
+        assert all("ids" not in m for m in chat.engine.asked[-1].prompt)
 
 
 async def test_keys_of_a_selected_message_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,9 @@ import mlx.core as mx
 import pytest
 from models import small_config, small_model
 
-from m7mlx import load
+from m7mlx import Request, load
 from m7mlx.constrain import json_constraint
 from m7mlx.errors import InputError
-from m7mlx.request import Request
 from m7mlx.sampling import Sampler, Sampling
 from m7mlx.scheduler import Scheduler
 from m7mlx.tokens.tokenizer import Tokenizer
@@ -43,9 +42,9 @@ def answer(model: Any, tokenizer: Tokenizer, schema: dict[str, Any] | None, seed
     scheduler.add(Request(ids, Sampling(temperature=1.0, seed=seed), tokens, constraint=constraint))
     text, more, reason = "", True, None
     while more:
-        events, more = scheduler.step()
-        text += "".join(event.text for event in events)
-        reason = events[-1].reason if events else reason
+        told, more = scheduler.step()
+        text += "".join(piece.text for _, piece in told)
+        reason = told[-1][1].finish_reason if told else reason
     assert reason in ("stop", "length")
     return text
 
@@ -82,9 +81,9 @@ def test_the_demo_model_answers_in_json(demo_model: Path) -> None:
     scheduler.add(Request(ids, max_tokens=40, constraint=json_constraint(tokenizer, schema)))
     text, more = "", True
     while more:
-        events, more = scheduler.step()
-        text += "".join(event.text for event in events)
-        assert not any(event.error for event in events)
+        told, more = scheduler.step()
+        text += "".join(piece.text for _, piece in told)
+        assert not any(piece.error for _, piece in told)
     assert "Paris" in json.loads(text)["capital"]
 
 
@@ -102,8 +101,8 @@ def test_bias_and_scores() -> None:
     sampler = Sampler(Sampling(), bias={2: -100, 3: 0.5}, logprobs=2)
     assert not sampler.is_greedy
     assert sampler(logits).item() == 3
-    (scores,) = sampler.scores
+    (scored,) = sampler.scored
     expected = logits[0] - mx.logsumexp(logits)
-    assert scores.ids.tolist() == [2, 3]  # the model's own, not the biased
-    assert mx.allclose(scores.values, expected[mx.array([2, 3])]).item()
-    assert mx.allclose(scores.chosen, expected[3:]).item()
+    assert scored.ids.tolist() == [2, 3]  # the model's own, not the biased
+    assert mx.allclose(scored.values, expected[mx.array([2, 3])]).item()
+    assert mx.allclose(scored.logprob, expected[3:]).item()

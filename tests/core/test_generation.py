@@ -25,8 +25,8 @@ from m7mlx import (
     reuse,
     stream_generate,
 )
+from m7mlx.answer import StopFilter
 from m7mlx.errors import ChatFormatError, InputError, PromptTooLongError, TokenizerError
-from m7mlx.generation import StopFilter
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_pieces_joined_are_the_answer_and_carry_all_ids(loaded: tuple[Mistral, T
     stats = pieces[-1].stats
     assert stats is not None
     assert (stats.prompt_tokens, stats.reused_tokens, stats.generated_tokens) == (3, 0, len(ids))
-    assert stats.finish_reason == ("stop" if ids[-1] in tokenizer.eos_ids else "length")
+    assert pieces[-1].finish_reason == ("stop" if ids[-1] in tokenizer.eos_ids else "length")
     assert stats.time_to_first_token > 0
     assert stats.prompt_tps > 0
     assert stats.generation_tps > 0
@@ -91,8 +91,7 @@ def test_an_end_token_ends_the_answer_and_is_not_shown(loaded: tuple[Mistral, To
     first = whole.index(end)
     assert [i for p in pieces for i in p.ids] == whole[: first + 1]
     assert "".join(p.text for p in pieces) == tokenizer.decode(whole[:first])
-    assert pieces[-1].stats is not None
-    assert pieces[-1].stats.finish_reason == "stop"
+    assert pieces[-1].finish_reason == "stop"
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 17])
@@ -100,8 +99,7 @@ def test_max_tokens(loaded: tuple[Mistral, Tokenizer], limit: int) -> None:
     model, tokenizer = loaded
     pieces = list(stream_generate(model, tokenizer, [1, 9], max_tokens=limit))
     assert sum(len(p.ids) for p in pieces) == limit
-    assert pieces[-1].stats is not None
-    assert pieces[-1].stats.finish_reason == "length"
+    assert pieces[-1].finish_reason == "length"
 
 
 def test_closing_the_stream_keeps_what_was_yielded(loaded: tuple[Mistral, Tokenizer]) -> None:
@@ -241,8 +239,7 @@ def test_stop_texts_in_generation(loaded: tuple[Mistral, Tokenizer]) -> None:
         stop = whole[start : start + 5]
         pieces = list(stream_generate(model, tokenizer, [1, 44], max_tokens=40, stop=[stop, "\x00never"]))
         assert "".join(p.text for p in pieces) == whole[: whole.index(stop)]
-        assert pieces[-1].stats is not None
-        assert pieces[-1].stats.finish_reason == "stop"
+        assert pieces[-1].finish_reason == "stop"
 
 
 # --- refusals -------------------------------------------------------------------------------------------

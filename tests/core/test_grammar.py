@@ -17,10 +17,9 @@ from m7mlx_serve.tool_schema import calls_schema
 from models import small_config, small_model
 from pydantic import BaseModel
 
-from m7mlx import constrain, stream_generate
+from m7mlx import Piece, Request, constrain, stream_generate
 from m7mlx.constrain import CUT, Constraint, close_grammars, json_constraint
 from m7mlx.errors import BusyError, InputError, WorkerError
-from m7mlx.request import Event, Request
 from m7mlx.sampling import Sampling
 from m7mlx.scheduler import Scheduler
 from m7mlx.tokens.tokenizer import Tokenizer
@@ -178,13 +177,13 @@ def test_processes_are_few_and_end(tokenizer: Tokenizer, monkeypatch: pytest.Mon
         held[0].mask(tokenizer.vocab_size)
 
 
-def run(scheduler: Scheduler, until: int | None = None) -> dict[int, list[Event]]:
-    found: dict[int, list[Event]] = {}
+def run(scheduler: Scheduler, until: int | None = None) -> dict[int, list[Piece]]:
+    found: dict[int, list[Piece]] = {}
     more, steps = True, 0
     while more and steps != until:
-        events, more = scheduler.step()
-        for event in events:
-            found.setdefault(event.request, []).append(event)
+        told, more = scheduler.step()
+        for number, piece in told:
+            found.setdefault(number, []).append(piece)
         steps += 1
     return found
 
@@ -202,9 +201,9 @@ def test_a_grammar_whose_process_dies_ends_its_answers_and_no_other(tokenizer: T
     run(scheduler, until=6)
     os.kill(pid, signal.SIGSEGV)
     found = run(scheduler)
-    assert found[bad][-1].reason == "failed" and isinstance(found[bad][-1].error, InputError)
-    assert found[good][-1].reason == "stop"
-    assert found[plain][-1].reason in ("stop", "length")
+    assert found[bad][-1].finish_reason == "failed" and isinstance(found[bad][-1].error, InputError)
+    assert found[good][-1].finish_reason == "stop"
+    assert found[plain][-1].finish_reason in ("stop", "length")
 
 
 def test_an_answer_that_the_grammar_did_not_allow_is_an_error(tokenizer: Tokenizer) -> None:
@@ -242,7 +241,7 @@ def test_a_stop_text_does_not_make_half_an_answer_a_success(tokenizer: Tokenizer
     scheduler = Scheduler(MODEL, tokenizer)
     number = scheduler.add(Request([1, 5], sampling, 400, stop=["e"], constraint=constraint()))
     last = run(scheduler)[number][-1]
-    assert (last.reason, str(last.error)) == ("failed", CUT)
+    assert (last.finish_reason, str(last.error)) == ("failed", CUT)
     with pytest.raises(InputError, match="would have cut it"):
         list(
             stream_generate(
@@ -252,7 +251,7 @@ def test_a_stop_text_does_not_make_half_an_answer_a_success(tokenizer: Tokenizer
     done = scheduler.add(
         Request([1, 5], sampling, 400, stop=["}"], constraint=json_constraint(tokenizer, {"const": 1}))
     )
-    assert run(scheduler)[done][-1].reason == "stop"
+    assert run(scheduler)[done][-1].finish_reason == "stop"
 
 
 @pytest.mark.parametrize(("value", "stop"), [({"a": 1}, "}"), ([1, 2], "]"), ("ab", '"'), (-5, "5"), (125, "5")])
@@ -261,7 +260,7 @@ def test_nor_does_one_that_is_the_end_of_the_answer(tokenizer: Tokenizer, value:
     scheduler = Scheduler(MODEL, tokenizer)
     number = scheduler.add(Request([1, 5], stop=[stop], constraint=json_constraint(tokenizer, {"const": value})))
     last = run(scheduler)[number][-1]
-    assert (last.reason, str(last.error)) == ("failed", CUT)
+    assert (last.finish_reason, str(last.error)) == ("failed", CUT)
     with pytest.raises(InputError, match="would have cut it"):
         list(
             stream_generate(

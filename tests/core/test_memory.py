@@ -112,7 +112,7 @@ def test_a_limit_is_kept_by_models_and_sequences(tmp_path: Path, mistral_tokeniz
         next(stream_generate(model, tokenizer, [5] * 60))
     pieces = list(stream_generate(model, tokenizer, [5] * 40, max_tokens=None))
     assert pieces[-1].stats is not None
-    assert pieces[-1].stats.finish_reason == "stop" or pieces[-1].stats.generated_tokens == 10
+    assert pieces[-1].finish_reason == "stop" or pieces[-1].stats.generated_tokens == 10
     assert list(stream_generate(model, tokenizer, [5] * 80, cache=model.new_cache(max_kv_size=30), max_tokens=3))
     m7mlx.memory._limit = 1_000_000
     with pytest.raises(RunError, match=r"but the limit is 0\.0 GB; quantise it"):

@@ -19,10 +19,11 @@ from m7mlx.errors import InputError
 from m7mlx.tokens.tokenizer import Tokenizer
 
 PUBLIC = [
-    *("BatchCache", "CacheFileError", "ChatFormatError", "ConfigError", "DiskError", "DownloadError", "DraftModel"),
-    *("InputError", "M7Error", "Message", "Mistral", "ModelConfig", "NotFoundError", "Piece", "PromptLookup"),
-    *("PromptTooLongError", "Quantization", "RollbackError", "RollingCache", "RunError", "Sampling", "Snapshot"),
-    *("Stats", "Tokenizer", "TokenizerError", "WeightsError", "__version__", "embed", "generate", "load"),
+    *("BatchCache", "CacheFileError", "ChatFormatError", "ConfigError", "DiskError", "DownloadError"),
+    *("DraftModel", "InputError", "LogitsProcessor", "M7Error", "Message", "Mistral", "ModelConfig"),
+    *("NotFoundError", "Piece", "PromptLookup", "PromptTooLongError", "Quantization", "Request"),
+    *("RollbackError", "RollingCache", "RunError", "Sampling", "Snapshot", "Stats", "TokenLogprobs"),
+    *("Tokenizer", "TokenizerError", "WeightsError", "__version__", "embed", "generate", "load"),
     *("load_cache", "load_draft_model", "reuse", "save_cache", "set_adapter", "stream_generate"),
 ]
 # Of a store, of a server that is busy, of a worker: an app's, or turned into one of the others.

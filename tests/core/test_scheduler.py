@@ -12,19 +12,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import random_weights, small_config, small_model
 
+import m7mlx.answer
 import m7mlx.batch
-import m7mlx.generation
-import m7mlx.request
 import m7mlx.sampling
 import m7mlx.scheduler
-from m7mlx import stream_generate
+from m7mlx import Piece, Request, stream_generate
 from m7mlx.constrain import Unconstrained
 from m7mlx.decode import shared_start
 from m7mlx.errors import InputError, PromptTooLongError, RunError, TokenizerError
 from m7mlx.loading import build
-from m7mlx.request import Event, Request
 from m7mlx.sampling import Sampling
-from m7mlx.scheduler import Scheduler
+from m7mlx.scheduler import Scheduler, Told
 from m7mlx.tokens.tokenizer import Tokenizer
 
 MODELS = {window: small_model(small_config(vocab_size=32000, sliding_window=window)) for window in (7, None)}
@@ -50,25 +48,25 @@ def alone(model: Any, tokenizer: Tokenizer, request: Request) -> tuple[str, list
             stop=request.stop,
         )
     )
-    assert pieces[-1].stats is not None
-    return "".join(p.text for p in pieces), [i for p in pieces for i in p.ids], pieces[-1].stats.finish_reason
+    assert pieces[-1].finish_reason is not None
+    return "".join(p.text for p in pieces), [i for p in pieces for i in p.ids], pieces[-1].finish_reason
 
 
 class Clients:
-    """Collects the events of a scheduler by request."""
+    """Collects the pieces of a scheduler's answers by request."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
-        self.events: dict[int, list[Event]] = defaultdict(list)
+        self.pieces: dict[int, list[Piece]] = defaultdict(list)
 
-    def take(self, events: list[Event]) -> None:
-        for event in events:
-            assert not self.events[event.request] or self.events[event.request][-1].reason is None
-            self.events[event.request].append(event)
+    def take(self, told: Told) -> None:
+        for number, piece in told:
+            assert not self.pieces[number] or self.pieces[number][-1].finish_reason is None
+            self.pieces[number].append(piece)
 
     def step(self) -> bool:
-        events, more = self.scheduler.step()
-        self.take(events)
+        told, more = self.scheduler.step()
+        self.take(told)
         return more
 
     def run(self) -> None:
@@ -76,8 +74,8 @@ class Clients:
             pass
 
     def answer(self, number: int) -> tuple[str, list[int], str | None]:
-        events = self.events[number]
-        return "".join(e.text for e in events), [i for e in events for i in e.ids], events[-1].reason
+        pieces = self.pieces[number]
+        return "".join(p.text for p in pieces), [i for p in pieces for i in p.ids], pieces[-1].finish_reason
 
 
 arrivals = st.lists(
@@ -106,8 +104,8 @@ def test_everybody_is_answered_as_if_alone(
         for _ in range(wait):
             clients.step()
             for number in [n for n, left in leaving.items() if left == 0]:
-                event = clients.scheduler.cancel(number)
-                clients.take([event] if event else [])
+                piece = clients.scheduler.cancel(number)
+                clients.take([(number, piece)] if piece else [])
             leaving = {n: left - 1 for n, left in leaving.items() if left > 0}
             assert clients.scheduler.load[0] <= rows
         request = Request(prompt(seed % 3, length), sampling, wanted)  # some begin like others
@@ -123,9 +121,9 @@ def test_everybody_is_answered_as_if_alone(
             assert found[1] == ids[: len(found[1])]
         else:
             assert found == (text, ids, reason)
-        usage = clients.events[number][-1].usage
-        assert usage is not None
-        assert (usage.prompt_tokens, usage.generated_tokens) == (len(request.ids), len(found[1]))
+        stats = clients.pieces[number][-1].stats
+        assert stats is not None
+        assert (stats.prompt_tokens, stats.generated_tokens) == (len(request.ids), len(found[1]))
 
 
 def test_a_long_prompt_does_not_stall_the_others(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,11 +134,11 @@ def test_a_long_prompt_does_not_stall_the_others(tokenizer: Tokenizer, monkeypat
     long = clients.scheduler.add(Request(prompt(2, 300), max_tokens=5))
     clients.step()
     short = clients.scheduler.add(Request(prompt(3, 8), max_tokens=5))
-    before = len(clients.events[first])
+    before = len(clients.pieces[first])
     for step in range(1, 20):
         clients.step()
-        assert len(clients.events[first]) == before + step  # a token in every step
-    assert not clients.events[long]
+        assert len(clients.pieces[first]) == before + step  # a token in every step
+    assert not clients.pieces[long]
     assert clients.answer(short)[2] == "length"  # it did not wait for the long one either
     clients.run()
     assert clients.answer(long) == alone(MODELS[7], tokenizer, Request(prompt(2, 300), max_tokens=5))
@@ -160,7 +158,7 @@ def test_what_was_read_before_is_not_read_again(tokenizer: Tokenizer, window: in
     clients.run()
     assert clients.answer(number) == alone(model, tokenizer, second)
     assert clients.answer(other) == alone(model, tokenizer, Request([*opening, 5, 6], max_tokens=4))
-    reused = [clients.events[n][-1].usage.reused_tokens for n in (first, number, other)]  # type: ignore[union-attr]
+    reused = [clients.pieces[n][-1].stats.reused_tokens for n in (first, number, other)]  # type: ignore[union-attr]
     assert reused == [0, len(held), len(opening)]
     assert len(clients.scheduler._kept) == 2  # the first is a part of the second
 
@@ -180,7 +178,7 @@ def test_what_is_being_read_is_read_once_for_all_that_begin_with_it(
     clients.run()
     for number, request in zip(numbers, requests, strict=True):
         assert clients.answer(number) == alone(model, tokenizer, request)
-    reused = [clients.events[n][-1].usage.reused_tokens for n in numbers]  # type: ignore[union-attr]
+    reused = [clients.pieces[n][-1].stats.reused_tokens for n in numbers]  # type: ignore[union-attr]
     assert reused[0] == reused[6] == 0
     assert all(len(opening) - 10 <= n <= len(opening) for n in reused[1:5])
 
@@ -193,10 +191,10 @@ def test_a_start_stays_where_what_goes_on_from_it_cannot_go_back(tokenizer: Toke
     for _ in range(2):
         number = clients.scheduler.add(Request([*opening, *prompt(9, 30)], max_tokens=4))
         clients.run()
-        assert clients.events[number][-1].usage.reused_tokens >= len(opening)  # type: ignore[union-attr]
+        assert clients.pieces[number][-1].stats.reused_tokens >= len(opening)  # type: ignore[union-attr]
         other = clients.scheduler.add(Request([*opening, *prompt(8, 30)], max_tokens=4))
         clients.run()
-        assert clients.events[other][-1].usage.reused_tokens >= len(opening)  # type: ignore[union-attr]
+        assert clients.pieces[other][-1].stats.reused_tokens >= len(opening)  # type: ignore[union-attr]
 
 
 def test_one_that_fails_fails_alone(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +214,7 @@ def test_one_that_fails_fails_alone(tokenizer: Tokenizer, monkeypatch: pytest.Mo
     late = clients.scheduler.add(Request(prompt(3, 6), max_tokens=4))
     clients.run()
     assert clients.answer(bad)[2] == "failed"
-    assert "malloc" in str(clients.events[bad][-1].error)
+    assert "malloc" in str(clients.pieces[bad][-1].error)
     for number, request in (
         (good, Request(prompt(1, 5), max_tokens=12)),
         (late, Request(prompt(3, 6), max_tokens=4)),
@@ -258,15 +256,16 @@ def test_rows_are_given_back(tokenizer: Tokenizer) -> None:
 
 def test_requests_that_make_no_sense_are_refused_at_once(tokenizer: Tokenizer) -> None:
     scheduler = Scheduler(MODELS[None], tokenizer)
-    for request, error in (
-        (Request([]), InputError),
-        (Request([40_000]), TokenizerError),
-        (Request([1] * 5000), PromptTooLongError),
-        (Request([1], max_tokens=0), InputError),
-        (Request([1], stop=("",)), InputError),
-    ):
+    refused: list[tuple[dict[str, Any], type[Exception]]] = [
+        ({"prompt": []}, InputError),
+        ({"prompt": [40_000]}, TokenizerError),
+        ({"prompt": [1] * 5000}, PromptTooLongError),
+        ({"prompt": [1], "max_tokens": 0}, InputError),
+        ({"prompt": [1], "stop": ("",)}, InputError),
+    ]
+    for request, error in refused:
         with pytest.raises(error):
-            scheduler.add(request)
+            scheduler.add(Request(**request))
     assert scheduler.load == (0, 0)
     assert scheduler.cancel(1) is None
     for bad in ({"rows": 0}, {"kept": -1}):
@@ -288,15 +287,15 @@ def test_a_grammar_that_fails_fails_its_own_answer(tokenizer: Tokenizer, monkeyp
     good = clients.scheduler.add(Request(prompt(2, 5), max_tokens=9))
     clients.run()
     assert clients.answer(bad)[2] == "failed"
-    assert "too complex" in str(clients.events[bad][-1].error)
+    assert "too complex" in str(clients.pieces[bad][-1].error)
     assert clients.answer(good) == alone(MODELS[7], tokenizer, Request(prompt(2, 5), max_tokens=9))
 
 
 @pytest.mark.parametrize(
     ("owner", "name", "lost"),
     [
-        (m7mlx.request.Answer, "_taken", {"first"}),
-        (m7mlx.generation.StopFilter, "add", {"first"}),
+        (m7mlx.answer.Answer, "take", {"first"}),
+        (m7mlx.answer.StopFilter, "add", {"first"}),
         (m7mlx.sampling.Sampler, "__call__", {"second"}),
         (m7mlx.batch.BatchCache, "row", set()),  # its conversation is not kept, that is all
         (m7mlx.batch.BatchCache, "put", {"late"}),
@@ -337,7 +336,7 @@ def test_whatever_fails_ends_no_more_than_it_must(
         numbers[key] = clients.scheduler.add(asked[key])
     if name == "keep":
         breaks()
-    while not clients.events[numbers["third"]] or clients.events[numbers["third"]][-1].reason is None:
+    while not clients.pieces[numbers["third"]] or clients.pieces[numbers["third"]][-1].finish_reason is None:
         clients.step()
     if name == "put":
         breaks()
@@ -346,7 +345,7 @@ def test_whatever_fails_ends_no_more_than_it_must(
     assert not broken
     for key, number in numbers.items():
         if key in lost and clients.answer(number)[2] == "failed":
-            assert isinstance(clients.events[number][-1].error, KeyError)
+            assert isinstance(clients.pieces[number][-1].error, KeyError)
             lost = lost - {key}
         else:
             assert clients.answer(number) == expected[key], key
@@ -393,7 +392,6 @@ def test_what_is_alike_is_compared_once(tokenizer: Tokenizer, monkeypatch: pytes
         compared.append(1)
         return shared_start(a, b)
 
-    monkeypatch.setattr(m7mlx.request, "shared_start", counted)
     monkeypatch.setattr(m7mlx.scheduler, "shared_start", counted)
     clients = Clients(Scheduler(MODELS[7], tokenizer, rows=8, kept=4, slack=2))
     request = Request(array("i", prompt(1, 200)), max_tokens=3)

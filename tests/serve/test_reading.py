@@ -16,8 +16,9 @@ from typing import Any
 import httpx
 import pytest
 from m7mlx_serve.app import Served, Server
-from m7mlx_serve.engine import Engine, Limits
+from m7mlx_serve.engine import Engine
 from m7mlx_serve.errors import ApiError
+from m7mlx_serve.limits import Limits
 from m7mlx_serve.openai.chat import ChatRequest
 from m7mlx_serve.readers import Readers
 from m7mlx_serve.reading import parse, read
@@ -276,7 +277,7 @@ def test_what_nests_too_deep_somewhere_else_is_the_clients_fault(model_folder: P
     async def ask() -> httpx.Response:
         transport = httpx.ASGITransport(server.app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-            server._engine.tokenizer = load_tokenizer(model_folder)
+            server._engine._tokenizer = load_tokenizer(model_folder)
             return await client.post(PATH, json=BODY)
 
     found = asyncio.run(ask())

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from m7mlx_serve.openai.choices import Choice, written
+from m7mlx_serve.openai.chat import ChatShape
+from m7mlx_serve.openai.choices import Choice, write
+from m7mlx_serve.openai.text import TextShape
 from m7mlx_serve.tool_calls import MARK, CallReader
 
-from m7mlx.request import Event
-from m7mlx.sampling import TokenScores
+from m7mlx import Piece, TokenLogprobs
 from m7mlx.tokens.tokenizer import Tokenizer
 
 JSON = st.recursive(
@@ -98,31 +99,33 @@ def test_what_models_write_besides(text: str, calls: list[tuple[str, str]], is_o
 
 def choice(tokenizer: Tokenizer, pieces: list[str | int], reason: Any) -> tuple[list[Any], Any]:
     """The chunks and the whole of an answer; numbers are ids."""
-    both = [Choice(0, tokenizer, True, tokenizer.control_id(MARK), False, streamed) for streamed in (True, False)]
+    both = [
+        Choice(0, tokenizer, ChatShape(), tokenizer.control_id(MARK), False, streamed) for streamed in (True, False)
+    ]
     chunks = []
     for piece in pieces:
-        event = Event(1, piece, (9,)) if isinstance(piece, str) else Event(1, ids=(piece,))
-        chunks += [chunk for told in both for chunk in told.feed(event)]
-    return chunks + [chunk for told in both for chunk in told.feed(Event(1, reason=reason))], both[1].whole()
+        told_piece = Piece(piece, [9]) if isinstance(piece, str) else Piece(ids=[piece])
+        chunks += [chunk for told in both for chunk in told.feed(told_piece)]
+    return chunks + [c for told in both for c in told.feed(Piece(finish_reason=reason))], both[1].whole()
 
 
 @pytest.mark.parametrize("is_chat", [True, False])
 def test_scores_are_kept_for_whole_answers_only(mistral_tokenizers: dict[str, Tokenizer], is_chat: bool) -> None:
     """A stream of any length holds what it has not told yet; a whole answer is written in pieces."""
     tokenizer = mistral_tokenizers["v3"]
-    event = Event(1, "é", (900,), (TokenScores(-0.5, [(900, -0.5), (901, -2.0)]),))
+    piece = Piece("é", [900], logprobs=[TokenLogprobs(900, -0.5, [(900, -0.5), (901, -2.0)])])
     sizes = {}
     for streamed in (True, False):
-        told = Choice(0, tokenizer, is_chat, None, False, streamed)
-        told.feed(event)
+        told = Choice(0, tokenizer, ChatShape() if is_chat else TextShape(), None, False, streamed)
+        told.feed(piece)
         tracemalloc.start()
         for _ in range(3000):
-            told.feed(event)
+            told.feed(piece)
         sizes[streamed] = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
     assert sizes[True] < 20_000 < 3000 * 100 < sizes[False]
-    told.feed(Event(1, reason="stop"))
-    pieces = list(written({"id": "x", "choices": [told.whole(), told.whole()]}))
+    told.feed(Piece(finish_reason="stop"))
+    pieces = list(write({"id": "x", "choices": [told.whole(), told.whole()]}))
     assert max(map(len, pieces)) < 10_000
     found = json.loads("".join(pieces))
     assert found["choices"][0] == found["choices"][1]

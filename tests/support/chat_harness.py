@@ -11,13 +11,15 @@ from typing import Any
 from m7mlx_chat.app import ChatApp
 from m7mlx_chat.config import Config
 from m7mlx_chat.environment import Environment
-from m7mlx_chat.events import Done, Event, Ready, Request, Seen, Statistics
+from m7mlx_chat.events import Done, Event, Ready, Seen
 from m7mlx_chat.session import Session
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.store import Store
 from m7mlx_chat.view import Parts
 from textual.pilot import Pilot
 from textual.widgets import Static
+
+from m7mlx import Request, Stats
 
 READY = Ready(window=4096, capacity=4160, context=32768, nbytes=4_000_000_000, vocabulary="v", token_bytes=131072)
 
@@ -56,8 +58,7 @@ def done(text: str, reason: Any = "stop", *, seen: int = 5000, **changes: Any) -
         "generation_tps": 21.5,
         "time_to_first_token": 0.3,
     }
-    statistics = Statistics(**values | changes)
-    return Done(reason, text, [7] * len(text.split()), statistics, Seen(seen, 545_000_000))
+    return Done(reason, text, [7] * len(text.split()), Stats(**values | changes), Seen(seen, 545_000_000))
 
 
 class Chat:

@@ -107,7 +107,7 @@ class Models(ModalScreen[Chosen | None]):
 
     @work(thread=True, exclusive=True, group="list")
     def _list(self) -> None:
-        entries = models(self._own, self._used)
+        entries = models(self._used, self._own)
         self.app.call_from_thread(self._listed, entries)
 
     def _listed(self, entries: list[Entry]) -> None:

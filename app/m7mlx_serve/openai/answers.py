@@ -1,107 +1,100 @@
-"""Requests → the engine's, and its events → what OpenAI's clients read, whole or as server-sent events."""
+"""A request → the engine's requests, and its pieces → what OpenAI's clients read, whole or as events."""
 
 from __future__ import annotations
 
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar
 
-from m7mlx.errors import BusyError, InputError
-from m7mlx.request import Event, Request, Usage
-from m7mlx.sampling import Sampling
-from m7mlx.tokens.tokenizer import Tokenizer
+from m7mlx import Request, Sampling, Stats
+from m7mlx_serve.answering import Answerer
 from m7mlx_serve.endpoint import ReadRequest
-from m7mlx_serve.engine import LateError, Prepared
-from m7mlx_serve.errors import ApiError, refusal, report
-from m7mlx_serve.openai.chat import ChatRequest
-from m7mlx_serve.openai.choices import Choice
+from m7mlx_serve.errors import ApiError
+from m7mlx_serve.openai.choices import Choice, write
 from m7mlx_serve.openai.fields import Generation
-from m7mlx_serve.openai.text import CompletionRequest
 from m7mlx_serve.tool_calls import MARK
-from m7mlx_serve.tool_schema import calls_schema
 
-Ask = Callable[[Prepared, float], AsyncGenerator[tuple[int, Event], None]]
-_RETRY_SECONDS = 5
-_SAMPLED = 0.7  # OpenAI's default is 1, which is too wild for models of this size
+_TEMPERATURE = 0.7  # OpenAI's default is 1, which is too wild for models of this size
 
 
-class Answers:
-    """The answers to one request: `n` of them."""
+class OpenAIAnswers:
+    """The `n` answers to one request."""
 
-    def __init__(self, tokenizer: Tokenizer, ask: Ask, asked: ReadRequest, most: int | None, seconds: float) -> None:
-        """`ask` is the engine's; `most` tokens and `seconds` bound each answer."""
-        self._tokenizer, self._ask, self._asked, self._most = tokenizer, ask, asked, most
-        assert isinstance(asked.body, Generation)
-        self._body, self._seconds = asked.body, seconds
-        self._is_chat = isinstance(asked.body, ChatRequest)
-        self._id = ("chatcmpl-" if self._is_chat else "cmpl-") + secrets.token_hex(12)
+    stream_type: ClassVar[str] = "text/event-stream"
+
+    def __init__(self, answerer: Answerer, read: ReadRequest) -> None:
+        assert isinstance(read.body, Generation)
+        self._answerer, self._body, self._ids = answerer, read.body, read.ids
+        self._id = self._body.shape.id_prefix + secrets.token_hex(12)
         self._created = int(time.time())
+        tool_use = self._body.tool_use
+        self._choices = [
+            Choice(
+                index,
+                answerer.tokenizer,
+                self._body.shape,
+                mark=None if tool_use == "none" else answerer.tokenizer.control_id(MARK),
+                calling=tool_use == "required",
+                streamed=self._body.stream,
+            )
+            for index in range(self._body.n)
+        ]
 
-    async def whole(self) -> dict[str, Any]:
-        """One object with all answers, for `choices.written`."""
-        choices, usages = [self._choice(i) for i in range(self._body.n)], []
-        async with aclosing(self._events()) as events:
-            async for index, event in events:
-                choices[index].feed(event)
-                if event.usage:
-                    usages.append(event.usage)
-        return self._envelope([choice.whole() for choice in choices], "") | {"usage": _usage(usages)}
+    async def whole(self) -> Iterator[str]:
+        """The JSON of all answers, in pieces."""
+        costs = []
+        async with aclosing(self._answerer.pieces(self._requests())) as pieces:
+            async for index, piece in pieces:
+                self._choices[index].feed(piece)
+                if piece.stats:
+                    costs.append(piece.stats)
+        choices = [choice.whole() for choice in self._choices]
+        return write(self._envelope(self._body.shape.whole_object, choices) | {"usage": _usage(costs)})
 
     async def stream(self) -> AsyncGenerator[str, None]:
-        """Server-sent events. What fails before the first token raises; after it, it is an event of its own."""
-        choices = [self._choice(i) for i in range(self._body.n)]
-        usages: list[Usage] = []
+        """Server-sent events: chunks, if asked for the usage, and an end."""
+        costs: list[Stats] = []
         begun = False
         try:
-            async with aclosing(self._events()) as events:
-                async for index, event in events:
-                    if not begun and self._is_chat:
-                        for choice in choices:
-                            yield self._sse(choice.role())
+            async with aclosing(self._answerer.pieces(self._requests())) as pieces:
+                async for index, piece in pieces:
+                    if not begun:
+                        for choice in self._choices:
+                            if opening := choice.opening():
+                                yield self._event([opening])
                     begun = True
-                    if event.usage:
-                        usages.append(event.usage)
-                    for chunk in choices[index].feed(event):
-                        yield self._sse(chunk)
+                    if piece.stats:
+                        costs.append(piece.stats)
+                    for chunk in self._choices[index].feed(piece):
+                        yield self._event([chunk])
         except ApiError as error:
             if not begun:
                 raise
             yield f"data: {json.dumps(error.body())}\n\n"
             return
         if self._body.stream_options and self._body.stream_options.include_usage:
-            yield f"data: {json.dumps(self._envelope([], '.chunk') | {'usage': _usage(usages)})}\n\n"
+            yield self._event([], usage=_usage(costs))
         yield "data: [DONE]\n\n"
 
-    async def _events(self) -> AsyncGenerator[tuple[int, Event], None]:
-        """(number of the answer, event) of all answers as they come. Raises ApiError for what fails: then all end."""
-        try:
-            async with aclosing(self._ask(_prepared(self._asked, self._most), self._seconds)) as events:
-                async for index, event in events:
-                    if event.reason in ("failed", "cancelled"):
-                        raise _error(event)
-                    yield index, event
-        except BusyError as error:
-            raise ApiError(429, str(error), "rate_limit_exceeded", {"Retry-After": str(_RETRY_SECONDS)}) from None
-        except LateError as error:
-            raise ApiError(504, str(error)) from None
-        except InputError as error:
-            raise ApiError(400, str(error)) from None
+    def _requests(self) -> list[Request]:
+        """What the engine is asked for: one request for each answer."""
+        body = self._body
+        request = Request(
+            self._ids,
+            max_tokens=self._answerer.token_limit(body.token_limit),
+            stop=[body.stop] if isinstance(body.stop, str) else body.stop or [],
+            at_start=body.starts_message,
+            logit_bias={int(token): value for token, value in (body.logit_bias or {}).items()},
+            logprobs=body.logprob_count,
+            schema=body.answer_schema,
+        )
+        return [replace(request, sampling=_sampling(body, index)) for index in range(body.n)]
 
-    # --- the client's side ------------------------------------------------------------------------------
-
-    def _choice(self, index: int) -> Choice:
-        mark, forced = None, False
-        tokenizer = self._tokenizer
-        if isinstance(self._body, ChatRequest) and self._body.tools and self._body.tool_choice != "none":
-            mark, forced = tokenizer.control_id(MARK), self._body.required_tools is not None
-        return Choice(index, tokenizer, self._is_chat, mark, forced, self._body.stream)
-
-    def _envelope(self, choices: Sequence[dict[str, Any]], suffix: Literal["", ".chunk"]) -> dict[str, Any]:
-        kind = f"chat.completion{suffix}" if self._is_chat else "text_completion"
+    def _envelope(self, kind: str, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return {
             "id": self._id,
             "object": kind,
@@ -110,44 +103,15 @@ class Answers:
             "choices": list(choices),
         }
 
-    def _sse(self, choice: dict[str, Any]) -> str:
-        return f"data: {json.dumps(self._envelope([choice], '.chunk'), ensure_ascii=False)}\n\n"
-
-
-def _prepared(asked: ReadRequest, most: int | None) -> Prepared:
-    """What the engine is asked for."""
-    schema: Mapping[str, Any] | None = None
-    body = asked.body
-    if isinstance(body, ChatRequest):
-        if (tools := body.required_tools) is not None:
-            functions = [tool.function.model_dump() for tool in tools]
-            schema = calls_schema(functions, body.parallel_tool_calls is not False)
-        elif body.response_format and body.response_format.type != "text":
-            wanted_schema = body.response_format.json_schema
-            schema = wanted_schema.schema_ if wanted_schema else {"type": "object"}
-        wanted, logprobs = (
-            body.max_completion_tokens or body.max_tokens,
-            (body.top_logprobs or 0) if body.logprobs else None,
-        )
-    else:
-        assert isinstance(body, CompletionRequest)
-        wanted, logprobs = body.max_tokens or 16, body.logprobs  # 16 is OpenAI's default
-    limits = [n for n in (wanted, most) if n is not None]
-    request = Request(
-        asked.ids,
-        max_tokens=min(limits, default=None),
-        stop=[body.stop] if isinstance(body.stop, str) else body.stop or [],
-        at_start=isinstance(body, ChatRequest) and not body.is_continued,
-        logit_bias={int(token): value for token, value in (body.logit_bias or {}).items()},
-        logprobs=logprobs,
-    )
-    return Prepared([replace(request, sampling=_sampling(body, i)) for i in range(body.n)], schema)
+    def _event(self, choices: Sequence[dict[str, Any]], **more: Any) -> str:
+        chunk = self._envelope(self._body.shape.chunk_object, choices) | more
+        return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
 
 
 def _sampling(body: Generation, index: int) -> Sampling:
-    """Of the `index`-th answer: a seed gives each of them another, the same every time."""
+    """How the tokens of answer `index` are chosen. A seed gives each answer another, always the same."""
     return Sampling(
-        temperature=_SAMPLED if body.temperature is None else body.temperature,
+        temperature=_TEMPERATURE if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
         top_k=body.top_k or 0,
         min_p=body.min_p or 0.0,
@@ -156,29 +120,17 @@ def _sampling(body: Generation, index: int) -> Sampling:
     )
 
 
-def _usage(usages: Sequence[Usage]) -> dict[str, Any]:
-    """The prompt is counted once, however many answers it gets.
+def _usage(costs: Sequence[Stats]) -> dict[str, Any]:
+    """The tokens of the prompt, counted once, and of all answers.
 
-    How much of it was held already is not told: it would tell a client how another's conversation begins.
+    How much of the prompt was held already is not told: it would tell a client how other clients'
+    conversations begin.
     """
-    prompt = max((usage.prompt_tokens for usage in usages), default=0)
-    generated = sum(usage.generated_tokens for usage in usages)
+    prompt = max((cost.prompt_tokens for cost in costs), default=0)
+    generated = sum(cost.generated_tokens for cost in costs)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": generated,
         "total_tokens": prompt + generated,
         "prompt_tokens_details": {"cached_tokens": 0},
     }
-
-
-def _error(event: Event) -> ApiError:
-    """Of a request that did not end well. What was not foreseen is not told to strangers."""
-    if isinstance(event.error, InputError):
-        return refusal(event.error)
-    if event.reason == "cancelled":
-        return ApiError(503, "the server is shutting down", "shutting_down")
-    if isinstance(event.error, LateError):
-        return ApiError(504, str(event.error))
-    if event.error is not None:
-        report(event.error)
-    return ApiError(500, "the request failed on the way")

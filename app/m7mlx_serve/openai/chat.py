@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from array import array
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -14,8 +15,10 @@ from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx_serve.endpoint import Endpoint
 from m7mlx_serve.openai.fields import Generation
 from m7mlx_serve.openai.replies import ChatChunk, ChatCompletion
+from m7mlx_serve.openai.shape import Fields, Shape
 from m7mlx_serve.strict import MAX_TEXT, Name, Strict, Text
 from m7mlx_serve.tool_calls import MARK
+from m7mlx_serve.tool_schema import calls_schema
 
 
 class TextPart(Strict):
@@ -122,6 +125,36 @@ class ResponseFormat(Strict):
         return self
 
 
+class ChatShape(Shape):
+    """A choice is a message of the assistant, which may call tools."""
+
+    id_prefix = "chatcmpl-"
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+    logprobs_end: ClassVar[Mapping[str, Any]] = {"refusal": None}
+
+    def opening(self) -> Fields | None:
+        """The role."""
+        return {"delta": {"role": "assistant", "content": ""}}
+
+    def delta(self, text: str = "", call: Fields | None = None) -> Fields:
+        """More of the message's text, or of a call."""
+        if call is not None:
+            return {"delta": {"tool_calls": [call]}}
+        return {"delta": {"content": text} if text else {}}
+
+    def whole(self, text: str, calls: Sequence[Fields]) -> Fields:
+        """The whole message."""
+        message: Fields = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": list(calls)}
+        return {"message": message}
+
+    def logprobs(self, scored: Sequence[Fields], offset: int) -> dict[str, list[Any]]:
+        """One list of tokens."""
+        return {"content": list(scored)}
+
+
 class ChatRequest(Generation):
     """The body of POST /v1/chat/completions."""
 
@@ -133,6 +166,7 @@ class ChatRequest(Generation):
     tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    shape: ClassVar[Shape] = ChatShape()
 
     @property
     def is_continued(self) -> bool:
@@ -146,6 +180,39 @@ class ChatRequest(Generation):
             name = self.tool_choice.function.name
             return [tool for tool in self.tools or [] if tool.function.name == name]
         return self.tools if self.tool_choice == "required" else None
+
+    @property
+    def starts_message(self) -> bool:
+        """Whether the answer begins a message: it does, unless one is continued."""
+        return not self.is_continued
+
+    @property
+    def tool_use(self) -> Literal["none", "allowed", "required"]:
+        """Whether the answer may, or must, call tools."""
+        if not self.tools or self.tool_choice == "none":
+            return "none"
+        return "allowed" if self.required_tools is None else "required"
+
+    @property
+    def answer_schema(self) -> Mapping[str, Any] | None:
+        """The JSON schema of the calls that are demanded, or of the answer."""
+        if (tools := self.required_tools) is not None:
+            functions = [tool.function.model_dump() for tool in tools]
+            return calls_schema(functions, self.parallel_tool_calls is not False)
+        if self.response_format is None or self.response_format.type == "text":
+            return None
+        wanted = self.response_format.json_schema
+        return wanted.schema_ if wanted else {"type": "object"}
+
+    @property
+    def token_limit(self) -> int | None:
+        """The most tokens that the client wants."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def logprob_count(self) -> int | None:
+        """How many of the likeliest tokens to tell the log probability of; None for none."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     def without_texts(self) -> Self:
         """Leave out messages and tools, save for the schemas that the answer must follow."""

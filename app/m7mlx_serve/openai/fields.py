@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from array import array
-from typing import Annotated, Any, ClassVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from m7mlx.errors import InputError
 from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx_serve.endpoint import Body
+from m7mlx_serve.openai.shape import Shape
 from m7mlx_serve.strict import Finite, Strict
 
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -49,12 +51,38 @@ class Generation(Body):
         Annotated[dict[TokenId, Annotated[Finite, Field(ge=-100, le=100)]], Field(max_length=_MOST_BIASED)] | None
     ) = None
     ignored: ClassVar[frozenset[str]] = frozenset({*MEANINGLESS, *NEUTRAL})
+    shape: ClassVar[Shape]
 
     def encode(self, tokenizer: Tokenizer) -> array[int]:
         """The ids of the prompt. Raises InputError for what the model cannot do."""
         if self.stream_options and not self.stream:
             raise InputError("stream_options is for streams: set stream")
         return self._encode_prompt(tokenizer)
+
+    @property
+    def starts_message(self) -> bool:
+        """Whether the answer begins a message, not amid a text."""
+        return False
+
+    @property
+    def tool_use(self) -> Literal["none", "allowed", "required"]:
+        """Whether the answer may, or must, call tools."""
+        return "none"
+
+    @property
+    def answer_schema(self) -> Mapping[str, Any] | None:
+        """The JSON schema that the answer follows, if any."""
+        return None
+
+    @property
+    @abstractmethod
+    def token_limit(self) -> int | None:
+        """The most tokens that the client wants."""
+
+    @property
+    @abstractmethod
+    def logprob_count(self) -> int | None:
+        """How many tokens to tell the log probability of, beside the chosen one; None for neither."""
 
     @abstractmethod
     def _encode_prompt(self, tokenizer: Tokenizer) -> array[int]: ...

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from typing import Annotated, Literal, Self
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -12,9 +13,39 @@ from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx_serve.endpoint import Endpoint
 from m7mlx_serve.openai.fields import Generation
 from m7mlx_serve.openai.replies import TextChunk, TextCompletion
+from m7mlx_serve.openai.shape import Fields, Shape
 from m7mlx_serve.strict import MAX_TEXT, Text
 
+_DEFAULT_TOKENS = 16  # OpenAI's
 _LARGEST_ID = (1 << 31) - 1  # beyond the ids of any vocabulary
+
+
+class TextShape(Shape):
+    """A choice is a text; log probabilities are lists side by side."""
+
+    id_prefix = "cmpl-"
+    whole_object = chunk_object = "text_completion"
+
+    def opening(self) -> Fields | None:
+        """Nothing: the first text comes first."""
+        return None
+
+    def delta(self, text: str = "", call: Fields | None = None) -> Fields:
+        """More text."""
+        return {"text": text}
+
+    def whole(self, text: str, calls: Sequence[Fields]) -> Fields:
+        """The whole text."""
+        return {"text": text}
+
+    def logprobs(self, scored: Sequence[Fields], offset: int) -> dict[str, list[Any]]:
+        """One list for each field of a token."""
+        return {
+            "tokens": [token["token"] for token in scored],
+            "token_logprobs": [token["logprob"] for token in scored],
+            "top_logprobs": [{top["token"]: top["logprob"] for top in token["top_logprobs"]} for token in scored],
+            "text_offset": [offset] * len(scored),
+        }
 
 
 class CompletionRequest(Generation):
@@ -23,6 +54,17 @@ class CompletionRequest(Generation):
     prompt: Text | Annotated[list[int], Field(min_length=1, max_length=MAX_TEXT, fail_fast=True)]
     echo: Literal[False] = False
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    shape: ClassVar[Shape] = TextShape()
+
+    @property
+    def token_limit(self) -> int | None:
+        """The most tokens that the client wants."""
+        return self.max_tokens or _DEFAULT_TOKENS
+
+    @property
+    def logprob_count(self) -> int | None:
+        """How many of the likeliest tokens to tell the log probability of; None for none."""
+        return self.logprobs
 
     def without_texts(self) -> Self:
         """Leave out the prompt."""

@@ -1,0 +1,200 @@
+"""One answer on its way: tokens go in, pieces and what they cost come out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import mlx.core as mx
+
+from m7mlx.cache import RollingCache
+from m7mlx.constrain import CUT
+from m7mlx.errors import InputError
+from m7mlx.model import Mistral
+from m7mlx.request import Request
+from m7mlx.sampling import Sampler, TokenLogprobs
+from m7mlx.tokens.tokenizer import Tokenizer
+
+FinishReason = Literal["stop", "length", "cancelled", "failed"]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What an answer cost. Times are wall clock; speeds are tokens per second.
+
+    prompt_tokens       tokens of the whole prompt, reused_tokens of them already in a cache
+    prompt_tps          speed of the prefill of the others; 0 where it was broken off
+    generated_tokens    tokens generated, the one that ended the answer included
+    generation_tps      speed of decoding, from the first token on
+    time_to_first_token seconds from the call, or from `Scheduler.add`, to the first token, or to an end before it
+    peak_memory         most bytes MLX held at once: since the call; with a scheduler since the process began
+    cache_bytes         bytes of keys and values allocated; 0 with a scheduler, whose answers share them
+    """
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    prompt_tps: float = 0.0
+    generated_tokens: int = 0
+    generation_tps: float = 0.0
+    time_to_first_token: float = 0.0
+    peak_memory: int = 0
+    cache_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of an answer; its last one says how it ended.
+
+    text           what can be shown now
+    ids            the tokens generated since the piece before
+    stats          what the answer cost; only the last piece has it
+    logprobs       log probabilities of `ids`, where the request asks for them
+    finish_reason  of the last piece. "stop": an end token or a stop text; "length": max_tokens or the context;
+                   "cancelled": nobody wants it any more; "failed": `error` says why
+    """
+
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    stats: Stats | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    error: Exception | None = None
+
+
+class Answer:
+    """Makes pieces of the tokens that its sampler chooses for a request (`m7mlx.request.prepare`).
+
+    ids    all that is read before the first token
+    cache  the one that its prompt is read into, as long as it is this answer's alone
+    """
+
+    def __init__(self, request: Request, model: Mistral, tokenizer: Tokenizer) -> None:
+        self.request, self.ids = request, request.ids
+        self.cache: RollingCache | None = None
+        self.sampler = Sampler(
+            request.sampling,
+            bias=request.logit_bias,
+            constraint=request.constraint,
+            processors=request.logits_processors,
+            logprobs=request.logprobs,
+            vocab_size=tokenizer.vocab_size,
+            agree=model.agree,
+        )
+        self.sampler.see(self.ids, chosen=len(request.continues))
+        self._text, self._stop = tokenizer.detokenizer(request.at_start), StopFilter(request.stop)
+        for token in self.ids[len(self.ids) - len(request.continues) - request.begun :]:
+            self._text.add(token)  # shown already; a character cut in the middle is finished
+        self._eos = tokenizer.eos_ids
+        self._reused = self._count = 0
+        self._started = self._reading = time.perf_counter()
+        self._read = self._first = 0.0
+
+    def begin(self, cache: RollingCache, reused: int) -> None:
+        """Note that the prompt will now be read into `cache`, which holds `reused` tokens of it."""
+        self.cache, self._reused, self._reading = cache, reused, time.perf_counter()
+
+    def read(self) -> None:
+        """Note that the prompt has been read."""
+        self._read = time.perf_counter()
+
+    def take(self, token: int) -> Piece:
+        """The piece that one more token makes, without a text where it cannot be shown yet."""
+        self._count += 1
+        self._first = self._first or time.perf_counter()
+        logprobs = [self.sampler.scored.popleft().read()] if self.sampler.scored else []
+        if token in self._eos:
+            return self.end("stop", "", [token], logprobs)
+        text = self._stop.add(self._text.add(token))
+        if self._stop.found:
+            constraint = self.request.constraint
+            if constraint is not None and constraint.enforced:
+                return self.fail(InputError(CUT))
+            return self.end("stop", text, [token], logprobs)
+        if self._count == self.request.max_tokens:
+            return self.end("length", text, [token], logprobs)
+        return Piece(text, [token], None, logprobs)
+
+    def end(
+        self,
+        reason: FinishReason,
+        text: str = "",
+        ids: Sequence[int] = (),
+        logprobs: Sequence[TokenLogprobs] = (),
+        error: Exception | None = None,
+    ) -> Piece:
+        """The last piece. It shows what was held back, save for a character that may still be finished."""
+        if self.request.constraint is not None:
+            self.request.constraint.close()
+        if reason != "failed":
+            text += self._stop.finish("" if reason == "cancelled" else self._text.finish())
+        return Piece(text, list(ids), self._stats(), list(logprobs), reason, error)
+
+    def fail(self, error: Exception) -> Piece:
+        """The last piece of an answer that cannot go on."""
+        return self.end("failed", error=error)
+
+    def _stats(self) -> Stats:
+        now = time.perf_counter()
+        return Stats(
+            prompt_tokens=len(self.ids),
+            reused_tokens=self._reused,
+            prompt_tps=(len(self.ids) - self._reused) / max(self._read - self._reading, 1e-9) if self._read else 0.0,
+            generated_tokens=self._count,
+            generation_tps=(self._count - 1) / max(now - self._first, 1e-9) if self._count > 1 else 0.0,
+            time_to_first_token=(self._first or now) - self._started,
+            peak_memory=mx.get_peak_memory(),
+            cache_bytes=0 if self.cache is None else self.cache.nbytes,
+        )
+
+
+class StopFilter:
+    """Cuts a stream at the first of several texts to be whole, which may lie across the borders of its pieces.
+
+    However many there are and however alike, each letter costs each of them a step or two (Knuth, Morris, Pratt).
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        """`stops` are texts, none of them empty."""
+        self._searches = [_Search(stop) for stop in stops]
+        self._held = ""  # could be the beginning of a stop text
+        self.found = False
+
+    def add(self, text: str) -> str:
+        """What of the stream so far, with `text`, can be shown."""
+        before, self._held = len(self._held), self._held + text
+        for end, letter in enumerate(text, before + 1):
+            whole = [search.length for search in self._searches if search.see(letter)]
+            if whole:
+                self.found = True
+                shown, self._held = self._held[: end - max(whole)], ""
+                return shown
+        unsure = max((search.begun for search in self._searches), default=0)
+        shown_to = len(self._held) - unsure
+        shown, self._held = self._held[:shown_to], self._held[shown_to:]
+        return shown
+
+    def finish(self, text: str) -> str:
+        """The rest, once the stream has ended."""
+        return "" if self.found else self.add(text) + self._held
+
+
+class _Search:
+    """Looks for one text letter by letter; `begun` of its letters are the last that were seen."""
+
+    def __init__(self, text: str) -> None:
+        self._text, self.length, self.begun = text, len(text), 0
+        self._shorter = [0]  # the longest beginning of the text that ends its first letter, its first two, …
+        for letter in text[1:]:
+            self._shorter.append(self._longer(self._shorter[-1], letter))
+
+    def see(self, letter: str) -> bool:
+        """Whether this letter makes it whole."""
+        self.begun = self._longer(self.begun, letter)
+        return self.begun == self.length
+
+    def _longer(self, begun: int, letter: str) -> int:
+        while begun and self._text[begun] != letter:
+            begun = self._shorter[begun - 1]
+        return begun + (self._text[begun] == letter)
