@@ -113,7 +113,7 @@ class Server:
         self._engine.close()
         self._readers.close()
 
-    # --- answers ----------------------------------------------------------------------------------------
+    # --- answers ----------------------------------------------------------------------------------
 
     async def _answer(self, request: Request) -> Response:
         """Answer what was sent to an endpoint of an API."""
@@ -135,7 +135,7 @@ class Server:
             _joined(first, events), media_type=answers.stream_type, headers={"Cache-Control": "no-store"}
         )
 
-    # --- everything else --------------------------------------------------------------------------------
+    # --- everything else --------------------------------------------------------------------------
 
     async def _models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._card(self._served.model)]})

@@ -187,7 +187,7 @@ class Engine:
                 return
         send([(recipient, Piece(finish_reason="cancelled"))])
 
-    # --- on the engine's thread -------------------------------------------------------------------------
+    # --- on the engine's thread -------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
