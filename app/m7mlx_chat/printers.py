@@ -9,7 +9,7 @@ from typing import Any, Protocol, TextIO
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from m7mlx.terminal import console, json_line, visible
-from m7mlx_chat.events import Done, Event, Failed, Loading, Prefill, Text
+from m7mlx_chat.events import Done, Event, Loading, Prefill, Text
 
 
 class Printer(Protocol):
@@ -101,8 +101,6 @@ class JsonPrinter:
                 self._write("text", text=text)
             case Done(reason, text, _, statistics):
                 self._write("done", reason=reason, text=text, statistics=asdict(statistics))
-            case Failed(message):
-                self._write("error", message=message)
             case _:
                 pass
 

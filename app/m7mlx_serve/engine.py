@@ -104,7 +104,7 @@ class Engine:
     def running(self) -> int:
         """Requests that are read or answered; the other open ones wait."""
         scheduler = self._scheduler
-        return 0 if scheduler is None else scheduler.load[0]
+        return 0 if scheduler is None else scheduler.running_and_waiting[0]
 
     async def ask(
         self,
@@ -223,7 +223,7 @@ class Engine:
             try:
                 while not self._closing:
                     self._do(self._commands.get(block=not more))
-                    more = more or any(self._scheduler.load)
+                    more = more or any(self._scheduler.running_and_waiting)
             except Empty:
                 pass
             told, more = self._scheduler.step()

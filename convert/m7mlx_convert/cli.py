@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from m7mlx.command import ArgumentParser, run
-from m7mlx.errors import M7Error
+from m7mlx.command import ArgumentParser, add_json, run
 from m7mlx.paths import user_path
 
 if TYPE_CHECKING:
@@ -59,21 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, _interrupt)  # `kill` cleans up as Ctrl-C does
     if given[:1] == ["verify"]:
-        return run(_told(_verify), _parse_verify(given[1:]), f"{PROG} verify")
-    return run(_told(_convert), _parse(given), PROG)
-
-
-def _told(body: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
-    """The same, and with --json an error is an event besides the line on stderr."""
-
-    def told(args: argparse.Namespace) -> None:
-        try:
-            body(args)
-        except (M7Error, OSError) as error:
-            _reporter(args).event("error", message=str(error))
-            raise
-
-    return told
+        return run(_verify, _parse_verify(given[1:]), f"{PROG} verify")
+    return run(_convert, _parse(given), PROG)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -175,7 +161,7 @@ def _check_text(parser: ArgumentParser, args: argparse.Namespace) -> None:
 def _add_output(parser: argparse.ArgumentParser) -> None:
     quiet = parser.add_mutually_exclusive_group()
     quiet.add_argument("-q", "--quiet", action="store_true", help="no notes, no progress bar")
-    quiet.add_argument("--json", action="store_true", help="one JSON object a line on stdout")
+    add_json(quiet)
 
 
 def _reporter(args: argparse.Namespace) -> Reporter:
