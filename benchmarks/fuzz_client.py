@@ -102,7 +102,7 @@ class Client:
             return [self.mutated(inner, depth + 1) for inner in value] * draw.choice((1, 1, 1, 0, 2, 300))
         return value
 
-    # --- what they do -----------------------------------------------------------------------------
+    # --- what they do -------------------------------------------------------------------------
 
     async def proper(self) -> int:
         body = json.dumps(self.body() | {"messages": [{"role": "user", "content": "Hi"}]}).encode()

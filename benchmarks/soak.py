@@ -74,7 +74,8 @@ class Question:
 class Tally:
     """The outcome of all requests."""
 
-    ended: Counter[str] = field(default_factory=Counter)  # answered, left, refused (429; asked again)
+    # Answered, left, refused (429; asked again).
+    ended: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
