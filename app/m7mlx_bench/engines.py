@@ -1,7 +1,7 @@
 """The engines, each behind the same few calls.
 
-Nothing is imported before its engine is asked for: m7mlx brings a BLAS into its process, which MLX is to have, in
-mlx-lm's runs too, and torch is not.
+Nothing is imported before its engine is asked for: m7mlx brings a BLAS into its process, which MLX is
+to have, in mlx-lm's runs too, and torch is not.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ FILL = 2048  # rows of keys and values added at a time
 
 
 class Engine(Protocol):
-    """One engine with one model, and one sequence in it."""
+    """One engine with one model, and one sequence in it.
 
-    moved_bytes: int  # of the weights that every token needs: all, but of an untied embedding only a row
+    moved_bytes  of the weights that every token needs: all, but of an untied embedding only a row
+    """
+
+    moved_bytes: int
 
     def __init__(self, folder: Path) -> None: ...
 
@@ -26,13 +29,13 @@ class Engine(Protocol):
         """Begin anew with a prompt, read as this engine reads prompts."""
 
     def fill(self, position: int) -> None:
-        """Begin anew with random keys and values for so many tokens: a step costs the same, whatever they are."""
+        """Begin anew with random keys and values for so many tokens, which cost what true ones do."""
 
     def tokens(self) -> Iterator[int]:
         """Decode greedily from there on, in the engine's own loop."""
 
     def kv_bytes(self) -> int:
-        """Bytes allocated for keys and values."""
+        """Return the bytes allocated for keys and values."""
 
 
 class M7:
@@ -49,6 +52,8 @@ class M7:
         self._model.compiles_steps = self.compiled
         untied = 0 if self._model.config.tie_word_embeddings else nbytes(self._model.model.embed_tokens)
         self.moved_bytes = self._model.nbytes - untied
+        self._cache = self._model.new_cache(kv_bits=self.kv_bits)
+        self._logits: Any = None  # until something is read or filled
 
     def read(self, ids: Sequence[int]) -> None:
         import mlx.core as mx
@@ -117,6 +122,9 @@ class MlxLm:
         tied = self._config.get("tie_word_embeddings")
         untied = 0 if tied else nbytes(self._model.model.embed_tokens)
         self.moved_bytes = nbytes(self._model) - untied
+        self._cache: list[Any] = []
+        self._steps: Any = iter(())
+        self._first: Any = None  # the token of the prompt, until it is given
 
     def _new_cache(self) -> list[Any]:
         from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
@@ -130,10 +138,10 @@ class MlxLm:
         from mlx_lm.generate import generate_step
 
         self._cache = self._new_cache()
-        # Its loop has the next step under way when it yields: what it yields first is the prompt's token.
+        # Its loop computes one token ahead: what it yields first is the prompt's token.
         prompt = mx.array(list(ids))
-        self._steps: Any = generate_step(prompt, self._model, prompt_cache=self._cache, max_tokens=-1)
-        self._first: Any = next(self._steps)[0]
+        self._steps = generate_step(prompt, self._model, prompt_cache=self._cache, max_tokens=-1)
+        self._first = next(self._steps)[0]
 
     def fill(self, position: int) -> None:
         import mlx.core as mx
@@ -184,6 +192,8 @@ class Transformers:
         untied = embedding if not self._config.tie_word_embeddings else embedding[:0]
         self.moved_bytes = sum(p.numel() * p.element_size() for p in self._model.parameters())
         self.moved_bytes -= untied.numel() * untied.element_size()
+        self._cache: Any = None
+        self._position, self._next = 0, 0
 
     def _run(self, ids: Sequence[int]) -> int:
         torch = self._torch
@@ -198,12 +208,13 @@ class Transformers:
     def _begin(self) -> None:
         from transformers import DynamicCache
 
-        self._cache: Any = DynamicCache(config=self._config)
+        self._cache = DynamicCache(config=self._config)
         self._position = 0
 
     def read(self, ids: Sequence[int]) -> None:
         self._begin()
-        edges = [*range(0, len(ids), 512), len(ids)]  # in one piece, a long prompt takes its square of memory
+        # In one piece, a long prompt takes memory with its square.
+        edges = [*range(0, len(ids), 512), len(ids)]
         for start, end in pairwise(edges):
             self._next = self._run(ids[start:end])
 
@@ -227,13 +238,13 @@ class Transformers:
 
 
 class TransformersHalf(Transformers):
-    """The same in bfloat16."""
+    """Hugging Face's model on torch, in bfloat16."""
 
     dtype = "bfloat16"
 
 
 class LlamaCpp:
-    """llama.cpp through llama-cpp-python, on a GGUF file; its caches cannot be filled but by reading."""
+    """llama.cpp through llama-cpp-python, on a GGUF file; only reading fills its caches."""
 
     def __init__(self, folder: Path) -> None:
         import llama_cpp
@@ -281,15 +292,15 @@ _NEEDS = {  # the start of an engine's name: what it imports, and what pip calls
 DEFAULT = ("m7mlx", "mlx-lm", "mlx-lm rotating", "transformers", "transformers bf16", "llama.cpp")
 
 
-def available(name: str) -> bool:
-    """Whether the packages of an engine are installed."""
+def is_available(name: str) -> bool:
+    """Return whether the packages of an engine are installed."""
     import importlib.util
 
     return importlib.util.find_spec(_needs(name)[0]) is not None
 
 
-def packages(name: str) -> str:
-    """What `pip install` has to bring for an engine."""
+def needed_packages(name: str) -> str:
+    """Return what `pip install` has to bring for an engine."""
     return _needs(name)[1]
 
 

@@ -1,4 +1,4 @@
-"""The models on this machine, and those worth fetching: size, bits, window, and whether they fit into memory."""
+"""The models on this machine and those worth fetching: size, bits, window, need of memory."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ class Entry:
         return "fits" if share <= _TIGHT else "tight" if share <= 1 else "too big"
 
 
-# What the first start offers where nothing is here: sizes of the downloads, and of a chat at 4,096 tokens.
+# What the first start offers where nothing is here: sizes of the downloads, and of a chat at 4,096
+# tokens.
 SUGGESTED = (
     Entry("mistral", None, 4_080_000_000, 4_620_000_000, "4 bits", None, 32768, "Mistral-7B-Instruct-v0.3"),
     Entry(DEMO, None, 93_000_000, 400_000_000, "4 bits", None, 8192, "SmolLM2-135M-Instruct: small, quick, simple"),

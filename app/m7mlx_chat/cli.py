@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from m7mlx.command import EXIT_FAILED, ArgumentParser, add_json, add_parallel, gigabytes, run
 from m7mlx.errors import InputError
 from m7mlx.parallel.launch import is_launched
+from m7mlx_chat import ENGINE_THREAD
 
 if TYPE_CHECKING:
     from m7mlx.parallel.world import World
@@ -56,9 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _left(status: int) -> int:
-    """Where the model is still in the middle of a long step, end at once: to end in order would abort the process."""
-    engine = sys.modules.get("m7mlx_chat.engine")
-    if engine is not None and any(thread.name == engine.THREAD for thread in threading.enumerate()):
+    """End at once where the model is still computing; returns the exit status otherwise.
+
+    To end in order would abort the process.
+    """
+    if any(thread.name == ENGINE_THREAD for thread in threading.enumerate()):
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError, AttributeError):
                 stream.flush()
@@ -203,7 +206,7 @@ def _import_file(name: str, environment: Environment) -> int:
 
 
 def _answer(args: argparse.Namespace, settings: Settings, environment: Environment) -> int:
-    """Print one answer, or be one of the other processes that `mlx.launch` started; returns the exit status."""
+    """Print one answer, or be one of `mlx.launch`'s other processes; returns the exit status."""
     from m7mlx_chat.headless import answer  # brings MLX
     from m7mlx_chat.question import question_of, read_schema
 
@@ -226,7 +229,7 @@ def _answer(args: argparse.Namespace, settings: Settings, environment: Environme
 
 
 def _join(mode: Mode | None, settings: Settings) -> World | None:
-    """Join the processes that `mlx.launch` has started this one with; None where it is the only one."""
+    """Join the processes that were started with this one; None where it is the only one."""
     from m7mlx.config import ModelConfig
     from m7mlx.files.hub import resolve
     from m7mlx.parallel.world import join

@@ -50,7 +50,7 @@ Exit status: 0 done, 1 failed on the way, 2 bad usage or input, 130 Ctrl-C."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+    """Run the command; return its exit status."""
     return run(_eval, _parse(argv), PROG)
 
 
@@ -132,26 +132,26 @@ def _eval(args: argparse.Namespace) -> None:
         write_whole(args.save, json.dumps(found, indent=1, default=str) + "\n")
 
 
-# --- texts ----------------------------------------------------------------------------------------------
+# --- texts ------------------------------------------------------------------------------------
 
 
 def _text(args: argparse.Namespace) -> dict[str, Any]:
     from m7mlx_eval.perplexity import Reading, evaluate
-    from m7mlx_eval.progress import bar
+    from m7mlx_eval.progress import show_bar
     from m7mlx_eval.report import show_text
-    from m7mlx_eval.texts import documents
+    from m7mlx_eval.texts import read_documents
 
     reading = Reading(args.context, args.stride, args.max_tokens, args.kv_bits)
-    texts = documents(args.text, args.field or "text", args.max_tokens)
+    texts = read_documents(args.text, args.field or "text", args.max_tokens)
     first = next(texts, None)  # a file that cannot be read is told before a model is loaded
     if first is None:
         raise InputError(f"{args.text} holds no texts")
-    model, tokenizer = _load(args.model)
+    model, tokenizer = _load_model(args.model)
     reference = None
     if args.against:
-        reference, theirs = _load(args.against)
+        reference, theirs = _load_model(args.against)
         _check_alike(args, (model, tokenizer), (reference, theirs))
-    with bar("Reading", args.max_tokens, "tokens", is_shown=not args.json) as advance:
+    with show_bar("Reading", args.max_tokens, "tokens", is_shown=not args.json) as advance:
         result = evaluate(
             model,
             tokenizer,
@@ -173,21 +173,27 @@ def _note(args: argparse.Namespace, text: str) -> None:
         print(f"{PROG}: note: {one_line(text)}", file=sys.stderr)
 
 
-def _show(args: argparse.Namespace, found: dict[str, Any], show: Callable[[dict[str, Any]], None]) -> None:
+def _show(
+    args: argparse.Namespace,
+    found: dict[str, Any],
+    show: Callable[[dict[str, Any]], None],
+) -> None:
     if args.json:
         print_event("result", **found)
     else:
         show(found)
 
 
-def _load(name: str) -> tuple[Mistral, Tokenizer]:
+def _load_model(name: str) -> tuple[Mistral, Tokenizer]:
     from m7mlx.loading import load
 
     return load(name)
 
 
 def _check_alike(
-    args: argparse.Namespace, model: tuple[Mistral, Tokenizer], reference: tuple[Mistral, Tokenizer]
+    args: argparse.Namespace,
+    model: tuple[Mistral, Tokenizer],
+    reference: tuple[Mistral, Tokenizer],
 ) -> None:
     """Raise InputError for two models whose tokens are not the same."""
     sizes = [side[0].config.vocab_size for side in (model, reference)]
@@ -203,14 +209,14 @@ def _pieces(tokenizer: Tokenizer, count: int) -> list[bytes]:
     return [tokenizer.token_bytes(i) for i in range(min(count, tokenizer.vocab_size))]
 
 
-# --- tasks ----------------------------------------------------------------------------------------------
+# --- tasks ------------------------------------------------------------------------------------
 
 
 def _tasks(args: argparse.Namespace) -> dict[str, Any]:
     from m7mlx_eval.tasks import Selection, prepare, run_tasks
 
     prepare()
-    from m7mlx_eval.report import show_tasks, task_figures, write_samples
+    from m7mlx_eval.report import pick_figures, show_tasks, write_samples
 
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if not names:
@@ -220,7 +226,7 @@ def _tasks(args: argparse.Namespace) -> dict[str, Any]:
     )
     with ExitStack() as stack:
         results = run_tasks(lambda: _adapter(args, stack), selection)
-    found = {"model": args.model} | task_figures(results)
+    found = {"model": args.model} | pick_figures(results)
     _show(args, found, show_tasks)
     if args.output:
         write_samples(args.output, found, results)
@@ -229,12 +235,12 @@ def _tasks(args: argparse.Namespace) -> dict[str, Any]:
 
 def _adapter(args: argparse.Namespace, stack: ExitStack) -> M7LM:
     from m7mlx_eval.adapter import M7LM
-    from m7mlx_eval.journal import Journal, binding
+    from m7mlx_eval.journal import Journal, find_binding
 
-    model, tokenizer = _load(args.model)
+    model, tokenizer = _load_model(args.model)
     journal = None
     if args.output:
-        bound = binding(args.model, model, context=args.context, kv_bits=args.kv_bits)
+        bound = find_binding(args.model, model, context=args.context, kv_bits=args.kv_bits)
         journal = stack.enter_context(Journal(args.output, bound))
     return M7LM(
         model,

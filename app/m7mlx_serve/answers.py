@@ -15,10 +15,11 @@ from m7mlx.errors import BusyError, InputError
 from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx_serve.choices import Choice
 from m7mlx_serve.engine import LateError
-from m7mlx_serve.guard import ApiError, report
+from m7mlx_serve.errors import ApiError, report
 from m7mlx_serve.reading import Asked, demanded, refusal
 from m7mlx_serve.schemas import ChatRequest, Generation
-from m7mlx_serve.tools import MARK, calls_schema
+from m7mlx_serve.tool_calls import MARK
+from m7mlx_serve.tool_schema import calls_schema
 
 Ask = Callable[[Sequence[Request], float], AsyncGenerator[tuple[int, Piece], None]]
 _RETRY_SECONDS = 5

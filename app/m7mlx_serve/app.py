@@ -18,10 +18,12 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from m7mlx_serve.admission import Admission
 from m7mlx_serve.answers import Answers
+from m7mlx_serve.bodies import SCOPE_KEY
 from m7mlx_serve.choices import written
 from m7mlx_serve.engine import Engine
-from m7mlx_serve.guard import BODY, ApiError, Guard, report
+from m7mlx_serve.errors import ApiError, report
 from m7mlx_serve.metrics import Counted, Metrics
 from m7mlx_serve.openapi import PATHS, POSTS, document, page
 from m7mlx_serve.readers import Readers
@@ -78,7 +80,7 @@ class Server:
         ]
         app = Starlette(
             routes=routes,
-            middleware=[Middleware(Guard, posts=POSTS, hosts=hosts, key=key)],
+            middleware=[Middleware(Admission, posts=POSTS, hosts=hosts, key=key)],
             exception_handlers={
                 ApiError: _api_error,
                 HTTPException: _http_error,
@@ -104,7 +106,7 @@ class Server:
         del data
         asked = await _unless_gone(request, reading)
         del reading
-        request.scope[BODY].drop()
+        request.scope[SCOPE_KEY].drop()
         answers = Answers(
             self._engine.tokenizer, self._metrics.ask, asked, self._served.max_tokens, self._served.seconds
         )

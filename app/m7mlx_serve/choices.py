@@ -12,7 +12,7 @@ from typing import Any
 
 from m7mlx import Piece, TokenLogprobs
 from m7mlx.tokens.tokenizer import Tokenizer
-from m7mlx_serve.tools import CallReader
+from m7mlx_serve.tool_calls import CallReader
 
 _AT_ONCE = 16  # tokens whose scores are sent in one piece
 _ENDS: dict[bool, dict[str, Any]] = {True: {"refusal": None}, False: {}}  # of scores, in a chat and in a text

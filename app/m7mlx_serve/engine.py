@@ -28,7 +28,7 @@ from m7mlx.parallel.world import Leader, World
 from m7mlx.request import with_grammar
 from m7mlx.ring import KVFormat
 from m7mlx.scheduler import Scheduler, Told
-from m7mlx_serve.guard import report
+from m7mlx_serve.errors import report
 
 _SCHEMAS = 8  # requests whose schemas are prepared, or wait for that; more would take the places of others
 _LATE = "the answer took too long; ask for fewer tokens"
@@ -92,7 +92,7 @@ class Engine:
         return self._thread.is_alive() and not self._closing
 
     @property
-    def load(self) -> int:
+    def open_requests(self) -> int:
         """Requests that have not ended."""
         return self._open
 

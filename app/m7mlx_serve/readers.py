@@ -9,7 +9,7 @@ from pathlib import Path
 from m7mlx.errors import InputError, WorkerError, WorkerMemoryError, WorkerTimeError
 from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx.worker import Worker
-from m7mlx_serve.guard import ApiError
+from m7mlx_serve.errors import ApiError
 from m7mlx_serve.reading import Asked, read, refusal
 from m7mlx_serve.reading_process import asked, question
 

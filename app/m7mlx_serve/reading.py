@@ -20,9 +20,9 @@ from m7mlx.errors import InputError, PromptTooLongError, TokenizerError
 from m7mlx.grammar import MAX_SCHEMA
 from m7mlx.tokens.messages import MAX_DEPTH, nests_deeper
 from m7mlx.tokens.tokenizer import Tokenizer
-from m7mlx_serve.guard import ApiError
+from m7mlx_serve.errors import ApiError
 from m7mlx_serve.schemas import ChatMessage, ChatRequest, CompletionRequest, Function, NamedTool, Tool
-from m7mlx_serve.tools import MARK
+from m7mlx_serve.tool_calls import MARK
 
 Body = ChatRequest | CompletionRequest
 SCHEMAS: Mapping[str, type[Body]] = {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest}

@@ -18,7 +18,7 @@ from pathlib import Path
 from m7mlx.config import ModelConfig
 from m7mlx.errors import InputError
 from m7mlx.tokens.load import load_tokenizer
-from m7mlx_serve.guard import ApiError
+from m7mlx_serve.errors import ApiError
 from m7mlx_serve.reading import SCHEMAS, Asked, read, refusal
 
 

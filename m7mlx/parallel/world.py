@@ -124,7 +124,7 @@ def _channel(rank: int, size: int, group: mx.distributed.Group) -> Channel:
     if rank == 0:
         return channel.lead(size, address, lambda port, key: share([port, *key]))
     port, *key = share([0] * (1 + channel.KEY_BYTES))
-    return channel.follow(rank, address, port, bytes(key))
+    return channel.connect(rank, address, port, bytes(key))
 
 
 def _first_address() -> str:

@@ -1,4 +1,4 @@
-"""Names and settings from elsewhere (an import, a stray folder, an older file): the chat comes up, and says it."""
+"""Names and settings from elsewhere: from an import, a stray folder, an older file."""
 
 from __future__ import annotations
 
@@ -28,9 +28,6 @@ NAMES = (
     "\udcff",
     "\x1b[2J",
     "~nobody/x",
-)
-NAMES = (
-    *NAMES,
     "",
     " ",
     "/",
@@ -123,7 +120,8 @@ def test_the_chat_starts_whatever_model_was_the_last(shown: dict[str, Any], name
     assert shown["settings"].model == "mistral"
     assert shown["folder"] is None
     (note,) = shown["notes"]
-    assert note.startswith(f"the model of the last conversation is not here: {name[:900]}")  # far longer ones are cut
+    # far longer ones are cut
+    assert note.startswith(f"the model of the last conversation is not here: {name[:900]}")
 
 
 @pytest.mark.parametrize(

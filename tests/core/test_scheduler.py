@@ -77,6 +77,11 @@ class Clients:
         pieces = self.pieces[number]
         return "".join(p.text for p in pieces), [i for p in pieces for i in p.ids], pieces[-1].finish_reason
 
+    def reused(self, number: int) -> int:
+        stats = self.pieces[number][-1].stats
+        assert stats is not None
+        return stats.reused_tokens
+
 
 arrivals = st.lists(
     st.tuples(
@@ -158,7 +163,7 @@ def test_what_was_read_before_is_not_read_again(tokenizer: Tokenizer, window: in
     clients.run()
     assert clients.answer(number) == alone(model, tokenizer, second)
     assert clients.answer(other) == alone(model, tokenizer, Request([*opening, 5, 6], max_tokens=4))
-    reused = [clients.pieces[n][-1].stats.reused_tokens for n in (first, number, other)]  # type: ignore[union-attr]
+    reused = [clients.reused(n) for n in (first, number, other)]
     assert reused == [0, len(held), len(opening)]
     assert len(clients.scheduler._kept) == 2  # the first is a part of the second
 
@@ -178,7 +183,7 @@ def test_what_is_being_read_is_read_once_for_all_that_begin_with_it(
     clients.run()
     for number, request in zip(numbers, requests, strict=True):
         assert clients.answer(number) == alone(model, tokenizer, request)
-    reused = [clients.pieces[n][-1].stats.reused_tokens for n in numbers]  # type: ignore[union-attr]
+    reused = [clients.reused(n) for n in numbers]
     assert reused[0] == reused[6] == 0
     assert all(len(opening) - 10 <= n <= len(opening) for n in reused[1:5])
 
@@ -191,10 +196,10 @@ def test_a_start_stays_where_what_goes_on_from_it_cannot_go_back(tokenizer: Toke
     for _ in range(2):
         number = clients.scheduler.add(Request([*opening, *prompt(9, 30)], max_tokens=4))
         clients.run()
-        assert clients.pieces[number][-1].stats.reused_tokens >= len(opening)  # type: ignore[union-attr]
+        assert clients.reused(number) >= len(opening)
         other = clients.scheduler.add(Request([*opening, *prompt(8, 30)], max_tokens=4))
         clients.run()
-        assert clients.pieces[other][-1].stats.reused_tokens >= len(opening)  # type: ignore[union-attr]
+        assert clients.reused(other) >= len(opening)
 
 
 def test_one_that_fails_fails_alone(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from m7mlx_eval.cli import main
 from m7mlx_eval.perplexity import Mean
-from m7mlx_eval.texts import documents
+from m7mlx_eval.texts import read_documents
 from models import random_weights, small_config, write_folder
 
 from m7mlx.loading import load
@@ -207,5 +207,5 @@ def test_a_context_beyond_the_models_and_parquet_without_pyarrow_are_refused(
 
 def test_of_a_text_no_more_is_read_than_counts(tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("word " * 10_000)
-    (found,) = documents(str(tmp_path / "long.txt"), "text", 10)
+    (found,) = read_documents(str(tmp_path / "long.txt"), "text", 10)
     assert len(found) == 320

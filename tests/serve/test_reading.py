@@ -17,7 +17,7 @@ import httpx
 import pytest
 from m7mlx_serve.app import Served, Server
 from m7mlx_serve.engine import Engine, Limits
-from m7mlx_serve.guard import ApiError
+from m7mlx_serve.errors import ApiError
 from m7mlx_serve.readers import Readers
 from m7mlx_serve.reading import parsed, read
 from m7mlx_serve.schemas import ChatRequest
@@ -60,7 +60,7 @@ def test_what_is_wrong_a_million_times_costs_little(name: str) -> None:
     path = "/v1/completions" if "ids" in name else PATH
     program = f"""
 from m7mlx_bench.worker import peak_rss as peak
-from m7mlx_serve.guard import ApiError
+from m7mlx_serve.errors import ApiError
 from m7mlx_serve.reading import SCHEMAS, parsed
 data = {LARGE[name]}
 assert len(data) <= 8 << 20
@@ -205,10 +205,8 @@ def test_reading_is_bounded_by_the_system(readers: Readers, model_folder: Path, 
     tokenizer = load_tokenizer(model_folder)
     large = json.dumps(BODY | {"messages": [{"role": "user", "content": "\u4e00\u9fff" * 400_000}]}).encode()
     monkeypatch.setattr("m7mlx_serve.readers._CPU_SECONDS", 0.05)
-    assert (unread(readers, large, tokenizer).status, str(unread(readers, large, tokenizer))) == (
-        400,
-        "the request takes too long to read; send less",
-    )
+    refused = unread(readers, large, tokenizer)
+    assert (refused.status, str(refused)) == (400, "the request takes too long to read; send less")
     monkeypatch.undo()
     monkeypatch.setattr("m7mlx_serve.readers._MEMORY", 100 << 20)
     small = Readers(model_folder, "m")

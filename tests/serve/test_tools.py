@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from m7mlx_serve.choices import Choice, written
-from m7mlx_serve.tools import MARK, CallReader
+from m7mlx_serve.tool_calls import MARK, CallReader
 
 from m7mlx import Piece, TokenLogprobs
 from m7mlx.tokens.tokenizer import Tokenizer
