@@ -112,7 +112,7 @@ def test_everybody_is_answered_as_if_alone(
                 piece = clients.scheduler.cancel(number)
                 clients.take([(number, piece)] if piece else [])
             leaving = {n: left - 1 for n, left in leaving.items() if left > 0}
-            assert clients.scheduler.load[0] <= rows
+            assert clients.scheduler.running_and_waiting[0] <= rows
         request = Request(prompt(seed % 3, length), sampling, wanted)  # some begin like others
         number = clients.scheduler.add(request)
         requests[number] = request
@@ -248,12 +248,12 @@ def test_rows_are_given_back(tokenizer: Tokenizer) -> None:
     clients = Clients(scheduler)
     for i, wanted in enumerate((3, 3, 3, 30)):
         scheduler.add(Request(prompt(i, 5), max_tokens=wanted))
-    assert scheduler.load == (0, 4)
+    assert scheduler.running_and_waiting == (0, 4)
     for _ in range(12):
         clients.step()
     batch = scheduler._batch
     assert batch is not None
-    assert (len(batch), scheduler.load) == (1, (1, 0))
+    assert (len(batch), scheduler.running_and_waiting) == (1, (1, 0))
     clients.run()
     assert scheduler._batch is None
     assert scheduler.step() == ([], False)
@@ -271,7 +271,7 @@ def test_requests_that_make_no_sense_are_refused_at_once(tokenizer: Tokenizer) -
     for request, error in refused:
         with pytest.raises(error):
             scheduler.add(Request(**request))
-    assert scheduler.load == (0, 0)
+    assert scheduler.running_and_waiting == (0, 0)
     assert scheduler.cancel(1) is None
     for bad in ({"rows": 0}, {"kept": -1}):
         with pytest.raises(InputError):
