@@ -49,7 +49,7 @@ async def in_app(model: str, tokens: int) -> dict[str, float]:
     from m7mlx_chat.app import ChatApp
     from m7mlx_chat.config import Config
     from m7mlx_chat.engine import Engine
-    from m7mlx_chat.environment import read_environment
+    from m7mlx_chat.environment import Environment
     from m7mlx_chat.launch import keep_collections_short
     from m7mlx_chat.session import Session
     from m7mlx_chat.settings import Settings
@@ -63,8 +63,8 @@ async def in_app(model: str, tokens: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder, Store(Path(folder) / "chats.db") as store:
         engine = Engine()
         session = Session(store, engine, Settings(max_tokens=tokens))
-        parts = Parts(engine, session, Config(Path(folder) / "config.toml"), read_environment())
-        app = ChatApp(parts, folder=resolve(model))
+        environment = Environment(Path(folder), Path(folder) / "config.toml", Path(folder) / "chat.log")
+        app = ChatApp(Parts(engine, session, Config(environment.config), environment), folder=resolve(model))
         async with app.run_test(size=(120, 40)) as pilot:
             while session.ready is None:
                 await pilot.pause(0.1)
@@ -90,7 +90,7 @@ async def opening(count: int) -> dict[str, float]:
     from m7mlx_chat.app import ChatApp
     from m7mlx_chat.config import Config
     from m7mlx_chat.engine import Engine
-    from m7mlx_chat.environment import read_environment
+    from m7mlx_chat.environment import Environment
     from m7mlx_chat.session import Session
     from m7mlx_chat.settings import Settings
     from m7mlx_chat.store import Store
@@ -105,10 +105,10 @@ async def opening(count: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder, Store(Path(folder) / "chats.db") as store:
         tree = Tree(title="long", automatic=False, created=1e9, updated=1e9, leaf=count - 1, nodes=nodes)
         (conversation,) = store.plant([tree])
-        engine, environment = Engine(), read_environment()
+        engine = Engine()
         session = Session(store, engine, Settings())
-        parts = Parts(engine, session, Config(Path(folder) / "c.toml"), environment)
-        app = ChatApp(parts, folder=Path("/nowhere"))
+        environment = Environment(Path(folder), Path(folder) / "config.toml", Path(folder) / "chat.log")
+        app = ChatApp(Parts(engine, session, Config(environment.config), environment), folder=Path("/nowhere"))
         async with app.run_test(size=(120, 40)) as pilot:
             await pilot.pause()
             started = time.perf_counter()

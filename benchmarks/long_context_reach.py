@@ -49,9 +49,12 @@ def moved(model: Mistral, ids: list[int], window: int, distances: Sequence[int])
     def last(tokens: list[int]) -> mx.array:
         return prefill(model, tokens, RollingCache(config), CHUNK)
 
-    base, found = last(ids), []
+    base = last(ids)
+    found: list[float] = []
     for distance in distances:
         changed = list(ids)
         changed[-1 - distance] = (ids[-1 - distance] + 1) % config.vocab_size
-        found.append(mx.abs(last(changed) - base).max().item())
-    return found  # type: ignore[return-value]
+        change = mx.abs(last(changed) - base).max().item()
+        assert isinstance(change, float)
+        found.append(change)
+    return found

@@ -68,6 +68,7 @@ LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
 It is called once for each token, in order, with all ids before it: those of the whole prompt,
 however much of it was in a cache already, and those of the answer. It may write into the logits.
+A `Scheduler` asks once more than the answer has tokens, and drops what comes of it.
 """
 
 

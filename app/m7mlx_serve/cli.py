@@ -108,8 +108,9 @@ def _serve(args: argparse.Namespace) -> int | None:
     from m7mlx.files.hub import resolve
     from m7mlx.memory import limit_memory
     from m7mlx.parallel.world import join, run_rank
-    from m7mlx_serve.engine import Engine, Limits, rows_memory
+    from m7mlx_serve.engine import Engine
     from m7mlx_serve.errors import report
+    from m7mlx_serve.limits import Limits, rows_memory
 
     _check_numbers(args)
     key = _read_key(args.api_key_file)

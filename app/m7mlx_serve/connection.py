@@ -59,7 +59,7 @@ class Connection(HttpConnection):
         self._write_timer: asyncio.TimerHandle | None = None  # since nothing can be written
         self._presence_timer: asyncio.TimerHandle | None = None  # while the client may have gone
 
-    # --- what arrives -----------------------------------------------------------------------------------
+    # --- what arrives -----------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """Begin to wait for headers, or refuse one connection too many."""
@@ -117,7 +117,7 @@ class Connection(HttpConnection):
             self._has_turn = True
             self._turns.add(self)
 
-    # --- requests and answers ---------------------------------------------------------------------------
+    # --- requests and answers ---------------------------------------------------------------------
 
     def headers_may_be_parsed(self) -> bool:
         """Refuse headers of too many lines."""
@@ -152,7 +152,7 @@ class Connection(HttpConnection):
     def _refuse(self, error: ApiError) -> None:
         self.send_and_close(error.status, json.dumps(error.body()).encode())
 
-    # --- a client that has closed its half, or has gone -------------------------------------------------
+    # --- a client that has closed its half, or has gone -------------------------------------------
 
     def _answer_or_close(self) -> None:
         """Close, unless there is an answer to wait for: the client may have closed its half only."""
@@ -188,7 +188,7 @@ class Connection(HttpConnection):
             self.send_continue()
         self._presence_timer = self.loop.call_later(soon, self._look_for_the_client)
 
-    # --- timers -----------------------------------------------------------------------------------------
+    # --- timers -----------------------------------------------------------------------------------
 
     def pause_writing(self) -> None:
         """Give up a client that does not read for too long."""

@@ -11,6 +11,8 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+from m7mlx.errors import InputError, PromptTooLongError
+
 _LINE = 400  # characters; a pipe that takes any takes 512
 
 
@@ -35,6 +37,12 @@ class ApiError(Exception):
         """The JSON object that says what is wrong."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": str(self), "type": kind, "param": None, "code": self.code}}
+
+
+def refusal(error: InputError) -> ApiError:
+    """The ApiError for what the model cannot do."""
+    code = "context_length_exceeded" if isinstance(error, PromptTooLongError) else None
+    return ApiError(400, str(error), code)
 
 
 def report(error: BaseException) -> None:

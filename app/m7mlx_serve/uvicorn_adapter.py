@@ -24,7 +24,7 @@ class HttpConnection(H11Protocol):
     arrives: `parse` takes it.
     """
 
-    # --- what a subclass decides --------------------------------------------------------------------
+    # --- what a subclass decides ------------------------------------------------------------------
 
     def headers_may_be_parsed(self) -> bool:
         """Whether what has arrived of a request's headers is acceptable; a refusal has been sent if not."""
@@ -42,7 +42,7 @@ class HttpConnection(H11Protocol):
     def not_http(self) -> None:
         """What has arrived is not HTTP, or its headers are too large."""
 
-    # --- the state --------------------------------------------------------------------------------------
+    # --- the state --------------------------------------------------------------------------------
 
     @property
     def reads_headers(self) -> bool:
@@ -79,7 +79,7 @@ class HttpConnection(H11Protocol):
         """Whether the request came by HTTP/1.0."""
         return self.conn.their_http_version == b"1.0"
 
-    # --- what it can be told to do --------------------------------------------------------------------
+    # --- what it can be told to do ----------------------------------------------------------------
 
     def parse(self, data: bytes) -> None:
         """Parse what has arrived."""
@@ -105,7 +105,7 @@ class HttpConnection(H11Protocol):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
-    # --- what uvicorn calls -----------------------------------------------------------------------------
+    # --- what uvicorn calls -----------------------------------------------------------------------
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection, and the timer that uvicorn leaves running after an error."""

@@ -1,8 +1,8 @@
 """A line from the first of several processes to the others: what to do, and whether all are there.
 
 MLX's exchanges within a forward pass wait for ever if a process has died, and spin while they wait.
-So whatever is not numbers goes through sockets of our own: they sleep, and they close when a process
-ends.
+So whatever is not numbers goes through sockets of our own: they sleep, and they close when a
+process ends.
 """
 
 from __future__ import annotations
@@ -84,12 +84,14 @@ class Channel:
         threading.Thread(target=self._watch, args=(one, rank), name=f"m7mlx-rank-{rank}", daemon=True).start()
 
 
-def lead(size: int, address: str, publish: Callable[[int, bytes], object]) -> Channel:
-    """Open the first rank's end: listen at this one address until all others have connected.
+def open_channel(size: int, address: str, publish: Callable[[int, bytes], object]) -> Channel:
+    """Wait for all other ranks to connect; returns the first rank's end.
 
-    publish  tells the others (port, key)
+    size     number of ranks
+    address  the one address to listen at
+    publish  called with the port and the key, which it passes on to the others
 
-    Raises RunError if it cannot listen, or if the others do not come.
+    Raises RunError if it cannot listen there, or if the others do not come.
     """
     key = secrets.token_bytes(KEY_BYTES)
     channel = Channel()
@@ -108,8 +110,8 @@ def lead(size: int, address: str, publish: Callable[[int, bytes], object]) -> Ch
     return channel
 
 
-def connect(rank: int, address: str, port: int, key: bytes) -> Channel:
-    """Open another rank's end.
+def join_channel(rank: int, address: str, port: int, key: bytes) -> Channel:
+    """Connect to the first rank; returns another rank's end.
 
     Raises RunError where the first rank cannot be reached, or somebody else answers.
     """
@@ -137,7 +139,7 @@ def connect(rank: int, address: str, port: int, key: bytes) -> Channel:
 
 
 def die(reason: str) -> NoReturn:
-    """Leave at once with one line: nothing else breaks off a pass that waits for another process."""
+    """Leave at once with one line: nothing else ends a pass that waits for another process."""
     sys.stderr.write(f"m7mlx: error: {reason}\n")
     leave(1)
 

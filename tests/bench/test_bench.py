@@ -73,7 +73,7 @@ def test_the_demo_model_is_what_is_measured_by_default(
             raise RunError("no kernel image is available")
         return json.dumps(run_of(2.0))
 
-    monkeypatch.setattr(cli, "_worker", answer)
+    monkeypatch.setattr(cli, "_run_worker", answer)
     monkeypatch.setattr("m7mlx_bench.engines.is_available", lambda name: True)  # no engine but the first runs here
     assert main(["--engines", "m7mlx,mlx-lm,mlx-lm rotating,transformers", "--rounds", "1", "--prompt", "8"]) == 0
     shown = capsys.readouterr().out
@@ -136,7 +136,7 @@ def test_an_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys
 def test_a_worker_that_fails_says_why() -> None:
     job = worker.Job("m7mlx", "/no/such/folder", [4], [], 1, 300)
     with pytest.raises(RunError, match="/no/such/folder"):
-        cli._worker(job.dumps())
+        cli._run_worker(job.dumps())
 
 
 def run_of(scale: float) -> dict[str, Any]:

@@ -37,7 +37,8 @@ def advance(model: Mistral, batch: BatchCache, tokens: list[int], answers: list[
     for ids, answer, token in zip(batch.ids, answers, tokens, strict=True):
         ids.append(token)
         answer.append(token)
-    return mx.argmax(logits, axis=-1).tolist()  # type: ignore[return-value]
+    chosen: list[int] = np.array(mx.argmax(logits, axis=-1)).tolist()
+    return chosen
 
 
 @pytest.mark.parametrize(

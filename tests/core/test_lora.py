@@ -120,7 +120,7 @@ def test_a_cache_belongs_to_one_state_of_the_model(tmp_path: Path) -> None:
     write_peft(tmp_path / "adapter", [QUERY, DOWN])
     model, tokenizer = load(base)
     cache = model.new_cache()
-    ids: list[int] = IDS.tolist()[0]  # type: ignore[index, assignment]
+    ids: list[int] = np.array(IDS)[0].tolist()
     expected = generate(model, tokenizer, ids, cache=cache, max_tokens=4)
     save_cache(tmp_path / "plain.cache", cache, model)
     snapshot = cache.snapshot()

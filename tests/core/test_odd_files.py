@@ -338,7 +338,7 @@ def test_names_that_the_hub_refuses(
             assert program(options) == 2
             out, err = capsys.readouterr()
             assert out == "" and len(err.splitlines()) == 1 and "\x1b" not in err
-    assert models(tmp_path, [name])
+    assert models([name])
 
 
 @pytest.mark.parametrize("stray", ["models--a--b--backup", "models--a--b.git", "models--", "models--a--" + "b" * 150])
@@ -348,7 +348,7 @@ def test_stray_folders_in_the_hubs_cache(stray: str, tmp_path: Path, monkeypatch
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     (tmp_path / stray).mkdir()
     (tmp_path / "models--a--file").write_text("no folder")
-    assert models(tmp_path)
+    assert models()
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"../../..", b"x" * 5000, b"\0", b"", None])
@@ -366,7 +366,7 @@ def test_a_damaged_reference_in_the_hubs_cache(
     else:
         (refs / "main").write_bytes(content)
     assert hub.find_local("a/b") is None
-    assert models(tmp_path)
+    assert models()
     with pytest.raises(M7Error) as failed:
         hub.resolve("a/b")
     assert "\n" not in str(failed.value)

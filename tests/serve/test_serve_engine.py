@@ -142,7 +142,7 @@ _BREAKS = """
 from m7mlx.scheduler import Scheduler
 step, count = Scheduler.step, [0]
 def breaks(self):
-    count[0] += self.load[0] > 0
+    count[0] += self.running_and_waiting[0] > 0
     if count[0] > 30:
         raise KeyError("what was said in a conversation")
     return step(self)
