@@ -1,4 +1,4 @@
-"""Arrays and their bytes: what MLX itself does slowly on a CPU, or not at all."""
+"""Operations on arrays and their bytes that MLX does slowly on a CPU, or not at all."""
 
 from __future__ import annotations
 
@@ -29,19 +29,20 @@ _EXPONENTS = {mx.float32: 0x7F800000, mx.float16: 0x7C00, mx.bfloat16: 0x7F80}  
 
 
 def on_cpu() -> bool:
-    """Whether MLX computes on the processor, where 16-bit arithmetic is emulated and everything is slow."""
+    """Tell whether MLX computes on the processor, where 16-bit arithmetic is emulated and slow."""
     return mx.default_device() == mx.Device(mx.cpu)
 
 
 def softmax(x: mx.array) -> tuple[mx.array, mx.array | None]:
-    """Over the last axis, computed in float32, as (powers, total): the softmax is their quotient; None stands for 1.
+    """Compute the softmax over the last axis, in float32, as (powers, total): it is their quotient.
 
-    Whoever multiplies by it can divide the smaller result.
+    A total of None stands for 1. A caller that multiplies by the softmax can divide the smaller
+    result.
     """
     if not _is_slow(x):
         return mx.softmax(x, axis=-1, precise=True), None
     largest = x
-    # Halves against each other: for many numbers twice as fast as MLX's reduction.
+    # One half is compared with the other: for many numbers, twice as fast as MLX's reduction.
     while x.size >= _MANY and (n := largest.shape[-1]) > 64:
         largest = mx.maximum(largest[..., : (n + 1) // 2], largest[..., n // 2 :])
     powers = _exp(x - mx.max(largest, axis=-1, keepdims=True))
@@ -49,21 +50,21 @@ def softmax(x: mx.array) -> tuple[mx.array, mx.array | None]:
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """gate · sigmoid(gate) · up."""
+    """Compute gate · sigmoid(gate) · up."""
     return _swiglu(gate, up) if _is_slow(gate) else nn.silu(gate) * up
 
 
 def _is_slow(x: mx.array) -> bool:
-    """Whether MLX calls the C library's `exp` for each of many numbers: 9 ns, where `_exp` takes 1."""
+    """Tell whether MLX would call the C library's `exp`: 9 ns a number, where `_exp` takes 1."""
     return _SLOW_EXP and x.size >= _LARGE and x.dtype == mx.float32 and on_cpu()
 
 
 @mx.compile  # one pass over arrays that lie in order
 def _exp(x: mx.array) -> mx.array:
-    """e to the x: 2^n · 2^f, by a polynomial for 2^f and n added to the bits of its exponent.
+    """Compute e to the x as 2^n · 2^f: a polynomial, and n added to the bits of its exponent.
 
-    As exact as MLX's: 2e-7, and the rounding of x · log2 e. It stays between 2^-100, which is lost in any sum with
-    a 1, and 2^126.
+    As exact as MLX's: 2e-7, and the rounding of x · log2 e. The result stays between 2^-100, which
+    is lost in any sum with a 1, and 2^126.
     """
     y = mx.clip(x * _LOG2_E, -100.0, 126.0)
     rounded = y + _ROUND  # its lowest bits are now the integer n
@@ -80,9 +81,10 @@ def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 
 def dequantize(arrays: Mapping[str, mx.array], scheme: Quantization) -> mx.array:
-    """The float32 weight that {"weight", "scales"[, "biases"]} stand for.
+    """Return the float32 weight that {"weight", "scales"[, "biases"]} stand for.
 
-    Computed in float32 also where the scales have 16 bits: then a weight of at most 8 bits is exact.
+    It is computed in float32 even where the scales have 16 bits, which makes a weight of at most 8
+    bits exact.
     """
     biases = arrays.get("biases")
     scales = arrays["scales"]
@@ -100,12 +102,12 @@ def dequantize(arrays: Mapping[str, mx.array], scheme: Quantization) -> mx.array
 
 
 def nbytes(module: nn.Module) -> int:
-    """Bytes of all arrays of a module."""
+    """Return the bytes of all arrays of a module."""
     return sum(array.nbytes for array in dict(tree_flatten(module.parameters())).values())
 
 
 def raw_bytes(array: mx.array) -> memoryview:
-    """The bytes of an array, little-endian and row by row, without a copy where it lies so already."""
+    """Return an array's bytes, little-endian, row by row; copied only if they lie otherwise."""
     array = mx.contiguous(array)
     if array.dtype == mx.bfloat16:  # NumPy has no such type
         array = array.view(mx.uint16)
@@ -113,9 +115,10 @@ def raw_bytes(array: mx.array) -> memoryview:
 
 
 def is_finite(array: mx.array) -> bool:
-    """Whether a float32, float16 or bfloat16 array holds neither NaN nor infinite numbers.
+    """Tell whether a float32, float16 or bfloat16 array holds neither NaN nor infinite numbers.
 
-    By the bits of the exponent, a piece at a time: on a CPU 50 times as fast as `mx.isfinite`, and in no memory.
+    Looks at the bits of the exponents, a piece at a time: on a CPU, 50 times as fast as
+    `mx.isfinite`, and without further memory.
     """
     mask = np.array(_EXPONENTS[array.dtype], np.uint32 if array.dtype == mx.float32 else np.uint16)
     bits = np.frombuffer(raw_bytes(array), mask.dtype)
@@ -124,7 +127,7 @@ def is_finite(array: mx.array) -> bool:
 
 
 def fingerprint(arrays: Mapping[str, mx.array]) -> str:
-    """SHA-256 of names, types, shapes and of sums over every row and column: any change of one number shows.
+    """Hash names, types, shapes, and sums of rows and columns: any changed number shows.
 
     Sums, because the device makes them as fast as it reads memory; hashing 4 GB takes seconds.
     """

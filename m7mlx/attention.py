@@ -1,4 +1,7 @@
-"""Grouped-query attention over a layer's ring (paper, section 2); `m7mlx.positions` says who sees what."""
+"""Grouped-query attention over a layer's ring (paper, section 2).
+
+Which token sees which, and how it is rotated, is decided in `m7mlx.positions`.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,7 @@ def attend(
     mask: mx.array | str,
     sinks: tuple[mx.array, Sinks, mx.array] | None = None,
 ) -> mx.array:
-    """Do what no fused kernel does: attend to quantised rows where they lie, to sinks besides, and on a CPU.
+    """Attend as no fused kernel does: to quantised rows where they lie, to sinks, and on a CPU.
 
     q      [B, H, L, head_dim], scaled; so is the result
     sinks  queries as rotated for them, their keys and values, and which query sees which of them

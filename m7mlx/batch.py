@@ -1,9 +1,9 @@
 """Several conversations in one forward pass, each at its own position.
 
-The rows share one clock: at time t every row writes slot t % capacity, whatever its own position is. A
-row that began at time s has its position p at time p + s; so a pass writes one slice for all rows, and
-a row that joins is turned once to fit the clock. Rotation and mask go by each row's own positions: no
-row sees another, nor what lay in its slots before it began.
+The rows share one clock: at time t every row writes slot t % capacity, whatever its own position
+is. A row that began at time s has its position p at time p + s; so a pass writes one slice for all
+rows, and a row that joins is turned once to fit the clock. Rotation and mask go by each row's own
+positions: no row sees another, nor what lay in its slots before it began.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ from m7mlx.ring import GROWTH, LayerRing, Sinks, Stored
 
 
 class BatchCache(KVCache):
-    """Rows of keys and values for `model(ids [B, L], cache)`, made from caches of one conversation each.
+    """The keys and values of several conversations, a row each, for model(ids [B, L], cache).
 
     ids      the tokens of each row, kept by whoever knows them
 
-    Prefill each prompt in a cache of its own, then let it join, which copies the batch once, or put it
-    in the place of a row that has ended, which copies nothing else.
+    Prefill each prompt in a cache of its own, then let it join, which copies the batch once, or put
+    it in the place of a row that has ended, which copies nothing else.
     """
 
     def __init__(self, caches: Sequence[RollingCache]) -> None:
-        """Raises InputError for no caches, or caches that differ in model, window, slack or precision."""
+        """Make a batch of caches that hold one conversation each.
+
+        Raises InputError for none, or if they differ in model, window, slack or precision.
+        """
         if not caches:
             raise InputError("a batch needs at least one cache")
         first = caches[0]
@@ -48,12 +51,16 @@ class BatchCache(KVCache):
         return len(self.positions.starts)
 
     @property
+    def _tokens(self) -> str:
+        return f"{len(self)} rows of {', '.join(f'{offset:,}' for offset in self.offsets)} tokens"
+
+    @property
     def offsets(self) -> list[int]:
         """Tokens that each row has seen."""
         return [self.positions.offset - start for start in self.positions.starts]
 
     def rollback(self, n: int) -> None:
-        """Forget the last `n` tokens of every row, exactly; RollbackError, and nothing changed, if one cannot."""
+        """Forget the last `n` tokens of every row; RollbackError, and no change, if one cannot."""
         self.positions = self.positions.rolled_back(n)
         for ids, offset in zip(self.ids, self.offsets, strict=True):
             del ids[offset:]
@@ -75,9 +82,10 @@ class BatchCache(KVCache):
         return len(self) - 1
 
     def put(self, row: int, cache: RollingCache) -> None:
-        """Let a conversation take the place of a row, and copy nothing else. The cache itself is not changed.
+        """Let a conversation take the place of a row, and copy nothing else.
 
-        Raises InputError for a cache that differs in model, window, slack or precision.
+        The cache itself is not changed. Raises InputError if it differs in model, window, slack or
+        precision.
         """
         if self._must_be_turned(cache):
             self._become([cache if i == row else self.row(i) for i in range(len(self))])
@@ -97,7 +105,10 @@ class BatchCache(KVCache):
         mx.eval(self.arrays)
 
     def leave(self, row: int) -> RollingCache:
-        """Take a row out, to go on by itself; rows behind it move up. Raises InputError for the last one left."""
+        """Take a row out, to continue by itself; rows behind it move up.
+
+        Raises InputError for the last one left.
+        """
         if len(self) == 1:
             raise InputError("the last row cannot leave its batch; take `row(0)` and drop the batch")
         left = self.row(row)
@@ -119,7 +130,8 @@ class BatchCache(KVCache):
     def outgrown(self, rows: Sequence[int]) -> bool:
         """Tell whether `keep(rows)` would spare memory that full attention is about to take.
 
-        Rows that take the place of others begin at the time of the clock, which never goes back by itself.
+        Rows that take the place of others begin at the time of the clock, which never goes back by
+        itself.
         """
         need, longest = self.rings[0].slots_for, max(self.offsets[i] for i in rows)
         return self.window is None and need(self.positions.offset + 1) > need(longest + GROWTH // 4)
@@ -196,7 +208,7 @@ def _copy(
     shift: int,
     into: int | None = None,
 ) -> None:
-    """Copy the positions first … end − 1 of one row to positions moved by `shift`; into one of several rows."""
+    """Copy the positions first … end − 1 of one row, moved by `shift`, into all rows or one."""
     for slots, which in source.slots(first, end - first):
         stored: Stored = tuple(buffer[row : row + 1, :, slots] for buffer in source.buffers)
         target.write(stored, first + which.start + shift, into)

@@ -1,13 +1,13 @@
-"""The rolling-buffer cache (paper, section 2 and figure 2): keys and values of the last W tokens, and no more.
+"""The rolling-buffer cache: keys and values of the last W tokens (paper, section 2, figure 2).
 
-Only the last W keys and values can still be attended to, so each layer's ring holds W slots plus a small
-slack, and its memory never grows with the conversation. The slack is what `rollback` can undo, and
-what lets a few tokens be written first and attended to in place. Which position lies in which slot
-is said by `m7mlx.positions`, with a drawing.
+Only the last W keys and values can still be attended to, so each layer's ring holds W slots plus a
+small slack, and its memory never grows with the conversation. The slack is what `rollback` can
+undo, and what lets a few tokens be written first and attended to in place. Which position lies in
+which slot is decided in `m7mlx.positions`, which has a drawing.
 
-A model with full attention keeps everything, in a buffer that grows; or, with `max_kv_size`, the last
-keys and a few attention sinks (arXiv 2309.17453): the sequence's first keys, which heads attend to
-when they need nothing else.
+A model with full attention keeps everything, in a buffer that grows; or, with `max_kv_size`, the
+last keys and a few attention sinks (arXiv 2309.17453): the sequence's first keys, which heads
+attend to when they need nothing else.
 """
 
 from __future__ import annotations
@@ -58,12 +58,14 @@ class Snapshot:
 
 
 class KVCache:
-    """The keys and values of all layers, of one conversation (`RollingCache`) or several (`BatchCache`).
+    """The keys and values of all layers, of one conversation or several.
+
+    `RollingCache` and `BatchCache` are the two kinds.
 
     positions  how far the rows have come
     rings      one for each layer
     format     how keys and values are stored
-    owner      the model whose keys and values these are (`Mistral.identity`); None until its first pass
+    owner      the model that these belong to (`Mistral.identity`); None until its first pass
     """
 
     def __init__(self, config: ModelConfig, positions: Positions, kv_format: KVFormat) -> None:
@@ -73,6 +75,18 @@ class KVCache:
         self.owner: object | None = None
         self.rings = [LayerRing(positions.window, positions.slack, kv_format) for _ in range(config.n_layers)]
 
+    def __repr__(self) -> str:
+        kept = "all tokens" if self.window is None else f"window {self.window:,} + slack {self.slack}"
+        sinks = f" + {self.n_sinks} sinks" if self.n_sinks else ""
+        bits = "" if self.format.bits is None else f" in {self.format.bits} bits"
+        layers = f"{len(self.rings)} layers of {self.config.n_kv_heads} × {self.config.head_dim}"
+        return f"{type(self).__name__}({self._tokens}, {kept}{sinks}, {layers}{bits}, {self.nbytes / 1e6:.1f} MB)"
+
+    @property
+    def _tokens(self) -> str:
+        """How many tokens are here, for `repr`."""
+        return f"{self.positions.offset:,} tokens"
+
     @property
     def nbytes(self) -> int:
         """Bytes allocated for keys and values."""
@@ -80,7 +94,10 @@ class KVCache:
 
     @property
     def arrays(self) -> list[mx.array]:
-        """All buffers, to be evaluated with the logits: a pending write would keep a whole chunk alive."""
+        """All buffers, to be evaluated with the logits.
+
+        A pending write would keep a whole chunk alive.
+        """
         return [array for ring in self.rings for array in ring.arrays]
 
     @property
@@ -129,7 +146,7 @@ class KVCache:
         return cache
 
     def bind(self, owner: object, config: ModelConfig) -> None:
-        """Tell which model runs the next pass. Raises InputError if another's keys and values are here."""
+        """Note which model runs the next pass; InputError if another's keys are here."""
         if self.owner is owner:
             return
         shapes = [(c.n_layers, c.n_kv_heads, c.head_dim) for c in (self.config, config)]
@@ -140,7 +157,9 @@ class KVCache:
         self.owner = owner
 
     def begin(self, length: int) -> None:
-        """Begin a forward pass over `length` tokens, which `self.positions` describes; `advance` ends it.
+        """Begin a forward pass over `length` tokens; `advance` ends it.
+
+        `self.positions.forward_pass(length)` describes it.
 
         Raises RollbackError if an earlier one was broken off.
         """
@@ -154,8 +173,9 @@ class KVCache:
 class RollingCache(KVCache):
     """The keys and values of one conversation.
 
-    ids     the tokens themselves, kept by whoever knows them (`m7mlx.generate`), so that a later prompt
-            can tell how much of it is here already; offset == len(ids) where they are complete
+    ids     the tokens themselves, kept by whoever knows them (`m7mlx.generate`), so that a later
+            prompt can tell how much of it is here already; offset == len(ids) where they are
+            complete
     user    who generates with it at present: whoever did so before must not go on
     """
 
@@ -172,9 +192,10 @@ class RollingCache(KVCache):
         """Make an empty cache.
 
         slack          tokens that `rollback` can undo
-        kv_bits        store keys and values in 4 or 8 bits, in groups of `kv_group_size`; None as computed
-        max_kv_size    for full attention: keep this many keys, the first `sinks` of the sequence among
-                       them, and never end; None keeps all
+        kv_bits        store keys and values in 4 or 8 bits, in groups of `kv_group_size`; None
+                       stores them as computed
+        max_kv_size    for full attention: keep this many keys, the first `sinks` of the sequence
+                       among them, and never end; None keeps all
 
         Raises InputError for what does not fit together.
         """
@@ -206,8 +227,8 @@ class RollingCache(KVCache):
     def rollback(self, n: int) -> None:
         """Forget the last `n` tokens, exactly.
 
-        Possible for n up to the slack, and for any n while the ring has not turned yet. Otherwise keys
-        that would be seen again have been overwritten: RollbackError, and nothing is changed.
+        Possible for n up to the slack, and for any n while the ring has not turned yet. Otherwise
+        keys that would be seen again have been overwritten: RollbackError, and nothing is changed.
         """
         self.positions = self.positions.rolled_back(n)
         del self.ids[self.offset :]
@@ -215,8 +236,8 @@ class RollingCache(KVCache):
     def snapshot(self) -> Snapshot:
         """Return the state as it is now, to `restore` later.
 
-        Nothing is copied until the next write, and then everything, once. Raises RollbackError after a
-        forward pass that was broken off.
+        Nothing is copied until the next write, and then everything, once. Raises RollbackError
+        after a forward pass that was broken off.
         """
         if not self.intact:
             raise RollbackError("a forward pass was broken off and overwrote keys still needed; reset the cache")
@@ -224,7 +245,7 @@ class RollingCache(KVCache):
         return Snapshot(self.settings, self.positions, list(self.ids), layers)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go back to a snapshot of a cache with the same settings. Raises InputError for any other."""
+        """Go back to a snapshot of a cache with the same settings; InputError for any other."""
         if snapshot.settings != self.settings:
             raise InputError(
                 "this snapshot was taken of a cache of another model or another shape, window or precision"
@@ -236,7 +257,8 @@ class RollingCache(KVCache):
     def quantize(self, kv_bits: int, kv_group_size: int = 64) -> None:
         """Store keys and values in 4 or 8 bits from now on, those already here included.
 
-        Raises InputError if they are quantised otherwise already, or the groups do not divide head_dim.
+        Raises InputError if they are quantised otherwise already, or the groups do not divide
+        head_dim.
         """
         kv_format = _check_format(self.config, KVFormat(kv_bits, kv_group_size))
         if kv_format == self.format:

@@ -1,7 +1,8 @@
 """A cache on disk: one safetensors file, bound to its model, whole or not there at all.
 
-The tensors are the buffers of `LayerRing` as they lie, so that a conversation goes on exactly where it stood,
-what could be rolled back included. The header names what they belong to: model, weights, window, precision, length.
+The tensors are the buffers of `LayerRing` as they lie, so that a conversation continues exactly
+where it stopped, and can be rolled back as far as before. The header names what they belong to:
+model, weights, window, precision, length.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
+from safetensors import safe_open
 
 from m7mlx.arrays import fingerprint, is_finite, raw_bytes
 from m7mlx.cache import RollingCache
@@ -29,17 +31,24 @@ _FORMAT = "m7mlx-cache"
 _VERSION = 1
 _MAX_SLACK = 1 << 16
 _TYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.int32: "I32"}
+_KINDS = {  # what the fields of a header must be
+    **dict.fromkeys(("config_hash", "weight_hash", "dtype"), str),
+    **dict.fromkeys(("slack", "sinks", "kv_group_size", "offset", "written"), int),
+    **dict.fromkeys(("window", "max_kv_size", "kv_bits"), int | None),
+    "metadata": dict,
+}
 
 
 @dataclass(frozen=True)
 class CacheHeader:
-    """What a saved cache belongs to and how long it is; readable without its model (`cache_header`).
+    """What a saved cache belongs to, and how long it is.
 
-    config_hash    SHA-256 of the model's configuration, weight_hash of sums over all its weights
-    dtype          of unquantised keys and values: "float16", "bfloat16" or "float32"
-    offset         tokens seen; written: see `RollingCache`
-    other options  those of `RollingCache`
-    metadata       whatever was given to `save_cache`
+    config_hash      SHA-256 of the model's configuration; weight_hash, of sums over all its weights
+    dtype            of unquantised keys and values: "float16", "bfloat16" or "float32"
+    offset, written  as in `Positions`
+    metadata         the texts that `save_cache` was given
+
+    The other fields are options of `RollingCache`.
     """
 
     config_hash: str
@@ -63,8 +72,8 @@ def save_cache(
 
     metadata  texts of your own, kept in the file's header
 
-    The file appears under its name only when it is whole; one of that name is replaced.
-    Raises InputError (a cache of another model, an empty one, or one broken off), DiskError.
+    The file appears under its name only when it is whole, and replaces one that is there already.
+    Raises InputError for a cache that is another model's, empty or broken off; DiskError.
     """
     path = Path(path)
     if cache.config != model.config or cache.owner not in (None, model.identity):
@@ -99,10 +108,10 @@ def save_cache(
 
 
 def load_cache(path: str | Path, model: Mistral) -> RollingCache:
-    """Open a saved cache; generation goes on as if it had never been closed, with nothing to prefill.
+    """Open a saved cache: generation continues where it stopped, with nothing to prefill.
 
-    Raises NotFoundError; CacheFileError for a file that is damaged, not one of ours, of another model or
-    of a newer version.
+    Raises NotFoundError; CacheFileError for a file that is damaged, was not saved by m7mlx or by a
+    newer one, or belongs to another model.
     """
     path = Path(path)
     about, header = _read_header(path)
@@ -129,12 +138,7 @@ def load_cache(path: str | Path, model: Mistral) -> RollingCache:
     return cache
 
 
-def cache_header(path: str | Path) -> CacheHeader:
-    """What a saved cache belongs to, without reading its tensors. Raises as `load_cache`."""
-    return _read_header(Path(path))[1]
-
-
-# --- what a file is bound to ----------------------------------------------------------------------------
+# --- what a file is bound to ----------------------------------------------------------------------
 
 
 def _header(cache: RollingCache, model: Mistral, metadata: Mapping[str, str]) -> CacheHeader:
@@ -175,11 +179,11 @@ def _checksum(header: str, arrays: Mapping[str, mx.array]) -> str:
     return digest.hexdigest()
 
 
-# --- tensors --------------------------------------------------------------------------------------------
+# --- tensors --------------------------------------------------------------------------------------
 
 
 def _arrays(cache: RollingCache) -> dict[str, mx.array]:
-    """All there is to save, by name. Rows that were never written are left out."""
+    """Return all there is to save, by name. Slots that were never written are left out."""
     arrays = {"ids": mx.array(cache.ids, dtype=mx.int32)}
     for i, ring in enumerate(cache.rings):
         rows = min(ring.n_slots, cache.positions.written)
@@ -196,7 +200,7 @@ def _names(cache: RollingCache, layer: int) -> list[str]:
 
 
 def _expected(cache: RollingCache, model: Mistral) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Type and shape of every tensor but the ids."""
+    """Return the type and shape that every tensor but the ids must have."""
     config, ring = cache.config, cache.rings[0]
     rows = min(ring.slots_for(cache.positions.written), cache.positions.written)
     # What one row of this model looks like when it is stored.
@@ -214,7 +218,7 @@ def _expected(cache: RollingCache, model: Mistral) -> dict[str, tuple[str, tuple
 def _read_arrays(
     path: Path, cache: RollingCache, model: Mistral, header: CacheHeader, about: Mapping[str, str]
 ) -> dict[str, mx.array]:
-    """The tensors, checked one and all. Raises CacheFileError."""
+    """Read the tensors and check all of them. Raises CacheFileError."""
     found = {name: (info.dtype, info.shape) for name, info in _tensors(path).items()}
     expected = _expected(cache, model)
     ids = found.pop("ids", None)
@@ -257,16 +261,14 @@ def _described(tensor: tuple[str, Iterable[int]] | None) -> str:
     return "absent" if tensor is None else f"{tensor[0]} {list(tensor[1])}"
 
 
-# --- the header -----------------------------------------------------------------------------------------
+# --- the header -----------------------------------------------------------------------------------
 
 
 def _read_header(path: Path) -> tuple[dict[str, str], CacheHeader]:
-    """The file's own description, checked by itself. Raises NotFoundError, CacheFileError."""
+    """Read the header and check it by itself. Raises NotFoundError, CacheFileError."""
     if not path.is_file():
         raise NotFoundError(f"there is no saved cache {path}")
     _tensors(path)
-    from safetensors import safe_open
-
     with safe_open(str(path), framework="np") as file:
         about: dict[str, str] = file.metadata() or {}
     if about.get("format") != _FORMAT:
@@ -286,12 +288,10 @@ def _read_header(path: Path) -> tuple[dict[str, str], CacheHeader]:
 
 
 def _parse(data: dict[str, Any]) -> CacheHeader:
-    """A header from its JSON form. Raises ValueError or TypeError for anything else."""
-    kinds = {"str": str, "int": int, "int | None": int | None, "Mapping[str, str]": dict}
-    for field in fields(CacheHeader):
-        value = data[field.name]
-        if not isinstance(value, kinds[str(field.type)]) or isinstance(value, bool):
-            raise ValueError(f"{field.name} is {value!r}")
+    """Make a header from its JSON form. Raises ValueError or TypeError for anything else."""
+    for name, kind in _KINDS.items():
+        if not isinstance(data[name], kind) or isinstance(data[name], bool):
+            raise ValueError(f"{name} is {data[name]!r}")
     header = CacheHeader(**data)
     if not (0 <= header.slack <= _MAX_SLACK and 0 < header.offset <= header.written < 1 << 40):
         raise ValueError(f"slack {header.slack}, {header.offset} tokens of {header.written}")

@@ -1,4 +1,4 @@
-"""What every command-line tool of this project does alike: parse, run, report, leave with the right status."""
+"""What all commands do alike: parse options, run, report errors, exit with the right status."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import NoReturn
 from m7mlx.cpu import blas
 from m7mlx.errors import M7Error
 from m7mlx.files.disk import why
-from m7mlx.terminal import guard_streams, one_line
+from m7mlx.terminal import make_streams_safe, one_line
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse, with one-line usage errors, `--debug` and `--version`."""
+    """An argparse parser with one-line usage errors, `--debug` and `--version`."""
 
     def __init__(self, prog: str, description: str, epilog: str) -> None:
         super().__init__(
@@ -37,7 +37,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def gigabytes(text: str) -> int:
-    """An option's value, in GB → bytes."""
+    """Read an option's value, in GB; returns bytes."""
     try:
         return int(float(text) * 1e9)
     except (ValueError, OverflowError):
@@ -45,14 +45,14 @@ def gigabytes(text: str) -> int:
 
 
 def positive(text: str) -> int:
-    """An option's value: a whole number above 0."""
+    """Read an option's value, a whole number above 0."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)
 
 
 def add_parallel(parser: argparse.ArgumentParser) -> None:
-    """The option of programs that `mlx.launch` can start several of (`m7mlx.parallel.world`)."""
+    """Add the option of commands that `mlx.launch` starts several of (`m7mlx.parallel.world`)."""
     parser.add_argument(
         "--parallel",
         choices=("tensor", "pipeline"),
@@ -60,10 +60,14 @@ def add_parallel(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(body: Callable[[argparse.Namespace], int | None], args: argparse.Namespace, prog: str) -> int:
-    """Run a command's body; every foreseeable failure becomes one line on stderr and an exit status."""
+def run(
+    body: Callable[[argparse.Namespace], int | None],
+    args: argparse.Namespace,
+    prog: str,
+) -> int:
+    """Run a command and return its exit status; a foreseeable failure is one line on stderr."""
     _open_standard_streams()
-    guard_streams()
+    make_streams_safe()
     if told := blas.note():
         say(f"{prog}: note: {one_line(told)}")
     try:
@@ -71,7 +75,8 @@ def run(body: Callable[[argparse.Namespace], int | None], args: argparse.Namespa
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output has gone (`| head`). Python would complain once more while flushing at exit.
+        # Whoever read our output has gone (`| head`). Python would complain again when it flushes
+        # at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except M7Error as error:
@@ -89,9 +94,10 @@ def run(body: Callable[[argparse.Namespace], int | None], args: argparse.Namespa
 
 
 def _open_standard_streams() -> None:
-    """Where a caller closed 0, 1 or 2, the next file opened would get that number; MLX cannot read from file 0.
+    """Open the files 0, 1 and 2 where the caller has closed them.
 
-    Python has no sys.stderr then, and would print what is meant for it on stdout.
+    The next file to be opened would get such a number, and MLX cannot read from file 0. Without
+    sys.stderr Python would print on stdout what is meant for it.
     """
     for descriptor in range(3):
         try:
@@ -103,7 +109,7 @@ def _open_standard_streams() -> None:
 
 
 def say(line: str) -> None:
-    """A line on stderr; where that is full or gone, nobody is told, and nothing else changes."""
+    """Print a line on stderr; where that is full or gone, do nothing."""
     with contextlib.suppress(OSError, ValueError):
         print(line, file=sys.stderr, flush=True)
 

@@ -1,10 +1,10 @@
 """One token through the model as one compiled function: traced once, for all positions.
 
 Everything that changes from token to token is an array: the id, the position, the ring's slot, the
-buffers. MLX then spends no time on building the graph anew, and joins what it can into single kernels.
-Whether that pays depends on the machine, so it is chosen by somebody who has measured it:
-M7MLX_COMPILE=1 (`m7mlx-bench` has an engine for it). On Linux's CPU backend it takes 6 % off a step,
-but the C++ compiler that MLX starts needs 5 s for the kernels after each boot.
+buffers. MLX then spends no time on building the graph anew, and joins what it can into single
+kernels. Whether that pays depends on the machine, so it is chosen by somebody who has measured it:
+M7MLX_COMPILE=1 (`m7mlx-bench` has an engine for it). On Linux's CPU backend it takes 6 % off a
+step, but the C++ compiler that MLX starts needs 5 s for the kernels after each boot.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _Function = Callable[[mx.array, mx.array, mx.array, list[Stored]], tuple[mx.arra
 
 
 def step_of(model: Mistral) -> Callable[[mx.array, KVCache], mx.array]:
-    """Return a function (ids [B, 1], cache) → logits [B, 1, vocab_size]: compiled if the model asks for it."""
+    """Return a function (ids [B, 1], cache) → logits, compiled if the model asks for it."""
     return CompiledStep(model) if model.compiles_steps and model.exchange is None else model.logits
 
 
 class CompiledStep:
-    """A compiled function that gives the logits of model(ids, cache) for ids [B, 1]; the cache advances."""
+    """A compiled function in the place of model(ids, cache), for ids [B, 1]."""
 
     def __init__(self, model: Mistral) -> None:
         self._model = model

@@ -1,14 +1,14 @@
-"""What a model is: `ModelConfig`, read from Hugging Face's config.json or Mistral's params.json.
+"""The shape of a model, read from Hugging Face's config.json or Mistral's params.json.
 
-Nothing is guessed. A key that a config.json leaves out takes Hugging Face's default for that architecture;
-a key that would change the computation and is not understood is refused by name.
+Nothing is guessed. A key that a config.json leaves out takes Hugging Face's default for that
+architecture; a key that would change the computation and is not understood is refused by name.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from m7mlx.errors import ConfigError
 from m7mlx.jsonfile import given, number, read_json, said, texts, token_id, token_ids, whole
 from m7mlx.quantization import Quantization
 
-# Hugging Face's defaults, from MistralConfig and LlamaConfig. What both share stands in _SHARED.
+# Hugging Face's defaults, from MistralConfig and LlamaConfig; those that both share are in _SHARED.
 _SHARED: dict[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -45,20 +45,27 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 _ARCHITECTURES = {"MistralForCausalLM": "mistral", "LlamaForCausalLM": "llama"}
 _DEFAULT_ROPE_THETA = 10000.0
 _MOST_LAYERS = 10_000
-_FIELDS = {  # what a config.json calls them
+# Fields that must be numbers, by what a config.json calls them.
+_WHOLE = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
     "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads",
     "n_kv_heads": "num_key_value_heads",
-    "norm_eps": "rms_norm_eps",
+    "head_dim": "head_dim",
+    "max_position_embeddings": "max_position_embeddings",
 }
+_NUMBERS = {"norm_eps": "rms_norm_eps", "rope_theta": "rope_theta"}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a Mistral-like model, in the vocabulary of the paper (arXiv 2310.06825, table 1).
+    """The shape of a model like Mistral, in the paper's words (arXiv 2310.06825, table 1).
 
-    `sliding_window` None means full attention. `head_dim` need not be hidden_size / n_heads.
-    `max_position_embeddings` is the context in tokens that the positions were trained for.
+    sliding_window           tokens that a token sees, itself included; None for full attention
+    head_dim                 need not be hidden_size / n_heads
+    max_position_embeddings  the context in tokens that the positions were trained for
     """
 
     model_type: str
@@ -79,12 +86,12 @@ class ModelConfig:
     quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value, field = getattr(self, item.name), _FIELDS.get(item.name, item.name)
-            if item.type == "int" or (item.name == "sliding_window" and value is not None):
-                whole(value, field, _MOST_LAYERS if item.name == "n_layers" else 1 << 40)
-            elif item.type == "float":
-                number(value, field)
+        for name, key in _WHOLE.items():
+            whole(getattr(self, name), key, _MOST_LAYERS if name == "n_layers" else 1 << 40)
+        if self.sliding_window is not None:
+            whole(self.sliding_window, "sliding_window")
+        for name, key in _NUMBERS.items():
+            number(getattr(self, name), key)
         if self.bos_token_id is not None:
             token_id(self.bos_token_id, "bos_token_id")
         for field, ids in (("bos_token_id", (self.bos_token_id or 0,)), ("eos_token_id", self.eos_token_ids)):
@@ -98,7 +105,7 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ConfigError(f"head_dim {self.head_dim} is odd; rotary position embedding needs pairs")
 
-    # --- reading ------------------------------------------------------------------------------------
+    # --- reading ----------------------------------------------------------------------------------
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ModelConfig:
@@ -114,7 +121,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
-        """From Hugging Face's config.json, with Hugging Face's defaults for what it leaves out."""
+        """Read Hugging Face's config.json, with Hugging Face's defaults for what it leaves out."""
         model_type = _model_type(data)
         values = _DEFAULTS[model_type] | {k: v for k, v in data.items() if v is not None or k == "sliding_window"}
         if model_type == "llama" and values["sliding_window"] is not None:
@@ -154,7 +161,7 @@ class ModelConfig:
 
     @classmethod
     def from_params(cls, data: Mapping[str, Any]) -> ModelConfig:
-        """From Mistral's own params.json; defaults as in mistral-inference (`args.py`, `transformer.py`)."""
+        """Read Mistral's own params.json, with the defaults of mistral-inference."""
         if data.get("moe") or data.get("vision_encoder"):
             raise ConfigError("mixtures of experts and vision models are not supported; only dense Mistral is")
         check_params_keys(data)
@@ -180,10 +187,10 @@ class ModelConfig:
         except KeyError as error:
             raise ConfigError(f"{error.args[0]!r} is missing") from None
 
-    # --- writing ------------------------------------------------------------------------------------
+    # --- writing ----------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """A complete Hugging Face config.json, such that `from_dict(to_dict())` is the same config."""
+        """Return a whole config.json, of which `from_dict` makes this config again."""
         data: dict[str, Any] = {
             "architectures": [name for name, kind in _ARCHITECTURES.items() if kind == self.model_type],
             "model_type": self.model_type,
@@ -209,7 +216,7 @@ class ModelConfig:
         return data
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every parameter of the unquantised model: its name on disk → its shape."""
+        """Return every parameter of the unquantised model: its name on disk → its shape."""
         d, heads, kv = self.hidden_size, self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         block = {
             "input_layernorm": (d,),
@@ -232,12 +239,12 @@ class ModelConfig:
 
     @property
     def n_weights(self) -> int:
-        """How many numbers the weights are."""
+        """How many numbers the weights have."""
         return sum(math.prod(shape) for shape in self.weight_shapes().values())
 
 
 def _model_type(data: Mapping[str, Any]) -> str:
-    """ "mistral" or "llama"; other architectures are refused by name."""
+    """Return "mistral" or "llama"; other architectures are refused by name."""
     named = texts(data, "architectures")
     model_type = given(data, "model_type", "a text") or (_ARCHITECTURES.get(named[0]) if named else None)
     foreign = [name for name in named if name not in _ARCHITECTURES]
@@ -252,7 +259,7 @@ def _model_type(data: Mapping[str, Any]) -> str:
 
 
 def _rope_theta(data: Mapping[str, Any]) -> float:
-    """RoPE's base: at the top level, or in `rope_parameters` as transformers 5 writes it."""
+    """Find RoPE's base: at the top level, or in `rope_parameters` as transformers 5 writes it."""
     found: list[float] = []
     if data.get("rope_theta") is not None:
         found.append(number(data["rope_theta"], "rope_theta"))

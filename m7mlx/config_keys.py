@@ -1,6 +1,7 @@
-"""Every key that a config.json or params.json may have: understood, known to have no effect, or refused by name.
+"""The keys that a config.json or params.json may have; any other is refused by name.
 
-A list of what is harmful could not keep that promise: tomorrow's file has a key that nobody has heard of today.
+Each is understood, or known to have no effect on the computation. A list of harmful keys could not
+keep that promise: tomorrow's file has a key that nobody has heard of today.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _READ = frozenset(
         "quantization_config",
     ]
 )
-# Keys that would change the computation, with the values that leave it as it is.
+# Keys that may change the computation, with the values that leave it as it is.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "attention_bias": (False,),
@@ -54,8 +55,8 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "use_bfloat16": (False, True),
     "use_sliding_window": (True,),
 }
-# What is of training, of generation (generation_config.json or whoever asks decides), of other libraries, of the
-# file, or code of the folder, which never runs.
+# Keys about training, about generation (which generation_config.json or the caller decides), about
+# other libraries or the file itself, and about code in the folder, which never runs.
 _WITHOUT_EFFECT = frozenset(
     [
         "_attn_implementation",
@@ -144,7 +145,7 @@ _WITHOUT_EFFECT = frozenset(
     ]
 )
 
-# params.json: what `ModelConfig.from_params` reads …
+# params.json: what `ModelConfig.from_params` reads.
 _PARAMS_READ = frozenset(
     [
         "dim",
@@ -164,7 +165,7 @@ _PARAMS_READ = frozenset(
         "vision_encoder",
     ]
 )
-# … and as above.
+# The same two groups for params.json.
 _PARAMS_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "causal": (True,),
     "model_type": ("transformer", "mistral"),
@@ -176,18 +177,18 @@ _PARAMS_WITHOUT_EFFECT = frozenset(["max_batch_size", "dtype"])
 
 
 def check_keys(data: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a key of a config.json that is not understood, or has a value that is not."""
+    """Raise ConfigError for a key or a value of a config.json that is not understood."""
     _check(data, _READ | _WITHOUT_EFFECT, _NEUTRAL)
 
 
 def check_params_keys(data: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a key of a params.json that is not understood, or has a value that is not."""
+    """Raise ConfigError for a key or a value of a params.json that is not understood."""
     _check(data, _PARAMS_READ | _PARAMS_WITHOUT_EFFECT, _PARAMS_NEUTRAL)
 
 
 def _check(data: Mapping[str, Any], known: frozenset[str], neutral: Mapping[str, tuple[Any, ...]]) -> None:
     for key, value in data.items():
-        if value is None or key in known:  # null is what a file says of what it has not
+        if value is None or key in known:  # null stands for a key that is left out
             continue
         if key not in neutral:
             raise ConfigError(

@@ -6,26 +6,27 @@
     │   ├── WeightsError           safetensors and GGUF files
     │   ├── TokenizerError         tokenizer files, ids out of range
     │   ├── CacheFileError         a saved cache that is damaged or not of this model
-    │   ├── StoreError             the stored conversations: the chat’s own, in m7mlx_chat/store/errors.py
+    │   ├── StoreError             stored conversations: in m7mlx_chat/store/errors.py
     │   ├── ChatFormatError        messages or a chat template
     │   ├── PromptTooLongError     more tokens than the context holds
     │   └── NotFoundError          no such folder, repository or alias; no access
     └── RunError                   a sound request that failed on the way       exit status 1
+        ├── BusyError              as much is under way as may be
         ├── DownloadError          network, wrong bytes
         ├── DiskError              full disk, no permission
         ├── RollbackError          more tokens than the cache's slack can undo
-        └── WorkerError            work for a stranger's input, in a process of its own, that was broken off
+        └── WorkerError            work on a stranger's input was broken off in its process
             ├── WorkerTimeError    it took too long
             ├── WorkerMemoryError  it took too much memory
             └── WorkerDiedError    its process ended
 
-Each message is one line: the cause, then the mend. The command-line tools print it on stderr and leave
-with `exit_status`; a traceback is a bug (`--debug` shows it).
+Each message is one line: the cause, then what to do. The commands print it on stderr and exit with
+`exit_status`; a traceback is a bug (`--debug` shows it).
 """
 
 
 class M7Error(Exception):
-    """Base of all errors this project raises on purpose."""
+    """Base of all errors that this project raises on purpose."""
 
     exit_status = 1
 
@@ -69,7 +70,7 @@ class RunError(M7Error):
 
 
 class BusyError(RunError):
-    """As much is under way as may be; later it can be done."""
+    """As much is under way as may be; the same request can succeed later."""
 
 
 class DownloadError(RunError):
@@ -85,7 +86,7 @@ class RollbackError(RunError):
 
 
 class WorkerError(RunError):
-    """Work for a stranger's input, in a process of its own, that was broken off."""
+    """Work on a stranger's input, in a process of its own, that was broken off."""
 
 
 class WorkerTimeError(WorkerError):
@@ -97,4 +98,4 @@ class WorkerMemoryError(WorkerError):
 
 
 class WorkerDiedError(WorkerError):
-    """The process that did the work ended, or was ended."""
+    """The process that did the work ended or was killed."""

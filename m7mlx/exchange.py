@@ -12,7 +12,8 @@ from m7mlx.shard import Shard
 class Exchange:
     """The exchange of hidden states and tokens between one rank and the others.
 
-    All ranks run the same passes in the same order, each with its own shard, and get the same logits.
+    All ranks run the same passes in the same order, each with its own shard, and get the same
+    logits.
     """
 
     def __init__(self, shard: Shard, group: mx.distributed.Group) -> None:

@@ -1,32 +1,31 @@
-"""Weights as the device reads them fastest: products that share their input as one, laid out for the BLAS.
+"""Weights laid out as the device reads them fastest: products that share their input become one.
 
-A row of a weight matrix is an output of its own, quantised by itself too: matrices over the same input are put one
-below the other, and one product takes the place of three (queries, keys, values) or two (gate, up). Modules quantised
-in different ways, as mixed recipes have them, stay as they are.
+A row of a weight matrix makes one output, and is quantised by itself too. So matrices over the same
+input are put one below the other, and one product takes the place of three (queries, keys, values)
+or two (gate, up). Modules that are quantised in different ways, as mixed recipes have them, stay
+apart.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from m7mlx.arrays import on_cpu
-
-if TYPE_CHECKING:
-    from m7mlx.model import Mistral
+from m7mlx.model import Mistral
 
 # The modules that `fuse` makes, and those whose rows each holds, one below the other.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def fuse(model: Mistral) -> None:
-    """Do so in place, and evaluate; at most one layer's weights are held twice."""
+    """Fuse and lay out a model's weights, in place; at most one layer's are held twice."""
     for block in model.model.layers:
         _join(block.self_attn, "qkv_proj")
-        if not on_cpu():  # there the halves of the product would be read with gaps, which costs more than it saves
+        if not on_cpu():  # on a CPU the halves of the product are read with gaps, which costs more than it saves
             _join(block.mlp, "gate_up_proj")
         for parent in (block.self_attn, block.mlp):
             for name in parent.children():
@@ -34,7 +33,7 @@ def fuse(model: Mistral) -> None:
         mx.eval(block.parameters())
     ends: tuple[tuple[nn.Module, str], ...] = ((model.model, "embed_tokens"), (model, "lm_head"))
     for end, name in ends:
-        if name in end:  # a tied model has one, and so may a part of one
+        if name in end:  # a tied model has only one of them, and so may a shard
             end[name] = _stack([end[name]])
     mx.eval(model.parameters())
 
@@ -49,10 +48,11 @@ def _join(parent: nn.Module, fused: str) -> None:
 
 
 def _stack(modules: list[Any]) -> Any:
-    """One module with the rows of all, one below the other; on a CPU with the columns of its matrix contiguous.
+    """Make one module with the rows of all; on a CPU, the columns of its matrix are contiguous.
 
-    A BLAS reads x @ weight.T faster so: one row times 14336×4096 takes OpenBLAS 9.7 ms instead of 13.0, and MLX's
-    reference BLAS half the time; many rows gain a little (docs/performance.md).
+    A BLAS reads x @ weight.T faster that way: one row times 14336×4096 takes OpenBLAS 9.7 ms
+    instead of 13.0, and MLX's reference BLAS half the time; many rows gain a little
+    (docs/performance.md).
     """
     stacked = copy.copy(modules[0])
     by_columns = on_cpu() and isinstance(stacked, nn.Linear | nn.Embedding)

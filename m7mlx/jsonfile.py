@@ -1,4 +1,4 @@
-"""Files of settings that come with a model: read within bounds, and every value is what its place asks for."""
+"""Files of settings that come with a model: read within bounds, their values checked."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _KINDS: dict[str, tuple[type, ...]] = {"an object": (dict,), "a list": (list,), 
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """A regular file of at most so many bytes. Raises ConfigError naming it."""
+    """Read a regular file of at most so many bytes. Raises ConfigError, which names it."""
     try:
-        # A pipe that nobody writes to would be waited for.
+        # Opening a pipe that nobody writes to would wait for ever.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ConfigError(f"{path} is no regular file")
@@ -31,7 +31,7 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def read_json(path: Path, most: int = _MOST) -> dict[str, Any]:
-    """Read a JSON object. Raises ConfigError naming the file."""
+    """Read a JSON object. Raises ConfigError, which names the file."""
     try:
         data = json.loads(read_bytes(path, most).decode("utf-8"))
     except (ValueError, RecursionError, MemoryError) as error:
@@ -42,20 +42,22 @@ def read_json(path: Path, most: int = _MOST) -> dict[str, Any]:
 
 
 def said(value: object) -> str:
-    """A value out of a stranger's file, short enough for a message."""
+    """Return a value out of a stranger's file as text, short enough for a message."""
     text = repr(value) if not isinstance(value, dict | list) else json.dumps(value)[:60]
     return text if len(text) <= 60 else text[:59] + "…"
 
 
 def short(text: str) -> str:
-    """A name out of a stranger's file, short enough for a message."""
+    """Return a name out of a stranger's file, short enough for a message."""
     return text if len(text) <= 120 else text[:119] + "…"
 
 
 def given(data: Mapping[str, Any], field: str, kind: str) -> Any:
-    """The value of a field that must be "an object", "a list" or "a text"; None where it is absent or null.
+    """Return the value of a field; None where it is absent or null.
 
-    Raises ConfigError naming the field.
+    kind  what it must be: "an object", "a list" or "a text"
+
+    Raises ConfigError, which names the field.
     """
     value = data.get(field)
     if value is not None and not isinstance(value, _KINDS[kind]):
@@ -64,7 +66,7 @@ def given(data: Mapping[str, Any], field: str, kind: str) -> Any:
 
 
 def texts(data: Mapping[str, Any], field: str) -> list[str]:
-    """The value of a field that must be a list of texts; empty where it is absent or null."""
+    """Return the value of a field that must be a list of texts; empty where absent or null."""
     value = given(data, field, "a list") or []
     if not all(isinstance(item, str) for item in value):
         raise ConfigError(f"{field} must be a list of texts, not {said(value)}")
@@ -72,7 +74,7 @@ def texts(data: Mapping[str, Any], field: str) -> list[str]:
 
 
 def number(value: Any, field: str) -> float:
-    """A number above 0, as a float has it. Raises ConfigError naming the field."""
+    """Check a number that must be above 0 and finite. Raises ConfigError, which names the field."""
     try:
         if not isinstance(value, bool) and isinstance(value, int | float) and 0 < float(value) < float("inf"):
             return value
@@ -82,7 +84,7 @@ def number(value: Any, field: str) -> float:
 
 
 def whole(value: Any, field: str, most: int = 1 << 40) -> int:
-    """A whole number above 0. Raises ConfigError naming the field."""
+    """Check a whole number that must be above 0. Raises ConfigError, which names the field."""
     if type(value) is not int or not 0 < value <= most:
         above = f" and at most {most:,}" if type(value) is int and value > most else ""
         raise ConfigError(f"{field} must be a whole number above 0{above}, not {said(value)}")
@@ -90,13 +92,13 @@ def whole(value: Any, field: str, most: int = 1 << 40) -> int:
 
 
 def token_id(value: Any, field: str) -> int:
-    """An id of a vocabulary. Raises ConfigError naming the field."""
+    """Check an id of a vocabulary. Raises ConfigError, which names the field."""
     if type(value) is not int or not 0 <= value < 1 << 31:
         raise ConfigError(f"{field} must be an id, not {said(value)}")
     return value
 
 
 def token_ids(value: Any, field: str) -> tuple[int, ...]:
-    """An id or a list of ids; none where it is null."""
+    """Return an id, or a list of ids, as a tuple; empty where it is null."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     return tuple(token_id(i, field) for i in ids)

@@ -1,4 +1,4 @@
-"""Folder → model and tokenizer, with everything checked before it is used."""
+"""Loading a model and its tokenizer from a folder; everything is checked before it is used."""
 
 from __future__ import annotations
 
@@ -34,28 +34,36 @@ from m7mlx.tokens.load import load_tokenizer
 from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx.units import in_gigabytes
 
+_COMPUTED: dict[str, mx.Dtype] = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+
 
 def load(
     name: str | Path,
     *,
-    dtype: mx.Dtype | None = None,
+    dtype: mx.Dtype | str | None = None,
     progress: Callable[[int, int], None] | None = None,
     shard: Shard | None = None,
     adapter_path: str | Path | None = None,
 ) -> tuple[Mistral, Tokenizer]:
-    """Load a model: a folder, a GGUF file, a Hub repository ("org/name"), a file in one, or an alias.
+    """Load a model and its tokenizer.
 
-    dtype     type of activations and unquantised weights; None keeps the file's, except on the CPU backend,
-              where 16-bit arithmetic is emulated: there it is float32, and quantised weights are expanded
-              to float32 if they fit into half of the memory
-    progress  called with (bytes read, bytes to read)
-    shard     read this shard of the model only, for processes that divide it (`m7mlx.parallel.world.World.load`)
-    adapter_path
-              a LoRA adapter, as for `m7mlx.set_adapter`: put on the model, whose weights stay what they are
+    name          a folder, a GGUF file, a Hub repository ("org/name"), a GGUF file in one
+                  ("org/name/file.gguf"), or an alias ("mistral", "demo"); GGUF is converted once,
+                  into the cache folder
+    dtype         type of activations and unquantised weights, or its name ("float16", "bfloat16",
+                  "float32"); None keeps the file's, except on the CPU backend, which emulates
+                  16-bit arithmetic: there it is float32, and quantised weights are expanded to
+                  float32 if they fit into half of the memory
+    progress      called with (bytes read, bytes to read)
+    shard         read this shard of the model only, for processes that divide it
+                  (`m7mlx.parallel.world.World.load`)
+    adapter_path  a LoRA adapter to put on the model, as `m7mlx.set_adapter` does; the weights stay
+                  as they are
 
     Use the model on the thread that called this: MLX's streams belong to their thread.
-    Raises NotFoundError, DownloadError, ConfigError, WeightsError, TokenizerError; RunError if the machine has too
-    little memory.
+
+    Raises NotFoundError, DownloadError, ConfigError, WeightsError, TokenizerError; RunError if the
+    machine has too little memory.
     """
     folder, config, headers = _checked(name, dtype, shard)
     adapter = None if adapter_path is None else open_adapter(adapter_path, config)
@@ -73,8 +81,8 @@ def load(
     return model, tokenizer
 
 
-def load_model(name: str | Path, *, dtype: mx.Dtype | None = None) -> Mistral:
-    """The model alone, of a folder without a tokenizer too; otherwise as `load`."""
+def load_model(name: str | Path, *, dtype: mx.Dtype | str | None = None) -> Mistral:
+    """Load a model without its tokenizer, which its folder may lack; arguments as for `load`."""
     _, config, headers = _checked(name, dtype)
     model = build(config, _read(_files(headers)), dtype)
     model.compiles_steps = _wants_compiled_steps()
@@ -86,9 +94,11 @@ def _wants_compiled_steps() -> bool:
 
 
 def _checked(
-    name: str | Path, dtype: mx.Dtype | None, shard: Shard | None = None
+    name: str | Path,
+    dtype: mx.Dtype | str | None,
+    shard: Shard | None = None,
 ) -> tuple[Path, ModelConfig, dict[str, StoredTensor]]:
-    """The folder, its configuration and its tensors, after all that can be known before they are read."""
+    """Return a model's folder, configuration and tensors, checked as far as possible unread."""
     folder = resolve(name)
     config = ModelConfig.from_folder(folder)
     headers = folder_weights(folder)
@@ -110,13 +120,19 @@ def _files(headers: dict[str, StoredTensor]) -> list[Path]:
 
 
 def build(
-    config: ModelConfig, weights: dict[str, mx.array], dtype: mx.Dtype | None = None, *, is_shard: bool = False
+    config: ModelConfig,
+    weights: dict[str, mx.array],
+    dtype: mx.Dtype | str | None = None,
+    *,
+    is_shard: bool = False,
 ) -> Mistral:
-    """A model from its weights by name on disk; `dtype` as for `load`. `weights` is emptied on the way.
+    """Build a model from its weights.
 
+    weights   by their names on disk; the dictionary is emptied on the way, to save memory
+    dtype     as for `load`
     is_shard  the embedding may be missing: other processes have it
     """
-    dtype = _compute_dtype(dtype)
+    computed = _compute_dtype(dtype)
     expand = config.quantization is not None and expands(config)
     model = Mistral(config)
     if is_shard and "model.embed_tokens.weight" not in weights:
@@ -126,7 +142,7 @@ def build(
         if is_left_out(name, config):
             del weights[name]
         elif name in weights:  # not yet taken together with its module's other arrays
-            loaded |= _module_arrays(config, weights, name, dtype, expand)
+            loaded |= _module_arrays(config, weights, name, computed, expand)
     if config.quantization and not expand:
         nn.quantize(model, class_predicate=lambda path, module: _scheme_of(config, path, loaded))
     model.load_weights(list(loaded.items()), strict=True)
@@ -137,9 +153,13 @@ def build(
 
 
 def _module_arrays(
-    config: ModelConfig, weights: dict[str, mx.array], name: str, dtype: mx.Dtype | None, expand: bool
+    config: ModelConfig,
+    weights: dict[str, mx.array],
+    name: str,
+    dtype: mx.Dtype | None,
+    expand: bool,
 ) -> dict[str, mx.array]:
-    """The arrays of one module, in the type they are used in; taken out of `weights`."""
+    """Take the arrays of one module out of `weights`, in the type they are used in."""
     path = name.rsplit(".", 1)[0]
     kinds = [k for k in ("weight", "scales", "biases") if f"{path}.{k}" in weights]
     arrays = {k: weights.pop(f"{path}.{k}") for k in kinds}
@@ -149,12 +169,12 @@ def _module_arrays(
     scheme = config.quantization.for_module(path) if config.quantization and "scales" in arrays else None
     if expand and scheme:
         arrays = {"weight": dequantize(arrays, scheme).astype(dtype or mx.float32)}
-        mx.eval(arrays["weight"])  # one at a time: the packed form is freed before the next is expanded
+        mx.eval(arrays["weight"])  # now, so that the packed form is freed before the next one
     return {f"{path}.{k}": array for k, array in arrays.items()}
 
 
 def _scheme_of(config: ModelConfig, path: str, loaded: dict[str, mx.array]) -> bool | dict[str, object]:
-    """For nn.quantize: how the module at `path` is quantised in the file."""
+    """Tell nn.quantize how the module at `path` is quantised in the file."""
     if f"{path}.scales" not in loaded or config.quantization is None:
         return False
     scheme = config.quantization.for_module(path)
@@ -162,14 +182,21 @@ def _scheme_of(config: ModelConfig, path: str, loaded: dict[str, mx.array]) -> b
     return {"group_size": scheme.group_size, "bits": scheme.bits, "mode": scheme.mode}
 
 
-def _compute_dtype(asked: mx.Dtype | None) -> mx.Dtype | None:
-    """The type to compute in; None keeps the file's."""
-    return mx.float32 if asked is None and on_cpu() else asked
+def _compute_dtype(asked: mx.Dtype | str | None) -> mx.Dtype | None:
+    """Return the type to compute in; None keeps the file's. Raises InputError for what is none."""
+    dtype = _COMPUTED.get(asked) if isinstance(asked, str) else asked
+    if asked is not None and not (isinstance(dtype, mx.Dtype) and dtype in _COMPUTED.values()):
+        raise InputError(f"dtype must be one of {', '.join(_COMPUTED)}, not {asked!r:.100}")
+    return mx.float32 if asked is None and on_cpu() else dtype
 
 
 def _check_memory(folder: Path, config: ModelConfig, stored: int, dtype: mx.Dtype | None) -> None:
-    """Raise RunError if weights, of so many bytes in files, and a window of keys and values exceed the budget: on
-    macOS, a kernel panic."""
+    """Raise RunError if the weights and a window of keys and values exceed the memory budget.
+
+    stored  bytes of the weights in files
+
+    On macOS, using more could be a kernel panic.
+    """
     weights = loaded_bytes(config, stored) if dtype is None or dtype == mx.float32 else stored
     positions = planned_length(config)
     cache = cache_bytes(config, positions, 8 * (dtype or mx.float16).size)
@@ -182,7 +209,7 @@ def _check_memory(folder: Path, config: ModelConfig, stored: int, dtype: mx.Dtyp
 
 
 def _read(files: list[Path], progress: Callable[[int, int], None] | None = None) -> dict[str, mx.array]:
-    """All tensors of a folder, read and checked to be finite; one file at a time."""
+    """Read all tensors of a folder, file by file. Raises WeightsError if one is not finite."""
     total = sum(path.stat().st_size for path in files)
     done = 0
     weights: dict[str, mx.array] = {}
@@ -210,7 +237,10 @@ def _read_shard(
     shard: Shard,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, mx.array]:
-    """The tensors of one shard, by its model's names for them, checked to be finite; nothing else is read."""
+    """Read the tensors of one shard and nothing else, by the names that its model has for them.
+
+    Raises WeightsError if one is not finite.
+    """
     names = {name: own for name in headers if (own := shard.name(name, config)) is not None}
     starts = {path: data_starts(path) for path in _files(headers)}
     weights: dict[str, mx.array] = {}

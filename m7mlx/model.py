@@ -1,4 +1,7 @@
-"""Mistral: embedding → blocks (RMSNorm, attention, SwiGLU) → head. Names are those of the weights on disk."""
+"""Mistral: embedding → blocks (RMSNorm, attention, SwiGLU) → head.
+
+Modules have the names that their weights have on disk.
+"""
 
 from __future__ import annotations
 
@@ -68,9 +71,9 @@ class Mistral(nn.Module):
     model(ids)              logits [B, L, vocab_size] for ids [B, L], the whole sequence at once
     model(ids, cache)       the same for the tokens that follow those in the cache
     model.logits(…)         without a look at the ids, where they are known to be the vocabulary's
-    model.hidden(…)         without the head; `model.head` then gives the logits of the positions wanted
+    model.hidden(…)         without the head; `model.head` gives the logits of the positions wanted
     model.identity          what a cache knows its model by
-    model.adapter           the name of the LoRA adapter that is on it (`m7mlx.set_adapter`), or None
+    model.adapter           name of the LoRA adapter on it (`m7mlx.set_adapter`); None for none
     model.exchange          set where other processes hold shards of it; all of them run each pass
     model.compiles_steps    whether a token is decoded by a compiled function (`m7mlx.compiled`)
     """
@@ -89,7 +92,8 @@ class Mistral(nn.Module):
     def __call__(self, ids: mx.array, cache: KVCache | None = None) -> mx.array:
         """Return the logits, after a look at the ids: past the embedding lies memory of others.
 
-        Raises InputError for ids that are not integers [B, L], TokenizerError for some outside the vocabulary.
+        Raises InputError for ids that are not integers [B, L], TokenizerError if one is outside the
+        vocabulary.
         """
         if not isinstance(ids, mx.array) or ids.ndim != 2 or not mx.issubdtype(ids.dtype, mx.integer):
             raise InputError("a model takes ids as an mx.array of integers [B, L]")
@@ -114,7 +118,7 @@ class Mistral(nn.Module):
         return hidden
 
     def through(self, ids: mx.array, rings: Sequence[LayerRing], forward: ForwardPass) -> mx.array:
-        """Run a forward pass that has been described over ids [B, L] and one ring for each layer."""
+        """Run a forward pass, as described, over ids [B, L] and a ring for each layer."""
         x: mx.array
         if self.exchange is None or self.exchange.is_first:
             x = self.model.embed_tokens(ids)
@@ -146,9 +150,19 @@ class Mistral(nn.Module):
         return cache
 
     def changed_by(self, adapter: str | None) -> None:
-        """Note which adapter is on the model, None for none: caches of another state no longer belong to it."""
+        """Note which adapter is on the model (None: none); older caches no longer belong to it."""
         self.adapter = adapter
         self.identity = self._own_identity if adapter is None else object()
+
+    def __repr__(self) -> str:
+        config, scheme = self.config, self.config.quantization
+        bits = "" if scheme is None else f" in {scheme.bits} bits" + (" and others" if scheme.overrides else "")
+        window = "no window" if config.sliding_window is None else f"window {config.sliding_window:,}"
+        adapter = "" if self.adapter is None else f", adapter {self.adapter!r}"
+        return (
+            f"Mistral({config.n_weights:,} parameters{bits}, {config.n_layers} layers of {config.hidden_size:,}, "
+            f"{window}, {self.nbytes / 1e9:.2f} GB for {str(self.dtype).removeprefix('mlx.core.')}{adapter})"
+        )
 
     @property
     def dtype(self) -> mx.Dtype:

@@ -1,15 +1,15 @@
-"""Where tokens stand: their rotation, the keys they see, and the slots they take (paper, section 2).
+"""Where tokens stand: their rotation, the keys they see, their slots (paper, section 2).
 
-Position i lies in slot i mod capacity of every layer's ring. A ring of W + slack slots holds all that
-a token can see, and the slack is what `rollback` can undo:
+Position i lies in slot i mod capacity of every layer's ring. A ring of W + slack slots holds all
+that a token can see, and the slack is what `rollback` can undo:
 
     window 4, slack 1 → capacity 5; after positions 0 … 6:
 
         slot      0  1  2  3  4
         position  5  6  2  3  4      the next token, 7, goes to slot 2 and sees 4 5 6 7
 
-Nothing here holds keys or values: `Positions` is a value, and `ForwardPass` is what it makes of it for
-the layers. All layers with the same window share one of each.
+Nothing here holds keys or values: `Positions` is a value, and `ForwardPass` is what it makes of it
+for the layers. All layers with the same window share one of each.
 """
 
 from __future__ import annotations
@@ -64,10 +64,11 @@ def rope_each(x: mx.array, positions: mx.array, theta: float) -> mx.array:
 
 
 def rotation_matrices(offset: int | mx.array, rows: int, theta: float, head_dim: int) -> mx.array:
-    """Return what `rope` does to one token at `offset` (or offset[row]): [rows, 1, head_dim, head_dim].
+    """Return what `rope` does to one token, as matrices [rows, 1, head_dim, head_dim].
 
-    A rotation is linear: its matrix is the unit vectors, rotated. All layers share it. On a CPU
-    `rope` is a dozen operations, and a product with so small a matrix takes less than one of them.
+    The token stands at `offset`, or offset[row]. A rotation is linear: its matrix is the unit
+    vectors, rotated. All layers share it. On a CPU `rope` is a dozen operations, and a product with
+    so small a matrix takes less than one of them.
     """
     units = mx.broadcast_to(mx.eye(head_dim)[None, :, None], (rows, head_dim, 1, head_dim))
     return rope(units, offset, theta).swapaxes(1, 2)
@@ -100,13 +101,13 @@ class ForwardPass:
     offset       position of the first new token; in a batch, the time on the rows' clock
     length       L
     first        oldest position that any of the new tokens sees
-    in_place     write first and attend to the ring as it lies; otherwise to the keys from `first` on,
-                 gathered in order, with the new ones behind them
-    mask         which query sees which of those keys: "causal", or bool [L, keys] or [B, 1, L, keys]
+    in_place     write first and attend to the ring as it lies; otherwise to the keys from `first`
+                 on, gathered in order, with the new ones behind them
+    mask         which query sees which of those keys: "causal", bool [L, keys] or [B, 1, L, keys]
     rope_offset  each row's own position of the first new token: one for all, or [B]
     rope_theta   base of the rotation
     rotation     rotates a single token as a matrix, where that is faster (`rotation_matrices`)
-    slot         [1], where a compiled pass writes its token: a number that may change without a new trace
+    slot         [1], where a compiled pass writes its token, whatever it was traced with
     new_sinks    [B or 1, sinks]: which new token is to be kept as sink i; −1 for none of them
     sinks        how to attend to the sinks; None while they are within the window
     """
@@ -132,7 +133,9 @@ class ForwardPass:
 
 @dataclass(frozen=True)
 class Positions:
-    """How far the rows of a cache have come, for the layers of one window. Every change makes a new value.
+    """How far the rows of a cache have come, for the layers of one window.
+
+    Every change makes a new value.
 
     window      keys a token sees, itself included; None for full attention
     slack       tokens that can be undone once the ring has turned
@@ -158,11 +161,11 @@ class Positions:
         """Slots of the ring."""
         return capacity_of(self.window, self.slack)
 
-    # --- a forward pass -----------------------------------------------------------------------------
+    # --- a forward pass ---------------------------------------------------------------------------
 
     def forward_pass(self, length: int) -> ForwardPass:
         """Describe a pass over the next `length` tokens."""
-        # Where all rows began at 0, numbers take the place of arrays: a single conversation is faster so.
+        # Where all rows began at 0, as a single conversation has, numbers are faster than arrays.
         rows = 1
         starts: int | mx.array = 0
         rope_offset: int | mx.array = self.offset
@@ -185,10 +188,10 @@ class Positions:
         )
 
     def traced_pass(self, offset: mx.array, starts: mx.array, rows: int) -> ForwardPass:
-        """Describe a pass over one token at any offset [1], for a function that is traced only once.
+        """Describe a pass over one token at any offset [1], for a function that is traced once.
 
-        All that changes from token to token is an array. Takes starts [B, 1]; the buffers have `rows`
-        slots, that of the token included.
+        All that changes from token to token is an array. Takes starts [B, 1]; the buffers have
+        `rows` slots, that of the token included.
         """
         keys = _held(offset, rows, self.capacity)
         position = (offset - starts)[:, 0]
@@ -209,12 +212,14 @@ class Positions:
 
     def _mask(self, length: int, starts: int | mx.array, first: int, in_place: bool) -> mx.array | str:
         end = self.offset + length
-        if not any(self.starts) and (self.window is None or end <= self.window):
+        together = not any(self.starts)
+        if together and (self.window is None or end <= self.window):
             return "causal"
-        queries = mx.arange(self.offset, end) - starts
+        queries = mx.arange(self.offset, end)
         keys = _held(end - 1, min(end, self.capacity), self.capacity) if in_place else mx.arange(first, end)
-        mask = window_mask(queries, keys - starts, self.window)
-        return mask if mask.ndim == 2 else mask[:, None]
+        if together:
+            return window_mask(queries, keys, self.window)
+        return window_mask(queries - starts, keys - starts, self.window)[:, None]
 
     def _new_sinks(self, length: int, starts: int | mx.array) -> mx.array | None:
         if not self.n_sinks or self.offset - max(self.starts) >= self.n_sinks:
@@ -231,7 +236,7 @@ class Positions:
         return SinkView(nearest, behind, self.rope_theta)
 
     def begun(self, length: int) -> Positions:
-        """Count `length` tokens as written, before any layer writes: a pass that breaks off must show.
+        """Count `length` tokens as written, before any layer writes: a broken pass must show.
 
         Raises RollbackError if an earlier one was broken off.
         """
@@ -243,7 +248,7 @@ class Positions:
         """Count the `length` tokens of a finished pass as seen."""
         return replace(self, offset=self.offset + length)
 
-    # --- going back and elsewhere -------------------------------------------------------------------
+    # --- going back and elsewhere -----------------------------------------------------------------
 
     @property
     def unturned(self) -> bool:
@@ -257,7 +262,7 @@ class Positions:
 
     @property
     def intact(self) -> bool:
-        """False only after a pass that was broken off (Ctrl-C, no memory) had overwritten live slots."""
+        """False only after a pass that broke off (Ctrl-C, no memory) has overwritten live slots."""
         return self.lost <= self.slack
 
     @property
@@ -267,7 +272,7 @@ class Positions:
         return shortest if self.unturned else min(shortest, max(0, self.slack - self.lost))
 
     def rolled_back(self, n: int) -> Positions:
-        """Forget the last `n` tokens of all rows. Raises RollbackError if that cannot be done exactly."""
+        """Forget the last `n` tokens of all rows; RollbackError if that cannot be exact."""
         shortest = self.offset - max(self.starts)
         if not 0 <= n <= shortest:
             raise RollbackError(f"cannot roll back {n} tokens: there are only {shortest}")
@@ -279,11 +284,11 @@ class Positions:
         return replace(self, offset=self.offset - n)
 
     def at(self, offset: int, written: int | None = None, starts: Sequence[int] = (0,)) -> Positions:
-        """Stand elsewhere, as rings that were filled from elsewhere demand it."""
+        """Stand elsewhere, as rings that were filled from elsewhere demand."""
         return replace(self, offset=offset, written=offset if written is None else written, starts=tuple(starts))
 
     def turned_to(self, offset: int) -> Positions:
-        """Let the clock go on to `offset` or later, by whole turns of the ring: every slot stays right."""
+        """Let the clock go on to `offset` or later, by whole turns: every slot stays right."""
         turns = -(-max(0, offset - self.offset) // self.capacity) * self.capacity
         return self.at(self.offset + turns, self.written + turns, [start + turns for start in self.starts])
 

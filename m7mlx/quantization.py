@@ -1,4 +1,4 @@
-"""How weights are quantised, in the form that mlx-lm writes into config.json."""
+"""How weights are quantised, as mlx-lm writes it into config.json."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # mode → bits,
     "mxfp8": ((8,), (32,)),
     "nvfp4": ((4,), (16,)),
 }
-# What MLX takes where a config leaves it out or says null, as mlx-lm writes it for its mixed recipes.
+# MLX's defaults, for a config that says null, as mlx-lm writes it for its mixed recipes.
 GROUP_SIZES = {"affine": 64, "mxfp4": 32, "mxfp8": 32, "nvfp4": 16}
 BITS = {"affine": 4, "mxfp4": 4, "mxfp8": 8, "nvfp4": 4}
 
@@ -24,8 +24,7 @@ BITS = {"affine": 4, "mxfp4": 4, "mxfp8": 8, "nvfp4": 4}
 class Quantization:
     """How weights are quantised: mlx-lm's `quantization` key of config.json.
 
-    `overrides` maps a module's path ("model.embed_tokens") to its own scheme, or to None where that
-    module is left as it is.
+    overrides  a module's path ("model.embed_tokens") → its own scheme; None leaves it unquantised
     """
 
     group_size: int
@@ -44,7 +43,7 @@ class Quantization:
             )
 
     def for_module(self, path: str) -> Quantization | None:
-        """The scheme of the module at `path` (without ".weight"); None where it is not quantised."""
+        """Return the scheme of a module ("lm_head"); None if it is not quantised."""
         return self.overrides[path] if path in self.overrides else replace(self, overrides={})
 
     @classmethod
@@ -73,7 +72,7 @@ class Quantization:
         return cls(numbers.get("group_size", 0), numbers.get("bits", 0), mode)
 
     def to_dict(self) -> dict[str, Any]:
-        """The inverse of `from_dict`."""
+        """Return the form that `from_dict` reads."""
         data: dict[str, Any] = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
         for path, scheme in self.overrides.items():
             data[path] = scheme.to_dict() if scheme else False

@@ -1,8 +1,8 @@
 """One layer's keys and values: a buffer of slots written round and round, as computed or quantised.
 
 Rows are written into a new name for the old buffer. MLX does that in place as long as nobody else
-holds the buffer; for somebody who does (a snapshot) nothing is copied until the next write, and then
-everything once.
+holds the buffer; for somebody who does (a snapshot) nothing is copied until the next write, and
+then everything once.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ Stored = tuple[mx.array, ...]  # one array [B, n_kv_heads, slots, head_dim]; qua
 
 @dataclass(frozen=True)
 class KVFormat:
-    """How keys and values are stored: as computed (`bits` None), or quantised in groups along head_dim.
+    """How keys and values are stored: as computed, or quantised in groups along head_dim.
 
-    Scales and biases take 16 bits: at 4 bits in groups of 64, a number takes 4.5. Quantised keys, and
-    the queries that meet them, go through a Hadamard transform first: products stay what they are,
-    and the few large channels that keys have are spread over all (QuaRot, arXiv 2404.00456), which
-    more than halves the error.
+    bits  4 or 8; None stores them as computed
+
+    Scales and biases take 16 bits: at 4 bits in groups of 64, a number takes 4.5. Quantised keys,
+    and the queries that meet them, go through a Hadamard transform first: products stay what they
+    are, and the few large channels that keys have are spread over all (QuaRot, arXiv 2404.00456),
+    which more than halves the error.
     """
 
     bits: int | None = None
@@ -48,12 +50,12 @@ class KVFormat:
         return 8 * dtype.size if self.bits is None else self.bits + 32 / self.group_size
 
     def turn(self, x: mx.array) -> mx.array:  # [..., head_dim]
-        """Turn rotated keys or queries into the basis that keys are stored in, which is orthonormal."""
+        """Turn rotated keys or queries into the orthonormal basis that keys are stored in."""
         odd = x.shape[-1] // (x.shape[-1] & -x.shape[-1])
         return x if self.bits is None or odd > 7 else mx.hadamard_transform(x)  # MLX's sizes: 1, 3, 5, 7 times 2^k
 
     def encode(self, x: mx.array) -> Stored:  # [B, n_kv_heads, slots, head_dim]
-        """Return the arrays to store; each row by itself, however the sequence is cut into passes."""
+        """Return the arrays to store; each token's are its own, however a sequence is cut."""
         if self.bits is None:
             return (x,)
         codes, scales, biases = mx.quantize(x, self.group_size, self.bits)
@@ -83,7 +85,7 @@ class KeysValues(NamedTuple):
 
 
 class Sinks(NamedTuple):
-    """The first few keys and values of the sequence, each [B, n_kv_heads, sinks, head_dim]; key i at position i."""
+    """The first keys and values of the sequence, each [B, n_kv_heads, sinks, head_dim]."""
 
     keys: mx.array
     values: mx.array
@@ -122,7 +124,7 @@ class LayerRing:
         return self.capacity if slots >= self.window else slots
 
     def update(self, k: mx.array, v: mx.array, forward: ForwardPass) -> KeysValues:
-        """Store the new keys and values [B, n_kv_heads, L, head_dim]; return all those to attend to."""
+        """Store new keys and values [B, n_kv_heads, L, head_dim]; return all to attend to."""
         if forward.new_sinks is not None:
             self._store_sinks(k, v, forward.new_sinks)
         new = self.format.encode(k) + self.format.encode(v)
@@ -153,7 +155,7 @@ class LayerRing:
         self.format = kv_format
 
     def write(self, new: Stored, start: int, into: int | None = None) -> None:
-        """Write at most `capacity` positions from `start` on, into all rows of a batch or one of them."""
+        """Write up to `capacity` positions from `start` on, into all rows of a batch or one."""
         self.reserve(start + new[0].shape[2], new)
         if into is None and new[0].shape[0] != self.buffers[0].shape[0]:  # it would be broadcast to all rows
             raise InputError(f"{new[0].shape[0]} rows of ids for a cache of {self.buffers[0].shape[0]} rows")
@@ -193,7 +195,7 @@ class LayerRing:
         return tuple(buffer[:, :, slots] for buffer in self.buffers)
 
     def slots(self, start: int, count: int) -> list[tuple[slice, slice]]:
-        """Return where `count` ≤ capacity positions from `start` on lie: runs of (slots, which positions)."""
+        """Return where `count` ≤ capacity positions lie: runs of (slots, which of them)."""
         runs, done = [], 0
         while done < count:
             slot = (start + done) % self.capacity

@@ -48,7 +48,7 @@ class Comparison(NamedTuple):
     reference: np.ndarray
 
 
-class Window(NamedTuple):
+class Span(NamedTuple):
     """A stretch of a text that is read by itself: ids[start : end − 1], to score ids[first : end]."""
 
     start: int
@@ -56,16 +56,16 @@ class Window(NamedTuple):
     end: int
 
 
-def windows(length: int, context: int | None = None, stride: int | None = None, first: int = 1) -> Iterator[Window]:
-    """Windows that score each of ids[first:length] once, having read `context` tokens at most.
+def spans(length: int, context: int | None = None, stride: int | None = None, first: int = 1) -> Iterator[Span]:
+    """Yield spans that score each of ids[first:length] once and read at most `context` tokens.
 
     Each advances by `stride` tokens, so that what it scores has seen context − stride + 1 tokens at least; the
-    first scores all it can. Without a context one window holds everything.
+    first scores all it can. Without a context, one span holds everything.
 
         context 4, stride 2, length 9:   reads 0 1 2 3 … 5, scores
-        window 1                               0 1 2 3           1 2 3 4
-        window 2                                   2 3 4 5       5 6
-        window 3                                       4 5 6 7   7 8
+        span 1                                 0 1 2 3           1 2 3 4
+        span 2                                     2 3 4 5       5 6
+        span 3                                         4 5 6 7   7 8
 
     Raises InputError for a stride that is not between 1 and the context.
     """
@@ -76,7 +76,7 @@ def windows(length: int, context: int | None = None, stride: int | None = None, 
         raise InputError(f"the stride must lie between 1 and the context of {context}, not {stride}")
     while first < length:
         end = min(length, context + 1 if first <= context else first + stride)
-        yield Window(max(0, end - 1 - context), first, end)
+        yield Span(max(0, end - 1 - context), first, end)
         first = end
 
 

@@ -1,13 +1,13 @@
 """What one rank of several holds of a model: some of every layer's heads, or some of the layers.
 
-    tensor    a rank has heads / N, KV heads / N and feed-forward / N of every layer; after attention
-              and after the feed-forward, all ranks add up their results: twice a layer
+    tensor    a rank has heads / N, KV heads / N and feed-forward / N of every layer; after
+              attention and after the feed-forward, all ranks add up their results: twice a layer
               (Megatron-LM, arXiv 1909.08053)
     pipeline  a rank has layers / N and hands its hidden states to the next, once a pass
 
 Either way a rank's model is a smaller one of the same kind, with a configuration of its own; so its
-cache holds only its own KV heads or layers. Embedding and head, 4 % of Mistral 7B, are held by every
-rank that needs them.
+cache holds only its own KV heads or layers. Embedding and head, 4 % of Mistral 7B, are held by
+every rank that needs them.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Shard:
         return (mine, slice(shape[1])) if axis == 0 else (slice(shape[0]), mine)
 
     def nbytes(self, tensors: dict[str, tuple[tuple[int, ...], int]], whole: ModelConfig) -> int:
-        """Return the bytes of this rank's share of stored tensors, given as {name: (shape, bytes)}."""
+        """Return the bytes of this rank's share of tensors {name: (shape, bytes)}."""
         total = 0
         for name, (shape, size) in tensors.items():
             if self.name(name, whole) is not None:

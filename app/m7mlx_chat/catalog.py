@@ -16,7 +16,6 @@ from m7mlx.files.demo import find_demo
 from m7mlx.files.hub import ALIASES, DEMO, find_local
 from m7mlx.files.weights import folder_weights, parameters
 from m7mlx.memory import budget, footprints
-from m7mlx_chat.store.schema import data_dir
 
 Fit = Literal["fits", "tight", "too big"]
 _TIGHT = 0.7  # of the machine's memory: beyond it, other programs have to make room
@@ -56,11 +55,14 @@ SUGGESTED = (
 )
 
 
-def models(others: Sequence[str] = ()) -> list[Entry]:
-    """Every model here: the demo model, folders in m7mlx's own models folder, the Hub's cache, then those of `others`
-    (names used before) that are folders elsewhere; the suggested ones that are not here; then what cannot be."""
+def models(own: Path, others: Sequence[str] = ()) -> list[Entry]:
+    """Every model here, then what may be fetched, then what cannot be used.
+
+    The demo model comes first, then the folders in `own`, where the chat puts what it converts, the Hub's cache, and
+    those of `others` (names used before) that are folders elsewhere.
+    """
     found: dict[Path, Entry] = {}
-    for name, folder in _folders(others):
+    for name, folder in _folders(own, others):
         real = Path(os.path.realpath(folder))
         if real not in found:
             found[real] = describe(name, folder)
@@ -78,11 +80,6 @@ def on_this_machine(name: str) -> Path | None:
         return find_local(name)
     except (M7Error, OSError, ValueError):
         return None
-
-
-def models_folder() -> Path:
-    """Where the picker puts what it converts."""
-    return data_dir() / "models"
 
 
 def describe(name: str, folder: Path) -> Entry:
@@ -116,11 +113,11 @@ def _bits(config: ModelConfig, nbytes: int) -> str:
     return f"{round(8 * nbytes / config.n_weights)} bits"
 
 
-def _folders(others: Sequence[str]) -> Iterator[tuple[str, Path]]:
+def _folders(own: Path, others: Sequence[str]) -> Iterator[tuple[str, Path]]:
     """Names and folders; the first name of a folder counts."""
     if demo := find_demo():
         yield DEMO, demo
-    for config in sorted(models_folder().glob("*/config.json")):
+    for config in sorted(own.glob("*/config.json")):
         yield str(config.parent), config.parent
     yield from _in_hub_cache()
     for name in others:
@@ -132,7 +129,7 @@ def _folders(others: Sequence[str]) -> Iterator[tuple[str, Path]]:
 
 def _in_hub_cache() -> Iterator[tuple[str, Path]]:
     """Repositories whose main revision is here whole, of a kind that the chat can load."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants  # 0.1 s, which a start without the picker saves
 
     shorter = {repo: alias for alias, repo in reversed(ALIASES.items())}
     for storage in sorted(Path(constants.HF_HUB_CACHE).glob("models--*--*")):

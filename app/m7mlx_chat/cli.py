@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from m7mlx.command import EXIT_FAILED, ArgumentParser, add_parallel, gigabytes, run
+from m7mlx.errors import InputError
 from m7mlx.parallel.launch import is_launched
 
 if TYPE_CHECKING:
     from m7mlx.parallel.world import World
     from m7mlx.shard import Mode
+    from m7mlx_chat.environment import Environment
     from m7mlx_chat.settings import Settings
 
 PROG = "m7mlx-chat"
@@ -85,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-save", action="store_true", help="keep nothing of this conversation")
     parser.add_argument(
-        "--import", dest="load", metavar="FILE", help="take in conversations (ours, ChatGPT's) and leave"
+        "--import", dest="import_file", metavar="FILE", help="take in conversations (ours, ChatGPT's) and leave"
     )
     _add_settings(parser)
     add_parallel(parser)
@@ -131,55 +133,83 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def _chat(args: argparse.Namespace) -> int:
-    from m7mlx.errors import InputError
-    from m7mlx_chat.config import Config, config_path, read_config
+    # Imported here, where the options are known to be sound: MLX and Textual take most of a second.
+    from m7mlx_chat.config import Config, read_config
+    from m7mlx_chat.environment import read_environment
     from m7mlx_chat.settings import FIELDS
-    from m7mlx_chat.web import in_browser
 
-    in_terminal = bool(sys.stdin and sys.stdin.isatty() and sys.stdout and sys.stdout.isatty())
-    in_terminal = in_terminal or in_browser()
-    asked = args.prompt is not None or args.file
+    environment = read_environment()
+    in_terminal = environment.in_browser or bool(
+        sys.stdin and sys.stdin.isatty() and sys.stdout and sys.stdout.isatty()
+    )
+    asked = args.prompt is not None or bool(args.file)
     shown = args.interactive or (in_terminal and not asked and not args.json)
     notes = []
     try:
-        config = read_config()
+        config = read_config(environment.config)
     except InputError as error:
         if not shown:
             raise
-        config = Config(config_path())  # the chat comes up and says so
+        config = Config(environment.config)  # the chat comes up and says so
         notes = [str(error)]
     given = {name: value for name in FIELDS if (value := getattr(args, name)) is not None}
     settings = config.settings(args.preset).changed(given)
     if args.max_memory is not None:
-        from m7mlx.memory import limit_memory
+        from m7mlx.memory import limit_memory  # brings MLX
 
         limit_memory(args.max_memory)
+    _check_together(args, asked, in_terminal)
+    if args.web:
+        from m7mlx_chat.web import serve
+
+        return serve(sys.argv[1:], args.port)
+    if args.import_file:
+        return _import_file(args.import_file, environment)
+    if shown:
+        from m7mlx_chat.launch import Start, launch  # brings Textual
+        from m7mlx_chat.question import question_of
+
+        named = "model" in given
+        start = Start(
+            question=question_of(args.prompt, args.file) if asked or not in_terminal else None,
+            go_on=args.go_on,
+            save=not args.no_save,
+            chosen=named or "model" in config.values or args.preset is not None,
+            named=named,
+            notes=notes,
+        )
+        return launch(config, settings, environment, start)
+    return _answer(args, settings, environment)
+
+
+def _check_together(args: argparse.Namespace, asked: bool, in_terminal: bool) -> None:
+    """Raise InputError for options that exclude each other."""
     if args.json_schema and (args.interactive or not (asked or not in_terminal)):
         raise InputError("--json-schema is for a single answer: give the question with -p")
     if args.json and args.interactive:
         raise InputError("--json prints, --interactive shows the chat: choose one")
     if is_launched() and (args.web or args.interactive or not asked):
         raise InputError('under mlx.launch there is no terminal: give the question with -p "…"')
-    if args.web:
-        from m7mlx_chat.web import serve
 
-        return serve(sys.argv[1:], args.port)
-    if args.load:
-        from m7mlx_chat.headless import take_in
 
-        return take_in(args.load)
-    if shown:
-        from m7mlx_chat.headless import question
-        from m7mlx_chat.launch import launch
+def _import_file(name: str, environment: Environment) -> int:
+    """Store the conversations of a file; returns the exit status."""
+    from m7mlx.paths import user_path
+    from m7mlx_chat.portable import read_file
+    from m7mlx_chat.store import Store
 
-        first = question(args.prompt, args.file) if asked or not in_terminal else None
-        named = "model" in given
-        chosen = named or "model" in config.values or args.preset is not None
-        options = {"go_on": args.go_on, "save": not args.no_save, "chosen": chosen, "named": named}
-        return launch(config, settings, question=first, notes=notes, **options)
-    from m7mlx_chat.headless import answer
+    with Store(environment.database) as store:
+        count = len(store.plant(read_file(user_path(name))))
+    print(f"{count} conversation{'s' if count != 1 else ''} imported")
+    return 0
 
-    world = _others(args.parallel, settings)
+
+def _answer(args: argparse.Namespace, settings: Settings, environment: Environment) -> int:
+    """Print one answer, or be one of the other processes that `mlx.launch` started; returns the exit status."""
+    from m7mlx_chat.headless import answer  # brings MLX
+    from m7mlx_chat.question import question_of, read_schema
+
+    world = _join(args.parallel, settings) if is_launched() else None
     if world is not None and world.rank:
         from m7mlx.files.hub import resolve
         from m7mlx.parallel.world import run_rank
@@ -187,22 +217,19 @@ def _chat(args: argparse.Namespace) -> int:
         return run_rank(world, resolve(settings.model))
     return answer(
         settings,
-        args.prompt,
-        args.file,
+        # mlx.launch gives its processes a pipe, and never closes it.
+        question_of(args.prompt, args.file, may_be_piped=not is_launched()),
+        None if args.no_save else environment.database,
         go_on=args.go_on,
-        save=not args.no_save,
         as_json=args.json,
-        schema=args.json_schema,
+        schema=read_schema(args.json_schema) if args.json_schema else None,
         world=world,
     )
 
 
-def _others(mode: Mode | None, settings: Settings) -> World | None:
-    """The processes that `mlx.launch` has started this one with."""
-    if not is_launched():
-        return None
+def _join(mode: Mode | None, settings: Settings) -> World | None:
+    """Join the processes that `mlx.launch` has started this one with; None where it is the only one."""
     from m7mlx.config import ModelConfig
-    from m7mlx.errors import InputError
     from m7mlx.files.hub import resolve
     from m7mlx.parallel.world import join
 

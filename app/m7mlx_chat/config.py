@@ -14,7 +14,6 @@ new = "ctrl+t"
 
 from __future__ import annotations
 
-import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -50,16 +49,8 @@ class Config:
         return self.presets[name]
 
 
-def config_path() -> Path:
-    """config.toml in $M7MLX_CONFIG, or in the user's configuration directory."""
-    import platformdirs
-
-    return Path(os.environ.get("M7MLX_CONFIG") or platformdirs.user_config_dir("m7mlx")) / "config.toml"
-
-
-def read_config(path: Path | None = None) -> Config:
-    """The file, or nothing where there is none. Raises InputError, which names it, for whatever is wrong in it."""
-    path = path or config_path()
+def read_config(path: Path) -> Config:
+    """Read the file, if there is one. Raises InputError, which names it, for whatever is wrong in it."""
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -100,7 +91,7 @@ def save_preset(path: Path, name: str, values: Mapping[str, Any] | None) -> None
 
 
 def _edit(path: Path, table: tuple[str, ...], changes: Mapping[str, Any]) -> None:
-    import tomlkit
+    import tomlkit  # 30 ms, and only whoever keeps something needs it
     from tomlkit.exceptions import TOMLKitError
 
     unknown = [name for name in changes if not table and name not in (*FIELDS, *_TABLES, "theme")]

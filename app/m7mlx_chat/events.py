@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Protocol
 
-from m7mlx import Stats
+from m7mlx import Request, Stats
+from m7mlx_chat.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -85,3 +87,25 @@ class Failed:
 
 
 Event = Loading | Ready | Prefill | Text | Done | Failed
+
+
+class AnyEngine(Protocol):
+    """What answers: `m7mlx_chat.engine.Engine`, or a scripted one in tests. Every method returns at once."""
+
+    def start(self) -> None:
+        """Begin to take commands."""
+
+    def load(self, folder: Path, settings: Settings) -> None:
+        """Load a model. The events end with Ready, or with Failed."""
+
+    def submit(self, request: Request) -> None:
+        """Answer. The events end with one Done or Failed."""
+
+    def cancel(self) -> None:
+        """End what was submitted so far."""
+
+    def drain(self, wait: float = 0.0) -> list[Event]:
+        """Return the events since the last call; wait so many seconds for one if there is none."""
+
+    def close(self) -> None:
+        """End for good."""

@@ -6,7 +6,7 @@ from rich.segment import Segment
 from textual.color import Color
 from textual.filter import LineFilter
 
-from m7mlx.terminal import guard
+from m7mlx.terminal import make_safe
 
 
 class Gate(LineFilter):
@@ -16,4 +16,4 @@ class Gate(LineFilter):
     """
 
     def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
-        return guard(segment for segment in segments if not segment.control)
+        return make_safe(segment for segment in segments if not segment.control)

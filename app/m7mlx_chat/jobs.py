@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from m7mlx.errors import RunError
-from m7mlx_chat.catalog import models_folder
 
 _LINE = 1 << 20  # bytes: the longest line that is read
 _KILL_SECONDS = 5.0
@@ -27,13 +26,13 @@ async def fetch(name: str, progress: Progress) -> Path:
     return Path(result["folder"])
 
 
-async def convert(source: str, bits: int | None, progress: Progress) -> Path:
-    """Convert a model with `m7mlx-convert`, into the models folder; its folder. Raises RunError."""
+async def convert(source: str, bits: int | None, into: Path, progress: Progress) -> Path:
+    """Convert a model with `m7mlx-convert`, to a folder in `into`; that folder. Raises RunError."""
     stem = (
         re.sub(r"[^\w.-]+", "-", source.rstrip("/").rpartition("/")[2].removesuffix(".gguf")).strip("-.") or "model"
     )
-    target = models_folder() / (f"{stem}-{bits}bit" if bits else stem)
-    models_folder().mkdir(parents=True, exist_ok=True)
+    target = into / (f"{stem}-{bits}bit" if bits else stem)
+    into.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "m7mlx_convert", source, "--mlx-path", str(target), "--json"]
     await _run(command + (["--q-bits", str(bits)] if bits else []), progress)
     return target

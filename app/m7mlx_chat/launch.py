@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from m7mlx.command import EXIT_FAILED
@@ -18,65 +19,60 @@ from m7mlx_chat.app import ChatApp
 from m7mlx_chat.catalog import on_this_machine
 from m7mlx_chat.config import Config
 from m7mlx_chat.engine import Engine
-from m7mlx_chat.headless import go_on_with_the_last, open_store
+from m7mlx_chat.environment import Environment
 from m7mlx_chat.session import Session
 from m7mlx_chat.settings import Settings
-from m7mlx_chat.steady import log_path
-from m7mlx_chat.web import in_browser
+from m7mlx_chat.store import Store, open_store
+from m7mlx_chat.view import Parts
 
 _FINISH_SECONDS = 3.0  # for the engine to end its token
 
 
-def launch(
-    config: Config,
-    settings: Settings,
-    *,
-    question: str | None = None,
-    go_on: bool = False,
-    save: bool = True,
-    chosen: bool = False,
-    named: bool = False,
-    notes: Sequence[str] = (),
-) -> int:
-    """Show the chat until the user leaves; returns the exit status.
+@dataclass(frozen=True)
+class Start:
+    """What the command line wants of the chat.
 
-    chosen  the user has chosen the model of `settings`; it is not merely the default
-    named   … on the command line: then one that there is not is an error
-    notes   what is to be told at the start
+    question  to be asked at once
+    go_on     in the conversation spoken in last
+    save      keep the conversations
+    chosen    the user has chosen the model of the settings; it is not merely the default
+    named     … on the command line: then one that there is not is an error
+    notes     what is to be told at the start
     """
-    if not (in_browser() or (sys.stdout and sys.stdout.isatty())):
+
+    question: str | None = None
+    go_on: bool = False
+    save: bool = True
+    chosen: bool = False
+    named: bool = False
+    notes: Sequence[str] = ()
+
+
+def launch(config: Config, settings: Settings, environment: Environment, start: Start) -> int:
+    """Show the chat until the user leaves; returns the exit status."""
+    if not (environment.in_browser or (sys.stdout and sys.stdout.isatty())):
         raise InputError("the chat needs a terminal; without --interactive the answer goes to standard output")
-    can_be_fetched = settings.model in (DEMO, *ALIASES) or is_repo_id(settings.model)
-    here = _folder(settings.model) is not None
-    if named and not can_be_fetched and on_this_machine(settings.model) is None:
-        resolve(settings.model)  # raises: there is no such model
-    if chosen and not can_be_fetched and not here:
-        notes = [*notes, f"{config.path} names a model that is not there: {settings.model}"]
-        chosen = False
-    with open_store(save) as store:
-        if not chosen and not here:  # the model of the last time, if it is still here
-            with contextlib.suppress(M7Error):
-                for last in store.conversations(limit=1):
-                    if _folder(last.model) is not None:
-                        settings = settings.changed({"model": last.model})
-                    elif last.model:
-                        notes = [*notes, f"the model of the last conversation is not here: {last.model}"]
+    notes = list(start.notes)
+    chosen = start.chosen and _can_be_had(settings.model, start.named)
+    if start.chosen and not chosen:
+        notes.append(f"{config.path} names a model that is not there: {settings.model}")
+    with open_store(environment.database if start.save else None) as store:
+        if not chosen and _folder(settings.model) is None:
+            settings = _with_last_model(settings, store, notes)
         engine = Engine()
         session = Session(store, engine, settings)
-        if go_on:
+        if start.go_on:
             try:
-                go_on_with_the_last(session)
+                session.open_last()
             except M7Error as error:
-                notes = [*notes, str(error)]
+                notes.append(str(error))
         folder = _folder(settings.model)
-        with _stderr_to_log(log_path()), _keys_from_terminal():
+        with _stderr_to_log(environment.log), _keys_from_terminal(environment):
             app = ChatApp(
-                engine,
-                session,
-                config,
+                Parts(engine, session, config, environment),
                 folder=folder,
                 fetch=chosen,
-                question=question,
+                question=start.question,
                 notes=notes,
             )
             keep_collections_short()
@@ -84,13 +80,38 @@ def launch(
                 app.run()
             finally:
                 _finish(session, engine)
+    return _status(app)
+
+
+def _status(app: ChatApp) -> int:
+    """The exit status of a chat that has ended. Raises what it ended with."""
     if app.failure is not None:  # seen in the chat, and worth keeping when the chat has left the screen
         raise (InputError if app.failure.exit_status == InputError.exit_status else RunError)(app.failure.message)
     if isinstance(app.failed, M7Error):
         raise app.failed
     if app.return_code == EXIT_FAILED:
-        raise RunError(f"the interface failed; {log_path()} says why")
+        raise RunError(f"the interface failed; {app.log_path} says why")
     return app.return_code or 0
+
+
+def _can_be_had(model: str, named: bool) -> bool:
+    """Whether a model is here or can be fetched. One `named` on the command line that cannot raises InputError."""
+    if model in (DEMO, *ALIASES) or is_repo_id(model):
+        return True
+    if named and on_this_machine(model) is None:
+        resolve(model)  # raises: there is no such model
+    return _folder(model) is not None
+
+
+def _with_last_model(settings: Settings, store: Store, notes: list[str]) -> Settings:
+    """The settings with the model of the last conversation, if that is still here; else `notes` say so."""
+    with contextlib.suppress(M7Error):
+        for last in store.conversations(limit=1):
+            if _folder(last.model) is not None:
+                return settings.changed({"model": last.model})
+            if last.model:
+                notes.append(f"the model of the last conversation is not here: {last.model}")
+    return settings
 
 
 def _folder(name: str) -> Path | None:
@@ -121,12 +142,12 @@ def keep_collections_short() -> None:
 
 
 @contextlib.contextmanager
-def _keys_from_terminal() -> Iterator[None]:
+def _keys_from_terminal(environment: Environment) -> Iterator[None]:
     """Where the question came through a pipe, read the keys from the terminal that stdout is.
 
     By its own name: macOS cannot wait for input on /dev/tty.
     """
-    if in_browser() or (sys.stdin and sys.stdin.isatty()):
+    if environment.in_browser or (sys.stdin and sys.stdin.isatty()):
         yield
         return
     before = sys.__stdin__

@@ -1,7 +1,7 @@
 """The one place for whatever goes wrong while the chat is on the screen: it is told in a corner, the chat goes on.
 
 Textual ends the app at the first exception that a handler lets through, and the loop of the widget that it came from.
-Here each call that Textual makes (a handler, an action, a timer, a callback) fails alone: `_guarded` stops the
+Here each call that Textual makes (a handler, an action, a timer, a callback) fails alone: `_reported` stops the
 exception where it comes out of our code. What Textual catches on its own (composing, layout, drawing, workers) comes
 to the same place, `SteadyApp.report`.
 """
@@ -13,47 +13,40 @@ import functools
 import logging
 import signal
 import time
-import traceback
-from codecs import getincrementaldecoder
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from textual import _callback
-from textual._context import active_app, active_message_pump
 from textual.actions import SkipAction
-from textual.app import App
-from textual.driver import Driver
-from textual.drivers import linux_driver
-from textual.events import Resize
 from textual.geometry import Size
-from textual.message_pump import MessagePump
 from textual.screen import Screen
 from textual.worker import WorkerFailed
 
 from m7mlx.errors import M7Error
-from m7mlx.paths import cache_dir
 from m7mlx.terminal import visible
+from m7mlx_chat.textual_internals import (
+    Call,
+    OpenApp,
+    current_pump,
+    is_from_drawing,
+    read_any_bytes,
+    running_app,
+    wrap_every_call,
+)
 
 _SECONDS = 6.0  # an error stays in the corner; the same one is not told twice in that time
 _SHOWN = 5  # errors in the corner at once
 _MOST, _WITHIN = 500, 10.0  # faults, seconds: more than a key held down can cause is a loop that only the end stops
 _UNDRAWN, _AGAIN = 30, 0.1  # frames in a row that could not be drawn, seconds between them: nobody sees what is told
-_DRAWING = {Screen._compositor_refresh.__code__, Screen._refresh_layout.__code__}
 _LONGEST = 200  # characters of an unforeseen error that are told
 _ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 SMALLEST = Size(20, 5)  # what is drawn; a smaller terminal shows a part of it
 _log = logging.getLogger(__name__)
 
 
-def log_path() -> Path:
-    """The file that says more than a toast can; made anew by each start."""
-    return cache_dir() / "chat.log"
-
-
-class SteadyApp(App[None]):
+class SteadyApp(OpenApp):
     """An app that outlives its errors.
 
     An error of `m7mlx.errors` is told in its own words. Any other one is a fault of ours: it is told in short, with
@@ -61,9 +54,11 @@ class SteadyApp(App[None]):
     loop, the app ends, and `failed` says why.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, log: Path) -> None:
+        """`log` is the file that the user is pointed to; what is logged there is the caller's business."""
         super().__init__()
         self.failed: Exception | None = None
+        self.log_path = log
         self._drawn = False
         self._told: dict[str, float] = {}
         self._faults: deque[float] = deque(maxlen=_MOST)
@@ -97,7 +92,7 @@ class SteadyApp(App[None]):
         """Tell an error, and go on."""
         if isinstance(error, WorkerFailed) and isinstance(error.error, Exception):
             error = error.error
-        if self._exit or self._closing:  # the widgets are gone: what does not find them matters to nobody
+        if self.is_leaving:  # the widgets are gone: what does not find them matters to nobody
             _log.debug("while leaving", exc_info=error)
             return
         if isinstance(error, M7Error):
@@ -111,12 +106,12 @@ class SteadyApp(App[None]):
         self._faults.append(time.monotonic())
         text = " ".join(str(error).split())
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-        line = f"that did not work ({text[:_LONGEST]}); {log_path()} says more"
+        line = f"that did not work ({text[:_LONGEST]}); {self.log_path} says more"
         if self.tell(line, is_error=True):
             _log.error("unforeseen", exc_info=error)
 
     def _give_up_in_a_loop(self, error: Exception) -> None:
-        if any(frame.f_code in _DRAWING for frame, _ in traceback.walk_tb(error.__traceback__)):
+        if is_from_drawing(error):
             self._undrawn += 1
             self.set_timer(_AGAIN, lambda: self.refresh(layout=True))  # nobody else would try before the next key
         too_many = len(self._faults) == _MOST and self._faults[-1] - self._faults[0] < _WITHIN
@@ -127,7 +122,7 @@ class SteadyApp(App[None]):
 
     def _leave_half_made_screen(self) -> None:
         """A screen that could not be made would lie empty over the chat."""
-        pump = active_message_pump.get(None)
+        pump = current_pump()
         if isinstance(pump, Screen) and not pump.is_mounted and pump in self.screen_stack[1:]:
             self.call_later(self._leave, pump)
 
@@ -135,78 +130,61 @@ class SteadyApp(App[None]):
         if self.screen is screen and len(self.screen_stack) > 1:
             await self.pop_screen()
 
-    # --- where Textual comes to -------------------------------------------------------------------------
+    # --- hooks of `OpenApp` -----------------------------------------------------------------------------
 
-    def _handle_exception(self, error: Exception) -> None:
-        if self._drawn or self._exit:
+    def take_error(self, error: Exception) -> bool:
+        if self._drawn or self.has_exited:
             self.report(error)
-        else:
-            self.failed = self.failed or error
-            _log.error("at the start", exc_info=error)
-            super()._handle_exception(error)
+            return True
+        self.failed = self.failed or error
+        _log.error("at the start", exc_info=error)
+        return False
 
-    def _display(self, screen: Screen[Any], renderable: Any) -> None:
+    def show_frame(self, show: Callable[[], None], is_whole: bool) -> None:
         before = self._undrawn
-        super()._display(screen, renderable)
-        if self._undrawn == before and renderable is not None and not self._batch_count:
+        show()
+        if is_whole and self._undrawn == before:
             self._undrawn = 0
 
     def on_ready(self) -> None:
         """The first frame has been drawn."""
         self._drawn = True
 
-    def _build_driver(self, headless: bool, inline: bool, mouse: bool, size: tuple[int, int] | None) -> Driver:
-        """Before the terminal is taken: whatever ends the program gives it back, and keeps what was said."""
-        if not headless:
-            loop = asyncio.get_running_loop()
-            for number in _ENDING:
-                if signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish
-                    loop.add_signal_handler(number, self.exit, None, 128 + number)
-        return super()._build_driver(headless, inline, mouse, size)
+    def take_terminal(self) -> None:
+        """Have whatever ends the program give the terminal back, and keep what was said."""
+        loop = asyncio.get_running_loop()
+        for number in _ENDING:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish
+                loop.add_signal_handler(number, self.exit, None, 128 + number)
 
-    @property
-    def size(self) -> Size:
-        return _at_least(super().size)
-
-    def _on_resize(self, event: Resize) -> None:  # type: ignore[override]
-        """Before the app's own. In less, there is no room inside of borders, and not every widget can be drawn."""
-        event.size = event.virtual_size = _at_least(event.size)
+    def drawn_size(self, size: Size) -> Size:
+        """At least `SMALLEST`: in less there is no room inside of borders, and not every widget can be drawn."""
+        return Size(max(size.width, SMALLEST.width), max(size.height, SMALLEST.height))
 
     def panic(self, *renderables: Any) -> None:
-        """Where the thread that reads the keys has ended, because the terminal has: leave."""
+        """Leave: the thread that reads the keys has ended, because the terminal has."""
         super().panic(*renderables)
-        self._return_code = self._return_code or 1
+        self.set_failed()
 
 
-def _at_least(size: Size) -> Size:
-    return Size(max(size.width, SMALLEST.width), max(size.height, SMALLEST.height))
-
-
-def _guarded(call: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """`call`, which reports what it raises to the app, as long as that is there, and gives None instead."""
+def _reported(call: Call) -> Call:
+    """Wrap a call so that the app, as long as it is there, is told what it raises; it returns None then."""
 
     @functools.wraps(call)
-    async def guarded(*arguments: Any) -> Any:
+    async def reported(*arguments: Any) -> Any:
         try:
             return await call(*arguments)
         except SkipAction:  # no error: the key is for somebody else
             raise
         except Exception as error:
-            app = active_app.get(None)
-            if not isinstance(app, SteadyApp) or not app._drawn or app._exit:
+            app = running_app()
+            if not isinstance(app, SteadyApp) or not app._drawn or app.has_exited:
                 raise
             app.report(error)
             await asyncio.sleep(0)  # where errors come in a loop, others have their turn
 
-    return guarded
+    return reported
 
 
-def _forgiving(decoder: Callable[[str], Callable[..., Any]], encoding: str) -> Callable[[], Any]:
-    return functools.partial(decoder(encoding), errors="replace")
-
-
-# The first calls every handler, action, timer and callback; what else a message may set off happens in the second.
-_callback._invoke = _guarded(_callback._invoke)  # type: ignore[assignment]
-MessagePump._dispatch_message = _guarded(MessagePump._dispatch_message)  # type: ignore[assignment,method-assign]
-# The thread that reads the keys would end at the first bytes that are not UTF-8: of a paste, say, or an old mouse.
-linux_driver.getincrementaldecoder = functools.partial(_forgiving, getincrementaldecoder)  # type: ignore[attr-defined, assignment]
+wrap_every_call(_reported)
+read_any_bytes()

@@ -25,7 +25,7 @@ from m7mlx.errors import InputError
 from m7mlx.memory import positions_that_fit
 from m7mlx.model import Mistral
 from m7mlx.scheduler import Scheduler
-from m7mlx.scoring import read_logits, score, scores_of, windows
+from m7mlx.scoring import read_logits, score, scores_of, spans
 from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx_eval.answers import generation_request
 from m7mlx_eval.journal import Journal, key_of
@@ -208,7 +208,7 @@ class M7LM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         for i, ((text,), _) in enumerate(asked):
             ids = [self.prefix_token_id, *self.tok_encode(text)]
             total = 0.0
-            for start, first, end in windows(len(ids), None if self._rolls else self.max_length):
+            for start, first, end in spans(len(ids), None if self._rolls else self.max_length):
                 found = score(self._model, ids[start:end], first - start, self._new.like())
                 total += float(found.logprobs.sum(dtype=np.float64))
             yield i, total

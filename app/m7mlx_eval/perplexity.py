@@ -13,7 +13,7 @@ from m7mlx.cache import RollingCache
 from m7mlx.errors import InputError
 from m7mlx.memory import positions_that_fit
 from m7mlx.model import Mistral
-from m7mlx.scoring import Window, compare, score, windows
+from m7mlx.scoring import Span, compare, score, spans
 from m7mlx.tokens.tokenizer import Tokenizer
 
 
@@ -132,8 +132,8 @@ def evaluate(
         if context != reading.context and not told:
             told = True
             note(f"texts beyond the model's context are read in windows of {context:,} that advance by {stride:,}")
-        for window in windows(len(ids), context, stride):
-            _add(result, both, ids, window, reading, advance)
+        for span in spans(len(ids), context, stride):
+            _add(result, both, ids, span, reading, advance)
         result.documents += 1
         result.nbytes += len(tokenizer.decode(ids).encode()) - len(tokenizer.decode(ids[:1]).encode())
     if not result.documents:
@@ -145,11 +145,11 @@ def _add(
     result: Result,
     both: Sequence[Mistral],
     ids: list[int],
-    window: Window,
+    span: Span,
     reading: Reading,
     advance: Callable[[int], None],
 ) -> None:
-    part, first = ids[window.start : window.end], window.first - window.start
+    part, first = ids[span.start : span.end], span.first - span.start
     result.windows += 1
     if len(both) == 1:
         result.loss.add(-score(both[0], part, first, reading.cache(both[0]), advance).logprobs)

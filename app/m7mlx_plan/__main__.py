@@ -1,5 +1,10 @@
-import sys
+from m7mlx_start import run_command
 
-from m7mlx_plan.cli import main
 
-sys.exit(main())
+def main() -> int:
+    """Entry point; returns the exit status."""
+    return run_command("m7mlx_plan.cli")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

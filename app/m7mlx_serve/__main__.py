@@ -1,3 +1,10 @@
-from m7mlx_serve.cli import main
+from m7mlx_start import run_command
 
-raise SystemExit(main())
+
+def main() -> int:
+    """Entry point; returns the exit status."""
+    return run_command("m7mlx_serve.cli")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,4 +1,7 @@
-"""LoRA adapters, mlx-lm's and PEFT's, merged into the weights: W + scale · B A (DoRA: its rows rescaled)."""
+"""LoRA adapters, mlx-lm's and PEFT's, merged into the weights: W + scale · B A.
+
+DoRA rescales the rows of that.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ from m7mlx.errors import InputError
 from m7mlx.files.adapters import EMBEDDING, HEAD, SETTINGS, Low, find_adapter, read_adapter
 from m7mlx.files.weights import StoredTensor
 from m7mlx.terminal import shown
-from m7mlx_convert.source import Arrays, Source, Tensor, check_links, reader
+from m7mlx_convert.source import Arrays, Source, Tensor, check_links, make_reader
 
 
-def with_adapter(source: Source, folder: Path) -> Source:
-    """`source` with an adapter merged into it. Raises InputError and its kin."""
+def merge_adapter(source: Source, folder: Path) -> Source:
+    """Merge the adapter in `folder` into the source. Raises InputError and its kin."""
     file = find_adapter(folder)
     check_links(folder, (file, folder / SETTINGS))
     adapter = read_adapter(file, source.config.tie_word_embeddings)
@@ -32,7 +35,8 @@ def with_adapter(source: Source, folder: Path) -> Source:
         for stored in (changes.base.get(module), changes.whole.get(module)):
             if stored is not None:
                 adapter.check_whole(stored, tensors[name].shape)
-                tensors[name] = replace(tensors[name], load=reader(headers, {"weight": stored}), scheme=None)
+                read = make_reader(headers, {"weight": stored})
+                tensors[name] = replace(tensors[name], read=read, scheme=None)
         if low := changes.low.get(module):
             adapter.check(module, tensors[name].shape)
             tensors[name] = _merged(tensors[name], low, headers)
@@ -48,7 +52,7 @@ def with_adapter(source: Source, folder: Path) -> Source:
 
 
 def _untied(source: Source) -> Source:
-    """The same model with a head of its own, which is the embedding still."""
+    """Give the model a head of its own, which is the embedding still."""
     return replace(
         source,
         config=replace(source.config, tie_word_embeddings=False),
@@ -58,9 +62,10 @@ def _untied(source: Source) -> Source:
 
 
 def _merged(tensor: Tensor, low: Low, headers: Mapping[str, StoredTensor]) -> Tensor:
-    read = reader(headers, low.names)
+    """Return the tensor with a low-rank update merged into it when it is read."""
+    read_update = make_reader(headers, low.names)
 
-    def load() -> Arrays:
-        return {"weight": low.merge(tensor.floats(), read()).astype(tensor.dtype)}
+    def read() -> Arrays:
+        return {"weight": low.merge(tensor.floats(), read_update()).astype(tensor.dtype)}
 
-    return replace(tensor, load=load, scheme=None)
+    return replace(tensor, read=read, scheme=None)

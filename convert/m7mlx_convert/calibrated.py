@@ -1,7 +1,7 @@
 """Quantisers that look at data, by mlx-lm: AWQ, GPTQ, DWQ and dynamic bits.
 
-They hold the whole model in memory, some of them several times. Their result is a source like any other, which the
-conversion then writes as it is.
+They hold the whole model in memory, some of them several times. Their result is a source like any
+other, which the conversion then writes as it is.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from m7mlx.tokens.load import load_tokenizer
 from m7mlx.units import in_bytes
 from m7mlx_convert.progress import Reporter
 from m7mlx_convert.source import Source, Tensor
-from m7mlx_convert.text import file_text
+from m7mlx_convert.text import read_start
 
 Method = Literal["awq", "dwq", "gptq", "dynamic"]
 DEFAULT_TOKENS = 16384
@@ -40,10 +40,10 @@ _DWQ_RATE, _DWQ_BATCH = 1e-6, 4
 
 @dataclass(frozen=True)
 class Calibration:
-    """What to quantise by.
+    """A method to quantise by, and its data.
 
-    text        a file; None for the language reference that comes with every Python
-    tokens      how much of it; None for `DEFAULT_TOKENS`
+    text        a file; None takes the language reference that comes with every Python
+    tokens      how much of it; None takes `DEFAULT_TOKENS`
     target_bpw  for "dynamic": bits a weight on average
     """
 
@@ -53,10 +53,18 @@ class Calibration:
     target_bpw: float | None = None
 
 
-def calibrated(
-    source: Source, calibration: Calibration, scheme: Quantization, dtype: mx.Dtype, folder: Path, reporter: Reporter
+def calibrate(
+    source: Source,
+    calibration: Calibration,
+    scheme: Quantization,
+    dtype: mx.Dtype,
+    folder: Path,
+    reporter: Reporter,
 ) -> Source:
-    """The source quantised by data, its scales and unquantised weights in `dtype`; its tokenizer lies in `folder`.
+    """Quantise the source by data.
+
+    dtype   of the scales and of what is not quantised
+    folder  where the tokenizer lies
 
     Raises InputError for what does not fit, RunError where memory or the method fails.
     """
@@ -71,11 +79,11 @@ def calibrated(
             mx.eval(model.parameters())
         except (RuntimeError, ValueError) as error:
             raise RunError(f"mlx-lm's {calibration.method} failed ({error}); try more calibration text") from None
-    return replace(source, tensors=_tensors(model, source, dtype), weight_files=())
+    return replace(source, tensors=_list_tensors(model, source, dtype), weight_files=())
 
 
-def planned(source: Source, calibration: Calibration) -> Source:
-    """The source with a note of what calibrating will take."""
+def note_calibration(source: Source, calibration: Calibration) -> Source:
+    """Add a note to the source of what calibrating will take."""
     needed = memory_needed(source, calibration.method, mx.float16)
     notes = [f"calibrating ({calibration.method}) holds the whole model: about {in_bytes(needed)} of memory"]
     if calibration.method == "dynamic":
@@ -84,7 +92,11 @@ def planned(source: Source, calibration: Calibration) -> Source:
 
 
 def memory_needed(source: Source, method: Method, dtype: mx.Dtype) -> int:
-    """Bytes, about: copies of the weights, and for GPTQ a square matrix a layer, for dynamic bits gradients."""
+    """Return the bytes that a method takes, about.
+
+    They are copies of the weights; for GPTQ a square matrix for each matrix besides, for dynamic
+    bits gradients.
+    """
     numbers = sum(tensor.size for tensor in source.tensors.values())
     itemsize = 4 if on_cpu() else dtype.size
     squares = sum(4 * t.shape[1] ** 2 for t in source.tensors.values() if t.is_matrix) if method == "gptq" else 0
@@ -108,14 +120,14 @@ def _check(source: Source, calibration: Calibration, scheme: Quantization) -> No
 
 
 def _data(source: Source, calibration: Calibration, folder: Path) -> mx.array:
-    """Token ids [sequences, 512]."""
+    """Return token ids [sequences, 512]."""
     tokens = calibration.tokens or DEFAULT_TOKENS
     if calibration.text is None:
         from pydoc_data.topics import topics
 
         text, name = "\n".join(topics[key] for key in sorted(topics)), "Python's language reference"
     else:
-        text, name = file_text(calibration.text, tokens), str(calibration.text)
+        text, name = read_start(calibration.text, tokens), str(calibration.text)
     ids = load_tokenizer(folder, source.config.vocab_size).encode(text[: tokens * 32])[:tokens]
     if len(ids) < 2 * _SEQUENCE:
         raise InputError(f"{name} gives {len(ids):,} tokens to calibrate with; {2 * _SEQUENCE:,} are the least")
@@ -211,8 +223,8 @@ def _dwq(model: Any, source: Source, data: mx.array, scheme: Quantization, targe
     return student
 
 
-def _tensors(model: nn.Module, source: Source, dtype: mx.Dtype) -> dict[str, Tensor]:
-    """The parameters of mlx-lm's model, by their names on disk, which are the same."""
+def _list_tensors(model: nn.Module, source: Source, dtype: mx.Dtype) -> dict[str, Tensor]:
+    """Return the parameters of mlx-lm's model by their names on disk, which are ours."""
     modules = dict(tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module))
     found = {}
     for name, tensor in source.tensors.items():
@@ -232,7 +244,7 @@ def _tensors(model: nn.Module, source: Source, dtype: mx.Dtype) -> dict[str, Ten
 
 @contextlib.contextmanager
 def _mlx_lm_output(reporter: Reporter) -> Iterator[None]:
-    """mlx-lm prints progress on both streams: ours keeps stdout for results."""
+    """Keep what mlx-lm prints away from stdout, which is for results."""
     with contextlib.ExitStack() as stack:
         if reporter.style == "text":
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))

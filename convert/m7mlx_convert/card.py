@@ -13,11 +13,11 @@ from m7mlx_convert.plan import Plan, stored_as
 
 
 def model_card(plan: Plan, repo: str | None, commit: str | None, command: Sequence[str]) -> str:
-    """A card in the Hub's form: what it is, where it comes from, how it was made, how to run it.
+    """Write a card in the Hub's form: what it is, where it comes from, how to make and run it.
 
     repo     the Hub repository it was converted from, if it was one
-    commit   … and its revision
-    command  what made it
+    commit   the revision of that repository
+    command  what made the model
     """
     source = plan.source
     name = _plain(source.name)
@@ -28,7 +28,7 @@ def model_card(plan: Plan, repo: str | None, commit: str | None, command: Sequen
         is_word = re.fullmatch(r"[A-Za-z][\w.+-]*", licence)
         front.append(f"license: {licence if is_word else json.dumps(licence)}")
     front += ["tags:", "- mlx", f"- {source.config.model_type}"]
-    schemes = {stored_as(step.scheme, step.dtype): None for step in plan.steps if step.scheme}
+    schemes = {stored_as(p.scheme, p.dtype): None for p in plan.parameters if p.scheme}
     numbers = f"quantised ({'; '.join(schemes)})" if schemes else "not quantised"
     numbers += f", {plan.bits_per_weight:.2f} bits a weight"
     origin = f"; converted from [{repo}](https://huggingface.co/{repo})" if repo else ""
@@ -51,5 +51,5 @@ def model_card(plan: Plan, repo: str | None, commit: str | None, command: Sequen
 
 
 def _plain(text: str) -> str:
-    """Text that is no Markdown."""
+    """Take out of a text what Markdown would understand."""
     return shown(re.sub(r"[`<>\[\]]", " ", text))

@@ -224,7 +224,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 def _plan(args: argparse.Namespace, recipe: Recipe, reporter: Reporter) -> None:
     from m7mlx.files.hub import check_name, resolve
-    from m7mlx_convert.adapter import with_adapter
+    from m7mlx_convert.adapter import merge_adapter
     from m7mlx_convert.opening import name_target, open_model, resolve_source
     from m7mlx_convert.plan import make_plan, plan_table
     from m7mlx_convert.remote import open_remote
@@ -235,11 +235,11 @@ def _plan(args: argparse.Namespace, recipe: Recipe, reporter: Reporter) -> None:
         resolve_source(args.source, args.revision), args.source, None
     )
     if args.adapter:
-        source = with_adapter(source, resolve(args.adapter, layout="adapter"))
+        source = merge_adapter(source, resolve(args.adapter, layout="adapter"))
     if calibration := _calibration(args):
-        from m7mlx_convert.calibrated import planned
+        from m7mlx_convert.calibrated import note_calibration
 
-        source = planned(source, calibration)
+        source = note_calibration(source, calibration)
     plan = make_plan(source, recipe, args.dtype)
     reporter.result("plan", plan_table(plan, target), **plan.describe(target))
 
@@ -266,11 +266,11 @@ def _compare(args: argparse.Namespace, result: str, source: str, reporter: Repor
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
-    from m7mlx_convert.scheme import Recipe, Rule, scheme_of
+    from m7mlx_convert.scheme import Recipe, Rule, make_scheme
 
     base = None
     if args.q_bits or args.quantize or args.q_mode or args.quant_predicate or args.calibrate:
-        base = scheme_of(args.q_mode or "affine", args.q_bits, args.q_group_size)
+        base = make_scheme(args.q_mode or "affine", args.q_bits, args.q_group_size)
     rules = tuple(Rule.parse(rule, args.q_group_size) for rule in args.q_rule)
     return Recipe(base, args.quant_predicate, rules, args.dequantize)
 

@@ -17,17 +17,17 @@ from m7mlx.tokens.load import load_tokenizer
 from m7mlx_convert.card import model_card
 from m7mlx_convert.opening import find_repo, name_target, open_model, resolve_source
 from m7mlx_convert.output import check_apart, check_space, check_target, whole_folder
-from m7mlx_convert.pipeline import computed
+from m7mlx_convert.pipeline import compute_ahead
 from m7mlx_convert.plan import Plan, make_plan
 from m7mlx_convert.progress import Reporter
 from m7mlx_convert.scheme import Recipe
 from m7mlx_convert.source import Source
-from m7mlx_convert.writer import ShardWriter, check_written
+from m7mlx_convert.writer import WeightsWriter, check_written
 
 if TYPE_CHECKING:
     from m7mlx_convert.calibrated import Calibration
 
-_PIECE = 1 << 22  # bytes
+_BLOCK = 1 << 22  # bytes
 
 
 def convert(
@@ -46,11 +46,12 @@ def convert(
     """Convert `source` (Hub repository, folder or GGUF file) and return the folder written.
 
     recipe       bits of every matrix; the default keeps the source's numbers
-    dtype        type of what is not quantised and of the scales. None keeps the source's; where `recipe` quantises,
-                 it takes what config.json names, as mlx-lm does
+    dtype        type of what is not quantised and of the scales. None keeps the source's; where
+                 `recipe` quantises, it takes what config.json names, as mlx-lm does
     adapter      LoRA adapter (folder or Hub repository) to merge first
-    command      what made it, for the model card
+    command      what made the result, for the model card
     calibration  quantise by data, from `recipe.base` on
+
     Raises InputError and its kin before anything is written; DiskError, WeightsError on the way.
     """
     recipe, reporter = recipe or Recipe(), reporter or Reporter()
@@ -79,42 +80,46 @@ def convert(
 
 
 def _calibrate(
-    opened: Source, calibration: Calibration, base: Quantization, plan: Plan, reporter: Reporter
+    opened: Source,
+    calibration: Calibration,
+    base: Quantization,
+    plan: Plan,
+    reporter: Reporter,
 ) -> Source:
-    from m7mlx_convert.calibrated import calibrated
+    from m7mlx_convert.calibrated import calibrate
 
     with tempfile.TemporaryDirectory() as folder:  # the tokenizer, as the result will have it
         _write_files(Path(folder), plan)
-        return calibrated(opened, calibration, base, plan.steps[0].dtype, Path(folder), reporter)
+        return calibrate(opened, calibration, base, plan.parameters[0].dtype, Path(folder), reporter)
 
 
 def _commit(path: Path) -> str | None:
-    """The revision that a path in the Hub's cache is of."""
+    """Return the revision that a path in the Hub's cache belongs to."""
     return next((part for part in path.parts if re.fullmatch(r"[0-9a-f]{40}", part)), None)
 
 
 def _write_files(work: Path, plan: Plan, card: str = "") -> dict[str, str]:
-    """Write all but the weights; file → SHA-256 of what should be in it."""
+    """Write all but the weights; return file → SHA-256 of what should be in it."""
     written = {}
     config = json.dumps(plan.config, indent=2) + "\n"
     made = {"config.json": config.encode(), "README.md": card.encode("utf-8", "replace")}
     for name, content in (dict(plan.source.files) | made).items():
         digest = hashlib.sha256()
         with (work / name).open("wb") as file:
-            for piece in _pieces(content):
-                file.write(piece)
-                digest.update(piece)
+            for block in _blocks(content):
+                file.write(block)
+                digest.update(block)
         written[name] = digest.hexdigest()
     return written
 
 
-def _pieces(content: Path | bytes) -> Iterator[bytes]:
+def _blocks(content: Path | bytes) -> Iterator[bytes]:
     if isinstance(content, bytes):
         yield content
         return
     with content.open("rb") as source:
-        while piece := source.read(_PIECE):
-            yield piece
+        while block := source.read(_BLOCK):
+            yield block
 
 
 def _check_tokenizer(work: Path, source: Source) -> None:
@@ -125,16 +130,16 @@ def _check_tokenizer(work: Path, source: Source) -> None:
 
 
 def _write_weights(work: Path, plan: Plan, reporter: Reporter) -> None:
-    writer = ShardWriter(work, [step.specs for step in plan.steps], plan.key)
+    writer = WeightsWriter(work, [planned.specs for planned in plan.parameters], plan.key)
     try:
-        done = sum(step.nbytes for step in plan.steps[: writer.done])
+        done = sum(planned.nbytes for planned in plan.parameters[: writer.done])
         if done:
             reporter.note(f"a run that was killed is taken up: {done / plan.nbytes:.0%} is there already")
         with reporter.task("Converting", plan.nbytes) as advance:
             advance(done)
-            for step, pieces in computed(plan.steps[writer.done :]):
-                writer.write(pieces)
-                advance(step.nbytes)
+            for planned, tensors in compute_ahead(plan.parameters[writer.done :]):
+                writer.write(tensors)
+                advance(planned.nbytes)
         with reporter.task("Checking", writer.nbytes) as advance:
             writer.finish(advance)
     finally:

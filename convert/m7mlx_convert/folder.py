@@ -1,4 +1,4 @@
-"""Folders of safetensors files: Hugging Face's layout and mlx-lm's, Mistral's own, packed AWQ and GPTQ."""
+"""Folders of safetensors files: Hugging Face's layout, mlx-lm's, Mistral's own, AWQ and GPTQ."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from m7mlx.files.checksums import MANIFEST, check_folder
 from m7mlx.files.weights import DTYPES, StoredTensor, folder_weights, head_as_stored, parameters
 from m7mlx.jsonfile import read_json
 from m7mlx_convert import native, packed
-from m7mlx_convert.source import Source, Tensor, check_links, named_dtype, reader
+from m7mlx_convert.source import Source, Tensor, check_links, make_reader, named_dtype
 
 # By name, not by pattern: a "tokenizer.bin" may be pickle, a "tokenizer.py" is code.
 COPIED = (
@@ -44,54 +44,62 @@ _QUANTISED_KEYS = frozenset({"quantization", "quantization_config"})
 
 
 def open_folder(folder: Path, name: str, headers: Mapping[str, StoredTensor] | None = None) -> Source:
-    """A folder, quantised or not.
+    """Open a folder, quantised or not.
 
-    `headers` are those of weights that are not in the folder, to plan with; such tensors cannot be loaded.
-    Raises ConfigError, WeightsError.
+    headers  of weights that are not in the folder: they can be planned with, but not read
+
+    Raises ConfigError, WeightsError, InputError for links out of the folder.
     """
     check_links(folder, sorted(path for pattern in _READ for path in folder.glob(pattern)))
     is_native = native.is_native(folder, headers)
     path = folder / "config.json"
     given = read_json(path) if path.is_file() else {}
-    method = None if is_native else packed.method(path, given)
+    packing = None if is_native else packed.find_packing(path, given)
     plain = {k: v for k, v in given.items() if k not in _QUANTISED_KEYS}
     try:
-        config = ModelConfig.from_dict(plain) if method else ModelConfig.from_folder(folder)
+        config = ModelConfig.from_dict(plain) if packing else ModelConfig.from_folder(folder)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}" if method else str(error)) from None
+        raise ConfigError(f"{path}: {error}" if packing else str(error)) from None
     if headers is None:
         headers = folder_weights(folder, native=is_native)
         check_folder(folder)
     names = (native.NAMES["model.embed_tokens"], native.NAMES["lm_head"]) if is_native else ()
     config = head_as_stored(folder, config, headers, *names)
     if is_native:
-        tensors = native.tensors(folder, config, headers)
-    elif method:
-        tensors = packed.tensors(folder, config, headers, method)
+        tensors = native.list_tensors(folder, config, headers)
+    elif packing:
+        tensors = packed.list_tensors(folder, config, headers, packing)
     else:
-        tensors = _tensors(folder, config, headers, given)
+        tensors = _list_tensors(folder, config, headers, given)
     return Source(
         name=name,
         config=config,
         raw_config=_whole_config(given, config),
         tensors=tensors,
         files={n: _without_code(folder / n) for n in COPIED if (folder / n).is_file()},
-        settings={"quantization_config": given.get("quantization_config")} if method else {},
+        settings={"quantization_config": given.get("quantization_config")} if packing else {},
         weight_files=tuple(sorted({stored.path for stored in headers.values()})),
         licence=_licence(folder),
     )
 
 
-def _tensors(
-    folder: Path, config: ModelConfig, headers: Mapping[str, StoredTensor], given: Mapping[str, Any]
+def _list_tensors(
+    folder: Path,
+    config: ModelConfig,
+    headers: Mapping[str, StoredTensor],
+    given: Mapping[str, Any],
 ) -> dict[str, Tensor]:
+    """Return the parameters of Hugging Face's layout or mlx-lm's, by name.
+
+    given  the folder's config.json
+    """
     found = {}
     named = named_dtype(given) or mx.bfloat16
     found_parts = parameters(folder, config, headers)
     shapes = config.weight_shapes()
     for name, (scheme, parts) in found_parts.items():
         module = name.removesuffix(".weight")
-        read = reader(headers, {kind: f"{module}.{kind}" for kind in parts})
+        read = make_reader(headers, {kind: f"{module}.{kind}" for kind in parts})
         stored = DTYPES[parts["scales" if scheme else "weight"].dtype]
         dtype = named if stored == mx.uint8 else stored  # mxfp4 and its kin have scales of 8 bits
         found[name] = Tensor(shapes[name], dtype, read, scheme, scheme)
@@ -99,10 +107,10 @@ def _tensors(
 
 
 def _whole_config(given: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """The source's config.json, with what it leaves to defaults written out and what the weights say of tying.
+    """Return the source's config.json with defaults written out, tied as the weights are.
 
-    Readers differ in their defaults: mlx-lm ties the head where tie_word_embeddings is absent, and does not look
-    for RoPE's base in rope_parameters.
+    Readers differ in their defaults: mlx-lm ties the head where tie_word_embeddings is absent, and
+    does not look for RoPE's base in rope_parameters.
     """
     may_be_null = {"sliding_window", "bos_token_id", "eos_token_id"}
     absent = {
@@ -113,7 +121,7 @@ def _whole_config(given: Mapping[str, Any], config: ModelConfig) -> dict[str, An
 
 
 def _without_code(path: Path) -> Path | bytes:
-    """The file, or its content where keys that point to code had to be taken out."""
+    """Return the file, or its content where keys that point to code had to be taken out."""
     if not path.name.endswith("_config.json"):
         return path
     try:
@@ -127,7 +135,7 @@ def _without_code(path: Path) -> Path | bytes:
 
 
 def _licence(folder: Path) -> str | None:
-    """The licence that the source's own model card names."""
+    """Return the licence that the source's own model card names."""
     card = folder / "README.md"
     if not card.is_file():
         return None

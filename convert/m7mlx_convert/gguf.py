@@ -1,14 +1,14 @@
-"""GGUF files → the same tensors, names and numbers as a Hugging Face folder holds.
+"""GGUF files, read as the tensors, names and numbers that a Hugging Face folder holds.
 
-Quantised blocks of Q4_0, Q4_1 and Q8_0 (32 weights each) are kept without loss: MLX's affine quantisation
-with groups of 32 is w = scale · q + bias, and these are
+Quantised blocks of Q4_0, Q4_1 and Q8_0 (32 weights each) are kept without loss: MLX's affine
+quantisation with groups of 32 is w = scale · q + bias, and these are
 
     Q4_0  w = d · (q − 8)     scale d, bias −8 d
     Q4_1  w = d · q + m       scale d, bias m
     Q8_0  w = d · q, signed   scale d, bias −128 d, with q + 128 stored
 
-Other types are expanded. Query and key rows are stored for interleaved RoPE and are put back into the
-rotate-half order (llama.cpp, convert_hf_to_gguf.py, `permute`).
+Other types are expanded. Query and key rows are stored for interleaved RoPE and are put back into
+the rotate-half order (llama.cpp, convert_hf_to_gguf.py, `permute`).
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ import numpy as np
 
 from m7mlx.config import ModelConfig
 from m7mlx.errors import ConfigError, WeightsError
+from m7mlx.files.weights import check_layer_count
 from m7mlx.quantization import Quantization
 from m7mlx.terminal import shown
 from m7mlx_convert.gguf_header import GGUFTensor, read_header
 from m7mlx_convert.gguf_tokenizer import tokenizer_files
 from m7mlx_convert.native import native_name, row_order
-from m7mlx_convert.source import Source, Tensor
+from m7mlx_convert.source import Arrays, Source, Tensor
 
 _GROUP = 32
 _KEPT = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}  # block type → bits
@@ -67,7 +68,8 @@ _UNDERSTOOD = {  # what follows "llama." in a key
     "expert_used_count",  # nor this while there are no experts
     "tensor_data_layout",  # the interleaved one
 }
-_NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {  # keys → values that change nothing, what the others mean
+# Keys → values that change nothing, and what other values mean.
+_NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "expert_count": ((0,), "mixtures of experts are"),
     "rope.scaling.type": (("none",), "scaled RoPE is"),
     "rope.scale_linear": ((1.0,), "scaled RoPE is"),
@@ -77,10 +79,10 @@ _NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {  # keys → values that cha
 
 
 def open_gguf(path: Path) -> Source:
-    """Read a GGUF file's metadata and plan its tensors. Raises ConfigError, WeightsError, TokenizerError."""
+    """Open a GGUF file. Raises ConfigError, WeightsError, TokenizerError."""
     metadata, found = read_header(path)
-    config, notes = _config(path, metadata, found)
-    tensors = dict(_tensors(path, config, found))
+    config, notes = _read_config(path, metadata, found)
+    tensors = dict(_list_tensors(path, config, found))
     expanded = {t.kind for t in found.values()} - _KEPT.keys() - _PLAIN
     if expanded:
         notes += (f"MLX has no counterpart of {', '.join(sorted(expanded))}: these weights are expanded to float16",)
@@ -97,9 +99,12 @@ def open_gguf(path: Path) -> Source:
     )
 
 
-def _config(
-    path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, GGUFTensor]
+def _read_config(
+    path: Path,
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, GGUFTensor],
 ) -> tuple[ModelConfig, tuple[str, ...]]:
+    """Return the configuration, and notes on it. Raises ConfigError, WeightsError."""
     values = _architecture_values(path, metadata)
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
@@ -134,13 +139,12 @@ def _config(
         raise ConfigError(f"{path}: RoPE over a part of the head is not supported")
     if values.get("attention.value_length", config.head_dim) != config.head_dim:
         raise ConfigError(f"{path}: keys and values of different lengths are not supported")
-    if config.n_layers > len(tensors):
-        raise WeightsError(f"{path}: it says {config.n_layers} layers but holds {len(tensors)} tensors")
+    check_layer_count(path, config, len(tensors))
     return _with_window(config, values)
 
 
 def _architecture_values(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys under "llama.", all of them understood."""
+    """Return the values under "llama.". Raises ConfigError for a key that is not understood."""
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise ConfigError(
@@ -157,12 +161,12 @@ def _architecture_values(path: Path, metadata: Mapping[str, Any]) -> dict[str, A
 
 
 def _decimal(number: Any) -> float:
-    """A float32 of the metadata as the number it was rounded from: 9.99999974e-06 → 1e-05."""
+    """Return the decimal that a float32 was rounded from: 9.99999974e-06 → 1e-05."""
     return float(str(np.float32(number)))
 
 
 def _ids(path: Path, metadata: Mapping[str, Any], vocab_size: int, *names: str) -> tuple[int, ...]:
-    """Token ids that the metadata names, each once."""
+    """Return the token ids that the metadata names, each once."""
     keys = [f"tokenizer.ggml.{name}_token_id" for name in names]
     ids = [metadata[key] for key in keys if key in metadata]
     for token in ids:
@@ -172,10 +176,10 @@ def _ids(path: Path, metadata: Mapping[str, Any], vocab_size: int, *names: str) 
 
 
 def _with_window(config: ModelConfig, values: Mapping[str, Any]) -> tuple[ModelConfig, tuple[str, ...]]:
-    """The sliding window, which the format has no key for when the architecture is llama.
+    """Add the sliding window, which the format has no key for when the architecture is llama.
 
-    Mistral 7B v0.1 and its fine-tunes are known by their shape and RoPE base: from v0.2 on, which has no
-    window, the base is 1,000,000.
+    Mistral 7B v0.1 and its fine-tunes are known by their shape and RoPE base: from v0.2 on, which
+    has no window, the base is 1,000,000.
     """
     if window := values.get("attention.sliding_window"):
         return replace(config, model_type="mistral", sliding_window=window), ()
@@ -186,7 +190,8 @@ def _with_window(config: ModelConfig, values: Mapping[str, Any]) -> tuple[ModelC
     return config, ()
 
 
-def _tensors(path: Path, config: ModelConfig, found: Mapping[str, GGUFTensor]) -> Iterator[tuple[str, Tensor]]:
+def _list_tensors(path: Path, config: ModelConfig, found: Mapping[str, GGUFTensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the model's parameters by name. Raises WeightsError for what does not fit."""
     names = {name: native_name(name, _NAMES, "blk") for name in config.weight_shapes()}
     for extra in sorted(found.keys() - set(names.values())):
         if extra != "rope_freqs.weight" or not _is_ones(found[extra]):
@@ -211,9 +216,10 @@ def _tensors(path: Path, config: ModelConfig, found: Mapping[str, GGUFTensor]) -
 
 
 def _float_dtype(kinds: set[str]) -> mx.Dtype:
-    """One type for all that is not quantised, by the types of the matrices; norms are float32 in every file.
+    """Return one type for all that is not quantised, by the types of the matrices.
 
-    A single float32 tensor would make all activations float32, at half the speed.
+    Norms are float32 in every file; one float32 tensor would make all activations float32, at half
+    the speed.
     """
     if kinds == {"F32"}:
         return mx.float32
@@ -221,13 +227,13 @@ def _float_dtype(kinds: set[str]) -> mx.Dtype:
 
 
 def _check_kind(path: Path, kind: str) -> None:
-    """Raise WeightsError unless the `gguf` package can expand this type; a block of zeros shows it."""
+    """Raise WeightsError unless the `gguf` package can expand a block of zeros of this type."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
     ggml = GGMLQuantizationType[kind]
     try:
         dequantize(np.zeros(GGML_QUANT_SIZES[ggml][1], np.uint8), ggml)
-    except Exception:  # NotImplementedError, and whatever a type that is not made for it stumbles over
+    except Exception:  # NotImplementedError, or whatever else a type without an expansion raises
         raise WeightsError(f"{path}: tensors of type {kind} are not supported") from None
 
 
@@ -235,8 +241,10 @@ def _is_ones(tensor: GGUFTensor) -> bool:
     return tensor.kind == "F32" and bool((tensor.read().view(np.float32) == 1).all())
 
 
-def _kept(tensor: GGUFTensor, order: np.ndarray | None) -> Callable[[], dict[str, mx.array]]:
-    def read() -> dict[str, mx.array]:
+def _kept(tensor: GGUFTensor, order: np.ndarray | None) -> Callable[[], Arrays]:
+    """Return a `Tensor.read` that keeps the blocks, their rows in this order."""
+
+    def read() -> Arrays:
         data = tensor.read()
         return {k: mx.array(v) for k, v in repack(data if order is None else data[order], tensor.kind).items()}
 
@@ -244,10 +252,11 @@ def _kept(tensor: GGUFTensor, order: np.ndarray | None) -> Callable[[], dict[str
 
 
 def repack(data: np.ndarray, kind: str) -> dict[str, np.ndarray]:
-    """Blocks uint8 [rows, bytes] → weight uint32 [rows, columns · bits / 32], scales, biases [rows, columns / 32].
+    """Turn blocks uint8 [rows, bytes] into MLX's arrays.
 
-    Multiplying a float16 by a power of two is exact, except that 8 d and 128 d may overflow: that gives an
-    infinite bias, which the conversion refuses.
+    They are weight, uint32 [rows, columns · bits / 32], scales and biases [rows, columns / 32].
+    Multiplying a float16 by a power of two is exact, except that 8 d and 128 d may overflow: that
+    gives an infinite bias, which the conversion refuses.
     """
     halves = 2 if kind == "Q4_1" else 1  # float16 numbers at the start of a block
     size = 2 * halves + _GROUP * _KEPT[kind] // 8
@@ -257,7 +266,7 @@ def repack(data: np.ndarray, kind: str) -> dict[str, np.ndarray]:
     if kind == "Q8_0":
         packed = quants ^ 0x80  # signed → unsigned, 128 up
     else:
-        # A byte holds weight i low and weight i + 16 high; MLX wants neighbours, the earlier one low.
+        # A byte holds weight i low and weight i + 16 high; MLX has neighbours, the earlier low.
         q = np.concatenate([quants & 0xF, quants >> 4], axis=-1)
         packed = q[..., 0::2] | (q[..., 1::2] << 4)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -266,15 +275,18 @@ def repack(data: np.ndarray, kind: str) -> dict[str, np.ndarray]:
     return {"weight": weight, "scales": np.ascontiguousarray(scales), "biases": np.ascontiguousarray(biases)}
 
 
-def _expanded(tensor: GGUFTensor, order: np.ndarray | None) -> Callable[[], dict[str, mx.array]]:
-    def read() -> dict[str, mx.array]:
+def _expanded(tensor: GGUFTensor, order: np.ndarray | None) -> Callable[[], Arrays]:
+    """Return a `Tensor.read` that expands the blocks, their rows in this order."""
+
+    def read() -> Arrays:
         from gguf import GGMLQuantizationType, dequantize
 
         data = tensor.read()
         if tensor.kind == "F16":
             array = data.view(np.float16)
         else:
-            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused later, by name
+            # What is not finite is refused later, by name.
+            with np.errstate(over="ignore", invalid="ignore"):
                 array = dequantize(data, GGMLQuantizationType[tensor.kind])
         return {"weight": mx.array((array if order is None else array[order]).reshape(tensor.shape))}
 

@@ -1,8 +1,8 @@
-"""A GGUF file's header: its metadata and where its tensors lie. Layout: llama.cpp's `docs/gguf.md`.
+"""A GGUF file's header: its metadata and where its tensors lie (llama.cpp, `docs/gguf.md`).
 
-Every count, length and offset is checked against the file before anything is read for it, and what is read
-takes memory in proportion to the file. (`GGUFReader` of the `gguf` package trusts the counts, and keeps an array
-object of some hundred bytes for each byte of a metadata array.)
+Every count, length and offset is checked against the file before anything is read for it, and what
+is read takes memory in proportion to the file. `GGUFReader` of the `gguf` package trusts the
+counts, and keeps an array object of some hundred bytes for each byte of a metadata array.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from m7mlx.errors import WeightsError
 
-_SCALARS = {
+_SCALARS = {  # by value type
     0: "B",
     1: "b",
     2: "H",
@@ -28,14 +28,19 @@ _SCALARS = {
     10: "Q",
     11: "q",
     12: "d",
-}  # by value type
+}
 _STRING, _ARRAY = 8, 9
 _ALIGNMENT = 32  # unless general.alignment says otherwise
 _MAX_ENTRIES, _MAX_TENSORS, _MAX_NAME, _MAX_STRING, _MAX_ITEMS = 10_000, 100_000, 65_535, 2**24, 4_000_000
 
 
 class GGUFTensor(NamedTuple):
-    """A tensor in the file: ggml's name of its type, its shape (rows first) and its place in bytes."""
+    """A tensor in the file.
+
+    kind            ggml's name of its type
+    shape           rows first
+    offset, nbytes  where it lies in the file
+    """
 
     path: Path
     kind: str
@@ -44,20 +49,22 @@ class GGUFTensor(NamedTuple):
     nbytes: int
 
     def read(self) -> np.ndarray:
-        """The stored bytes, uint8 [rows, bytes of a row]."""
+        """Read the stored bytes, uint8 [rows, bytes of a row]."""
         data = np.fromfile(self.path, np.uint8, self.nbytes, offset=self.offset)
         if data.size != self.nbytes:
-            raise WeightsError(f"{self.path} has become shorter while it was read; fetch it again")
+            raise WeightsError(f"{self.path} became shorter while it was read; fetch it again")
         return data.reshape(math.prod(self.shape[:-1]), -1)
 
 
 class GGUFHeader(NamedTuple):
+    """All that stands in a file before its tensors' data."""
+
     metadata: dict[str, Any]  # key → number, string, bool or a flat list of them
     tensors: dict[str, GGUFTensor]
 
 
 def read_header(path: Path) -> GGUFHeader:
-    """Raises WeightsError unless the header is whole and all that it points to lies within the file."""
+    """Read the header. Raises WeightsError unless it is whole, and points within the file."""
     try:
         with path.open("rb") as file:
             return _read(path, _Cursor(file, path.stat().st_size))
@@ -73,6 +80,7 @@ class _Cursor:
         self.size, self.at = size, 0
 
     def take(self, count: int) -> bytes:
+        """Read so many bytes."""
         if count > self.size - self.at:
             raise ValueError("it ends too early")
         self.at += count
@@ -82,18 +90,22 @@ class _Cursor:
         return data
 
     def number(self, form: str) -> Any:
+        """Read one number; `form` as `struct` has it."""
         return struct.unpack("<" + form, self.take(struct.calcsize("<" + form)))[0]
 
     def bounded(self, form: str, limit: int, what: str) -> int:
+        """Read a count or length of at most `limit`."""
         value: int = self.number(form)
         if value > limit:
             raise ValueError(f"{what} of {value} is too large")
         return value
 
     def string(self, limit: int, what: str) -> str:
+        """Read a text of at most `limit` bytes."""
         return self.take(self.bounded("Q", limit, what)).decode("utf-8")
 
     def value(self, kind: int) -> Any:
+        """Read a metadata value of this type."""
         if kind == _STRING:
             return self.string(_MAX_STRING, "a string")
         if kind == _ARRAY:
@@ -110,6 +122,7 @@ class _Cursor:
 
 
 def _read(path: Path, cursor: _Cursor) -> GGUFHeader:
+    """Read the header. Raises ValueError for what is not sound in it."""
     if cursor.take(4) != b"GGUF":
         raise ValueError("it does not start with GGUF")
     if (version := cursor.number("I")) not in (2, 3):
@@ -139,7 +152,7 @@ def _read(path: Path, cursor: _Cursor) -> GGUFHeader:
 
 
 def _tensor_entry(cursor: _Cursor) -> tuple[str, int, tuple[int, ...], int]:
-    """(name, type, shape, offset); the file counts dimensions from the last one."""
+    """Read (name, type, shape, offset); the file has the last dimension first."""
     name = cursor.string(_MAX_NAME, "a name")
     n_dims = cursor.bounded("I", 4, "a number of dimensions")
     shape = tuple(cursor.number("Q") for _ in range(n_dims))[::-1]
@@ -147,7 +160,7 @@ def _tensor_entry(cursor: _Cursor) -> tuple[str, int, tuple[int, ...], int]:
 
 
 def _stored(name: str, kind: int, shape: tuple[int, ...]) -> tuple[str, int]:
-    """ggml's name of a type and the bytes of a tensor of it."""
+    """Return ggml's name of a type, and the bytes of a tensor of it."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     try:

@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file → the files a model folder has."""
+"""The tokenizer inside a GGUF file, written as the files that a model folder has."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from m7mlx.errors import TokenizerError
 from m7mlx.terminal import shown
 
-# Token types; sentencepiece counts them alike, but has no 0. User-defined ones are added tokens that are shown; which
-# of them text may become is decided where the result is loaded.
+# Token types; sentencepiece numbers them alike, but has no 0. User-defined ones are added tokens
+# that are shown; which of them text may become is decided where the result is loaded.
 _UNDEFINED, _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = range(5)
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -38,7 +38,7 @@ _PRE: dict[str, list[dict[str, Any]]] = {
 
 
 def tokenizer_files(path: Path, metadata: Mapping[str, Any]) -> dict[str, Path | bytes]:
-    """File name → content. Raises TokenizerError for a kind that is not known."""
+    """Return file name → content. Raises TokenizerError for a tokenizer that is not understood."""
     values = {k.removeprefix("tokenizer.ggml."): v for k, v in metadata.items() if k.startswith("tokenizer.ggml.")}
     tokens: Any = values.get("tokens")
     types: Any = values.get("token_type")
@@ -112,7 +112,7 @@ def _json_tokenizer(path: Path, values: Mapping[str, Any], tokens: list[str], ty
 
 
 def _starter(values: Mapping[str, Any], tokens: list[str]) -> dict[str, Any] | None:
-    """The step that puts the start token first, for readers that do not look at add_bos_token."""
+    """Return what puts the start token first, for readers that ignore add_bos_token."""
     bos = values.get("bos_token_id")
     if not values.get("add_bos_token") or type(bos) is not int or not 0 <= bos < len(tokens):
         return None

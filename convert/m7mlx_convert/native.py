@@ -1,7 +1,8 @@
 """Mistral's own layout: params.json and consolidated.safetensors.
 
-The same numbers as Hugging Face's under other names; query and key rows are stored for interleaved RoPE and are
-put back into the rotate-half order (transformers, `convert_mistral_weights_to_hf.py`, `permute_for_rope`).
+It holds the numbers of Hugging Face's layout under other names. Query and key rows are stored for
+interleaved RoPE and are put back into the rotate-half order (transformers,
+`convert_mistral_weights_to_hf.py`, `permute_for_rope`).
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import numpy as np
 
 from m7mlx.config import ModelConfig
 from m7mlx.errors import WeightsError
-from m7mlx.files.weights import DTYPES, StoredTensor
+from m7mlx.files.weights import DTYPES, StoredTensor, check_layer_count
 from m7mlx.terminal import shown
-from m7mlx_convert.source import Arrays, Tensor, reader
+from m7mlx_convert.source import Arrays, Tensor, make_reader
 
 NAMES = {  # name on disk → name in the file
     "model.embed_tokens": "tok_embeddings",
@@ -35,17 +36,14 @@ NAMES = {  # name on disk → name in the file
 
 
 def is_native(folder: Path, headers: Mapping[str, StoredTensor] | None = None) -> bool:
-    """Whether the weights are in Mistral's layout only; repositories that have both are read as Hugging Face's."""
+    """Return whether the weights are in Mistral's layout alone; Hugging Face's has precedence."""
     files = [s.path for s in headers.values()] if headers is not None else [*folder.glob("*.safetensors")]
     return bool(files) and all(file.name.startswith("consolidated") for file in files)
 
 
-def tensors(folder: Path, config: ModelConfig, headers: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
-    """The model's parameters. Raises WeightsError where the files do not fit the config."""
-    if config.n_layers > len(headers):
-        raise WeightsError(
-            f"{folder}: its config says {config.n_layers} layers, the files hold {len(headers)} tensors"
-        )
+def list_tensors(folder: Path, config: ModelConfig, headers: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    """Return the parameters by name. Raises WeightsError where files and config differ."""
+    check_layer_count(folder, config, len(headers))
     found = {}
     names = {name: native_name(name) for name in config.weight_shapes()}
     tied = {f"{NAMES['lm_head']}.weight"} if config.tie_word_embeddings else set()
@@ -59,14 +57,18 @@ def tensors(folder: Path, config: ModelConfig, headers: Mapping[str, StoredTenso
             raise WeightsError(
                 f"{folder}: {names[name]} is {stored.dtype} {list(stored.shape)}, its config says {list(shape)}"
             )
-        read = reader(headers, {"weight": names[name]})
+        read = make_reader(headers, {"weight": names[name]})
         order = row_order(config, name)
         found[name] = Tensor(shape, DTYPES[stored.dtype], read if order is None else _ordered(read, order))
     return found
 
 
 def native_name(name: str, names: Mapping[str, str] = NAMES, layers: str = "layers") -> str:
-    """The name that other files give to the parameter `name`."""
+    """Return what the files of another layout call the parameter `name`.
+
+    names   our modules → theirs
+    layers  what they call the list of layers
+    """
     module = name.removesuffix(".weight")
     if not module.startswith("model.layers."):
         return names[module] + ".weight"
@@ -75,7 +77,7 @@ def native_name(name: str, names: Mapping[str, str] = NAMES, layers: str = "laye
 
 
 def row_order(config: ModelConfig, name: str) -> np.ndarray | None:
-    """For query and key projections: which row stored for interleaved RoPE is row i; None for the others."""
+    """Return which stored row is row i of a query or key projection; None for other parameters."""
     heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}.get(name.split(".")[-2])
     if heads is None:
         return None

@@ -1,4 +1,4 @@
-"""From a name to a `Source`: what the user calls a model, where it lies, and which reader opens it."""
+"""From a name to a `Source`: what the user calls a model, where it lies, who reads it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 from m7mlx.errors import InputError
 from m7mlx.files.hub import ALIASES, DEMO, find_existing, resolve
 from m7mlx.paths import user_path
-from m7mlx_convert.adapter import with_adapter
+from m7mlx_convert.adapter import merge_adapter
 from m7mlx_convert.folder import open_folder
 from m7mlx_convert.gguf import open_gguf
 from m7mlx_convert.source import Source
 
 
 def find_repo(source: str) -> str | None:
-    """Return the Hub repository that `source` names, if any; "org/name" for "org/name/file.gguf"."""
+    """Return the Hub repository that `source` names, if it names one or a file in one."""
     if find_existing(source) or source == DEMO:
         return None
     return "/".join(ALIASES.get(source, source).split("/")[:2])
@@ -30,7 +30,7 @@ def name_model(source: str) -> str:
 
 
 def name_target(source: str, mlx_path: str | Path | None, label: str) -> Path:
-    """Return where the result goes: `mlx_path`, or else a folder named after the model and `label`."""
+    """Return where the result goes: `mlx_path`, or a folder named after the model and `label`."""
     return user_path(mlx_path or f"{name_model(source)}-{label or 'mlx'}")
 
 
@@ -50,4 +50,4 @@ def open_model(path: Path, source: str, adapter: str | None) -> Source:
     Raises ConfigError, WeightsError, TokenizerError; InputError for an adapter that does not fit.
     """
     opened = open_gguf(path) if path.is_file() else open_folder(path, name_model(source))
-    return with_adapter(opened, resolve(adapter, layout="adapter")) if adapter else opened
+    return merge_adapter(opened, resolve(adapter, layout="adapter")) if adapter else opened

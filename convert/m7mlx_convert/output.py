@@ -1,4 +1,4 @@
-"""The folder a conversion writes: nothing of it is seen under its name until it is whole."""
+"""The folder a conversion writes: it is not there under its name until it is whole."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SPARE = 50_000_000  # bytes to leave free on the disk
 
 
 def check_target(target: Path, source: Path | None, force: bool) -> None:
-    """Raise InputError if `target` must not be written. Undoes first what a killed run left there."""
+    """Raise InputError if `target` must not be written; first undo what a killed run left there."""
     if not target.parent.is_dir():
         raise InputError(f"the folder {target.parent} does not exist; create it, or give another --mlx-path")
     restore(target)
@@ -55,13 +55,13 @@ def check_target(target: Path, source: Path | None, force: bool) -> None:
 
 
 def _is_ours(entry: Path) -> bool:
-    """Whether a conversion writes files of this name (and macOS's Finder its notes)."""
+    """Return whether a conversion writes files of this name, or macOS's Finder its notes."""
     written = entry.name in (*COPIED, "config.json", "README.md", MANIFEST, INDEX, ".DS_Store")
     return not entry.is_symlink() and entry.is_file() and (written or _WEIGHTS.fullmatch(entry.name) is not None)
 
 
 def _try_to_replace(target: Path) -> None:
-    """Raise InputError where the system will not let a folder be moved away, now and not after all the work."""
+    """Raise InputError, before all the work, if the system will not let a folder be moved."""
     aside = _aside(target)
     with _uninterrupted():
         try:
@@ -75,6 +75,7 @@ def _try_to_replace(target: Path) -> None:
 
 
 def _aside(target: Path) -> Path:
+    """Return where a folder waits while another takes its place."""
     return target.parent / f".{target.name}.old-{os.getpid()}"
 
 
@@ -87,14 +88,14 @@ def check_apart(target: Path, source: Path) -> None:
 
 
 def _same(a: Path, b: Path) -> bool:
-    """Whether two paths are one file or folder, by whatever spelling."""
+    """Return whether two paths are one file or folder, by whatever spelling."""
     return a == b or (a.exists() and b.exists() and a.samefile(b))
 
 
 def check_space(target: Path, nbytes: int) -> None:
     """Raise DiskError if the disk that will hold `target` has no room for `nbytes`.
 
-    What a killed run left counts as room: it is taken up or removed.
+    What a killed run left counts as room: it is used or removed.
     """
     left = [file for folder in _left_by_the_dead(target, "partial") for file in folder.iterdir()]
     free = shutil.disk_usage(target.parent).free + sum(file.stat().st_size for file in left)
@@ -107,10 +108,10 @@ def check_space(target: Path, nbytes: int) -> None:
 
 @contextmanager
 def whole_folder(target: Path, key: str | None = None) -> Iterator[Path]:
-    """A folder beside `target` to write into; it becomes `target` when the block ends without an error.
+    """Make a folder beside `target` to write into; it becomes `target` when the block ends.
 
-    On an error, Ctrl-C included, it is removed. What a killed process left is removed too, or taken up where its
-    journal has the same `key`.
+    On an error, Ctrl-C included, it is removed. What a killed process left is removed too, or used
+    where its journal has the same `key`.
     """
     work = target.parent / f".{target.name}.partial-{os.getpid()}"
     _adopt(target, work, key)
@@ -137,7 +138,7 @@ def restore(target: Path) -> None:
 
 
 def _adopt(target: Path, work: Path, key: str | None) -> None:
-    """Rename what a killed run with the same key left to `work`; remove what other killed runs left."""
+    """Use what a killed run with the same key left as `work`; remove what others left."""
     for path in _left_by_the_dead(target, "partial"):
         if key and not work.exists() and _journal_key(path) == key:
             try:
@@ -160,7 +161,7 @@ def _journal_key(folder: Path) -> str:
 
 
 def _left_by_the_dead(target: Path, kind: str) -> list[Path]:
-    """Folders beside `target` of processes that are no more."""
+    """Find the folders beside `target` of processes that are no more."""
     found = []
     for path in sorted(target.parent.glob(f".{glob.escape(target.name)}.{kind}-*")):
         match = re.fullmatch(rf"\.{kind}-(\d{{1,9}})", path.name.removeprefix("." + target.name))
@@ -170,7 +171,7 @@ def _left_by_the_dead(target: Path, kind: str) -> list[Path]:
 
 
 def _sync(folder: Path) -> None:
-    """Have the disk hold all of a folder, so that after a power cut the name does not stand for half of it."""
+    """Have the disk hold all of a folder, so that a power cut does not leave half of it."""
     for path in (*folder.iterdir(), folder):
         sync_path(path)
 
@@ -190,7 +191,7 @@ def _replace(work: Path, target: Path) -> None:
 
 
 def _remove(old: Path, target: Path) -> None:
-    """Delete what a conversion wrote of a folder that was replaced; what somebody put there since moves on."""
+    """Delete a replaced folder; what somebody else put into it moves into the new one."""
     with contextlib.suppress(OSError):
         for entry in old.iterdir():
             if _is_ours(entry):

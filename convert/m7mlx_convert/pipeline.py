@@ -11,44 +11,46 @@ from contextlib import contextmanager
 import mlx.core as mx
 
 from m7mlx.arrays import on_cpu
-from m7mlx_convert.plan import IN_FLIGHT, Step
-from m7mlx_convert.writer import Piece
+from m7mlx_convert.plan import IN_FLIGHT, PlannedParameter
+from m7mlx_convert.writer import TensorBytes
+
+Computed = tuple[PlannedParameter, list[TensorBytes]]
 
 
-def computed(steps: Iterable[Step]) -> Iterator[tuple[Step, list[Piece]]]:
-    """Each step with the bytes it gives, in order; later ones are computed while the caller writes earlier ones."""
+def compute_ahead(parameters: Iterable[PlannedParameter]) -> Iterator[Computed]:
+    """Yield each parameter with its bytes, in order; compute later ones while the caller writes."""
     with _workers() as pool:
-        waiting: deque[tuple[Step, Future[list[Piece]]]] = deque()
+        waiting: deque[tuple[PlannedParameter, Future[list[TensorBytes]]]] = deque()
         in_flight = 0
         try:
-            for step in steps:
-                while waiting and in_flight + step.memory > IN_FLIGHT:
+            for planned in parameters:
+                while waiting and in_flight + planned.memory > IN_FLIGHT:
                     in_flight -= waiting[0][0].memory
-                    yield _first(waiting)
-                waiting.append((step, pool.submit(_pieces, step)))
-                in_flight += step.memory
+                    yield _take_first(waiting)
+                waiting.append((planned, pool.submit(_compute, planned)))
+                in_flight += planned.memory
             while waiting:
-                yield _first(waiting)
+                yield _take_first(waiting)
         finally:
             for _, result in waiting:
                 result.cancel()
 
 
-def _first(waiting: deque[tuple[Step, Future[list[Piece]]]]) -> tuple[Step, list[Piece]]:
-    step, result = waiting.popleft()
-    return step, result.result()
+def _take_first(waiting: deque[tuple[PlannedParameter, Future[list[TensorBytes]]]]) -> Computed:
+    planned, result = waiting.popleft()
+    return planned, result.result()
 
 
-def _pieces(step: Step) -> list[Piece]:
-    """Read and compute one step; evaluated here, since MLX's streams belong to their thread."""
-    pieces = [Piece.of(array) for array in step.arrays()]
+def _compute(planned: PlannedParameter) -> list[TensorBytes]:
+    """Read and compute a parameter, evaluated here: MLX's streams belong to their thread."""
+    computed = [TensorBytes.of(array) for array in planned.arrays()]
     mx.clear_cache()  # MLX would keep every freed buffer for reuse
-    return pieces
+    return computed
 
 
 @contextmanager
 def _workers() -> Iterator[ThreadPoolExecutor]:
-    """Threads that compute: two on the CPU backend, where an operation runs on one core."""
+    """Start threads that compute: two on the CPU backend, where an operation runs on one core."""
     count = 2 if on_cpu() else 1
     with ThreadPoolExecutor(count, "convert") as pool:
         try:

@@ -1,4 +1,4 @@
-"""What a conversion will do, from headers alone: every tensor's scheme, the result's size, the memory it takes."""
+"""The plan of a conversion, from headers alone: each tensor's scheme, the result's size, memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from m7mlx_convert.writer import Spec, stored_specs
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-IN_FLIGHT = 600_000_000  # bytes of tensors being read, quantised and written at one time, unless one alone is larger
+# Bytes of tensors that are read, quantised and written at one time, unless one alone is larger.
+IN_FLIGHT = 600_000_000
 _BASE = 250_000_000  # bytes of memory that Python and MLX take
 _SLICE = 1 << 18  # numbers that are quantised at a time where that takes a table
 # Bytes a number: MLX's CPU backend compares each with every code there is.
@@ -36,27 +37,31 @@ _TABLES = {"mxfp4": 78, "mxfp8": 10, "nvfp4": 78}
 
 
 @dataclass(frozen=True)
-class Step:
-    """What becomes of one parameter: kept as it is, cast, expanded or quantised."""
+class PlannedParameter:
+    """One parameter and what becomes of it: kept as it is, cast, expanded or quantised.
+
+    dtype   of the weight; of one that is quantised, of its scales where they are floats
+    scheme  of the result
+    """
 
     name: str
     tensor: Tensor
-    dtype: mx.Dtype  # of the weight; of one that is quantised, of its scales where they are floats
+    dtype: mx.Dtype
     scheme: Quantization | None
 
     @cached_property
     def specs(self) -> list[Spec]:
-        """The tensors this gives, in the order they are written."""
+        """The tensors that it is stored as, in the order in which they are written."""
         return stored_specs(self.name, self.tensor.shape, self.dtype, self.scheme)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the result."""
+        """Bytes that it takes in the result."""
         return sum(spec.nbytes for spec in self.specs)
 
     @property
     def memory(self) -> int:
-        """Bytes that `arrays` takes, about; what is not kept as it is passes through float32 or its own type."""
+        """Bytes that `arrays` takes, about; what changes passes through float32 or its own type."""
         is_read_plain = self.tensor.scheme is None
         around = self.tensor.size * (self.tensor.dtype.size if is_read_plain else 4 + 1)
         if self.scheme != self.tensor.scheme and (table := _table(self.scheme)):
@@ -64,9 +69,9 @@ class Step:
         return self.nbytes + around
 
     def arrays(self) -> Iterator[mx.array]:
-        """The arrays for `specs`. Raises WeightsError for NaN and infinite numbers."""
+        """Compute the arrays for `specs`. Raises WeightsError for NaN and infinite numbers."""
         if self.scheme == self.tensor.scheme:
-            for array in self.tensor.load().values():
+            for array in self.tensor.read().values():
                 yield self._finite(array) if mx.issubdtype(array.dtype, mx.floating) else array
             return
         weight = self._finite(self.tensor.floats())
@@ -76,7 +81,7 @@ class Step:
         yield from _quantized(weight, self.scheme)
 
     def _finite(self, array: mx.array) -> mx.array:
-        """`array` in this step's type."""
+        """Cast an array to `dtype`. Raises WeightsError where numbers are not finite then."""
         cast = array.astype(self.dtype)
         if not is_finite(cast):
             if is_finite(array):
@@ -86,12 +91,12 @@ class Step:
 
 
 def _table(scheme: Quantization | None) -> int:
-    """Bytes a number that quantising takes besides what goes in and comes out."""
+    """Return the bytes a number that quantising takes besides what goes in and comes out."""
     return _TABLES.get(scheme.mode, 0) if scheme and on_cpu() else 0
 
 
 def _quantized(weight: mx.array, scheme: Quantization) -> list[mx.array]:
-    """`mx.quantize`, some rows at a time where that takes many times the memory of the weight."""
+    """Quantise, some rows at a time where that takes many times the memory of the weight."""
     rows = max(1, _SLICE // weight.shape[1]) if _table(scheme) else weight.shape[0]
     done: list[list[mx.array]] = []
     for start in range(0, weight.shape[0], rows):
@@ -103,39 +108,48 @@ def _quantized(weight: mx.array, scheme: Quantization) -> list[mx.array]:
 
 @dataclass(frozen=True)
 class Plan:
-    """A conversion, ready to run."""
+    """A conversion, ready to run.
+
+    parameters  in the order in which they are written
+    config      config.json of the result
+    """
 
     source: Source
-    steps: Sequence[Step]
-    config: Mapping[str, Any]  # config.json of the result
+    parameters: Sequence[PlannedParameter]
+    config: Mapping[str, Any]
 
     @cached_property
     def nbytes(self) -> int:
         """Bytes of the result's weights."""
-        return sum(step.nbytes for step in self.steps)
+        return sum(planned.nbytes for planned in self.parameters)
 
     @property
     def bits_per_weight(self) -> float:
-        return 8 * self.nbytes / sum(step.tensor.size for step in self.steps)
+        """Bits of the result over the source's numbers."""
+        return 8 * self.nbytes / sum(planned.tensor.size for planned in self.parameters)
 
     @property
     def memory(self) -> int:
         """Bytes of memory that the conversion takes, about."""
-        return _BASE + max(max(step.memory for step in self.steps), min(IN_FLIGHT, self.nbytes))
+        return _BASE + max(max(planned.memory for planned in self.parameters), min(IN_FLIGHT, self.nbytes))
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know, a line each."""
-        again = any(step.tensor.default and step.scheme not in (None, step.tensor.default) for step in self.steps)
+        """Notes for the user, a line each."""
+        again = any(
+            planned.tensor.default and planned.scheme not in (None, planned.tensor.default)
+            for planned in self.parameters
+        )
         return self.source.notes + (
             ("the weights are quantised already and are quantised again: the losses add up",) if again else ()
         )
 
     @cached_property
     def key(self) -> str | None:
-        """What a result made by this plan is known by; None where the source cannot be read a second time.
+        """A hash of all that decides the result; None if the source cannot be read twice.
 
-        Two runs with the same key write the same bytes: the second can go on where the first was killed.
+        Two runs with the same key write the same bytes: the second can resume where the first was
+        killed.
         """
         if not self.source.weight_files:
             return None
@@ -145,17 +159,17 @@ class Plan:
         for file in self.source.weight_files:
             state = file.stat()
             digest.update(f"\n{file.resolve()} {state.st_size} {state.st_mtime_ns}".encode())
-        for step in self.steps:
-            digest.update(f"\n{step.specs} {step.tensor.scheme} {step.scheme}".encode())
+        for planned in self.parameters:
+            digest.update(f"\n{planned.specs} {planned.tensor.scheme} {planned.scheme}".encode())
         return digest.hexdigest()
 
     def describe(self, target: Path) -> dict[str, Any]:
-        """The plan as `--json` prints it; sizes in bytes."""
+        """Return the plan as `--json` prints it; sizes in bytes."""
         return {
             "source": self.source.name,
             "target": str(target),
             "groups": self._groups(),
-            "parameters": sum(step.tensor.size for step in self.steps),
+            "parameters": sum(planned.tensor.size for planned in self.parameters),
             "bits_per_weight": round(self.bits_per_weight, 3),
             "result_bytes": self.nbytes,
             "disk_free_bytes": shutil.disk_usage(target.parent).free,
@@ -165,25 +179,31 @@ class Plan:
         }
 
     def _groups(self) -> list[dict[str, Any]]:
-        groups: dict[tuple[str, str], list[Step]] = {}
-        for step in self.steps:
-            part = step.name.removesuffix(".weight").split(".", 3)[-1].removeprefix("model.")
-            groups.setdefault((part, stored_as(step.scheme, step.dtype)), []).append(step)
+        """Sum up what is alike in all layers."""
+        groups: dict[tuple[str, str], list[PlannedParameter]] = {}
+        for planned in self.parameters:
+            part = planned.name.removesuffix(".weight").split(".", 3)[-1].removeprefix("model.")
+            groups.setdefault((part, stored_as(planned.scheme, planned.dtype)), []).append(planned)
         return [
             {
                 "part": part,
                 "stored": stored,
-                "tensors": len(steps),
-                "parameters": (size := sum(step.tensor.size for step in steps)),
-                "bits_per_weight": round(8 * sum(step.nbytes for step in steps) / size, 3),
-                "bytes": sum(step.nbytes for step in steps),
+                "tensors": len(parameters),
+                "parameters": (size := sum(planned.tensor.size for planned in parameters)),
+                "bits_per_weight": round(8 * sum(planned.nbytes for planned in parameters) / size, 3),
+                "bytes": sum(planned.nbytes for planned in parameters),
             }
-            for (part, stored), steps in groups.items()
+            for (part, stored), parameters in groups.items()
         ]
 
 
 def make_plan(source: Source, recipe: Recipe, dtype: str | None) -> Plan:
-    """What to do with each tensor. Raises InputError where the schemes do not fit."""
+    """Plan what becomes of each tensor.
+
+    dtype  of what is not quantised and of the scales; None takes the source's
+
+    Raises InputError where the recipe does not fit the source.
+    """
     config = source.config
     asked = FLOATS[dtype] if dtype else (named_dtype(source.raw_config) if recipe.quantises else None)
     matrices = [name.removesuffix(".weight") for name, tensor in source.tensors.items() if tensor.is_matrix]
@@ -194,7 +214,7 @@ def make_plan(source: Source, recipe: Recipe, dtype: str | None) -> Plan:
             raise InputError(
                 f"the rule {rule.pattern.pattern!r} matches nothing; a name is {matrices[1]}, for example"
             )
-    steps = []
+    planned = []
     for name, tensor in source.tensors.items():
         scheme = None
         if tensor.is_matrix:
@@ -210,22 +230,26 @@ def make_plan(source: Source, recipe: Recipe, dtype: str | None) -> Plan:
             raise InputError(
                 f"{source.name} is quantised, with scales that --dtype {dtype} would change; leave out --dtype"
             )
-        steps.append(Step(name, tensor, tensor.dtype if is_kept or asked is None else asked, scheme))
-    return Plan(source, steps, _result_config(source, steps, dtype))
+        target = tensor.dtype if is_kept or asked is None else asked
+        planned.append(PlannedParameter(name, tensor, target, scheme))
+    return Plan(source, planned, _result_config(source, planned, dtype))
 
 
 def _fitting_groups(source: Source) -> str:
+    """Return the advice for a group size that does not fit."""
     columns = [tensor.shape[-1] for tensor in source.tensors.values() if tensor.is_matrix]
     fits = [str(group) for group in (32, 64, 128) if all(n % group == 0 for n in columns)]
     return f"use --q-group-size {' or '.join(fits)}" if fits else "no group size fits this model: leave out --q-bits"
 
 
-def _result_config(source: Source, steps: Sequence[Step], dtype: str | None) -> dict[str, Any]:
-    """The source's config.json, with `quantization` as mlx-lm writes it."""
+def _result_config(source: Source, parameters: Sequence[PlannedParameter], dtype: str | None) -> dict[str, Any]:
+    """Return the source's config.json, with `quantization` as mlx-lm writes it."""
     config = dict(source.raw_config)
     if dtype:
         config |= {key: dtype for key in ("torch_dtype", "dtype") if key in config}
-    schemes = {step.name.removesuffix(".weight"): step.scheme for step in steps if step.tensor.is_matrix}
+    schemes = {
+        planned.name.removesuffix(".weight"): planned.scheme for planned in parameters if planned.tensor.is_matrix
+    }
     used = [scheme for scheme in schemes.values() if scheme]
     if used:
         base = max(used, key=used.count)
@@ -236,14 +260,14 @@ def _result_config(source: Source, steps: Sequence[Step], dtype: str | None) -> 
 
 
 def stored_as(scheme: Quantization | None, dtype: mx.Dtype) -> str:
-    """How a tensor is stored, in a few words: "4 bits, groups of 64", "mxfp4", "bfloat16"."""
+    """Describe how a tensor is stored: "4 bits, groups of 64", "mxfp4", "bfloat16"."""
     if scheme is None:
         return str(dtype).removeprefix("mlx.core.")
     return f"{scheme.bits} bits, groups of {scheme.group_size}" if scheme.mode == "affine" else scheme.mode
 
 
 def plan_table(plan: Plan, target: Path) -> RenderableType:
-    """The plan for people."""
+    """Write the plan for people."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text

@@ -1,4 +1,4 @@
-"""What a long run tells its user: progress bars, JSON events, or nothing."""
+"""Notes, progress and results of a long run: as text, as JSON, or quietly."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 Style = Literal["text", "json", "quiet"]
 _EVERY = 0.5  # seconds between two progress events
-_LINE_EVERY = 10.0  # … and between two lines
+_LINE_EVERY = 10.0  # seconds between two lines
 
 
 class Reporter:
-    """Where notes, progress and results go.
+    """Tells notes, progress and results, in a style.
 
-    text   notes on stderr, and progress: a bar in a terminal that can draw one, else a line now and then
+    text   notes on stderr, and progress: a bar in a terminal that can draw one, or a line at times
     json   one object a line on stdout: {"event": "note" | "progress" | …}
     quiet  nothing but results
     """
@@ -31,19 +31,19 @@ class Reporter:
         self.style = style
 
     def note(self, text: str) -> None:
-        """Something the user should know."""
+        """Tell something that the user should know."""
         if self.style == "json":
             self.event("note", text=text)
         elif self.style == "text":
             print(f"note: {one_line(text)}", file=sys.stderr)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """An object of JSON, in that style; nothing in the others."""
+        """Write an object in the style "json", nothing in the others."""
         if self.style == "json":
             print(json_line({"event": kind} | fields), flush=True)
 
     def result(self, kind: str, shown: RenderableType, **fields: Any) -> None:
-        """What the user asked for, on stdout: as text, or as an object of JSON."""
+        """Write what the user asked for on stdout, as text or as an object."""
         if self.style == "json":
             self.event(kind, **fields)
             return
@@ -54,9 +54,12 @@ class Reporter:
 
     @contextmanager
     def task(
-        self, label: str, total: int, unit: Literal["bytes", "tokens"] = "bytes"
+        self,
+        label: str,
+        total: int,
+        unit: Literal["bytes", "tokens"] = "bytes",
     ) -> Iterator[Callable[[int], None]]:
-        """A step over so many bytes (or tokens); gives the function that takes each count done."""
+        """Show the progress of a task; gives the function that takes each count done."""
         if self.style == "json":
             yield self._json_task(label, total, unit)
         elif self.style == "text":
@@ -83,7 +86,7 @@ class Reporter:
 
 
 def _lines(label: str, total: int) -> Callable[[int], None]:
-    """Lines on stderr for a log, none where all is done before the first is due."""
+    """Write lines on stderr for a log; none where all is done before the first is due."""
     done, last = 0, time.monotonic()
 
     def advance(count: int) -> None:

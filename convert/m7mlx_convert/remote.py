@@ -1,4 +1,4 @@
-"""A source that is still on the Hub: enough of it to plan with, without its weights."""
+"""A source that is still on the Hub, opened without its weights: enough to plan with."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _GGUF_HEAD = 1 << 24  # bytes; the metadata of a vocabulary of 128,000 takes 8 M
 
 
 def open_remote(source: str, revision: str | None) -> Source | None:
-    """A Hub repository's model, or a GGUF file's in one, as its headers describe it; its tensors cannot be loaded.
+    """Open a Hub repository, or a GGUF file in one, from its headers; its tensors cannot be read.
 
-    None for what is here, and where the Hub cannot be reached: then what was downloaded before serves.
-    Raises NotFoundError, WeightsError, DownloadError.
+    Returns None for what is here, and where the Hub cannot be reached: then what was downloaded
+    before serves. Raises NotFoundError, WeightsError, DownloadError.
     """
     repo = find_repo(source)
     if repo is None or not is_repo_id(repo):
@@ -39,39 +39,40 @@ def open_remote(source: str, revision: str | None) -> Source | None:
         except HubOutage:
             return None
         if source.lower().endswith(".gguf"):
-            return _gguf(repo, source.split("/", 2)[-1], revision, files)
+            return _open_gguf(repo, source.split("/", 2)[-1], revision, files)
         names = weight_files(repo, files, "any")
         folder = fetch_snapshot(repo, revision, "any", weights=False)
         headers: dict[str, StoredTensor] = {}
         for name in names:
-            headers |= _header(repo, name, revision, files[name].size, folder)
+            headers |= _read_header(repo, name, revision, files[name].size, folder)
     return open_folder(folder, name_model(source), headers)
 
 
-def _header(repo: str, name: str, revision: str | None, size: int, folder: Path) -> dict[str, StoredTensor]:
-    """Tensor → where in `folder` it will be stored, from the first kilobytes of a file."""
-    start = _start(repo, name, revision, _HEAD)
+def _read_header(repo: str, name: str, revision: str | None, size: int, folder: Path) -> dict[str, StoredTensor]:
+    """Read a file's header: tensor → where in `folder` it will be stored."""
+    start = _fetch_start(repo, name, revision, _HEAD)
     length = int.from_bytes(start[:8], "little")
     if len(start) < 8 or length > _MAX_HEADER:
         raise WeightsError(f"{repo}/{name} is damaged: it does not begin with a header")
     if 8 + length > len(start):
-        start = _start(repo, name, revision, 8 + length)
-    with _with_a_hole(name, start[: 8 + length], size) as path:
+        start = _fetch_start(repo, name, revision, 8 + length)
+    with _sparse_file(name, start[: 8 + length], size) as path:
         try:
             return {tensor: StoredTensor(folder / name, *info) for tensor, info in validate_header(path).items()}
         except WeightsError as error:
             raise WeightsError(f"{repo}/{name} is damaged: {shown(error)}") from None
 
 
-def _gguf(repo: str, name: str, revision: str | None, files: dict[str, RemoteFile]) -> Source:
+def _open_gguf(repo: str, name: str, revision: str | None, files: dict[str, RemoteFile]) -> Source:
+    """Open a GGUF file from its header. Raises NotFoundError, and what `open_gguf` raises."""
     if name not in files:
         raise NotFoundError(f"{repo} has no file {name}")
-    with _with_a_hole(name, _start(repo, name, revision, _GGUF_HEAD), files[name].size) as path:
+    with _sparse_file(name, _fetch_start(repo, name, revision, _GGUF_HEAD), files[name].size) as path:
         return open_gguf(path)
 
 
-def _start(repo: str, name: str, revision: str | None, count: int) -> bytes:
-    """The first bytes of a file; where a mirror sends all of it, the rest is not read."""
+def _fetch_start(repo: str, name: str, revision: str | None, count: int) -> bytes:
+    """Fetch the first bytes of a file; where a mirror sends all of it, the rest is not read."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -89,8 +90,8 @@ def _start(repo: str, name: str, revision: str | None, count: int) -> bytes:
 
 
 @contextmanager
-def _with_a_hole(name: str, start: bytes, size: int) -> Iterator[Path]:
-    """A file of the true size with a hole for all but its start."""
+def _sparse_file(name: str, start: bytes, size: int) -> Iterator[Path]:
+    """Make a file of the true size with a hole for all but its start."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / Path(name).name
         with path.open("wb") as file:

@@ -20,7 +20,7 @@ _LEFT, _BELOW, _ABOVE = 56, 28, 12
 
 
 def summary(comparison: Comparison) -> list[tuple[str, str]]:
-    """The result in a few lines: what is measured, and what came out."""
+    """Sum the comparison up in a few lines: what is measured, and what came out."""
     before, after = comparison.perplexities
     kl, high = comparison.kl, np.quantile(comparison.kl, 0.99)
     return [
@@ -34,7 +34,7 @@ def summary(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def comparison_table(comparison: Comparison) -> RenderableType:
-    """For a terminal."""
+    """Write the comparison for a terminal."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -55,11 +55,11 @@ def comparison_table(comparison: Comparison) -> RenderableType:
 
 
 def write_report(comparison: Comparison, path: Path) -> None:
-    """An HTML file that stands alone: figures, plots, and the text with each token's divergence."""
+    """Write an HTML file: figures, plots, and the text with each token's divergence."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     layers = range(len(comparison.hidden))
-    # A step without a prediction is the first token; divergence belongs to the token that was to be predicted.
+    # A divergence belongs to the token that was to be predicted, and nothing predicts the first.
     shades = [0.0, *(min(1.0, float(value) / 0.5) for value in comparison.kl)]
     environment = Environment(loader=PackageLoader("m7mlx_convert", "."), autoescape=True, undefined=StrictUndefined)
     html = environment.get_template("report.html.jinja").render(
@@ -80,7 +80,7 @@ def write_report(comparison: Comparison, path: Path) -> None:
 
 
 def _plot(title: str, lines: Sequence[Sequence[float] | np.ndarray], across: str) -> dict[str, Any]:
-    """What the template needs to draw lines over a common scale that starts at 0."""
+    """Describe lines over a common scale from 0, as the template draws them."""
     top = _round_up(max(float(np.max(line)) for line in lines)) or 1.0
     height = _HEIGHT - _BELOW - _ABOVE
 
@@ -103,7 +103,7 @@ def _plot(title: str, lines: Sequence[Sequence[float] | np.ndarray], across: str
 
 
 def _round_up(value: float) -> float:
-    """To the next of 1, 2, 4, 5, 8 or 10 times a power of ten."""
+    """Round up to 1, 2, 4, 5, 8 or 10 times a power of ten."""
     if value <= 0 or not math.isfinite(value):
         return 0.0
     power = 10.0 ** math.floor(math.log10(value))

@@ -1,4 +1,4 @@
-"""Which module gets which bits: one scheme for all, mlx-lm's mixed recipes, and rules by regular expression."""
+"""Which module gets which bits: one scheme for all, mlx-lm's mixed recipes, rules by pattern."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import NamedTuple
 from m7mlx.errors import ConfigError, InputError
 from m7mlx.quantization import BITS, GROUP_SIZES, Quantization
 
-MIXED = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}  # low bits, high bits
+# mlx-lm's recipes: low bits, high bits.
+MIXED = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
 
 
-def scheme_of(mode: str = "affine", bits: int | None = None, group_size: int | None = None) -> Quantization:
-    """A scheme with mlx-lm's defaults for what is None. Raises InputError where there is no such scheme."""
+def make_scheme(mode: str = "affine", bits: int | None = None, group_size: int | None = None) -> Quantization:
+    """Make a scheme with mlx-lm's defaults for what is None. Raises InputError."""
     try:
         return Quantization(group_size or GROUP_SIZES.get(mode, 0), bits or BITS.get(mode, 0), mode)
     except ConfigError as error:
@@ -21,14 +22,17 @@ def scheme_of(mode: str = "affine", bits: int | None = None, group_size: int | N
 
 
 class Rule(NamedTuple):
-    """Modules whose path the pattern matches anywhere get this scheme; None leaves them unquantised."""
+    """A scheme for modules whose path the pattern matches anywhere; None leaves them as numbers."""
 
     pattern: re.Pattern[str]
     scheme: Quantization | None
 
     @classmethod
     def parse(cls, text: str, group_size: int | None = None) -> Rule:
-        """Read "PATTERN=BITS", "PATTERN=BITS:GROUP", "PATTERN=MODE" or "PATTERN=none". Raises InputError."""
+        """Read "PATTERN=BITS", "PATTERN=BITS:GROUP", "PATTERN=MODE" or "PATTERN=none".
+
+        Raises InputError.
+        """
         pattern, is_rule, value = text.rpartition("=")
         if not is_rule or not pattern:
             raise InputError(f"{text!r} is no rule; write PATTERN=BITS, for example 'lm_head|embed_tokens=8'")
@@ -39,16 +43,16 @@ class Rule(NamedTuple):
         if value == "none":
             return cls(compiled, None)
         if value in GROUP_SIZES:
-            return cls(compiled, scheme_of(value))
+            return cls(compiled, make_scheme(value))
         match = re.fullmatch(r"(\d)(?::(\d{1,4}))?", value)
         if match is None:
             raise InputError(f"{value!r} in {text!r} is no scheme; write bits (4), bits:group (4:32), a mode or none")
-        return cls(compiled, scheme_of("affine", int(match[1]), int(match[2]) if match[2] else group_size))
+        return cls(compiled, make_scheme("affine", int(match[1]), int(match[2]) if match[2] else group_size))
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the user asked for.
+    """The bits that the user asked for.
 
     base        scheme of every matrix; None keeps each as the source has it
     mixed       one of mlx-lm's recipes (`MIXED`) in the place of `base`'s bits
@@ -63,15 +67,20 @@ class Recipe:
 
     @property
     def quantises(self) -> bool:
-        """Whether anything may come out in other bits than it went in."""
+        """Tells whether anything may come out in other bits than it went in."""
         return self.base is not None or any(rule.scheme for rule in self.rules)
 
     def scheme(
-        self, module: str, n_layers: int, as_it_is: Quantization | None, rule: Rule | None
+        self,
+        module: str,
+        n_layers: int,
+        as_it_is: Quantization | None,
+        rule: Rule | None,
     ) -> Quantization | None:
-        """The scheme of the matrix of `module`, which the source holds in the scheme `as_it_is`.
+        """Return the scheme of a module's matrix.
 
-        rule  the first one that matches `module`
+        as_it_is  the scheme in which the source holds it
+        rule      the first one that matches `module`
         """
         if rule:
             return rule.scheme
@@ -85,7 +94,7 @@ class Recipe:
 
     @property
     def label(self) -> str:
-        """Short, for the name of the result: "4bit", "mxfp4", "mixed_3_6"; empty where nothing is quantised."""
+        """A suffix for the result's name: "4bit", "mxfp4", "mixed_3_6"; empty if not quantised."""
         if self.mixed:
             return self.mixed
         if self.base:
@@ -94,9 +103,10 @@ class Recipe:
 
 
 def _is_sensitive(module: str, n_layers: int) -> bool:
-    """mlx-lm's choice (`convert.py`, `mixed_quant_predicate`), which follows llama.cpp's Q4_K_M.
+    """Return whether a module gets the high bits, as mlx-lm chooses (`mixed_quant_predicate`).
 
-    The head; values and down projections of the first and last eighth of the layers and of every third between.
+    That follows llama.cpp's Q4_K_M: the head; values and down projections of the first and last
+    eighth of the layers, and of every third between.
     """
     parts = module.split(".")
     layer = int(parts[2]) if parts[:2] == ["model", "layers"] else 0

@@ -1,4 +1,4 @@
-"""What a conversion reads: one interface for every kind of folder and file."""
+"""A conversion's input: one interface for every kind of folder and file."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ Arrays = dict[str, mx.array]  # {"weight"}, or {"weight", "scales"[, "biases"]}
 
 @dataclass(frozen=True)
 class Tensor:
-    """One parameter of the model as the source holds it, read only when `load` is called.
+    """One parameter of the model as the source holds it, read only when `read` is called.
 
-    shape     of the unquantised parameter
-    dtype     of the weight; of one that is quantised, the type it expands to
-    load      reads {"weight"}, or what `scheme` makes of it
-    scheme    how `load` gives it
-    default   the scheme of the result where the user asks for none; a weight that an adapter was merged into goes
-              back to the scheme it had
+    shape    of the unquantised parameter
+    dtype    of the weight; of one that is quantised, the type it expands to
+    read     gives {"weight"}, or what `scheme` makes of it
+    scheme   how `read` gives it
+    default  the scheme of the result where the user asks for none; a weight that an adapter was
+             merged into goes back to the scheme it had
     """
 
     shape: tuple[int, ...]
     dtype: mx.Dtype
-    load: Callable[[], Arrays]
+    read: Callable[[], Arrays]
     scheme: Quantization | None = None
     default: Quantization | None = None
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it is the matrix of a linear layer or of the embedding, which can be quantised."""
+        """Tells the matrices of linear layers and of the embedding, which can be quantised."""
         return len(self.shape) == 2
 
     @property
@@ -51,31 +51,43 @@ class Tensor:
         return math.prod(self.shape)
 
     def floats(self) -> mx.array:
-        """The weight unquantised: as stored, or expanded to float32."""
-        return self.expand(self.load())
+        """Read the weight unquantised: as stored, or expanded to float32."""
+        return self.expand(self.read())
 
     def expand(self, arrays: Mapping[str, mx.array]) -> mx.array:
-        """The same of what `load` gave, or of some rows of it."""
+        """Return the unquantised weight of what `read` gave, or of some rows of it."""
         return dequantize(arrays, self.scheme) if self.scheme else arrays["weight"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Everything a conversion needs to know of what it converts."""
+    """Everything a conversion needs to know of the model that it converts.
 
-    name: str  # of the model, for the default output and the card
+    name          of the model, for the default output and the card
+    raw_config    config.json as it will be written, without `quantization`
+    tensors       by name on disk, in the model's order
+    files         the tokenizer and the like, by name
+    weight_files  where the tensors are read from; empty where they cannot be read a second time
+    settings      what else decides the numbers that are read, as JSON
+    notes         what the user should know, a line each
+    """
+
+    name: str
     config: ModelConfig
-    raw_config: Mapping[str, Any]  # config.json as it will be written, without `quantization`
-    tensors: Mapping[str, Tensor]  # by name on disk, in the model's order
-    files: Mapping[str, Path | bytes] = field(default_factory=dict)  # tokenizer and the like, by name
-    weight_files: tuple[Path, ...] = ()  # what `load` reads; empty where that cannot be read a second time
-    settings: Mapping[str, Any] = field(default_factory=dict)  # what else decides what `load` makes of them, as JSON
+    raw_config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    files: Mapping[str, Path | bytes] = field(default_factory=dict)
+    weight_files: tuple[Path, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
     licence: str | None = None
-    notes: tuple[str, ...] = ()  # what the user should know, a line each
+    notes: tuple[str, ...] = ()
 
 
-def reader(headers: Mapping[str, StoredTensor], names: Mapping[str, str]) -> Callable[[], Arrays]:
-    """A `Tensor.load` for tensors of safetensors files: kind ("weight", "scales", …) → its name on disk."""
+def make_reader(headers: Mapping[str, StoredTensor], names: Mapping[str, str]) -> Callable[[], Arrays]:
+    """Return a `Tensor.read` for tensors of safetensors files.
+
+    names  kind ("weight", "scales", …) → the tensor's name on disk
+    """
 
     def read() -> Arrays:
         arrays = {}
@@ -90,10 +102,11 @@ def reader(headers: Mapping[str, StoredTensor], names: Mapping[str, str]) -> Cal
 
 
 def check_links(folder: Path, files: Iterable[Path]) -> None:
-    """Raise InputError for a file of a source that is a link out of it: what it leads to was never meant to be
-    converted, and would be published with the result.
+    """Raise InputError for a file of the source that is a link out of its folder.
 
-    The Hub's cache is made of links, from models--org--name/snapshots/… into models--org--name/blobs.
+    What such a link leads to was never meant to be converted, and would be published with the
+    result. The Hub's cache is made of links, from models--org--name/snapshots/… into
+    models--org--name/blobs: those are followed.
     """
     home = Path(os.path.realpath(folder))
     homes = [home]
@@ -108,5 +121,5 @@ def check_links(folder: Path, files: Iterable[Path]) -> None:
 
 
 def named_dtype(config: Mapping[str, Any]) -> mx.Dtype | None:
-    """The type that a config.json names."""
+    """Return the type that a config.json names, if it is one of `FLOATS`."""
     return FLOATS.get(str(config.get("torch_dtype") or config.get("dtype")))

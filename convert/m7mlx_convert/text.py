@@ -23,14 +23,23 @@ class Text:
     pieces: Sequence[str]
 
 
-def read_text(folder: Path, vocab_size: int, file: Path | None, tokens: int | None, reporter: Reporter) -> Text:
-    """The first `tokens` of a file, or of the passages that come with this package, in the ids of a model's folder.
+def read_text(
+    folder: Path,
+    vocab_size: int,
+    file: Path | None,
+    tokens: int | None,
+    reporter: Reporter,
+) -> Text:
+    """Read the start of a file in the ids of the model in `folder`.
+
+    file    a text; None takes the passages that come with this package
+    tokens  how many; None takes `DEFAULT_TOKENS`
 
     Raises InputError for a file that is no text or too short.
     """
     path = file or Path(__file__).with_name("passages.txt")
     tokens = tokens or DEFAULT_TOKENS
-    text = file_text(path, tokens)
+    text = read_start(path, tokens)
     tokenizer = load_tokenizer(folder, vocab_size)
     ids = tokenizer.encode(text, add_bos=tokenizer.add_bos)[:tokens]
     if len(ids) < 2:
@@ -40,8 +49,8 @@ def read_text(folder: Path, vocab_size: int, file: Path | None, tokens: int | No
     return Text(ids, [tokenizer.token_bytes(token).decode("utf-8", "replace") for token in ids])
 
 
-def file_text(path: Path, tokens: int) -> str:
-    """The start of a file, enough for so many tokens. Raises InputError if it is no text."""
+def read_start(path: Path, tokens: int) -> str:
+    """Read the start of a file, enough for so many tokens. Raises InputError if it is no text."""
     try:
         with user_path(path).open(encoding="utf-8") as stream:
             return stream.read(tokens * _CHARACTERS)

@@ -1,4 +1,4 @@
-"""The result on the Hub."""
+"""Uploading a result to the Hub."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from m7mlx_convert.progress import Reporter
 
 
 def check_upload(repo: str) -> None:
-    """Raise InputError, before hours of work, if `repo` can be no repository of whoever is logged in."""
+    """Raise InputError, before hours of work, if the user cannot write to a repository `repo`."""
     from huggingface_hub import HfApi, errors
     from huggingface_hub.utils import validate_repo_id
 
@@ -35,7 +35,7 @@ def check_upload(repo: str) -> None:
 
 
 def upload(folder: Path, repo: str, reporter: Reporter) -> str:
-    """Upload a whole folder; creates the repository if it is not there. Returns its address.
+    """Upload a whole folder, to a new repository if need be; return its address.
 
     Raises RunError; the folder stays, and what has arrived is not sent again.
     """

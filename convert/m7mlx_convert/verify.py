@@ -1,8 +1,8 @@
-"""How far a model is from what it was converted from.
+"""The distance of a converted model from its source.
 
-Both run side by side on one text: in every batch, row 0 is the source and row 1 the result. A matrix of each is
-read when its turn comes, expanded some rows at a time and dropped after it, so that two models of 7 billion numbers
-need the memory of two of their matrices.
+Both run side by side on one text: in every batch, row 0 is the source and row 1 the result. A
+matrix of each is read when its turn comes, expanded some rows at a time and dropped after it, so
+that two models of 7 billion numbers need the memory of two of their matrices.
 """
 
 from __future__ import annotations
@@ -56,19 +56,19 @@ class Comparison:
 
     @cached_property
     def perplexities(self) -> tuple[float, float]:
-        """Of the source and of the result."""
+        """The perplexity of the source and of the result."""
         before, after = np.exp(self.losses.mean(axis=1))
         return float(before), float(after)
 
     def layer(self, index: int) -> tuple[str, float, float]:
-        """A layer's worst matrix, that one's error, and the error of all its matrices together (root mean square)."""
+        """Return a layer's worst matrix, its error, and that of all together (root mean square)."""
         prefix = f"model.layers.{index}."
         errors = {name.removeprefix(prefix): e for name, e in self.weights.items() if name.startswith(prefix)}
         worst = max(errors, key=lambda name: errors[name])
         return worst, errors[worst], float(np.sqrt(np.mean(np.square(list(errors.values())))))
 
     def to_dict(self) -> dict[str, Any]:
-        """As `--json` prints it."""
+        """Return the comparison as `--json` prints it."""
         return {
             "source": self.source,
             "result": self.result,
@@ -86,7 +86,7 @@ class Comparison:
 
 
 def compare(source: Source, result: Source, text: Text, reporter: Reporter) -> Comparison:
-    """Run both on `text`. Raises InputError if one cannot have come from the other, or for a text too long."""
+    """Run both on `text`. Raises InputError for unlike models, or a text too long."""
     _check_match(source, result)
     config = source.config
     if config.sliding_window is None and len(text.ids) > config.max_position_embeddings:
@@ -107,6 +107,7 @@ def compare(source: Source, result: Source, text: Text, reporter: Reporter) -> C
 
 
 def _check_match(source: Source, result: Source) -> None:
+    """Raise InputError if the result cannot have come from the source."""
     for field in fields(ModelConfig):
         a, b = getattr(source.config, field.name), getattr(result.config, field.name)
         if a != b and field.name not in _MAY_DIFFER:
@@ -124,12 +125,12 @@ class _Both:
         self.errors: dict[str, float] = {}
 
     def embed(self, ids: mx.array) -> list[mx.array]:
-        """Embeddings [2, L, hidden_size] of the ids, chunk by chunk."""
+        """Return the embeddings [2, L, hidden_size] of the ids, chunk by chunk."""
         rows = self._pair("model.embed_tokens").rows(ids)
         return list(mx.split(rows, range(_CHUNK, ids.size, _CHUNK), axis=1))
 
     def layer(self, index: int, chunks: list[mx.array], advance: Callable[[int], None]) -> list[mx.array]:
-        """The hidden states that leave a layer, for those that enter it."""
+        """Return the hidden states that leave a layer, for those that enter it."""
         prefix = f"model.layers.{index}."
         block = Block(self._config)
         for name in _ATTENTION:
@@ -151,9 +152,12 @@ class _Both:
         return left
 
     def predictions(
-        self, chunks: list[mx.array], ids: mx.array, advance: Callable[[int], None]
+        self,
+        chunks: list[mx.array],
+        ids: mx.array,
+        advance: Callable[[int], None],
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Divergence, agreement and losses at each position but the last."""
+        """Return divergence, agreement and losses at each position but the last."""
         norm = self._norm("model.norm")
         head = self._pair("model.embed_tokens" if self._config.tie_word_embeddings else "lm_head")
         states = norm(mx.concatenate(chunks, axis=1))[:, :-1]
@@ -186,10 +190,10 @@ class _Pair:
     errors: dict[str, float]
 
     def rows(self, ids: mx.array) -> mx.array:  # [L] → [2, L, columns]
-        """Single rows, as an embedding gives them."""
+        """Return single rows, as an embedding gives them."""
         sides = []
         for tensor in self.tensors:
-            sides.append(tensor.expand({kind: a[ids] for kind, a in tensor.load().items()}).astype(mx.float32))
+            sides.append(tensor.expand({kind: a[ids] for kind, a in tensor.read().items()}).astype(mx.float32))
             mx.eval(sides)
             mx.clear_cache()
         if self.module not in self.errors:
@@ -198,6 +202,7 @@ class _Pair:
         return mx.stack(sides)
 
     def product(self, x: mx.array) -> mx.array:  # [2, L, in] → [2, L, out]
+        """Multiply each row of the batch with its own matrix."""
         found: tuple[list[mx.array], list[mx.array]] = ([], [])
         for sides in self._slices():
             for side, weight in enumerate(sides):
@@ -206,8 +211,8 @@ class _Pair:
         return mx.stack([mx.concatenate(parts, axis=-1) for parts in found])
 
     def _slices(self) -> Iterator[tuple[mx.array, mx.array]]:
-        """Rows of both in float32; `errors` has their distance afterwards."""
-        stored = [tensor.load() for tensor in self.tensors]
+        """Yield rows of both in float32; `errors` has their distance afterwards."""
+        stored = [tensor.read() for tensor in self.tensors]
         rows, columns = self.tensors[0].shape
         step = max(1, _SLICE // columns)
         difference = size = 0.0
@@ -228,6 +233,8 @@ class _Pair:
 
 
 class _Linear(nn.Module):
+    """A linear layer of both models."""
+
     def __init__(self, pair: _Pair) -> None:
         super().__init__()
         self._pair = pair
@@ -237,6 +244,8 @@ class _Linear(nn.Module):
 
 
 class _Norm(nn.Module):
+    """A norm of both models."""
+
     def __init__(self, weights: mx.array, eps: float) -> None:  # [2, hidden_size]
         super().__init__()
         self.weights, self.eps = weights, eps
@@ -255,7 +264,7 @@ def _matmul(x: mx.array, weight: mx.array) -> mx.array:  # [L, in], [out, in] �
 
 
 def _squares(array: mx.array) -> float:
-    """The sum of the squares."""
+    """Return the sum of the squares."""
     if on_cpu():
         flat = np.array(array, copy=False).reshape(-1)
         return float(np.dot(flat, flat))
@@ -263,10 +272,10 @@ def _squares(array: mx.array) -> float:
 
 
 def _relative(chunks: Sequence[mx.array]) -> float:
-    """How far row 1 is from row 0, over all chunks [2, L, hidden_size]."""
+    """Return the relative distance of row 1 from row 0 over all chunks [2, L, hidden_size]."""
     return _ratio(sum(_squares(chunk[1] - chunk[0]) for chunk in chunks), sum(_squares(chunk[0]) for chunk in chunks))
 
 
 def _ratio(difference: float, size: float) -> float:
-    """|a − b| / |b| from the sums of squares."""
+    """Return |a − b| / |b| from the sums of squares."""
     return float(np.sqrt(difference / size)) if size else float(difference > 0)

@@ -1,1 +1,1 @@
-"""Linux's CPU backend, made fast: nothing else imports it, and no other system needs it."""
+"""What makes MLX's CPU backend on Linux fast; no other system needs it."""

@@ -1,10 +1,12 @@
-"""Linux's CPU backend: a fast BLAS in the place of the one that MLX brings.
+"""A fast BLAS for Linux's CPU backend, in place of the one that MLX brings.
 
-The wheel mlx-cpu is linked against Netlib's reference BLAS, whose `cblas_sgemm` does 2 GFLOP/s where OpenBLAS does
-80. The dynamic linker looks a symbol up in the program's global scope first, so a library that is loaded there before
-mlx.core is imported is the one that MLX calls. macOS (Accelerate, Metal) and CUDA are left alone.
+The wheel mlx-cpu is linked against Netlib's reference BLAS, whose `cblas_sgemm` does 2 GFLOP/s
+where OpenBLAS does 80. The dynamic linker looks a symbol up in the program's global scope first, so
+a library that is loaded there before mlx.core is imported is the one that MLX calls. That is why
+this module acts when it is imported, and reads its setting itself. macOS (Accelerate, Metal) and
+CUDA are left alone.
 
-M7MLX_BLAS   "off": leave MLX's; or the name or path of a library to take
+M7MLX_BLAS   "off" leaves MLX's own; otherwise the name or path of a library to use
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ from m7mlx.paths import cache_dir
 _KNOWN = ("libopenblas.so.0", "libopenblas.so", "libblis.so.4")
 _ADVICE = "on Debian and Ubuntu: apt install libopenblas0-pthread; on Fedora: dnf install openblas-threads"
 
-library = ""  # the one that was put in
+library = ""  # the one that MLX calls, if `interpose` found one
 
 
 def interpose() -> None:
-    """Load a fast BLAS for mlx.core to call, where one is wanted and found; warns where it is too late."""
+    """Load a fast BLAS for mlx.core to call, if one is wanted and found; warn if it is too late."""
     global library
-    chosen = os.environ.get("M7MLX_BLAS", "")
-    if not _wanted() or chosen.lower() == "off" or library:
+    chosen = _setting()
+    if library or chosen == "off" or not _wanted():
         return
     for name in (chosen,) if chosen else _KNOWN:
         try:
@@ -47,9 +49,9 @@ def interpose() -> None:
 
 
 def note() -> str:
-    """What the user should know, in a line: the library asked for cannot be used; or, once, how to get one."""
-    chosen = os.environ.get("M7MLX_BLAS", "")
-    if library or not _wanted() or chosen.lower() == "off":
+    """Return a line if the library asked for cannot be used or, once, on how to get one."""
+    chosen = _setting()
+    if library or chosen == "off" or not _wanted():
         return ""
     if chosen:
         return f"M7MLX_BLAS: {chosen} cannot be loaded, or has no cblas_sgemm; MLX's own is used"
@@ -62,7 +64,13 @@ def note() -> str:
     return f"without OpenBLAS this machine reads prompts at a tenth of its speed or less; {_ADVICE}"
 
 
+def _setting() -> str:
+    chosen = os.environ.get("M7MLX_BLAS", "")
+    return "off" if chosen.lower() == "off" else chosen
+
+
 def _wanted() -> bool:
+    """Tell whether MLX computes with mlx-cpu's BLAS here."""
     if sys.platform != "linux":
         return False
     try:

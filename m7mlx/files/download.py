@@ -1,8 +1,9 @@
 """Large files from the Hub, resumed after anything: a cut connection, Ctrl-C, kill -9.
 
-huggingface_hub downloads into a file with a random name and starts anew the next time. Here the name is that of the
-file's SHA-256, so that the next process finds it; the whole file is put where huggingface_hub keeps it, which then
-takes it as its own. The lock is huggingface_hub's, so two processes wait for each other.
+huggingface_hub downloads into a file with a random name and starts anew the next time. Here the
+file is named after its SHA-256, so that the next process finds it. Once whole, it is put where
+huggingface_hub keeps it, which then takes it as its own. The lock is huggingface_hub's, so two
+processes wait for each other.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _PART = ".m7mlx-part"
 
 
 class RemoteFile(NamedTuple):
-    """A file of a repository: its bytes, and for a large one the SHA-256 that it is stored under."""
+    """A file of a repository: its size in bytes and, if large, the SHA-256 it is stored under."""
 
     size: int
     sha256: str | None
@@ -41,7 +42,8 @@ def fetch_blob(
 
     advance  called with each number of bytes that are here, those of an earlier run first
 
-    Raises DownloadError for wrong bytes, DiskError where they do not fit, and what huggingface_hub raises.
+    Raises DownloadError for wrong bytes, DiskError where they do not fit, and what huggingface_hub
+    raises.
     """
     from huggingface_hub.utils import WeakFileLock
 
@@ -56,7 +58,7 @@ def fetch_blob(
     lock = huggingface.find_lock(repo, file.sha256)
     lock.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):
-        if not blob.exists():  # not fetched by another process meanwhile
+        if not blob.exists():  # no other process has fetched it meanwhile
             part = blob.with_name(blob.name + _PART)
             _fetch(repo, name, revision, file, part, advance)
             if sha256(part) != file.sha256:
@@ -68,12 +70,12 @@ def fetch_blob(
 
 
 def remove_leftovers(repo: str) -> None:
-    """Remove the unfinished files of downloads that were killed; huggingface_hub never resumes them."""
+    """Remove what killed downloads of huggingface_hub have left: it never resumes them."""
     from filelock import FileLock, Timeout
 
     for path in (huggingface.find_storage(repo) / "blobs").glob("*.incomplete"):
         lock = huggingface.find_lock(repo, path.name.split(".")[0])
-        # While a process writes it holds the lock.
+        # A process holds the lock while it writes.
         with contextlib.suppress(Timeout, OSError), FileLock(lock, timeout=0):
             path.unlink(missing_ok=True)
 
@@ -86,7 +88,7 @@ def _fetch(
     part: Path,
     advance: Callable[[int], None],
 ) -> None:
-    """Fetch what `part` does not have yet."""
+    """Fetch what `part` does not hold yet."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.utils import build_hf_headers
 
@@ -106,7 +108,7 @@ def _fetch(
     url = hf_hub_url(repo, name, revision=revision)
     location = get_hf_file_metadata(url, headers=headers, retry_on_errors=True).location
     if urlparse(location).netloc != urlparse(url).netloc:
-        headers.pop("authorization", None)  # where the bytes lie, a signed address is enough
+        headers.pop("authorization", None)  # elsewhere the address itself is signed
     with part.open("r+b" if done else "wb") as stream:
         stream.seek(done)
         stream.truncate()
@@ -119,7 +121,7 @@ def _fetch(
 
 
 class _Counted:
-    """A file that tells what is written to it, and takes no more than it should come to."""
+    """A file that reports what is written to it, and refuses more than its size."""
 
     def __init__(self, file: BinaryIO, size: int, advance: Callable[[int], None]) -> None:
         self._file, self._size, self._advance = file, size, advance

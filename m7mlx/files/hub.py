@@ -1,4 +1,4 @@
-"""Name → folder or file: a path, an alias, a Hub repository, a GGUF file in one, or the demo model."""
+"""Names of models → folders: a path, an alias, a Hub repository, a GGUF file, the demo model."""
 
 from __future__ import annotations
 
@@ -26,15 +26,20 @@ _REPO_FILE = re.compile(r"([\w.-]+/[\w.-]+)/([^\0]+\.gguf)", re.IGNORECASE)
 
 
 def resolve(
-    name: str | Path, revision: str | None = None, layout: Layout = "huggingface", progress: Progress | None = None
+    name: str | Path,
+    revision: str | None = None,
+    layout: Layout = "huggingface",
+    progress: Progress | None = None,
 ) -> Path:
-    """The folder that a name stands for; downloads what is not here yet, with progress on stderr.
+    """Return the folder that a name stands for; fetch what is not here yet, with progress on stderr.
 
-    A path that exists comes first, then "demo", the aliases, Hub repositories "org/name" and GGUF files in them,
-    "org/name/file.gguf". A GGUF file is converted once, into the cache folder (`m7mlx.files.converter`). `layout`
-    "any" gives the file itself, and takes weights in Mistral's own layout, too: for the converter. "adapter" takes a
-    LoRA adapter, which is refused otherwise.
-    `progress` is called with (bytes here, bytes in all) of a repository's large files.
+    name      a path that exists, "demo", an alias, a Hub repository "org/name", or a GGUF file in
+              one, "org/name/file.gguf"; a GGUF file is converted once, into the cache folder
+              (`m7mlx.files.converter`)
+    layout    "any" gives a GGUF file itself, and takes weights in Mistral's own layout: for the
+              converter; "adapter" takes a LoRA adapter, which is refused otherwise
+    progress  called with (bytes here, bytes in all) of a repository's large files
+
     Raises NotFoundError, WeightsError, DownloadError, DiskError.
     """
     text = str(name)
@@ -56,7 +61,7 @@ def resolve(
 
 
 def check_name(name: str) -> None:
-    """Raise NotFoundError, as `resolve` would, for a name that is nothing here and can be nothing elsewhere."""
+    """Raise NotFoundError for a name that is nothing here and cannot be a repository either."""
     if find_existing(name) is None and name != DEMO and not _is_repo(name) and _repo_file(name) is None:
         resolve(name)
 
@@ -66,13 +71,13 @@ def _is_repo(name: str) -> bool:
 
 
 def _repo_file(name: str) -> tuple[str, str] | None:
-    """The repository and the GGUF file in it that a name stands for."""
+    """Split "org/name/file.gguf" into the repository and the file; None for any other name."""
     match = None if name.startswith(("/", ".", "~")) else _REPO_FILE.fullmatch(name)
     return (match[1], match[2]) if match and is_repo_id(match[1]) else None
 
 
 def find_local(name: str | Path) -> Path | None:
-    """The folder that a name stands for if all of it is on this machine; None if it would have to be fetched."""
+    """Return the folder that a name stands for if all of it is on this machine."""
     text = str(name)
     try:
         if (path := find_existing(name)) is not None:
@@ -92,7 +97,7 @@ def find_local(name: str | Path) -> Path | None:
 
 
 def is_repo_id(text: str) -> bool:
-    """Whether it has the form "org/name", as the Hub's rules for names have it."""
+    """Whether a text has the form "org/name" and keeps the Hub's rules for names."""
     from huggingface_hub import errors
     from huggingface_hub.utils import validate_repo_id
 
@@ -106,7 +111,10 @@ def is_repo_id(text: str) -> bool:
 
 
 def find_existing(name: str | Path) -> Path | None:
-    """The file or folder of this name, if there is one. Raises NotFoundError where that cannot be told."""
+    """Return the file or folder of this name, if there is one.
+
+    Raises NotFoundError where the system does not let us look.
+    """
     try:
         path = user_path(name)
         return path if str(name) and path.exists() else None

@@ -17,10 +17,12 @@ from m7mlx.files.huggingface import transport_error
 from m7mlx.files.weights import ADAPTERS, adapter_advice, is_model_file
 from m7mlx.jsonfile import said
 
-# What a model needs besides its weights: config, tokenizer, chat template, licence, checksums; no code, no pickle.
+# What a model needs besides its weights: config, tokenizer, chat template, licence, checksums; no
+# code, no pickle.
 _SMALL = ("*.json", "tokenizer.model*", "*.jinja", "README.md", "LICENSE*", MANIFEST)
 _PICKLE = (".bin", ".pth", ".pt", ".pkl", ".ckpt")
-# What has to be here to do without a network; of a repository that has both layouts only one was fetched.
+# What has to be here to do without a network; of a repository that has both layouts only one was
+# fetched.
 _OFFLINE, _NOT_OFFLINE = [*_SMALL, "*.safetensors"], ["consolidated*", "*/*"]
 Layout = Literal["huggingface", "any", "adapter"]
 Progress = Callable[[int, int], None]
@@ -38,10 +40,13 @@ def fetch_snapshot(
     weights: bool = True,
     progress: Progress | None = None,
 ) -> Path:
-    """Download what a model needs of a repository into the Hub's own cache, and check every checksum.
+    """Download what a model needs of a repository into the Hub's cache, and check every checksum.
 
-    A download that was broken off, by whatever, is gone on with. `weights=False` leaves those out. Without a
-    network, what is here already serves.
+    weights   False leaves the weights out
+    progress  as for `m7mlx.files.hub.resolve`
+
+    A download that was broken off is resumed. Without a network, what was fetched before is taken.
+    Raises NotFoundError, WeightsError, DownloadError, DiskError.
     """
     from huggingface_hub import snapshot_download
 
@@ -75,7 +80,7 @@ def _counter(total: int, progress: Progress | None) -> Callable[[int], None]:
 
 
 def find_snapshot(repo: str, revision: str | None, outage: HubOutage) -> Path:
-    """The snapshot that was downloaded before. Raises the outage if there is none, or not all of it."""
+    """Return the snapshot that was downloaded before. Raises `outage` if there is no whole one."""
     from huggingface_hub import errors, snapshot_download
 
     try:
@@ -96,7 +101,7 @@ def find_snapshot(repo: str, revision: str | None, outage: HubOutage) -> Path:
 
 
 def list_files(repo: str, revision: str | None = None) -> dict[str, RemoteFile]:
-    """Name → file of a repository. Raises HubOutage, and what `hub_errors` understands."""
+    """Return the files of a repository by name. Raises HubOutage, and what `hub_errors` reads."""
     from huggingface_hub import HfApi, errors
 
     try:
@@ -125,7 +130,7 @@ def _small(files: Mapping[str, RemoteFile]) -> list[str]:
 
 
 def weight_files(repo: str, files: Mapping[str, RemoteFile], layout: Layout) -> list[str]:
-    """The weight files to fetch. Raises WeightsError where there are none that can be used."""
+    """Return the weight files to fetch. Raises WeightsError where none of them can be used."""
     found = [name for name in files if "/" not in name and name.endswith(".safetensors")]
     if layout == "adapter":
         if adapters := [name for name in ADAPTERS if name in files]:
@@ -178,20 +183,19 @@ def fetch_gguf(repo: str, name: str, revision: str | None) -> Path:
 
 
 def silence_downloads() -> None:
-    """No progress bars and no warnings of downloads, from here on."""
-    from huggingface_hub.utils import logging
-    from huggingface_hub.utils.tqdm import disable_progress_bars
+    """Turn progress bars and warnings of downloads off, from here on."""
+    from huggingface_hub.utils import disable_progress_bars, logging
 
     disable_progress_bars()
     logging.set_verbosity_error()
 
 
-# --- what can go wrong --------------------------------------------------------------------------------
+# --- what can go wrong ----------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
-    """What huggingface_hub raises, as one line with what to do."""
+    """Turn what huggingface_hub raises into one of our errors, which says what to do."""
     from huggingface_hub import errors
 
     try:
@@ -210,7 +214,7 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         raise DownloadError(_outage(repo, None)) from None
     except (transport_error(), OSError) as error:
         raise _failure(repo, error) from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:  # an answer, or a cache, that is none
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # malformed data
         raise DownloadError(f"what is known of {repo} cannot be understood ({said(str(error))}); try again") from None
 
 
@@ -227,7 +231,7 @@ def _failure(repo: str, error: Exception) -> Exception:
 
 
 def _check_blobs(folder: Path) -> None:
-    """Compare each large file with the SHA-256 it is stored under, once for each state of the file."""
+    """Compare each large file with the SHA-256 it is stored under, once for each of its states."""
     for file in sorted(folder.iterdir()):
         _check_blob(file)
 

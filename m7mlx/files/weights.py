@@ -1,7 +1,7 @@
 """Weight files, checked before MLX reads them.
 
-`mx.load` accepts overlapping, truncated or huge-shaped headers; the safetensors library does not, so every
-header goes through it first.
+`mx.load` accepts overlapping, truncated or huge-shaped headers; the safetensors library does not,
+so every header goes through it first.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from m7mlx.quantization import Quantization
 from m7mlx.terminal import one_line
 
 _MOST_INDEX = 64 << 20  # bytes
-ADAPTERS = ("adapters.safetensors", "adapter_model.safetensors")  # mlx-lm's LoRA adapters and PEFT's
+ADAPTERS = ("adapters.safetensors", "adapter_model.safetensors")  # of mlx-lm and of PEFT
 INDEX = "model.safetensors.index.json"
-_FLOATS = ("F32", "F16", "BF16")
+FLOATS = ("F32", "F16", "BF16")
 DTYPES: dict[str, mx.Dtype] = {  # safetensors' names → MLX's types, of those that weights have
     "F32": mx.float32,
     "F16": mx.float16,
@@ -53,14 +53,18 @@ class StoredTensor(NamedTuple):
 
 
 class Parameter(NamedTuple):
-    """One parameter of the model as a folder holds it: {"weight"}, or {"weight", "scales"[, "biases"]}."""
+    """One parameter of the model as a folder holds it.
+
+    scheme  None where it is not quantised
+    parts   "weight" and, where quantised, "scales" and perhaps "biases"
+    """
 
     scheme: Quantization | None
     parts: dict[str, StoredTensor]
 
 
 def validate_header(path: Path) -> dict[str, TensorInfo]:
-    """Tensors of one safetensors file, by name. Raises WeightsError for anything malformed."""
+    """Return the tensors of a safetensors file by name. Raises WeightsError if it is malformed."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():  # a pipe would be waited for
@@ -69,27 +73,27 @@ def validate_header(path: Path) -> dict[str, TensorInfo]:
         with safe_open(str(path), framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             found = {name: TensorInfo(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
-        json.loads(_header(path), object_pairs_hook=_once)  # of two with one name, each reader may take another
+        json.loads(_header(path), object_pairs_hook=_once)  # readers differ in what they make of equal names
         return found
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise WeightsError(f"{path} is not a whole safetensors file ({error}); fetch or convert it again") from None
 
 
 def data_starts(path: Path) -> dict[str, int]:
-    """Where in a file the numbers of each tensor begin. Its header has been validated (`folder_weights`)."""
+    """Return where in a file the numbers of each tensor begin; its header is valid already."""
     text = _header(path)
     start = 8 + len(text)
     return {name: start + e["data_offsets"][0] for name, e in json.loads(text).items() if name != "__metadata__"}
 
 
 def _header(path: Path) -> bytes:
-    """The header's JSON; the safetensors library has found it whole, flat and not too long."""
+    """Read the JSON of a header, which the safetensors library has found whole and not too long."""
     with path.open("rb") as file:
         return file.read(int.from_bytes(file.read(8), "little"))
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose names differ. Raises ValueError."""
+    """Make a JSON object of pairs whose names differ. Raises ValueError."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(name for n, (name, _) in enumerate(pairs) if name in dict(pairs[:n]))
@@ -98,7 +102,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_slices(stored: StoredTensor, start: int, slices: tuple[slice, ...]) -> mx.array:
-    """Rows and columns of one tensor whose numbers begin at `start`, without the rest: MLX itself reads it whole."""
+    """Read some rows and columns of a tensor whose numbers begin at `start`, and nothing else.
+
+    MLX itself reads tensors whole.
+    """
     dtype = DTYPES[stored.dtype]
     words = np.dtype(f"u{dtype.size}")  # NumPy has no bfloat16
     data = np.memmap(stored.path, words, "r", start, stored.shape)
@@ -106,12 +113,13 @@ def read_slices(stored: StoredTensor, start: int, slices: tuple[slice, ...]) -> 
 
 
 def folder_weights(folder: Path, *, native: bool = False) -> dict[str, StoredTensor]:
-    """The tensors of a model folder, by name; each header is read once. Raises WeightsError.
+    """Return the tensors of a model folder by name; each header is read once.
 
-    Index, files and tensors must agree: a shard missing from the folder, a tensor the index does not
-    name or a stray file beside the indexed ones is refused, never merged or skipped in silence.
-    A LoRA adapter is refused with what to do.
-    `native` takes the weights in Mistral's own layout, which repositories may hold beside the others.
+    native  take the weights in Mistral's own layout, which may lie beside the others
+
+    Index, files and tensors must agree: a missing file, a tensor that the index does not name or a
+    stray file beside the indexed ones is refused, never merged or skipped in silence. Raises
+    WeightsError, for a LoRA adapter with what to do with it.
     """
     refuse_adapter(folder)
     files = [f for f in sorted(folder.glob("*.safetensors")) if f.name.startswith("consolidated") == native]
@@ -147,12 +155,18 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def is_model_file(name: str) -> bool:
-    """Whether a safetensors file can hold a model's weights; mlx-lm trains into 0000100_adapters.safetensors."""
+    """Whether a safetensors file can hold a model's weights, judged by its name.
+
+    While it trains, mlx-lm writes adapters as 0000100_adapters.safetensors.
+    """
     return name not in ADAPTERS and not name.endswith("_adapters.safetensors")
 
 
 def adapter_advice(name: str, base: object = None) -> str:
-    """What to do with an adapter where a model is wanted; `base` is the model that it says it changes."""
+    """Say what to do with an adapter where a model is wanted.
+
+    base  the model that the adapter says it changes, if it does
+    """
     model = shlex.quote(one_line(base)[:200]) if isinstance(base, str) and base.strip() else "MODEL"
     return (
         f"{name} is a LoRA adapter, which changes a model and is none; merge it into that model: "
@@ -188,15 +202,19 @@ def _indexed(folder: Path, index: Path, files: list[Path]) -> dict[str, StoredTe
     return found
 
 
-def parameters(folder: Path, config: ModelConfig, headers: Mapping[str, StoredTensor]) -> dict[str, Parameter]:
-    """The model's parameters by their name on disk, every header compared with the config.
+def check_layer_count(where: Path, config: ModelConfig, tensors: int) -> None:
+    """Raise WeightsError for more layers than tensors, before a list of a billion layers fills the memory."""
+    if config.n_layers > tensors:
+        raise WeightsError(f"{where}: its configuration says {config.n_layers} layers, it holds {tensors} tensors")
 
-    Raises WeightsError for a tensor that is missing, of another shape or type, or not a part of the model.
+
+def parameters(folder: Path, config: ModelConfig, headers: Mapping[str, StoredTensor]) -> dict[str, Parameter]:
+    """Return the model's parameters by their name on disk, each compared with the config.
+
+    Raises WeightsError for a tensor that is missing, of another shape or type, or not a part of the
+    model.
     """
-    if config.n_layers > len(headers):  # or a config of 10⁹ layers would fill the memory below
-        raise WeightsError(
-            f"{folder}: config.json says {config.n_layers} layers, the files hold {len(headers)} tensors"
-        )
+    check_layer_count(folder, config, len(headers))
     found = {name: _parameter(folder, config, name, shape, headers) for name, shape in config.weight_shapes().items()}
     known = {f"{name.removesuffix('.weight')}.{kind}" for name, stored in found.items() for kind in stored.parts}
     for name in sorted(headers.keys() - known):
@@ -212,11 +230,13 @@ def head_as_stored(
     embedding: str = "model.embed_tokens",
     head: str = "lm_head",
 ) -> ModelConfig:
-    """The config of what the files hold: a head in them that is not the embedding is the model's own, whatever
-    config.json says of tying. transformers reads such files so (`tie_weights`).
+    """Return the config, untied if the files hold a head that differs from the embedding.
 
     embedding, head  what the files call the two
-    A head in a file that is not here counts as its own. Raises WeightsError for one that stands for both.
+
+    Such a head is the model's own, whatever config.json says of tying; transformers reads such
+    files in the same way (`tie_weights`). A head in a file that is not on this machine counts as
+    different. Raises WeightsError where there is a head but no embedding to tie it to.
     """
     own = {name.removeprefix(f"{head}."): t for name, t in headers.items() if name.startswith(f"{head}.")}
     tied = {n.removeprefix(f"{embedding}."): t for n, t in headers.items() if n.startswith(f"{embedding}.")}
@@ -234,7 +254,7 @@ def head_as_stored(
 
 
 def _is_equal(a: StoredTensor, a_name: str, b: StoredTensor, b_name: str) -> bool:
-    """Whether two stored tensors hold the same numbers; a few rows at a time."""
+    """Whether two stored tensors hold the same numbers. Reads a few rows of each at a time."""
     if a.shape != b.shape or len(a.shape) != 2 or 0 in a.shape or {a.dtype, b.dtype} - DTYPES.keys():
         return False
     if not (a.path.is_file() and b.path.is_file()):
@@ -249,26 +269,33 @@ def _is_equal(a: StoredTensor, a_name: str, b: StoredTensor, b_name: str) -> boo
 
 
 def is_left_out(name: str, config: ModelConfig) -> bool:
-    """Whether a tensor may stand in a file though the model has no use for it: computed anyway, or a tied head
-    that is stored all the same (`head_as_stored`)."""
+    """Whether a tensor may be in a file although the model does not use it.
+
+    That is what is computed anyway, and a head that is stored although it is tied
+    (`head_as_stored`).
+    """
     return name.endswith(_IGNORED) or (config.tie_word_embeddings and name.startswith("lm_head."))
 
 
 def _parameter(
-    folder: Path, config: ModelConfig, name: str, shape: tuple[int, ...], headers: Mapping[str, StoredTensor]
+    folder: Path,
+    config: ModelConfig,
+    name: str,
+    shape: tuple[int, ...],
+    headers: Mapping[str, StoredTensor],
 ) -> Parameter:
     module = name.removesuffix(".weight")
     scheme = config.quantization.for_module(module) if config.quantization and len(shape) == 2 else None
     if f"{module}.scales" not in headers:
         scheme = None  # mlx-lm leaves out what its groups do not divide
-    expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {"weight": (_FLOATS, shape)}
+    expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {"weight": (FLOATS, shape)}
     if scheme:
         rows, columns = shape
         if columns % scheme.group_size:
             raise WeightsError(
                 f"{folder}: {module} has {columns} columns, which groups of {scheme.group_size} do not divide"
             )
-        groups = (_FLOATS if scheme.mode == "affine" else ("U8",), (rows, columns // scheme.group_size))
+        groups = (FLOATS if scheme.mode == "affine" else ("U8",), (rows, columns // scheme.group_size))
         expected = {"weight": (("U32",), (rows, columns * scheme.bits // 32)), "scales": groups}
         if scheme.mode == "affine":
             expected["biases"] = groups

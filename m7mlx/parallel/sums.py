@@ -1,4 +1,4 @@
-"""Products whose inputs are divided among ranks: each multiplies its share, and all shares are added up."""
+"""Products whose inputs are divided among ranks: all add up what each has multiplied."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from m7mlx.model import Mistral
 
 
 def sum_products(model: Mistral, size: int, group: mx.distributed.Group) -> None:
-    """Make a rank's products over divided inputs those of the whole model: `o_proj` and `down_proj`."""
+    """Make `o_proj` and `down_proj` of a shard give what those of the whole model give."""
     for block in model.model.layers:
         for parent, name in ((block.self_attn, "o_proj"), (block.mlp, "down_proj")):
             parent[name] = _summed(parent[name], size, group)

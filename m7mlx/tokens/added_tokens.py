@@ -1,13 +1,15 @@
-"""What a folder's files say of tokens besides the vocabulary: their names, their roles, whether they are shown.
+"""The tokens that a folder's files name beside the vocabulary: names, roles, which are shown.
 
-tokenizer_config.json (`added_tokens_decoder`, `eos_token` …), special_tokens_map.json and added_tokens.json are read
-as transformers reads them; where they contradict each other, the one counts that counts there.
+tokenizer_config.json (`added_tokens_decoder`, `eos_token` …), special_tokens_map.json and
+added_tokens.json are read as transformers reads them; where they contradict each other, the file
+that transformers prefers wins.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,36 +17,42 @@ from typing import Any, NamedTuple
 from m7mlx.errors import ConfigError, TokenizerError
 from m7mlx.jsonfile import given, read_json, said
 
-# Words, with or without spaces around them. Any other added token stands for something else than its text.
+# Words, with or without spaces around them. Any other added token stands for more than its text.
 _WORDS = re.compile(r"[\s▁]*[^\W_]+(?:[\s▁'’.-]+[^\W_]+)*[\s▁]*")
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how vocabularies write a byte
 FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 
 
 class AddedToken(NamedTuple):
-    """A token that is matched whole: by name, in tokenizer.json's words."""
+    """A token that is matched whole, described as tokenizer.json describes it.
+
+    special         left out where an answer is shown
+    lstrip, rstrip  takes the white space before it, after it
+    id              None where the file names none
+    """
 
     name: str
-    special: bool = False  # not shown where an answer is
-    lstrip: bool = False  # takes the white space before it
-    rstrip: bool = False  # … behind it
+    special: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
     single_word: bool = False
     normalized: bool = False
-    id: int | None = None  # where the file says one
+    id: int | None = None
 
     def flags(self) -> dict[str, bool]:
+        """Return all but the name and the id, as tokenizer.json writes them."""
         return {flag: getattr(self, flag) for flag in FLAGS}
 
 
 @dataclass(frozen=True)
 class Names:
-    """What the files name.
+    """The tokens that a folder's files name.
 
-    settings  tokenizer_config.json, with special_tokens_map.json where that counts
+    settings  tokenizer_config.json, with special_tokens_map.json where that is read too
     added     added tokens, in the order of their ids; then tokens that have a role
-    lists     further ones, called special where nothing else is said of them
-    texts     the chat templates: an added token that one of them writes is no word of a text
-    rows      of the model's embedding, where known
+    lists     further tokens, special unless another file says otherwise
+    texts     the chat templates: an added token that one of them writes is never a plain word
+    rows      number of rows of the model's embedding, where known
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -54,13 +62,14 @@ class Names:
     rows: int | None = None
 
     def role(self, key: str) -> str | None:
-        """The name of the token for "bos_token", "eos_token" …, if there is one."""
+        """Return the name of the token for "bos_token", "eos_token" …, if there is one."""
         return _content(self.settings.get(key))
 
     def all(self, own: Iterable[AddedToken]) -> dict[str, AddedToken]:
-        """All added tokens by name, those of the vocabulary's file first.
+        """Return all added tokens by name, those of the vocabulary's file (`own`) first.
 
-        The last flags and the first id count, and what was called special once stays so.
+        Where several files name a token, the last one's flags and the first one's id are taken; it
+        is special if any of them says so.
         """
         found: dict[str, AddedToken] = {}
         for token in (*own, *self.added):
@@ -72,8 +81,9 @@ class Names:
     def is_control(self, token: AddedToken) -> bool:
         """Whether text must never become this token.
 
-        So it is for all added tokens but words and white space, which stand for themselves, and for single
-        characters and bytes, without which some texts could not be written.
+        That holds for every added token, except for words and white space, which mean no more than
+        they say, and for single characters and bytes, without which some texts could not be
+        written.
         """
         if len(token.name) == 1 or BYTE.fullmatch(token.name):
             return False
@@ -84,15 +94,15 @@ class Names:
         return _WORDS.fullmatch(token.name) is None or any(token.name in text for text in self.texts)
 
     def has_row(self, token_id: int) -> bool:
-        """Whether the model knows the token."""
+        """Whether the model's embedding has a row for the token."""
         return self.rows is None or token_id < self.rows
 
 
 def read_names(folder: Path, texts: Iterable[str] = (), rows: int | None = None) -> Names:
-    """The tokens that a folder's files name. Raises ConfigError and TokenizerError for files that say nonsense."""
+    """Read the tokens that a folder's files name. Raises TokenizerError for a malformed file."""
     settings = _settings(folder / "tokenizer_config.json")
     decoder = settings.get("added_tokens_decoder")
-    if decoder is not None:  # a newer file, and complete: the others do not count
+    if decoder is not None:  # a newer file, and complete: transformers reads no other
         added = _of_decoder(folder, decoder)
         roles, lists = _roles(settings)
         return Names(settings, (*added, *roles), lists, tuple(texts), rows)
@@ -120,7 +130,7 @@ def _flags(token: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def _roles(settings: Mapping[str, Any]) -> tuple[tuple[AddedToken, ...], tuple[AddedToken, ...]]:
-    """The tokens that the settings give a role, and those that they list."""
+    """Return the tokens that the settings give a role, and those that they list."""
     roles = [value for key, value in settings.items() if key.endswith("_token")]
     lists: list[Any] = []
     for key in ("additional_special_tokens", "extra_special_tokens"):
@@ -145,9 +155,9 @@ def _content(token: Any) -> str | None:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """tokenizer_config.json, with the fields that are used as they should be. Raises TokenizerError."""
+    """Read tokenizer_config.json and check the fields that are used. Raises TokenizerError."""
     settings = optional_json(path)
-    try:
+    with tokenizer_errors(path):
         for field_name in ("bos_token", "eos_token", "unk_token", "pad_token"):
             token = settings.get(field_name)
             if token is not None and not isinstance(token.get("content") if isinstance(token, dict) else token, str):
@@ -160,19 +170,19 @@ def _settings(path: Path) -> dict[str, Any]:
         adds = settings.get("add_bos_token")
         if adds is not None and not isinstance(adds, bool):
             raise ConfigError(f"add_bos_token must be true or false, not {said(adds)}")
-    except ConfigError as error:
-        raise in_file(path, error) from None
     return settings
 
 
-def in_file(path: Path, error: Exception) -> TokenizerError:
-    """The same, with the file's name."""
-    return TokenizerError(f"{error}" if str(path) in str(error) else f"{path}: {error}")
+@contextmanager
+def tokenizer_errors(path: Path) -> Iterator[None]:
+    """Turn a ConfigError, or text that is not UTF-8, into a TokenizerError that names the file."""
+    try:
+        yield
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"{error}" if str(path) in str(error) else f"{path}: {error}") from None
 
 
 def optional_json(path: Path) -> dict[str, Any]:
-    """An object in a file, or an empty one where there is no file. Raises TokenizerError."""
-    try:
+    """Read a JSON object, empty where there is no file. Raises TokenizerError."""
+    with tokenizer_errors(path):
         return read_json(path) if path.is_file() else {}
-    except ConfigError as error:
-        raise in_file(path, error) from None

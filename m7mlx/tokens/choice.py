@@ -1,18 +1,18 @@
-"""Which chat format a folder's model takes: its own template, or Mistral's format in its place.
+"""The choice of a tokenizer and a chat format: a folder's own template, or Mistral's format for it.
 
-The template that comes with a model is the truth. Mistral's format, which also takes what templates refuse (several
-questions in a row, a system prompt later on), replaces it only where nothing is lost by it:
+The template that comes with a model is the truth. Mistral's format, which also takes what templates
+refuse (several questions in a row, a system prompt later on), replaces it only where nothing is
+lost:
 
 - the folder has no template, and Mistral's own vocabulary;
-- the template is one of those that Mistral published for it: mistral-common is what these models were made with;
-- or both give the same ids, or both refuse, in each of a set of probing conversations.
+- the template is one that Mistral published: those models were made with mistral-common;
+- or both give the same ids, or both refuse, for each of a set of probing conversations.
 
-What was found is remembered for each state of the files.
+The choice is remembered for each state of the files.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -21,9 +21,8 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from m7mlx.errors import ChatFormatError, DiskError, TokenizerError
-from m7mlx.files.disk import write_whole
-from m7mlx.paths import cache_dir
+from m7mlx.errors import ChatFormatError, TokenizerError
+from m7mlx.files.records import read_record, write_record
 from m7mlx.tokens.added_tokens import Names
 from m7mlx.tokens.messages import ChatFormat, Message
 from m7mlx.tokens.mistral_format import MistralFormat, Version, mistral_version
@@ -32,17 +31,19 @@ from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx.tokens.tokenizer_json import JsonTokenizer
 from m7mlx.tokens.tokenizer_sentencepiece import SentencePieceTokenizer
 
-# SHA-256 of the templates that Mistral published for 7B Instruct v0.1 to v0.3, line by line without indentation.
+# SHA-256 of the templates that Mistral published for 7B Instruct v0.1 to v0.3, of their lines
+# without indentation.
 _PUBLISHED = {
     "7e995b379ec01747807246483647cd99030abf331653f1119e16d7ac041a3495",  # v0.1 and v0.2, 2023
     "26a59556925c987317ce5291811ba3b7f32ec4c647c400c6cc7e3a9993007ba7",  # v0.2 and v0.3, 2024
-    "36bf53d17d6269f064a8ace51f792a9a4ae2bc91486ce5df8de00002a28ee5bd",  # v0.1 and v0.2, with a system prompt
+    "36bf53d17d6269f064a8ace51f792a9a4ae2bc91486ce5df8de00002a28ee5bd",  # v0.1, v0.2: system prompt
     "8be58afa35e97d75e65e750f012bcd48260514fe7e24352fca0acb8b7247d111",  # v0.3, with tools
     "304ce9c2d9ed2c50062f05910735ae4832f782a0fb2d2560e8b0644ce44625a6",  # the same, later
 }
-_SIZES = {"v1": 32000, "v2": 32768, "v3": 32768}  # Mistral's own vocabularies of sentencepiece
-_RULES = 1  # counts up when what is decided here changes
-_KEPT = 200  # folders
+_SIZES = {"v1": 32000, "v2": 32768, "v3": 32768}  # of Mistral's sentencepiece vocabularies
+_RECORD = "chat-formats.json"
+_RULES = 1  # counts up when the rules of the choice change
+_KEPT = 200  # choices that are remembered
 _CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "sum", "arguments": '{"a": [1, 2]}'}}
 _TOOL = {
     "type": "function",
@@ -55,7 +56,7 @@ _TOOL = {
 
 
 class Folder(NamedTuple):
-    """The files that decide."""
+    """A model folder, as far as the choice depends on it."""
 
     path: Path
     model: Path | None  # sentencepiece's
@@ -70,7 +71,7 @@ class _Choice(NamedTuple):
 
 
 def make_tokenizer(folder: Folder) -> Tokenizer:
-    """The folder's tokenizer with its chat format. Raises TokenizerError."""
+    """Load a folder's tokenizer and give it its chat format. Raises TokenizerError."""
     state = _state(folder)
     choice = _remembered(state)
     if choice is None or (choice.uses_model and not folder.model) or not (choice.uses_model or folder.json):
@@ -98,9 +99,9 @@ def _choose(folder: Folder) -> _Choice:
     if isinstance(own, JsonTokenizer) and folder.model:
         try:
             beside = SentencePieceTokenizer(folder.model, folder.names)
-            if beside.vocabulary() == own.vocabulary():  # then Mistral's own library gives mistral-common's very ids
-                mistrals = beside
-        except TokenizerError:  # a file that nobody needs
+            if beside.vocabulary() == own.vocabulary():
+                mistrals = beside  # sentencepiece gives the very ids of mistral-common
+        except TokenizerError:  # a damaged file, which is not needed
             pass
     uses_model = isinstance(mistrals, SentencePieceTokenizer)
     version = mistral_version(mistrals)
@@ -131,7 +132,7 @@ def _ids(chat: ChatFormat, messages: list[Message], tools: list[Any]) -> list[in
 
 
 def _probes(knows_tools: bool) -> list[tuple[list[Message], list[Any]]]:
-    """Conversations of all kinds, with tools where the template knows them."""
+    """Return conversations of all kinds, with tools where the template knows them."""
     system: Message = {"role": "system", "content": "Be brief, in two\nlines."}
     hello: Message = {"role": "user", "content": "Hello, you"}
     bye: Message = {"role": "user", "content": "1 + 2?"}
@@ -151,11 +152,11 @@ def _digest(template: str) -> str:
     return hashlib.sha256("\n".join(line for line in lines if line).encode("utf-8", "replace")).hexdigest()
 
 
-# --- what is remembered ---------------------------------------------------------------------------------
+# --- what is remembered ---------------------------------------------------------------------------
 
 
 def _state(folder: Folder) -> str:
-    """What stands for the state of the files, and for ours."""
+    """Return a digest of the files, of the rules here and of this project's version."""
     try:
         ours = version_of("m7mlx")
     except PackageNotFoundError:
@@ -169,27 +170,13 @@ def _state(folder: Folder) -> str:
     return told.hexdigest()
 
 
-def _record() -> Path:
-    return cache_dir() / "chat-formats.json"
-
-
-def _all() -> dict[str, Any]:
-    try:
-        found = json.loads(_record().read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _remembered(state: str) -> _Choice | None:
-    match _all().get(state):
+    match read_record(_RECORD).get(state):
         case [bool() as uses_model, None | "v1" | "v2" | "v3" as version]:
             return _Choice(uses_model, version)
     return None
 
 
 def _remember(state: str, choice: _Choice) -> None:
-    with contextlib.suppress(OSError, DiskError):  # where nothing can be noted, it is tried again the next time
-        known = list(_all().items())[1 - _KEPT :]
-        _record().parent.mkdir(parents=True, exist_ok=True)
-        write_whole(_record(), json.dumps(dict(known) | {state: list(choice)}))
+    known = list(read_record(_RECORD).items())[1 - _KEPT :]
+    write_record(_RECORD, dict(known) | {state: list(choice)})

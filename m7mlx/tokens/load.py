@@ -1,4 +1,4 @@
-"""A model folder → its tokenizer, with its chat format."""
+"""Loading a tokenizer: from a model folder, with its chat format."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from m7mlx.errors import ConfigError, TokenizerError
+from m7mlx.errors import TokenizerError
 from m7mlx.jsonfile import read_bytes, token_ids
-from m7mlx.tokens.added_tokens import in_file, optional_json, read_names
+from m7mlx.tokens.added_tokens import optional_json, read_names, tokenizer_errors
 from m7mlx.tokens.choice import Folder, make_tokenizer
 from m7mlx.tokens.tokenizer import Tokenizer
 
@@ -16,9 +16,11 @@ _MOST_TEMPLATE = 1 << 20  # bytes
 
 
 def load_tokenizer(folder: Path, embedding_size: int | None = None) -> Tokenizer:
-    """The tokenizer of a model folder, its chat format with it (`m7mlx.tokens.load`).
+    """Load the tokenizer of a model folder; `tokenizer.chat` is its chat format.
 
-    Raises TokenizerError, also for tokens that the model's embedding, of the size given, has no rows for.
+    embedding_size  number of rows of the model's embedding
+
+    Raises TokenizerError, also where tokens that the model needs have no row in its embedding.
     """
     templates = _chat_templates(folder)
     names = read_names(folder, templates.values(), embedding_size)
@@ -38,24 +40,20 @@ def load_tokenizer(folder: Path, embedding_size: int | None = None) -> Tokenizer
 
 
 def _eos_ids(folder: Path) -> frozenset[int]:
-    """End ids that config.json and generation_config.json name."""
+    """Return the end ids that config.json and generation_config.json name."""
     found: set[int] = set()
     for name in ("config.json", "generation_config.json"):
-        try:
+        with tokenizer_errors(folder / name):
             found |= set(token_ids(optional_json(folder / name).get("eos_token_id"), "eos_token_id"))
-        except ConfigError as error:
-            raise in_file(folder / name, error) from None
     return frozenset(found)
 
 
 def _chat_templates(folder: Path) -> dict[str, str]:
-    """The model's chat templates by name: chat_template.jinja, or those in tokenizer_config.json."""
+    """Return the chat templates by name: chat_template.jinja, or those in tokenizer_config.json."""
     path = folder / "chat_template.jinja"
     if os.path.lexists(path):
-        try:
+        with tokenizer_errors(path):
             return {"default": read_bytes(path, _MOST_TEMPLATE).decode("utf-8")}
-        except (ConfigError, ValueError) as error:
-            raise in_file(path, error) from None
     found = optional_json(folder / "tokenizer_config.json").get("chat_template")
     if found is None:
         return {}

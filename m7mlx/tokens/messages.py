@@ -29,11 +29,13 @@ _NESTED = (dict, list, tuple)
 
 
 class ChatFormat(ABC):
-    """How one model wants its conversations."""
+    """The form in which one model reads conversations."""
 
     @abstractmethod
     def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        """Ids of a conversation, up to where the model's answer begins, or is to be continued.
+        """Return the ids of a conversation, up to where the model's answer begins or goes on.
+
+        tools  functions that the model may call, as in OpenAI's API
 
         Raises ChatFormatError.
         """
@@ -71,7 +73,7 @@ def _check_prefix(message: Message, name: str, *, is_last: bool) -> None:
 
 
 def nests_deeper(value: Any, levels: int) -> bool:
-    """Whether lists and mappings nest deeper than so many levels; a level at a time, not going down into it."""
+    """Whether lists and mappings nest deeper than so many levels. Does not recurse itself."""
     level = [value] if isinstance(value, _NESTED) else []
     for _ in range(levels):
         level = [
@@ -84,7 +86,10 @@ def nests_deeper(value: Any, levels: int) -> bool:
 
 
 def parse_json(value: Any) -> Any:
-    """JSON in a text → its value; other texts stay what they are. Raises ChatFormatError where it nests too deep."""
+    """Return the value of a text that is JSON, and any other text as it is.
+
+    Raises ChatFormatError where it nests too deep.
+    """
     try:
         value = json.loads(value) if isinstance(value, str) else value
         if not nests_deeper(value, MAX_DEPTH):

@@ -1,4 +1,4 @@
-"""Messages → ids in Mistral's instruct formats v1, v2 and v3."""
+"""Mistral's instruct formats v1, v2 and v3: messages → ids."""
 
 from __future__ import annotations
 
@@ -10,31 +10,37 @@ from typing import Any, Literal
 from m7mlx.errors import ChatFormatError
 from m7mlx.tokens.messages import ChatFormat, Message, check_messages, is_continued, parse_json
 from m7mlx.tokens.tokenizer import Tokenizer
+from m7mlx.tokens.tokenizer_sentencepiece import SentencePieceTokenizer
 
 Version = Literal["v1", "v2", "v3"]
 
 
 def mistral_version(tokenizer: Tokenizer) -> Version | None:
-    """Which of Mistral's instruct formats a tokenizer could be made for; None if it is none of these.
+    """Return the version of Mistral's instruct format that a tokenizer could be made for, or None.
 
-    v1 (models v0.1 and v0.2) writes [INST] as text, v2 and v3 have control tokens for it; from v7 on there is one for
-    the system prompt, too. No weights were released for v2: only a file named tokenizer.model.v2 is taken for it.
+    v1 (models v0.1 and v0.2) writes [INST] as text, v2 and v3 have control tokens for it; from v7
+    on there is one for the system prompt, too. No weights were released for v2: it is recognised by
+    the file's name, tokenizer.model.v2.
     """
     names = tokenizer.control_ids()
     if not {"<s>", "</s>"} <= names.keys() or "[SYSTEM_PROMPT]" in names:
         return None
     if {"[INST]", "[/INST]"} <= names.keys():
-        return "v2" if str(getattr(tokenizer, "path", "")).endswith(".v2") else "v3"
+        is_v2 = isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.path.suffix == ".v2"
+        return "v2" if is_v2 else "v3"
     return "v1" if tokenizer.vocab_size >= 32000 and tokenizer.encode("[INST]") == [733, 16289, 28793] else None
 
 
 class MistralFormat(ChatFormat):
-    """Mistral's instruct formats; ids equal those of mistral-common."""
+    """One of Mistral's instruct formats; its ids equal those of mistral-common."""
 
     def __init__(self, tokenizer: Tokenizer, version: Version) -> None:
         self.version = version
         self._tokenizer = tokenizer
         self._bos, self._eos = self._control("<s>"), self._control("</s>")
+
+    def __repr__(self) -> str:
+        return f"MistralFormat({self.version})"
 
     def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         check_messages(messages)
@@ -100,7 +106,7 @@ class MistralFormat(ChatFormat):
         return _json(written)
 
     def _block(self, begin: str, text: str, end: str | None = None) -> list[int]:
-        """Control tokens are put in by id; the text between them stays text."""
+        """Return the ids of a text between two control tokens; whatever it holds, it stays text."""
         first, last = self._control(begin), [self._control(end)] if end else []
         return [first, *self._tokenizer.encode(text), *last]
 
@@ -112,7 +118,10 @@ class MistralFormat(ChatFormat):
 
 
 def _merge_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Neighbours of one role become one turn, joined by a blank line; tool results stay apart."""
+    """Join neighbours of one role by a blank line, except tool results; leave out system prompts.
+
+    The first turn is always the user's, empty if need be.
+    """
     turns: list[dict[str, Any]] = []
     for role, run in groupby(messages, key=lambda m: m["role"]):
         group = list(run)
@@ -144,7 +153,7 @@ def _check_turns(turns: Sequence[Message]) -> None:
 
 
 def _tools_json(tools: Sequence[Mapping[str, Any]]) -> str:
-    """OpenAI-style tools in the key order of mistral-common's models."""
+    """Write OpenAI-style tools as JSON, in the key order of mistral-common's models."""
     written = []
     for tool in tools:
         function = tool["function"]

@@ -1,7 +1,8 @@
-"""The pieces of a sentencepiece model, and the added tokens of a folder put among them.
+"""The pieces of a sentencepiece model, with a folder's added tokens among them.
 
-sentencepiece finds its user-defined pieces in any text. Those that are control tokens here (`Names.is_control`)
-become control pieces, which no text encodes to, as do the tokens that a folder's files add. Ids stay what they are.
+sentencepiece finds its user-defined pieces in any text. Those that are control tokens here
+(`Names.is_control`) become control pieces, which no text encodes to. So do the tokens that a
+folder's files add. Ids stay what they are.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # sentencepiece's types of pieces
-_MISTRAL_OWN = 771  # ids below are Mistral's own in the vocabularies from v2 on: what is text there stays so
+_MISTRAL_OWN = 771  # from v2 on, lower ids are Mistral's own: those that are text stay text
 
 
 class Pieces(NamedTuple):
-    """A model with all tokens in it.
+    """A sentencepiece model with all tokens in it.
 
     data           the model, as sentencepiece reads it
-    ids            name → id of the added tokens
-    words          … of those that texts hold, and that sentencepiece does not find
-    shown          control tokens with a text
+    ids            name → id of all added tokens
+    words          name → id of those that are plain words, which sentencepiece would not find
+    shown          control tokens that have a text
     strips_before  tokens that take the white space before them
-    strips_behind  … and behind them
+    strips_behind  tokens that take the white space after them
     """
 
     data: bytes
@@ -38,10 +39,12 @@ class Pieces(NamedTuple):
 
 
 def with_added(data: bytes, model: SentencePieceProcessor, names: Names) -> Pieces:
-    """The pieces of `data`, which `model` was made of, and the tokens that `names` adds, as transformers adds them.
+    """Add the tokens of `names` to a model, as transformers adds them.
 
-    A name that the model has keeps its id there; otherwise an id that the model has takes the name; others get the
-    next ids, in their order.
+    data, model  the model, as bytes and as sentencepiece has loaded it
+
+    A name that the model has keeps its id there. Otherwise the id that the file names takes the
+    name, if the model has it. Others get the next ids, in their order.
     """
     from sentencepiece import sentencepiece_model_pb2
 

@@ -1,4 +1,4 @@
-"""Chat templates: Jinja from a stranger's model folder, and typed text that must stay text in it."""
+"""Chat templates: Jinja from a stranger's model folder, in which typed text must stay text."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 from m7mlx.errors import ChatFormatError, WorkerDiedError, WorkerMemoryError, WorkerTimeError
 from m7mlx.worker import Worker
 
-# What one rendering may take. A turn takes a millisecond; an honest template's work grows with the conversation only.
-_SECONDS, _SECONDS_PER_BYTE = 1.0, 1e-6  # of the processor; compiling included
-_PATIENCE = 5.0  # times that by the clock, where others need the processor too
-_MEMORY, _MEMORY_PER_BYTE = 64 << 20, 24  # a text can be held six times, in 4 bytes a character
-_TEXT, _TEXT_PER_BYTE = 2_000_000, 8  # characters that may come out; all of them will be tokenised
-_MAX_WORDS = 300  # characters of a template's own message
+# What one rendering may take. A turn takes a millisecond, and the work of an honest template grows
+# with the conversation only.
+_SECONDS, _SECONDS_PER_BYTE = 1.0, 1e-6  # of the processor, compiling included
+_PATIENCE = 5.0  # as many times longer by the clock, since others need the processor too
+_MEMORY, _MEMORY_PER_BYTE = 64 << 20, 24  # room to hold a text six times, at 4 bytes a character
+_TEXT, _TEXT_PER_BYTE = 2_000_000, 8  # characters that may come out: all of them will be tokenised
+_MAX_WORDS = 300  # characters of what a template itself says when it refuses
 _TEMPLATE = 1_000_000  # characters of a template itself; real ones have a few thousand
 _worker = Worker("m7mlx.tokens.template_process", memory=2 << 30)
 
@@ -28,27 +29,27 @@ class Part(NamedTuple):
 
 
 class Marker:
-    """Marks look-alikes of control tokens in what users typed, so that they are still text after rendering.
+    """Marks look-alikes of control tokens in what users typed, so that rendering leaves them text.
 
-    A noncharacter that no message contains is put inside each look-alike before rendering; what is found
-    whole afterwards was written by the template. The marks are taken out again, so the text is unchanged.
-    Names of a single character have no inside: they stay text.
+    A noncharacter that no message contains is put inside each look-alike before rendering; a name
+    that is whole afterwards was written by the template. Then the marks are taken out again, so the
+    text is unchanged. Names of a single character have no inside: they stay text.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = sorted((n for n in names if len(n) > 1), key=len, reverse=True)
         any_name = "|".join(map(re.escape, self._names)) or r"(?!)"
         self._control = re.compile(any_name)
-        self._beginning = re.compile(f"(?={any_name}).", re.DOTALL)  # of each, of those that overlap too
+        self._beginning = re.compile(f"(?={any_name}).", re.DOTALL)  # overlapping ones too
         self._beginnings = {n[:i] for n in self._names for i in range(1, len(n))}
         self._ends = {n[i:] for n in self._names for i in range(1, len(n))}
         self._longest = max(map(len, self._names), default=0)
         self._mark = ""
 
     def mark(self, value: Any) -> Any:
-        """A copy of messages and tools with every string in it marked, names of fields included.
+        """Copy messages and tools with every string marked, names of fields included.
 
-        The fields of a message itself, and its role, are the template's own words.
+        Only a message's own fields, and its role, stay as they are: templates look for them.
         """
         try:
             if not self._mark:
@@ -82,14 +83,15 @@ class Marker:
 
     def _mark_text(self, text: str) -> str:
         marked = self._beginning.sub(lambda m: m[0] + self._mark, text)
-        # What stands at an edge could be completed by what the template, or the next message, puts beside it.
+        # What stands at an edge could be completed by what the template, or the next message, puts
+        # beside it.
         lengths = range(1, min(len(marked), self._longest) + 1)
         starts = any(marked[:n] in self._ends for n in lengths)
         ends = any(marked[-n:] in self._beginnings for n in lengths)
         return (self._mark if starts else "") + marked + (self._mark if ends else "")
 
     def split(self, rendered: str) -> list[Part]:
-        """Cut a rendered conversation at its genuine control tokens."""
+        """Cut a rendered conversation at its genuine control tokens, and take the marks out."""
         parts, end = [], 0
         for match in self._control.finditer(rendered):
             parts.append(Part(rendered[end : match.start()], False))
@@ -101,8 +103,10 @@ class Marker:
 
 
 def render(template: str, context: Mapping[str, Any]) -> str:
-    """Render a chat template in a process of its own. Raises ChatFormatError for anything that goes wrong, work
-    without end included."""
+    """Render a chat template in a process of its own.
+
+    Raises ChatFormatError for anything that goes wrong, endless work included.
+    """
     if len(template) > _TEMPLATE:
         raise ChatFormatError(f"the model's chat template has more than {_TEMPLATE:,} characters")
     try:
@@ -131,10 +135,10 @@ def render(template: str, context: Mapping[str, Any]) -> str:
 
 
 def _inert(value: Any) -> str:
-    """What a template sees of a value that JSON has no form for."""
+    """Stand in for a value that JSON has no form for."""
     return f"<{type(value).__name__}>"
 
 
 def _one_line(text: str) -> str:
-    """A stranger's words, such that nothing of them can steer a terminal."""
+    """Shorten a stranger's words to one line that cannot steer a terminal."""
     return " ".join("".join(c if c.isprintable() else " " for c in text[:_MAX_WORDS]).split())

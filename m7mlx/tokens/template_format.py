@@ -1,4 +1,4 @@
-"""Messages → ids through a model's own chat template."""
+"""A model's own chat template: messages → ids."""
 
 from __future__ import annotations
 
@@ -7,31 +7,41 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from m7mlx.errors import ChatFormatError
+from m7mlx.terminal import shown
 from m7mlx.tokens.messages import ChatFormat, Message, check_messages, is_continued, parse_json
 from m7mlx.tokens.template import Marker, render
 from m7mlx.tokens.tokenizer import Tokenizer
 
 
 class TemplateFormat(ChatFormat):
-    """A model's own chat templates (Jinja), rendered in a sandbox, with text kept apart from control tokens."""
+    """A model's chat templates (Jinja), rendered in a sandbox; text stays text in them."""
 
-    def __init__(self, tokenizer: Tokenizer, templates: Mapping[str, str], settings: Mapping[str, Any]) -> None:
-        """`templates` by their names: "default", and "tool_use" for conversations with tools."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        templates: Mapping[str, str],
+        settings: Mapping[str, Any],
+    ) -> None:
+        """Take the templates by name: "default", and "tool_use" for conversations with tools."""
         self._tokenizer = tokenizer
         self._templates = templates
         self._settings = settings
 
+    def __repr__(self) -> str:
+        return f"TemplateFormat({', '.join(map(shown, self._templates))})"
+
     def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         check_messages(messages)
         template = self._template(bool(tools))
-        # An answer whose ids are known goes through the template as a name that nothing else contains.
+        # An answer whose ids are known goes through the template as a name that no text contains.
+        # So does the place where a message ends that is to be continued.
         nonce = secrets.token_hex(8)
         kept = {
             f"\ufdd0{nonce}:{n}\ufdd1": list(m["ids"])
             for n, m in enumerate(messages)
             if m["role"] == "assistant" and m.get("ids") and not m.get("tool_calls")
         }
-        end = f"\ufdd0{nonce}:end\ufdd1"  # of a message that is continued: a name, too
+        end = f"\ufdd0{nonce}:end\ufdd1"
         controls = self._tokenizer.control_ids()
         marker = Marker([*controls, *kept, end])
         bare = [_with_objects({k: v for k, v in m.items() if k not in ("ids", "prefix")}) for m in messages]
@@ -69,10 +79,11 @@ class TemplateFormat(ChatFormat):
 
 
 def _cut(rendered: str, message: str, end: str) -> str:
-    """Cut a rendered conversation where its last message ends, of which `end` and a space were made a part.
+    """Cut a rendered conversation at `end`, which was put behind its last message with a space.
 
-    Where the template strips that space, it strips messages: this one loses what white space it ends in, too, as in
-    transformers. Raises ChatFormatError where the message does not stand there as it is.
+    A template that has dropped this space strips messages, so the white space at the end of this
+    one goes as well, as in transformers. Raises ChatFormatError where the template has changed or
+    left out the message.
     """
     place = rendered.rfind(end)
     before = rendered[: max(place, 0)]

@@ -1,7 +1,7 @@
 """Chat templates as transformers renders them: the same sandbox, filters, functions and tags.
 
-Run by `m7mlx.tokens.template` in a process of its own, whose limits are what bounds a template; the sandbox
-keeps it from reaching anything else there.
+`m7mlx.tokens.template` runs this in a process of its own, whose limits bound what a template takes;
+the sandbox keeps it from reaching anything else there.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ _MAX_BITS = 256  # of a power: templates count messages
 
 
 class _Refusal(jinja2.TemplateError):
-    """What a template says with `raise_exception`."""
+    """The template itself refuses the conversation (`raise_exception`)."""
 
 
 def handler(setup: bytes) -> Callable[[bytes], bytes]:
-    """A function from {"template": …, "context": …} to {"rendered": …}, {"refused": why} or {"failed": why}."""
+    """Return a function that renders {"template": …, "context": …}.
+
+    It answers {"rendered": …}, {"refused": why} or {"failed": why}.
+    """
     return lambda job: json.dumps(_answer(job), ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
@@ -62,7 +65,7 @@ def _compiled(template: str) -> jinja2.Template:
 
 
 class _Generation(Extension):
-    """`{% generation %} … {% endgeneration %}` marks the assistant's text for training; here it is transparent."""
+    """`{% generation %} … {% endgeneration %}`: marks text for training; no effect here."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2's own form
 
@@ -105,7 +108,7 @@ def _check_name(name: Any) -> None:
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset({"**"})  # neither worked out while a template is compiled, nor without a look
+    intercepted_binops = frozenset({"**"})  # see `call_binop`; not folded at compile time
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
@@ -134,5 +137,5 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON without the escapes of HTML."""
+    """Write JSON without the escapes of HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

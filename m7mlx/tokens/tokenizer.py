@@ -1,8 +1,8 @@
 """Text ↔ token ids.
 
-Text stays text: whatever a user types, `encode` never gives a control id. Control ids are put between the
-texts by the chat format (`encode_mixed`). Decoding works on bytes, so that a stream of pieces and the full
-text are the same thing by construction.
+Text stays text: whatever a user types, `encode` never gives a control id. Control ids are put
+between the texts by the chat format (`encode_mixed`). Decoding works on bytes, so that the pieces
+of a stream, joined, are the whole text by construction.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SPACE = "▁"  # how sentencepiece writes a space inside a piece
 
 
 def _one_mark_per_byte(error: UnicodeError) -> tuple[str, int]:
-    """U+FFFD for each invalid byte, as sentencepiece does it."""
+    """Decode each invalid byte to U+FFFD, as sentencepiece does."""
     assert isinstance(error, UnicodeDecodeError)
     return "\ufffd" * (error.end - error.start), error.end
 
@@ -28,7 +28,10 @@ codecs.register_error("m7mlx.replace_bytes", _one_mark_per_byte)
 
 
 class Detokenizer:
-    """Ids → text, id by id. The pieces joined are `Tokenizer.decode` of all ids; none ends inside a character."""
+    """Ids → text, id by id.
+
+    The pieces, joined, are `Tokenizer.decode` of all ids; none ends inside a character.
+    """
 
     def __init__(self, tokenizer: Tokenizer, at_start: bool) -> None:
         self._tokenizer = tokenizer
@@ -36,7 +39,7 @@ class Detokenizer:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("m7mlx.replace_bytes")
 
     def add(self, token: int) -> str:
-        """The text that `token` completes; "" for ids without a text and inside a multi-byte character."""
+        """Return the text that `token` completes: "" inside a character and for ids without one."""
         data = self._tokenizer.token_bytes(token)
         if self._at_start and data:
             self._at_start = False
@@ -45,17 +48,19 @@ class Detokenizer:
         return self._utf8.decode(data)
 
     def finish(self) -> str:
-        """What an unfinished character leaves: a replacement mark per byte."""
+        """Return what an unfinished character leaves: U+FFFD for each of its bytes."""
         return self._utf8.decode(b"", final=True)
 
 
 class Tokenizer(ABC):
-    """What both kinds of tokenizer share.
+    """What all kinds of tokenizer share.
 
-    vocab_size  ids are below this
-    bos_id      the id that starts a sequence, if the model wants one (`add_bos`)
-    eos_ids     ids that end an answer
-    chat        messages → ids
+    vocab_size          ids are below this
+    bos_id              the id that starts a sequence, if there is one
+    eos_ids             ids that end an answer
+    add_bos             whether the model expects `bos_id` before a text
+    adds_leading_space  whether encoding puts a space before a text, which decoding drops again
+    chat                the model's chat format: messages → ids
     """
 
     vocab_size: int
@@ -69,8 +74,13 @@ class Tokenizer(ABC):
         self._bytes: dict[int, bytes] = {}
         self._without_row: dict[int, str] = {}
 
+    def __repr__(self) -> str:
+        ends = ", ".join(map(str, sorted(self.eos_ids))) or "none"
+        start = "none" if self.bos_id is None else self.bos_id
+        return f"{type(self).__name__}({self.vocab_size:,} tokens, start {start}, end {ends})"
+
     def encode_mixed(self, parts: Sequence[str | int]) -> list[int]:
-        """Ids of texts (str) and of ids (int, control ids above all) in the order given.
+        """Return the ids of texts (str) and, unchanged, those given as ids (int), in this order.
 
         Raises TokenizerError for an added token that the model's embedding has no row for.
         """
@@ -86,12 +96,12 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def added_tokens(self) -> Mapping[str, int]:
-        """Name → id of the tokens that are matched whole, beside the vocabulary's own pieces."""
+        """Return name → id of the tokens that are matched whole, the added ones."""
 
     def limit(self, rows: int) -> None:
-        """Do without the tokens that the model's embedding has no row for.
+        """Give up the tokens that the model's embedding, of so many rows, has no row for.
 
-        Raises TokenizerError unless they are a few added ones, which the model never needs.
+        Raises TokenizerError unless they are added tokens at the end of the vocabulary.
         """
         if self.vocab_size <= rows:
             return
@@ -118,25 +128,31 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def is_shown(self, token: int) -> bool:
-        """Whether `token` has a text where an answer is shown; of the control tokens, <think> and its like have."""
+        """Whether `token` has a text where an answer is shown, as even <think> has."""
 
     @abstractmethod
     def control_ids(self) -> Mapping[str, int]:
-        """Name → id of all control tokens."""
+        """Return name → id of all control tokens."""
 
     @abstractmethod
     def _token_bytes(self, token: int) -> bytes: ...
 
     @abstractmethod
     def library(self) -> tuple[str, bytes]:
-        """Name and data of what encodes texts, for another process: "sentencepiece" or "tokenizers"."""
+        """Return the library that encodes texts ("sentencepiece" or "tokenizers") and its model.
+
+        Another process can load it from these.
+        """
 
     @abstractmethod
     def starts_with_space(self, token: int) -> bool:
         """Whether decoding drops a leading space when `token` comes first."""
 
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
-        """Ids of a text; with `add_bos` the start id before them. Lone surrogates become U+FFFD."""
+        """Return the ids of a text, with `add_bos` the start id before them.
+
+        Lone surrogates become U+FFFD.
+        """
         ids = self._encode_text(text)
         self._check_rows(ids)
         if not add_bos or self.bos_id is None:
@@ -145,22 +161,26 @@ class Tokenizer(ABC):
         return [self.bos_id, *ids]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids, control ids left out."""
+        """Return the text of ids; control ids have none."""
         stream = self.detokenizer()
         return "".join([stream.add(i) for i in ids] + [stream.finish()])
 
     def detokenizer(self, at_start: bool = True) -> Detokenizer:
-        """A stream decoder; at_start=False where the ids continue a text, whose leading space is then kept."""
+        """Return a decoder for a stream of ids.
+
+        at_start  False where the ids continue a text: then a leading space is kept
+        """
         return Detokenizer(self, at_start)
 
     def control_id(self, name: str) -> int | None:
-        """The id of the control token called `name`, if there is one."""
+        """Return the id of the control token called `name`, if there is one."""
         return self.control_ids().get(name)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes `token` stands for; none for ids that are not shown, and for those of a padded embedding besides.
+        """Return the bytes that `token` stands for.
 
-        Raises TokenizerError for what is no id.
+        There are none for ids that are not shown, and for those past the vocabulary, which a padded
+        embedding has. Raises TokenizerError for a negative number.
         """
         if token >= self.vocab_size:
             return b""
@@ -171,6 +191,6 @@ class Tokenizer(ABC):
         return self._bytes[token]
 
 
-def without_surrogates(text: str) -> str:
-    """`text` with lone surrogates, which no encoding has, replaced by U+FFFD."""
+def replace_surrogates(text: str) -> str:
+    """Replace lone surrogates, which UTF-8 cannot encode, by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,8 +1,8 @@
 """tokenizer.json (Hugging Face's `tokenizers`), with text and control tokens kept apart.
 
-The library matches the names of added tokens inside any text: a user who types `<|im_start|>` would start a
-message. So each control token is renamed, before the library sees it, to a name drawn at random in this
-process. Its id and all its other properties stay; no text can contain its name.
+The library matches the names of added tokens inside any text: a user who types `<|im_start|>` would
+start a message. So each control token is renamed, before the library sees it, to a name drawn at
+random in this process. Its id and all its other properties stay; no text can contain its name.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 from m7mlx.errors import ConfigError, TokenizerError
 from m7mlx.jsonfile import read_json, said
 from m7mlx.tokens.added_tokens import BYTE, FLAGS, AddedToken, Names
-from m7mlx.tokens.tokenizer import MOST_BYTES, SPACE, Tokenizer, without_surrogates
+from m7mlx.tokens.tokenizer import MOST_BYTES, SPACE, Tokenizer, replace_surrogates
 
 
 class JsonTokenizer(Tokenizer):
-    """Byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM) and sentencepiece-style BPE (Llama 2, Mistral)."""
+    """Byte-level BPE (GPT-2, Llama 3, Qwen) and sentencepiece-style BPE (Llama 2, Mistral)."""
 
     def __init__(self, path: Path, names: Names | None = None) -> None:
         super().__init__()
@@ -29,10 +29,7 @@ class JsonTokenizer(Tokenizer):
             data = read_json(path, MOST_BYTES)
             self.add_bos = bool(names.settings.get("add_bos_token", _adds_bos(data, names.role("bos_token"))))
             added = {n: t for n, t in names.all(_listed(data)).items() if not _is_of_model(data["model"], n)}
-            data |= {
-                "truncation": None,
-                "padding": None,
-            }  # of batches in training: a prompt is neither cut nor filled
+            data |= {"truncation": None, "padding": None}  # those are for batches in training
             data["added_tokens"] = [{"id": 0, "content": name, **token.flags()} for name, token in added.items()]
             controls = {name for name, token in added.items() if names.is_control(token)}
             ids = self._build(data, controls)
@@ -43,7 +40,7 @@ class JsonTokenizer(Tokenizer):
             raise TokenizerError(f"{path} is not a tokenizer file ({said(str(error))})") from None
         except (KeyboardInterrupt, SystemExit, MemoryError):
             raise
-        except BaseException as error:  # the library raises plain Exception, and panics, which are not even that
+        except BaseException as error:  # the library raises Exception itself, and panics
             raise TokenizerError(f"{path} cannot be used as a tokenizer ({said(str(error))})") from None
         self.vocab_size = max(self._library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self._added = ids
@@ -60,7 +57,10 @@ class JsonTokenizer(Tokenizer):
         return added.get(name, self._library.token_to_id(name)) if name else None
 
     def _build(self, data: Mapping[str, Any], controls: Collection[str]) -> dict[str, int]:
-        """Have the library made, with the control tokens renamed; the ids of all added tokens are the library's."""
+        """Make the library's tokenizer, with the control tokens renamed.
+
+        Returns the ids that it gives all added tokens.
+        """
         from tokenizers import Tokenizer as Library
 
         nonce = secrets.token_hex(8)
@@ -77,13 +77,13 @@ class JsonTokenizer(Tokenizer):
         return ids
 
     def _encode_mixed(self, parts: Sequence[str | int]) -> list[int]:
-        # Texts and control tokens go through the library in one call: whether a text gets a leading space depends
-        # on where it stands.
+        # Texts and control tokens go through the library in one call: whether a text gets a leading
+        # space depends on where it stands.
         ids: list[int] = []
         text = ""
         for part in parts:
             if isinstance(part, str):
-                text += without_surrogates(part)
+                text += replace_surrogates(part)
             elif part in self._names:
                 text += self._names[part]
             else:
@@ -94,7 +94,8 @@ class JsonTokenizer(Tokenizer):
     def _encode(self, text: str) -> list[int]:
         if not text:
             return []
-        # In a batch of one, others can go on meanwhile; and nobody asks where in the text each id began.
+        # Encoding a batch, even of one, lets other threads run; and the fast way leaves out where
+        # in the text each id began, which nobody asks.
         ids: list[int] = self._library.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
 
@@ -111,7 +112,7 @@ class JsonTokenizer(Tokenizer):
         return self._added
 
     def vocabulary(self) -> dict[str, int]:
-        """Piece → id of all tokens."""
+        """Return piece → id of all tokens."""
         names = {new: name for name, new in self._renamed.items()}
         return {names.get(piece, piece): i for piece, i in self._library.get_vocab(with_added_tokens=True).items()}
 
@@ -134,18 +135,18 @@ class JsonTokenizer(Tokenizer):
 
 
 def _listed(data: Mapping[str, Any]) -> list[AddedToken]:
-    """The added tokens of a tokenizer.json."""
+    """Return the added tokens of a tokenizer.json."""
     return [AddedToken(t["content"], **{f: bool(t[f]) for f in FLAGS}) for t in data.get("added_tokens") or ()]
 
 
 def _is_of_model(model: Mapping[str, Any], name: str) -> bool:
-    """Whether it is a character or a byte that the model itself is made of, whatever it is called besides."""
+    """Whether a token is one of the model's own characters or bytes, even if listed as added."""
     is_known = name in model["vocab"] if isinstance(model["vocab"], dict) else False
     return is_known and (len(name) == 1 or BYTE.fullmatch(name) is not None)
 
 
 def _renamed(data: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A tokenizer.json with tokens renamed everywhere, without the merges that would build one out of text."""
+    """Rename tokens everywhere in a tokenizer.json; drop the merges that would build one."""
     model = dict(data["model"])
     if isinstance(model["vocab"], dict):
         model["vocab"] = {names.get(piece, piece): i for piece, i in model["vocab"].items()}
@@ -167,7 +168,7 @@ def _renamed(data: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any
 
 
 def _decoder_kind(path: Path, data: Mapping[str, Any]) -> tuple[bool, bool]:
-    """(byte-level BPE rather than sentencepiece-style, whether decoding drops a leading space)."""
+    """Return whether it is byte-level BPE, and whether decoding drops a leading space."""
     decoder = data.get("decoder") or {}
     steps = decoder.get("decoders", [decoder])
     kinds = {step.get("type"): step for step in steps}
@@ -191,7 +192,7 @@ def _adds_bos(data: Mapping[str, Any], bos: str | None) -> bool:
 
 
 def _byte_alphabet() -> dict[str, bytes]:
-    """GPT-2's stand-ins for bytes: printable ones stand for themselves, the others for U+0100 and up."""
+    """Return GPT-2's character for each byte: itself if printable, else from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in set(printable)]
     stand_ins = {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}

@@ -12,14 +12,14 @@ from m7mlx.errors import ConfigError, TokenizerError
 from m7mlx.jsonfile import read_bytes
 from m7mlx.tokens.added_tokens import BYTE, Names
 from m7mlx.tokens.pieces import with_added
-from m7mlx.tokens.tokenizer import MOST_BYTES, SPACE, Tokenizer, without_surrogates
+from m7mlx.tokens.tokenizer import MOST_BYTES, SPACE, Tokenizer, replace_surrogates
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """Mistral's tokenizer.model (v1, v2, v3) and its like, with the tokens that a fine-tune added to it."""
+    """Mistral's tokenizer.model (v1, v2, v3) and its like, with tokens that fine-tunes add."""
 
     def __init__(self, path: Path, names: Names | None = None) -> None:
         from google.protobuf.message import DecodeError
@@ -50,7 +50,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.eos_ids = frozenset() if eos is None else frozenset({eos})
         letter = self._model.encode("a")
         self.adds_leading_space = bool(letter) and self._model.id_to_piece(letter[0]).startswith(SPACE)
-        # Does each text between control tokens get a space in front, or the first one only? transformers' `legacy`.
+        # Whether each text between control tokens gets a space in front, or the first one only:
+        # transformers' setting `legacy`.
         self._spaces_each = names.settings.get("legacy") is not False
 
     def _id(self, name: str | None, otherwise: int) -> int | None:
@@ -58,7 +59,8 @@ class SentencePieceTokenizer(Tokenizer):
         return token if token >= 0 else None
 
     def _encode_mixed(self, parts: Sequence[str | int]) -> list[int]:
-        # transformers puts no second space where the prompt begins with one; sentencepiece, on a text alone, does.
+        # Where a prompt begins with a space transformers puts no second one before it;
+        # sentencepiece, given the text alone, does.
         begins_with_space = bool(parts) and isinstance(parts[0], str) and parts[0].startswith((" ", SPACE))
         return self._encode_parts(parts, self._spaces_each or not begins_with_space)
 
@@ -76,11 +78,11 @@ class SentencePieceTokenizer(Tokenizer):
             part = part.lstrip() if before in self._pieces.strips_behind else part
             part = part.rstrip() if after in self._pieces.strips_before else part
             with_space = self._spaces_each if n else space_first
-            ids += (self._model if with_space else self._without_space).encode(without_surrogates(part))
+            ids += (self._model if with_space else self._without_space).encode(replace_surrogates(part))
         return ids
 
     def _split(self, parts: Sequence[str | int]) -> list[str | int]:
-        """The same, cut where texts hold words that are added tokens."""
+        """Cut texts at the words in them that are added tokens, and put their ids there."""
         if not self._pieces.words:
             return list(parts)
         found: list[str | int] = []
@@ -91,7 +93,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @cached_property
     def _without_space(self) -> SentencePieceProcessor:
-        """The same model, for texts that begin in the middle."""
+        """A copy of the model that puts no space before a text."""
         from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
         pb: Any = sentencepiece_model_pb2
@@ -122,7 +124,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self._pieces.ids
 
     def vocabulary(self) -> dict[str, int]:
-        """Piece → id of all tokens."""
+        """Return piece → id of all tokens."""
         return {self._model.id_to_piece(i): i for i in range(self._model.get_piece_size())}
 
     def _token_bytes(self, token: int) -> bytes:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from m7mlx_chat.environment import read_environment
 from m7mlx_chat.headless import answer
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.store import Store
@@ -246,7 +247,7 @@ def test_a_conversation_is_kept_and_gone_on_with(model_folder: Path) -> None:
     assert first[0]["conversation"] == second[0]["conversation"] != third[0]["conversation"]
     gone = chat(*small, "-p", "secret", "--no-save")
     assert gone.returncode == 0
-    with Store() as store:
+    with Store(read_environment().database) as store:
         conversations = store.conversations()
         assert [c.title for c in conversations] == ["three", "one"]
         branch = store.branch(conversations[1].leaf or 0)
@@ -262,7 +263,7 @@ def test_files_in_a_question(model_folder: Path, tmp_path: Path) -> None:
     files = ("--file", tmp_path / "notes.md", "--file", tmp_path / "more.txt")
     done = chat("--model", model_folder, "--max-tokens", "2", "-p", "What?", *files, stdin=b"piped")
     assert done.returncode == 0, done.stderr
-    with Store() as store:
+    with Store(read_environment().database) as store:
         asked = store.prompts()[0]
     assert asked == "What?\n\nnotes.md:\n```\nbuy bread\n```\n\nmore.txt:\n```\nand milk\n```\n\npiped"
 
@@ -286,7 +287,7 @@ def test_conversations_come_in_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "conversations.json").write_text(json.dumps([{"title": "Theirs", "mapping": {"a": node}}]))
     done = chat("--import", tmp_path / "conversations.json")
     assert (done.returncode, done.stdout) == (0, b"1 conversation imported\n"), done.stderr
-    with Store() as store:
+    with Store(read_environment().database) as store:
         assert [c.title for c in store.conversations()] == ["Theirs"]
 
 
@@ -300,7 +301,7 @@ def test_whatever_ends_it_what_was_said_is_kept(model_folder: Path, number: int)
             said += process.stdout.read1(65536)
         process.send_signal(number)
         rest = process.stdout.read()
-    with Store() as store:
+    with Store(read_environment().database) as store:
         (conversation,) = store.conversations()
         question, answer = store.branch(conversation.leaf or 0)
     assert question.text == "tell me"
@@ -401,12 +402,11 @@ def test_an_answer_that_fails_on_the_way_is_kept_and_is_no_success(
     tokens: int,
     kind: type[M7Error],
 ) -> None:
-    (tmp_path / "schema.json").write_text("{}")
     monkeypatch.setattr("m7mlx.request.json_constraint", lambda *_: Breaks(tokens))
     with pytest.raises(M7Error, match="it asks for too much") as raised:
-        answer(Settings(model=str(model_folder)), "Hi", schema=tmp_path / "schema.json")
+        answer(Settings(model=str(model_folder)), "Hi", tmp_path / "chats.db", schema={})
     assert type(raised.value) is kind
-    with Store() as store:
+    with Store(tmp_path / "chats.db") as store:
         (conversation,) = store.conversations()
         kept = store.message(conversation.leaf or 0)
     assert kept.status == "error"

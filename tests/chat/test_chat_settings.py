@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from m7mlx_chat.actions import ACTIONS, bindings, key_name, unknown_keys
-from m7mlx_chat.config import config_path, read_config, save, save_preset
+from m7mlx_chat.config import read_config, save, save_preset
+from m7mlx_chat.environment import read_environment
 from m7mlx_chat.settings import ANSWER, FIELDS, Settings, known
 from textual.binding import Binding
 
@@ -148,9 +149,9 @@ def test_saving_keeps_comments_and_all_the_rest(tmp_path: Path) -> None:
 
 def test_where_the_file_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("M7MLX_CONFIG", str(tmp_path))
-    assert config_path() == tmp_path / "config.toml"
+    assert read_environment().config == tmp_path / "config.toml"
     monkeypatch.delenv("M7MLX_CONFIG")
-    assert config_path().parts[-2:] == ("m7mlx", "config.toml")
+    assert read_environment().config.parts[-2:] == ("m7mlx", "config.toml")
 
 
 # --- the registry of actions ----------------------------------------------------------------------------

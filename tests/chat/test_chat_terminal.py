@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from m7mlx_chat.environment import read_environment
 from m7mlx_chat.store import Store
 from terminal import Terminal
 
@@ -89,7 +90,7 @@ def test_a_chat_in_a_real_terminal(demo_model: Path, model_folder: Path, termina
 
     window = terminal(f"{CHAT} --continue --model {demo_model}; echo status=$?; sleep 60")
     window.wait(lambda s: "stopped ·" in s and "ready" in s)
-    with Store() as store:
+    with Store(read_environment().database) as store:
         last, _ = store.conversations()
         texts = [message.text for message in store.branch(last.leaf or 0)]
     assert texts[-2] == "Say something"
@@ -107,7 +108,7 @@ def test_a_kill_in_mid_answer_loses_less_than_a_second(
     time.sleep(2.5)
     subprocess.run(["pkill", "-KILL", "-f", f"^[^ ]*python[^ ]* [^ ]*m7mlx-chat --model {model_folder}"], check=True)
     window.wait(lambda s: "status=137" in s)
-    with Store() as store:
+    with Store(read_environment().database) as store:
         (conversation,) = store.conversations()
         question, answer = store.branch(conversation.leaf or 0)
     assert (question.text, answer.status) == ("Tell me", "interrupted")

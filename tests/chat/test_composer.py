@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from chat_harness import Chat, chatting
+from m7mlx_chat.environment import read_environment
 from m7mlx_chat.events import Failed
 from m7mlx_chat.screens.dialogs import Search
 from m7mlx_chat.widgets.completion import Completion, paths
@@ -182,20 +185,18 @@ async def test_files_are_completed_and_put_in(tmp_path: Path, monkeypatch: pytes
 
 async def test_the_editor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A program that adds a line; without a terminal to give it, it is said that there is none."""
-    async with chatting(tmp_path) as chat:
-        from contextlib import nullcontext
-
-        editor = tmp_path / "editor.sh"
-        editor.write_text('#!/bin/sh\necho " and more" >> "$1"\n')
-        editor.chmod(0o755)
-        monkeypatch.setenv("VISUAL", str(editor))
+    editor = tmp_path / "editor.sh"
+    editor.write_text('#!/bin/sh\necho " and more" >> "$1"\n')
+    editor.chmod(0o755)
+    monkeypatch.setenv("VISUAL", str(editor))
+    async with chatting(tmp_path, environment=read_environment()) as chat:
         chat.app.composer.insert("draft")
         await chat.pilot.press("ctrl+g")
         assert any("cannot be opened" in n.message for n in chat.app._notifications)
         monkeypatch.setattr(chat.app, "suspend", nullcontext)
         await chat.pilot.press("ctrl+g")
         assert chat.app.composer.text == "draft and more"
-        monkeypatch.setenv("VISUAL", "/no/such/editor")
+        chat.app.environment = replace(chat.app.environment, editor="/no/such/editor")
         await chat.pilot.press("ctrl+g")
         assert chat.app.composer.text == "draft and more"
         assert any("set $EDITOR" in n.message for n in chat.app._notifications)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import base64
-import fcntl
-import os
-import pty
 import re
-import struct
-import subprocess
 import sys
-import termios
 from pathlib import Path
 
+import hostile
 import pytest
 from chat_harness import chatting, done
 from hostile import EVIL, PLACES, SIZE, UNSAFE, Place, config, drawn, go_through, settings
+from terminal import OURS, on_terminal
 
 
 async def test_nothing_that_a_widget_draws_is_a_control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,16 +49,8 @@ async def test_half_a_character_can_be_copied(tmp_path: Path) -> None:
         assert chat.app.clipboard == "a\ufffdb"
 
 
-OURS = re.compile(
-    r"\x1b\[[<=>?]?[0-9;:]*[ $]?[@-~]"  # colours, places, modes
-    r"|\x1b\]52;c;[A-Za-z0-9+/=]*\x07"  # a copy
-    r"|\x1b\]22;[a-z-]*\x07"  # the pointer's shape
-    r"|\x1b[=>78]"
-)
-
-
 def test_nothing_that_reaches_a_real_terminal_is_a_control_but_textuals_own(tmp_path: Path) -> None:
-    written = on_terminal([sys.executable, str(Path(__file__).parents[1] / "support" / "hostile.py"), str(tmp_path)])
+    written = on_terminal([sys.executable, hostile.__file__, str(tmp_path)], SIZE)
     assert "went through" in written, written[-2000:]
     for one in PLACES:
         assert one.word in written, one.name
@@ -71,21 +59,3 @@ def test_nothing_that_reaches_a_real_terminal_is_a_control_but_textuals_own(tmp_
     assert not [sequence for sequence in OURS.findall(written) if "7777" in sequence]
     left = OURS.sub("", written).replace("\r", "").replace("\n", "")
     assert not set(UNSAFE.findall(left))
-
-
-def on_terminal(command: list[str], size: tuple[int, int] = SIZE, cwd: Path | None = None, **environment: str) -> str:
-    """All that a program writes to the terminal that it runs in."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
-    values = os.environ | {"TERM": "xterm-256color"} | environment
-    written = b""
-    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=values, cwd=cwd) as process:
-        os.close(theirs)
-        try:
-            while data := os.read(ours, 65536):
-                written += data
-        except OSError:  # Linux says so where the other side has gone
-            pass
-        process.wait(60)
-    os.close(ours)
-    return written.decode("utf-8", "surrogateescape")

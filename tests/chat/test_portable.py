@@ -13,15 +13,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from m7mlx_chat import portable
-from m7mlx_chat.portable import dumps, loads
+from m7mlx_chat.portable import parse, to_json
 from m7mlx_chat.portable.page import to_html, to_markdown
 from m7mlx_chat.store import Store
-from m7mlx_chat.store.rows import Node, Tree, clean, title_of
+from m7mlx_chat.store.rows import Node, Tree, encodable, title_of
 from markdown_it import MarkdownIt
 
 from m7mlx.errors import InputError
 
-TEXT = st.text().map(clean)
+TEXT = st.text().map(encodable)
 SCALAR = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT
 VALUES = st.dictionaries(TEXT, SCALAR | st.lists(SCALAR, max_size=3), max_size=3)
 TIMES = st.floats(0, 4e9)
@@ -78,18 +78,18 @@ def exported(store: Store) -> tuple[Any, list[Any]]:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(tree=trees())
 def test_what_is_exported_is_imported_the_same(store: Store, tree: Tree) -> None:
-    text = dumps(tree)
-    assert loads(text) == loads(text.encode()) == loads("\ufeff" + text) == [tree]
-    assert loads(f"[{text}, {text}]") == [tree, tree]
-    (conversation,) = store.plant(loads(text))
+    text = to_json(tree)
+    assert parse(text) == parse(text.encode()) == parse("\ufeff" + text) == [tree]
+    assert parse(f"[{text}, {text}]") == [tree, tree]
+    (conversation,) = store.plant(parse(text))
     assert store.tree(conversation) == tree
-    assert dumps(store.tree(conversation)) == text
+    assert to_json(store.tree(conversation)) == text
 
 
 def test_a_conversation_that_was_led_here_comes_back_but_for_its_token_ids(store: Store) -> None:
     conversation, branch = exported(store)
     store.again(branch[0].id)
-    (back,) = store.plant(loads(dumps(store.tree(conversation.id))))
+    (back,) = store.plant(parse(to_json(store.tree(conversation.id))))
     old, new = store.tree(conversation.id), store.tree(back)
     assert [n.text for n in new.nodes] == [n.text for n in old.nodes] and new.leaf == old.leaf == 4
     assert [n.status for n in new.nodes] == ["complete", "complete", "complete", "stopped", "interrupted"]
@@ -99,7 +99,7 @@ def test_a_conversation_that_was_led_here_comes_back_but_for_its_token_ids(store
 def own(**changes: Any) -> dict[str, Any]:
     node = Node(parent=None, role="user", text="q", created=1)
     tree = Tree(title="t", automatic=True, created=1, updated=2, leaf=0, nodes=(node,))
-    return json.loads(dumps(tree)) | changes
+    return json.loads(to_json(tree)) | changes
 
 
 def message(**changes: Any) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def test_chatgpts_tree_comes_over_with_its_branches() -> None:
         node("img", "a3", "user", {"content_type": "image_asset_pointer"}, "what is it?", time=None),
         current_node="a1",
     )
-    (tree,) = loads(json.dumps([data]))
+    (tree,) = parse(json.dumps([data]))
     assert [(n.parent, n.role, n.text) for n in tree.nodes] == [
         (None, "user", "first\nquestion"),
         (0, "assistant", "first answer"),
@@ -158,7 +158,7 @@ def test_chatgpts_tree_comes_over_with_its_branches() -> None:
     assert [n.created for n in tree.nodes] == [1, 2, 4, 7] and tree.nodes[2].status == "length"
     assert tree.nodes[2].model == "gpt-x" and (tree.title, tree.automatic, tree.leaf) == ("A chat", False, 1)
     assert (tree.created, tree.updated, tree.model) == (100.5, 200.5, "gpt")
-    assert loads(json.dumps(data)) == [tree]
+    assert parse(json.dumps(data)) == [tree]
 
 
 @st.composite
@@ -187,9 +187,9 @@ def test_of_chatgpts_messages_none_is_lost_and_none_loses_what_came_before_it(
     }
     if not said:
         with pytest.raises(InputError, match="no messages"):
-            loads(json.dumps(data))
+            parse(json.dumps(data))
         return
-    (tree,) = loads(json.dumps(data))
+    (tree,) = parse(json.dumps(data))
     held = [[int(n) for n in re.findall(r"text (\d+)", node.text)] for node in tree.nodes]
     assert sorted(n for one in held for n in one) == sorted(said)
     for i in range(len(held)):
@@ -208,9 +208,9 @@ def test_of_chatgpts_messages_none_is_lost_and_none_loses_what_came_before_it(
 
 def test_conversations_without_a_word_are_left_out() -> None:
     empty, full = chatgpt(ROOT, node("x", "root", "user", " ")), chatgpt(node("q", None, "user", "hello"), title=None)
-    assert [t.title for t in loads(json.dumps([empty, full]))] == ["hello"]
+    assert [t.title for t in parse(json.dumps([empty, full]))] == ["hello"]
     with pytest.raises(InputError, match="no messages"):
-        loads(json.dumps([empty]))
+        parse(json.dumps([empty]))
 
 
 def test_a_chain_of_100_000_messages_comes_over(store: Store) -> None:
@@ -218,10 +218,10 @@ def test_a_chain_of_100_000_messages_comes_over(store: Store) -> None:
     nodes = [
         node(f"n{i}", f"n{i - 1}" if i else None, "assistant" if i % 2 else "user", f"text{i}") for i in range(count)
     ]
-    (tree,) = loads(json.dumps([chatgpt(*reversed(nodes))]))
+    (tree,) = parse(json.dumps([chatgpt(*reversed(nodes))]))
     assert [n.parent for n in tree.nodes] == [None, *range(count - 1)] and tree.nodes[-1].text == f"text{count - 1}"
     same = [node(f"n{i}", f"n{i - 1}" if i else None, "user", "word") for i in range(count)]
-    (tree,) = loads(json.dumps(chatgpt(*same)))
+    (tree,) = parse(json.dumps(chatgpt(*same)))
     assert len(tree.nodes) == 1 and len(tree.nodes[0].text) == 6 * count - 2
 
 
@@ -286,7 +286,7 @@ HOSTILE: dict[str, str | bytes] = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_file_is_refused_in_one_line_and_nothing_is_imported(store: Store, name: str) -> None:
     with pytest.raises(InputError) as caught:
-        store.plant(loads(HOSTILE[name]))
+        store.plant(parse(HOSTILE[name]))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
     assert store.conversations() == [] and store.search("x") == []
 
@@ -294,12 +294,12 @@ def test_a_hostile_file_is_refused_in_one_line_and_nothing_is_imported(store: St
 def test_a_file_that_is_too_large_is_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(portable, "MOST_BYTES", 1000)
     with pytest.raises(InputError, match="MB"):
-        loads(b" " * 1001)
-    assert len(loads(json.dumps(own()))) == 1
+        parse(b" " * 1001)
+    assert len(parse(json.dumps(own()))) == 1
 
 
 def test_a_tree_that_fails_in_the_middle_takes_the_others_with_it(store: Store) -> None:
-    good = loads(json.dumps(own()))[0]
+    good = parse(json.dumps(own()))[0]
 
     def some() -> Iterator[Tree]:
         yield good
@@ -334,14 +334,14 @@ def test_any_value_at_any_place_is_taken_or_refused(store: Store, data: st.DataO
         where = where[key]
     where[key] = data.draw(ANY_JSON)
     try:
-        planted = store.plant(loads(json.dumps(changed)))
+        planted = store.plant(parse(json.dumps(changed)))
     except InputError as error:
         one_line = "\n" not in str(error)
     else:
         one_line = True
         for conversation in planted:
             tree = store.tree(conversation)
-            assert loads(dumps(tree)) == [tree]
+            assert parse(to_json(tree)) == [tree]
             found = store.conversation(conversation)
             branch = store.branch(found.leaf) if found.leaf is not None else []
             assert to_html(found, branch) and to_markdown(found, branch)
@@ -448,7 +448,7 @@ def test_nothing_in_a_page_runs_loads_or_hides(store: Store, title: str, questio
     page = Page(html)
     for letter in "\0\x1b\u202e\ud800":
         assert letter not in html and letter not in markdown
-    words = [word for word in re.findall(r"\w+", clean(question)) if word.isascii()]
+    words = [word for word in re.findall(r"\w+", encodable(question)) if word.isascii()]
     assert all(word in page.text and word in markdown for word in words)
 
 

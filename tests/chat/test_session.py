@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import pytest
 from chat_harness import READY, ScriptedEngine, done
-from m7mlx_chat import session as session_module
-from m7mlx_chat.engine import Engine
+from m7mlx_chat import answering
+from m7mlx_chat.answering import Busy
 from m7mlx_chat.events import Failed, Seen, Text
-from m7mlx_chat.session import Busy, Session
+from m7mlx_chat.session import Session
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.store import Store
 from m7mlx_chat.store.errors import StoreError
@@ -26,7 +26,7 @@ class Speaker:
     def __init__(self, database: Path, *, ready: bool = True, **settings: Any) -> None:
         self.engine = ScriptedEngine()
         self.store = Store(database)
-        self.session = Session(self.store, cast(Engine, self.engine), Settings(model="m", **settings))
+        self.session = Session(self.store, self.engine, Settings(model="m", **settings))
         if ready:
             self.session.handle(READY)
 
@@ -65,7 +65,7 @@ def test_the_question_is_kept_before_the_engine_hears_it(speaker: Speaker, monke
 def test_what_is_said_is_kept_within_a_second(speaker: Speaker, monkeypatch: pytest.MonkeyPatch) -> None:
     under_way = speaker.session.ask("hello")
     now = under_way.saved
-    monkeypatch.setattr(session_module.time, "monotonic", lambda: now)
+    monkeypatch.setattr(answering.time, "monotonic", lambda: now)
     speaker.session.handle(Text("one ", 1, Seen(5, 100)))
     assert speaker.store.message(under_way.answer).text == ""
     now += 0.99

@@ -142,10 +142,10 @@ async def test_deleting_and_undoing(tmp_path: Path) -> None:
 async def test_what_another_window_says_appears(tmp_path: Path) -> None:
     async with chatting(tmp_path, size=(130, 30)) as chat:
         await three(chat)
-        chat.app._look()
+        chat.app.look_around()
         with Store(tmp_path / "chats.db") as other:
             asked = other.ask(None, None, "From the other window")
-            chat.app._look()
+            chat.app.look_around()
             assert listed(chat)[0] == "From the other window"
             await chat.app.open_conversation(asked.conversation)
             assert chat.footers()[-1] == "being answered in another window"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 from m7mlx_chat import steady
-from m7mlx_chat.steady import SteadyApp, log_path
+from m7mlx_chat.steady import SteadyApp
 from textual import on, work
 from textual.actions import SkipAction
 from textual.app import ComposeResult
@@ -25,6 +26,7 @@ from unforeseen import nothing_unforeseen
 from m7mlx.errors import DiskError
 
 FULL = "the disk is full"
+LOG = Path("chat.log")
 
 
 class Trouble(Widget, can_focus=True):
@@ -146,7 +148,7 @@ class App(SteadyApp):
     BINDINGS: ClassVar = [("f5", "live"), ("a", "break"), ("b", "break")]
 
     def __init__(self, trouble: Trouble) -> None:
-        super().__init__()
+        super().__init__(LOG)
         self.trouble = trouble
         self.lived = 0
 
@@ -253,7 +255,7 @@ async def test_whatever_raises_is_told_and_the_app_lives(
             assert told == [FULL]
             assert not caplog.records
         else:
-            assert told == [f"that did not work (ValueError: [red]nobody␛[2J foresaw it); {log_path()} says more"]
+            assert told == [f"that did not work (ValueError: [red]nobody␛[2J foresaw it); {LOG} says more"]
             assert [record.exc_info[1] for record in caplog.records if record.exc_info] == [error]
         # The app takes keys, and so does the widget: the loop of neither has ended.
         if kind != "unmount":

@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_harness import check_database
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from m7mlx_chat.portable import dumps
+from m7mlx_chat.environment import read_environment
+from m7mlx_chat.portable import to_json
 from m7mlx_chat.portable.page import to_html
 from m7mlx_chat.store import Store, schema
 from m7mlx_chat.store.errors import StoreError
-from m7mlx_chat.store.rows import TITLE_LENGTH, Asked, Message, Node, Tree, clean, pack, title_of, unpack
-from m7mlx_chat.store.schema import MIGRATIONS, database_path, open_database
+from m7mlx_chat.store.rows import TITLE_LENGTH, Asked, Message, Node, Tree, encodable, pack, title_of, unpack
+from m7mlx_chat.store.schema import MIGRATIONS, open_database
 
 from m7mlx.errors import DiskError, M7Error, RunError
 
@@ -61,17 +63,6 @@ def say(store: Store, conversation: int | None, parent: int | None, question: st
 
 def texts(messages: list[Message]) -> list[str]:
     return [m.text for m in messages]
-
-
-def check_database(path: Path) -> None:
-    """What SQLite itself can say about the file, the index of words and the references."""
-    db = sqlite3.connect(path)
-    try:
-        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        assert db.execute("PRAGMA foreign_key_check").fetchall() == []
-        db.execute("INSERT INTO message_words (message_words, rank) VALUES ('integrity-check', 1)")
-    finally:
-        db.close()
 
 
 # --- asking and answering -------------------------------------------------------------------------------
@@ -190,7 +181,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.conversations[conversation]["leaf"] = message
 
     def add_pair(self, asked: Asked, parent: int | None, text: str) -> None:
-        self.add(asked.question, asked.conversation, parent, "user", clean(text))
+        self.add(asked.question, asked.conversation, parent, "user", encodable(text))
         self.add(asked.answer, asked.conversation, asked.question, "assistant", "")
 
     def path(self, message: int | None) -> list[int]:
@@ -231,7 +222,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.store.finish(message, "stopped", text)
         else:
             self.store.grow(message, text)
-        self.messages[message]["text"] = clean(text)
+        self.messages[message]["text"] = encodable(text)
 
     @precondition(lambda self: self.messages)
     @rule(data=st.data())
@@ -554,7 +545,7 @@ def test_any_text_is_stored(store: Store, text: str) -> None:
     store.grow(asked.answer, text)
     store.rename(asked.conversation, text)
     store.finish(asked.answer, "complete", text, {"s": text})
-    kept = clean(text)
+    kept = encodable(text)
     question, answer = store.branch(asked.answer)
     assert question.text == answer.text == answer.model == answer.settings["system"] == kept
     assert answer.statistics == {"s": kept}
@@ -583,15 +574,17 @@ def test_ids_take_about_two_bytes_each() -> None:
 
 def test_the_database_lies_where_the_user_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("M7MLX_DATA", str(tmp_path / "here"))
-    assert database_path() == tmp_path / "here" / "chats.db"
-    with Store() as store:
+    path = read_environment().database
+    assert path == tmp_path / "here" / "chats.db"
+    with Store(path) as store:
         asked = say(store, None, None, "q")
-    with Store() as store:
+    with Store(path) as store:
         assert store.message(asked.question).text == "q"
     monkeypatch.delenv("M7MLX_DATA")
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert database_path().is_relative_to(tmp_path) and "m7mlx" in database_path().parts
+    path = read_environment().database
+    assert path.is_relative_to(tmp_path) and "m7mlx" in path.parts
 
 
 def test_only_the_user_may_read_it_and_a_commit_is_on_the_disk(store: Store) -> None:
@@ -765,7 +758,7 @@ def test_a_row_that_is_damaged_is_one_line(tmp_path: Path, column: str) -> None:
                 store.prompts,
                 lambda s=store, a=asked: to_html(s.conversation(a.conversation), s.branch(a.answer)),
                 lambda s=store, a=asked: [message.ids for message in s.branch(a.answer)],
-                lambda s=store, a=asked: dumps(s.tree(a.conversation)),
+                lambda s=store, a=asked: to_json(s.tree(a.conversation)),
                 lambda s=store: s.search("q"),
                 lambda s=store, a=asked: s.fork(a.answer),
                 lambda s=store, a=asked: s.again(a.question),

@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from chat_harness import check_database
 from filelock import FileLock, Timeout
 from m7mlx_chat import store as store_module
 from m7mlx_chat.store import Store, schema
 from m7mlx_chat.store.instances import Instance
 from m7mlx_chat.store.rows import Node, Tree
 from processes import running
-from test_store import check_database
 
 from m7mlx.errors import RunError
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.segment import Segment
 from rich.style import Style
-from test_gate import OURS, on_terminal
+from terminal import OURS, on_terminal
 
-from m7mlx.terminal import guard, guard_streams, json_line, one_line, visible
+from m7mlx.terminal import json_line, make_safe, make_streams_safe, one_line, visible
 
 NAME = "word" + EVIL.replace("/", "")
 hostile = st.lists(st.sampled_from([*EVIL, "👩‍👩‍👧", "é", "ש", "e\u0301", "\ud800", " "]) | st.text(max_size=3)).map(
@@ -34,7 +34,7 @@ def test_json_is_the_same_value_and_holds_nothing_that_a_terminal_obeys(value: o
 
 @given(hostile)
 def test_what_rich_draws_takes_the_cells_that_it_took(text: str) -> None:
-    drawn = guard([Segment(text, Style(bold=True, link="http://evil.example"))])
+    drawn = make_safe([Segment(text, Style(bold=True, link="http://evil.example"))])
     assert sum(cell_len(segment.text) for segment in drawn) == cell_len(text)
     assert not UNSAFE.search("".join(segment.text for segment in drawn).replace("\n", ""))  # rich ends its lines so
     assert all(segment.style is None or segment.style.link is None for segment in drawn)
@@ -48,7 +48,7 @@ def test_honest_text_stays() -> None:
     assert one_line(f" a\n {HONEST}").startswith("a 👩‍👩‍👧 عربي עברית e\u0301")
     assert json.loads(json_line(HONEST)) == HONEST
     segments = [Segment(HONEST.replace("\t", " "), Style(bold=True))]
-    assert guard(segments) == segments
+    assert make_safe(segments) == segments
 
 
 COMMANDS: list[list[str]] = [
@@ -107,16 +107,16 @@ def test_nothing_on_the_terminal_is_a_control(command: list[str], folder: Path) 
 
 
 def test_into_a_pipe_text_goes_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    guard_streams()
+    make_streams_safe()
     print(EVIL)
     assert capsys.readouterr().out == EVIL + "\n"
 
 
 def test_tables_and_bars_of_rich_hold_no_markup_and_no_controls() -> None:
     program = (
-        "from m7mlx.terminal import console, guard_streams; from rich.table import Table\n"
+        "from m7mlx.terminal import console, make_streams_safe; from rich.table import Table\n"
         "from rich.progress import Progress, TextColumn, BarColumn; from hostile import EVIL; import sys\n"
-        "guard_streams(); t = Table('word' + EVIL, title='title' + EVIL); t.add_row(EVIL); console().print(t)\n"
+        "make_streams_safe(); t = Table('word' + EVIL, title='title' + EVIL); t.add_row(EVIL); console().print(t)\n"
         "console(stderr=True).print('plain' + EVIL)\n"
         "with Progress(TextColumn('{task.description}', markup=False), BarColumn(), console=console()) as p:\n"
         "    p.add_task('task{' + EVIL, total=2); print('printed' + EVIL); print('error' + EVIL, file=sys.stderr)\n"

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from adapters import ADAPTED, EMBEDDING, HEAD, RANK, random, write_mlx_lm, write_peft
+from adapters import ADAPTED, DOWN, EMBEDDING, HEAD, QUERY, RANK, break_config, random, write_mlx_lm, write_peft
 from m7mlx_chat.cli import main as chat
 from m7mlx_convert.cli import main
 from m7mlx_convert.convert import convert
@@ -26,9 +26,6 @@ from m7mlx.files import patterns
 from m7mlx.quantization import Quantization
 
 # --- mlx-lm's -------------------------------------------------------------------------------------------
-
-
-QUERY, DOWN = "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
@@ -160,11 +157,6 @@ def test_a_quantised_model_goes_back_to_its_bits(tmp_path: Path) -> None:
 
 
 # --- what cannot be merged --------------------------------------------------------------------------------
-
-
-def break_config(folder: Path, **settings: Any) -> None:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
 
 def rewrite(folder: Path, name: str, array: mx.array) -> None:

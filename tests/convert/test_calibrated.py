@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from models import small_config, write_folder
 from peers import silenced
 from sources import read_weights
-from test_convert import save_transformers_tokenizer
+from tokenizer_folders import save_transformers_tokenizer
 
 from m7mlx import load
 from m7mlx.config import ModelConfig

@@ -20,10 +20,10 @@ from damage import DAMAGE
 from m7mlx_convert.cli import main
 from m7mlx_convert.convert import convert
 from m7mlx_convert.scheme import Recipe
-from m7mlx_convert.writer import Piece, ShardWriter, Spec
-from models import mistral_file, random_weights, shard, small_config, write_folder
+from m7mlx_convert.writer import Spec, TensorBytes, WeightsWriter
+from models import random_weights, shard, small_config, write_folder
 from processes import running
-from tokenizer_folders import bpe_json_of
+from tokenizer_folders import save_transformers_tokenizer
 
 from m7mlx import load
 from m7mlx.config import ModelConfig
@@ -109,14 +109,6 @@ def test_quantised_as_mlx_lm_does_it(tmp_path: Path, bits: int, group: int, tied
     assert difference.item() < 0.02  # theirs computes in float16 here
 
 
-def save_transformers_tokenizer(folder: Path) -> None:
-    """A tokenizer that transformers, and so mlx-lm, can load."""
-    (folder / "tokenizer.json").write_text(json.dumps(bpe_json_of(mistral_file("v1"))))
-    (folder / "tokenizer_config.json").write_text(
-        '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}'
-    )
-
-
 def flat(model: Any) -> dict[str, mx.array]:
     from mlx.utils import tree_flatten
 
@@ -184,9 +176,9 @@ def test_large_results_are_split_with_an_index(tmp_path: Path) -> None:
     }
     tensors["empty"] = mx.zeros((0, 3))
     tensors["turned"] = mx.arange(12, dtype=mx.uint32).reshape(3, 4).T
-    writer = ShardWriter(tmp_path, [[Spec(k, v.dtype, v.shape)] for k, v in tensors.items()], max_bytes=400)
+    writer = WeightsWriter(tmp_path, [[Spec(k, v.dtype, v.shape)] for k, v in tensors.items()], max_bytes=400)
     for array in tensors.values():
-        writer.write([Piece.of(array)])
+        writer.write([TensorBytes.of(array)])
     writer.finish()
     writer.close()
     index = json.loads((tmp_path / INDEX).read_text())["weight_map"]
@@ -196,12 +188,12 @@ def test_large_results_are_split_with_an_index(tmp_path: Path) -> None:
 
 
 def test_the_writer_keeps_to_its_plan(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, [[Spec("a", mx.float32, (2,))], [Spec("b", mx.float32, (2,))]])
+    writer = WeightsWriter(tmp_path, [[Spec("a", mx.float32, (2,))], [Spec("b", mx.float32, (2,))]])
     with pytest.raises(RunError, match="planned"):
-        writer.write([Piece.of(mx.zeros(2)), Piece.of(mx.zeros(2))])
+        writer.write([TensorBytes.of(mx.zeros(2)), TensorBytes.of(mx.zeros(2))])
     with pytest.raises(RunError, match="planned"):
-        writer.write([Piece.of(mx.zeros(3))])
-    writer.write([Piece.of(mx.zeros(2))])
+        writer.write([TensorBytes.of(mx.zeros(3))])
+    writer.write([TensorBytes.of(mx.zeros(2))])
     with pytest.raises(RunError, match="b was planned but not written"):
         writer.finish()
     writer.close()

@@ -16,7 +16,7 @@ import pytest
 from hub_server import serve
 from m7mlx_convert.cli import main
 from m7mlx_convert.convert import convert
-from m7mlx_convert.writer import Piece, ShardWriter, Spec
+from m7mlx_convert.writer import Spec, TensorBytes, WeightsWriter
 from peers import silenced
 from sources import assert_same, little, quantisable, read_weights, tokenizer_json, write_source
 
@@ -62,9 +62,9 @@ def test_writer_writes_what_mlx_reads(tmp_path: Path, dtype: mx.Dtype) -> None:
     base = mx.arange(105).reshape(3, 5, 7)
     arrays = {"a": base, "b": base.T, "c": base[1:, ::2], "d": base[0, :, 3], "e": mx.zeros((1,))}
     arrays = {name: array.astype(dtype) for name, array in arrays.items()}
-    writer = ShardWriter(tmp_path, [[Spec(name, dtype, array.shape)] for name, array in arrays.items()])
+    writer = WeightsWriter(tmp_path, [[Spec(name, dtype, array.shape)] for name, array in arrays.items()])
     for array in arrays.values():
-        writer.write([Piece.of(array)])
+        writer.write([TensorBytes.of(array)])
     writer.finish()
     writer.close()
     assert_same(read_weights(tmp_path), arrays)

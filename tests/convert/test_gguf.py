@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conversations import CHATML
-from gguf_files import write_mistral_gguf
+from gguf_files import TINY, write_mistral_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from m7mlx_convert.cli import main
@@ -34,15 +34,10 @@ from m7mlx.quantization import Quantization
 from m7mlx.tokens.load import load_tokenizer
 from m7mlx.tokens.tokenizer import Tokenizer
 
-CONFIG = small_config(
-    model_type="llama", vocab_size=32000, hidden_size=64, intermediate_size=96, head_dim=16, sliding_window=None,
-    norm_eps=1e-5, rope_theta=1e4,
-)  # fmt: skip
-
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0"])
 def test_weights_are_those_of_the_file(tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]) -> None:
-    expected = write_mistral_gguf(tmp_path / "tiny.gguf", CONFIG, kind)
+    expected = write_mistral_gguf(tmp_path / "tiny.gguf", TINY, kind)
     reporter = Reporter("text")
     dtype = "float32" if kind == "F32" else None
     out = convert(str(tmp_path / "tiny.gguf"), tmp_path / "out", dtype=dtype, reporter=reporter)
@@ -60,10 +55,10 @@ def test_logits_equal_those_of_the_same_weights_in_huggings_face_layout(tmp_path
     """The row order of queries and keys is undone: seen in the logits, not only in the weights."""
     from models import small_model
 
-    write_mistral_gguf(tmp_path / "tiny.gguf", CONFIG)
+    write_mistral_gguf(tmp_path / "tiny.gguf", TINY)
     model, _ = load(convert(str(tmp_path / "tiny.gguf"), tmp_path / "out", dtype="float32"))
     ids = mx.array([[1, 500, 31999, 4, 77]])
-    assert mx.allclose(model(ids), small_model(CONFIG)(ids), rtol=1e-5, atol=1e-5).item()
+    assert mx.allclose(model(ids), small_model(TINY)(ids), rtol=1e-5, atol=1e-5).item()
 
 
 @given(st.sampled_from(["Q4_0", "Q4_1", "Q8_0"]), st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**32 - 1))
@@ -83,7 +78,7 @@ def test_repacked_blocks_are_the_same_numbers(kind: str, rows: int, blocks: int,
 def test_mixed_types_are_written_as_overrides_that_mlx_lm_understands(tmp_path: Path) -> None:
     import mlx_lm.utils
 
-    config = small_config(**{**vars(CONFIG), "tie_word_embeddings": True, "n_layers": 1})
+    config = small_config(**{**vars(TINY), "tie_word_embeddings": True, "n_layers": 1})
     write_mixed(tmp_path / "mixed.gguf", config)
     out = convert(str(tmp_path / "mixed.gguf"), tmp_path / "out")
     written = json.loads((out / "config.json").read_text())
@@ -115,12 +110,12 @@ def write_mixed(path: Path, config: ModelConfig) -> None:
 
 
 def test_quantising_expanded_weights(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    write_mistral_gguf(tmp_path / "tiny.gguf", CONFIG, "F16")
+    write_mistral_gguf(tmp_path / "tiny.gguf", TINY, "F16")
     out = convert(str(tmp_path / "tiny.gguf"), tmp_path / "out", recipe=Recipe(Quantization(32, 4)))
     weight = read_weights(out)["model.layers.0.mlp.up_proj.weight"]
-    original = mx.array(random_weights(CONFIG)["model.layers.0.mlp.up_proj.weight"]).astype(mx.float16)
+    original = mx.array(random_weights(TINY)["model.layers.0.mlp.up_proj.weight"]).astype(mx.float16)
     assert mx.array_equal(weight, mx.quantize(original, group_size=32, bits=4)[0]).item()
-    write_mistral_gguf(tmp_path / "kept.gguf", CONFIG, "Q8_0")
+    write_mistral_gguf(tmp_path / "kept.gguf", TINY, "Q8_0")
     options = ["--q-bits", "4", "--q-group-size", "32", "--mlx-path", str(tmp_path / "x")]
     assert main([str(tmp_path / "kept.gguf"), *options]) == 0
     assert "the losses add up" in capfd.readouterr().err
@@ -136,7 +131,7 @@ def test_mistral_7b_v01_gets_its_window(tmp_path: Path) -> None:
     assert "4,096" in notes[0]
     v02 = ModelConfig.from_dict({**v01.to_dict(), "rope_theta": 1e6})
     assert _with_window(v02, {}) == (v02, ())
-    write_mistral_gguf(tmp_path / "w.gguf", CONFIG, llama__attention__sliding_window=9)
+    write_mistral_gguf(tmp_path / "w.gguf", TINY, llama__attention__sliding_window=9)
     assert load(convert(str(tmp_path / "w.gguf"), tmp_path / "out"))[0].config.sliding_window == 9
 
 
@@ -147,7 +142,7 @@ def test_mistral_7b_v01_gets_its_window(tmp_path: Path) -> None:
 def twins(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
     """A sentencepiece tokenizer that went through a GGUF file, and the original."""
     folder = tmp_path_factory.mktemp(request.param)
-    config = small_config(**{**vars(CONFIG), "vocab_size": 32768 if request.param == "v3" else 32000, "n_layers": 1})
+    config = small_config(**{**vars(TINY), "vocab_size": 32768 if request.param == "v3" else 32000, "n_layers": 1})
     write_mistral_gguf(folder / "t.gguf", config, version=request.param)
     tokenizer = load_tokenizer(convert(str(folder / "t.gguf"), folder / "out"))
     return tokenizer, SentencePieceProcessor(model_file=str(mistral_file(request.param)))
@@ -175,7 +170,7 @@ def test_a_mistral_gguf_chats_in_mistrals_format(twins: tuple[Tokenizer, Any]) -
 
 def test_a_template_in_the_file_is_used(tmp_path: Path) -> None:
     write_mistral_gguf(
-        tmp_path / "z.gguf", CONFIG, changes=lambda w: w.add_chat_template("{{ messages[0].content }}{{ eos_token }}")
+        tmp_path / "z.gguf", TINY, changes=lambda w: w.add_chat_template("{{ messages[0].content }}{{ eos_token }}")
     )
     tokenizer = load_tokenizer(convert(str(tmp_path / "z.gguf"), tmp_path / "out"))
     assert tokenizer.chat.encode([{"role": "user", "content": "Hi</s>"}])[-1] == 2
@@ -236,7 +231,7 @@ def test_the_demo_model_reads_nothing_twice(demo_model: Path) -> None:
 def test_models_that_are_not_understood(
     tmp_path: Path, change: Any, metadata: dict[str, Any], reason: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    write_mistral_gguf(tmp_path / "x.gguf", CONFIG, changes=change, **metadata)
+    write_mistral_gguf(tmp_path / "x.gguf", TINY, changes=change, **metadata)
     assert main([str(tmp_path / "x.gguf"), "--mlx-path", str(tmp_path / "out")]) == 2
     error = capfd.readouterr().err
     assert reason in error

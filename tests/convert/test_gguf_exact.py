@@ -22,7 +22,7 @@ from gguf_files import (
 )
 from m7mlx_convert.cli import main
 from m7mlx_convert.convert import convert
-from m7mlx_convert.gguf import _config, open_gguf, repack
+from m7mlx_convert.gguf import _read_config, open_gguf, repack
 from m7mlx_convert.gguf_header import GGUFTensor
 from sources import assert_same, permuted, read_weights
 
@@ -246,7 +246,7 @@ def test_mistral_7b_is_known_by_its_shape(theta: float, window: int | None) -> N
     ) | {"general.architecture": "llama"}
     tensors = {str(i): GGUFTensor(Path("x"), "Q4_0", (32000, 4096), 0, 0) for i in range(291)}
     tensors["token_embd.weight"] = tensors["0"]
-    config, notes = _config(Path("mistral.gguf"), values, tensors)
+    config, notes = _read_config(Path("mistral.gguf"), values, tensors)
     assert config.sliding_window == window
     assert bool(notes) == bool(window)
 

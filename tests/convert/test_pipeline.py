@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from m7mlx_convert import pipeline
 from m7mlx_convert.folder import open_folder
-from m7mlx_convert.pipeline import computed
-from m7mlx_convert.plan import Plan, Step, make_plan
+from m7mlx_convert.pipeline import compute_ahead
+from m7mlx_convert.plan import Plan, PlannedParameter, make_plan
 from m7mlx_convert.scheme import Recipe
 from models import random_weights, small_config, write_folder
 
@@ -29,33 +29,33 @@ def plan(tmp_path: Path) -> Plan:
 def test_in_order_and_whole(plan: Plan) -> None:
     weights = random_weights(CONFIG)
     names = []
-    for step, (piece,) in computed(plan.steps):
-        names.append(step.name)
+    for planned, (piece,) in compute_ahead(plan.parameters):
+        names.append(planned.name)
         found = np.frombuffer(piece.data, np.float32).reshape(piece.shape)
-        np.testing.assert_array_equal(found, weights[step.name])
+        np.testing.assert_array_equal(found, weights[planned.name])
     assert names == list(weights)
 
 
 @pytest.mark.parametrize("limit", [1, 300_000, 10**9])
 def test_what_is_in_flight_is_bounded(plan: Plan, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    """Never more than the limit at one time, unless a single step is larger; the writer is slower than all."""
+    """Never more than the limit at one time, unless a single parameter is larger; the writer is slower than all."""
     monkeypatch.setattr(pipeline, "IN_FLIGHT", limit)
     lock, now, most = threading.Lock(), 0, 0
-    pieces = pipeline._pieces
+    compute = pipeline._compute
 
-    def counted(step: Step) -> list[pipeline.Piece]:
+    def counted(planned: PlannedParameter) -> list[pipeline.TensorBytes]:
         nonlocal now, most
         with lock:
-            now += step.memory
+            now += planned.memory
             most = max(most, now)
-        return pieces(step)
+        return compute(planned)
 
-    monkeypatch.setattr(pipeline, "_pieces", counted)
-    for step, _ in computed(plan.steps):
+    monkeypatch.setattr(pipeline, "_compute", counted)
+    for planned, _ in compute_ahead(plan.parameters):
         with lock:
-            now -= step.memory
+            now -= planned.memory
     # The one that the caller has taken and not let go of yet comes on top.
-    largest = max(step.memory for step in plan.steps)
+    largest = max(planned.memory for planned in plan.parameters)
     assert most <= max(limit, largest) + largest
 
 
@@ -63,17 +63,17 @@ def test_an_error_comes_out_and_no_thread_stays(tmp_path: Path) -> None:
     weights = random_weights(CONFIG)
     weights["model.layers.1.mlp.up_proj.weight"][0, 0] = np.nan
     source = open_folder(write_folder(tmp_path / "source", CONFIG, weights), "source")
-    steps = computed(make_plan(source, Recipe(), None).steps)
+    computed = compute_ahead(make_plan(source, Recipe(), None).parameters)
     for name in list(weights)[: list(weights).index("model.layers.1.mlp.up_proj.weight")]:
-        assert next(steps)[0].name == name
+        assert next(computed)[0].name == name
     with pytest.raises(WeightsError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN"):
-        next(steps)
+        next(computed)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("convert")]
 
 
 def test_a_caller_that_leaves_in_the_middle(plan: Plan) -> None:
-    steps: Iterator[object] = computed(plan.steps)
-    next(steps)
-    steps.close()  # type: ignore[attr-defined]
+    computed: Iterator[object] = compute_ahead(plan.parameters)
+    next(computed)
+    computed.close()  # type: ignore[attr-defined]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("convert")]
     assert mx.array([1]).item() == 1

@@ -69,26 +69,28 @@ def test_rows_quantised_by_and_by_are_those_of_the_whole(
     monkeypatch.setattr(plan, "_SLICE", 7 * 128)  # seven rows
     monkeypatch.setattr(plan, "on_cpu", lambda: True)
     weight = mx.random.normal((rows, 128), key=mx.random.key(rows)).astype(mx.bfloat16)
-    step = plan.Step("w.weight", Tensor((rows, 128), mx.bfloat16, lambda: {"weight": weight}), mx.bfloat16, scheme)
+    planned = plan.PlannedParameter(
+        "w.weight", Tensor((rows, 128), mx.bfloat16, lambda: {"weight": weight}), mx.bfloat16, scheme
+    )
     whole = mx.quantize(weight, group_size=scheme.group_size, bits=scheme.bits, mode=scheme.mode)
-    for found, expected in zip(step.arrays(), whole, strict=True):
+    for found, expected in zip(planned.arrays(), whole, strict=True):
         assert mx.array_equal(found, expected).item()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.mode)
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
-def test_a_step_takes_no_more_memory_than_it_says(scheme: Quantization, dtype: mx.Dtype) -> None:
+def test_a_parameter_takes_no_more_memory_than_it_says(scheme: Quantization, dtype: mx.Dtype) -> None:
     weight = mx.random.normal((3000, 1024)).astype(dtype)
     mx.eval(weight)
 
     def load() -> dict[str, mx.array]:
         return {"weight": weight + 0}  # an array of its own, as out of a file
 
-    step = plan.Step("w.weight", Tensor(weight.shape, dtype, load), dtype, scheme)
+    planned = plan.PlannedParameter("w.weight", Tensor(weight.shape, dtype, load), dtype, scheme)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    mx.eval(list(step.arrays()))
-    assert mx.get_peak_memory() - before <= 1.1 * step.memory
+    mx.eval(list(planned.arrays()))
+    assert mx.get_peak_memory() - before <= 1.1 * planned.memory
 
 
 def test_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

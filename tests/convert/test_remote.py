@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf_files import write_mistral_gguf
+from gguf_files import TINY, write_mistral_gguf
 from hub_server import Hub, environment, serve
 from models import write_folder
 from sources import quantisable, write_native, write_sharded
-from test_gguf import CONFIG as GGUF_CONFIG
 
 REPO = "someone/little"
 
@@ -51,7 +50,7 @@ def test_the_plan_of_a_repository_is_that_of_its_files(hub: Hub, tmp_path: Path,
         write_folder(hub.folder, quantisable(vocab_size=32000))
     elif layout == "gguf":
         hub.folder.mkdir()
-        write_mistral_gguf(hub.folder / "tiny.gguf", GGUF_CONFIG, "Q8_0")
+        write_mistral_gguf(hub.folder / "tiny.gguf", TINY, "Q8_0")
         source = f"{REPO}/tiny.gguf"
     else:
         (write_sharded if layout == "sharded" else write_native)(hub.folder)
@@ -80,7 +79,7 @@ def test_a_mirror_that_sends_all_of_a_file_is_not_read_on(hub: Hub, tmp_path: Pa
     source = REPO
     if kind == "gguf":
         hub.folder.mkdir()
-        write_mistral_gguf(hub.folder / "tiny.gguf", GGUF_CONFIG, "Q8_0")
+        write_mistral_gguf(hub.folder / "tiny.gguf", TINY, "Q8_0")
         source = f"{REPO}/tiny.gguf"
     else:
         write_folder(hub.folder, quantisable(vocab_size=32000))

@@ -24,7 +24,7 @@ from m7mlx_convert.opening import open_model
 from m7mlx_convert.output import whole_folder
 from m7mlx_convert.plan import make_plan
 from m7mlx_convert.scheme import Recipe
-from m7mlx_convert.writer import JOURNAL, Piece, ShardWriter, Spec
+from m7mlx_convert.writer import JOURNAL, Spec, TensorBytes, WeightsWriter
 from models import random_weights, small_config, write_folder
 from processes import running
 from sources import quantisable, write_packed, write_source
@@ -39,10 +39,10 @@ PLAN = [[Spec(name, array.dtype, array.shape)] for name, array in TENSORS.items(
 
 def write(folder: Path, upto: int = len(PLAN), key: str | None = "key", max_bytes: int = 400) -> int:
     """Write the first tensors, as a run that is killed then does; returns how many were there already."""
-    writer = ShardWriter(folder, PLAN, key, max_bytes)
+    writer = WeightsWriter(folder, PLAN, key, max_bytes)
     done = writer.done
     for name in list(TENSORS)[done:upto]:
-        writer.write([Piece.of(TENSORS[name])])
+        writer.write([TensorBytes.of(TENSORS[name])])
     if upto == len(PLAN):
         writer.finish()
     writer.close()
@@ -86,9 +86,9 @@ def test_another_key_starts_anew(tmp_path: Path) -> None:
 
 
 def test_what_the_disk_holds_is_read_again(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, PLAN)
+    writer = WeightsWriter(tmp_path, PLAN)
     for array in TENSORS.values():
-        writer.write([Piece.of(array)])
+        writer.write([TensorBytes.of(array)])
     file = tmp_path / "model.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1

@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 from m7mlx_convert.cli import main
 from m7mlx_convert.convert import convert
-from m7mlx_convert.scheme import MIXED, Recipe, Rule, scheme_of
+from m7mlx_convert.scheme import MIXED, Recipe, Rule, make_scheme
 from mlx.utils import tree_flatten
 from peers import silenced
 from sources import quantisable, read_weights, write_source
@@ -33,7 +33,7 @@ def test_every_scheme_is_mlx_lms(tmp_path: Path, mlx_lm: ModuleType, mode: str, 
     from mlx_lm.convert import convert as their_convert
 
     write_source(tmp_path / "source", quantisable(), torch_dtype="bfloat16")
-    scheme = scheme_of(mode, bits, group)
+    scheme = make_scheme(mode, bits, group)
     out = convert(str(tmp_path / "source"), tmp_path / "out", recipe=Recipe(scheme))
     with silenced():
         options = {"q_bits": bits, "q_group_size": group, "q_mode": mode, "quantize": True}
@@ -132,7 +132,7 @@ def test_rules_that_are_none(
 )
 def test_schemes_that_are_none(mode: str, bits: int, group: int) -> None:
     with pytest.raises(InputError):
-        scheme_of(mode, bits, group)
+        make_scheme(mode, bits, group)
 
 
 def test_a_rule_is_read_as_written() -> None:

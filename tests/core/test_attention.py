@@ -1,39 +1,14 @@
-"""Masks, rotations, and attention without a fused kernel, each against the plainest way to say the same."""
+"""Attention without a fused kernel, against MLX's fused one."""
 
 from __future__ import annotations
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from m7mlx.attention import attend
-from m7mlx.positions import rope, rope_each, window_mask
+from m7mlx.positions import window_mask
 from m7mlx.ring import KeysValues, KVFormat, Sinks
-
-positions = st.lists(st.integers(-3, 30), min_size=1, max_size=12)
-
-
-@given(positions, positions, st.none() | st.integers(1, 9))
-def test_a_query_sees_the_last_keys_and_itself(queries: list[int], keys: list[int], window: int | None) -> None:
-    mask = window_mask(mx.array(queries), mx.array(keys), window).tolist()
-    assert mask == [[k >= 0 and k <= q and (window is None or k > q - window) for k in keys] for q in queries]
-
-
-def test_each_row_of_a_batch_has_a_mask_of_its_own() -> None:
-    queries, keys = mx.array([[5, 6], [1, 2]]), mx.array([[3, 4, 5, 6], [-1, 0, 1, 2]])
-    mask = window_mask(queries, keys, 3)
-    for row in range(2):
-        assert mx.array_equal(mask[row], window_mask(queries[row], keys[row], 3))
-
-
-@given(st.lists(st.integers(0, 500), min_size=1, max_size=6), st.integers(1, 3))
-def test_any_position_can_be_rotated_to(places: list[int], batch: int) -> None:
-    x = mx.random.normal((batch, 2, len(places), 16), key=mx.random.key(1))
-    found = rope_each(x, mx.array([places]), 1e4)
-    for i, place in enumerate(places):
-        assert mx.allclose(found[:, :, i : i + 1], rope(x[:, :, i : i + 1], place, 1e4), atol=1e-5)
 
 
 @pytest.mark.parametrize("kv_format", [KVFormat(), KVFormat(8, 32), KVFormat(4, 32)], ids=str)

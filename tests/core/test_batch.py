@@ -158,7 +158,7 @@ def test_what_one_row_has_lost_no_row_can_undo() -> None:
 
 @pytest.mark.parametrize("lengths", [(10, 700), (400, 1000), (700, 10), (299, 305)])
 def test_a_row_takes_the_place_of_another_whatever_their_lengths(lengths: tuple[int, int]) -> None:
-    """A window of 300 whose ring is not whole yet, here or there; the neighbour goes on undisturbed."""
+    """Rings that are not whole yet, on either side; the neighbour continues undisturbed."""
     model = small_model(small_config(sliding_window=300, n_layers=2))
     prompts = [[(i * i + k) % 97 for i in range(length)] for k, length in enumerate((*lengths, 20))]
     expected = [alone(model, prompt, 12) for prompt in prompts]

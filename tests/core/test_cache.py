@@ -1,4 +1,4 @@
-"""The cache's contracts: exact however the sequence is cut, fixed in size, honest about what it can undo."""
+"""The cache: exact however a sequence is cut, fixed in size, honest about what it can undo."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_rows_of_a_batch_do_not_see_each_other() -> None:
 
 
 class RollingCacheMachine(RuleBasedStateMachine):
-    """Appends, rollbacks and resets in any order, against logits computed from the whole sequence anew."""
+    """Appends, rollbacks and resets in any order, against logits of the whole sequence."""
 
     @initialize(window=windows, slack=st.integers(0, 6))
     def start(self, window: int | None, slack: int) -> None:
@@ -204,7 +204,7 @@ def test_slack_must_not_be_negative() -> None:
         MODELS[7].new_cache(slack=-1)
 
 
-# --- snapshots and reuse --------------------------------------------------------------------------------
+# --- snapshots and reuse --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("window", [4, 16, None])
@@ -277,13 +277,13 @@ def test_reuse_passes_over_snapshots_of_other_caches() -> None:
     assert reuse(cache, IDS[:25], [other.snapshot()]) == 0
 
 
-# --- in fewer bits --------------------------------------------------------------------------------------
+# --- in fewer bits --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("window", [16, None])
 @pytest.mark.parametrize(("bits", "most"), [(8, 0.1), (4, 0.8)])
 def test_quantised_on_the_way_or_from_the_start(window: int | None, bits: int, most: float) -> None:
-    """Whenever the cache was quantised, it is close to what it is in full precision (this model is a rough one)."""
+    """Whenever the cache is quantised, the logits stay close (this model is a rough one)."""
     model = small_model(small_config(sliding_window=window, head_dim=32))
     exact = model(mx.array([IDS]))[0, 40:]
     for when in (0, 20, 40):

@@ -1,4 +1,4 @@
-"""Saved caches: what is opened goes on exactly; anything damaged, foreign or of another model is refused by name."""
+"""Saved caches: what is opened continues exactly; what is damaged or foreign is refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from m7mlx.cache import RollingCache
-from m7mlx.cache_file import _checksum, cache_header, load_cache, save_cache
+from m7mlx.cache_file import _checksum, _read_header, load_cache, save_cache
 from m7mlx.decode import decode, prefill
 from m7mlx.errors import CacheFileError, DiskError, InputError, NotFoundError
 from m7mlx.model import Mistral
@@ -61,8 +61,8 @@ def test_what_was_saved_goes_on_identically(
     assert loaded.max_rollback == cache.max_rollback
     assert go_on(model, loaded, logits) == go_on(model, cache, logits)
     assert [p.name for p in path.parent.iterdir()] == ["one.cache"]
-    assert cache_header(path).metadata == {"title": "Ünïcode"}
-    assert cache_header(path).offset == length
+    header = _read_header(path)[1]
+    assert (header.metadata, header.offset) == ({"title": "Ünïcode"}, length)
 
 
 def test_a_saved_cache_can_still_roll_back(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_half_precision_models(tmp_path: Path) -> None:
             load_cache(tmp_path / "c", small_model(small_config(head_dim=32, n_layers=1)))
 
 
-# --- what must be refused -------------------------------------------------------------------------------
+# --- what must be refused -------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def refused(path: Path, text: str, model: Mistral = MODEL) -> None:
 
 
 def rewrite(path: Path, change: Callable[[dict[str, np.ndarray], dict[str, str]], None], seal: bool = True) -> None:
-    """Change tensors or header as somebody who knows the format would: with a checksum that fits."""
+    """Change a file as somebody who knows the format would: with a checksum that fits."""
     with safe_open(path, framework="np") as file:
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         about = file.metadata()

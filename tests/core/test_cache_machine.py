@@ -1,7 +1,8 @@
-"""Everything a cache can be made to do, in any order, against lists of rows that are attended to one by one.
+"""All that a cache can do, in any order, against lists of keys attended to one by one.
 
-No model: each token brings keys, values and queries of its own, so that thousands of cases run and quantised rows
-can be compared exactly. The reference rotates, quantises and looks up every row anew for every query.
+No model: each token brings keys, values and queries of its own, so that thousands of cases run and
+quantised rows can be compared exactly. The reference rotates, quantises and looks up every row anew
+for every query.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def expected(cache: RollingCache, tokens: list[int], position: int, layer: int) 
     rows = [row(layer, tokens[p], p, bits) for p in seen]
     if window is not None:
         for i in range(min(cache.n_sinks, seen.start)):
-            # A sink moves along: it is never further away than max_kv_size − 1. It is stored as computed.
+            # A sink moves along, never further away than max_kv_size − 1; it is stored as computed.
             moved = i + max(0, position - (window + cache.n_sinks - 1))
             rows.append((row(layer, tokens[i], moved, None)[0], row(layer, tokens[i], i, None)[1]))
     q = query(layer, tokens[position], position)
@@ -255,7 +256,7 @@ class CacheMachine(RuleBasedStateMachine):
         one.tokens = wanted[:known]
         one.append(wanted[known:])
 
-    # --- in a batch -------------------------------------------------------------------------------------
+    # --- in a batch -------------------------------------------------------------------------------
 
     @precondition(lambda self: self.single)
     @rule(data=st.data())

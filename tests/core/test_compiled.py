@@ -1,4 +1,4 @@
-"""The compiled step: the logits and rings of the plain one, through everything that a cache goes through."""
+"""The compiled step: logits and rings as without it, whatever a cache goes through."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_rows_of_a_batch_at_their_own_positions() -> None:
 
 
 def test_a_single_row_that_began_late() -> None:
-    """The longer row has left: the clock stands at its time, and the positions of the other lie behind."""
+    """The longer row has left, and the clock still stands at its time."""
     found = []
     for forward in (MODEL, CompiledStep(MODEL)):
         caches = [MODEL.new_cache() for _ in range(2)]

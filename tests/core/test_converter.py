@@ -10,10 +10,10 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from gguf_files import write_mistral_gguf
 from m7mlx_convert.convert import convert
 from models import small_config
 from processes import running
-from test_gguf import write_gguf
 
 from m7mlx import load
 from m7mlx.errors import InputError, WeightsError
@@ -38,7 +38,7 @@ def test_a_gguf_file_is_loaded_and_converted_once(
     tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "tiny.gguf"
-    write_gguf(file, CONFIG)
+    write_mistral_gguf(file, CONFIG)
     expected = load(convert(str(file), tmp_path / "out"))[0](IDS)
     model, tokenizer = load(file)
     assert mx.array_equal(model(IDS), expected).item()
@@ -51,11 +51,11 @@ def test_a_gguf_file_is_loaded_and_converted_once(
 
 def test_a_file_that_has_changed_is_converted_anew(tmp_path: Path, cache: Path) -> None:
     file = tmp_path / "tiny.gguf"
-    write_gguf(file, CONFIG)
+    write_mistral_gguf(file, CONFIG)
     load(file)
     before = set(cache.iterdir())
     (cache / f".{next(p.name for p in before if p.is_dir())}.partial-999999").mkdir()  # of a run that was killed
-    write_gguf(file, small_config(vocab_size=32000, n_layers=2))
+    write_mistral_gguf(file, small_config(vocab_size=32000, n_layers=2))
     assert load(file)[0].config.n_layers == 2
     assert names(cache) == [".lock", "tiny"]
     assert {path for path in before if path.is_dir()}.isdisjoint(cache.iterdir())
@@ -63,7 +63,7 @@ def test_a_file_that_has_changed_is_converted_anew(tmp_path: Path, cache: Path) 
 
 def test_two_processes_convert_once(tmp_path: Path, cache: Path) -> None:
     file = tmp_path / "tiny.gguf"
-    write_gguf(file, CONFIG)
+    write_mistral_gguf(file, CONFIG)
     pipe = subprocess.PIPE
     with (
         running([sys.executable, "-c", LOAD, file], stderr=pipe, text=True) as first,
@@ -79,7 +79,7 @@ def test_two_processes_convert_once(tmp_path: Path, cache: Path) -> None:
 def test_a_process_that_was_killed_leaves_nothing_in_the_way(tmp_path: Path, cache: Path, number: int) -> None:
     """What it has started holds the lock until it has ended."""
     file = tmp_path / "tiny.gguf"
-    write_gguf(file, CONFIG)
+    write_mistral_gguf(file, CONFIG)
     with running([sys.executable, "-c", LOAD, file], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         assert "Converting" in process.stderr.readline()

@@ -10,11 +10,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from adapters import ADAPTED, DOWN, EMBEDDING, HEAD, QUERY, break_config, random, write_mlx_lm, write_peft
 from m7mlx_convert.convert import convert
 from m7mlx_convert.scheme import Recipe
 from mlx.utils import tree_flatten
-from test_adapter import CONFIG, DOWN, EMBEDDING, HEAD, QUERY, break_config, random, write_mlx_lm, write_peft
-from test_convert_source import quantisable, write_source
+from sources import quantisable, write_source
 
 import m7mlx.loading
 from m7mlx import generate, load, load_cache, save_cache, set_adapter, stream_generate
@@ -26,7 +26,7 @@ from m7mlx.errors import CacheFileError, InputError, NotFoundError
 from m7mlx.model import Mistral
 from m7mlx.quantization import Quantization
 
-IDS = mx.array(np.random.default_rng(0).integers(3, CONFIG.vocab_size, (1, 24)))
+IDS = mx.array(np.random.default_rng(0).integers(3, ADAPTED.vocab_size, (1, 24)))
 VALUE, UP = "model.layers.1.self_attn.v_proj", "model.layers.1.mlp.up_proj"
 
 
@@ -34,7 +34,7 @@ def difference(a: mx.array, b: mx.array) -> float:
     return (mx.abs(a - b).max() / mx.abs(b).max()).item()  # type: ignore[return-value]
 
 
-def source(folder: Path, config: ModelConfig = CONFIG) -> Path:
+def source(folder: Path, config: ModelConfig = ADAPTED) -> Path:
     write_source(folder, config, mx.float32)
     return folder
 
@@ -82,7 +82,7 @@ def test_a_quantised_base_keeps_its_bits(
     extra = {}
     if "use_dora" in settings:
         for module in modules:
-            rows = CONFIG.weight_shapes()[f"{module}.weight"][0]
+            rows = ADAPTED.weight_shapes()[f"{module}.weight"][0]
             extra[f"base_model.model.{module}.lora_magnitude_vector"] = mx.abs(random(rows, seed=4)) + 1
     write_peft(tmp_path / "adapter", modules, extra, **settings)
     expanded = convert(str(base), tmp_path / "expanded", recipe=Recipe(None, None, (), True), dtype="float32")

@@ -12,10 +12,10 @@ import pytest
 import reference
 from models import random_weights, small_config, small_model
 
-from m7mlx.attention import window_mask
 from m7mlx.config import ModelConfig
 from m7mlx.decode import decode, prefill
 from m7mlx.loading import build
+from m7mlx.positions import window_mask
 from m7mlx.sampling import Sampler, Sampling
 
 GOLDEN = Path(__file__).parent / "golden"

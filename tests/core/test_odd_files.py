@@ -196,9 +196,9 @@ def test_any_value_in_an_adapters_configuration(
         place = (key,)
     file.write_text(json.dumps(changed(document, place, value)))
     try:
-        from m7mlx_convert.adapter import with_adapter
+        from m7mlx_convert.adapter import merge_adapter
 
-        with_adapter(open_folder(folder / "source", "name"), folder / "adapter")
+        merge_adapter(open_folder(folder / "source", "name"), folder / "adapter")
     except M7Error as error:
         said_in_one_line(error, str(folder / "adapter"))
     finally:

@@ -13,7 +13,7 @@ from models import random_weights, small_config, small_model
 from m7mlx import scoring
 from m7mlx.batch import BatchCache
 from m7mlx.errors import InputError, PromptTooLongError, TokenizerError
-from m7mlx.scoring import compare, log_softmax, read_logits, score, windows
+from m7mlx.scoring import compare, log_softmax, read_logits, score, spans
 
 CONFIG = small_config()
 IDS = np.random.default_rng(3).integers(0, CONFIG.vocab_size, 41).tolist()
@@ -46,36 +46,34 @@ def test_scores_are_those_of_numpy_however_the_text_is_cut(
 
 
 @given(length=st.integers(2, 60), context=st.integers(1, 30), data=st.data())
-def test_windows_score_each_token_once_with_enough_before_it(length: int, context: int, data: st.DataObject) -> None:
+def test_spans_score_each_token_once_with_enough_before_it(length: int, context: int, data: st.DataObject) -> None:
     stride = data.draw(st.integers(1, context))
-    found = list(windows(length, context, stride))
-    assert [i for window in found for i in range(window.first, window.end)] == list(range(1, length))
-    for window in found:
-        assert 0 <= window.start < window.first and window.end - 1 - window.start <= context
-        assert window.start == 0 or window.first - window.start >= context - stride + 1
-        assert window.start == 0 or window.end - 1 - window.start == context
-    assert list(windows(length)) == [(0, 1, length)]
+    found = list(spans(length, context, stride))
+    assert [i for span in found for i in range(span.first, span.end)] == list(range(1, length))
+    for span in found:
+        assert 0 <= span.start < span.first and span.end - 1 - span.start <= context
+        assert span.start == 0 or span.first - span.start >= context - stride + 1
+        assert span.start == 0 or span.end - 1 - span.start == context
+    assert list(spans(length)) == [(0, 1, length)]
     if length <= context + 1:
         assert found == [(0, 1, length)]
 
 
 @pytest.mark.parametrize(("context", "stride"), [(19, 1), (20, 2), (26, 8), (40, 40), (60, 7)])
-def test_any_stride_gives_what_one_pass_gives_where_no_window_cuts(context: int, stride: int) -> None:
+def test_any_stride_gives_what_one_pass_gives_where_no_span_cuts(context: int, stride: int) -> None:
     """Three layers with a window of 7 reach 18 tokens back: who has seen 19 has seen all that counts."""
     model = small_model(CONFIG)
-    found = [
-        score(model, IDS[w.start : w.end], w.first - w.start).logprobs for w in windows(len(IDS), context, stride)
-    ]
+    found = [score(model, IDS[w.start : w.end], w.first - w.start).logprobs for w in spans(len(IDS), context, stride)]
     np.testing.assert_allclose(np.concatenate(found), score(model, IDS).logprobs, atol=1e-4)
 
 
-def test_a_window_that_cuts_forgets_what_it_has_not_read() -> None:
+def test_a_span_that_cuts_forgets_what_it_has_not_read() -> None:
     model = small_model(CONFIG)
-    window = list(windows(len(IDS), 4, 2))[3]
-    found = score(model, IDS[window.start : window.end], window.first - window.start).logprobs
-    expected = plain(IDS[window.start : window.end - 1])[-2:]
-    np.testing.assert_allclose(found, expected[[0, 1], IDS[window.first : window.end]], atol=1e-4)
-    assert np.abs(found - score(model, IDS).logprobs[window.first - 1 : window.end - 1]).max() > 1e-3
+    span = list(spans(len(IDS), 4, 2))[3]
+    found = score(model, IDS[span.start : span.end], span.first - span.start).logprobs
+    expected = plain(IDS[span.start : span.end - 1])[-2:]
+    np.testing.assert_allclose(found, expected[[0, 1], IDS[span.first : span.end]], atol=1e-4)
+    assert np.abs(found - score(model, IDS).logprobs[span.first - 1 : span.end - 1]).max() > 1e-3
 
 
 def test_a_model_is_no_distance_from_itself_and_numpys_from_another() -> None:
@@ -136,4 +134,4 @@ def test_what_cannot_be_scored_is_refused() -> None:
         compare(model, small_model(small_config(vocab_size=96)), [1, 2])
     for stride in (0, 5):
         with pytest.raises(InputError, match="between 1 and the context of 4"):
-            list(windows(9, 4, stride))
+            list(spans(9, 4, stride))

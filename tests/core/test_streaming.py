@@ -1,4 +1,4 @@
-"""Full attention in bounded memory: the last keys and a few sinks, by their places among what is kept."""
+"""Full attention in bounded memory: the last keys and a few sinks."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_memory_stays_the_same_far_past_the_context() -> None:
     cache = MODEL.new_cache(max_kv_size=32)
     prefill(MODEL, IDS[:40], cache)
     before = cache.nbytes
-    # 28 rows and the slack, and 4 sinks: 3 layers, keys and values, 2 heads of 16 numbers of 4 bytes
+    # 28 slots, the slack and 4 sinks: 3 layers, keys and values, 2 heads of 16 numbers of 4 bytes
     assert before == 3 * 2 * 2 * 16 * 4 * (28 + cache.slack + 4)
     for _ in range(8):
         prefill(MODEL, IDS, cache, chunk=33)

@@ -389,7 +389,7 @@ def test_a_message_is_continued_as_in_transformers(tmp_path: Path, messages: lis
         assert found == expected, name
 
 
-def test_marks_leaves_the_text_itself_unchanged() -> None:
+def test_marks_leave_the_text_itself_unchanged() -> None:
     marker = Marker(["<s>", "</s>"])
     marked = marker.mark({"content": "a<s>b</s> <", "role": "user"})
     assert marked["role"] == "user"
@@ -402,7 +402,7 @@ def test_a_message_of_all_noncharacters() -> None:
         Marker(["<s>"]).mark("".join(map(chr, range(0xFDD0, 0xFDF0))))
 
 
-def test_marks_covers_the_names_of_fields_and_what_is_called_role_inside() -> None:
+def test_marks_cover_the_names_of_fields_and_what_is_called_role_inside() -> None:
     marker = Marker(["<s>", "</s>"])
     tool = {"role": "tool", "content": "x", "tool_calls": [{"role": "<s>", "</s>": {"role": {"a<s>": "</s>"}}}]}
     shown = json.dumps(marker.mark(tool), ensure_ascii=False)

@@ -17,7 +17,7 @@ from m7mlx_eval.texts import documents
 from models import random_weights, small_config, write_folder
 
 from m7mlx.loading import load
-from m7mlx.scoring import score, windows
+from m7mlx.scoring import score, spans
 
 TEXT = (
     "The keeper of the lighthouse had not spoken to anyone for three weeks – not to a soul – when the storm began.\n"
@@ -62,7 +62,7 @@ def test_perplexity_is_that_of_the_tokens(
     found = figures(tmp_path, model_folder, "--text", text, *asked)
     model, tokenizer = load(model_folder)
     ids = tokenizer.encode(TEXT * 3, add_bos=True)
-    parts = list(windows(len(ids), context, stride or (context and context // 2)))
+    parts = list(spans(len(ids), context, stride or (context and context // 2)))
     losses = np.concatenate([-score(model, ids[w.start : w.end], w.first - w.start).logprobs for w in parts])
     assert found["tokens"] == len(ids) - 1 and found["windows"] == len(parts) and found["documents"] == 1
     assert found["bytes"] == len((TEXT * 3).encode())

@@ -12,6 +12,7 @@ from sources import quantisable
 
 ADAPTED = quantisable()  # the model that these adapters are for
 RANK = 4
+QUERY, DOWN = "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
@@ -51,3 +52,9 @@ def write_peft(folder: Path, modules: list[str], extra: dict[str, mx.array] | No
     mx.save_safetensors(str(folder / "adapter_model.safetensors"), arrays)
     values = {"peft_type": "LORA", "r": RANK, "lora_alpha": 8, "use_rslora": False, "use_dora": False}
     (folder / "adapter_config.json").write_text(json.dumps(values | settings))
+
+
+def break_config(folder: Path, **settings: Any) -> None:
+    """Change settings of a PEFT adapter that was written."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))

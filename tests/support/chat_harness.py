@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
 from m7mlx_chat.app import ChatApp
 from m7mlx_chat.config import Config
+from m7mlx_chat.environment import Environment
 from m7mlx_chat.events import Done, Event, Ready, Seen
 from m7mlx_chat.session import Session
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.store import Store
+from m7mlx_chat.view import Parts
 from textual.pilot import Pilot
 from textual.widgets import Static
 
@@ -95,10 +98,28 @@ class Chat:
         """The texts of the messages shown, by the store."""
         return [m.text for m in self.store.read(self.session.line)]
 
+    def notices(self) -> str:
+        """All that is told in the corner."""
+        return "\n".join(notification.message for notification in self.app._notifications)
+
+    def told(self) -> str:
+        """What the screen of models says at its end."""
+        return str(self.app.screen.query_one("#told", Static).content)
+
+    async def settled(self) -> None:
+        """Wait until what works in the background has ended, and is shown."""
+        await self.app.workers.wait_for_complete()
+        await self.pilot.pause()
+
     def shown(self) -> str:
         """The screen as text."""
         lines = self.app.screen._compositor.render_strips(self.app.size)
         return "\n".join(strip.text.rstrip() for strip in lines)
+
+
+def environment_in(folder: Path) -> Environment:
+    """An environment with all files in a folder."""
+    return Environment(folder / "data", folder / "config.toml", folder / "chat.log")
 
 
 @asynccontextmanager
@@ -109,6 +130,7 @@ async def chatting(
     ready: bool = True,
     settings: Settings | None = None,
     config: Config | None = None,
+    environment: Environment | None = None,
     model: Path | None = Path("/models/small"),
     notifications: bool = False,
     **options: Any,
@@ -116,11 +138,20 @@ async def chatting(
     """The app over a database in `folder`."""
     with Store(folder / "chats.db") as store:
         engine = ScriptedEngine()
-        session = Session(store, engine, settings or Settings(model="a[b]/model"))  # type: ignore[arg-type]
-        config = config or Config(folder / "config.toml")
-        app = ChatApp(engine, session, config, folder=model, **options)  # type: ignore[arg-type]
+        session = Session(store, engine, settings or Settings(model="a[b]/model"))
+        environment = environment or environment_in(folder)
+        parts = Parts(engine, session, config or Config(environment.config), environment)
+        app = ChatApp(parts, folder=model, **options)
         async with app.run_test(size=size, notifications=notifications) as pilot:
             chat = Chat(app, engine, session, pilot)
             if ready:
                 await chat.say(READY)
             yield chat
+
+
+def check_database(path: Path) -> None:
+    """Have SQLite itself say that the file, the index of words and the references are sound."""
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert db.execute("PRAGMA foreign_key_check").fetchall() == []
+        db.execute("INSERT INTO message_words (message_words, rank) VALUES ('integrity-check', 1)")

@@ -15,7 +15,8 @@ from sentencepiece import SentencePieceProcessor
 from sources import permuted, tokenizer_json
 
 from m7mlx.config import ModelConfig
-from m7mlx.tokens.tokenizer import Tokenizer, load_tokenizer
+from m7mlx.tokens.load import load_tokenizer
+from m7mlx.tokens.tokenizer import Tokenizer
 
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -31,6 +32,18 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+
+# A Llama with the numbers that these files have where they say nothing, and Mistral's vocabulary.
+TINY = small_config(
+    model_type="llama",
+    vocab_size=32000,
+    hidden_size=64,
+    intermediate_size=96,
+    head_dim=16,
+    sliding_window=None,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+)
 
 
 def gguf_config(**changes: Any) -> ModelConfig:

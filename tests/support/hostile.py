@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from chat_harness import READY, Chat, ScriptedEngine, done
+from chat_harness import READY, Chat, ScriptedEngine, done, environment_in
 from m7mlx_chat import jobs
 from m7mlx_chat.actions import unknown_keys
 from m7mlx_chat.app import ChatApp
@@ -23,6 +23,7 @@ from m7mlx_chat.events import Failed, Text
 from m7mlx_chat.session import Session
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.store import Store
+from m7mlx_chat.view import Parts
 from textual import events
 from textual.pilot import Pilot
 from textual.widgets import Input, Markdown, OptionList, Select
@@ -396,7 +397,7 @@ async def go_through(
             chat.app.pop_screen()
             await chat.pilot.pause()
         chat.app.composer.reset()
-        chat.app._edit(None)
+        chat.app.edit_question(None)
         chat.app.clear_notifications()
         await chat.pilot.pause()
         if chat.app.state == "no model":
@@ -418,8 +419,9 @@ def main(folder: Path) -> None:
     os.chdir(folder)
     with Store(folder / "chats.db") as store:
         engine = ScriptedEngine()
-        session = Session(store, engine, settings())  # type: ignore[arg-type]
-        app = ChatApp(engine, session, config(folder), folder=folder)  # type: ignore[arg-type]
+        session = Session(store, engine, settings())
+        parts = Parts(engine, session, config(folder), environment_in(folder))
+        app = ChatApp(parts, folder=folder)
 
         async def drive(pilot: Pilot[None]) -> None:
             chat = Chat(app, engine, session, pilot)

@@ -1,11 +1,18 @@
-"""A real terminal for tests: tmux."""
+"""Real terminals for tests: tmux, and a pseudo-terminal that keeps every byte."""
 
 from __future__ import annotations
 
+import fcntl
+import os
+import pty
+import re
+import struct
 import subprocess
+import termios
 import time
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 
 
 class Terminal:
@@ -42,3 +49,31 @@ class Terminal:
 
     def kill(self) -> None:
         self._tmux("kill-server")
+
+
+OURS = re.compile(
+    r"\x1b\[[<=>?]?[0-9;:]*[ $]?[@-~]"  # colours, places, modes
+    r"|\x1b\]52;c;[A-Za-z0-9+/=]*\x07"  # a copy
+    r"|\x1b\]22;[a-z-]*\x07"  # the pointer's shape
+    r"|\x1b[=>78]"
+)
+
+
+def on_terminal(
+    command: list[str], size: tuple[int, int] = (130, 40), cwd: Path | None = None, **environment: str
+) -> str:
+    """All that a program writes to the terminal that it runs in."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
+    values = os.environ | {"TERM": "xterm-256color"} | environment
+    written = b""
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=values, cwd=cwd) as process:
+        os.close(theirs)
+        try:
+            while data := os.read(ours, 65536):
+                written += data
+        except OSError:  # Linux says so where the other side has gone
+            pass
+        process.wait(60)
+    os.close(ours)
+    return written.decode("utf-8", "surrogateescape")

@@ -12,7 +12,8 @@ from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenize
 from models import MISTRAL_FILES, mistral_file
 from sentencepiece import SentencePieceProcessor
 
-from m7mlx.tokens.tokenizer import Tokenizer, load_tokenizer
+from m7mlx.tokens.load import load_tokenizer
+from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx.tokens.tokenizer_json import _BYTE_OF
 
 ORACLES = {v: MistralCommon(str(mistral_file(v))) for v in MISTRAL_FILES}
@@ -109,3 +110,11 @@ def transformers_tokenizer(folder: Path) -> Any:
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(folder)
+
+
+def save_transformers_tokenizer(folder: Path) -> None:
+    """A tokenizer that transformers, and so mlx-lm, can load."""
+    (folder / "tokenizer.json").write_text(json.dumps(bpe_json_of(mistral_file("v1"))))
+    (folder / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}'
+    )

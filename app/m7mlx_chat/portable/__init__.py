@@ -30,7 +30,7 @@ _TOO_LONG = f"the file has {{:,.0f}} MB, the most is {MOST_BYTES / 1e6:,.0f}; sp
 _STATUSES = (*get_args(Ending), "interrupted")
 
 
-def dumps(tree: Tree) -> str:
+def to_json(tree: Tree) -> str:
     """A conversation as our own JSON."""
     messages = [
         {
@@ -61,12 +61,12 @@ def dumps(tree: Tree) -> str:
     return json.dumps({**head, "messages": messages}, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
 
 
-def loads(data: str | bytes) -> list[Tree]:
+def parse(data: str | bytes) -> list[Tree]:
     """The conversations in a file of ours, a list of such, or ChatGPT's conversations.json.
 
     Raises InputError, in one line, for whatever is not one of these.
     """
-    parsed = _parse(data)
+    parsed = _json_of(data)
     items = parsed if isinstance(parsed, list) else [parsed]
     trees = []
     for i, item in enumerate(items):
@@ -82,17 +82,17 @@ def loads(data: str | bytes) -> list[Tree]:
     return trees
 
 
-def load_file(path: Path) -> list[Tree]:
-    """The conversations in a file, as `loads`. Raises InputError."""
+def read_file(path: Path) -> list[Tree]:
+    """The conversations in a file, as `parse`. Raises InputError."""
     try:
         if path.stat().st_size > MOST_BYTES:
             raise InputError(_TOO_LONG.format(path.stat().st_size / 1e6))
-        return loads(path.read_bytes())
+        return parse(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from None
 
 
-def _parse(data: str | bytes) -> Any:
+def _json_of(data: str | bytes) -> Any:
     if len(data) > MOST_BYTES:
         raise InputError(_TOO_LONG.format(len(data) / 1e6))
     try:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from m7mlx_chat.portable.checked import Record
-from m7mlx_chat.store.rows import Node, Role, Status, Tree, clean, title_of
+from m7mlx_chat.store.rows import Node, Role, Status, Tree, encodable, title_of
 
 _SAID = ("text", "multimodal_text")
 _ENDINGS: dict[Any, Status] = {"max_tokens": "length", "interrupted": "stopped"}
@@ -109,7 +109,7 @@ def _said(content: Record) -> str:
             other = Record(part, f"a part of {content.name}")
             is_image = other.get("content_type") == "image_asset_pointer"
             parts.append("[image]" if is_image else _text(other, "text"))
-    return clean("\n".join(filter(None, parts)))
+    return encodable("\n".join(filter(None, parts)))
 
 
 def _joined(nodes: list[Node]) -> tuple[list[Node], list[int]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from m7mlx.errors import InputError
-from m7mlx_chat.store.rows import LATEST, clean
+from m7mlx_chat.store.rows import LATEST, encodable
 
 _DEEPEST = 16  # settings hold numbers, texts, and lists of these
 
@@ -30,7 +30,7 @@ class Record:
         return self._values.get(key)
 
     def text(self, key: str) -> str:
-        return clean(self._typed(key, str, "a text"))
+        return encodable(self._typed(key, str, "a text"))
 
     def flag(self, key: str) -> bool:
         return bool(self._typed(key, bool, "true or false"))

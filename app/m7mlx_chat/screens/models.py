@@ -24,7 +24,7 @@ from m7mlx.memory import machine_memory
 from m7mlx.terminal import visible
 from m7mlx.units import in_gigabytes
 from m7mlx_chat import jobs
-from m7mlx_chat.catalog import Entry, describe, models, models_folder, on_this_machine
+from m7mlx_chat.catalog import Entry, describe, models, on_this_machine
 
 _NAME, _PROBLEM, _TOLD = 40, 60, 500  # characters
 _COLORS = {"fits": "not bold green", "tight": "not bold yellow", "too big": "not bold red"}
@@ -65,9 +65,23 @@ class Models(ModalScreen[Chosen | None]):
     Models.-busy ProgressBar { display: block; }
     """
 
-    def __init__(self, current: str, used: Sequence[str], title: str = "Models", start: str | None = None) -> None:
-        """`used`: names used before; `start`: a model to fetch at once."""
+    def __init__(
+        self,
+        own: Path,
+        current: str,
+        used: Sequence[str],
+        title: str = "Models",
+        start: str | None = None,
+    ) -> None:
+        """Prepare the screen.
+
+        own      the folder for models that are converted here
+        current  the model that answers
+        used     names used before
+        start    a model to fetch at once
+        """
         super().__init__()
+        self._own = own
         self._current, self._used, self._title, self._start = current, used, title, start
         self._entries: list[Entry] = []
         self._job: Worker[None] | None = None
@@ -93,7 +107,7 @@ class Models(ModalScreen[Chosen | None]):
 
     @work(thread=True, exclusive=True, group="list")
     def _list(self) -> None:
-        entries = models(self._used)
+        entries = models(self._own, self._used)
         self.app.call_from_thread(self._listed, entries)
 
     def _listed(self, entries: list[Entry]) -> None:
@@ -108,7 +122,7 @@ class Models(ModalScreen[Chosen | None]):
 
     def _line(self, entry: Entry) -> Text:
         """Two lines: what it is; what it sees and takes."""
-        own = entry.folder is not None and entry.folder.parent == models_folder()
+        own = entry.folder is not None and entry.folder.parent == self._own
         name = visible(entry.folder.name if own and entry.folder else entry.name)
         mark = "●" if entry.name == self._current else " "
         text = Text(
@@ -169,9 +183,9 @@ class Models(ModalScreen[Chosen | None]):
         if not source:
             self._tell("name what to convert: a folder, a GGUF file, or org/name on the Hub")
             return
-        self._begin(
-            f"converting {source}", lambda: jobs.convert(source, int(str(bits)) or None, self._progress), None
-        )
+        number = int(str(bits)) or None
+        job = lambda: jobs.convert(source, number, self._own, self._progress)  # noqa: E731
+        self._begin(f"converting {source}", job, None)
 
     # --- what is under way ------------------------------------------------------------------------------
 

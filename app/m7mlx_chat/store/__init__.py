@@ -1,6 +1,6 @@
 """The conversations on disk: every question and every answer, from the moment it is sent.
 
-    with Store() as store:
+    with Store(path) as store:
         asked = store.ask(None, None, "What is the capital of France?", model="mistral")
         store.grow(asked.answer, "The capital")                         # at least every second
         store.finish(asked.answer, "complete", "The capital of France is Paris.", ids=[...])
@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Self
 
@@ -32,8 +33,18 @@ from m7mlx.errors import RunError
 from m7mlx_chat.store.errors import StoreError
 from m7mlx_chat.store.instances import Instance, living
 from m7mlx_chat.store.reader import tree_of
-from m7mlx_chat.store.rows import CHOSEN_TITLE_LENGTH, Asked, Ending, Head, Node, Tree, clean, pack, title_of
-from m7mlx_chat.store.schema import database_path, one_line, open_database
+from m7mlx_chat.store.rows import (
+    CHOSEN_TITLE_LENGTH,
+    Asked,
+    Ending,
+    Head,
+    Node,
+    Tree,
+    encodable,
+    pack,
+    title_of,
+)
+from m7mlx_chat.store.schema import one_line, open_database
 from m7mlx_chat.store.writer import Values, Writer, as_json
 
 _KEEP_DELETED = 30 * 86400  # seconds
@@ -52,12 +63,11 @@ _BELOW = """
 class Store(Writer):
     """The database, open for reading and writing.
 
-    path   `database_path()` unless given
+    path   the database; made where there is none
     clock  seconds since 1970
     """
 
-    def __init__(self, path: Path | None = None, *, clock: Callable[[], float] = time.time) -> None:
-        path = path or database_path()
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._instances = path.with_name("instances")
         with one_line(path), ExitStack() as undo:
@@ -152,7 +162,7 @@ class Store(Writer):
     def grow(self, answer: int, text: str) -> None:
         """Save all there is of an answer so far."""
         with self._writing():
-            self._update_answer(answer, {"text": clean(text)})
+            self._update_answer(answer, {"text": encodable(text)})
 
     def finish(
         self,
@@ -163,7 +173,12 @@ class Store(Writer):
         ids: Sequence[int] | None = None,
     ) -> None:
         """Save a whole answer and how it ended."""
-        values = {"status": status, "owner": None, "text": clean(text), "statistics": as_json(statistics)}
+        values = {
+            "status": status,
+            "owner": None,
+            "text": encodable(text),
+            "statistics": as_json(statistics),
+        }
         with self._writing():
             self._update_answer(answer, {**values, "ids": None if ids is None else pack(ids)})
             spoken = "UPDATE conversation SET updated = ? WHERE id = (SELECT conversation FROM message WHERE id = ?)"
@@ -214,7 +229,10 @@ class Store(Writer):
 
     def configure(self, conversation: int, *, model: str, system: str, settings: Values) -> None:
         """What the conversation's next answers are to be made with."""
-        self._change(conversation, {"model": clean(model), "system": clean(system), "settings": as_json(settings)})
+        self._change(
+            conversation,
+            {"model": encodable(model), "system": encodable(system), "settings": as_json(settings)},
+        )
 
     def rename(self, conversation: int, title: str) -> None:
         """Give a title; an empty one brings the automatic title back."""
@@ -285,3 +303,14 @@ def _held(lock: FileLock, path: Path) -> Iterator[None]:
             yield
     except Timeout:
         raise RunError(f"another m7mlx-chat has been opening {path} for long; try again, or end it") from None
+
+
+@contextmanager
+def open_store(path: Path | None) -> Iterator[Store]:
+    """Open a database for a while; None: an empty one that is gone afterwards."""
+    if path is not None:
+        with Store(path) as store:
+            yield store
+    else:
+        with TemporaryDirectory(prefix="m7mlx-chat-") as folder, Store(Path(folder) / "chats.db") as store:
+            yield store

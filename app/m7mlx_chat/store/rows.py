@@ -115,7 +115,7 @@ class Hit:
     marks: tuple[tuple[int, int], ...]
 
 
-def clean(text: str) -> str:
+def encodable(text: str) -> str:
     """`text` with each lone surrogate replaced by U+FFFD: they cannot be written as UTF-8."""
     return _SURROGATES.sub("�", text)
 
@@ -131,7 +131,7 @@ def title_of(text: str, length: int = TITLE_LENGTH) -> str:
 
 def _printable(text: str) -> str:
     """Without control and format characters, bidi overrides among them; tabs become spaces."""
-    kept = (c for c in clean(text).replace("\t", " ") if unicodedata.category(c) not in ("Cc", "Cf"))
+    kept = (c for c in encodable(text).replace("\t", " ") if unicodedata.category(c) not in ("Cc", "Cf"))
     return "".join(kept)
 
 

@@ -72,17 +72,6 @@ _VERSION_1 = (
 MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1,)
 
 
-def data_dir() -> Path:
-    """$M7MLX_DATA, or the user's data directory."""
-    import platformdirs
-
-    return Path(os.environ.get("M7MLX_DATA") or platformdirs.user_data_dir("m7mlx"))
-
-
-def database_path() -> Path:
-    return data_dir() / "chats.db"
-
-
 def open_database(path: Path, migrations: Sequence[Sequence[str]] = MIGRATIONS) -> sqlite3.Connection:
     """Open the database, made or brought up to date as needed. Not for two at once: hold the opening lock.
 

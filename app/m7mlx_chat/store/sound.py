@@ -12,7 +12,7 @@ import sqlite3
 from collections.abc import Sequence
 from typing import Any, TypeVar, get_args
 
-from m7mlx_chat.store.rows import LATEST, Conversation, Ending, Message, Role, clean
+from m7mlx_chat.store.rows import LATEST, Conversation, Ending, Message, Role, encodable
 
 _LONGEST = 1000  # characters of a title or a model's name
 _FIGURES = (
@@ -51,7 +51,7 @@ class Row:
             value = decoded(self._not(value))
         elif not isinstance(value, str):
             value = "" if self._not(value) is None else str(value)
-        return clean(value[:longest])
+        return encodable(value[:longest])
 
     def number(self, column: str, most: float = LATEST) -> float:
         value = self._row[column]

@@ -6,7 +6,7 @@ import re
 import sqlite3
 from typing import get_args
 
-from m7mlx_chat.store.rows import Hit, Role, clean
+from m7mlx_chat.store.rows import Hit, Role, encodable
 from m7mlx_chat.store.sound import Row
 
 _LONGEST = 300  # characters: of a pasted page its beginning will do; thousands of words take FTS5 minutes
@@ -29,7 +29,7 @@ def match_of(text: str) -> str:
 
     Empty if there is nothing to search for. Only the first 300 characters count.
     """
-    words = clean(text[:_LONGEST]).replace("\0", " ").split()
+    words = encodable(text[:_LONGEST]).replace("\0", " ").split()
     words = [word for word in words if any(c.isalnum() for c in word)]
     words = [*dict.fromkeys(words[:-1]), *words[-1:]]  # what is said twice costs twice, and finds the same
     quoted = ['"' + word.replace('"', '""') + '"' for word in words]

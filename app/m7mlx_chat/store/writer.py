@@ -12,7 +12,7 @@ from typing import Any
 from m7mlx_chat.store.errors import StoreError
 from m7mlx_chat.store.instances import Instance
 from m7mlx_chat.store.reader import Reader
-from m7mlx_chat.store.rows import Head, Node, clean
+from m7mlx_chat.store.rows import Head, Node, encodable
 from m7mlx_chat.store.schema import one_line, transaction
 
 Values = Mapping[str, Any]  # as JSON knows them
@@ -32,13 +32,13 @@ class Writer(Reader):
 
     def _add_conversation(self, head: Head) -> int:
         values = {
-            "title": clean(head.title),
+            "title": encodable(head.title),
             "automatic": head.automatic,
             "created": head.created,
             "updated": head.updated,
             "archived": head.archived,
-            "model": clean(head.model),
-            "system": clean(head.system),
+            "model": encodable(head.model),
+            "system": encodable(head.system),
             "settings": as_json(head.settings),
         }
         return self._insert("conversation", values)
@@ -51,10 +51,10 @@ class Writer(Reader):
             "status": node.status,
             "created": node.created,
             "owner": self._instance.name if node.status == "answering" else None,
-            "model": clean(node.model),
+            "model": encodable(node.model),
             "settings": as_json(node.settings),
             "statistics": as_json(node.statistics),
-            "text": clean(node.text),
+            "text": encodable(node.text),
             "ids": node.packed_ids,
         }
         return self._insert("message", values)
@@ -89,4 +89,4 @@ def _assignments(values: Values) -> str:
 
 
 def as_json(values: Values | None) -> str:
-    return clean(json.dumps(dict(values or {}), ensure_ascii=False, allow_nan=False))
+    return encodable(json.dumps(dict(values or {}), ensure_ascii=False, allow_nan=False))

@@ -3,42 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
 
 from textual import events, on
-from textual._ansi_sequences import ANSI_SEQUENCES_KEYS
-from textual.keys import Keys
 from textual.message import Message
 from textual.widgets import TextArea
 
 from m7mlx.errors import InputError
 from m7mlx.terminal import visible
 from m7mlx_chat.files import attached
+from m7mlx_chat.textual_internals import read_alt_enter_as_ctrl_j
+from m7mlx_chat.unsent import UnsentText, folded, is_long, marker_of
 from m7mlx_chat.widgets.completion import Choice, Completion, commands, paths
 
 _MENTION = re.compile(r"(?:^|\s)@(\S*)$")
-_FOLD_CHARS, _FOLD_LINES = 4_000, 40
 _NEW_LINE = ("ctrl+j", "alt+enter", "shift+enter", "shift+\r")  # the last: xterm's way of telling Shift+Enter
-# Alt+Enter as most terminals send it. Textual drops the Alt, and Enter would send the message.
-cast(dict[str, Any], ANSI_SEQUENCES_KEYS)["\x1b\r"] = (Keys.ControlJ,)
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A message as it stands in the composer: each long paste as one short line, its marker."""
-
-    shown: str = ""
-    pastes: Mapping[str, str] = field(default_factory=dict)
-
-    def message(self) -> str:
-        """What is sent: all pastes unfolded; what looks like a marker inside a paste stays what it is."""
-        text = self.shown
-        if self.pastes:
-            text = re.sub("|".join(map(re.escape, self.pastes)), lambda match: self.pastes[match[0]], text)
-        return text.lstrip("\n").rstrip()  # the first line keeps its indentation: it may be code
+read_alt_enter_as_ctrl_j()  # as Enter it would send the message
 
 
 class Composer(TextArea):
@@ -58,11 +39,11 @@ class Composer(TextArea):
     """
 
     class Submitted(Message):
-        """The user sends `draft`."""
+        """The user sends what was `unsent`."""
 
-        def __init__(self, draft: Draft) -> None:
+        def __init__(self, unsent: UnsentText) -> None:
             super().__init__()
-            self.draft = draft
+            self.unsent = unsent
 
     def __init__(self, completion: Completion, asked: Callable[[], Sequence[str]]) -> None:
         """`asked` gives what was asked before, the newest first."""
@@ -71,27 +52,27 @@ class Composer(TextArea):
         self._completion = completion
         self._asked = asked
         self._history: list[str] = []
-        self._back = 0  # how far back in the history; 0: the draft
-        self._kept = Draft()
+        self._back = 0  # how far back in the history; 0: the unsent text
+        self._kept = UnsentText()
 
     @property
-    def draft(self) -> Draft:
-        return Draft(self.text, dict(self._pastes))
+    def unsent(self) -> UnsentText:
+        """What stands in it."""
+        return UnsentText(self.text, dict(self._pastes))
 
-    def reset(self, draft: Draft | None = None) -> None:
-        """Start over, with `draft` to edit."""
-        draft = draft or Draft()
+    def reset(self, unsent: UnsentText | None = None) -> None:
+        """Start over, with an unsent text to edit."""
         self._back = 0
-        self._fill(draft)
+        self._fill(unsent or UnsentText())
 
     def recall(self, text: str) -> None:
-        """Put a text in the place of the draft, to edit and send it again."""
+        """Put a text in the place of the unsent one, to edit and send it again."""
         self.reset(folded(text))
         self.focus()
 
-    def _fill(self, draft: Draft) -> None:
-        self._pastes = dict(draft.pastes)
-        self.load_text(draft.shown)
+    def _fill(self, unsent: UnsentText) -> None:
+        self._pastes = dict(unsent.pastes)
+        self.load_text(unsent.shown)
         self.move_cursor(self.document.end)
 
     async def _on_key(self, event: events.Key) -> None:
@@ -111,7 +92,7 @@ class Composer(TextArea):
             self._accept(self._completion.chosen)
         elif key == "enter":
             self._completion.close()
-            self.post_message(self.Submitted(self.draft))
+            self.post_message(self.Submitted(self.unsent))
         elif key in _NEW_LINE:
             self.insert("\n")
         elif key == "up" and self.cursor_location[0] == 0:
@@ -128,7 +109,7 @@ class Composer(TextArea):
         if self._back == 0:
             if step < 0:
                 return False
-            self._history, self._kept = list(self._asked()), self.draft
+            self._history, self._kept = list(self._asked()), self.unsent
         back = self._back + step
         if not 0 <= back <= len(self._history):
             return back > 0
@@ -183,28 +164,7 @@ class Composer(TextArea):
         self.replace(visible(text), *self.selection, maintain_selection_offset=False)
 
     def _folded(self, text: str, name: str) -> str:
-        """The marker that stands for a text."""
-        marker = _marker(visible(name), text)
-        while marker in self._pastes and self._pastes[marker] != text:
-            name += "\N{PRIME}"
-            marker = _marker(visible(name), text)
+        """Keep a text as a paste; returns the marker that stands for it."""
+        marker = marker_of(name, text, self._pastes)
         self._pastes[marker] = text
         return marker
-
-
-def is_long(text: str) -> bool:
-    """Whether a text is folded."""
-    return len(text) >= _FOLD_CHARS or text.count("\n") + 1 >= _FOLD_LINES
-
-
-def folded(text: str) -> Draft:
-    """A text to edit; folded whole where it is long."""
-    if not is_long(text):
-        return Draft(text)
-    marker = _marker("text", text)
-    return Draft(marker, {marker: text})
-
-
-def _marker(name: str, text: str) -> str:
-    lines = text.count("\n") + 1
-    return f"[{name}: {len(text):,} characters, {lines:,} line{'s' * (lines > 1)}]"

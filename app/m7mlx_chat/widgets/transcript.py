@@ -8,7 +8,6 @@ from textual.app import ComposeResult
 from textual.containers import VerticalScroll
 from textual.widget import Widget
 
-from m7mlx.decode import shared_start
 from m7mlx_chat.session import Session
 from m7mlx_chat.widgets.messages import Answer, MessageView, view_of
 
@@ -59,7 +58,7 @@ class Transcript(VerticalScroll, can_focus=False):
         """
         line = self._session.line
         self._welcome.display = not line
-        same = shared_start(self._line, line)
+        same = _shared_start(self._line, line)
         place = line.index(at) if at is not None and at in line else None
         out_of_sight = place is not None and not self._first <= place < min(self._last, same)
         with self.app.batch_update():
@@ -175,3 +174,9 @@ class Transcript(VerticalScroll, can_focus=False):
             self.call_after_refresh(scroll)
 
         self.call_after_refresh(laid_out)  # the answers mount their own parts first
+
+
+def _shared_start(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many of their first messages two lines share."""
+    pairs = zip(one, other, strict=False)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

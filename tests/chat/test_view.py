@@ -1,6 +1,6 @@
 """Every screen of the chat as it was looked at and found right: its text in tests/chat/screens, its colours readable.
 
-A change on purpose: `M7MLX_UPDATE_SCREENS=1 pytest tests/chat/test_chat_screens.py`, then look at the difference.
+A change on purpose: `M7MLX_UPDATE_SCREENS=1 pytest tests/chat/test_view.py`, then look at the difference.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ async def reading(chat: Chat) -> None:
 
 
 async def loading(chat: Chat) -> None:
-    chat.session.ready, chat.app._loading = None, True
+    chat.session.ready, chat.app.is_loading = None, True
     await chat.send("Early")
     await chat.say(Loading(1_000_000_000, 4_000_000_000))
 
@@ -143,7 +143,7 @@ def _the_same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     here = Entry("mistral", Path("/hub/mistral"), 4_080_000_000, 4_620_000_000, "4 bits", None, 32768)
     windowed = Entry("org/mistral-v0.1", Path("/hub/v01"), 14_480_000_000, 15_020_000_000, "16 bits", 4096, 32768)
     broken = Entry("./broken", Path("broken"), 0, problem="it has no weights (model*.safetensors)")
-    monkeypatch.setattr(models_screen, "models", lambda used: [here, windowed, catalog.SUGGESTED[1], broken])
+    monkeypatch.setattr(models_screen, "models", lambda own, used: [here, windowed, catalog.SUGGESTED[1], broken])
     monkeypatch.setattr(models_screen, "machine_memory", lambda: 17_179_869_184)
     monkeypatch.setattr(catalog, "budget", lambda: 17_179_869_184)
 

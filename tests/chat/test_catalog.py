@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 from chat_harness import chatting
-from m7mlx_chat import cli, launch, web
+from m7mlx_chat import cli, launch
 from m7mlx_chat.catalog import models, on_this_machine
+from m7mlx_chat.environment import read_environment
 from m7mlx_chat.screens.models import Models
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.store import Store
-from test_screens import notices, settled, told
+from m7mlx_chat.view import Parts
 
 # What Hub repositories, folders and settings cannot be called, or not everywhere.
 NAMES = (
@@ -65,21 +66,21 @@ async def test_any_name_can_be_given_to_the_picker_and_to_the_commands(tmp_path:
         await chat.exchange("question", "answer")
         before = chat.session.settings.model
         chat.app.choose_model(name)
-        await settled(chat)
+        await chat.settled()
         assert isinstance(chat.app.screen, Models)
         chat.app.screen._take(name)
-        await settled(chat)
-        assert told(chat)
-        assert len(told(chat)) <= 500
+        await chat.settled()
+        assert chat.told()
+        assert len(chat.told()) <= 500
         while len(chat.app.screen_stack) > 1:
             await chat.pilot.press("escape")
             await chat.pilot.pause(0.05)
         with chat.app.going_on():
             await chat.app.run_command(f"/set model {name}")
-        await settled(chat)
+        await chat.settled()
         assert chat.session.settings.model == before  # until it is one
         assert chat.store.conversations()[0].model == before
-    assert len(models(list(NAMES))) >= 2
+    assert len(models(tmp_path, list(NAMES))) >= 2
 
 
 async def test_a_conversation_that_names_no_model_is_opened(tmp_path: Path) -> None:
@@ -102,13 +103,12 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the app was begun with; it does not come up."""
     found: dict[str, Any] = {}
 
-    def remember(engine: Any, session: Any, config: Any, **options: Any) -> None:
-        found.update(options, settings=session.settings)
+    def remember(parts: Parts, **options: Any) -> None:
+        found.update(options, settings=parts.session.settings)
         raise _Shown
 
     monkeypatch.setattr(launch, "ChatApp", remember)
-    monkeypatch.setattr(web, "in_browser", lambda: True)  # as good as a terminal
-    monkeypatch.setattr(launch, "in_browser", lambda: True)
+    monkeypatch.setenv("TEXTUAL_DRIVER", "of a browser")  # as good as a terminal
     return found
 
 
@@ -116,7 +116,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     "name", [name for name in NAMES if name.strip("/. ") and name != "\udcff"], ids=lambda name: repr(name[:12])
 )
 def test_the_chat_starts_whatever_model_was_the_last(shown: dict[str, Any], name: str) -> None:
-    with Store() as store:
+    with Store(read_environment().database) as store:
         store.ask(None, None, "q", model=name)
     with pytest.raises(_Shown):
         cli.main([])
@@ -150,5 +150,5 @@ def test_the_chat_starts_whatever_the_file_says(
 
 async def test_what_went_wrong_before_is_told(tmp_path: Path) -> None:
     async with chatting(tmp_path, model=None, notes=["config.toml is odd"]) as chat:
-        assert "config.toml is odd" in notices(chat)
+        assert "config.toml is odd" in chat.notices()
         assert isinstance(chat.app.screen, Models)

@@ -14,8 +14,21 @@ from textual.events import Resize
 from textual.geometry import Size
 from textual.widgets import Input
 
-SIZES = ((2, 2), (6, 30), (12, 10), (1, 1), (20, 5), (300, 1), (24, 8), (30, 40), (1, 100), (40, 12), (300, 100))
-SIZES = (*SIZES, (56, 9), (30, 10), (80, 24), (100, 30))
+# Smaller ones than `SMALLEST` are drawn in that size: one of these is enough in each direction.
+SIZES = (
+    (2, 2),
+    (6, 30),
+    (12, 10),
+    (300, 1),
+    (24, 8),
+    (30, 40),
+    (1, 100),
+    (40, 12),
+    (200, 60),
+    (56, 9),
+    (30, 10),
+    (100, 30),
+)
 SCREENS: dict[str, tuple[str, ...]] = {
     "chat": (),
     "conversations": ("ctrl+b",),
@@ -51,13 +64,12 @@ async def test_every_screen_in_every_size(tmp_path: Path, screen: str) -> None:
         chat.app.tell("done")
         for place, (width, height) in enumerate(SIZES):
             await resized(chat, width, height)
-            await chat.say(
-                Text(f"word {place} **bold**\n\n" + ANSWER[: place % 9], place + 1, Seen(500 * place, 10**6))
-            )
+            text = f"word {place} **bold**\n\n" + ANSWER[: place % 9]
+            await chat.say(Text(text, place + 1, Seen(500 * place, 10**6)))
             assert chat.app.size == (max(width, SMALLEST.width), max(height, SMALLEST.height))
         assert chat.app._undrawn == 0
         await chat.pilot.press("escape", "escape", "escape")
-        assert "word 14" in chat.shown()
+        assert f"word {len(SIZES) - 1}" in chat.shown()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (20, 5), (24, 8), (300, 100)])

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from chat_harness import READY, Chat, chatting, done
-from m7mlx_chat import commands
 from m7mlx_chat.actions import ACTIONS
 from m7mlx_chat.app import ChatApp
+from m7mlx_chat.commands import copying
 from m7mlx_chat.config import Config
 from m7mlx_chat.events import Failed, Loading, Prefill, Seen, Text
 from m7mlx_chat.launch import _stderr_to_log
@@ -251,7 +251,7 @@ async def test_a_disk_that_is_full_loses_nothing(tmp_path: Path, monkeypatch: py
             await chat.say(Text("the answer"), done("the answer"))
             assert any("the disk is full" in n.message for n in chat.app._notifications)
             assert last(chat).text == "the answer"
-        chat.app._look()  # from time to time: there is room again
+        chat.app.look_around()  # from time to time: there is room again
         assert chat.line() == ["question", "the answer"]
         assert chat.store.message(chat.session.line[-1]).status == "complete"
 
@@ -290,7 +290,7 @@ async def test_control_c_copies_clears_stops_and_quits(tmp_path: Path, monkeypat
     async with chatting(tmp_path) as chat:
         copied: list[str] = []
         monkeypatch.setattr(chat.app, "copy_to_clipboard", copied.append)
-        monkeypatch.setattr(commands, "copy_with_tool", lambda text: False)
+        monkeypatch.setattr(copying, "copy_with_tool", lambda text: False)
         chat.app.composer.insert("draft")
         chat.app.composer.select_all()
         await chat.pilot.press("ctrl+c")

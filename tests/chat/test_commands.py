@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_harness import READY, Chat, chatting
+from chat_harness import READY, chatting
 from m7mlx_chat import catalog, jobs
 from m7mlx_chat.catalog import Entry, describe, models
 from m7mlx_chat.config import Config, read_config
+from m7mlx_chat.events import Failed
 from m7mlx_chat.screens.models import Models
 from m7mlx_chat.screens.settings import SettingsDrawer
 from m7mlx_chat.settings import Settings
 from models import small_config, write_folder
-from textual.widgets import Button, Input, OptionList, Select, Static
+from textual.widgets import Button, Input, OptionList, Select
 
 from m7mlx.errors import RunError
-
-
-def notices(chat: Chat) -> str:
-    return "\n".join(n.message for n in chat.app._notifications)
-
-
-def told(chat: Chat) -> str:
-    return str(chat.app.screen.query_one("#told", Static).content)
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two models in the models folder, and nothing anywhere else."""
-    monkeypatch.setenv("M7MLX_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("M7MLX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     folder = tmp_path / "data" / "models"
@@ -43,17 +36,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-async def settled(chat: Chat) -> None:
-    await chat.app.workers.wait_for_complete()
-    await chat.pilot.pause()
-
-
 # --- models ---------------------------------------------------------------------------------------------
 
 
 def test_the_models_on_this_machine(here: Path, tmp_path: Path) -> None:
     elsewhere = write_folder(tmp_path / "elsewhere", small_config(vocab_size=32768))
-    found = models([str(elsewhere), "no-such", "org/name"])
+    found = models(here, [str(elsewhere), "no-such", "org/name"])
     names = [entry.name.removeprefix(f"{here}/") for entry in found]
     assert names == ["full", "windowed", str(elsewhere), "mistral", "demo", "broken"]
     windowed = found[names.index("windowed")]
@@ -80,7 +68,7 @@ async def test_a_model_is_chosen_in_mid_chat(here: Path, tmp_path: Path) -> None
     async with chatting(tmp_path) as chat:
         await chat.exchange("one", "first")
         await chat.pilot.press("ctrl+o")
-        await settled(chat)
+        await chat.settled()
         assert "window 7" in chat.shown() and "mistral" in chat.shown()
         await chat.pilot.press("down", "enter")
         await chat.pilot.pause()
@@ -96,7 +84,7 @@ async def test_a_model_is_chosen_in_mid_chat(here: Path, tmp_path: Path) -> None
 
 async def test_the_first_start_offers_what_to_fetch(here: Path, tmp_path: Path) -> None:
     async with chatting(tmp_path, model=None, ready=False) as chat:
-        await settled(chat)
+        await chat.settled()
         assert isinstance(chat.app.screen, Models)
         assert "Which model?" in chat.shown()
         assert "Mistral-7B-Instruct-v0.3" in chat.shown() and "4.08 GB" in chat.shown()
@@ -127,11 +115,11 @@ async def test_a_download_with_progress_that_can_be_stopped(
         assert "40%" in chat.shown()
         await chat.pilot.press("escape")
         await chat.pilot.pause()
-        assert "goes on from there" in told(chat)
+        assert "goes on from there" in chat.told()
         chat.app.screen.query_one(Input).value = "org/name"
         go.set()
         chat.app.screen.query_one("#use", Button).press()
-        await settled(chat)
+        await chat.settled()
         assert started == ["org/name"] * 2
         assert chat.engine.loaded[-1][0] == here / "full"
         assert chat.session.settings.model == "org/name"
@@ -140,7 +128,8 @@ async def test_a_download_with_progress_that_can_be_stopped(
 async def test_a_conversion_and_its_failure(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, int | None]] = []
 
-    async def convert(source: str, bits: int | None, progress: Any) -> Path:
+    async def convert(source: str, bits: int | None, into: Path, progress: Any) -> Path:
+        assert into == here
         asked.append((source, bits))
         if len(asked) == 1:
             raise RunError("no [room]")
@@ -150,19 +139,19 @@ async def test_a_conversion_and_its_failure(here: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(jobs, "convert", convert)
     async with chatting(tmp_path) as chat:
         await chat.pilot.press("ctrl+o")
-        await settled(chat)
+        await chat.settled()
         button = chat.app.screen.query_one("#convert", Button)
         button.press()
         await chat.pilot.pause()
-        assert "name what to convert" in told(chat)
+        assert "name what to convert" in chat.told()
         chat.app.screen.query_one(Input).value = "some.gguf"
         chat.app.screen.query_one(Select).value = 0
         button.press()
-        await settled(chat)
-        assert told(chat) == "✗ no [room]"
+        await chat.settled()
+        assert chat.told() == "✗ no [room]"
         chat.app.screen.query_one(Select).value = 8
         button.press()
-        await settled(chat)
+        await chat.settled()
         assert asked == [("some.gguf", None), ("some.gguf", 8)]
         assert chat.session.settings.model == str(here / "full")
 
@@ -175,29 +164,27 @@ async def test_names_that_cannot_be(here: Path, tmp_path: Path, name: str, answe
     (tmp_path / "empty").mkdir()
     async with chatting(tmp_path) as chat:
         await chat.send(f"/model {name.format(empty=tmp_path / 'empty')}")
-        await settled(chat)
-        assert answer in told(chat)
+        await chat.settled()
+        assert answer in chat.told()
 
 
 async def test_a_real_conversion_in_a_process_of_its_own(here: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int, str]] = []
     source = write_folder(tmp_path / "source", small_config(vocab_size=32768))
-    folder = await jobs.convert(str(source), None, lambda *event: seen.append(event))
+    folder = await jobs.convert(str(source), None, here, lambda *event: seen.append(event))
     assert folder == here / "source"
     assert describe("x", folder).problem == ""
     assert seen[-1][0] == seen[-1][1]
     with pytest.raises(RunError, match="exists"):
-        await jobs.convert(str(source), None, lambda *event: None)
+        await jobs.convert(str(source), None, here, lambda *event: None)
     with pytest.raises(RunError, match="do not divide"):
-        await jobs.convert(str(source), 4, lambda *event: None)
+        await jobs.convert(str(source), 4, here, lambda *event: None)
     assert await jobs.fetch(str(source), lambda *event: None) == source
     with pytest.raises(RunError, match="no alias"):
         await jobs.fetch("nonsense", lambda *event: None)
 
 
 async def test_work_that_is_cancelled_ends_its_process(tmp_path: Path) -> None:
-    import sys
-
     program = tmp_path / "slow.py"
     event = "{'event': 'progress', 'done': os.getpid(), 'total': 1}"
     program.write_text(f"import json, os, time\nprint(json.dumps({event}), flush=True)\ntime.sleep(60)\n")
@@ -255,7 +242,7 @@ async def test_presets(tmp_path: Path) -> None:
         await chat.send("/preset wild")
         assert chat.session.settings.temperature == 0.9
         await chat.send("/preset tame")
-        assert "there is no preset 'tame'" in notices(chat)
+        assert "there is no preset 'tame'" in chat.notices()
         await chat.send("/set temperature 0")
         await chat.pilot.press("f2")
         chat.app.screen.query_one("#preset", Select).value = "wild"
@@ -266,24 +253,22 @@ async def test_presets(tmp_path: Path) -> None:
 
 
 async def test_what_concerns_the_engine_sets_it_up_anew(tmp_path: Path) -> None:
-    from m7mlx_chat.events import Failed
-
     async with chatting(tmp_path) as chat:
         await chat.send("/set kv_bits 8")
         assert chat.engine.loaded[-1][1].kv_bits == 8
         assert chat.app.state == "loading"
         await chat.say(READY)
         await chat.send("/set kv_bits 5")
-        assert "kv_bits must be off, 4, 8" in notices(chat)
+        assert "kv_bits must be off, 4, 8" in chat.notices()
         await chat.send("/set max_kv_size 9")
         await chat.say(Failed("this model's own window bounds its cache"), READY)  # the engine goes on as it was
-        assert "own window" in notices(chat)
+        assert "own window" in chat.notices()
         assert chat.session.settings.max_kv_size is None
         assert chat.app.state == "ready"
         await chat.send("/set nonsense 1")
-        assert "there is no setting 'nonsense'" in notices(chat)
+        assert "there is no setting 'nonsense'" in chat.notices()
         await chat.send("/set top_p")
-        assert "top_p: 1" in notices(chat)
+        assert "top_p: 1" in chat.notices()
 
 
 # --- files and figures ----------------------------------------------------------------------------------
@@ -293,11 +278,11 @@ async def test_exports_come_in_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     async with chatting(tmp_path / "data") as chat:
         await chat.send("/export")
-        assert "nothing to export" in notices(chat)
+        assert "nothing to export" in chat.notices()
         await chat.exchange("What is *this*?", "It is **that**.")
         for command in ("/export", "/export html", "/export my file.json", "/export json my file.json"):
             await chat.send(command)
-        assert "my file.json exists" in notices(chat)
+        assert "my file.json exists" in chat.notices()
         assert "It is **that**." in (tmp_path / "What-is-this.md").read_text()
         assert "<strong>that</strong>" in (tmp_path / "What-is-this.html").read_text()
         assert json.loads((tmp_path / "my file.json").read_text())["format"] == "m7mlx-chat"
@@ -307,9 +292,9 @@ async def test_exports_come_in_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert len(chat.store.conversations()) == 2
         assert chat.line() == ["What is *this*?", "It is **that**."]
         await chat.send("/import What-is-this.md")
-        assert "not JSON" in notices(chat)
+        assert "not JSON" in chat.notices()
         await chat.send("/import")
-        assert "needs a file" in notices(chat)
+        assert "needs a file" in chat.notices()
 
 
 async def test_figures(tmp_path: Path) -> None:
@@ -330,19 +315,19 @@ async def test_themes_are_kept(tmp_path: Path) -> None:
         assert chat.app.theme == "nord"
         assert read_config(config.path).theme == "nord"
         await chat.send("/theme nonsense")
-        assert "there is no theme 'nonsense'" in notices(chat)
+        assert "there is no theme 'nonsense'" in chat.notices()
         await chat.send("/theme")
         await chat.pilot.pause()
         assert len(chat.app.screen_stack) == 2
         await chat.pilot.press("escape")
     async with chatting(tmp_path, config=Config(config.path, theme="gone")) as chat:
-        assert "names a theme that is not there" in notices(chat)
+        assert "names a theme that is not there" in chat.notices()
 
 
 async def test_the_list_of_models_is_what_the_screen_shows(here: Path, tmp_path: Path) -> None:
     async with chatting(tmp_path) as chat:
         await chat.pilot.press("ctrl+o")
-        await settled(chat)
+        await chat.settled()
         options = chat.app.screen.query_one(OptionList)
-        assert options.option_count == len(models())
-        assert isinstance(models()[0], Entry)
+        assert options.option_count == len(models(here))
+        assert isinstance(models(here)[0], Entry)

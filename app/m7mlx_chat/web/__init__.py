@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -10,11 +9,6 @@ from collections.abc import Sequence
 from m7mlx.errors import InputError, RunError
 
 _HOST = "127.0.0.1"
-
-
-def in_browser() -> bool:
-    """Whether the screen is a browser's page: `serve` has started this process."""
-    return "TEXTUAL_DRIVER" in os.environ
 
 
 def serve(arguments: Sequence[str], port: int) -> int:
@@ -25,7 +19,7 @@ def serve(arguments: Sequence[str], port: int) -> int:
         import textual_serve  # noqa: F401
     except ImportError:
         raise InputError("--web needs the extra web: pip install 'm7mlx[web]'") from None
-    from m7mlx_chat.web_server import run
+    from m7mlx_chat.web.server import run
 
     try:
         bound = socket.create_server((_HOST, port))

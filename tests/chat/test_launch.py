@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from m7mlx_chat.environment import read_environment
 from m7mlx_chat.store import Store
 
 _MODE = re.compile(rb"\x1b\[\?(\d+)([hl])")
@@ -111,7 +112,7 @@ def test_a_signal_in_mid_answer(model_folder: Path, window: Callable[..., Window
     terminal.process.send_signal(number)
     assert terminal.end() == 128 + number
     assert terminal.is_as_before()
-    with Store() as store:
+    with Store(read_environment().database) as store:
         (conversation,) = store.conversations()
         question, answer = store.branch(conversation.leaf or 0)
     assert (question.text, answer.status) == ("Tell me", "stopped")
@@ -135,7 +136,7 @@ def test_a_terminal_that_is_closed(model_folder: Path, window: Callable[..., Win
     os.close(terminal.slave)
     os.close(terminal.master)
     assert terminal.process.wait(30) == 128 + signal.SIGHUP
-    with Store() as store:
+    with Store(read_environment().database) as store:
         (conversation,) = store.conversations()
         assert store.message(conversation.leaf or 0).status in ("stopped", "interrupted")
         assert store.message(conversation.leaf or 0).text

@@ -19,9 +19,9 @@ from aiohttp.web_protocol import RequestHandler
 from textual_serve.server import Server, to_int
 
 from m7mlx.terminal import one_line
-from m7mlx_chat.web_session import Session
+from m7mlx_chat.web.page import Page
 
-_SESSIONS = 4  # each is a process with a model
+_PAGES = 4  # each is a process with a model
 _CONNECTIONS = 64
 _IDLE_SECONDS = 10.0  # for a connection without a request
 _MESSAGE = 4 << 20  # bytes: the longest message of a page, a paste say
@@ -58,7 +58,7 @@ _UNKNOWN = (
     'If you have just opened it, <a href="/">go on</a>.'
 )
 _FULL = (
-    f"{_SESSIONS} chats are open, and each takes the memory of a model. "
+    f"{_PAGES} chats are open, and each takes the memory of a model. "
     'Close the page of one, then <a href="/">try again</a>.'
 )
 
@@ -81,7 +81,7 @@ class ChatServer(Server):
         )
         self._secret = secrets.token_urlsafe(32)
         self._cookie = f"m7mlx-{port}"
-        self._sessions: set[Session] = set()
+        self._pages: set[Page] = set()
         self._known: set[RequestHandler] = set()  # connections of who has the secret
 
     async def run(self) -> None:
@@ -103,13 +103,13 @@ class ChatServer(Server):
         print(f"m7mlx-chat is at {address} for you alone: keep the address secret; Ctrl-C ends it", file=sys.stderr)
         await ended.wait()
         server.close()
-        await asyncio.gather(*(session.stop() for session in self._sessions))
+        await asyncio.gather(*(page.stop() for page in self._pages))
         await runner.cleanup()
 
     def _end(self, ended: asyncio.Event) -> None:
         if ended.is_set():  # once more: at once
-            for session in self._sessions:
-                session.kill()
+            for page in self._pages:
+                page.kill()
         ended.set()
 
     def _connection(self, server: web.Server | None) -> asyncio.BaseProtocol:
@@ -124,7 +124,7 @@ class ChatServer(Server):
         return server()
 
     async def _make_app(self) -> web.Application:
-        app = web.Application(middlewares=[self._guard])
+        app = web.Application(middlewares=[self._admit])
         app.on_response_prepare.append(self._add_headers)
         app.router.add_get("/", self._index)
         app.router.add_get("/ws", self._talk)
@@ -135,7 +135,7 @@ class ChatServer(Server):
     # --- who may come in --------------------------------------------------------------------------------
 
     @web.middleware
-    async def _guard(
+    async def _admit(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         """Answer only who has the secret, and no page of another site: it could reach this address, too."""
@@ -191,24 +191,23 @@ class ChatServer(Server):
         """A page's websocket: a chat begins with it, and ends with it."""
         if self._is_full:
             return _full()
-        page = web.WebSocketResponse(timeout=2, heartbeat=15, max_msg_size=_MESSAGE)
-        session = Session(self._arguments, page, self.download_manager)
-        self._sessions.add(session)
+        websocket = web.WebSocketResponse(timeout=2, heartbeat=15, max_msg_size=_MESSAGE)
+        page = Page(self._arguments, websocket, self.download_manager)
+        self._pages.add(page)
+        columns, rows = to_int(request.query.get("width", ""), 80), to_int(request.query.get("height", ""), 24)
         try:
-            await page.prepare(request)
+            await websocket.prepare(request)
             with contextlib.suppress(ConnectionError):
-                await session.serve(
-                    to_int(request.query.get("width", ""), 80), to_int(request.query.get("height", ""), 24)
-                )
+                await page.serve(columns, rows)
         except (ValueError, RecursionError):
-            await page.close(code=1003)
+            await websocket.close(code=1003)
         finally:
-            self._sessions.discard(session)
-        return page
+            self._pages.discard(page)
+        return websocket
 
     @property
     def _is_full(self) -> bool:
-        return sum(session.is_alive for session in self._sessions) >= _SESSIONS
+        return sum(page.is_alive for page in self._pages) >= _PAGES
 
 
 def _full() -> web.Response:

@@ -17,7 +17,7 @@ from m7mlx_chat.events import Ready, Seen
 _EMPTY = "░"
 
 
-def line(ready: Ready | None, seen: Seen, width: int = 12) -> Text:
+def gauge(ready: Ready | None, seen: Seen, width: int = 12) -> Text:
     """The gauge in one line: how full, how much beyond, how much memory."""
     text = Text()
     if ready is None:
@@ -48,15 +48,15 @@ def ages(tokens: int, capacity: int, cells: int) -> list[float | None]:
     return found
 
 
-class Window(Static):
+class RingPicture(Static):
     """The gauge, drawn large."""
 
     DEFAULT_CSS = """
-    Window {
+    RingPicture {
         height: auto; padding: 0 2; background: $panel; border-bottom: hkey $primary 30%; display: none;
         text-wrap: nowrap; text-overflow: ellipsis;
     }
-    Window.-shown { display: block; }
+    RingPicture.-shown { display: block; }
     """
 
     def show(self, ready: Ready | None, seen: Seen) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from m7mlx_chat.events import Ready, Seen
-from m7mlx_chat.widgets import window
+from m7mlx_chat.widgets import ring
 from models import small_config, small_model
 from textual.color import Color
 
@@ -18,13 +18,13 @@ def test_one_cell_a_slot_is_the_age_of_what_lies_there(capacity: int, tokens: in
     for position in range(tokens):
         slots[position % capacity] = position
     expected = [None if position is None else float(tokens - 1 - position) for position in slots]
-    assert window.ages(tokens, capacity, capacity) == expected
+    assert ring.ages(tokens, capacity, capacity) == expected
 
 
 @given(st.integers(1, 500), st.integers(0, 3000), st.integers(1, 120))
 def test_a_cell_of_many_slots_is_as_young_as_the_youngest(capacity: int, tokens: int, cells: int) -> None:
-    single = window.ages(tokens, capacity, capacity)
-    for cell, age in enumerate(window.ages(tokens, capacity, cells)):
+    single = ring.ages(tokens, capacity, capacity)
+    for cell, age in enumerate(ring.ages(tokens, capacity, cells)):
         first, end = cell * capacity // cells, max(cell * capacity // cells + 1, (cell + 1) * capacity // cells)
         there = [a for a in single[first:end] if a is not None]
         assert age == (min(there) if there else None)
@@ -33,7 +33,7 @@ def test_a_cell_of_many_slots_is_as_young_as_the_youngest(capacity: int, tokens:
 def drawn(ready: Ready, tokens: int, width: int = 60) -> str:
     seen = Seen(tokens, 545_000_000, 0)
     assert ready.window is not None and ready.capacity is not None
-    text = window._rolling(ready, seen, ready.window, ready.capacity, width, Color(0, 0, 255), Color(0, 0, 50))
+    text = ring._rolling(ready, seen, ready.window, ready.capacity, width, Color(0, 0, 255), Color(0, 0, 50))
     return text.plain
 
 
@@ -69,9 +69,9 @@ def test_the_figures_are_those_of_a_cache_that_has_turned() -> None:
 
 def test_the_line_of_full_attention_and_of_no_model() -> None:
     full = Ready(window=None, capacity=None, context=8192, nbytes=1, token_bytes=1000)
-    assert "context" in window.line(full, Seen(4096, 1_000_000)).plain
-    assert "▰▰▰▰▰▰▱▱▱▱▱▱ 4,096/8,192" in window.line(full, Seen(4096, 1_000_000)).plain
-    assert window.line(None, Seen(0, 0)).plain == ""
-    growing = window._growing(full, Seen(4096, 1_000_000), 40, Color(0, 0, 255)).plain
+    assert "context" in ring.gauge(full, Seen(4096, 1_000_000)).plain
+    assert "▰▰▰▰▰▰▱▱▱▱▱▱ 4,096/8,192" in ring.gauge(full, Seen(4096, 1_000_000)).plain
+    assert ring.gauge(None, Seen(0, 0)).plain == ""
+    growing = ring._growing(full, Seen(4096, 1_000_000), 40, Color(0, 0, 255)).plain
     assert "4,096 of 8,192" in growing
     assert growing.splitlines()[1].count("█") == 20

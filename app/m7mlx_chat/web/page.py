@@ -19,7 +19,7 @@ _ERRORS = 4096  # bytes of what a chat says on stderr that are looked at
 _COLUMNS, _ROWS = 500, 300
 
 
-class Session(AppService):
+class Page(AppService):
     """A chat's process behind a websocket, in textual-serve's protocol."""
 
     def __init__(self, command: Sequence[str], socket: web.WebSocketResponse, downloads: DownloadManager) -> None:
@@ -91,7 +91,7 @@ class Session(AppService):
     # --- what the chat says -----------------------------------------------------------------------------
 
     def _build_environment(self, width: int = 80, height: int = 24) -> dict[str, str]:
-        driver = {"TEXTUAL_DRIVER": "m7mlx_chat.web_driver:ServedDriver"}
+        driver = {"TEXTUAL_DRIVER": "m7mlx_chat.web.driver:ServedDriver"}
         return {**super()._build_environment(width, height), **driver}
 
     async def _open_app_process(self, width: int = 80, height: int = 24) -> Process:

@@ -1,0 +1,15 @@
+"""What the user can do, one module for each group of actions; `app.ChatApp` is made of all groups.
+
+asking         send a message, answer again, edit a question; stop an answer, leave
+versions       go through the versions of a message, fork a conversation
+unsent_text    write in $EDITOR, bring back what was asked before
+conversations  open, search, rename, put away, delete and bring back
+models         choose and load a model
+settings       settings, presets, the system prompt, the theme
+copying        copy a message, its code, the conversation
+files          export and import
+looking        help, figures, the rolling buffer; select and scroll
+
+A group is a class on `view.ChatView` with its own few attributes. `actions.ACTIONS` lists all actions; the method of
+the action `name` is `action_<name>`.
+"""

@@ -1,0 +1,130 @@
+"""Asking and answering: send, answer again, go on, edit a question; stop an answer, leave the chat."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from textual import on
+
+from m7mlx_chat.answering import UnderWay
+from m7mlx_chat.commands.copying import CopyCommands
+from m7mlx_chat.commands.models import ModelCommands
+from m7mlx_chat.screens.models import Models
+from m7mlx_chat.unsent import folded
+from m7mlx_chat.view import Parts
+from m7mlx_chat.widgets.composer import Composer
+
+_COMMAND = re.compile(r"/[a-z]+( .*)?", re.DOTALL)
+_ARMED_SECONDS = 2.0  # for the second Ctrl+C, which quits
+
+
+class AskCommands(ModelCommands, CopyCommands):
+    """The way of a question to the model, and back from it."""
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self.first_text = 0.0  # when the answer under way began to come; 0: not yet
+        self._editing: int | None = None  # the question that the unsent text takes the place of
+        self._quit_armed = False
+
+    # --- asking -----------------------------------------------------------------------------------------
+
+    @on(Composer.Submitted)
+    async def _send(self, event: Composer.Submitted) -> None:
+        """Send what was written, or run the command that it is."""
+        text = event.unsent.message()
+        if not text:
+            return
+        if _COMMAND.fullmatch(event.unsent.shown):
+            self.composer.reset()
+            if not await self.run_command(event.unsent.shown):
+                self.composer.reset(event.unsent)
+        elif self.state == "no model":
+            self.action_model()
+        elif self._editing:
+            question = self._editing
+            await self._begin(lambda: self.session.edit(question, text))
+        else:
+            await self._begin(lambda: self.session.ask(text))
+
+    async def _begin(self, begin: Callable[[], UnderWay]) -> None:
+        """Begin an answer, and show it; where that raises, the unsent text stays."""
+        begin()
+        self.composer.reset()
+        self.edit_question(None)
+        self.first_text = 0.0
+        self.composer.focus()
+        await self.show_all()
+
+    async def action_retry(self) -> None:
+        await self._begin(self.session.retry)
+
+    async def action_retry_message(self) -> None:
+        if (selected := self.selected) is not None:
+            await self._begin(lambda: self.session.retry(selected.message.id))
+
+    async def action_resume(self) -> None:
+        await self._begin(self.session.resume)
+
+    async def action_replay(self) -> None:
+        await self._begin(self.session.replay)
+
+    # --- editing a question -----------------------------------------------------------------------------
+
+    def action_edit(self) -> None:
+        questions = [m for m in self.store.read(self.session.line[-2:]) if m.role == "user"]
+        if questions:
+            self.edit_question(questions[-1].id)
+
+    def action_edit_message(self) -> None:
+        if (selected := self.selected) is not None:
+            message = selected.message
+            self.edit_question(message.id if message.role == "user" else message.parent)
+
+    def edit_question(self, question: int | None) -> None:
+        """Let the unsent text take the place of a question; None: it is a new one."""
+        self._editing = question
+        self.composer.set_class(question is not None, "-editing")
+        self.composer.border_title = "editing a question · Esc leaves it as it is" if question is not None else ""
+        if question is not None:
+            self.composer.reset(folded(self.store.message(question).text))
+            self.composer.focus()
+
+    # --- stopping ---------------------------------------------------------------------------------------
+
+    def action_stop(self) -> None:
+        """End the first of what is open or under way."""
+        if isinstance(self.screen, Models):
+            self.screen.close()
+        elif len(self.screen_stack) > 1:
+            self.pop_screen()
+        elif self.composer.close_completion():
+            pass
+        elif self.state == "answering":
+            self.session.stop()
+            self.show_state("stopping …")
+        elif self._editing is not None:
+            self.edit_question(None)
+            self.composer.reset()
+        else:
+            self.composer.focus()
+
+    def action_interrupt(self) -> None:
+        """Do what Ctrl+C means here: copy, clear, stop, or quit the second time."""
+        selected = self.screen.get_selected_text() or self.composer.selected_text
+        if selected:
+            self.copy_text(selected)
+        elif self.composer.text:
+            self.composer.reset()
+        elif self.state == "answering":
+            self.action_stop()
+        elif self._quit_armed:
+            self.exit()
+        else:
+            self._quit_armed = True
+            self.notify("Press Ctrl+C again to quit.", timeout=_ARMED_SECONDS)
+            self.set_timer(_ARMED_SECONDS, self._disarm)
+
+    def _disarm(self) -> None:
+        self._quit_armed = False

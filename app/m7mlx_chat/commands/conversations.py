@@ -1,0 +1,126 @@
+"""The conversations: open, search, rename, put away, delete and bring back."""
+
+from __future__ import annotations
+
+from textual import on
+from textual.events import DescendantFocus
+
+from m7mlx.errors import InputError
+from m7mlx_chat.screens.dialogs import Ask
+from m7mlx_chat.view import BESIDE_FROM, ChatView, Parts
+from m7mlx_chat.widgets.sidebar import Sidebar
+
+
+class ConversationCommands(ChatView):
+    """The list of conversations, and what is done to one of them."""
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self._deleted: list[int] = []  # conversations, the last one deleted at the end
+
+    # --- going to one -----------------------------------------------------------------------------------
+
+    async def action_new(self) -> None:
+        self.session.new()
+        self.composer.focus()
+        await self.show_all()
+
+    @on(Sidebar.Chosen)
+    async def _chosen(self, event: Sidebar.Chosen) -> None:
+        await self.open_conversation(event.conversation)
+        self.composer.focus()
+
+    @on(Sidebar.Found)
+    async def _found(self, event: Sidebar.Found) -> None:
+        self.session.show(event.message)
+        await self.show_all(found=event.message)
+        self.composer.focus()
+
+    # --- the list ---------------------------------------------------------------------------------------
+
+    def action_sidebar(self) -> None:
+        self.sidebar.toggle_class("-shown")
+        self.show_conversations()
+        (self.sidebar.conversations if self.sidebar.is_shown else self.composer).focus()
+
+    @on(DescendantFocus)
+    def _uncover(self, event: DescendantFocus) -> None:
+        """In a narrow terminal the list lies over the talk: take it away from the text that is being written."""
+        if event.widget is self.composer and self.size.width < BESIDE_FROM:
+            self.sidebar.remove_class("-shown")
+
+    def action_find(self, argument: str = "") -> None:
+        self.sidebar.add_class("-shown")
+        self.show_conversations()
+        self.sidebar.search(argument)
+
+    def action_archived(self) -> None:
+        self.sidebar.toggle_archived()
+
+    # --- one of them ------------------------------------------------------------------------------------
+
+    def action_rename(self, argument: str = "") -> None:
+        if self.session.conversation is not None:
+            self._rename(self.session.conversation, argument)
+
+    def action_rename_chosen(self) -> None:
+        if (chosen := self.sidebar.conversations.chosen) is not None:
+            self._rename(chosen, "")
+
+    def _rename(self, conversation: int, title: str) -> None:
+        def rename(title: str | None) -> None:
+            if title is not None:
+                self.store.rename(conversation, title)
+                self.show_conversations()
+
+        if title:
+            rename(title)
+        else:
+            before = self.store.conversation(conversation).title
+            self.push_screen(Ask("Title (empty: the automatic one)", before), rename)
+
+    async def action_archive(self) -> None:
+        if self.session.conversation is not None:
+            self._archive(self.session.conversation)
+
+    async def action_archive_chosen(self) -> None:
+        if (chosen := self.sidebar.conversations.chosen) is not None:
+            self._archive(chosen)
+
+    def _archive(self, conversation: int) -> None:
+        if self.store.conversation(conversation).archived:
+            self.store.unarchive(conversation)
+            self.tell("brought back")
+        else:
+            self.store.archive(conversation)
+            self.tell("put away: v in the list shows what was put away; it is still found")
+        self.show_conversations()
+
+    async def action_delete(self) -> None:
+        if self.session.conversation is not None:
+            await self._delete(self.session.conversation)
+
+    async def action_delete_chosen(self) -> None:
+        if (chosen := self.sidebar.conversations.chosen) is not None:
+            await self._delete(chosen)
+
+    async def _delete(self, conversation: int) -> None:
+        under_way = self.session.under_way
+        if under_way is not None and under_way.conversation == conversation:
+            raise InputError("it is being answered: Esc stops that")
+        title = self.store.conversation(conversation).title
+        self.store.delete(conversation)
+        self._deleted.append(conversation)
+        self.tell(f"deleted “{title}” · /undo brings it back")
+        if conversation == self.session.conversation:
+            self.session.new()
+            await self.transcript.sync()
+        self.show_conversations()
+
+    async def action_undo(self) -> None:
+        if not self._deleted:
+            self.tell("nothing has been deleted")
+            return
+        conversation = self._deleted.pop()
+        self.store.undo_delete(conversation)
+        await self.open_conversation(conversation)

@@ -1,0 +1,67 @@
+"""Copying a message, its code, the whole conversation."""
+
+from __future__ import annotations
+
+from textual import work
+
+from m7mlx.errors import InputError
+from m7mlx_chat.clipboard import code_blocks, copy_with_tool
+from m7mlx_chat.portable.page import to_markdown
+from m7mlx_chat.store.rows import encodable
+from m7mlx_chat.view import ChatView, Parts
+
+
+class CopyCommands(ChatView):
+    """What the user takes elsewhere by the clipboard."""
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self._copied: tuple[int, int] = (0, 0)  # message, and which of its code blocks was copied last
+
+    def action_copy(self, argument: str = "") -> None:
+        answers = [m for m in map(self.session.message, self.session.line) if m.role == "assistant" and m.text]
+        if argument == "all" and self.session.conversation is not None:
+            head = self.store.conversation(self.session.conversation)
+            branch = self.store.branch(self.session.line[-1]) if self.session.line else []
+            self.copy_text(to_markdown(head, branch), "the conversation")
+        elif not answers:
+            self.tell("there is no answer yet")
+        elif not argument:
+            self.copy_text(answers[-1].text, "the answer")
+        elif argument.isdecimal():
+            self._copy_block(answers[-1].text, int(argument))
+        else:
+            raise InputError("/copy takes nothing, the number of a code block, or all")
+
+    def action_copy_message(self) -> None:
+        if self.selected is not None:
+            self.copy_text(self.selected.text, "the message")
+
+    def action_copy_code(self) -> None:
+        if self.selected is not None:
+            message, block = self._copied
+            blocks = code_blocks(self.selected.text)
+            number = block % max(1, len(blocks)) + 1 if message == self.selected.message.id else 1
+            self._copied = (self.selected.message.id, number)
+            self._copy_block(self.selected.text, number)
+
+    def _copy_block(self, text: str, number: int) -> None:
+        blocks = code_blocks(text)
+        if not 1 <= number <= len(blocks):
+            self.tell(f"there are {len(blocks)} code blocks in it" if blocks else "there is no code in it")
+        else:
+            self.copy_text(blocks[number - 1], f"code block {number} of {len(blocks)}")
+
+    def copy_text(self, text: str, what: str = "") -> None:
+        """Copy by a tool of the system, and by the terminal (OSC 52, which macOS's Terminal does not know)."""
+        self.copy_to_clipboard(text)
+        self._copy_with_tool(text)
+        self.tell(f"copied {what}".strip())
+
+    def copy_to_clipboard(self, text: str) -> None:
+        """Copy by the terminal, which takes UTF-8; a name of a file may be none."""
+        super().copy_to_clipboard(encodable(text))
+
+    @work(thread=True)
+    def _copy_with_tool(self, text: str) -> None:
+        copy_with_tool(text)

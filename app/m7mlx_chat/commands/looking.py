@@ -1,0 +1,78 @@
+"""Looking: help, figures, the rolling buffer; selecting and scrolling."""
+
+from __future__ import annotations
+
+from rich.table import Table
+from rich.text import Text
+from textual import on
+from textual.screen import ModalScreen
+from textual.widgets import Markdown
+
+from m7mlx.terminal import visible
+from m7mlx.units import in_gigabytes
+from m7mlx_chat.screens.dialogs import Figures, Help
+from m7mlx_chat.store.rows import Message
+from m7mlx_chat.view import ChatView
+from m7mlx_chat.widgets.ring import RingPicture
+
+_LISTED = 200  # answers, of which figures are shown
+_HEADINGS = ("", "tokens", "tok/s", "first after", "prompt", "reused", "tok/s", "peak memory")
+
+
+class LookCommands(ChatView):
+    """What shows more, and changes nothing."""
+
+    def action_help(self) -> None:
+        if isinstance(self.screen, ModalScreen):
+            self.pop_screen()
+        else:
+            self.push_screen(Help(self.config.keys))
+
+    def action_stats(self) -> None:
+        """Show the figures of every answer of the branch, the newest first."""
+        branch = self.store.branch(self.session.line[-1]) if self.session.line else []
+        answers = [message for message in branch if message.role == "assistant"]
+        table = Table.grid(padding=(0, 2))
+        table.add_row(*(Text(heading, style="bold", justify="right") for heading in _HEADINGS))
+        for message in reversed(answers[-_LISTED:]):
+            what = Text(" ".join(visible(message.text).split())[:24], style="dim", no_wrap=True)
+            table.add_row(what, *(Text(number, justify="right") for number in _figures(message)))
+        title = f"What {len(answers)} answers cost" if answers else "Nothing has been answered yet"
+        self.push_screen(Figures(title, table))
+
+    def action_window(self) -> None:
+        self.query_one(RingPicture).toggle_class("-shown")
+        self.call_after_refresh(self.show_gauge)
+
+    def action_select(self, direction: int) -> None:
+        """Select the next message (1) or the one before (-1); after the last one comes the composer."""
+        views = self.transcript.views
+        at = views.index(self.selected) if self.selected in views else len(views)
+        if 0 <= at + direction < len(views):
+            self.set_focus(views[at + direction])  # at once: the next key may be under way already
+        elif direction > 0:
+            self.set_focus(self.composer)
+
+    async def action_scroll(self, direction: int) -> None:
+        """Scroll the conversation by a page, down (1) or up (-1)."""
+        await self.transcript.page(direction)
+
+    @on(Markdown.LinkClicked)
+    def _show_link(self, event: Markdown.LinkClicked) -> None:
+        """Show where a link leads; opening it is left to the user."""
+        event.prevent_default()
+        self.notify(visible(event.href), title="This link leads to", timeout=8, markup=False)
+
+
+def _figures(message: Message) -> tuple[str, ...]:
+    """What an answer cost, under `_HEADINGS` from the second on."""
+    s = message.statistics
+    return (
+        f"{s.get('generated_tokens', 0):,}",
+        f"{s.get('generation_tps', 0):.1f}",
+        f"{s.get('time_to_first_token', 0):.2f} s",
+        f"{s.get('prompt_tokens', 0):,}",
+        f"{s.get('reused_tokens', 0):,}",
+        f"{s.get('prompt_tps', 0):,.0f}",
+        in_gigabytes(s.get("peak_memory", 0), 2),
+    )

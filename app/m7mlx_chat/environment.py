@@ -1,0 +1,51 @@
+"""What the environment says, read once at the start and passed on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+
+from m7mlx.paths import cache_dir
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where the chat's files lie, and where it is shown.
+
+    data        the folder of conversations and converted models: $M7MLX_DATA, or the user's own
+    config      the user's config.toml: in $M7MLX_CONFIG, or in the user's configuration folder
+    log         the file that says more than a line in the corner can; made anew by each start
+    editor      the command that opens a text: $VISUAL, $EDITOR or vi
+    in_browser  the screen is a browser's page: `m7mlx_chat.web` has started this process
+    """
+
+    data: Path
+    config: Path
+    log: Path
+    editor: str = "vi"
+    in_browser: bool = False
+
+    @property
+    def database(self) -> Path:
+        """The file of all conversations."""
+        return self.data / "chats.db"
+
+    @property
+    def models(self) -> Path:
+        """The folder for models that the chat converts."""
+        return self.data / "models"
+
+
+def read_environment() -> Environment:
+    """Read the variables of this process."""
+    folder = os.environ.get("M7MLX_CONFIG") or platformdirs.user_config_dir("m7mlx")
+    return Environment(
+        data=Path(os.environ.get("M7MLX_DATA") or platformdirs.user_data_dir("m7mlx")),
+        config=Path(folder) / "config.toml",
+        log=cache_dir() / "chat.log",
+        editor=os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi",
+        in_browser="TEXTUAL_DRIVER" in os.environ,
+    )

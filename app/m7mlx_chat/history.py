@@ -1,0 +1,31 @@
+"""A branch of a conversation as the model is given it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from m7mlx_chat.store.rows import Message
+
+
+def history(branch: Sequence[Message], system: str, vocabulary: str | None) -> list[dict[str, Any]]:
+    """The messages of a branch for the model; questions without an answer are left out, but for the last.
+
+    An answer comes with its token ids where the model of now, named by its `vocabulary`, reads them as the same text.
+    """
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    for message, following in zip(branch, [*branch[1:], None], strict=True):
+        unanswered = following is not None and following.role == "assistant" and not following.text
+        if message.role == "user" and not unanswered:
+            messages.append({"role": "user", "content": message.text})
+        elif message.role == "assistant" and message.text:
+            ids = ids_for(message, vocabulary)
+            known = {} if ids is None else {"ids": ids}
+            messages.append({"role": "assistant", "content": message.text} | known)
+    return messages
+
+
+def ids_for(message: Message, vocabulary: str | None) -> list[int] | None:
+    """The token ids of an answer, if they are known and mean the same in a vocabulary (None: there is no model)."""
+    ours = vocabulary is not None and message.statistics.get("vocabulary") == vocabulary
+    return message.ids if ours else None

@@ -1,0 +1,110 @@
+"""How a single answer is printed: as text, or as one JSON object a line for each event."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from typing import Any, Protocol, TextIO
+
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from m7mlx.terminal import console, json_line, visible
+from m7mlx_chat.events import Done, Event, Failed, Loading, Prefill, Text
+
+
+class Printer(Protocol):
+    """Prints what happens. As a context it holds what has to be put in order at the end."""
+
+    def __enter__(self) -> object: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def start(self, conversation: int, model: str) -> None:
+        """Say what begins."""
+
+    def show(self, event: Event) -> None:
+        """Print an event, or nothing."""
+
+
+class TextPrinter:
+    """The answer as text, with progress and figures on stderr if that is a terminal."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+        quiet = not sys.stderr.isatty()
+        self._bar = Progress(*columns, console=console(stderr=True), disable=quiet, transient=True)
+        self._tasks: dict[str, TaskID] = {}
+        self._on_terminal = sys.stdout.isatty()
+        self._answering = False
+
+    def __enter__(self) -> None:
+        self._bar.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+        if self._answering:
+            print(flush=True)  # what was answered so far stays, as a whole line
+
+    def start(self, conversation: int, model: str) -> None:
+        """Print nothing."""
+
+    def show(self, event: Event) -> None:
+        match event:
+            case Loading(done, total):
+                self._progress("Loading the model", done, total)
+            case Prefill(done, total):
+                self._progress("Reading the question", done, total)
+            case Text(text):
+                self._answer(text)
+            case Done():
+                self._answer("")
+                if sys.stderr.isatty():
+                    print(flush=True)
+                    self._answering = False
+                    s = event.statistics
+                    figures = f"{s.generated_tokens} tokens · {s.generation_tps:.1f} tok/s"
+                    print(f"{figures} · first after {s.time_to_first_token:.2f} s", file=sys.stderr)
+            case _:
+                pass
+
+    def _progress(self, label: str, done: int, total: int) -> None:
+        if label not in self._tasks:
+            self._tasks[label] = self._bar.add_task(label, total=None)
+        self._bar.update(self._tasks[label], completed=done, total=total)
+
+    def _answer(self, text: str) -> None:
+        self._bar.stop()
+        self._answering = True
+        print(visible(text) if self._on_terminal else text, end="", flush=True)
+
+
+class JsonPrinter:
+    """One JSON object a line for each event."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def start(self, conversation: int, model: str) -> None:
+        self._write("start", conversation=conversation, model=model)
+
+    def show(self, event: Event) -> None:
+        match event:
+            case Loading(done, total):
+                self._write("loading", done=done, total=total)
+            case Prefill(done, total, reused):
+                self._write("reading", done=done, total=total, reused=reused)
+            case Text(text):
+                self._write("text", text=text)
+            case Done(reason, text, _, statistics):
+                self._write("done", reason=reason, text=text, statistics=asdict(statistics))
+            case Failed(message):
+                self._write("error", message=message)
+            case _:
+                pass
+
+    def _write(self, kind: str, **fields: Any) -> None:
+        print(json_line({"event": kind} | fields), file=self._out, flush=True)

@@ -1,0 +1,48 @@
+"""Unsent text: what stands in the composer, with long pastes and files folded into one short line each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from m7mlx.terminal import visible
+
+_FOLD_CHARACTERS, _FOLD_LINES = 4_000, 40
+
+
+@dataclass(frozen=True)
+class UnsentText:
+    """A message that has not been sent. `shown` has a marker in the place of each of the `pastes`."""
+
+    shown: str = ""
+    pastes: Mapping[str, str] = field(default_factory=dict)
+
+    def message(self) -> str:
+        """Unfold all pastes: the text to send. What looks like a marker inside a paste stays what it is."""
+        text = self.shown
+        if self.pastes:
+            text = re.sub("|".join(map(re.escape, self.pastes)), lambda match: self.pastes[match[0]], text)
+        return text.lstrip("\n").rstrip()  # the first line keeps its indentation: it may be code
+
+
+def is_long(text: str) -> bool:
+    """Whether a text is folded."""
+    return len(text) >= _FOLD_CHARACTERS or text.count("\n") + 1 >= _FOLD_LINES
+
+
+def folded(text: str) -> UnsentText:
+    """A text to edit; folded whole where it is long."""
+    if not is_long(text):
+        return UnsentText(text)
+    marker = marker_of("text", text, {})
+    return UnsentText(marker, {marker: text})
+
+
+def marker_of(name: str, text: str, taken: Mapping[str, str]) -> str:
+    """The line that stands for a text; unlike those of other texts that are `taken`."""
+    lines = text.count("\n") + 1
+    name = visible(name)
+    while taken.get(marker := f"[{name}: {len(text):,} characters, {lines:,} line{'s' * (lines > 1)}]", text) != text:
+        name += "\N{PRIME}"
+    return marker

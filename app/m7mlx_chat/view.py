@@ -1,0 +1,174 @@
+"""The chat's one screen: the widgets on it, and how they show the session as it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from textual.app import ComposeResult
+from textual.containers import Horizontal, Vertical
+from textual.filter import LineFilter
+from textual.widgets import Static
+
+from m7mlx.terminal import visible
+from m7mlx_chat.config import Config
+from m7mlx_chat.dispatch import DispatchingApp
+from m7mlx_chat.environment import Environment
+from m7mlx_chat.events import AnyEngine
+from m7mlx_chat.gate import Gate
+from m7mlx_chat.session import Session
+from m7mlx_chat.widgets.completion import Completion
+from m7mlx_chat.widgets.composer import Composer
+from m7mlx_chat.widgets.messages import MessageView
+from m7mlx_chat.widgets.ring import RingPicture, gauge
+from m7mlx_chat.widgets.sidebar import Sidebar
+from m7mlx_chat.widgets.transcript import Transcript
+from m7mlx_chat.widgets.welcome import Welcome
+
+State = Literal["no model", "loading", "ready", "answering"]
+BESIDE_FROM, _FRAMED_FROM = 56, 10  # columns, rows: for the conversations beside the talk; for lines around it
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a chat is put together from."""
+
+    engine: AnyEngine
+    session: Session
+    config: Config
+    environment: Environment
+
+
+class ChatView(DispatchingApp):
+    """The screen of `session`. The command groups (`m7mlx_chat.commands`) are built on it."""
+
+    TITLE = "m7mlx"
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (BESIDE_FROM, "-wide")]  # noqa: RUF012
+    VERTICAL_BREAKPOINTS = [(0, "-low"), (_FRAMED_FROM, "-high")]  # noqa: RUF012
+    CSS = """
+    #top { height: 1; background: $panel; padding: 0 1; }
+    #brand { width: auto; text-style: bold; color: $primary; }
+    #model { width: 1fr; padding: 0 2; color: $text-muted; text-overflow: ellipsis; text-wrap: nowrap; }
+    #gauge { width: auto; }
+    #main { height: 1fr; }
+    #talk { width: 1fr; min-width: 20; height: 1fr; }
+    #bottom { height: auto; background: $background; }
+    #status { height: 1; padding: 0 2; }
+    #state { width: 1fr; color: $text-muted; }
+    #hints { width: auto; color: $text-muted; }
+    Screen.-narrow Sidebar { width: 100%; max-width: 100%; }
+    Screen.-narrow .row { height: auto; layout: vertical; }
+    Screen.-low #top, Screen.-low #status { display: none; }
+    Screen.-low Composer { border: none; min-height: 1; max-height: 3; }
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts.environment.log)
+        self.engine = parts.engine
+        self.session = parts.session
+        self.store = parts.session.store
+        self.config = parts.config
+        self.environment = parts.environment
+        self.is_loading = False  # the engine is loading a model
+        self._gate = Gate()
+        self._told_damage: set[str] = set()
+
+    def get_line_filters(self) -> Sequence[LineFilter]:
+        return [*super().get_line_filters(), self._gate]
+
+    def compose(self) -> ComposeResult:
+        with Horizontal(id="top"):
+            yield Static("m7mlx", id="brand")
+            yield Static("", id="model", markup=False)
+            yield Static("", id="gauge")
+        yield RingPicture(id="window")
+        with Horizontal(id="main"):
+            yield Sidebar(self.store)
+            with Vertical(id="talk"):
+                yield Transcript(self.session, Welcome())
+                with Vertical(id="bottom"):
+                    completion = Completion()
+                    yield completion
+                    yield Composer(completion, lambda: self.store.prompts(limit=200))
+                    with Horizontal(id="status"):
+                        yield Static("", id="state", markup=False)
+                        yield Static("/ commands · F1 help", id="hints")
+
+    # --- what is on it ----------------------------------------------------------------------------------
+
+    @property
+    def composer(self) -> Composer:
+        return self.screen_stack[0].query_one(Composer)
+
+    @property
+    def transcript(self) -> Transcript:
+        return self.screen_stack[0].query_one(Transcript)
+
+    @property
+    def sidebar(self) -> Sidebar:
+        return self.screen_stack[0].query_one(Sidebar)
+
+    @property
+    def selected(self) -> MessageView | None:
+        """The message that is selected."""
+        return self.focused if isinstance(self.focused, MessageView) else None
+
+    @property
+    def state(self) -> State:
+        """What the model is doing."""
+        if self.session.under_way is not None:
+            return "answering"
+        return "loading" if self.is_loading else "no model" if self.session.ready is None else "ready"
+
+    # --- showing ----------------------------------------------------------------------------------------
+
+    async def show_all(self, found: int | None = None) -> None:
+        """Show the session as it is now; `found` is the message that a search has led to."""
+        await self.transcript.sync(at=found, found=True)
+        self.show_conversations()
+        self.show_state()
+        self.show_gauge()
+        self._tell_damage()
+
+    async def open_conversation(self, conversation: int) -> None:
+        """Go to a conversation."""
+        self.session.open(conversation)
+        await self.show_all()
+
+    def show_conversations(self) -> None:
+        """Show the list, and the title of the conversation."""
+        self.sidebar.refresh_list(self.session.conversation)
+        title = ""
+        if self.session.conversation is not None:
+            title = f" · {self.store.conversation(self.session.conversation).title}"
+        self.query_one("#model", Static).update(visible(self.session.settings.model + title))
+
+    def show_state(self, text: str = "") -> None:
+        """Say in the last line what the model is doing; `text` says it better than `state` does."""
+        text = (
+            text
+            or {
+                "no model": "no model is loaded · Ctrl+O chooses one",
+                "loading": "loading the model …",
+                "ready": "ready",
+                "answering": "answering · Esc stops"
+                if self.session.ready
+                else "the model is loading; it answers then",
+            }[self.state]
+        )
+        self.query_one("#state", Static).update(text, layout=False)  # its place is fixed
+
+    def show_gauge(self) -> None:
+        """Show how much of the conversation the model can see."""
+        line, text = self.query_one("#gauge", Static), gauge(self.session.ready, self.session.seen)
+        line.update(text, layout=text.cell_len != line.size.width)  # a layout per token would cost 5 % of them
+        self.query_one(RingPicture).show(self.session.ready, self.session.seen)
+
+    def _tell_damage(self) -> None:
+        """Tell, once, what could not be read as it must be."""
+        new = sorted(self.store.damaged - self._told_damage)
+        self._told_damage |= self.store.damaged
+        if new:
+            what = ", ".join(new[:5]) + (f" and {len(new) - 5} more" if len(new) > 5 else "")
+            self.tell(f"{self.store.path} is damaged: {what}. What can be read is shown", is_error=True)
