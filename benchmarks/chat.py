@@ -8,6 +8,9 @@ alternate in one process each, with the same model, question and length.
 
 from __future__ import annotations
 
+import m7mlx  # noqa: F401  first: it loads a fast BLAS, before mlx.core is imported
+
+# isort: split
 import argparse
 import asyncio
 import json
@@ -17,8 +20,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-
-from common import preload_blas
 
 QUESTION = "Tell me a long story about a fox, with many chapters, a table of contents and some code in Python."
 
@@ -48,10 +49,12 @@ async def in_app(model: str, tokens: int) -> dict[str, float]:
     from m7mlx_chat.app import ChatApp
     from m7mlx_chat.config import Config
     from m7mlx_chat.engine import Engine
+    from m7mlx_chat.environment import Environment
     from m7mlx_chat.launch import keep_collections_short
     from m7mlx_chat.session import Session
     from m7mlx_chat.settings import Settings
     from m7mlx_chat.store import Store
+    from m7mlx_chat.view import Parts
 
     from m7mlx.files.hub import resolve
 
@@ -60,7 +63,8 @@ async def in_app(model: str, tokens: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder, Store(Path(folder) / "chats.db") as store:
         engine = Engine()
         session = Session(store, engine, Settings(max_tokens=tokens))
-        app = ChatApp(engine, session, Config(Path(folder) / "config.toml"), folder=resolve(model))
+        environment = Environment(Path(folder), Path(folder) / "config.toml", Path(folder) / "chat.log")
+        app = ChatApp(Parts(engine, session, Config(environment.config), environment), folder=resolve(model))
         async with app.run_test(size=(120, 40)) as pilot:
             while session.ready is None:
                 await pilot.pause(0.1)
@@ -86,10 +90,12 @@ async def opening(count: int) -> dict[str, float]:
     from m7mlx_chat.app import ChatApp
     from m7mlx_chat.config import Config
     from m7mlx_chat.engine import Engine
+    from m7mlx_chat.environment import Environment
     from m7mlx_chat.session import Session
     from m7mlx_chat.settings import Settings
     from m7mlx_chat.store import Store
     from m7mlx_chat.store.rows import Node, Tree
+    from m7mlx_chat.view import Parts
 
     text = "Some **words** of an answer, with `code` in it.\n\n- one\n- two\n\n```python\nx = 1\n```\n"
     nodes = tuple(
@@ -99,15 +105,17 @@ async def opening(count: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder, Store(Path(folder) / "chats.db") as store:
         tree = Tree(title="long", automatic=False, created=1e9, updated=1e9, leaf=count - 1, nodes=nodes)
         (conversation,) = store.plant([tree])
-        session = Session(store, Engine(), Settings())
-        app = ChatApp(session._engine, session, Config(Path(folder) / "c.toml"), folder=Path("/nowhere"))
+        engine = Engine()
+        session = Session(store, engine, Settings())
+        environment = Environment(Path(folder), Path(folder) / "config.toml", Path(folder) / "chat.log")
+        app = ChatApp(Parts(engine, session, Config(environment.config), environment), folder=Path("/nowhere"))
         async with app.run_test(size=(120, 40)) as pilot:
             await pilot.pause()
             started = time.perf_counter()
             await app.open_conversation(conversation)
             await pilot.pause()
             seconds = time.perf_counter() - started
-        session._engine.close()
+        engine.close()
     return {"seconds": seconds}
 
 
@@ -126,7 +134,6 @@ def main() -> None:
     parser.add_argument("--run", choices=("headless", "app", "opening"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
-        preload_blas()
         print(json.dumps(measured(args.run, args.model, args.tokens)))
         return
     results: dict[str, list[dict[str, float]]] = {"headless": [], "app": [], "opening": []}

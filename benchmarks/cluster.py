@@ -8,17 +8,17 @@ machines, way of dividing and link.
 
 from __future__ import annotations
 
+import m7mlx  # noqa: F401  first: it loads a fast BLAS, before mlx.core is imported
+
+# isort: split
 import argparse
 from pathlib import Path
 
-from common import preload_blas, table
+from common import table
+from m7mlx_plan.estimate import NETWORKS, estimate
+from m7mlx_plan.weights import list_weights
 
-preload_blas()
-
-from m7mlx_plan.estimate import NETWORKS, estimate  # noqa: E402
-from m7mlx_plan.weights import list_weights  # noqa: E402
-
-from m7mlx.shard import MODES, Mode  # noqa: E402
+from m7mlx.shard import MODES, Mode
 
 RANKS = (1, 2, 4, 8)
 NAMES = {"rdma": "Thunderbolt 5, RDMA", "thunderbolt": "Thunderbolt, TCP", "10gbe": "10 GbE", "1gbe": "1 GbE"}

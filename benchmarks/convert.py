@@ -8,6 +8,9 @@ them to 4 bits in groups of 64 with both, in turn, each in a process of its own.
 
 from __future__ import annotations
 
+import m7mlx  # noqa: F401  first: it loads a fast BLAS, before mlx.core is imported
+
+# isort: split
 import argparse
 import json
 import multiprocessing
@@ -22,7 +25,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from common import machine, spread, table
+from common import machine_line, spread, table
 from m7mlx_bench.models import SHAPES
 
 from m7mlx.files.weights import folder_weights
@@ -121,13 +124,13 @@ def main() -> None:
             found[name].append(measured(command))
             print(name, found[name][-1], file=sys.stderr)
     assert same_bits(*outs.values()), "the two did not give the same bits"
-    print(machine("not used"))
+    print(machine_line())
     medians = {name: statistics.median(seconds for seconds, _ in runs) for name, runs in found.items()}
     rows = [
         [
             name,
-            spread([seconds for seconds, _ in runs], " s", 1),
-            spread([memory for _, memory in runs], " GB"),
+            spread([seconds for seconds, _ in runs], 1, " s"),
+            spread([memory for _, memory in runs], 2, " GB"),
             f"{medians[name] / medians['mlx-lm']:.2f}",
         ]
         for name, runs in found.items()

@@ -10,6 +10,9 @@ work folder, so that a run that was stopped goes on.
 
 from __future__ import annotations
 
+import m7mlx  # noqa: F401  first: it loads a fast BLAS, before mlx.core is imported
+
+# isort: split
 import argparse
 import json
 import shutil
@@ -18,18 +21,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
-from common import machine, preload_blas, table
+from common import machine_line, table
+from m7mlx_eval.perplexity import Reading, Result, evaluate
 
-blas = preload_blas()
-
-from pydoc_data.topics import topics  # noqa: E402
-
-from m7mlx_eval.perplexity import Reading, Result, evaluate  # noqa: E402
-
-from m7mlx import Mistral, Tokenizer, load  # noqa: E402
-from m7mlx.files.hub import resolve  # noqa: E402
+from m7mlx import Mistral, Tokenizer, load
+from m7mlx.files.hub import resolve
 
 GROUPS = (32, 64, 128)
 BITS = (2, 3, 4, 5, 6, 8)
@@ -151,7 +150,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     found = run(args)
-    about = f"{machine(blas)} · {args.model} · {args.tokens:,} tokens"
+    about = f"{machine_line()} · {args.model} · {args.tokens:,} tokens"
     done = {name: row for name, row in found.items() if "left out" not in row}
     print(about + "\n")
     rows = [

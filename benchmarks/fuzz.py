@@ -196,7 +196,8 @@ class Client:
     async def unread(self) -> int:
         body = json.dumps(self.body() | {"stream": True, "max_tokens": 3000, "n": 4, "logprobs": True}).encode()
         async with self.connected() as (reader, writer):
-            writer.transport.pause_reading()  # type: ignore[attr-defined]
+            assert isinstance(writer.transport, asyncio.ReadTransport)
+            writer.transport.pause_reading()
             writer.write(self.head(len(body)) + body)
             await asyncio.sleep(self.draw.uniform(0.2, 2))
             del reader

@@ -22,6 +22,9 @@ The demo model was trained with full attention. Mistral 7B v0.1 was trained with
 
 from __future__ import annotations
 
+import m7mlx  # noqa: F401  first: it loads a fast BLAS, before mlx.core is imported
+
+# isort: split
 import argparse
 import json
 import math
@@ -35,22 +38,18 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
-from common import machine, preload_blas, spread, table
+import mlx.core as mx
+from common import machine_line, spread, table
+from long_context_cost import ENGINES, measure
+from long_context_passkey import told_and_asked
+from long_context_plots import plot
+from long_context_reach import TOY, moved, random_model
+from m7mlx_bench.models import SMALL, write_random
 
-blas = preload_blas()
-
-from pydoc_data.topics import topics  # noqa: E402
-
-import mlx.core as mx  # noqa: E402
-from long_context_cost import ENGINES, measure  # noqa: E402
-from long_context_passkey import told_and_asked  # noqa: E402
-from long_context_plots import plot  # noqa: E402
-from long_context_reach import TOY, moved, random_model  # noqa: E402
-from m7mlx_bench.models import SMALL, write_random  # noqa: E402
-
-from m7mlx import Mistral, RollingCache, Tokenizer, load  # noqa: E402
+from m7mlx import Mistral, RollingCache, Tokenizer, load
 
 CHUNK = 64  # tokens read at a time: of 16 … 256 the fastest with 8,192 keys
 Caches = dict[str, Callable[[], RollingCache]]
@@ -145,7 +144,7 @@ def show_perplexity(runs: dict[str, list[list[float]]]) -> None:
     for name, found in runs.items():
         cells = [ratios(runs["fresh"], found, a, b) for a, b in spans]
         own = [math.exp(statistics.fmean(losses)) for losses in found]
-        rows.append([name, *(spread(cell) if cell else "–" for cell in cells), spread(own)])
+        rows.append([name, *(spread(cell, 2) if cell else "–" for cell in cells), spread(own, 2)])
     table(["window", *(f"{b}" if b - a == 1 else f"{a + 1}–{b}" for a, b in spans), "perplexity"], rows)
 
 
@@ -279,7 +278,7 @@ def main() -> None:
     if args.window < 128:
         parser.error("--window must be at least 128: an eighth of it has to hold the question")
     results: dict[str, Any] = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
-    print(machine(blas), flush=True)
+    print(machine_line(), flush=True)
 
     def keep(name: str, figures: dict[str, Any]) -> None:
         results[name] = figures

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import m7mlx  # noqa: F401  first: it loads a fast BLAS, before mlx.core is imported
+
+# isort: split
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import preload_blas
+import mlx.core as mx
+from m7mlx_bench.models import SMALL
+from m7mlx_bench.ours import M7
+from m7mlx_bench.peers import MlxLm
+from m7mlx_bench.worker import prompt, step_ms
 
-preload_blas()
-
-import mlx.core as mx  # noqa: E402
-from m7mlx_bench.engines import M7, MlxLm  # noqa: E402
-from m7mlx_bench.models import SMALL  # noqa: E402
-from m7mlx_bench.worker import prompt, step_ms  # noqa: E402
-
-from m7mlx.decode import default_chunk, prefill  # noqa: E402
+from m7mlx.decode import default_chunk, prefill
 
 
 class ReadsOn(M7):

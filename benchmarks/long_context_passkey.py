@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import m7mlx  # noqa: F401  first: it loads a fast BLAS, before mlx.core is imported
+
+# isort: split
 from collections.abc import Sequence
 
-from common import preload_blas
+import mlx.core as mx
 
-preload_blas()
-
-import mlx.core as mx  # noqa: E402
-
-from m7mlx import Mistral, RollingCache, Tokenizer  # noqa: E402
-from m7mlx.decode import prefill  # noqa: E402
+from m7mlx import Mistral, RollingCache, Tokenizer
+from m7mlx.decode import prefill
 
 INTRO = "There is an important number hidden in a long text. Find it and remember it.\n"
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
@@ -42,7 +41,8 @@ def digits_known(
     found = mx.take_along_axis(logprobs, mx.array(digits)[:, None], axis=-1).mean().item()
     greedy = mx.argmax(logits, axis=-1).tolist() == digits
     cache.restore(before)
-    return float(found), greedy  # type: ignore[arg-type]
+    assert isinstance(found, float)
+    return found, greedy
 
 
 def told_and_asked(

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import m7mlx  # noqa: F401  first: it loads a fast BLAS, before mlx.core is imported
+
+# isort: split
 from collections.abc import Sequence
 from dataclasses import replace
 
-from common import preload_blas
+import mlx.core as mx
+from m7mlx_bench.models import SMALL
 
-preload_blas()
-
-import mlx.core as mx  # noqa: E402
-from m7mlx_bench.models import SMALL  # noqa: E402
-
-from m7mlx import Mistral, ModelConfig, RollingCache  # noqa: E402
-from m7mlx.decode import prefill  # noqa: E402
-from m7mlx.loading import build  # noqa: E402
+from m7mlx import Mistral, ModelConfig, RollingCache
+from m7mlx.decode import prefill
+from m7mlx.loading import build
 
 CHUNK = 64  # tokens read at a time
 TOY = replace(
@@ -50,9 +49,12 @@ def moved(model: Mistral, ids: list[int], window: int, distances: Sequence[int])
     def last(tokens: list[int]) -> mx.array:
         return prefill(model, tokens, RollingCache(config), CHUNK)
 
-    base, found = last(ids), []
+    base = last(ids)
+    found: list[float] = []
     for distance in distances:
         changed = list(ids)
         changed[-1 - distance] = (ids[-1 - distance] + 1) % config.vocab_size
-        found.append(mx.abs(last(changed) - base).max().item())
-    return found  # type: ignore[return-value]
+        change = mx.abs(last(changed) - base).max().item()
+        assert isinstance(change, float)
+        found.append(change)
+    return found

@@ -9,21 +9,20 @@ how often the most probable token is the same.
 
 from __future__ import annotations
 
+import m7mlx  # noqa: F401  first: it loads a fast BLAS, before mlx.core is imported
+
+# isort: split
 import argparse
 import math
+from pydoc_data.topics import topics
 
-from common import machine, preload_blas, table
+import numpy as np
+from common import machine_line, table
 
-blas = preload_blas()
-
-from pydoc_data.topics import topics  # noqa: E402
-
-import numpy as np  # noqa: E402
-
-from m7mlx import Mistral, load  # noqa: E402
-from m7mlx.decode import decode, prefill  # noqa: E402
-from m7mlx.sampling import Sampler, Sampling  # noqa: E402
-from m7mlx.scoring import compare, score  # noqa: E402
+from m7mlx import Mistral, load
+from m7mlx.decode import decode, prefill
+from m7mlx.sampling import Sampler, Sampling
+from m7mlx.scoring import compare, score
 
 CHUNK = 128
 STORY = Sampling(temperature=0.9, top_k=40, repetition_penalty=1.1, repetition_context=256, seed=1)
@@ -73,7 +72,7 @@ def main() -> None:
     parser.add_argument("--max-kv-size", type=int, default=512)
     args = parser.parse_args()
     model, tokenizer = load(args.model)
-    print(machine(blas), f"· {args.model} · {args.tokens} tokens\n")
+    print(machine_line(), f"· {args.model} · {args.tokens} tokens\n")
     text = "\n".join(topics[name] for name in sorted(topics))
     size = args.max_kv_size
     ids = tokenizer.encode(text[: 20 * size * 8])[: max(args.tokens, 20 * size)]

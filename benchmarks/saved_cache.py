@@ -8,22 +8,22 @@ tokens, which must be the same.
 
 from __future__ import annotations
 
+import m7mlx  # noqa: F401  first: it loads a fast BLAS, before mlx.core is imported
+
+# isort: split
 import argparse
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
-from common import alternate, machine, preload_blas, spread, table
+import mlx.core as mx
+from common import alternate, machine_line, spread, table
+from m7mlx_bench.models import SMALL
 
-blas = preload_blas()
-
-import mlx.core as mx  # noqa: E402
-from m7mlx_bench.models import SMALL  # noqa: E402
-
-from m7mlx import Mistral, RollingCache, load_cache, save_cache  # noqa: E402
-from m7mlx.decode import decode, prefill  # noqa: E402
-from m7mlx.sampling import Sampler, Sampling  # noqa: E402
+from m7mlx import Mistral, RollingCache, load_cache, save_cache
+from m7mlx.decode import decode, prefill
+from m7mlx.sampling import Sampler, Sampling
 
 
 def go_on(model: Mistral, cache: RollingCache) -> list[int]:
@@ -69,10 +69,10 @@ def main() -> None:
         if any(answer != expected for answer in answers):
             raise SystemExit("the tokens differ")
     ratios = [again / opening for again, opening in zip(found["read again"], found["open"], strict=True)]
-    print(machine(blas), f"· {args.tokens:,} tokens · {args.rounds} rounds · file {size / 1e6:.1f} MB")
+    print(machine_line(), f"· {args.tokens:,} tokens · {args.rounds} rounds · file {size / 1e6:.1f} MB")
     head = ["save, s", "open, s", "read again, s", "times as fast"]
-    times = [spread(found[name], digits=3) for name in ("save", "open", "read again")]
-    table(head, [[*times, spread(ratios, "×", digits=0)]])
+    times = [spread(found[name], 3) for name in ("save", "open", "read again")]
+    table(head, [[*times, spread(ratios, 0, "×")]])
 
 
 if __name__ == "__main__":

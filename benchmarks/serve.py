@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
-from common import machine, preload_blas, spread, table
+from common import machine_line, spread, table
 
 _WORDS = ("fox", "river", "stone", "cloud", "lamp", "tree", "bird", "road", "bread", "glass", "wind", "ship", "door")
 _PEER = (
@@ -149,13 +149,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--only", choices=("own", "shared"))
     args = parser.parse_args()
-    blas = preload_blas()
-    from m7mlx_bench.models import readable
+    from m7mlx_bench.models import find_readable
 
     from m7mlx.files.hub import resolve
 
     with tempfile.TemporaryDirectory() as scratch:
-        folder, _ = readable("transformers", resolve(args.model), Path(scratch))  # in float32
+        folder, _ = find_readable("transformers", resolve(args.model), Path(scratch))  # in float32
         rows = []
         for shared in (0, 512):
             if args.only and (args.only == "shared") != bool(shared):
@@ -169,13 +168,13 @@ def main() -> None:
                         print(f"{clients} clients, {shared} shared, {name}: {found[name][-1]}", file=sys.stderr)
                 pairs = list(zip(found["m7mlx"], found["mlx-lm"], strict=True))
                 row = [str(clients), "yes" if shared else "no"]
-                row += [spread([f.tps for f in found[name]], digits=1) for name in found]
-                row.append(spread([a.tps / b.tps for a, b in pairs], "×"))
-                row += [spread([f.first for f in found[name]], " s") for name in found]
-                row.append(spread([b.first / a.first for a, b in pairs], "×"))
+                row += [spread([f.tps for f in found[name]], 1) for name in found]
+                row.append(spread([a.tps / b.tps for a, b in pairs], 2, "×"))
+                row += [spread([f.first for f in found[name]], 2, " s") for name in found]
+                row.append(spread([b.first / a.first for a, b in pairs], 2, "×"))
                 row += [f"{max(f.memory for f in found[name]):.2f} GB" for name in found]
                 rows.append(row)
-    print(machine(blas))
+    print(machine_line())
     table(
         [
             *("clients", "shared start", "m7mlx, tok/s", "mlx-lm", "ratio"),

@@ -80,7 +80,8 @@ class Tally:
 
 def questions(folder: Path, count: int) -> list[Question]:
     """`count` of them with the library's answers."""
-    from m7mlx_serve.tools import MARK, calls_schema
+    from m7mlx_serve.tool_calls import MARK
+    from m7mlx_serve.tool_schema import calls_schema
 
     from m7mlx import load
     from m7mlx.constrain import Constraint, json_constraint

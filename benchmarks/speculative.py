@@ -5,26 +5,25 @@ python benchmarks/speculative.py [--model demo] [--draft NAME] [--tokens 200] [-
 
 from __future__ import annotations
 
+import m7mlx  # noqa: F401  first: it loads a fast BLAS, before mlx.core is imported
+
+# isort: split
 import argparse
 import json
+import textwrap
 import time
 from collections.abc import Callable
 from functools import partial
+from pydoc_data.topics import topics  # English prose that every Python brings
+from typing import cast
 
-from common import alternate, machine, preload_blas, spread, table
+import mlx.core as mx
+from common import alternate, machine_line, spread, table
 
-blas = preload_blas()
-
-import textwrap  # noqa: E402
-from pydoc_data.topics import topics  # noqa: E402  (English prose that every Python brings)
-from typing import cast  # noqa: E402
-
-import mlx.core as mx  # noqa: E402
-
-from m7mlx import Mistral, PromptLookup, RollingCache, load, load_draft_model  # noqa: E402
-from m7mlx.decode import decode, prefill  # noqa: E402
-from m7mlx.sampling import Sampler, Sampling  # noqa: E402
-from m7mlx.speculative import DRAFT_SLACK, Drafter, speculate  # noqa: E402
+from m7mlx import Mistral, PromptLookup, RollingCache, load, load_draft_model
+from m7mlx.decode import decode, prefill
+from m7mlx.sampling import Sampler, Sampling
+from m7mlx.speculative import DRAFT_SLACK, Drafter, speculate
 
 TEXT = topics["compound"][:1400]
 CODE = textwrap.dedent(
@@ -113,7 +112,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     model, tokenizer = load(args.model)
-    print(machine(blas), f"· {args.model} · greedy · {args.rounds} rounds")
+    print(machine_line(), f"· {args.model} · greedy · {args.rounds} rounds")
     ways: dict[str, Callable[[], Drafter]] = {"lookup": PromptLookup}
     if args.draft:
         draft = load_draft_model(args.draft, model, tokenizer)
@@ -138,8 +137,8 @@ def measure(
     }
     found = alternate(rounds, runs)
     plain = found.pop("plain")
-    ratios = [spread([p / t for p, t in zip(plain, times, strict=True)], "×") for times in found.values()]
-    return [str(count), spread([count / t for t in plain], digits=1), *ratios]
+    ratios = [spread([p / t for p, t in zip(plain, times, strict=True)], 2, "×") for times in found.values()]
+    return [str(count), spread([count / t for t in plain], 1), *ratios]
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import TypedDict
 import mlx.core as mx
 
 from m7mlx.config import ModelConfig
-from m7mlx.errors import InputError, RollbackError
+from m7mlx.errors import InputError
 from m7mlx.positions import Positions
 from m7mlx.ring import KVFormat, LayerRing, Sinks, Stored
 
@@ -239,8 +239,7 @@ class RollingCache(KVCache):
         Nothing is copied until the next write, and then everything, once. Raises RollbackError
         after a forward pass that was broken off.
         """
-        if not self.intact:
-            raise RollbackError("a forward pass was broken off and overwrote keys still needed; reset the cache")
+        self.positions.check_intact()
         layers = [(ring.buffers, ring.sinks) for ring in self.rings]
         return Snapshot(self.settings, self.positions, list(self.ids), layers)
 

@@ -13,7 +13,7 @@ from typing import NoReturn
 from m7mlx.cpu import blas
 from m7mlx.errors import M7Error
 from m7mlx.files.disk import why
-from m7mlx.terminal import make_streams_safe, one_line
+from m7mlx.terminal import make_streams_safe, one_line, print_event
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -51,6 +51,18 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def add_json(parser: argparse._ActionsContainer) -> None:
+    """Add --json, which means the same in every command.
+
+    Standard output then carries events and nothing else, one JSON object a line with its kind as
+    "event": notes and progress, if the command has them, its results, and at last an "error" if it
+    fails (`run`), which is told on stderr as well.
+    """
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object a line on stdout, and nothing else there"
+    )
+
+
 def add_parallel(parser: argparse.ArgumentParser) -> None:
     """Add the option of commands that `mlx.launch` starts several of (`m7mlx.parallel.world`)."""
     parser.add_argument(
@@ -71,7 +83,13 @@ def run(
     if told := blas.note():
         say(f"{prog}: note: {one_line(told)}")
     try:
-        return body(args) or 0
+        try:
+            return body(args) or 0
+        except (M7Error, OSError, MemoryError) as error:
+            if getattr(args, "json", False) and not isinstance(error, BrokenPipeError):
+                with contextlib.suppress(OSError, ValueError):  # the line on stderr says it as well
+                    print_event("error", message=_message(error))
+            raise
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
@@ -79,18 +97,10 @@ def run(
         # at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except M7Error as error:
+    except (M7Error, OSError, MemoryError) as error:
         if args.debug:
             raise
-        return _report(prog, str(error), error.exit_status)
-    except OSError as error:
-        if args.debug:
-            raise
-        return _report(prog, _told(error), EXIT_FAILED)
-    except MemoryError:
-        if args.debug:
-            raise
-        return _report(prog, "out of memory", EXIT_FAILED)
+        return _report(prog, _message(error), getattr(error, "exit_status", EXIT_FAILED))
 
 
 def _open_standard_streams() -> None:
@@ -119,5 +129,9 @@ def _report(prog: str, message: str, status: int) -> int:
     return status
 
 
-def _told(error: OSError) -> str:
-    return f"{error.filename}: {why(error)}" if error.filename else why(error)
+def _message(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    if isinstance(error, OSError):
+        return f"{error.filename}: {why(error)}" if error.filename else why(error)
+    return str(error)

@@ -1,4 +1,7 @@
-"""What a chat takes of a machine's memory: weights, keys and values as far as the model sees, what is around them."""
+"""Memory: how much this machine has, how much may be taken, and what a model takes of it.
+
+A model takes its weights, the keys and values that it sees, and what is around them.
+"""
 
 from __future__ import annotations
 
@@ -17,25 +20,26 @@ from m7mlx.errors import InputError
 from m7mlx.units import in_gigabytes
 
 _UNBOUNDED = 4096  # tokens to plan for where no window bounds them
-_AROUND = 150_000_000  # Python, MLX, the tokenizer, the layers' activations, as measured (docs/performance.md)
-_FREED = 1 << 26  # bytes of freed buffers that MLX may keep for the next ones; more is no faster
+# Python, MLX, the tokenizer and the layers' activations, as measured (docs/performance.md).
+_AROUND = 150_000_000
+_FREED = 1 << 26  # bytes of freed buffers that MLX may keep; more is no faster
 _MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
 
 _limit: int | None = None  # set by `limit_memory`
 
 
 def machine_memory() -> int:
-    """Bytes of physical memory."""
+    """Return the bytes of physical memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def budget() -> int:
-    """Bytes that this process may take: what `limit_memory` has set, else all that the machine has."""
+    """Return the bytes that this process may take: the limit, or all that the machine has."""
     return machine_memory() if _limit is None else _limit
 
 
 def limit_memory(nbytes: int) -> None:
-    """Let this process take so many bytes: no model is loaded, and no sequence grows, beyond them.
+    """Let this process take so many bytes: no model is loaded and no sequence grows beyond them.
 
     Raises InputError for more than the machine has, or less than any model needs.
     """
@@ -49,24 +53,28 @@ def limit_memory(nbytes: int) -> None:
 
 
 def settle() -> None:
-    """Tell MLX, once a model is loaded, how much to keep: by default it hoards freed buffers up to all memory.
+    """Tell MLX, once a model is loaded, how much freed memory to keep; by default it keeps all.
 
-    MLX's wired limit stays what it is, 0: wired memory that runs out stops the machine, not the program.
+    MLX's wired limit stays what it is, 0: wired memory that runs out stops the machine, not the
+    program.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        # glibc raises this up to 32 MB by itself, and the buffers of a growing cache leave holes of that size.
+        # glibc raises this up to 32 MB by itself; a growing cache leaves holes of that size.
         libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
     mx.set_memory_limit(budget())
     mx.set_cache_limit(min(_FREED, budget() // 16))
 
 
 def expands(config: ModelConfig) -> bool:
-    """Whether `load` takes quantised weights as float32: on a CPU, if they fit into half of the budget."""
+    """Return whether loading expands quantised weights: on a CPU, if half the budget suffices."""
     return on_cpu() and config.n_weights * 4 <= budget() // 2
 
 
 def loaded_bytes(config: ModelConfig, stored: int) -> int:
-    """Bytes of the weights in memory, of so many in files: on a CPU they are in float32, or their scales are."""
+    """Return the bytes of weights in memory, of `stored` bytes in files.
+
+    On a CPU they are in float32, or their scales are.
+    """
     if not on_cpu():
         return stored
     if expands(config) or stored * 8 > config.n_weights * 12:  # not quantised
@@ -75,12 +83,19 @@ def loaded_bytes(config: ModelConfig, stored: int) -> int:
 
 
 def cache_bytes(config: ModelConfig, positions: int, bits: float = 16) -> int:
-    """Bytes of keys and values: 2 · layers · KV heads · head_dim · positions numbers of so many bits."""
+    """Return the bytes of keys and values, of so many bits a number.
+
+    They are 2 · layers · KV heads · head_dim · positions numbers.
+    """
     return int(2 * config.n_layers * config.n_kv_heads * config.head_dim * positions * bits / 8)
 
 
 def positions_that_fit(config: ModelConfig, weights: int, bits: float) -> int:
-    """How many keys and values of so many bits a number fit into the budget, besides so many bytes of weights."""
+    """Return how many positions fit into the budget.
+
+    weights  bytes that are taken already
+    bits     of each number of keys and values
+    """
     return max(0, budget() - weights - _AROUND) // cache_bytes(config, 1, bits)
 
 
@@ -123,7 +138,7 @@ class Footprint:
 
 
 def footprints(config: ModelConfig, stored: int, slack: int) -> list[Footprint]:
-    """Return what a model takes at its window, or without one at 4,096 tokens and at its whole context.
+    """Return what a model takes: at its window, or at 4,096 tokens and at its whole context.
 
     stored  bytes of its weights in files
     slack   positions that a cache keeps beside a window
@@ -134,10 +149,10 @@ def footprints(config: ModelConfig, stored: int, slack: int) -> list[Footprint]:
     found = []
     for tokens in sorted(lengths):
         positions = tokens + (slack if is_window else 0)
-        # 4.5 bits with scales and biases. A prompt's chunk has scores, and what is made of them; Metal's kernel keeps
-        # none.
+        # 4.5 bits with scales and biases.
         bits = {f"{computed} bits": float(computed), "4 bits": 4.5}
         caches = {name: cache_bytes(config, positions, size) for name, size in bits.items()}
+        # The scores of a prompt's chunk, and what is made of them; Metal's kernel keeps none.
         scores = 3 * 4 * 128 * config.n_heads * positions if on_cpu() else 0
         found.append(Footprint(tokens, is_window, loaded_bytes(config, stored), caches, _AROUND + scores))
     return found

@@ -240,8 +240,7 @@ class Positions:
 
         Raises RollbackError if an earlier one was broken off.
         """
-        if not self.intact:
-            raise RollbackError("a forward pass was broken off and overwrote keys still needed; reset the cache")
+        self.check_intact()
         return replace(self, written=max(self.written, self.offset + length))
 
     def advanced(self, length: int) -> Positions:
@@ -264,6 +263,11 @@ class Positions:
     def intact(self) -> bool:
         """False only after a pass that broke off (Ctrl-C, no memory) has overwritten live slots."""
         return self.lost <= self.slack
+
+    def check_intact(self) -> None:
+        """Raise RollbackError after such a pass."""
+        if not self.intact:
+            raise RollbackError("a forward pass was broken off and overwrote keys still needed; reset the cache")
 
     @property
     def max_rollback(self) -> int:

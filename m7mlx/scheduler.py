@@ -83,7 +83,7 @@ class Scheduler:
         self._count = 0
 
     @property
-    def load(self) -> tuple[int, int]:
+    def running_and_waiting(self) -> tuple[int, int]:
         """How many requests are being read or answered, and how many wait."""
         return sum(a is not None for a in self._answers) + len(self._reading), len(self._waiting)
 
@@ -128,13 +128,13 @@ class Scheduler:
         if any(self._answers):
             told += self._decode()
         late, self._late = self._late, []
-        return late + told, any(self.load)
+        return late + told, any(self.running_and_waiting)
 
     # --- prompts ----------------------------------------------------------------------------------------
 
     def _read(self) -> Told:
         """Read a chunk of each of the prompts whose turn it is; what is whole joins the batch."""
-        while self._waiting and self.load[0] < self._rows:
+        while self._waiting and self.running_and_waiting[0] < self._rows:
             self._reading.append(self._waiting.popleft())
         told: Told = []
         turns = 0

@@ -57,8 +57,13 @@ def shown(text: object) -> str:
 
 def json_line(value: object) -> str:
     """Write JSON in one line; whatever a terminal would obey is escaped, the value the same."""
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False, default=str)
     return _UNSAFE.sub(lambda match: json.dumps(match[0]).strip('"').replace("\x7f", "\\u007f"), text)
+
+
+def print_event(kind: str, **fields: Any) -> None:
+    """Print one event of a command with --json: an object in a line of its own, at once."""
+    print(json_line({"event": kind} | fields), flush=True)
 
 
 def make_safe(segments: Iterable[Segment]) -> list[Segment]:

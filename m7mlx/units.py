@@ -1,10 +1,10 @@
-"""Bytes, as people read them."""
+"""Bytes, as people read them: decimal, as disks are sold."""
 
 from __future__ import annotations
 
 
 def in_gigabytes(nbytes: float, digits: int = 1) -> str:
-    """Write bytes in one unit, so that several can be compared: "14.5 GB"; decimal, as disks are sold."""
+    """Write bytes in gigabytes, so that several can be compared: "14.5 GB"."""
     return f"{nbytes / 1e9:,.{digits}f} GB"
 
 

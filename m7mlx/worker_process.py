@@ -1,16 +1,17 @@
-"""What a `Worker` of m7mlx/worker.py runs in its process: limits first, then one job after the other.
+"""The process behind a `Worker` of m7mlx/worker.py: limits first, then one job after the other.
 
-Imported by the process before anything else, so it needs nothing but the standard library. Frames go over a socket,
-which is the process's standard input:
+The process imports this before anything else, so it needs the standard library alone. Frames go
+over a socket, the line, which is the process's standard input:
 
-    request    bytes that follow, seconds of the processor, seconds of the clock, memory in bytes; the bytes
-    reply      what became of it, bytes that follow; the bytes
+    request    number of bytes, seconds of the processor, seconds of the clock, bytes of memory;
+               bytes
+    reply      what became of it, number of bytes; bytes
 
-The first reply, before any request, says whether the operating system bounds the memory; the first request is the
-setup. The end of the line is the end of the process, in the middle of a job too.
+The first reply, before any request, says whether the operating system bounds the memory; the first
+request is the setup. When the line ends, so does the process, even during a job.
 
-A process can make copies of itself, with all that it knows, each with a line of its own (COPY, with the other end of
-that line), and is asked how they have ended (ENDED).
+A process can make copies of itself, with all that it knows, each with a line of its own (COPY, with
+the other end of that line), and can be asked how they have ended (ENDED).
 """
 
 from __future__ import annotations
@@ -34,23 +35,24 @@ REQUEST = struct.Struct("=IddQ")
 REPLY = struct.Struct("=cI")
 DONE, OUT_OF_MEMORY, FAILED = b"+", b"m", b"!"
 MAX_FRAME = 64 << 20  # bytes, either way
-COPY, ENDED = 0xFFFFFFFF, 0xFFFFFFFE  # in the place of a request's size; a process's number comes after ENDED
+COPY, ENDED = 0xFFFFFFFF, 0xFFFFFFFE  # instead of a number of bytes; ENDED takes a process's number
 PROCESS, STATUS = struct.Struct("=I"), struct.Struct("=i")
 _FILES = 64  # that may be open at once
 _LINE = 0
-# SIGIO ends a process by itself on Linux. Elsewhere Python's handler does, as soon as Python runs; the job's clock
-# ends what does not come back to Python.
+# On Linux SIGIO ends a process by itself. Elsewhere a handler does, as soon as Python runs; work
+# that does not come back to Python is ended by the job's clock.
 SIGIO_ENDS = sys.platform == "linux"
 
 
 def serve(module: str, memory: int) -> NoReturn:
-    """Answer requests with the function that `module.handler(setup)` gives, until the line ends.
+    """Answer requests with the function that `module.handler(setup)` returns, until the line ends.
 
-    `memory` is the most that jobs may take in bytes, beside what the module takes; 0 leaves that to whoever watches.
+    memory  bytes that jobs may take, beside what the module takes; with 0 the other side watches
+            that
     """
     try:
         _reset_signals()
-        handler = importlib.import_module(module).handler  # first: imports may write caches and open files
+        handler = importlib.import_module(module).handler  # before the limits: imports open files
         _limit_files()
         taken = _limit_memory(memory)
         _send(DONE, b"bounded" if taken is not None else b"")
@@ -90,7 +92,7 @@ def serve(module: str, memory: int) -> NoReturn:
 
 
 def _reset_signals() -> None:
-    """What the parent ignores or blocks would be so here too."""
+    """Hear all signals: what the parent ignores or blocks is inherited."""
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     for one in (signal.SIGPROF, signal.SIGALRM, signal.SIGXCPU, signal.SIGTERM, signal.SIGINT):
         signal.signal(one, signal.SIG_DFL)
@@ -108,9 +110,9 @@ def _limit_files() -> None:
 
 
 def _limit_memory(memory: int) -> int | None:
-    """Limit the addresses that the process may take: what it has, and `memory` besides.
+    """Limit the addresses that the process may take to those it has, and `memory` bytes more.
 
-    Returns what it has in bytes; None if the system does not enforce such a limit, which is tried.
+    Returns the bytes it has; None where a trial shows that the system does not enforce the limit.
     """
     if not memory:
         return None
@@ -126,24 +128,24 @@ def _limit_memory(memory: int) -> int | None:
     except (OSError, ValueError):  # macOS
         return None
     try:
-        mmap.mmap(-1, limit).close()  # takes addresses only
+        mmap.mmap(-1, limit).close()  # takes addresses, no memory
     except (OSError, MemoryError):
         return taken
     return None
 
 
 def _begin_job(cpu: float, clock: float) -> None:
-    """From here on the process ends when its time is up, or the line is, whatever the job does."""
+    """Have the process end when its time is up or the line ends, whatever the job does."""
     signal.setitimer(signal.ITIMER_PROF, cpu)
     signal.setitimer(signal.ITIMER_REAL, clock)
     _signal_the_end(True)
-    # Nothing is sent during a job, so what can be read by now is the end.
+    # Nothing is sent during a job, so whatever can be read now is the end of the line.
     if select.select([_LINE], [], [], 0)[0]:
         os._exit(0)
 
 
 def _copy() -> None:
-    """Make a copy of this process, which goes on at the line that came with the request."""
+    """Make a copy of this process, which answers on the line that came with the request."""
     with socket.socket(fileno=os.dup(_LINE)) as line:
         _, (given,), *_ = socket.recv_fds(line, 1, 1)
     number = os.fork()
@@ -157,7 +159,7 @@ def _copy() -> None:
 
 
 def _tell_end(number: int) -> None:
-    """Say how a copy has ended; it is helped to, if its line's end was not enough."""
+    """Say how a copy has ended; kill it if the end of its line has not ended it."""
     for _ in range(100):
         found, status = os.waitpid(number, os.WNOHANG)
         if found:
@@ -170,9 +172,9 @@ def _tell_end(number: int) -> None:
 
 
 def _signal_the_end(on: bool) -> None:
-    """Whether whatever happens on the line is a SIGIO."""
+    """Turn on, or off, that whatever happens on the line is a SIGIO."""
     flags = fcntl.fcntl(_LINE, fcntl.F_GETFL)
-    with suppress(OSError):  # a system without it has the clock
+    with suppress(OSError):  # where there is no SIGIO the clock ends jobs
         fcntl.fcntl(_LINE, fcntl.F_SETFL, flags | os.O_ASYNC if on else flags & ~os.O_ASYNC)
 
 

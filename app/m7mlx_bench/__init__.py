@@ -1,1 +1,1 @@
-"""m7mlx-bench: what this machine makes of a model, against other engines in the same run."""
+"""m7mlx-bench: the speed of a model on this machine, against other engines in the same run."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from m7mlx.command import EXIT_FAILED, ArgumentParser, positive, run
+from m7mlx.command import EXIT_FAILED, ArgumentParser, add_json, positive, run
 from m7mlx.errors import ConfigError, InputError, RunError
 
 if TYPE_CHECKING:
@@ -21,28 +21,28 @@ if TYPE_CHECKING:
 
 PROG = "m7mlx-bench"
 _DESCRIPTION = """\
-Measure a model on this machine: start to first token, prefill, decode by position, memory; against other engines in
-the same run, each in processes of its own that take turns.
+Measure a model on this machine: start to first token, prefill, decode by position, memory; against
+other engines in the same run, each in processes of its own that take turns.
 
-MODEL is a folder, a Hub repository or an alias, as for m7mlx-chat; or leave it out and measure random weights of a
-shape (--shape), which cost the same as a trained model's."""
+MODEL is a folder, a Hub repository or an alias, as for m7mlx-chat; or leave it out and measure random
+weights of a shape (--shape), which cost the same as a trained model's."""
 _EPILOG = """\
 examples:
-  m7mlx-bench demo                                         the demo model against what is installed
-  m7mlx-bench --shape small --positions 1024 32768         a model of 4 layers, far into a conversation
-  m7mlx-bench --shape 7b --q-bits 4 --engines m7mlx        Mistral 7B's size, without its weights
+  m7mlx-bench demo                                    the demo model, every engine that is installed
+  m7mlx-bench --shape small --positions 1024 32768    4 layers, far into a conversation
+  m7mlx-bench --shape 7b --q-bits 4 --engines m7mlx   Mistral 7B's size, without its weights
   m7mlx-bench ~/models/Mistral-7B-Instruct-v0.3-4bit --gguf ~/models/mistral-7b.Q4_K_M.gguf
-  m7mlx-bench demo --rounds 5 --json demo.json --plot demo.svg
+  m7mlx-bench demo --rounds 5 --save demo.json --plot demo.svg
 
-Ratios are medians of rounds, since a machine's speed drifts. "Of the limit": the bytes that a token must move
-(weights, keys and values), over the memory bandwidth measured in the same run. Peers: mlx-lm (which ignores the
-window), its rotating cache put in by hand, transformers (float32, bfloat16), llama.cpp (with --gguf and
-llama-cpp-python).
+Ratios are medians of rounds, since a machine's speed drifts. "Of the limit": the bytes that a token
+must move (weights, keys and values), over the memory bandwidth measured in the same run. Peers:
+mlx-lm (which ignores the window), its rotating cache put in by hand, transformers (float32,
+bfloat16), llama.cpp (with --gguf and llama-cpp-python).
 Exit status: 0 done, 1 failed on the way, 2 bad usage or input, 130 Ctrl-C."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+    """Run the command; return its exit status."""
     return run(_bench, _parse(argv), PROG)
 
 
@@ -86,7 +86,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--tokens", type=positive, default=24, metavar="N", help="tokens to decode at each (24)")
     what.add_argument("--rounds", type=positive, default=3, metavar="N", help="how often, in turn (3)")
     out = parser.add_argument_group("results")
-    out.add_argument("--json", type=Path, metavar="FILE", help="all figures of all runs")
+    out.add_argument("--save", type=Path, metavar="FILE", help="keep all figures of all runs, as JSON")
+    add_json(out)
     out.add_argument("--plot", type=Path, metavar="FILE", action="append", default=[], help="a .png or .svg")
     return parser.parse_args(argv)
 
@@ -96,14 +97,13 @@ def _window(text: str) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from m7mlx.cpu import blas
     from m7mlx.files.disk import write_whole
-    from m7mlx.terminal import console
+    from m7mlx.terminal import console, print_event
     from m7mlx_bench import report
 
     for path in args.plot:
         _check_plot(path)
-    for path in [*args.plot, *([args.json] if args.json else [])]:
+    for path in [*args.plot, *([args.save] if args.save else [])]:
         if not path.absolute().parent.is_dir():
             raise InputError(f"{path}: there is no folder {path.absolute().parent}")
     engines = _engines(args)
@@ -112,53 +112,59 @@ def _bench(args: argparse.Namespace) -> int:
         folder, name, config = _model(args, scratch)
         results = report.Results(
             model={"name": name, "window": config.sliding_window, "config": config.to_dict()},
-            machine=report.machine(blas.library),
+            machine=report.machine_facts(),
             prompts=sorted(set(args.prompt)),
             positions=sorted(set(args.positions)),
             tokens=args.tokens,
         )
         _measure(args, results, engines, folder, scratch, config.vocab_size)
-    report.show(results, console(width=None if sys.stdout.isatty() else 1000))  # whatever becomes of the files
     if args.json:
-        write_whole(args.json, json.dumps(results.to_dict(), indent=1))
+        print_event("result", **results.to_dict())
+    else:
+        # First, whatever becomes of the files.
+        report.show(results, console(width=None if sys.stdout.isatty() else 1000))
+    if args.save:
+        write_whole(args.save, json.dumps(results.to_dict(), indent=1))
     for path in args.plot:
-        from m7mlx_bench.plots import plot
+        from m7mlx_bench.plots import draw_plot
 
-        plot(results, path)
+        draw_plot(results, path)
     return 0 if "m7mlx" in results.runs or "m7mlx" not in engines else EXIT_FAILED
 
 
 def _check_plot(path: Path) -> None:
+    """Raise InputError, before an hour has gone by, if the plot could not be drawn."""
     import importlib.util
 
     from m7mlx_bench.plots import FORMATS
 
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"{path}: a plot is a {' or '.join(FORMATS)} file")
-    if importlib.util.find_spec("matplotlib") is None:  # said before an hour has gone by, not after it
+    if importlib.util.find_spec("matplotlib") is None:
         raise InputError("plots need matplotlib: pip install 'm7mlx[bench]'")
 
 
 def _engines(args: argparse.Namespace) -> list[str]:
-    from m7mlx_bench.engines import DEFAULT, ENGINES, available, packages
+    """Return the engines to measure. Raises InputError for one that cannot be."""
+    from m7mlx_bench.engines import DEFAULT, ENGINES, is_available, needed_packages
 
     if args.gguf and not args.gguf.is_file():
         raise InputError(f"{args.gguf} is not a file")
     if args.engines is None:
-        return [e for e in DEFAULT if available(e) and (e != "llama.cpp" or args.gguf)]
+        return [e for e in DEFAULT if is_available(e) and (e != "llama.cpp" or args.gguf)]
     asked = [name.strip() for name in args.engines.split(",")]
     for name in asked:
         if name not in ENGINES:
             raise InputError(f"there is no engine {name!r}; there are {', '.join(ENGINES)}")
-        if not available(name):
-            raise InputError(f"{name} is not installed: pip install {packages(name)}")
+        if not is_available(name):
+            raise InputError(f"{name} is not installed: pip install {needed_packages(name)}")
     if "llama.cpp" in asked and not args.gguf:
         raise InputError("llama.cpp reads GGUF files only; give one with --gguf")
     return list(dict.fromkeys(asked))
 
 
 def _model(args: argparse.Namespace, scratch: Path) -> tuple[Path, str, ModelConfig]:
-    """The folder to measure, its name and its configuration."""
+    """Return the folder to measure, its name and its configuration."""
     from m7mlx.config import ModelConfig
     from m7mlx.files.hub import resolve
 
@@ -183,6 +189,7 @@ def _model(args: argparse.Namespace, scratch: Path) -> tuple[Path, str, ModelCon
 
 
 def _changes(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the options change of a shape."""
     from m7mlx.quantization import Quantization
 
     fields = {
@@ -202,22 +209,27 @@ def _changes(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measure(
-    args: argparse.Namespace, results: Results, engines: list[str], folder: Path, scratch: Path, vocab: int
+    args: argparse.Namespace,
+    results: Results,
+    engines: list[str],
+    folder: Path,
+    scratch: Path,
+    vocab: int,
 ) -> None:
-    """Let the engines take turns; what fails is left out and noted."""
+    """Let the engines take turns; leave out and note what fails."""
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from m7mlx.terminal import console
-    from m7mlx_bench.models import readable
+    from m7mlx_bench.models import find_readable
     from m7mlx_bench.worker import Job
 
     columns = (TextColumn("{task.description}", markup=False), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=console(stderr=True), transient=True, disable=args.json) as progress:
         task = progress.add_task("preparing", total=args.rounds * len(engines))
         jobs: dict[str, Job] = {}
         for engine in engines:
             try:
-                place, note = (args.gguf, "") if engine == "llama.cpp" else readable(engine, folder, scratch)
+                place, note = (args.gguf, "") if engine == "llama.cpp" else find_readable(engine, folder, scratch)
             except InputError as error:
                 results.notes.append(f"{engine} left out: {error}")
                 continue
@@ -225,11 +237,11 @@ def _measure(
                 results.notes.append(f"{engine} {note}")
             jobs[engine] = Job(engine, str(place), results.prompts, results.positions, args.tokens, vocab)
         for _ in range(args.rounds):
-            results.bandwidth.append(float(_worker("null")))
+            results.bandwidth.append(float(_run_worker("null")))
             for engine, job in list(jobs.items()):
                 progress.update(task, description=engine)
                 try:
-                    found = json.loads(_worker(job.dumps()))
+                    found = json.loads(_run_worker(job.dumps()))
                 except RunError as error:
                     results.notes.append(f"{engine} failed: {error}")
                     results.runs.pop(engine, None)
@@ -241,8 +253,8 @@ def _measure(
         results.notes.append("mlx-lm attends to the whole sequence: it ignores the window")
 
 
-def _worker(job: str) -> str:
-    """The last line that a worker prints. Raises RunError with the last line of its complaints."""
+def _run_worker(job: str) -> str:
+    """Return the last line that a worker prints. Raises RunError with its last complaint."""
     command = [sys.executable, "-m", "m7mlx_bench.worker", job]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -60,7 +60,7 @@ _FILE_BYTES = 1 << 30
 
 
 def write_random(folder: Path, config: ModelConfig) -> None:
-    """Random weights, in float32 or quantised as the config says, a file of about 1 GB at a time."""
+    """Write random weights, in float32 or quantised as the config says, 1 GB a file."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     mx.random.seed(0)
@@ -100,10 +100,11 @@ def _random(name: str, shape: tuple[int, ...], scheme: Quantization | None) -> d
     return {name: words, f"{path}scales": scales, f"{path}biases": biases}
 
 
-def readable(engine: str, folder: Path, scratch: Path) -> tuple[Path, str]:
-    """The folder that an engine is to read, a copy where it cannot or should not read this one; and a note on it.
+def find_readable(engine: str, folder: Path, scratch: Path) -> tuple[Path, str]:
+    """Return the folder that an engine is to read, and a note on it.
 
-    Raises InputError where there is no such thing.
+    That is a copy where it cannot or should not read this one. Raises InputError for a model that
+    it cannot read at all.
     """
     config = ModelConfig.from_folder(folder)
     if engine == "mlx-lm rotating" and config.sliding_window is None:
@@ -119,7 +120,7 @@ def readable(engine: str, folder: Path, scratch: Path) -> tuple[Path, str]:
 
 
 def _copy(folder: Path, target: Path, expand: bool) -> Path:
-    """All floating-point numbers in float32, and with `expand` the quantised ones too; written once."""
+    """Copy a folder with its floats in float32, and with `expand` the quantised numbers too."""
     if target.exists():
         return target
     shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors*", "SHA256SUMS"))

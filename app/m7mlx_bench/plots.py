@@ -1,4 +1,4 @@
-"""The figures as a picture: decode time and keys and values by position, prefill by length."""
+"""A plot of the figures: decoding, keys and values by position, prefill by length."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from m7mlx.files.disk import write_whole
-from m7mlx_bench.report import Results, describe
+from m7mlx_bench.report import Results, machine_line
 
 FORMATS = (".png", ".svg")
 
 
-def plot(results: Results, path: Path) -> None:
-    """Write a PNG or SVG, with matplotlib."""
+def draw_plot(results: Results, path: Path) -> None:
+    """Draw a PNG or SVG, with matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -45,7 +45,7 @@ def plot(results: Results, path: Path) -> None:
                 " window", (window, 1), xycoords=("data", "axes fraction"), va="top", color="grey", fontsize=8
             )
     axes[0].legend(fontsize=8)
-    figure.suptitle(f"{results.model['name']} · {describe(results.machine)}", fontsize=9)
+    figure.suptitle(f"{results.model['name']} · {machine_line(results.machine)}", fontsize=9)
     drawn = BytesIO()
     figure.savefig(drawn, dpi=120, format=path.suffix[1:].lower())
     pyplot.close(figure)

@@ -1,7 +1,8 @@
-"""Runs → medians, spreads and ratios; as a table, as JSON."""
+"""From runs to medians, spreads and ratios; as a table, as JSON."""
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -9,10 +10,14 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import mlx.core as mx
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from m7mlx.arrays import on_cpu
+from m7mlx.cpu import blas
+from m7mlx.memory import machine_memory
 from m7mlx.units import in_gigabytes
 
 BASE = "mlx-lm"  # ratios are to this engine, where it ran
@@ -21,7 +26,7 @@ _PACKAGES = ("mlx", "mlx-lm", "torch", "transformers", "llama-cpp-python")
 
 @dataclass
 class Results:
-    """Everything a run of m7mlx-bench found.
+    """Everything that a run of m7mlx-bench found.
 
     runs       engine → one dictionary of figures (`m7mlx_bench.worker.measure`) per round
     bandwidth  bytes per second, per round
@@ -38,12 +43,13 @@ class Results:
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return all of it as JSON has it."""
         return dict(vars(self))
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of a table: how to read it from a run, how to print it; `better` is the side that wins."""
+    """One row of a table: how to read it from a run, how to print it, which side is better."""
 
     name: str
     read: Callable[[Mapping[str, Any]], float | None]
@@ -52,29 +58,29 @@ class Figure:
 
 
 def figures(results: Results) -> list[Figure]:
-    """What the table shows, top to bottom."""
+    """List the rows of the table, top to bottom."""
     found = [Figure("start to first token, s", lambda run: run["first_s"], 2, "low")]
-    found += [
-        Figure(f"prefill of {n:,}, tok/s", lambda run, n=n: run["prefill"].get(str(n)))  # type: ignore[misc]
-        for n in results.prompts
-    ]
+    found += [Figure(f"prefill of {n:,}, tok/s", _reading("prefill", n)) for n in results.prompts]
     positions = sorted({*results.positions, min(results.prompts)})
-    found += [
-        Figure(f"decode at {n:,}, tok/s", lambda run, n=n: _per_second(run["decode"].get(str(n))))  # type: ignore[misc]
-        for n in positions
-    ]
-    found += [
-        Figure(f"keys and values at {n:,}, MB", lambda run, n=n: _mega(run["kv"].get(str(n))), 2, "low")  # type: ignore[misc]
-        for n in results.positions
-    ]
+    found += [Figure(f"decode at {n:,}, tok/s", _reading("decode", n, _per_second)) for n in positions]
+    found += [Figure(f"keys and values at {n:,}, MB", _reading("kv", n, _mega), 2, "low") for n in results.positions]
     found.append(Figure("most memory while starting, MB", lambda run: _mega(run["start_rss"]), 0, "low"))
     found.append(Figure("most memory of the process, MB", lambda run: _mega(run["rss"]), 0, "low"))
     return found
 
 
+def _reading(
+    kind: str,
+    place: int,
+    convert: Callable[[float | None], float | None] = lambda value: value,
+) -> Callable[[Mapping[str, Any]], float | None]:
+    """Return what reads a run's figure of a kind at a position or length."""
+    return lambda run: convert(run[kind].get(str(place)))
+
+
 def show(results: Results, console: Console) -> None:
-    """The table, with ratios to mlx-lm in the same round, and what has to be said besides."""
-    console.print(Text.assemble((results.model["name"], "bold"), " · ", describe(results.machine)))
+    """Print the table, with ratios to mlx-lm in the same round, and the notes."""
+    console.print(Text.assemble((results.model["name"], "bold"), " · ", machine_line(results.machine)))
     rounds = max((len(runs) for runs in results.runs.values()), default=0)
     title = f"median (lowest–highest) of {rounds} rounds · × is the ratio to {BASE}, better when above 1"
     table = Table(title=title, title_justify="left", title_style="dim", highlight=False)
@@ -93,7 +99,7 @@ def show(results: Results, console: Console) -> None:
 
 
 def cell(results: Results, figure: Figure, engine: str) -> str:
-    """ "31.2 (30.9–31.5) 2.91×", or – where there is nothing."""
+    """Write a cell: "31.2 (30.9–31.5) 2.91×", or – where there is nothing."""
     values = [v for run in results.runs[engine] if (v := figure.read(run)) is not None]
     if not values:
         return "–"
@@ -103,7 +109,7 @@ def cell(results: Results, figure: Figure, engine: str) -> str:
 
 
 def ratio(results: Results, figure: Figure, engine: str, base: str = BASE) -> float | None:
-    """How many times better than `base`, the median of the rounds."""
+    """Return how many times better than `base` an engine is, the median of the rounds."""
     pairs = zip(results.runs.get(engine, []), results.runs.get(base, []), strict=False)
     found = []
     for ours, theirs in pairs:
@@ -114,7 +120,10 @@ def ratio(results: Results, figure: Figure, engine: str, base: str = BASE) -> fl
 
 
 def roofline(results: Results) -> list[list[str]]:
-    """Bytes that a token must move, over the bandwidth measured in the same run: the share of the possible speed."""
+    """Write rows with the share of the speed that the memory allows.
+
+    That is the bytes that a token must move over the bandwidth measured in the same run.
+    """
     if not results.bandwidth:
         return []
     bandwidth, rows = statistics.median(results.bandwidth), []
@@ -132,7 +141,7 @@ def roofline(results: Results) -> list[list[str]]:
 
 
 def agreement(results: Results) -> list[str]:
-    """Whether all engines chose the same tokens."""
+    """Write a note on whether all engines chose the same tokens."""
     chosen = {engine: runs[0]["tokens"] for engine, runs in results.runs.items() if runs}
     if len(chosen) < 2:
         return []
@@ -142,21 +151,14 @@ def agreement(results: Results) -> list[str]:
     return [f"{text} in all engines" if not other else f"{text}, but for {', '.join(other)}"]
 
 
-def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Median, and lowest to highest."""
-    middle = f"{statistics.median(values):,.{digits}f}"
+def spread(values: Sequence[float], digits: int = 1, unit: str = "") -> str:
+    """Write the median, and lowest to highest: "31.2 (30.9–31.5)"."""
+    middle = f"{statistics.median(values):,.{digits}f}{unit}"
     return middle if len(values) == 1 else f"{middle} ({min(values):,.{digits}f}–{max(values):,.{digits}f})"
 
 
-def machine(blas: str) -> dict[str, Any]:
-    """What the figures were measured on, and with."""
-    import os
-
-    import mlx.core as mx
-
-    from m7mlx.arrays import on_cpu
-    from m7mlx.memory import machine_memory
-
+def machine_facts() -> dict[str, Any]:
+    """Return what the figures are measured on, and with."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -168,17 +170,17 @@ def machine(blas: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory": machine_memory(),
         "device": "CPU" if on_cpu() else str(mx.device_info().get("device_name", mx.default_device())),
-        "blas": blas or "MLX's own",
+        "blas": blas.library or "MLX's own",
         "python": platform.python_version(),
         "versions": versions,
     }
 
 
-def describe(machine: Mapping[str, Any]) -> str:
-    """In one line."""
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """Write what `machine_facts` found in one line."""
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-    blas = f", BLAS {machine['blas']}" if machine["device"] == "CPU" else ""
-    return f"{machine['system']}, {machine['cores']} cores, {machine['device']}{blas} · {versions}"
+    library = f", BLAS {machine['blas']}" if machine["device"] == "CPU" else ""
+    return f"{machine['system']}, {machine['cores']} cores, {machine['device']}{library} · {versions}"
 
 
 def _per_second(ms: float | None) -> float | None:

@@ -18,7 +18,10 @@ CHECKED = 16  # tokens, that all engines are compared in
 
 @dataclass(frozen=True)
 class Job:
-    """What to measure; `started` is when the process was asked for, in seconds of `time.time`."""
+    """A measurement to make.
+
+    started  when the process was asked for, in seconds of `time.time`
+    """
 
     engine: str
     folder: str
@@ -29,16 +32,17 @@ class Job:
     started: float = 0.0
 
     def dumps(self) -> str:
+        """Write the job for a process that starts now."""
         return json.dumps(asdict(self) | {"started": time.time()})
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """Seconds of the start, tokens per second, milliseconds per token, bytes."""
+    """Measure seconds of the start, tokens per second, milliseconds per token, bytes."""
     from m7mlx_bench.engines import ENGINES
 
     engine = ENGINES[job.engine](Path(job.folder))
     loaded = time.time() - job.started
-    # The start is measured with the shortest prompt; its reading again, once warm, is the figure for prefill.
+    # The start is measured with the shortest prompt; reading it again, once warm, gives prefill.
     shortest = min(job.prompts)
     engine.read(prompt(shortest, job.vocab))
     stream = engine.tokens()
@@ -66,18 +70,18 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 def step_ms(engine: Any, tokens: int) -> float:
-    """Median milliseconds from token to token."""
+    """Return the median milliseconds from token to token."""
     times = [time.perf_counter() for _ in islice(engine.tokens(), tokens + WARM_UP)][WARM_UP - 1 :]
     return statistics.median(b - a for a, b in pairwise(times)) * 1e3
 
 
 def prompt(length: int, vocab: int) -> list[int]:
-    """The same ids for every engine, spread over the vocabulary."""
+    """Return ids spread over the vocabulary, alike for every engine."""
     return [(i * 7919) % (vocab - 200) + 100 for i in range(length)]
 
 
 def peak_rss() -> int:
-    """Most bytes of memory that this process has held."""
+    """Return the most bytes of memory that this process has held."""
     status = Path("/proc/self/status")
     if status.exists():  # Linux, where getrusage counts what the parent held when it forked, too
         return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
@@ -85,7 +89,7 @@ def peak_rss() -> int:
 
 
 def bandwidth() -> float:
-    """Bytes per second that the device reads, at best, from an array that no cache holds."""
+    """Measure the bytes per second that the device reads from an array that no cache holds."""
     from m7mlx.cpu import blas  # noqa: F401  as in the engines
 
     # isort: split

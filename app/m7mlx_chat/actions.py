@@ -1,4 +1,4 @@
-"""The one list of what the user can do: keys, slash commands, the palette and the help are all drawn from it."""
+"""The one list of what the user can do: keys, commands, the palette and the help come from it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class Action(NamedTuple):
     keys   default keys, separated by commas; none: by a slash command only
     shown  the keys as people call them
     slash  the command's name after "/"; `takes` is what may follow
-    place  where the keys work: everywhere, on a selected message, in the sidebar; "composer": done by the composer
+    place  where the keys work: everywhere, on a selected message or in the sidebar; what is in the
+           "composer" is done by the composer itself
     """
 
     name: str
@@ -93,7 +94,7 @@ def bindings(place: Place) -> list[BindingType]:
 
 
 def key_name(action: Action) -> str:
-    """What an action is called in the user's key map: "select-1" is one, to be "select_previous" there."""
+    """The name of an action in the user's key map: `select(-1)` is "select_previous" there."""
     name = action.name.replace("(-1)", "_previous").replace("(1)", "_next")
     return name if action.place in ("app", "composer") else f"{action.place}_{name}"
 

@@ -1,4 +1,4 @@
-"""The answer under way: asked of the engine, and kept in the store as it comes, at least every second."""
+"""The answer under way: asked of the engine, and kept in the store as it comes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from m7mlx_chat.settings import Settings
 from m7mlx_chat.store import Store
 from m7mlx_chat.store.rows import Ending
 
-_GROW_SECONDS = 0.7  # between two saves of an answer under way: less than a second, whatever the timers do
+# between two saves of an answer under way: less than a second, whatever the timers do
+_GROW_SECONDS = 0.7
 _ENDINGS: dict[str, Ending] = {"stop": "complete", "length": "length", "stopped": "stopped"}
 
 
@@ -27,7 +28,7 @@ class Busy(InputError):
 class UnderWay:
     """The answer under way: where it goes, how it is made, and all that it says so far.
 
-    begun           what it said before it was broken off: a text, and its token ids if they are known
+    begun           what it said before it was broken off: a text, and its token ids where known
     earlier_tokens  how many tokens that took
     submitted       the engine has been asked; before, the model is still being loaded
     saved           when it was last saved
@@ -106,7 +107,10 @@ class Answering:
                 pass
 
     def save_again(self) -> None:
-        """Save answers that have ended but could not be saved: the disk was full, say. Raises as the store does."""
+        """Save answers that have ended but could not be saved: the disk was full, say.
+
+        Raises as the store does.
+        """
         while self._unsaved:
             self._unsaved[0]()
             self._unsaved.pop(0)

@@ -1,4 +1,4 @@
-"""The chat in the terminal: what is asked goes to the session, what the engine says comes back on a timer."""
+"""The chat in the terminal: all groups of commands, and what the engine says, on a timer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from m7mlx_chat.view import Parts
 from m7mlx_chat.widgets.messages import Answer
 
 _DRAIN_SECONDS, _SLOWEST = 1 / 15, 0.25  # more often shows nothing more
-_DRAWING = 0.04  # of this thread's time, while an answer comes: where the model has all cores, drawing costs tokens
+# of this thread's time, while an answer comes: where the model has all cores, drawing costs tokens
+_DRAWING = 0.04
 _LOOK_SECONDS = 5.0  # what other instances changed, what could not be saved
 _SIDEBAR_FROM = 120  # columns: where there is room for the conversations at the start
 
@@ -58,7 +59,8 @@ class ChatApp(
         self._fetch = fetch
         self._question = question
         self._notes = notes
-        self._not_before = self._worked = 0.0  # when to drain next; the work of this thread until the last time
+        # when to drain next; the work of this thread until the last time
+        self._not_before = self._worked = 0.0
         self.is_loading = folder is not None
 
     async def on_mount(self) -> None:
@@ -100,7 +102,7 @@ class ChatApp(
             if self.store.changed_elsewhere():
                 self.show_conversations()
 
-    # --- what the engine says ---------------------------------------------------------------------------
+    # --- what the engine says ---------------------------------------------------------------------
 
     async def _drain_in_time(self) -> None:
         """Drain, the later the more work it was to draw what came the last time."""
@@ -120,7 +122,8 @@ class ChatApp(
 
     async def _handle(self, event: Event) -> None:
         under_way = self.session.under_way
-        with self.going_on():  # where the disk is full, say: what is on the screen stays, and is saved later
+        # where the disk is full, say: what is on the screen stays, and is saved later
+        with self.going_on():
             self.session.handle(event)
         answer = self.transcript.answer(under_way.answer) if under_way else None
         match event:

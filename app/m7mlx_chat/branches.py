@@ -1,4 +1,4 @@
-"""Caches of branches that were left: going back to one reads nothing again, within a bound of memory."""
+"""Caches of branches that were left, so that going back to one reads nothing again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from m7mlx.cache import RollingCache, Snapshot
 class Branches:
     """Snapshots, the last used first; the oldest go when they take more than `budget` bytes.
 
-    A snapshot shares its buffers with the cache until the cache writes; it is counted whole from the beginning.
+    A snapshot shares its buffers with the cache until the cache writes; it is counted whole from
+    the beginning.
     """
 
     def __init__(self, budget: int) -> None:

@@ -1,4 +1,4 @@
-"""The models on this machine, and those worth fetching: size, bits, window, and whether they fit into memory."""
+"""The models on this machine and those worth fetching: size, bits, window, need of memory."""
 
 from __future__ import annotations
 
@@ -48,21 +48,22 @@ class Entry:
         return "fits" if share <= _TIGHT else "tight" if share <= 1 else "too big"
 
 
-# What the first start offers where nothing is here: sizes of the downloads, and of a chat at 4,096 tokens.
+# What the first start offers where nothing is here: sizes of the downloads, and of a chat at 4,096
+# tokens.
 SUGGESTED = (
     Entry("mistral", None, 4_080_000_000, 4_620_000_000, "4 bits", None, 32768, "Mistral-7B-Instruct-v0.3"),
     Entry(DEMO, None, 93_000_000, 400_000_000, "4 bits", None, 8192, "SmolLM2-135M-Instruct: small, quick, simple"),
 )
 
 
-def models(own: Path, others: Sequence[str] = ()) -> list[Entry]:
+def models(others: Sequence[str] = (), own: Path | None = None) -> list[Entry]:
     """Every model here, then what may be fetched, then what cannot be used.
 
-    The demo model comes first, then the folders in `own`, where the chat puts what it converts, the Hub's cache, and
-    those of `others` (names used before) that are folders elsewhere.
+    The demo model comes first, then the folders in `own`, where the chat puts what it converts, the
+    Hub's cache, and those of `others` (names used before) that are folders elsewhere.
     """
     found: dict[Path, Entry] = {}
-    for name, folder in _folders(own, others):
+    for name, folder in _folders(others, own):
         real = Path(os.path.realpath(folder))
         if real not in found:
             found[real] = describe(name, folder)
@@ -113,11 +114,11 @@ def _bits(config: ModelConfig, nbytes: int) -> str:
     return f"{round(8 * nbytes / config.n_weights)} bits"
 
 
-def _folders(own: Path, others: Sequence[str]) -> Iterator[tuple[str, Path]]:
+def _folders(others: Sequence[str], own: Path | None) -> Iterator[tuple[str, Path]]:
     """Names and folders; the first name of a folder counts."""
     if demo := find_demo():
         yield DEMO, demo
-    for config in sorted(own.glob("*/config.json")):
+    for config in sorted(own.glob("*/config.json") if own else ()):
         yield str(config.parent), config.parent
     yield from _in_hub_cache()
     for name in others:

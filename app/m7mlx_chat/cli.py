@@ -11,9 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m7mlx.command import EXIT_FAILED, ArgumentParser, add_parallel, gigabytes, run
+from m7mlx.command import EXIT_FAILED, ArgumentParser, add_json, add_parallel, gigabytes, run
 from m7mlx.errors import InputError
 from m7mlx.parallel.launch import is_launched
+from m7mlx_chat import ENGINE_THREAD
 
 if TYPE_CHECKING:
     from m7mlx.parallel.world import World
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = _parser()
     args = parser.parse_args(argv)
+    if args.json and (args.interactive or args.web or args.import_file):
+        parser.error("--json prints an answer; --interactive, --web and --import do something else: choose one")
     try:
         status = run(_chat, args, PROG)
     except SystemExit as ended:
@@ -54,9 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _left(status: int) -> int:
-    """Where the model is still in the middle of a long step, end at once: to end in order would abort the process."""
-    engine = sys.modules.get("m7mlx_chat.engine")
-    if engine is not None and any(thread.name == engine.THREAD for thread in threading.enumerate()):
+    """End at once where the model is still computing; returns the exit status otherwise.
+
+    To end in order would abort the process.
+    """
+    if any(thread.name == ENGINE_THREAD for thread in threading.enumerate()):
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError, AttributeError):
                 stream.flush()
@@ -79,9 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "-c", "--continue", action="store_true", dest="go_on", help="go on with the last conversation"
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object a line for everything that happens"
-    )
+    add_json(parser)
     parser.add_argument(
         "--json-schema", type=Path, metavar="FILE", help="with -p: an answer in JSON that fits this schema"
     )
@@ -186,8 +189,6 @@ def _check_together(args: argparse.Namespace, asked: bool, in_terminal: bool) ->
     """Raise InputError for options that exclude each other."""
     if args.json_schema and (args.interactive or not (asked or not in_terminal)):
         raise InputError("--json-schema is for a single answer: give the question with -p")
-    if args.json and args.interactive:
-        raise InputError("--json prints, --interactive shows the chat: choose one")
     if is_launched() and (args.web or args.interactive or not asked):
         raise InputError('under mlx.launch there is no terminal: give the question with -p "…"')
 
@@ -205,7 +206,7 @@ def _import_file(name: str, environment: Environment) -> int:
 
 
 def _answer(args: argparse.Namespace, settings: Settings, environment: Environment) -> int:
-    """Print one answer, or be one of the other processes that `mlx.launch` started; returns the exit status."""
+    """Print one answer, or be one of `mlx.launch`'s other processes; returns the exit status."""
     from m7mlx_chat.headless import answer  # brings MLX
     from m7mlx_chat.question import question_of, read_schema
 
@@ -228,7 +229,7 @@ def _answer(args: argparse.Namespace, settings: Settings, environment: Environme
 
 
 def _join(mode: Mode | None, settings: Settings) -> World | None:
-    """Join the processes that `mlx.launch` has started this one with; None where it is the only one."""
+    """Join the processes that were started with this one; None where it is the only one."""
     from m7mlx.config import ModelConfig
     from m7mlx.files.hub import resolve
     from m7mlx.parallel.world import join

@@ -8,7 +8,8 @@ import subprocess
 
 _TOOLS = (["pbcopy"], ["wl-copy"], ["xclip", "-selection", "clipboard"])
 _SECONDS = 2.0
-# Nothing is given back once it is taken (`+` behind a quantity): a line of 100,000 marks would take minutes.
+# Nothing is given back once it is taken (`+` behind a quantity): a line of 100,000 marks would take
+# minutes.
 _FENCED = re.compile(r"^ {0,3}(`{3,}+|~{3,}+)[^\n]*+\n(.*?)(?:^ {0,3}\1[`~]*+[ \t]*+$|\Z)", re.MULTILINE | re.DOTALL)
 
 
@@ -22,7 +23,8 @@ def copy_with_tool(text: str) -> bool:
                     input=text.encode("utf-8", "replace"),
                     timeout=_SECONDS,
                     check=False,
-                    stdout=subprocess.DEVNULL,  # xclip stays in the background with whatever it was given
+                    # xclip stays in the background with whatever it was given
+                    stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                 )
             except (OSError, subprocess.TimeoutExpired):

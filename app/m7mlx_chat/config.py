@@ -1,4 +1,6 @@
-"""The user's own file, config.toml: defaults, presets, theme, keys. Written only where the user asks for it.
+"""The user's own file, config.toml: defaults, presets, theme, keys.
+
+Written only where the user asks for it.
 
 model = "mistral"
 temperature = 0.7
@@ -29,7 +31,10 @@ _TABLES = ("presets", "keys")
 
 @dataclass(frozen=True)
 class Config:
-    """What the file says. `values` are settings, `presets` settings under a name, `keys` action → keys."""
+    """What the file says.
+
+    `values` are settings, `presets` settings under a name, `keys` action → keys.
+    """
 
     path: Path
     values: dict[str, Any] = field(default_factory=dict)
@@ -38,7 +43,10 @@ class Config:
     keys: dict[str, str] = field(default_factory=dict)
 
     def settings(self, preset: str | None = None) -> Settings:
-        """The defaults, with the file's values and those of a preset. Raises InputError if there is no such."""
+        """The defaults, with the file's values and those of a preset.
+
+        Raises InputError if there is no such.
+        """
         settings = Settings().changed(self.values)
         return settings if preset is None else settings.changed(self.preset(preset))
 
@@ -50,7 +58,10 @@ class Config:
 
 
 def read_config(path: Path) -> Config:
-    """Read the file, if there is one. Raises InputError, which names it, for whatever is wrong in it."""
+    """Read the file, if there is one.
+
+    Raises InputError, which names it, for whatever is wrong in it.
+    """
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -81,7 +92,10 @@ def _checked(path: Path, data: dict[str, Any]) -> Config:
 
 
 def save(path: Path, changes: Mapping[str, Any]) -> None:
-    """Change top-level entries of the file, or make it; None removes one. Comments and order stay."""
+    """Change top-level entries of the file, or make it; None removes one.
+
+    Comments and order stay.
+    """
     _edit(path, (), changes)
 
 

@@ -1,4 +1,4 @@
-"""The one place that runs an action, whoever asks for it: a key, a slash command, the palette or a click.
+"""The one place that runs an action, for a key, a slash command, the palette or a click.
 
 Keys and clicks reach `action_<name>` by Textual's own way, which `check_action` governs; slash
 commands and the palette by `perform`. What an action raises is told in the corner by `steady.py`,

@@ -1,46 +1,32 @@
 """The one thread that owns the model: it loads, evaluates and generates; others send it messages.
 
-MLX's streams belong to the thread that made them, so a pool will not do. Commands go in through a queue;
-events come out through a list that the app drains on a timer. No array ever crosses.
+MLX's streams belong to the thread that made them, so a pool will not do. Commands go in through a
+queue; events come out through a list that the app drains on a timer. No array ever crosses.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Literal
 
 import mlx.core as mx
 
-from m7mlx import Mistral, Piece, Request, RollingCache, Stats, Tokenizer, load
+from m7mlx import Request, load
 from m7mlx.config import ModelConfig
-from m7mlx.decode import shared_start
 from m7mlx.errors import M7Error
-from m7mlx.generation import stream_answer
-from m7mlx.memory import budget, cache_bytes
-from m7mlx.request import prepare
-from m7mlx.speculative import Drafter, PromptLookup, load_draft_model
-from m7mlx_chat.branches import Branches
-from m7mlx_chat.events import Done, Event, Failed, Loading, Prefill, Ready, Seen, Text
+from m7mlx.parallel.world import World
+from m7mlx_chat import ENGINE_THREAD
+from m7mlx_chat.events import Event, Failed, Loading, Text
+from m7mlx_chat.loaded import LoadedModel
 from m7mlx_chat.settings import Settings
 
-if TYPE_CHECKING:
-    from m7mlx.cache import CacheOptions
-    from m7mlx.parallel.world import World
-
-THREAD = "m7mlx-engine"
-_BRANCHES = 0.1  # of the machine's memory, for caches of branches that were left
-_TOLD_SECONDS = 0.1  # between two looks at the cache, or at the progress of loading
-
-
-_REASONS: dict[str | None, Literal["stop", "length"]] = {"stop": "stop", "length": "length"}
+_TOLD_SECONDS = 0.1  # between two events of the progress of loading
 
 
 class _Stopped(Exception):
@@ -48,10 +34,13 @@ class _Stopped(Exception):
 
 
 class Engine:
-    """Start it, `load` a model, `submit` requests, `drain` events. All methods return at once, on any thread."""
+    """Start it, `load` a model, `submit` requests, `drain` events.
+
+    All methods return at once, on any thread. What begins with an underscore runs on the engine's.
+    """
 
     def __init__(self, world: World | None = None) -> None:
-        """`world`, where the model is divided among processes, of which this is the first."""
+        """Make an engine; `world` is there where processes share the model, this one the first."""
         self._world = world
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._events: list[Event] = []
@@ -60,30 +49,23 @@ class Engine:
         self._cancelled = 0  # the last request that is not wanted any more
         self._loads = 0  # the last one counts
         self._closing = threading.Event()
-        self._folder: Path | None = None
-        self._model: Mistral | None = None
-        self._tokenizer: Tokenizer | None = None
-        self._cache: RollingCache | None = None
-        self._cache_options: CacheOptions = {}
-        self._drafter: Drafter | None = None
-        self._ready: Ready | None = None
-        self._branches = Branches(int(budget() * _BRANCHES))
-        self._thread = threading.Thread(target=self._run, name=THREAD, daemon=True)
+        self._loaded: LoadedModel | None = None
+        self._thread = threading.Thread(target=self._run, name=ENGINE_THREAD, daemon=True)
 
     def start(self) -> None:
         """Begin to take commands."""
         self._thread.start()
 
     def load(self, folder: Path, settings: Settings) -> None:
-        """Load a model, in the place of the one before, with the cache and the draft model of `settings`.
+        """Load a model in the place of the one before, with the cache and drafter of `settings`.
 
-        What is under way ends. A model that is loaded already is not read again. The events end with Ready or a
-        fatal Failed.
+        What is under way ends. A model that is loaded already is not read again. The events end
+        with Ready or a fatal Failed.
         """
         self.cancel()
         self._loads += 1
-        load = self._loads
-        self._commands.put(lambda: self._load(load, folder, settings))
+        number = self._loads
+        self._commands.put(lambda: self._load(number, folder, settings))
 
     def submit(self, request: Request) -> None:
         """Answer; the events end with one Done or Failed."""
@@ -92,11 +74,14 @@ class Engine:
         self._commands.put(lambda: self._answer(number, request))
 
     def cancel(self) -> None:
-        """End what was submitted so far, the answer under way within one token; its text so far is kept."""
+        """End what was submitted so far, within one token; an answer's text so far is kept."""
         self._cancelled = self._submitted
 
     def drain(self, wait: float = 0.0) -> list[Event]:
-        """The events since the last call, neighbouring texts joined; `wait` seconds for one if there is none."""
+        """Return the events since the last call, neighbouring texts joined.
+
+        If there is none, wait so many seconds for one.
+        """
         with self._changed:
             if not self._events and wait:
                 self._changed.wait(wait)
@@ -118,7 +103,7 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join(timeout)
 
-    # --- on the engine's thread -------------------------------------------------------------------------
+    # --- on the engine's thread -----------------------------------------------------------------
 
     def _run(self) -> None:
         try:
@@ -128,17 +113,17 @@ class Engine:
                 except _Stopped:
                     pass
                 except Exception as error:  # whatever it was, the app must hear of it
-                    self._emit(_failed(error, fatal=self._model is None))
+                    self._emit(_failed(error, fatal=self._loaded is None))
         finally:
             if self._world is not None:
                 self._world.close()
             self._forget()
-            # Streams left to the thread's own end abort the process every third time (mlx 0.32, Linux).
+            # Left to the thread's own end, streams abort the process every third time (mlx 0.32,
+            # Linux).
             mx.clear_streams()
 
     def _forget(self) -> None:
-        self._model = self._tokenizer = self._cache = self._drafter = self._folder = self._ready = None
-        self._branches.clear()
+        self._loaded = None
         mx.clear_cache()
 
     def _load(self, number: int, folder: Path, settings: Settings) -> None:
@@ -153,79 +138,27 @@ class Engine:
                 self._emit(Loading(done, total))
 
         progress(0, 0)
-        if folder != self._folder or self._model is None or self._tokenizer is None:
-            ModelConfig.from_folder(folder)  # raises, before the model that is here goes to make room
+        loaded = self._loaded
+        if loaded is None or loaded.folder != folder:
+            del loaded  # to make room, once it is clear that there is another
+            ModelConfig.from_folder(folder)  # raises
             self._forget()
             read = load if self._world is None else self._world.load
-            self._model, self._tokenizer = read(folder, progress=progress)
-            self._folder = folder
-        try:
-            drafter = _drafter(settings.speculate, self._model, self._tokenizer)
-            cache = self._model.new_cache(**settings.cache)
-        except M7Error as error:
-            if self._ready is None:
-                self._forget()
-                raise
-            self._emit(_failed(error))  # the model goes on as it was
+            model, tokenizer = read(folder, progress=progress)
+            self._loaded = loaded = LoadedModel(folder, model, tokenizer, settings, self._world)
         else:
-            self._branches.clear()
-            self._drafter, self._cache, self._cache_options = drafter, cache, settings.cache
-            self._ready = _described(self._model, cache, folder)
-        self._emit(self._ready)
+            try:
+                loaded.set_up(settings)
+            except M7Error as error:
+                self._emit(_failed(error))  # the model goes on as it was
+        self._emit(loaded.ready)
 
     def _answer(self, number: int, request: Request) -> None:
         if self._closing.is_set():
             return
-        model, tokenizer, cache = self._model, self._tokenizer, self._cache
-        assert model is not None and tokenizer is not None and cache is not None, "nothing is loaded"
+        assert self._loaded is not None, "nothing is loaded"
         self._answering = number
-        request = prepare(request, model, tokenizer, cache)
-        if self._world is not None:
-            request = self._world.share(request, self._cache_options)
-        if shared_start(cache.ids, request.ids) < len(cache.ids) - 1:
-            self._branches.keep(cache)  # of another branch, or another conversation: the user may come back
-
-        def on_prefill(done: int, total: int) -> None:
-            self._emit(Prefill(done, total, len(request.ids) - total))
-            if done == total and not can_roll_back(cache, request.max_tokens):
-                self._branches.keep(cache)  # another answer to the same question needs it as it is now
-
-        pieces = stream_answer(
-            model,
-            tokenizer,
-            request,
-            cache,
-            drafter=self._drafter,
-            snapshots=self._branches.snapshots,
-            on_prefill=on_prefill,
-            is_cancelled=lambda: self._unwanted,
-        )
-        self._emit(self._told(pieces, cache, tokenizer))
-
-    def _told(self, pieces: Generator[Piece, None, None], cache: RollingCache, tokenizer: Tokenizer) -> Done:
-        """Tell an answer piece by piece; how it ended."""
-        text, ids, looked, piece = "", list[int](), 0.0, Piece()
-        for piece in pieces:
-            text += piece.text
-            ids += piece.ids
-            now = time.perf_counter()
-            seen, looked = (self._seen(cache), now) if now - looked > _TOLD_SECONDS else (None, looked)
-            if piece.text:
-                self._emit(Text(piece.text, len(ids), seen))
-        if ids and ids[-1] in tokenizer.eos_ids:
-            ids = ids[:-1]
-        elif piece.finish_reason == "stop":  # a stop text: what the model wrote of it is not part of the answer
-            ids = tokenizer.encode(text)
-        return Done(
-            _REASONS.get(piece.finish_reason, "stopped"), text, ids, piece.stats or Stats(), self._seen(cache)
-        )
-
-    def _seen(self, cache: RollingCache) -> Seen:
-        return Seen(cache.offset, cache.nbytes, self._branches.nbytes)
-
-    @property
-    def _unwanted(self) -> bool:
-        return self._answering <= self._cancelled
+        self._loaded.answer(request, self._emit, lambda: self._answering <= self._cancelled)
 
     def _emit(self, event: Event) -> None:
         with self._changed:
@@ -233,41 +166,11 @@ class Engine:
             self._changed.notify_all()
 
 
-def _described(model: Mistral, cache: RollingCache, folder: Path) -> Ready:
-    config = model.config
-    bits = 8 * model.dtype.size if cache.format.bits is None else cache.format.bits + 0.5
-    return Ready(
-        window=cache.max_kv_size or cache.window,
-        capacity=cache.window + cache.slack if cache.window else None,
-        context=config.max_position_embeddings,
-        nbytes=model.nbytes,
-        sinks=cache.n_sinks,
-        vocabulary=vocabulary(folder),
-        token_bytes=cache_bytes(config, 1, bits),
-    )
-
-
-def can_roll_back(cache: RollingCache, max_tokens: int | None) -> bool:
-    """Whether the tokens of an answer could be undone one by one when it has ended."""
-    if cache.window is None:
-        return True
-    return max_tokens is not None and cache.offset + max_tokens <= cache.window + cache.slack
-
-
-def vocabulary(folder: Path) -> str:
-    """A name for the meaning of ids: a hash of the tokenizer's files."""
-    files = sorted([*folder.glob("tokenizer.json"), *folder.glob("tokenizer.model*")])
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
-
-
-def _drafter(how: str, model: Mistral, tokenizer: Tokenizer) -> Drafter | None:
-    if how == "off":
-        return None
-    return PromptLookup() if how == "lookup" else load_draft_model(how, model, tokenizer)
-
-
 def _failed(error: Exception, fatal: bool = False) -> Failed:
-    """An exception as an event. One that nobody foresaw leaves its traceback on fd 2: the app's log."""
+    """Turn an exception into an event.
+
+    One that nobody foresaw leaves its traceback on fd 2, which is the app's log.
+    """
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, M7Error):
         return Failed(text, fatal, error.exit_status)

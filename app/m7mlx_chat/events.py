@@ -41,7 +41,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Seen:
-    """Where the cache stands: tokens seen since the beginning; bytes of its rows, and of other branches'."""
+    """Where the cache stands: tokens seen so far; bytes of it, and of other branches' caches."""
 
     tokens: int
     cache_bytes: int
@@ -50,7 +50,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Prefill:
-    """`done` of `total` new tokens of the prompt have been read; `reused` were in the cache already."""
+    """`done` of `total` new tokens of the prompt have been read; `reused` were in the cache."""
 
     done: int
     total: int
@@ -68,7 +68,10 @@ class Text:
 
 @dataclass(frozen=True)
 class Done:
-    """The answer has ended, and everything up to here is in the cache. `text` and `ids` leave out what was begun."""
+    """The answer has ended, and everything up to here is in the cache.
+
+    `text` and `ids` leave out what the answer said before it was broken off.
+    """
 
     reason: Literal["stop", "length", "stopped"]
     text: str
@@ -90,7 +93,10 @@ Event = Loading | Ready | Prefill | Text | Done | Failed
 
 
 class AnyEngine(Protocol):
-    """What answers: `m7mlx_chat.engine.Engine`, or a scripted one in tests. Every method returns at once."""
+    """What answers: `m7mlx_chat.engine.Engine`, or a scripted one in tests.
+
+    Every method returns at once.
+    """
 
     def start(self) -> None:
         """Begin to take commands."""

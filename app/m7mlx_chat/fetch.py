@@ -1,6 +1,7 @@
 """Fetch a model in a process of its own: `python -m m7mlx_chat.fetch NAME`.
 
-The chat reads its progress, one JSON object a line, and can kill it at any moment: the next one goes on from there.
+The chat reads its progress, one JSON object a line, and can kill it at any moment: the next one
+goes on from there.
 """
 
 from __future__ import annotations

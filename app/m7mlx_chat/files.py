@@ -15,7 +15,10 @@ MOST_BYTES = 2_000_000  # some 500,000 tokens: more than any model here reads
 
 
 def attached(name: str) -> str:
-    """A file as part of a message: its name, and its text as a code block. Raises InputError for all but text."""
+    """A file as part of a message: its name, and its text as a code block.
+
+    Raises InputError for all but text.
+    """
     path = Path(os.path.expanduser(name))
     text = read_text(path)
     longest = max((len(run) for run in re.findall("`+", text)), default=0)

@@ -10,9 +10,10 @@ from m7mlx.terminal import make_safe
 
 
 class Gate(LineFilter):
-    """Lets no control character, bidi control or link of a text through, whoever has forgotten to make it visible.
+    """Lets no control character, bidi control or link of a text through.
 
-    Textual has each widget's lines pass its filters, with borders and titles, before it adds its own sequences.
+    Textual has each widget's lines pass its filters, with borders and titles, before it adds its
+    own sequences.
     """
 
     def apply(self, segments: list[Segment], background: Color) -> list[Segment]:

@@ -1,4 +1,7 @@
-"""One question, one answer: for scripts, pipes and -p. stdout carries the answer (or JSON) and nothing else."""
+"""One question, one answer: for scripts, pipes and -p.
+
+stdout carries the answer (or JSON) and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,17 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from m7mlx.errors import DownloadError, InputError, RunError
 from m7mlx.files.hub import DEMO, resolve
+from m7mlx.parallel.world import World
 from m7mlx_chat.engine import Engine
 from m7mlx_chat.events import Done, Event, Failed, Text
 from m7mlx_chat.printers import JsonPrinter, Printer, TextPrinter
 from m7mlx_chat.session import Session
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.store import open_store
-
-if TYPE_CHECKING:  # for the annotation only: it comes with sockets and authentication
-    from m7mlx.parallel.world import World
 
 _WAIT = 0.5  # seconds to wait for an event at a time: signals come through in between
 
@@ -44,8 +45,9 @@ def answer(
     schema    the answer is JSON that fits this schema
     world     the processes that share the model, of which this is the first
 
-    The question is kept before the model sees it, the answer at least every second. Control characters are made
-    visible where a terminal would obey them; into a pipe the text goes as it is.
+    The question is kept before the model sees it, the answer at least every second. Control
+    characters are made visible where a terminal would obey them; into a pipe the text goes as it
+    is.
     """
     if sys.stdout is None:  # closed by whoever started us
         raise RunError("standard output is closed; there is nowhere to print the answer")
@@ -61,7 +63,7 @@ def answer(
         try:
             engine.load(folder, settings)
             under_way = session.ask(question)
-            printer: Printer = JsonPrinter(sys.stdout) if as_json else TextPrinter()
+            printer: Printer = JsonPrinter() if as_json else TextPrinter()
             printer.start(under_way.conversation, settings.model)
             with printer:
                 try:
@@ -72,7 +74,8 @@ def answer(
                     raise
         finally:
             session.stop()
-            for event in _until_done(session, engine):  # nobody reads any more, say: keep what there is
+            # nobody reads any more, say: keep what there is
+            for event in _until_done(session, engine):
                 session.handle(event)
             engine.close()
     return 0
@@ -80,7 +83,7 @@ def answer(
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end it as Ctrl-C does, with what was said kept; another signal ends it at once."""
+    """Let SIGTERM and SIGHUP end it as Ctrl-C does, and a second signal at once."""
 
     def at_once(number: int, _: object) -> None:
         os._exit(128 + number)

@@ -9,9 +9,10 @@ from m7mlx_chat.store.rows import Message
 
 
 def history(branch: Sequence[Message], system: str, vocabulary: str | None) -> list[dict[str, Any]]:
-    """The messages of a branch for the model; questions without an answer are left out, but for the last.
+    """The messages of a branch for the model, without questions that have no answer, but the last.
 
-    An answer comes with its token ids where the model of now, named by its `vocabulary`, reads them as the same text.
+    An answer comes with its token ids where the model of now, named by its `vocabulary`, reads them
+    as the same text.
     """
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     for message, following in zip(branch, [*branch[1:], None], strict=True):
@@ -26,6 +27,6 @@ def history(branch: Sequence[Message], system: str, vocabulary: str | None) -> l
 
 
 def ids_for(message: Message, vocabulary: str | None) -> list[int] | None:
-    """The token ids of an answer, if they are known and mean the same in a vocabulary (None: there is no model)."""
+    """The token ids of an answer, if they are known and mean the same in a vocabulary."""
     ours = vocabulary is not None and message.statistics.get("vocabulary") == vocabulary
     return message.ids if ours else None

@@ -21,7 +21,10 @@ Progress = Callable[[int, int, str], None]
 
 
 async def fetch(name: str, progress: Progress) -> Path:
-    """Download a model; its folder. Cancelling leaves what is here for the next time. Raises RunError."""
+    """Download a model; its folder.
+
+    Cancelling leaves what is here for the next time. Raises RunError.
+    """
     result = await _run([sys.executable, "-m", "m7mlx_chat.fetch", name], progress)
     return Path(result["folder"])
 

@@ -85,7 +85,8 @@ def launch(config: Config, settings: Settings, environment: Environment, start: 
 
 def _status(app: ChatApp) -> int:
     """The exit status of a chat that has ended. Raises what it ended with."""
-    if app.failure is not None:  # seen in the chat, and worth keeping when the chat has left the screen
+    # seen in the chat, and worth keeping when the chat has left the screen
+    if app.failure is not None:
         raise (InputError if app.failure.exit_status == InputError.exit_status else RunError)(app.failure.message)
     if isinstance(app.failed, M7Error):
         raise app.failed
@@ -95,7 +96,10 @@ def _status(app: ChatApp) -> int:
 
 
 def _can_be_had(model: str, named: bool) -> bool:
-    """Whether a model is here or can be fetched. One `named` on the command line that cannot raises InputError."""
+    """Whether a model is here or can be fetched.
+
+    One `named` on the command line that cannot raises InputError.
+    """
     if model in (DEMO, *ALIASES) or is_repo_id(model):
         return True
     if named and on_this_machine(model) is None:
@@ -104,7 +108,7 @@ def _can_be_had(model: str, named: bool) -> bool:
 
 
 def _with_last_model(settings: Settings, store: Store, notes: list[str]) -> Settings:
-    """The settings with the model of the last conversation, if that is still here; else `notes` say so."""
+    """The settings with the model of the last conversation; `notes` say so if it is not here."""
     with contextlib.suppress(M7Error):
         for last in store.conversations(limit=1):
             if _folder(last.model) is not None:
@@ -121,7 +125,10 @@ def _folder(name: str) -> Path | None:
 
 
 def _finish(session: Session, engine: Engine) -> None:
-    """End the answer under way, with all that was said. Raises what the store does if that cannot be saved."""
+    """End the answer under way, with all that was said.
+
+    Raises what the store does if that cannot be saved.
+    """
     try:
         with contextlib.suppress(M7Error):
             session.stop()
@@ -136,7 +143,10 @@ def _finish(session: Session, engine: Engine) -> None:
 
 
 def keep_collections_short() -> None:
-    """Take all modules out of the garbage collector's sight: going through them stops the screen for 50 ms."""
+    """Take all modules out of the garbage collector's sight.
+
+    To go through them would stop the screen for 50 ms.
+    """
     gc.collect()
     gc.freeze()
 
@@ -161,11 +171,12 @@ def _keys_from_terminal(environment: Environment) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stderr_to_log(path: Path) -> Iterator[None]:
-    """Send what native code writes to fd 2 into a file: on the screen it would land in the middle of the chat.
+    """Send what native code writes to fd 2 into a file: it would land in the middle of the chat.
 
     What is logged goes there too. Where the file cannot be written, the chat does without.
 
-    Textual draws through `sys.__stderr__`. It gets the terminal that stdout is, since fd 2 may be redirected.
+    Textual draws through `sys.__stderr__`. It gets the terminal that stdout is, since fd 2 may be
+    redirected.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Markdown as a model means it: nothing it wrote is left out, nothing it wrote is obeyed, however much it is."""
+"""Markdown as a model means it: nothing it wrote is left out, and nothing is obeyed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from textual.widgets import Markdown
 
 from m7mlx.terminal import visible
 
-# Textual parses the last block anew with every piece that comes: what is complete goes into a widget of its own.
+# Textual parses the last block anew with every piece that comes: what is complete goes into a
+# widget of its own.
 PART, LONGEST = 3_000, 12_000  # characters: of a part, and of a block that is still parsed
 ROWS = 60  # of a table that is still drawn as one: each of its cells is a widget
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)")
-_INSIDE = re.compile(r"[ \t]|[-*+][ \t]|\d{1,9}[.)][ \t]|>|\|")  # may go on what stands before the blank line
+# may go on what stands before the blank line
+_INSIDE = re.compile(r"[ \t]|[-*+][ \t]|\d{1,9}[.)][ \t]|>|\|")
 
 
 class Part(NamedTuple):
@@ -32,12 +34,15 @@ class Part(NamedTuple):
 
 
 def answer_markdown() -> Markdown:
-    """An empty widget for a part. Empty at first: a stream that began with half a code fence would never mend."""
+    """An empty widget for a part.
+
+    Empty at first: a stream that began with half a code fence would never mend.
+    """
     return Markdown("", open_links=False, parser_factory=_parser)
 
 
 def parts(text: str, fence: str = "") -> list[Part]:
-    """An answer as parts, each of whole blocks; it may begin inside of a fence, after a plain part."""
+    """An answer as parts, each of whole blocks. A rest may begin inside the code fence `fence`."""
     found: list[Part] = []
     current, plain = "", bool(fence)  # a block that began in a plain part stays plain to its end
     safe, blank, rows = 0, False, 0  # where a block ends in `current`; rows of a table after that
@@ -85,7 +90,8 @@ def _fence_after(line: str, fence: str) -> str:
 
 
 def _parser() -> MarkdownIt:
-    # Textual shows no HTML: parsed as such, `vector<int>`, <think> and whole <div> blocks would disappear.
+    # Textual shows no HTML: parsed as such, `vector<int>`, <think> and whole <div> blocks would
+    # disappear.
     parser = MarkdownIt("gfm-like", {"html": False})
     parser.core.ruler.push("m7mlx", _finish_text)
     return parser

@@ -1,4 +1,4 @@
-"""What the command line asks: a question from -p, files and standard input, and the schema of its answer."""
+"""What the command line asks: a question from -p, files and standard input, and a schema."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ def question_of(prompt: str | None, files: Sequence[str] = (), *, may_be_piped: 
 
 
 def _is_pipe_or_file() -> bool:
-    """Whether standard input holds something: a terminal's absence alone (cron, ssh -n) is no question."""
+    """Whether standard input may hold a question.
+
+    That it is no terminal does not say so: it may be /dev/null, under cron, say.
+    """
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
     except (OSError, ValueError):

@@ -37,10 +37,10 @@ class Session(Answering):
         self.line: list[int] = []
         self._defaults = settings
 
-    # --- what is shown ----------------------------------------------------------------------------------
+    # --- what is shown ----------------------------------------------------------------------------
 
     def new(self) -> None:
-        """Begin a new conversation, with the settings that the program was started with and the model of now."""
+        """Begin a new conversation, with the settings of the start and the model of now."""
         self.conversation, self.line = None, []
         self.settings = self._fresh()
 
@@ -94,7 +94,7 @@ class Session(Answering):
             system = values.pop("system", "")
             self.store.configure(self.conversation, model=settings.model, system=system, settings=values)
 
-    # --- asking -----------------------------------------------------------------------------------------
+    # --- asking -----------------------------------------------------------------------------------
 
     def ask(self, text: str) -> UnderWay:
         """Ask a question after what is shown."""
@@ -109,7 +109,7 @@ class Session(Answering):
         return self._again(self._question(message).id, self.settings)
 
     def replay(self, answer: int | None = None) -> UnderWay:
-        """Answer the question of an answer, or the last one, once more with the settings and the seed it had."""
+        """Answer a question once more, with the settings and the seed of an answer."""
         if answer is None:
             answer = self.line[-1] if self.line else self._question(None).id  # raises
         message = self.store.message(answer)
@@ -172,7 +172,7 @@ class Session(Answering):
 
 
 def _with_seed(settings: Settings) -> tuple[Settings, dict[str, Any]]:
-    """Settings with a seed, so that the answer can be made again; and their values, for the store."""
+    """Give settings a seed, so that the answer can be made again; also their values to store."""
     if settings.seed is None and settings.temperature > 0:
         settings = replace(settings, seed=secrets.randbits(32))
     values = settings.given(ANSWER)

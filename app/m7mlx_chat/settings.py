@@ -1,4 +1,4 @@
-"""How answers are made, under one list of names: command line, the user's file, /set, the drawer, the store."""
+"""The settings that answers are made with: one list for command line, file, /set and store."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ANSWER: dict[str, Field] = {
 ENGINE: dict[str, Field] = {
     "speculate": Field("text", "the same answer, sooner: lookup, or a small model of the same family; off"),
     "kv_bits": Field("whole", "bits of a key or value: 4, 8, or off for 16", optional=True, choices=(None, 4, 8)),
-    "kv_group_size": Field("whole", "… in groups of 32, 64 or 128", choices=(32, 64, 128)),
+    "kv_group_size": Field("whole", "they are stored in groups of 32, 64 or 128", choices=(32, 64, 128)),
     "max_kv_size": Field("whole", "models without a window: keep so many tokens, and go on for ever", optional=True),
 }
 FIELDS = {"model": Field("text", "folder, Hub repository (org/name) or alias"), **ANSWER, **ENGINE}
@@ -95,7 +95,10 @@ class Settings:
         }
 
     def changed(self, values: Mapping[str, Any]) -> Settings:
-        """With other values, as TOML and JSON have them. Raises InputError for names and types that do not fit."""
+        """With other values, as TOML and JSON have them.
+
+        Raises InputError for names and types that do not fit.
+        """
         return replace(self, **{name: _checked(name, value) for name, value in values.items()})
 
     def parsed(self, name: str, text: str) -> Settings:
@@ -118,7 +121,7 @@ class Settings:
 
 
 def known(values: Mapping[str, Any], names: Mapping[str, Field]) -> dict[str, Any]:
-    """Those of `values` that are settings of today, with values they can have; what was stored may be older."""
+    """Those of `values` that are sound settings today: what is stored may be old."""
     kept: dict[str, Any] = {}
     for name, value in values.items():
         if name in names:

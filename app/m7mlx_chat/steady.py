@@ -1,9 +1,9 @@
-"""The one place for whatever goes wrong while the chat is on the screen: it is told in a corner, the chat goes on.
+"""The one place for whatever goes wrong on the screen: it is told in a corner, the chat goes on.
 
-Textual ends the app at the first exception that a handler lets through, and the loop of the widget that it came from.
-Here each call that Textual makes (a handler, an action, a timer, a callback) fails alone: `_reported` stops the
-exception where it comes out of our code. What Textual catches on its own (composing, layout, drawing, workers) comes
-to the same place, `SteadyApp.report`.
+Textual ends the app at the first exception that a handler lets through, and the loop of the widget
+that it came from. Here each call that Textual makes (a handler, an action, a timer, a callback)
+fails alone: `_reported` stops the exception where it comes out of our code. What Textual catches on
+its own (composing, layout, drawing, workers) comes to the same place, `SteadyApp.report`.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ from m7mlx_chat.textual_internals import (
 
 _SECONDS = 6.0  # an error stays in the corner; the same one is not told twice in that time
 _SHOWN = 5  # errors in the corner at once
-_MOST, _WITHIN = 500, 10.0  # faults, seconds: more than a key held down can cause is a loop that only the end stops
-_UNDRAWN, _AGAIN = 30, 0.1  # frames in a row that could not be drawn, seconds between them: nobody sees what is told
+# faults, seconds: more than a key held down can cause is a loop that only the end stops
+_MOST, _WITHIN = 500, 10.0
+# frames in a row that could not be drawn, seconds between them: nobody sees what is told
+_UNDRAWN, _AGAIN = 30, 0.1
 _LONGEST = 200  # characters of an unforeseen error that are told
 _ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 SMALLEST = Size(20, 5)  # what is drawn; a smaller terminal shows a part of it
@@ -49,13 +51,13 @@ _log = logging.getLogger(__name__)
 class SteadyApp(OpenApp):
     """An app that outlives its errors.
 
-    An error of `m7mlx.errors` is told in its own words. Any other one is a fault of ours: it is told in short, with
-    its traceback in the log. Before the first frame there is nothing to tell it on: then, and where errors come in a
-    loop, the app ends, and `failed` says why.
+    An error of `m7mlx.errors` is told in its own words. Any other one is a fault of ours: it is
+    told in short, with its traceback in the log. Before the first frame there is nothing to tell it
+    on: then, and where errors come in a loop, the app ends, and `failed` says why.
     """
 
     def __init__(self, log: Path) -> None:
-        """`log` is the file that the user is pointed to; what is logged there is the caller's business."""
+        """Point the user to the file `log`, where the caller has the log written."""
         super().__init__()
         self.failed: Exception | None = None
         self.log_path = log
@@ -65,7 +67,7 @@ class SteadyApp(OpenApp):
         self._undrawn = 0
 
     def tell(self, text: str, *, is_error: bool = False) -> bool:
-        """A line in the corner, for a while; False where an error is there already, or too many are."""
+        """Show a line in the corner for a while; False if an error is not shown again."""
         if is_error:
             now = time.monotonic()
             self._told = {line: until for line, until in self._told.items() if until > now}
@@ -113,7 +115,8 @@ class SteadyApp(OpenApp):
     def _give_up_in_a_loop(self, error: Exception) -> None:
         if is_from_drawing(error):
             self._undrawn += 1
-            self.set_timer(_AGAIN, lambda: self.refresh(layout=True))  # nobody else would try before the next key
+            # nobody else would try before the next key
+            self.set_timer(_AGAIN, lambda: self.refresh(layout=True))
         too_many = len(self._faults) == _MOST and self._faults[-1] - self._faults[0] < _WITHIN
         if too_many or self._undrawn >= _UNDRAWN:
             _log.error("giving up", exc_info=error)
@@ -130,7 +133,7 @@ class SteadyApp(OpenApp):
         if self.screen is screen and len(self.screen_stack) > 1:
             await self.pop_screen()
 
-    # --- hooks of `OpenApp` -----------------------------------------------------------------------------
+    # --- hooks of `OpenApp` -----------------------------------------------------------------------
 
     def take_error(self, error: Exception) -> bool:
         if self._drawn or self.has_exited:
@@ -158,7 +161,7 @@ class SteadyApp(OpenApp):
                 loop.add_signal_handler(number, self.exit, None, 128 + number)
 
     def drawn_size(self, size: Size) -> Size:
-        """At least `SMALLEST`: in less there is no room inside of borders, and not every widget can be drawn."""
+        """The size, or `SMALLEST`: in less there is no room inside borders to draw in."""
         return Size(max(size.width, SMALLEST.width), max(size.height, SMALLEST.height))
 
     def panic(self, *renderables: Any) -> None:
@@ -168,7 +171,7 @@ class SteadyApp(OpenApp):
 
 
 def _reported(call: Call) -> Call:
-    """Wrap a call so that the app, as long as it is there, is told what it raises; it returns None then."""
+    """Wrap a call: what it raises is reported to the app, and it returns None."""
 
     @functools.wraps(call)
     async def reported(*arguments: Any) -> Any:

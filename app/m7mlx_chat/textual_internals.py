@@ -121,14 +121,16 @@ def is_from_drawing(error: Exception) -> bool:
 
 
 def wrap_every_call(wrapped: Callable[[Call], Call]) -> None:
-    """Put `wrapped` around every call that Textual makes for a handler, an action, a timer or a message."""
-    # The first calls every handler, action, timer and callback; the second whatever else a message sets off.
+    """Put `wrapped` around every call that Textual makes: for a handler, an action, a timer."""
+    # The first calls every handler, action, timer and callback; the second whatever else a message
+    # sets off.
     _callback._invoke = wrapped(_callback._invoke)  # type: ignore[assignment]
-    MessagePump._dispatch_message = wrapped(MessagePump._dispatch_message)  # type: ignore[assignment,method-assign]
+    dispatch = wrapped(MessagePump._dispatch_message)
+    MessagePump._dispatch_message = dispatch  # type: ignore[assignment, method-assign]
 
 
 def read_any_bytes() -> None:
-    """Let the thread that reads the keys outlive bytes that are not UTF-8: of a paste, or of an old mouse."""
+    """Let the thread that reads the keys outlive bytes that are not UTF-8."""
 
     def forgiving(encoding: str) -> Callable[[], Any]:
         return functools.partial(getincrementaldecoder(encoding), errors="replace")

@@ -1,4 +1,4 @@
-"""Unsent text: what stands in the composer, with long pastes and files folded into one short line each."""
+"""Unsent text: what stands in the composer, with long pastes and files as one line each."""
 
 from __future__ import annotations
 
@@ -13,13 +13,19 @@ _FOLD_CHARACTERS, _FOLD_LINES = 4_000, 40
 
 @dataclass(frozen=True)
 class UnsentText:
-    """A message that has not been sent. `shown` has a marker in the place of each of the `pastes`."""
+    """A message that has not been sent.
+
+    `shown` has a marker in the place of each of the `pastes`.
+    """
 
     shown: str = ""
     pastes: Mapping[str, str] = field(default_factory=dict)
 
     def message(self) -> str:
-        """Unfold all pastes: the text to send. What looks like a marker inside a paste stays what it is."""
+        """Unfold all pastes: the text to send.
+
+        What looks like a marker inside a paste stays what it is.
+        """
         text = self.shown
         if self.pastes:
             text = re.sub("|".join(map(re.escape, self.pastes)), lambda match: self.pastes[match[0]], text)

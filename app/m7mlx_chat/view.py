@@ -27,7 +27,8 @@ from m7mlx_chat.widgets.transcript import Transcript
 from m7mlx_chat.widgets.welcome import Welcome
 
 State = Literal["no model", "loading", "ready", "answering"]
-BESIDE_FROM, _FRAMED_FROM = 56, 10  # columns, rows: for the conversations beside the talk; for lines around it
+# columns, rows: for the conversations beside the talk; for lines around it
+BESIDE_FROM, _FRAMED_FROM = 56, 10
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class ChatView(DispatchingApp):
                         yield Static("", id="state", markup=False)
                         yield Static("/ commands · F1 help", id="hints")
 
-    # --- what is on it ----------------------------------------------------------------------------------
+    # --- what is on it ----------------------------------------------------------------------------
 
     @property
     def composer(self) -> Composer:
@@ -121,7 +122,7 @@ class ChatView(DispatchingApp):
             return "answering"
         return "loading" if self.is_loading else "no model" if self.session.ready is None else "ready"
 
-    # --- showing ----------------------------------------------------------------------------------------
+    # --- showing ----------------------------------------------------------------------------------
 
     async def show_all(self, found: int | None = None) -> None:
         """Show the session as it is now; `found` is the message that a search has led to."""
@@ -162,7 +163,8 @@ class ChatView(DispatchingApp):
     def show_gauge(self) -> None:
         """Show how much of the conversation the model can see."""
         line, text = self.query_one("#gauge", Static), gauge(self.session.ready, self.session.seen)
-        line.update(text, layout=text.cell_len != line.size.width)  # a layout per token would cost 5 % of them
+        # a layout per token would cost 5 % of them
+        line.update(text, layout=text.cell_len != line.size.width)
         self.query_one(RingPicture).show(self.session.ready, self.session.seen)
 
     def _tell_damage(self) -> None:

@@ -1,1 +1,1 @@
-"""m7mlx-eval: how good a model is: perplexity, distance from another one, tasks of lm-evaluation-harness."""
+"""m7mlx-eval: the quality of a model: perplexity, distance from another, lm-evaluation-harness."""

@@ -1,9 +1,9 @@
-"""A model as lm-evaluation-harness wants it: likelihoods of continuations and of texts, and answers.
+"""A model for lm-evaluation-harness: likelihoods of continuations and of texts, and answers.
 
-Numbers are those of its Hugging Face adapter: the same tokens, truncated on the left to the same length. What differs
-is the work. A context is read once, from where it differs from the one before it in order, so that few-shot examples
-and the choices of one question are not read again; continuations share passes. A text longer than a model's window
-rolls through the cache.
+Numbers are those of its Hugging Face adapter: the same tokens, truncated on the left to the same
+length. What differs is the work. A context is read once, from where it differs from the one before
+it in order, so that few-shot examples and the choices of one question are not read again;
+continuations share forward passes. A text longer than a model's window rolls through the cache.
 """
 
 from __future__ import annotations
@@ -29,21 +29,22 @@ from m7mlx.scoring import read_logits, score, scores_of, spans
 from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx_eval.answers import generation_request
 from m7mlx_eval.journal import Journal, key_of
-from m7mlx_eval.progress import bar
+from m7mlx_eval.progress import show_bar
 
-_CHAT = ("\ufdd0", "\ufdd1")  # around the messages of a chat, in what goes through the harness as a text
+# What stands around the messages of a chat where they go through the harness as a text.
+_CHAT = ("\ufdd0", "\ufdd1")
 Pair = tuple[tuple[int, ...], tuple[int, ...]]  # ids of a context and of what continues it
-Asked = tuple[tuple[Any, ...], int]  # the arguments of a request, and how often the same was asked before
+Asked = tuple[tuple[Any, ...], int]  # arguments of a request, how often they were asked before
 Compute = Callable[[list[Asked]], Iterator[tuple[int, Any]]]
 
 
 class M7LM(TemplateLM):  # type: ignore[misc]  # the harness has no types
     """One model and tokenizer.
 
-    batch_size   continuations in a pass, and answers at a time
-    max_length   tokens that a request may have; longer ones lose their beginning. None takes the model's positions,
-                 and lets texts to be scored as a whole roll on beyond them if the model has a window
-    journal      where answers are kept as they come, and taken from if they are there
+    batch_size  continuations in a forward pass, and answers at a time
+    max_length  tokens that a request may have; longer ones lose their beginning. None takes the
+                model's positions, and lets whole texts roll on beyond them if it has a window
+    journal     where answers are kept as they come, and found again
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class M7LM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         kv_bits: int | None = None,
         journal: Journal | None = None,
     ) -> None:
-        """Raises InputError for a tokenizer without a token to begin or end with, or numbers out of range."""
+        """Raise InputError for a tokenizer without start or end token, or numbers out of range."""
         super().__init__()
         positions = model.config.max_position_embeddings
         if batch_size < 1:
@@ -73,7 +74,7 @@ class M7LM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         bits = self._new.format.stored_bits(model.dtype)
         self._fit = positions_that_fit(model.config, model.nbytes, bits)
 
-    # --- tokens -----------------------------------------------------------------------------------------
+    # --- tokens -------------------------------------------------------------------------------
 
     @property
     def eot_token_id(self) -> int:
@@ -81,7 +82,7 @@ class M7LM(TemplateLM):  # type: ignore[misc]  # the harness has no types
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without a context."""
+        """The token before a text without a context."""
         bos = self._m7_tokenizer.bos_id
         return min(self._m7_tokenizer.eos_ids) if bos is None else bos
 
@@ -90,7 +91,7 @@ class M7LM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         return "m7mlx"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids of a text, which may begin with a chat as `apply_chat_template` writes it; text stays text."""
+        """Encode a text, which may begin with a chat as `apply_chat_template` writes it."""
         tokenizer = self._m7_tokenizer
         if string.startswith(_CHAT[0]):
             chat, _, rest = string[1:].partition(_CHAT[1])
@@ -99,17 +100,20 @@ class M7LM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         return tokenizer.encode(string, add_bos=add_bos)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The messages, marked. Not the text that a template makes of them: in that, what a task's data says could
-        not be told from control tokens."""
+        """Return the messages as a text that `tok_encode` understands.
+
+        It is not what a template makes of them: in that, a task's data could not be told from
+        control tokens.
+        """
         history, begun = list(chat_history), ""
         if not add_generation_prompt:  # the last message is the beginning of the answer
             begun = history.pop()["content"]
         return _CHAT[0] + json.dumps(history, ensure_ascii=True) + _CHAT[1] + begun
 
-    # --- likelihoods ------------------------------------------------------------------------------------
+    # --- likelihoods --------------------------------------------------------------------------
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log probability, whether it is the greedy answer) of each continuation after its context."""
+        """Return each continuation's log probability, and whether it is the greedy one."""
         found = self._answer("loglikelihood", requests, self._likelihoods)
         return [(logprob, greedy) for logprob, greedy in found]
 
@@ -117,7 +121,7 @@ class M7LM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         return self._scored([self._pair(context, continuation) for (context, continuation), _ in asked])
 
     def _pair(self, context: str, continuation: str) -> Pair:
-        """Ids of a context, and of what continues it, cut on the left to the longest that may be."""
+        """Encode a context and what continues it, cut on the left to the longest that may be."""
         if context:
             before, after = self._encode_pair(context, continuation)
         else:
@@ -137,8 +141,8 @@ class M7LM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         return [found[i] for i in range(len(requests))]
 
     def _scored(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, tuple[float, bool]]]:
-        """The likelihood of each pair, by its number, batch by batch."""
-        # What shares a context, or its start, lies together; what shares all but the last token is one row.
+        """Yield the number of each pair and its likelihood, batch by batch."""
+        # What shares a context lies together; what shares all but the last token is one row.
         order = sorted(range(len(pairs)), key=lambda i: (pairs[i][0], len(pairs[i][1]), pairs[i][1]))
         rows: dict[Pair, list[int]] = {}
         for i in order:
@@ -159,7 +163,7 @@ class M7LM(TemplateLM):  # type: ignore[misc]  # the harness has no types
             )
 
     def _rows(self, waiting: Sequence[Pair]) -> int:
-        """How many of the next rows fit into memory, each as a cache and as a row of the batch."""
+        """Return how many of the next rows fit into memory, as a cache and in the batch."""
         for n, (context, rest) in enumerate(waiting[: self._batch_size], 1):
             longest = max(len(context) + len(rest), self._new.window or 0)
             if 3 * n * min(longest, self.max_length) > self._fit:
@@ -167,7 +171,7 @@ class M7LM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         return min(self._batch_size, len(waiting))
 
     def _read(self, context: Sequence[int], last: RollingCache) -> RollingCache:
-        """A cache of all but the last token of a context, begun where it leaves the one read before it."""
+        """Read all but the last token of a context, from where it leaves the one before it."""
         cache = self._new.like()
         done = reuse(cache, context, [last.snapshot()])
         chunk = default_chunk(self._model)
@@ -176,9 +180,12 @@ class M7LM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         return cache
 
     def _continued(
-        self, batch: Sequence[Pair], cache: BatchCache, wanted: Sequence[Sequence[tuple[int, Sequence[int]]]]
+        self,
+        batch: Sequence[Pair],
+        cache: BatchCache,
+        wanted: Sequence[Sequence[tuple[int, Sequence[int]]]],
     ) -> Iterator[tuple[int, tuple[float, bool]]]:
-        """The likelihoods of continuations, several a row: they differ in their last token."""
+        """Yield likelihoods of continuations, several a row: they differ in their last token."""
         inputs = [[context[-1], *rest] for context, rest in batch]
         length = max(map(len, inputs))
         padded = mx.array([row + [0] * (length - len(row)) for row in inputs])
@@ -198,10 +205,10 @@ class M7LM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         for i, total in sums.items():
             yield i, (total, greedy[i])
 
-    # --- whole texts ------------------------------------------------------------------------------------
+    # --- whole texts --------------------------------------------------------------------------
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log probability of each text as a whole."""
+        """Return the log probability of each text as a whole."""
         return self._answer("loglikelihood_rolling", requests, self._whole)
 
     def _whole(self, asked: list[Asked]) -> Iterator[tuple[int, Any]]:
@@ -213,10 +220,10 @@ class M7LM(TemplateLM):  # type: ignore[misc]  # the harness has no types
                 total += float(found.logprobs.sum(dtype=np.float64))
             yield i, total
 
-    # --- answers ----------------------------------------------------------------------------------------
+    # --- answers ------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The answer to each prompt, up to the first of its stop texts."""
+        """Return the answer to each prompt, up to the first of its stop texts."""
         return self._answer("generate_until", requests, self._generated)
 
     def _generated(self, asked: list[Asked]) -> Iterator[tuple[int, Any]]:
@@ -240,10 +247,10 @@ class M7LM(TemplateLM):  # type: ignore[misc]  # the harness has no types
                 if piece.finish_reason is not None:
                     yield numbers[number], texts[number]
 
-    # --- what all have in common ------------------------------------------------------------------------
+    # --- what all have in common --------------------------------------------------------------
 
     def _answer(self, kind: str, requests: Sequence[Instance], compute: Compute) -> list[Any]:
-        """Answers to all requests; what the journal holds, and what is asked twice, is computed once."""
+        """Answer all requests; compute once what the journal holds, or is asked twice."""
         repeats: Counter[str] = Counter()
         asked: dict[str, Asked] = {}
         keys = []
@@ -256,7 +263,7 @@ class M7LM(TemplateLM):  # type: ignore[misc]  # the harness has no types
             asked[keys[-1]] = (request.args, repeat)
         known: dict[str, Any] = dict(self._journal.answers) if self._journal else {}
         missing = [key for key in asked if key not in known]
-        with bar(kind, len(asked), "requests") as advance:
+        with show_bar(kind, len(asked), "requests") as advance:
             advance(len(asked) - len(missing))
             for i, answer in compute([asked[key] for key in missing]):
                 known[missing[i]] = answer

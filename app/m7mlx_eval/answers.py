@@ -1,4 +1,4 @@
-"""The options of a task's answers → a request."""
+"""From the options of a task's answers to a request."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 from m7mlx import Request, Sampling
 from m7mlx.errors import InputError
 
-_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is given
+# Names of the longest answer; the first that is given counts.
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _DEFAULT_LENGTH = 256
 _SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "repetition_penalty": float}
 
 
 def generation_request(ids: Sequence[int], options: Mapping[str, Any], max_length: int, repeat: int) -> Request:
-    """A request for the prompt `ids`, cut on the left to leave room for the answer.
+    """Make a request for the prompt `ids`, cut on the left.
 
     max_length  tokens of prompt and answer together, at most
-
-    repeat  number of this answer among those to the same question: drawn ones differ, and are the
-            same in another run
+    repeat      the number of this answer among those to the same question: those that are drawn
+                differ, and are the same in another run
 
     Raises InputError for options that are not understood.
     """

@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from m7mlx.command import ArgumentParser, gigabytes, positive, run
+from m7mlx.command import ArgumentParser, add_json, gigabytes, positive, run
 from m7mlx.errors import InputError
 from m7mlx.paths import user_path
-from m7mlx.terminal import one_line
+from m7mlx.terminal import one_line, print_event
 
 if TYPE_CHECKING:
     from m7mlx.model import Mistral
@@ -23,33 +24,36 @@ if TYPE_CHECKING:
 
 PROG = "m7mlx-eval"
 _DESCRIPTION = """\
-Measure how good a model is: its perplexity on a text, how far it is from another model (what fewer bits cost), or its
-results on tasks of lm-evaluation-harness.
+Measure how good a model is: its perplexity on a text, how far it is from another model (what fewer
+bits cost), or its results on tasks of lm-evaluation-harness.
 
 MODEL is a folder, a Hub repository or an alias, as for m7mlx-chat."""
 _EPILOG = """\
 examples:
-  m7mlx-eval demo --text book.txt                          perplexity; the text rolls through the cache once
+  m7mlx-eval demo --text book.txt                 perplexity; the text rolls through the cache once
   m7mlx-eval demo --text book.txt --context 512 --stride 128
-                                                           in windows of 512 tokens, each scored after at least 385
-  m7mlx-eval demo --text pages.jsonl --field body --max-tokens 100000 --json result.json
-  m7mlx-eval my-4bit --against my-finetune --text book.txt KL divergence and top-1 agreement besides
+                                                  512 tokens at once, each scored after at least 385
+  m7mlx-eval demo --text pages.jsonl --field body --max-tokens 100000 --save result.json
+  m7mlx-eval my-4bit --against my-finetune --text book.txt
+                                                  KL divergence and top-1 agreement besides
   m7mlx-eval demo --against demo --text book.txt --kv-bits 4
-                                                           what keys and values in 4 bits cost
-  m7mlx-eval demo --tasks arc_easy,hellaswag --limit 100   tasks by name; their data comes from the Hub
+                                                  what keys and values in 4 bits cost
+  m7mlx-eval demo --tasks arc_easy,hellaswag --limit 100
+                                                  tasks by name; their data comes from the Hub
   m7mlx-eval mistral --tasks mmlu --num-fewshot 5 --output mmlu-mistral
-                                                           … and each answer is kept: run it again after a kill
+                                                  keep each answer: a run that was killed resumes
   m7mlx-eval mistral --tasks gsm8k --chat --batch-size 16
-  m7mlx-eval demo --tasks my_task.yaml                     a task file of your own
+  m7mlx-eval demo --tasks my_task.yaml            a task file of your own
 
-A text file is one document, a data set (.jsonl, .json, .parquet) one for each object's text; each is read by itself.
-KL is that of the model from the reference, Σ p (log p − log q) with p the reference's; ± is one standard error, over
-tokens or questions. Task files can hold Python code, as those of the harness do: run only those that you trust.
+A text file is one document, a data set (.jsonl, .json, .parquet) one for each object's text; each is
+read by itself. KL is that of the model from the reference, Σ p (log p − log q) with p the
+reference's; ± is one standard error, over tokens or questions. Task files can hold Python code, as
+those of the harness do: run only those that you trust.
 Exit status: 0 done, 1 failed on the way, 2 bad usage or input, 130 Ctrl-C."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+    """Run the command; return its exit status."""
     return run(_eval, _parse(argv), PROG)
 
 
@@ -88,7 +92,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--context", type=positive, metavar="N", help="tokens that are read at once at most (what the model allows)"
     )
     both.add_argument("--kv-bits", type=int, choices=(4, 8), help="store MODEL's keys and values in 4 or 8 bits")
-    both.add_argument("--json", type=Path, metavar="FILE", help="the figures")
+    both.add_argument("--save", type=Path, metavar="FILE", help="keep the figures, as JSON")
+    add_json(both)
     both.add_argument("--max-memory", type=gigabytes, metavar="GB", help="load no model beyond it")
     args = parser.parse_args(argv)
     _check_usage(parser, args)
@@ -110,8 +115,8 @@ def _check_usage(parser: ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--stride must not exceed --context, {args.stride} exceeds {args.context}")
     if args.system and not args.chat:
         parser.error("--system needs --chat")
-    if args.json and not user_path(args.json).absolute().parent.is_dir():
-        parser.error(f"the folder of {args.json} does not exist")
+    if args.save and not user_path(args.save).absolute().parent.is_dir():
+        parser.error(f"the folder of {args.save} does not exist")
 
 
 def _count(text: str) -> int:
@@ -124,54 +129,74 @@ def _eval(args: argparse.Namespace) -> None:
     if args.max_memory is not None:
         limit_memory(args.max_memory)
     found = _text(args) if args.text else _tasks(args)
-    if args.json:
+    if args.save:
         from m7mlx.files.disk import write_whole
 
-        write_whole(args.json, json.dumps(found, indent=1, default=str) + "\n")
+        write_whole(args.save, json.dumps(found, indent=1, default=str) + "\n")
 
 
-# --- texts ----------------------------------------------------------------------------------------------
+# --- texts ------------------------------------------------------------------------------------
 
 
 def _text(args: argparse.Namespace) -> dict[str, Any]:
     from m7mlx_eval.perplexity import Reading, evaluate
-    from m7mlx_eval.progress import bar
+    from m7mlx_eval.progress import show_bar
     from m7mlx_eval.report import show_text
-    from m7mlx_eval.texts import documents
+    from m7mlx_eval.texts import read_documents
 
     reading = Reading(args.context, args.stride, args.max_tokens, args.kv_bits)
-    texts = documents(args.text, args.field or "text", args.max_tokens)
+    texts = read_documents(args.text, args.field or "text", args.max_tokens)
     first = next(texts, None)  # a file that cannot be read is told before a model is loaded
     if first is None:
         raise InputError(f"{args.text} holds no texts")
-    model, tokenizer = _load(args.model)
+    model, tokenizer = _load_model(args.model)
     reference = None
     if args.against:
-        reference, theirs = _load(args.against)
+        reference, theirs = _load_model(args.against)
         _check_alike(args, (model, tokenizer), (reference, theirs))
-    with bar("Reading", args.max_tokens, "tokens") as advance:
+    with show_bar("Reading", args.max_tokens, "tokens", is_shown=not args.json) as advance:
         result = evaluate(
             model,
             tokenizer,
             chain([first], texts),
             reading,
             reference=reference,
-            note=lambda text: print(f"{PROG}: note: {one_line(text)}", file=sys.stderr),
+            note=partial(_note, args),
             advance=advance,
         )
     found = {"model": args.model, "against": args.against, "text": args.text} | result.to_dict()
-    show_text(found)
+    _show(args, found, show_text)
     return found
 
 
-def _load(name: str) -> tuple[Mistral, Tokenizer]:
+def _note(args: argparse.Namespace, text: str) -> None:
+    if args.json:
+        print_event("note", text=text)
+    else:
+        print(f"{PROG}: note: {one_line(text)}", file=sys.stderr)
+
+
+def _show(
+    args: argparse.Namespace,
+    found: dict[str, Any],
+    show: Callable[[dict[str, Any]], None],
+) -> None:
+    if args.json:
+        print_event("result", **found)
+    else:
+        show(found)
+
+
+def _load_model(name: str) -> tuple[Mistral, Tokenizer]:
     from m7mlx.loading import load
 
     return load(name)
 
 
 def _check_alike(
-    args: argparse.Namespace, model: tuple[Mistral, Tokenizer], reference: tuple[Mistral, Tokenizer]
+    args: argparse.Namespace,
+    model: tuple[Mistral, Tokenizer],
+    reference: tuple[Mistral, Tokenizer],
 ) -> None:
     """Raise InputError for two models whose tokens are not the same."""
     sizes = [side[0].config.vocab_size for side in (model, reference)]
@@ -187,14 +212,14 @@ def _pieces(tokenizer: Tokenizer, count: int) -> list[bytes]:
     return [tokenizer.token_bytes(i) for i in range(min(count, tokenizer.vocab_size))]
 
 
-# --- tasks ----------------------------------------------------------------------------------------------
+# --- tasks ------------------------------------------------------------------------------------
 
 
 def _tasks(args: argparse.Namespace) -> dict[str, Any]:
     from m7mlx_eval.tasks import Selection, prepare, run_tasks
 
     prepare()
-    from m7mlx_eval.report import show_tasks, task_figures, write_samples
+    from m7mlx_eval.report import pick_figures, show_tasks, write_samples
 
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if not names:
@@ -204,8 +229,8 @@ def _tasks(args: argparse.Namespace) -> dict[str, Any]:
     )
     with ExitStack() as stack:
         results = run_tasks(lambda: _adapter(args, stack), selection)
-    found = {"model": args.model} | task_figures(results)
-    show_tasks(found)
+    found = {"model": args.model} | pick_figures(results)
+    _show(args, found, show_tasks)
     if args.output:
         write_samples(args.output, found, results)
     return found
@@ -213,12 +238,12 @@ def _tasks(args: argparse.Namespace) -> dict[str, Any]:
 
 def _adapter(args: argparse.Namespace, stack: ExitStack) -> M7LM:
     from m7mlx_eval.adapter import M7LM
-    from m7mlx_eval.journal import Journal, binding
+    from m7mlx_eval.journal import Journal, find_binding
 
-    model, tokenizer = _load(args.model)
+    model, tokenizer = _load_model(args.model)
     journal = None
     if args.output:
-        bound = binding(args.model, model, context=args.context, kv_bits=args.kv_bits)
+        bound = find_binding(args.model, model, context=args.context, kv_bits=args.kv_bits)
         journal = stack.enter_context(Journal(args.output, bound))
     return M7LM(
         model,

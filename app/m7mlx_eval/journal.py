@@ -1,7 +1,8 @@
-"""Answers as they come, in a file: a run that was killed goes on where it stood.
+"""Answers as they come, in a file: a run that was killed resumes where it stood.
 
-One line of JSON each, behind a header that says what they belong to. A line that a kill cut short is dropped. The
-file's name holds a hash of the header, so that another model's answers are never taken, nor overwritten.
+Each is a line of JSON, behind a header that says what they belong to. A line that a kill cut short
+is dropped. The file's name holds a hash of the header, so that another model's answers are neither
+taken nor overwritten.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Journal:
     """Answers by key, kept in a folder; a context manager that closes the file."""
 
     def __init__(self, folder: Path, binding: Mapping[str, Any]) -> None:
-        """Open the file of these bindings, or begin it. Raises InputError for one that is damaged."""
+        """Open the file of these bindings, or begin it. Raises InputError if it is damaged."""
         header = {"format": _FORMAT, **binding}
         folder = user_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +45,7 @@ class Journal:
             self._write(header)
 
     def _read(self, header: Mapping[str, Any]) -> int:
-        """Take over what is there; where its last whole line ends."""
+        """Take the answers that are there; return where the last whole line ends."""
         end = 0
         if not self.path.exists():
             return end
@@ -81,14 +82,17 @@ class Journal:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         with suppress(OSError):  # what could not be written was said
             self._file.close()
 
 
-def binding(name: str, model: Mistral, **options: Any) -> dict[str, Any]:
-    """What answers depend on besides their questions: configuration, weights, tokenizer files and options."""
+def find_binding(name: str, model: Mistral, **options: Any) -> dict[str, Any]:
+    """Return what answers depend on: configuration, weights, tokenizer and options."""
     folder, digest = resolve(name), hashlib.sha256()
     for path in sorted([*folder.glob("token*"), *folder.glob("chat_template*")]):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
@@ -102,7 +106,7 @@ def binding(name: str, model: Mistral, **options: Any) -> dict[str, Any]:
 
 
 def key_of(kind: str, arguments: Any, repeat: int) -> str:
-    """A name for a request: what is asked, and for the how manieth time."""
+    """Name a request by what is asked, and how often it was asked before."""
     return _digest([kind, arguments, repeat])
 
 

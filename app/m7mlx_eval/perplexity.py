@@ -19,12 +19,14 @@ from m7mlx.tokens.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Reading:
-    """How texts are read.
+    """The way to read texts.
 
-    context     read in windows of so many tokens; None streams each text once through the rolling cache
-    stride      by how many tokens the windows advance; None by half of them, which gives each token half at least
+    context     tokens of a span that is read at once; None streams each text through the rolling
+                cache
+    stride      tokens that spans advance by; None takes half a span, so that each token is scored
+                after at least so many
     max_tokens  tokens of all texts together
-    kv_bits     of the model's keys and values, as for `RollingCache`; a reference keeps its own as computed
+    kv_bits     of the model's keys and values; a reference keeps its own as computed
     """
 
     context: int | None = None
@@ -47,6 +49,7 @@ class Mean:
     largest: float = -math.inf
 
     def add(self, values: np.ndarray) -> None:
+        """Take more values."""
         wide = values.astype(np.float64)
         self.count += wide.size
         self.total += float(wide.sum())
@@ -55,10 +58,12 @@ class Mean:
 
     @property
     def mean(self) -> float:
+        """The mean of all values."""
         return self.total / self.count
 
     @property
     def error(self) -> float:
+        """The standard error of the mean; NaN for a single value."""
         if self.count < 2:
             return math.nan
         variance = max(0.0, self.squares - self.total**2 / self.count) / (self.count - 1)
@@ -67,16 +72,21 @@ class Mean:
 
 @dataclass
 class Result:
-    """What was found; logarithms are natural.
+    """The figures found; logarithms are natural.
 
-    loss         −log p of each token scored
-    nbytes       of the text that those tokens stand for, in UTF-8
-    reference    the other model's losses; kl, KL(reference ‖ model); agrees, whether both like the same token most.
-                 Empty without another model
+    spans      that were read at once
+    nbytes     of the text that the scored tokens stand for, in UTF-8
+    loss       −log p of each token scored
+
+    Empty without a reference:
+
+    reference  the reference's losses
+    kl         KL(reference ‖ model)
+    agrees     whether both find the same token the likeliest
     """
 
     documents: int = 0
-    windows: int = 0
+    spans: int = 0
     nbytes: int = 0
     loss: Mean = field(default_factory=Mean)
     reference: Mean = field(default_factory=Mean)
@@ -84,12 +94,12 @@ class Result:
     agrees: Mean = field(default_factory=Mean)
 
     def to_dict(self) -> dict[str, Any]:
-        """As `--json` writes it."""
+        """Return the figures as `--json` writes them."""
         found: dict[str, Any] = {
             "documents": self.documents,
             "tokens": self.loss.count,
             "bytes": self.nbytes,
-            "windows": self.windows,
+            "windows": self.spans,
             **self._likelihood(self.loss),
         }
         if self.kl.count:
@@ -119,16 +129,19 @@ def evaluate(
     note: Callable[[str], None] = lambda text: None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Result:
-    """Score every token of the texts, each read by itself; with a reference, compare the two models on them.
+    """Score every token of the texts, each read by itself.
 
-    note  is told what was decided for the user
+    reference  a model to compare with on the same tokens
+    note       is told what was decided for the user
+    advance    is called with each count of tokens read
 
-    Raises InputError where there is nothing to score, or two models cannot be compared; PromptTooLongError.
+    Raises InputError where there is nothing to score, or two models cannot be compared;
+    PromptTooLongError.
     """
     both = [model, *([reference] if reference else [])]
     result, told = Result(), False
-    for ids in _encoded(texts, tokenizer, reading.max_tokens):
-        context, stride = _context(both, reading, len(ids))
+    for ids in _encode(texts, tokenizer, reading.max_tokens):
+        context, stride = _choose_context(both, reading, len(ids))
         if context != reading.context and not told:
             told = True
             note(f"texts beyond the model's context are read in windows of {context:,} that advance by {stride:,}")
@@ -149,8 +162,9 @@ def _add(
     reading: Reading,
     advance: Callable[[int], None],
 ) -> None:
+    """Score a span of a text, and add what is found to the result."""
     part, first = ids[span.start : span.end], span.first - span.start
-    result.windows += 1
+    result.spans += 1
     if len(both) == 1:
         result.loss.add(-score(both[0], part, first, reading.cache(both[0]), advance).logprobs)
         return
@@ -162,8 +176,11 @@ def _add(
     result.agrees.add(found.agrees)
 
 
-def _encoded(texts: Iterable[str], tokenizer: Tokenizer, limit: int | None) -> Iterator[list[int]]:
-    """Ids of each text of two tokens or more, with the start token where the model wants one; `limit` in all."""
+def _encode(texts: Iterable[str], tokenizer: Tokenizer, limit: int | None) -> Iterator[list[int]]:
+    """Yield the ids of each text of two tokens or more, with a start token if the model has one.
+
+    limit  tokens of all texts together
+    """
     for text in texts:
         ids = tokenizer.encode(text, add_bos=tokenizer.add_bos)[:limit]
         if len(ids) >= 2:
@@ -174,8 +191,8 @@ def _encoded(texts: Iterable[str], tokenizer: Tokenizer, limit: int | None) -> I
                 return
 
 
-def _context(both: Sequence[Mistral], reading: Reading, length: int) -> tuple[int | None, int | None]:
-    """Context and stride for a text of so many tokens: as asked for, or where a model's own context ends."""
+def _choose_context(both: Sequence[Mistral], reading: Reading, length: int) -> tuple[int | None, int | None]:
+    """Return context and stride for a text: as asked for, or where a model's own context ends."""
     most = min((n for model in both if (n := longest(model, reading)) is not None), default=None)
     context, stride = reading.context, reading.stride
     if most is not None:
@@ -189,7 +206,7 @@ def _context(both: Sequence[Mistral], reading: Reading, length: int) -> tuple[in
 
 
 def longest(model: Mistral, reading: Reading) -> int | None:
-    """Tokens that a text may have to be read at once; None where a window lets it go on for ever."""
+    """Return the tokens that can be read at once; None where a window lets a text go on."""
     if model.config.sliding_window is not None:
         return None
     bits = reading.cache(model).format.stored_bits(model.dtype)

@@ -1,4 +1,4 @@
-"""A bar on stderr while something long runs, if that is a terminal."""
+"""A progress bar on stderr, if that is a terminal."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ from m7mlx.terminal import console
 
 
 @contextmanager
-def bar(label: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
-    """Gives the function that takes each count done; without a total the bar only moves."""
-    if not sys.stderr.isatty():
+def show_bar(
+    label: str,
+    total: int | None,
+    unit: str,
+    is_shown: bool = True,
+) -> Iterator[Callable[[int], None]]:
+    """Show a bar; gives the function that takes each count done. Without a total it only moves."""
+    if not (is_shown and sys.stderr.isatty()):
         yield lambda count: None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -17,7 +17,7 @@ _KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "higher_is
 
 
 def show_text(found: Mapping[str, Any]) -> None:
-    """The figures of `m7mlx_eval.perplexity.Result.to_dict` on stdout."""
+    """Print the figures of `m7mlx_eval.perplexity.Result.to_dict`."""
     reference = found.get("reference")
     sides = [(found["model"], found), *([(found["against"], reference)] if reference else [])]
     table = _table("", *(name for name, _ in sides))
@@ -35,13 +35,13 @@ def show_text(found: Mapping[str, Any]) -> None:
     )
 
 
-def task_figures(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the harness's results what is worth keeping, under its names."""
+def pick_figures(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is worth keeping of the harness's results, under its names."""
     return {name: results[name] for name in _KEPT if results.get(name)}
 
 
 def show_tasks(found: Mapping[str, Any]) -> None:
-    """The results of tasks and groups on stdout."""
+    """Print the results of tasks and groups."""
     table = _table("task", "examples", "filter", "metric", "value", "±")
     for name, metrics in (found.get("results", {}) | found.get("groups", {})).items():
         for key, value in metrics.items():
@@ -55,7 +55,10 @@ def show_tasks(found: Mapping[str, Any]) -> None:
 
 
 def write_samples(folder: Path, found: Mapping[str, Any], results: Mapping[str, Any]) -> None:
-    """results.json, and samples-TASK.jsonl with each question, what was asked and what came. Raises DiskError."""
+    """Write results.json, and each question with its answer in samples-TASK.jsonl.
+
+    Raises DiskError.
+    """
     write_whole(folder / "results.json", json.dumps(found, indent=1, default=str) + "\n")
     for name, samples in (results.get("samples") or {}).items():
         safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)

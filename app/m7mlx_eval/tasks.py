@@ -20,26 +20,28 @@ import numpy as np
 
 from m7mlx.errors import InputError, M7Error, NotFoundError, RunError
 from m7mlx.paths import user_path
-from m7mlx_eval.guard import only_the_harness_runs
+from m7mlx_eval.foreign_code import refuse_foreign_code
 
 if TYPE_CHECKING:
     from m7mlx_eval.adapter import M7LM
 
-_REACHED_WITHIN = 5.0  # seconds that the Hub may take to answer before data is looked for on this machine alone
+# Seconds that the Hub may take to answer before data is looked for on this machine alone.
+_REACHED_WITHIN = 5.0
 _RESAMPLED = 1000  # times, where a metric's standard error is estimated in that way
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which tasks, and how.
+    """The tasks to run, and how to run them.
 
     names         of the harness (tasks, groups, patterns), or YAML files
     include_path  a folder of more task files
     num_fewshot   examples before each question; None as the task says
     limit         questions of each task; None all
-    chat          ask in the model's chat format, with `system` before it; examples are turns of their own
-    allow_code    let tasks run what the model writes, and programs of their own: `!function` of files that are not
-                  the harness's, metrics that are fetched, templates without a sandbox
+    chat          ask in the model's chat format, with `system` before it; examples are turns
+    allow_code    let tasks run what the model writes, and programs of their own: `!function` of
+                  files that are not the harness's, metrics that are fetched, templates without a
+                  sandbox
     """
 
     names: Sequence[str]
@@ -52,12 +54,13 @@ class Selection:
 
 
 def prepare() -> None:
-    """Settle, before the harness is imported, what it shows, and that it does not wait for a Hub out of reach.
+    """Quieten the harness before it is imported, and keep it from waiting for a Hub out of reach.
 
-    Raises InputError if it is not installed.
+    It and its libraries are told by environment variables alone. Raises InputError if it is not
+    installed.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")  # we have a bar of our own
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # for standard errors it would fork what holds a model
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # it would fork a process that holds a model
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -79,7 +82,7 @@ def prepare() -> None:
 
 
 def _hub_answers() -> bool:
-    """Whether the Hub can be reached: what is asked of it otherwise takes half a minute of retries for each task."""
+    """Return whether the Hub can be reached; if not, each task would retry for half a minute."""
     place = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     if getproxies():
         return True  # the way to it is the proxy's business
@@ -91,22 +94,22 @@ def _hub_answers() -> bool:
 
 
 def run_tasks(make: Callable[[], M7LM], selection: Selection) -> dict[str, Any]:
-    """The harness's results: "results" by task, "groups", "versions", "n-shot", "samples" … as it names them.
+    """Run tasks; return the harness's results as it names them: "results", "groups", "samples" …
 
     make  gives the model, once the tasks are known to be there
 
-    Raises NotFoundError for a task that does not exist or whose data cannot be reached, InputError for one that runs
-    code or a wrong task file, RunError for what fails in the harness.
+    Raises NotFoundError for a task that does not exist or whose data cannot be reached, InputError
+    for one that runs code or a wrong task file, RunError for what fails in the harness.
     """
     if selection.allow_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-        return _run(make, selection)
-    with only_the_harness_runs():
-        return _run(make, selection)
+        return _evaluate(make, selection)
+    with refuse_foreign_code():
+        return _evaluate(make, selection)
 
 
-def _run(make: Callable[[], M7LM], selection: Selection) -> dict[str, Any]:
-    found = _load(selection)
+def _evaluate(make: Callable[[], M7LM], selection: Selection) -> dict[str, Any]:
+    found = _find_tasks(selection)
     for name, task in found["tasks"].items():
         _check_code(name, bool(getattr(task, "UNSAFE_CODE", False)), selection)
         _set_fewshot(task, selection.num_fewshot)
@@ -116,7 +119,7 @@ def _run(make: Callable[[], M7LM], selection: Selection) -> dict[str, Any]:
     random.seed(0)  # the harness's own seeds: its results depend on them where it draws examples
     np.random.seed(1234)
     try:
-        with redirect_stdout(StringIO()):  # the harness and its tasks print; stdout is for the results
+        with redirect_stdout(StringIO()):  # the harness prints; stdout is for the results
             results: dict[str, Any] = evaluate(
                 lm,
                 found,
@@ -134,7 +137,8 @@ def _run(make: Callable[[], M7LM], selection: Selection) -> dict[str, Any]:
     return results
 
 
-def _load(selection: Selection) -> dict[str, Any]:
+def _find_tasks(selection: Selection) -> dict[str, Any]:
+    """Return the harness's tasks. Raises NotFoundError, InputError."""
     from lm_eval.tasks import TaskManager
 
     include = selection.include_path
@@ -142,7 +146,8 @@ def _load(selection: Selection) -> dict[str, Any]:
         raise NotFoundError(f"--include-path: there is no folder {include}")
     folder = str(user_path(include)) if include else None
     manager = TaskManager(include_path=folder, include_defaults=False)
-    if any(not _known(manager, name) for name in selection.names):  # of its 14,000, which it takes seconds to read
+    # The harness's own are 14,000, which take seconds to read.
+    if any(not _known(manager, name) for name in selection.names):
         manager = TaskManager(include_path=folder)
     names: list[str] = []
     for name in selection.names:
@@ -165,7 +170,7 @@ def _load(selection: Selection) -> dict[str, Any]:
 
 
 def _known(manager: Any, name: str) -> list[str]:
-    """The tasks that a name stands for: itself, a file, or what a pattern matches."""
+    """Return the tasks that a name stands for: itself, a file, or what a pattern matches."""
     if name.endswith((".yaml", ".yml")):
         path = user_path(name)
         if not path.is_file():
@@ -176,6 +181,7 @@ def _known(manager: Any, name: str) -> list[str]:
 
 
 def _check_code(name: str, runs_code: bool, selection: Selection) -> None:
+    """Raise InputError for a task that runs what the model writes, unless that is allowed."""
     if runs_code and not selection.allow_code:
         raise InputError(
             f"{name} runs programs that the model writes, with all that you may do on this machine; "
@@ -184,7 +190,7 @@ def _check_code(name: str, runs_code: bool, selection: Selection) -> None:
 
 
 def _set_fewshot(task: Any, asked: int | None) -> None:
-    """As the harness's own command does: a task that is made for no examples gets none."""
+    """Set the number of examples as the harness's own command does; some tasks never get any."""
     given = task.get_config("num_fewshot")
     if given is None or (asked is not None and given != 0):
         task.set_config(key="num_fewshot", value=asked or 0)

@@ -1,4 +1,4 @@
-"""Files → documents: a text, or the texts of a data set."""
+"""The documents of a file: a text, or the texts of a data set."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from m7mlx.paths import user_path
 _CHARACTERS = 32  # a token seldom has more: of a text of gigabytes only the start is read
 
 
-def documents(name: str, field: str, tokens: int | None = None) -> Iterator[str]:
-    """The documents of a file, one at a time: a data set (.jsonl, .json, .parquet) has many, anything else is one.
+def read_documents(name: str, field: str, tokens: int | None = None) -> Iterator[str]:
+    """Yield the documents of a file: many of a data set (.jsonl, .json, .parquet), else one.
 
-    name    a path, or - for a text on stdin
+    name    a path, or "-" for a text on stdin
     field   where a data set keeps its texts
     tokens  how many will be looked at in all: of a text no more than needed is read
 

@@ -1,1 +1,1 @@
-"""m7mlx-plan: what a model takes of one machine or of several, before any of it is fetched."""
+"""m7mlx-plan: what a model takes of one machine or several, before any of it is fetched."""

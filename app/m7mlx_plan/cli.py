@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from m7mlx.cache import UNDO_SLACK
-from m7mlx.command import ArgumentParser, gigabytes, run
+from m7mlx.command import ArgumentParser, add_json, gigabytes, run
 from m7mlx.errors import ConfigError, InputError
 from m7mlx.memory import planned_length
 from m7mlx.shard import MODES
-from m7mlx.terminal import json_line
+from m7mlx.terminal import print_event
 from m7mlx.units import in_gigabytes
 from m7mlx_plan.estimate import NETWORKS, Estimate, estimate
 from m7mlx_plan.weights import list_weights
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--link", choices=NETWORKS, default="rdma", help="what connects the machines (%(default)s)")
     add("--bandwidth", type=float, default=273.0, metavar="GB/S", help="of memory (273: an M4 Pro)")
     add("--memory", type=gigabytes, metavar="GB", help="of a machine: mark what does not fit")
-    add("--json", action="store_true", help="an object a line")
+    add_json(parser)
     return run(_plan, parser.parse_args(argv), PROG)
 
 
@@ -77,10 +77,15 @@ def _plan(args: argparse.Namespace) -> None:
                     memory_bandwidth=args.bandwidth * 1e9,
                 )
             except ConfigError as error:
-                refused = {"mode": mode, "ranks": ranks, "error": str(error)}
-                print(json_line(refused) if args.json else f"{mode} × {ranks}: {error}")
+                if args.json:
+                    print_event("estimate", mode=mode, ranks=ranks, error=str(error))
+                else:
+                    print(f"{mode} × {ranks}: {error}")
                 continue
-            print(json_line(asdict(found)) if args.json else _line(found, args))
+            if args.json:
+                print_event("estimate", **asdict(found))
+            else:
+                print(_line(found, args))
 
 
 def _line(found: Estimate, args: argparse.Namespace) -> str:

@@ -1,7 +1,7 @@
-"""What one way to divide a model takes: memory of each machine, bytes and exchanges a token, and its speed.
+"""The cost of dividing a model: memory of each machine, bytes and exchanges a token, the speed.
 
-The speed is a calculation, not a measurement. A machine takes its weights and cache over its memory bandwidth;
-an exchange takes its hops times the network's latency, and its bytes over the network's bandwidth.
+The speed is calculated, not measured. For a token a machine takes the time to read its weights and
+cache; an exchange takes the latency of the network for each hop, and the time to send its bytes.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from m7mlx.config import ModelConfig
 from m7mlx.memory import cache_bytes
 from m7mlx.shard import Mode, Shard
 
-_EFFICIENCY = 0.65  # of the memory bandwidth, as published decoding figures have it (docs/performance.md)
+# The part of the memory bandwidth that published decoding figures reach (docs/performance.md).
+_EFFICIENCY = 0.65
 
 
 @dataclass(frozen=True)
 class Network:
-    """What connects the machines.
+    """The network between the machines.
 
     latency    seconds that a message takes
     bandwidth  bytes a second
@@ -31,7 +32,8 @@ class Network:
     is_mesh: bool = False
 
 
-# Latencies as reported for macOS 26.2: 300 µs through TCP, 3 to 50 µs by RDMA (Apple TN3205 and users' measurements).
+# Latencies as reported for macOS 26.2: 300 µs through TCP, 3 to 50 µs by RDMA (Apple TN3205, and
+# measurements of users).
 NETWORKS = {
     "rdma": Network(10e-6, 7e9, is_mesh=True),
     "thunderbolt": Network(300e-6, 3e9),
@@ -42,7 +44,7 @@ NETWORKS = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one way to divide a model takes.
+    """The cost of one way to divide a model.
 
     weights    bytes of the machine that holds most
     cache      bytes of keys and values of the machine that holds most
@@ -85,7 +87,7 @@ def estimate(
     weights = [shard.nbytes(dict(tensors), whole) for shard in shards]
     hidden = rows * whole.hidden_size * 2
     work = [(w + c) / (memory_bandwidth * _EFFICIENCY) for w, c in zip(weights, caches, strict=True)]
-    # An all-reduce of the hidden states: its messages one after the other, and what a machine sends for it.
+    # An all-reduce of the hidden states: messages one after the other, bytes that a machine sends.
     hops = 0 if ranks == 1 else 1 if network.is_mesh else 2 * (ranks - 1)
     share = hidden * (ranks - 1) if network.is_mesh else 2 * hidden * (ranks - 1) / ranks
     if mode == "tensor":  # twice a layer, and once about the token

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Collection
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -18,15 +18,26 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from m7mlx_serve.answers import Answers
-from m7mlx_serve.choices import written
+from m7mlx.errors import InputError
+from m7mlx_serve.admission import Admission
+from m7mlx_serve.answering import Answerer, Answers
+from m7mlx_serve.bodies import SCOPE_KEY
+from m7mlx_serve.endpoint import ReadRequest
+from m7mlx_serve.endpoints import ENDPOINTS
 from m7mlx_serve.engine import Engine
-from m7mlx_serve.guard import BODY, ApiError, Guard, report
+from m7mlx_serve.errors import ApiError, refusal, report
 from m7mlx_serve.metrics import Counted, Metrics
-from m7mlx_serve.openapi import PATHS, POSTS, document, page
+from m7mlx_serve.openai import chat, text
+from m7mlx_serve.openai.answers import OpenAIAnswers
+from m7mlx_serve.openapi import PATHS, document, page
 from m7mlx_serve.readers import Readers
 
 _Found = TypeVar("_Found")
+# What answers each endpoint. Unlike `m7mlx_serve.endpoints`, it needs MLX.
+_ANSWERS: Mapping[str, Callable[[Answerer, ReadRequest], Answers]] = {
+    chat.ENDPOINT.path: OpenAIAnswers,
+    text.ENDPOINT.path: OpenAIAnswers,
+}
 # The page's own script and style, and nothing from anywhere else.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
@@ -47,10 +58,11 @@ _PAGES = {
 
 @dataclass(frozen=True)
 class Served:
-    """What a server is started with.
+    """What is served.
 
     model       the name that clients use
-    max_tokens  longest answer; seconds, longest time for one
+    max_tokens  most tokens of an answer
+    seconds     most time for the answers to a request
     """
 
     model: str
@@ -62,12 +74,17 @@ class Server:
     """An ASGI application over an engine that has started."""
 
     def __init__(
-        self, engine: Engine, readers: Readers, served: Served, hosts: Collection[str], key: str | None
+        self,
+        engine: Engine,
+        readers: Readers,
+        served: Served,
+        hosts: Collection[str],
+        key: str | None,
     ) -> None:
         self._engine, self._readers, self._served, self._started = engine, readers, served, int(time.time())
         self._metrics = Metrics(engine)
         routes = [
-            *(Route(path, self._answer, methods=["POST"]) for path in POSTS),
+            *(Route(path, self._answer, methods=["POST"]) for path in ENDPOINTS),
             Route("/v1/models", self._models),
             Route("/v1/models/{name:path}", self._model),
             Route("/health", self._health),
@@ -78,9 +95,10 @@ class Server:
         ]
         app = Starlette(
             routes=routes,
-            middleware=[Middleware(Guard, posts=POSTS, hosts=hosts, key=key)],
+            middleware=[Middleware(Admission, posts=ENDPOINTS, hosts=hosts, key=key)],
             exception_handlers={
                 ApiError: _api_error,
+                InputError: _input_error,
                 HTTPException: _http_error,
                 RecursionError: _too_deep,
                 Exception: _unforeseen,
@@ -95,28 +113,29 @@ class Server:
         self._engine.close()
         self._readers.close()
 
-    # --- answers ----------------------------------------------------------------------------------------
+    # --- answers ----------------------------------------------------------------------------------
 
     async def _answer(self, request: Request) -> Response:
-        """To a POST of either kind."""
+        """Answer what was sent to an endpoint of an API."""
+        path = request.url.path
         data = (await request.receive())["body"]  # and no copy of it stays
-        reading = self._readers.read(request.url.path, data, self._engine.tokenizer)
+        reading = self._readers.read(path, data, self._engine.tokenizer)
         del data
-        asked = await _unless_gone(request, reading)
+        read = await _unless_gone(request, reading)
         del reading
-        request.scope[BODY].drop()
-        answers = Answers(
-            self._engine.tokenizer, self._metrics.ask, asked, self._served.max_tokens, self._served.seconds
-        )
-        if not asked.body.stream:
-            return _whole(await _unless_gone(request, answers.whole()))
+        request.scope[SCOPE_KEY].drop()
+        served = self._served
+        answerer = Answerer(self._engine.tokenizer, self._metrics.ask, served.max_tokens, served.seconds)
+        answers = _ANSWERS[path](answerer, read)
+        if not read.body.stream:
+            return _send_whole(await _unless_gone(request, answers.whole()))
         events = answers.stream()
-        first = await _unless_gone(request, anext(events))  # so that what cannot be answered has its own status
+        first = await _unless_gone(request, anext(events))  # so that a refusal has a status of its own
         return StreamingResponse(
-            _joined(first, events), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+            _joined(first, events), media_type=answers.stream_type, headers={"Cache-Control": "no-store"}
         )
 
-    # --- everything else --------------------------------------------------------------------------------
+    # --- everything else --------------------------------------------------------------------------
 
     async def _models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._card(self._served.model)]})
@@ -144,7 +163,7 @@ class Server:
 
 
 async def _unless_gone(request: Request, answer: Awaitable[_Found]) -> _Found:
-    """The answer; given up when its client leaves."""
+    """Wait for an answer, unless its client leaves: then give it up and raise ApiError."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -162,8 +181,8 @@ async def _unless_gone(request: Request, answer: Awaitable[_Found]) -> _Found:
         await asyncio.gather(work, left, return_exceptions=True)
 
 
-def _whole(answer: dict[str, Any]) -> Response:
-    pieces = [piece.encode() for piece in written(answer)]
+def _send_whole(answer: Iterator[str]) -> Response:
+    pieces = [piece.encode() for piece in answer]
 
     async def sent() -> AsyncIterator[bytes]:
         for piece in pieces:
@@ -185,6 +204,11 @@ async def _joined(first: str, rest: AsyncGenerator[str, None]) -> AsyncIterator[
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return error.response()
+
+
+async def _input_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, InputError)
+    return refusal(error).response()
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

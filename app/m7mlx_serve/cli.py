@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import argparse
 import gc
-import ipaddress
 import os
-import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from m7mlx.command import EXIT_FAILED, EXIT_INTERRUPTED, ArgumentParser, add_parallel, gigabytes, run, say
 from m7mlx.errors import InputError, RunError
 from m7mlx.parallel.launch import is_launched
 from m7mlx.units import in_gigabytes
+from m7mlx_serve.address import bind, in_url, is_loopback, listen
+
+if TYPE_CHECKING:
+    from m7mlx.parallel.world import World  # what it imports takes longer than --help
 
 PROG = "m7mlx-serve"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _DESCRIPTION = """\
-Serve a model to programs that speak OpenAI's API, many at once, and a chat page to a browser on this machine.
+Serve a model to many programs at once, by OpenAI's API, and a chat page to a browser on this machine.
 
-It answers on this machine alone. Any other address needs a key, which clients send as `Authorization: Bearer …`."""
+The server answers this machine alone. To listen on any other address it needs a key, which clients
+send as `Authorization: Bearer …`."""
 _EPILOG = """\
 examples:
   m7mlx-serve --model demo                                     http://127.0.0.1:8080/v1, and a page at /
@@ -29,50 +32,75 @@ examples:
   m7mlx-serve --host 0.0.0.0 --api-key-file ~/.config/m7mlx/key --allow-host studio.local
   mlx.launch --hostfile macs.json -- "$(which m7mlx-serve)" --model mistral      one model over several Macs
 
-Memory is bounded by rows × window, and printed at the start. Exit status: 1 failed on the way, 2 bad usage or input,
-130 Ctrl-C."""
+Memory is bounded by rows × window, and printed at the start. Exit status: 1 failed on the way, 2 bad
+usage or input, 130 Ctrl-C."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+    """Run the command; returns its exit status."""
     return run(_serve, _parse(argv), PROG)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(PROG, _DESCRIPTION, _EPILOG)
     parser.add_argument(
-        "--model", default="mistral", metavar="MODEL", help="folder, Hub repository or alias (mistral)"
+        "--model",
+        default="mistral",
+        metavar="MODEL",
+        help="a folder, a Hub repository or an alias (%(default)s)",
     )
-    parser.add_argument("--name", metavar="NAME", help="what clients call it (default: MODEL)")
+    parser.add_argument("--name", metavar="NAME", help="what clients call the model (default: MODEL)")
     net = parser.add_argument_group("network")
     net.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on (%(default)s)")
     net.add_argument("--port", type=int, default=8080, metavar="N", help="port (%(default)s); 0 takes a free one")
-    net.add_argument("--api-key-file", type=Path, metavar="FILE", help="a key, on the file's first line")
+    net.add_argument("--api-key-file", type=Path, metavar="FILE", help="a file with a key in its first line")
     net.add_argument(
-        "--allow-host", action="append", default=[], metavar="NAME", help="a name that clients use; repeatable"
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a further name that clients reach this server by; repeatable",
     )
-    load = parser.add_argument_group("load")
-    load.add_argument("--rows", type=int, default=8, metavar="N", help="answers at a time (%(default)s)")
-    load.add_argument(
-        "--queue", type=int, default=64, metavar="N", help="requests that may wait; more get 429 (%(default)s)"
+    limits = parser.add_argument_group("limits")
+    limits.add_argument("--rows", type=int, default=8, metavar="N", help="answers at a time (%(default)s)")
+    limits.add_argument(
+        "--queue",
+        type=int,
+        default=64,
+        metavar="N",
+        help="requests that may wait (%(default)s); further ones get status 429",
     )
-    load.add_argument(
-        "--keep", type=int, default=8, metavar="N", help="ended conversations kept for reuse (%(default)s)"
+    limits.add_argument(
+        "--keep",
+        type=int,
+        default=8,
+        metavar="N",
+        help="ended conversations that are kept for those that begin alike (%(default)s)",
     )
-    load.add_argument("--kv-bits", type=int, choices=(4, 8), help="store keys and values in 4 or 8 bits")
-    load.add_argument("--max-tokens", type=int, metavar="N", help="longest answer")
-    load.add_argument(
-        "--max-seconds", type=float, default=600.0, metavar="S", help="longest time for one (%(default)g)"
+    limits.add_argument("--kv-bits", type=int, choices=(4, 8), help="store keys and values in 4 or 8 bits")
+    limits.add_argument("--max-tokens", type=int, metavar="N", help="most tokens in an answer")
+    limits.add_argument(
+        "--max-seconds",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="most seconds for an answer (%(default)g)",
     )
-    load.add_argument("--max-memory", type=gigabytes, metavar="GB", help="load no model beyond it")
+    limits.add_argument(
+        "--max-memory",
+        type=gigabytes,
+        metavar="GB",
+        help="refuse to load a model that needs more memory",
+    )
     add_parallel(parser)
     return parser.parse_args(argv)
 
 
 def _serve(args: argparse.Namespace) -> int | None:
+    # Imported here, so that --help answers at once and needs no extra.
     try:
         from m7mlx_serve.app import Served, Server
-        from m7mlx_serve.listen import BACKLOG, Listener
+        from m7mlx_serve.listener import BACKLOG, Listener
         from m7mlx_serve.readers import Readers
     except ImportError as error:
         raise InputError(f"{PROG} needs the extra server ({error.name}): pip install 'm7mlx[server]'") from None
@@ -80,30 +108,24 @@ def _serve(args: argparse.Namespace) -> int | None:
     from m7mlx.files.hub import resolve
     from m7mlx.memory import limit_memory
     from m7mlx.parallel.world import join, run_rank
-    from m7mlx_serve.engine import Engine, Limits, rows_memory
-    from m7mlx_serve.guard import report
+    from m7mlx_serve.engine import Engine
+    from m7mlx_serve.errors import report
+    from m7mlx_serve.limits import Limits, rows_memory
 
-    for name, low in (("rows", 1), ("queue", 0), ("keep", 0)):
-        if not low <= getattr(args, name) <= 1024:
-            raise InputError(f"--{name} must lie between {low} and 1024, not {getattr(args, name)}")
-    if args.max_tokens is not None and args.max_tokens < 1:
-        raise InputError(f"--max-tokens must be at least 1, not {args.max_tokens}")
-    if not 0 < args.max_seconds <= 86_400:
-        raise InputError(f"--max-seconds must lie between 0 and 86400, not {args.max_seconds:g}")
-    if not 0 <= args.port < 1 << 16:
-        raise InputError(f"--port must lie between 0 and 65535, not {args.port}")
-    key = _key(args.api_key_file)
-    hosts = _hosts(args.host, args.allow_host, key)
+    _check_numbers(args)
+    key = _read_key(args.api_key_file)
+    hosts = _host_names(args.host, args.allow_host, key)
     if args.max_memory is not None:
         limit_memory(args.max_memory)
     limits = Limits(args.rows, args.queue, args.keep, args.kv_bits)
-    # Before the model, which may take minutes, a port that is taken is told; but only the first of several takes it.
-    bound = None if is_launched() else _bound(args.host, args.port)
+    # A port that is taken is told before the model loads, which may take minutes. Of several processes,
+    # only the first opens it.
+    bound = None if is_launched() else bind(args.host, args.port)
     folder = resolve(args.model)
     world = join(args.parallel, lambda: ModelConfig.from_folder(folder))
     if world is not None and world.rank:
         return run_rank(world, folder)
-    bound = bound or _bound(args.host, args.port)
+    bound = bound or bind(args.host, args.port)
     listener: Listener | None = None
 
     def stop() -> None:
@@ -116,68 +138,58 @@ def _serve(args: argparse.Namespace) -> int | None:
     say(f"loading {args.model} …")
     try:
         engine.start()
-    except KeyboardInterrupt:  # what loads cannot be stopped, and would abort a process that ends in its own way
+    except KeyboardInterrupt:  # loading cannot be stopped, and would abort a process that ends as usual
         _leave(EXIT_INTERRUPTED, "stopped while loading")
     try:
         most = rows_memory(engine.model, limits)
         server = Server(engine, readers, served, hosts, key)
         gc.collect()
-        gc.freeze()  # what is there now, stays: looking through it now and then takes a tenth of a second
-        _listen(bound, BACKLOG)
-        memory = (
-            f"{in_gigabytes(engine.model.nbytes, 2)} of weights, at most {in_gigabytes(most, 2)} of keys and values"
-        )
-        if world is not None:
-            memory += f" in each of {world.size} processes ({world.shard.mode} parallel)"
-        host = f"[{args.host}]" if ":" in args.host else args.host
-        say(f"m7mlx is at http://{host}:{bound.getsockname()[1]} · {memory} · Ctrl-C ends it")
+        gc.freeze()  # what exists now stays: each look through it would take a tenth of a second
+        listen(bound, BACKLOG)
+        url = f"http://{in_url(args.host)}:{bound.getsockname()[1]}"
+        say(f"m7mlx is at {url} · {_describe_memory(engine.model.nbytes, most, world)} · Ctrl-C ends it")
         listener = Listener(server.app, engine.close)
         if engine.alive:
             listener.run(sockets=[bound])
     finally:
         readers.close()
         if not engine.close():
-            _leave(EXIT_FAILED, "ended in the middle of a pass that took too long")
+            _leave(EXIT_FAILED, "ended in the middle of a forward pass that took too long")
     if engine.failure is not None:
         report(engine.failure)
         raise RunError("the thread that computes has ended, which must not happen; start the server again")
     return None
 
 
+def _describe_memory(weights: int, keys: int, world: World | None) -> str:
+    """The bytes of weights, and of keys and values, in words."""
+    memory = f"{in_gigabytes(weights, 2)} of weights, at most {in_gigabytes(keys, 2)} of keys and values"
+    if world is None:
+        return memory
+    return f"{memory} in each of {world.size} processes ({world.shard.mode} parallel)"
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    """Raise InputError for a number that is out of range."""
+    for name, low in (("rows", 1), ("queue", 0), ("keep", 0)):
+        if not low <= getattr(args, name) <= 1024:
+            raise InputError(f"--{name} must lie between {low} and 1024, not {getattr(args, name)}")
+    if args.max_tokens is not None and args.max_tokens < 1:
+        raise InputError(f"--max-tokens must be at least 1, not {args.max_tokens}")
+    if not 0 < args.max_seconds <= 86_400:
+        raise InputError(f"--max-seconds must lie between 0 and 86400, not {args.max_seconds:g}")
+    if not 0 <= args.port < 1 << 16:
+        raise InputError(f"--port must lie between 0 and 65535, not {args.port}")
+
+
 def _leave(status: int, why: str) -> NoReturn:
-    """End at once, whatever other threads do."""
+    """End the process at once, whatever other threads do."""
     say(f"{PROG}: {why}")
     os._exit(status)
 
 
-def _bound(host: str, port: int) -> socket.socket:
-    """A socket that nobody else gets; connections are refused until it listens."""
-    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # also just after another server's end
-        if bound.family == socket.AF_INET6:
-            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        bound.bind((host, port))
-    except OSError as error:
-        bound.close()
-        raise _taken(host, port, error) from None
-    return bound
-
-
-def _listen(bound: socket.socket, waiting: int) -> None:
-    try:
-        bound.listen(waiting)
-    except OSError as error:  # another that was starting at the same time has been faster
-        host, port = bound.getsockname()[:2]
-        raise _taken(host, port, error) from None
-
-
-def _taken(host: str, port: int, error: OSError) -> RunError:
-    host = f"[{host}]" if ":" in host else host
-    return RunError(f"{host}:{port} cannot be opened ({error.strerror or error}); choose another with --port")
-
-
-def _key(path: Path | None) -> str | None:
+def _read_key(path: Path | None) -> str | None:
+    """The key in the file's first line, or None without a file."""
     if path is None:
         return None
     try:
@@ -190,13 +202,9 @@ def _key(path: Path | None) -> str | None:
     return key
 
 
-def _hosts(host: str, allowed: Sequence[str], key: str | None) -> set[str]:
-    """The names that Host headers may have."""
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback and key is None:
+def _host_names(host: str, allowed: Sequence[str], key: str | None) -> set[str]:
+    """The names that Host headers may have. Raises InputError if others can reach `host` without a key."""
+    if key is None and not is_loopback(host):
         raise InputError(f"--host {host} can be reached from other machines: give a key with --api-key-file")
     names = {*_LOOPBACK, "[::1]", host.lower(), f"[{host.lower()}]"} - {"0.0.0.0", "::", "[::]"}
     return names | {name.lower() for name in allowed}

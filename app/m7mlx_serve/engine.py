@@ -1,7 +1,7 @@
-"""The thread that owns the model: requests go in, pieces of answers come out on the event loop of whoever asked.
+"""The thread that owns the model: requests go in, and pieces of answers come out on the asker's event loop.
 
-MLX's streams belong to the thread that made them, so one thread loads the model and runs the scheduler. Nothing of it
-is shared but numbers and pieces.
+MLX's streams belong to the thread that made them, so one thread loads the model and runs the
+scheduler. It shares nothing but numbers and pieces.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
 import mlx.core as mx
 
 from m7mlx import Piece, Request, load
-from m7mlx.cache import UNDO_SLACK
 from m7mlx.constrain import close_grammars
 from m7mlx.errors import BusyError, InputError, RunError
-from m7mlx.memory import cache_bytes
 from m7mlx.model import Mistral
 from m7mlx.parallel.channel import die
 from m7mlx.parallel.world import Leader, World
 from m7mlx.request import with_grammar
-from m7mlx.ring import KVFormat
 from m7mlx.scheduler import Scheduler, Told
-from m7mlx_serve.guard import report
+from m7mlx.tokens.tokenizer import Tokenizer
+from m7mlx_serve.errors import report
+from m7mlx_serve.limits import Limits
+from m7mlx_serve.recipient import Recipient, send
 
-_SCHEMAS = 8  # requests whose schemas are prepared, or wait for that; more would take the places of others
+_SCHEMAS = 8  # requests whose schemas are or wait to be prepared; more would take the places of others
 _LATE = "the answer took too long; ask for fewer tokens"
 
 
@@ -38,23 +38,11 @@ class LateError(RunError):
     """An answer took longer than it may."""
 
 
-@dataclass(frozen=True)
-class Limits:
-    """How much at once.
-
-    rows     answers at a time; queue, how many more requests may wait
-    kept     conversations that have ended and are kept for their beginnings
-    kv_bits  store keys and values in 4 or 8 bits
-    """
-
-    rows: int = 8
-    queue: int = 64
-    kept: int = 8
-    kv_bits: int | None = None
-
-
 class Engine:
-    """Start it, then `ask` from any event loop; `close` ends what is under way."""
+    """Answers requests on a thread of its own.
+
+    Start it, `ask` from any event loop, and `close` it, which ends what is under way.
+    """
 
     def __init__(
         self,
@@ -63,20 +51,24 @@ class Engine:
         world: World | None = None,
         failed: Callable[[], None] = lambda: None,
     ) -> None:
-        """`world`, where the model is divided among processes, of which this is the first.
+        """Prepare to load the model in `folder`.
 
-        failed  called on the engine's thread if it ends without being asked to; `failure` then says why
+        world   the processes that share the model, of which this is the first
+        failed  called on the engine's thread if it ends without being told to; `failure` then says why
         """
-        self._folder, self._limits, self._world, self._on_failure = folder, limits, world, failed
+        self._folder, self._limits, self._world, self._failed = folder, limits, world, failed
         self.failure: Exception | None = None
+        self._model: Mistral | None = None
+        self._tokenizer: Tokenizer | None = None
+        self._scheduler: Scheduler | Leader | None = None
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._answers: dict[int, _Answer] = {}  # by the scheduler's numbers; the engine's thread alone
+        self._recipients: dict[int, Recipient] = {}  # by number; the engine's thread alone
         self._schemas = 0  # requests that wait for one; event loops alone
         self._open = 0  # requests asked and not ended; event loops alone, under the lock
         self._lock = threading.Lock()
-        self._ready: threading.Event = threading.Event()
+        self._ready = threading.Event()
         self._closing = False
-        self._compiling = ThreadPoolExecutor(4, "m7mlx-grammar")  # nobody without a grammar waits for one
+        self._preparing = ThreadPoolExecutor(4, "m7mlx-grammar")  # nobody without a grammar waits for one
         self._thread = threading.Thread(target=self._run, name="m7mlx-engine", daemon=True)
 
     def start(self) -> None:
@@ -87,29 +79,42 @@ class Engine:
             raise self.failure
 
     @property
+    def model(self) -> Mistral:
+        """The model, once the engine has started and until its thread ends."""
+        assert self._model is not None
+        return self._model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, once the engine has started."""
+        assert self._tokenizer is not None
+        return self._tokenizer
+
+    @property
     def alive(self) -> bool:
         """Whether requests can be answered."""
         return self._thread.is_alive() and not self._closing
 
     @property
-    def load(self) -> int:
+    def open_requests(self) -> int:
         """Requests that have not ended."""
         return self._open
 
     @property
     def running(self) -> int:
-        """Requests that are read or answered; the others wait."""
-        scheduler: Scheduler | Leader | None = self.__dict__.get("_scheduler")
-        return scheduler.load[0] if scheduler else 0
+        """Requests that are read or answered; the other open ones wait."""
+        scheduler = self._scheduler
+        return 0 if scheduler is None else scheduler.running_and_waiting[0]
 
     async def ask(
-        self, requests: Sequence[Request], seconds: float = float("inf")
+        self,
+        requests: Sequence[Request],
+        seconds: float = float("inf"),
     ) -> AsyncGenerator[tuple[int, Piece], None]:
-        """(number of the answer, piece) of several answers as they come; the last of each has a finish reason.
+        """(number of the answer, piece) of several answers as they come; each ends with a finish reason.
 
-        All follow the same JSON schema, or none.
-
-        Closing the iterator cancels them all. Nothing of them goes on for longer than `seconds`.
+        All follow one JSON schema, or none. Closing the iterator cancels them all. None goes on for
+        longer than `seconds`.
 
         Raises BusyError at once, and LateError; what grammar and scheduler refuse comes as a piece.
         """
@@ -122,18 +127,18 @@ class Engine:
             self._open += n
         pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         loop, until = asyncio.get_running_loop(), time.monotonic() + seconds
-        answers = [_Answer(loop, pieces, index, until) for index in range(n)]
+        recipients = [Recipient(loop, pieces, index, until) for index in range(n)]
         try:
             async with asyncio.timeout(None if seconds == float("inf") else seconds) as clock:
                 try:
-                    requests = await self._constrained(requests)
+                    requests = await self._with_grammars(requests)
                 except BusyError:
                     raise
                 except Exception as error:
                     yield 0, Piece(finish_reason="cancelled" if self._closing else "failed", error=error)
                     return
-                for answer, request in zip(answers, requests, strict=True):
-                    self._put(answer, request)
+                for recipient, request in zip(recipients, requests, strict=True):
+                    self._put(recipient, request)
                 going = n
                 while going:
                     index, piece = await pieces.get()
@@ -144,52 +149,50 @@ class Engine:
                 raise
             raise LateError(_LATE) from None
         finally:
-            for answer in answers:
-                self._commands.put(lambda answer=answer: self._drop(answer))  # type: ignore[misc]
+            for recipient in recipients:
+                self._commands.put(partial(self._drop, recipient))
             with self._lock:
                 self._open -= n
 
-    async def _constrained(self, requests: Sequence[Request]) -> Sequence[Request]:
+    def close(self, timeout: float = 10.0) -> bool:
+        """Cancel what is under way and end the thread; whether it has ended within `timeout` seconds."""
+        with self._lock:
+            self._closing = True
+        self._commands.put(lambda: None)
+        self._preparing.shutdown(wait=False, cancel_futures=True)
+        self._thread.join(timeout)
+        close_grammars()
+        return not self._thread.is_alive()
+
+    async def _with_grammars(self, requests: Sequence[Request]) -> Sequence[Request]:
         if requests[0].schema is None:
             return requests
 
-        def constrained() -> list[Request]:
+        def prepared() -> list[Request]:
             return [with_grammar(request, self.tokenizer) for request in requests]
 
         if self._schemas >= _SCHEMAS:
             raise BusyError("too many JSON schemas are being prepared; try again later")
         self._schemas += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._compiling, constrained)
+            return await asyncio.get_running_loop().run_in_executor(self._preparing, prepared)
         finally:
             self._schemas -= 1
 
-    def close(self, timeout: float = 10.0) -> bool:
-        """Cancel what is under way and end the thread; whether it has ended."""
-        with self._lock:
-            self._closing = True
-        self._commands.put(lambda: None)
-        self._compiling.shutdown(wait=False, cancel_futures=True)
-        self._thread.join(timeout)
-        close_grammars()
-        return not self._thread.is_alive()
-
-    def _put(self, answer: _Answer, request: Request) -> None:
+    def _put(self, recipient: Recipient, request: Request) -> None:
         """Hand a request to the engine's thread; once that has ended, the request has ended too."""
         with self._lock:
             if not self._closing:
-                self._commands.put(lambda: self._add(answer, request))
+                self._commands.put(partial(self._add, recipient, request))
                 return
-        answer.tell(Piece(finish_reason="cancelled"))
+        send([(recipient, Piece(finish_reason="cancelled"))])
 
-    # --- on the engine's thread -------------------------------------------------------------------------
+    # --- on the engine's thread -------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
             try:
-                read = load if self._world is None else self._world.load
-                self.model, self.tokenizer = read(self._folder)
-                self._scheduler = self._scheduled()
+                self._load()
             except Exception as error:
                 self.failure = error
                 return
@@ -201,38 +204,46 @@ class Engine:
                 die(f"a pass failed: {' '.join(str(error).split())}")  # the others wait for its end
             self.failure = error
         finally:
-            with self._lock:
-                self._closing = True  # if it was not asked to end
-            while not self._commands.empty():
-                self._do(self._commands.get())
-            for answer in self._answers.values():
-                answer.tell(Piece(finish_reason="cancelled"))
-            self._answers.clear()
-            if self.failure is not None:
-                self._on_failure()
-            if self._world is not None:
-                self._world.close()
-            self.__dict__.pop("model", None)
-            self.__dict__.pop("_scheduler", None)
-            mx.clear_streams()  # left to the thread's own end they abort the process every third time (mlx 0.32)
+            self._end()
 
-    def _scheduled(self) -> Scheduler | Leader:
+    def _load(self) -> None:
+        read = load if self._world is None else self._world.load
+        self._model, self._tokenizer = read(self._folder)
         limits = self._limits
-        scheduler = Scheduler(self.model, self.tokenizer, rows=limits.rows, kept=limits.kept, kv_bits=limits.kv_bits)
-        return scheduler if self._world is None else Leader(scheduler, self._world)
+        scheduler = Scheduler(
+            self._model, self._tokenizer, rows=limits.rows, kept=limits.kept, kv_bits=limits.kv_bits
+        )
+        self._scheduler = scheduler if self._world is None else Leader(scheduler, self._world)
 
     def _serve(self) -> None:
+        # No local variable holds the scheduler: its arrays are freed in `_end`, while this thread's streams exist.
+        assert self._scheduler is not None
         more = False
         while not self._closing:
             try:
                 while not self._closing:
                     self._do(self._commands.get(block=not more))
-                    more = more or any(self._scheduler.load)
+                    more = more or any(self._scheduler.running_and_waiting)
             except Empty:
                 pass
             told, more = self._scheduler.step()
             self._tell(told)
-            self._expire()
+            self._end_late_answers()
+
+    def _end(self) -> None:
+        """Tell everybody that nothing goes on, and free the model."""
+        with self._lock:
+            self._closing = True  # if the engine was not told to end
+        while not self._commands.empty():
+            self._do(self._commands.get())
+        send((recipient, Piece(finish_reason="cancelled")) for recipient in self._recipients.values())
+        self._recipients.clear()
+        if self.failure is not None:
+            self._failed()
+        if self._world is not None:
+            self._world.close()
+        self._model = self._scheduler = None
+        mx.clear_streams()  # left to the thread's own end they abort the process every third time (mlx 0.32)
 
     def _do(self, command: Callable[[], None]) -> None:
         try:
@@ -242,71 +253,35 @@ class Engine:
                 raise
             report(error)
 
-    def _expire(self) -> None:
-        """End what has run out of time, whoever should have done so."""
-        now = time.monotonic()
-        for answer in [a for a in self._answers.values() if a.until < now]:
-            self._do(lambda answer=answer: self._drop(answer))  # type: ignore[misc]
-            answer.tell(Piece(finish_reason="failed", error=LateError(_LATE)))
-
-    def _add(self, answer: _Answer, request: Request) -> None:
+    def _add(self, recipient: Recipient, request: Request) -> None:
         try:
-            answer.number = self._scheduler.add(request)
+            assert self._scheduler is not None
+            recipient.number = self._scheduler.add(request)
         except Exception as error:  # of this request alone
             if request.constraint is not None:
                 request.constraint.close()
-            answer.tell(Piece(finish_reason="failed", error=error))
+            send([(recipient, Piece(finish_reason="failed", error=error))])
         else:
-            self._answers[answer.number] = answer
+            self._recipients[recipient.number] = recipient
 
-    def _drop(self, answer: _Answer) -> None:
-        if self._answers.pop(answer.number, None):
-            self._scheduler.cancel(answer.number)
+    def _drop(self, recipient: Recipient) -> None:
+        if self._recipients.pop(recipient.number, None) and self._scheduler is not None:
+            self._scheduler.cancel(recipient.number)
+
+    def _end_late_answers(self) -> None:
+        """End answers that have run out of time, even if their askers should have done so."""
+        now = time.monotonic()
+        for recipient in [late for late in self._recipients.values() if late.until < now]:
+            self._do(partial(self._drop, recipient))
+            send([(recipient, Piece(finish_reason="failed", error=LateError(_LATE)))])
 
     def _tell(self, told: Told) -> None:
-        """Hand over the pieces of a step: each loop is woken once, not once for every answer."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Answer, Piece]]] = {}
+        """Send the pieces of a step to those who wait for them."""
+        sent = []
         for number, piece in told:
-            answer = self._answers.get(number)
-            if answer is not None:
-                by_loop.setdefault(answer.loop, []).append((answer, piece))
+            recipient = self._recipients.get(number)
+            if recipient is not None:
+                sent.append((recipient, piece))
                 if piece.finish_reason is not None:
-                    del self._answers[number]
-        for loop, pairs in by_loop.items():
-            _on(loop, pairs)
-
-
-class _Answer:
-    """Where the pieces of one answer go, and when it has to have ended (time.monotonic)."""
-
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        pieces: asyncio.Queue[tuple[int, Piece]],
-        index: int,
-        until: float,
-    ) -> None:
-        self.number = 0  # the scheduler's
-        self.loop, self.pieces, self.index, self.until = loop, pieces, index, until
-
-    def tell(self, piece: Piece) -> None:
-        _on(self.loop, [(self, piece)])
-
-
-def _on(loop: asyncio.AbstractEventLoop, pairs: list[tuple[_Answer, Piece]]) -> None:
-    def put() -> None:
-        for answer, piece in pairs:
-            answer.pieces.put_nowait((answer.index, piece))
-
-    try:
-        loop.call_soon_threadsafe(put)
-    except RuntimeError:  # the loop has ended: nobody listens any more
-        return
-
-
-def rows_memory(model: Mistral, limits: Limits) -> int:
-    """Bytes that keys and values take at most: every row, and every conversation kept."""
-    config = model.config
-    positions = (config.sliding_window or config.max_position_embeddings) + UNDO_SLACK
-    bits = KVFormat(limits.kv_bits).stored_bits(model.dtype)
-    return (limits.rows + limits.kept) * cache_bytes(config, positions, bits)
+                    del self._recipients[number]
+        send(sent)

@@ -45,9 +45,13 @@ class Metrics:
         self._each = _histogram(registry, "time_per_output_token", "Of an answer, without its first", _TOKEN_SECONDS)
         self._whole = _histogram(registry, "request_duration", "Of answers, from the request on", _SECONDS)
         for name, about, function in (
-            ("open_requests", "Requests that have not ended", lambda: engine.load),
+            ("open_requests", "Requests that have not ended", lambda: engine.open_requests),
             ("requests_running", "Requests that are read or answered", lambda: engine.running),
-            ("requests_waiting", "Requests that wait for a place", lambda: max(0, engine.load - engine.running)),
+            (
+                "requests_waiting",
+                "Requests that wait for a place",
+                lambda: max(0, engine.open_requests - engine.running),
+            ),
         ):
             Gauge(f"m7mlx_{name}", about, registry=registry).set_function(function)
 

@@ -1,4 +1,4 @@
-"""What this server understands, as an OpenAPI document: for programs at /openapi.json, for people at /docs."""
+"""What this server understands: an OpenAPI document at /openapi.json, and a page for people at /docs."""
 
 from __future__ import annotations
 
@@ -11,27 +11,19 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from m7mlx_serve import replies
-from m7mlx_serve.schemas import MEANINGLESS, NEUTRAL, ChatRequest, CompletionRequest
+from m7mlx_serve.endpoints import ENDPOINTS
+from m7mlx_serve.openai import replies
+from m7mlx_serve.openai.fields import MEANINGLESS, NEUTRAL
 
 _Model = type[BaseModel]
-_POSTS: dict[str, tuple[_Model, _Model, _Model, str]] = {
-    "/v1/chat/completions": (ChatRequest, replies.ChatCompletion, replies.ChatChunk, "Answer a conversation"),
-    "/v1/completions": (
-        CompletionRequest,
-        replies.TextCompletion,
-        replies.TextChunk,
-        "Go on from a text or from ids",
-    ),
-}
 _GETS: dict[str, tuple[_Model | None, str]] = {
     "/v1/models": (replies.ModelList, "The model that is served"),
-    "/v1/models/{name}": (replies.ModelCard, "The same by its name"),
+    "/v1/models/{name}": (replies.ModelCard, "The model by its name"),
     "/health": (replies.Health, "Whether requests can be answered"),
     "/metrics": (None, "Figures for Prometheus"),
 }
-PATHS, POSTS = (*_POSTS, *_GETS), tuple(_POSTS)
-_EVENTS = "With `stream`: events, each with a chunk, then `[DONE]`; what fails on the way is a last one, an error."
+PATHS = (*ENDPOINTS, *_GETS)
+_EVENTS = "With `stream`: an event for each chunk, then `[DONE]`; after a failure the last event is an error."
 _EVERYWHERE = {
     "400": "The request cannot be met; the message says what is wrong with it",
     "401": "A key is needed",
@@ -53,19 +45,19 @@ _ANSWERING = {
 @lru_cache(maxsize=4)
 def document(model: str, with_key: bool) -> dict[str, Any]:
     """The OpenAPI document of a server of `model`; `with_key` if requests must carry one."""
-    asked = [(body, "validation") for body, *_ in _POSTS.values()]
-    told = [(reply, "serialization") for _, *both, _ in _POSTS.values() for reply in both]
-    told += [(reply, "serialization") for reply, _ in _GETS.values() if reply]
-    pairs = [*asked, *told, (replies.ErrorReply, "serialization")]
+    bodies = [(endpoint.body, "validation") for endpoint in ENDPOINTS.values()]
+    answers = [shape for endpoint in ENDPOINTS.values() for shape in (endpoint.reply, endpoint.chunk)]
+    answers += [shape for shape, _ in _GETS.values() if shape]
+    pairs = [*bodies, *((shape, "serialization") for shape in (*answers, replies.ErrorReply))]
     _, schemas = models_json_schema(pairs, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     paths: dict[str, Any] = {}
-    for path, (body, reply, chunk, summary) in _POSTS.items():
-        _complete(schemas["$defs"][body.__name__], model)
-        answer = _answer(reply, f"The answers. {_EVENTS}")
-        answer["content"]["text/event-stream"] = {"schema": _event(chunk)}
-        request = {"required": True, "content": {"application/json": {"schema": _ref(body)}}}
+    for path, endpoint in ENDPOINTS.items():
+        _complete(schemas["$defs"][endpoint.body.__name__], model)
+        answer = _answer(endpoint.reply, f"The answers. {_EVENTS}")
+        answer["content"]["text/event-stream"] = {"schema": _event(endpoint.chunk)}
+        request = {"required": True, "content": {"application/json": {"schema": _ref(endpoint.body)}}}
         responses = {"200": answer} | _errors(_EVERYWHERE | _ANSWERING)
-        paths[path] = {"post": {"summary": summary, "requestBody": request, "responses": responses}}
+        paths[path] = {"post": {"summary": endpoint.summary, "requestBody": request, "responses": responses}}
     for path, (found, summary) in _GETS.items():
         responses = {"200": _answer(found, summary)} | _errors(_EVERYWHERE)
         operation: dict[str, Any] = {"summary": summary, "responses": responses}
@@ -92,7 +84,7 @@ def document(model: str, with_key: bool) -> dict[str, Any]:
 
 
 def page(model: str, with_key: bool) -> str:
-    """The same to read, without a script."""
+    """The document as a page to read, without a script."""
     parts = []
     data = document(model, with_key)
     for path, methods in data["paths"].items():
@@ -113,7 +105,7 @@ def page(model: str, with_key: bool) -> str:
 
 
 def _complete(schema: dict[str, Any], model: str) -> None:
-    """What `Generation` does before its fields are looked at: null asks for nothing, and some fields mean nothing."""
+    """Add what `Generation` accepts before its fields are checked: null, and fields that mean nothing."""
     properties = schema["properties"]
     for name, value in properties.items():
         if name not in schema["required"] and {"type": "null"} not in value.get("anyOf", ()):
@@ -128,7 +120,7 @@ def _ref(model: _Model) -> dict[str, Any]:
 
 
 def _event(chunk: _Model) -> dict[str, Any]:
-    """One of a stream."""
+    """One event of a stream."""
     said = {"anyOf": [_ref(chunk), _ref(replies.ErrorReply)]}
     chunked = {"contentMediaType": "application/json", "contentSchema": said}
     data = {"type": "string", "anyOf": [{"const": "[DONE]"}, chunked]}
@@ -136,7 +128,7 @@ def _event(chunk: _Model) -> dict[str, Any]:
 
 
 def _answer(model: _Model | None, about: str) -> dict[str, Any]:
-    """Of JSON; without a model, of text."""
+    """A response of JSON in the shape `model`; of text without one."""
     content = (
         {"application/json": {"schema": _ref(model)}} if model else {"text/plain": {"schema": {"type": "string"}}}
     )

@@ -1,4 +1,4 @@
-"""Where bodies are read: small ones on a thread, all others in a process of its own, one after the other."""
+"""Where bodies are read: small ones on a thread, others in a process of its own, one after the other."""
 
 from __future__ import annotations
 
@@ -9,55 +9,60 @@ from pathlib import Path
 from m7mlx.errors import InputError, WorkerError, WorkerMemoryError, WorkerTimeError
 from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx.worker import Worker
-from m7mlx_serve.guard import ApiError
-from m7mlx_serve.reading import Asked, read, refusal
-from m7mlx_serve.reading_process import asked, question
+from m7mlx_serve.endpoint import ReadRequest
+from m7mlx_serve.errors import ApiError, refusal
+from m7mlx_serve.reading import read
+from m7mlx_serve.reading_process import pack_question, unpack_reply
 
-SMALL = 16 << 10  # bytes; what can be made of them takes milliseconds
+SMALL = 16 << 10  # bytes; to read so many takes milliseconds, whatever they say
 _MEMORY = 2 << 30  # of the process: a million characters can be three million ids
 _SECONDS, _CPU_SECONDS = 40.0, 20.0
 _MODULE = "m7mlx_serve.reading_process"
 
 
 class Readers:
-    """Start it once; then `read` from the event loop."""
+    """A thread pool and a process that read bodies. Start them once; then `read` from the event loop."""
 
     def __init__(self, folder: Path, model: str) -> None:
         """Bodies ask for `model`, whose tokenizer lies in `folder`."""
         self._model = model
         self._worker = Worker(_MODULE, str(folder).encode(), memory=_MEMORY)
-        self._here = ThreadPoolExecutor(2, "m7mlx-read")
-        self._elsewhere = ThreadPoolExecutor(1, "m7mlx-read-large")  # the process does one at a time
+        self._small_pool = ThreadPoolExecutor(2, "m7mlx-read")
+        self._large_pool = ThreadPoolExecutor(1, "m7mlx-read-large")  # the process does one at a time
 
     def start(self) -> None:
-        """Returns at once; the process gets ready meanwhile."""
+        """Start the process, and let it get ready in the background."""
         self._worker.start()
 
-    async def read(self, path: str, data: bytes, tokenizer: Tokenizer) -> Asked:
-        """What a body that came for `path` asks. Raises ApiError; whoever no longer waits, gives up his place."""
+    async def read(self, path: str, data: bytes, tokenizer: Tokenizer) -> ReadRequest:
+        """What a body that came for `path` asks for. Raises ApiError.
+
+        A caller that is cancelled gives up its place in the line.
+        """
         loop = asyncio.get_running_loop()
         if len(data) <= SMALL:
-            return await loop.run_in_executor(self._here, self._small, path, data, tokenizer)
-        return await loop.run_in_executor(self._elsewhere, self._large, path, data)
+            return await loop.run_in_executor(self._small_pool, self._read_small, path, data, tokenizer)
+        return await loop.run_in_executor(self._large_pool, self._read_large, path, data)
 
     def close(self) -> None:
+        """End the process and the threads."""
         self._worker.close()
-        for pool in (self._here, self._elsewhere):
+        for pool in (self._small_pool, self._large_pool):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _small(self, path: str, data: bytes, tokenizer: Tokenizer) -> Asked:
+    def _read_small(self, path: str, data: bytes, tokenizer: Tokenizer) -> ReadRequest:
         try:
             return read(path, data, self._model, tokenizer)
         except InputError as error:
             raise refusal(error) from None
 
-    def _large(self, path: str, data: bytes) -> Asked:
+    def _read_large(self, path: str, data: bytes) -> ReadRequest:
         try:
-            reply = self._worker.ask(question(path, data, self._model), _SECONDS, _CPU_SECONDS)
+            reply = self._worker.ask(pack_question(path, data, self._model), _SECONDS, _CPU_SECONDS)
         except WorkerTimeError:
             raise ApiError(400, "the request takes too long to read; send less") from None
         except WorkerMemoryError:
             raise ApiError(400, "the request takes too much memory to read; send less") from None
         except WorkerError:
             raise ApiError(503, "the request could not be read; try again later") from None
-        return asked(path, reply)
+        return unpack_reply(path, reply)

@@ -1,9 +1,11 @@
 """Large bodies, read in a process of its own (`m7mlx.worker`), which the operating system bounds.
 
-The libraries that parse and tokenise hold the interpreter: of 8 MB, for seconds. Frames, after the setup:
+The libraries that parse and tokenise hold the interpreter: for seconds, with a body of 8 MB. After
+the setup, frames are:
 
-    request    path, model and body, each but the last ended by a line feed
-    reply      a line: an error as JSON, or the size of the first of what follows: options as JSON; ids, in four bytes
+    question   path, model and body, each but the last ended by a line feed
+    reply      a line: an error as JSON, or the size of the options; then the options as JSON, and the
+               ids in four bytes each
 """
 
 from __future__ import annotations
@@ -18,39 +20,41 @@ from pathlib import Path
 from m7mlx.config import ModelConfig
 from m7mlx.errors import InputError
 from m7mlx.tokens.load import load_tokenizer
-from m7mlx_serve.guard import ApiError
-from m7mlx_serve.reading import SCHEMAS, Asked, read, refusal
+from m7mlx_serve.endpoint import ReadRequest
+from m7mlx_serve.endpoints import ENDPOINTS
+from m7mlx_serve.errors import ApiError, refusal
+from m7mlx_serve.reading import read
 
 
 def handler(setup: bytes) -> Callable[[bytes], bytes]:
-    """`setup` is the model's folder."""
-    os.nice(10)  # whoever is answered already comes first
+    """The function that reads bodies for the model in the folder `setup`."""
+    os.nice(10)  # those who are answered already come first
     folder = Path(setup.decode())
     tokenizer = load_tokenizer(folder, ModelConfig.from_folder(folder).vocab_size)
-    gc.disable()  # of a million lists, it takes four times as long as parsing them
+    gc.disable()  # among a million lists it takes four times as long as parsing them
 
     def answer(frame: bytes) -> bytes:
         gc.collect()
         path, model, data = frame.split(b"\n", 2)
         try:
-            asked = read(path.decode(), data, json.loads(model), tokenizer)
+            request = read(path.decode(), data, json.loads(model), tokenizer)
         except InputError as error:
-            return _told(refusal(error))
+            return _pack_error(refusal(error))
         except ApiError as error:
-            return _told(error)
-        options = asked.body.model_dump_json(by_alias=True, exclude_none=True).encode()
-        return b"%d\n" % len(options) + options + asked.ids.tobytes()
+            return _pack_error(error)
+        options = request.body.model_dump_json(by_alias=True, exclude_none=True).encode()
+        return b"%d\n" % len(options) + options + request.ids.tobytes()
 
     return answer
 
 
-def question(path: str, data: bytes, model: str) -> bytes:
+def pack_question(path: str, data: bytes, model: str) -> bytes:
     """The frame that asks to read a body."""
     return path.encode() + b"\n" + json.dumps(model).encode() + b"\n" + data
 
 
-def asked(path: str, reply: bytes) -> Asked:
-    """What the process has read. Raises ApiError with what it refused."""
+def unpack_reply(path: str, reply: bytes) -> ReadRequest:
+    """The request that the process has read. Raises the ApiError that it refused the body with."""
     head, _, rest = reply.partition(b"\n")
     found = json.loads(head)
     if isinstance(found, list):
@@ -58,8 +62,8 @@ def asked(path: str, reply: bytes) -> Asked:
         raise ApiError(status, message, code)
     ids = array("i")
     ids.frombytes(memoryview(rest)[found:])
-    return Asked(SCHEMAS[path].model_validate_json(rest[:found]), ids)
+    return ReadRequest(ENDPOINTS[path].body.model_validate_json(rest[:found]), ids)
 
 
-def _told(error: ApiError) -> bytes:
+def _pack_error(error: ApiError) -> bytes:
     return json.dumps([error.status, str(error), error.code]).encode() + b"\n"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from m7mlx.terminal import console, json_line, one_line
+from m7mlx.terminal import console, one_line, print_event
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -40,7 +40,7 @@ class Reporter:
     def event(self, kind: str, **fields: Any) -> None:
         """Write an object in the style "json", nothing in the others."""
         if self.style == "json":
-            print(json_line({"event": kind} | fields), flush=True)
+            print_event(kind, **fields)
 
     def result(self, kind: str, shown: RenderableType, **fields: Any) -> None:
         """Write what the user asked for on stdout, as text or as an object."""

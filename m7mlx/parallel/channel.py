@@ -1,7 +1,8 @@
-"""A line from the first of several processes to the others: what to do next, and whether all are still there.
+"""A line from the first of several processes to the others: what to do, and whether all are there.
 
-MLX's exchanges within a pass wait for ever if a process has died, and spin while they wait. So what is not numbers
-goes through sockets of our own: they sleep, and they close when a process ends.
+MLX's exchanges within a forward pass wait for ever if a process has died, and spin while they wait.
+So whatever is not numbers goes through sockets of our own: they sleep, and they close when a
+process ends.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _END = {"do": "end"}
 
 
 class Channel:
-    """The first rank `tell`s, the others `hear`; when one ends before its time, all do."""
+    """Carries what the first rank `tell`s to the others, who `hear`; when one dies, all end."""
 
     def __init__(self) -> None:
         self._ending = threading.Event()
@@ -35,27 +36,27 @@ class Channel:
         self._lock = threading.Lock()
 
     def tell(self, message: dict[str, Any]) -> None:
-        """To all others, in this order. What cannot be sent any more ends this process (`_watch`)."""
+        """Send a message to all others. If one cannot be reached, `_watch` ends this process."""
         data = json.dumps(message).encode() + b"\n"
         with self._lock:
             for one in self._sockets:
                 try:
                     one.sendall(data)
-                except OSError:  # its watcher knows, and says which
+                except OSError:  # its watcher says which it is
                     return
 
     def hear(self) -> dict[str, Any]:
-        """What the first rank has told, or another of them answered; waits for it."""
+        """Wait for a message: what the first rank tells, or what another answers it."""
         return self._heard.get()
 
     def close(self) -> None:
-        """The run is over: the others leave as well."""
+        """End the run: the others leave as well."""
         if not self._ending.is_set():
             self._ending.set()
             self.tell(_END)
 
     def _watch(self, one: socket.socket, rank: int) -> None:
-        """Read what a rank says until it closes the line, which nobody does before the end."""
+        """Read what a rank says until the line closes, which nobody does before the end."""
         with one.makefile("rb") as lines:
             try:
                 for line in lines:
@@ -70,9 +71,10 @@ class Channel:
             die(f"process {rank} of this run has ended; the others cannot go on without it")
 
     def _add(self, one: socket.socket, rank: int) -> None:
+        """Take a connection, and notice within 20 s if a machine at its end loses power."""
         one.settimeout(None)
         one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a machine that has lost power says nothing
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         idle = getattr(socket, "TCP_KEEPIDLE", getattr(socket, "TCP_KEEPALIVE", None))
         interval, probes = getattr(socket, "TCP_KEEPINTVL", None), getattr(socket, "TCP_KEEPCNT", None)
         for option, seconds in ((idle, 5), (interval, 5), (probes, 3)):
@@ -82,10 +84,14 @@ class Channel:
         threading.Thread(target=self._watch, args=(one, rank), name=f"m7mlx-rank-{rank}", daemon=True).start()
 
 
-def lead(size: int, address: str, publish: Callable[[int, bytes], object]) -> Channel:
-    """The first rank's end, once all others have connected to where `publish` (port, key) tells them.
+def open_channel(size: int, address: str, publish: Callable[[int, bytes], object]) -> Channel:
+    """Wait for all other ranks to connect; returns the first rank's end.
 
-    It listens at this one address. Raises RunError if it cannot, or if the others do not come.
+    size     number of ranks
+    address  the one address to listen at
+    publish  called with the port and the key, which it passes on to the others
+
+    Raises RunError if it cannot listen there, or if the others do not come.
     """
     key = secrets.token_bytes(KEY_BYTES)
     channel = Channel()
@@ -104,8 +110,11 @@ def lead(size: int, address: str, publish: Callable[[int, bytes], object]) -> Ch
     return channel
 
 
-def follow(rank: int, address: str, port: int, key: bytes) -> Channel:
-    """Another rank's end. Raises RunError where the first cannot be reached, or somebody else answers."""
+def join_channel(rank: int, address: str, port: int, key: bytes) -> Channel:
+    """Connect to the first rank; returns another rank's end.
+
+    Raises RunError where the first rank cannot be reached, or somebody else answers.
+    """
     until = time.monotonic() + _SECONDS
     while True:
         try:
@@ -116,7 +125,7 @@ def follow(rank: int, address: str, port: int, key: bytes) -> Channel:
             one.settimeout(_SECONDS)
             greet(one, rank, key)
             break
-        except OSError as error:  # it had to make room, among many strangers
+        except OSError as error:  # the first rank had to make room, among many strangers
             one.close()
             if time.monotonic() > until:
                 raise RunError(f"the first process at {address}:{port} does not answer ({error})") from None
@@ -130,13 +139,13 @@ def follow(rank: int, address: str, port: int, key: bytes) -> Channel:
 
 
 def die(reason: str) -> NoReturn:
-    """Leave at once with one line: a pass that waits for another process cannot be broken off otherwise."""
+    """Leave at once with one line: nothing else ends a pass that waits for another process."""
     sys.stderr.write(f"m7mlx: error: {reason}\n")
     leave(1)
 
 
 def leave(status: int) -> NoReturn:
-    """End the process from whatever thread."""
+    """End the process, from whatever thread."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()

@@ -1,11 +1,11 @@
-"""Who is there: the processes of a run find each other on a network that strangers may be on as well.
+"""The meeting of a run's processes on a network that strangers may use as well.
 
     first → other   32 random bytes
     other → first   its rank, 32 random bytes of its own, a MAC over its role, its rank and both
     first → other   a MAC over the first one's role, that rank and both
 
-Each proves that it has the key without telling it, and nothing that was said before, or by the other side, can be
-said again to that end.
+Each proves that it has the key without telling it. What was said before, or by the other side,
+proves nothing if it is said again.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from dataclasses import dataclass, field
 
 from m7mlx.errors import RunError
 
-AT_ONCE = 64  # callers that have not said yet who they are; beyond that, who has waited longest makes room
-_CALLER_SECONDS = 5.0  # for each to say it
+# Callers that have not said yet who they are; beyond that, who has waited longest makes room.
+AT_ONCE = 64
+_CALLER_SECONDS = 5.0  # for each to say who it is
 _NONCE = _MAC = 32
 _GREETING = 2 + _NONCE + _MAC
 
 
 @dataclass
 class _Caller:
-    """Somebody who has connected and not yet said who it is."""
+    """A connection whose other end has not said yet who it is."""
 
     socket: socket.socket
     until: float
@@ -38,9 +39,10 @@ class _Caller:
 
 
 def meet(server: socket.socket, size: int, key: bytes, seconds: float) -> dict[int, socket.socket]:
-    """The connections of ranks 1 … size − 1; strangers are sent away, whatever they say or do not say.
+    """Return the connections of ranks 1 … size − 1; send strangers away, whatever they say.
 
-    All callers are heard beside each other, each for a short time. Raises RunError if a rank has not come in time.
+    All callers are heard at the same time, each for a few seconds. Raises RunError if a rank has
+    not come in time.
     """
     deadline = time.monotonic() + seconds
     found: dict[int, socket.socket] = {}
@@ -69,13 +71,13 @@ def meet(server: socket.socket, size: int, key: bytes, seconds: float) -> dict[i
                     if ready.fileobj is server:
                         if len(callers) >= max(AT_ONCE, 2 * size):
                             send_away(next(iter(callers)))
-                        if caller := _accepted(server):
+                        if caller := _accept(server):
                             callers[caller.socket] = caller
                             selector.register(caller.socket, selectors.EVENT_READ)
                         elif callers:  # no file number is left, perhaps
                             send_away(next(iter(callers)))
                     elif (caller := callers.get(ready.fileobj)) is not None:  # type: ignore[call-overload]
-                        rank = _heard(caller, size, found, key)
+                        rank = _hear(caller, size, found, key)
                         if rank == 0:
                             send_away(caller.socket)
                         elif rank is not None:
@@ -92,12 +94,13 @@ def meet(server: socket.socket, size: int, key: bytes, seconds: float) -> dict[i
     return found
 
 
-def _accepted(server: socket.socket) -> _Caller | None:
+def _accept(server: socket.socket) -> _Caller | None:
+    """Take a connection and send it a nonce; None if there is none to take."""
     try:
         one, _ = server.accept()
     except BlockingIOError:
         return None
-    except OSError:  # it has gone already; or no file number is left, and the next look is no better
+    except OSError:  # it has gone already; or no file number is left, now and at the next look
         time.sleep(0.05)
         return None
     caller = _Caller(one, time.monotonic() + _CALLER_SECONDS)
@@ -107,8 +110,8 @@ def _accepted(server: socket.socket) -> _Caller | None:
     return caller
 
 
-def _heard(caller: _Caller, size: int, found: Container[int], key: bytes) -> int | None:
-    """The rank that a caller has proven to be; None as long as it has not said all; 0 if it is a stranger."""
+def _hear(caller: _Caller, size: int, found: Container[int], key: bytes) -> int | None:
+    """Return the rank that a caller has proven to be: None for not yet, 0 for a stranger."""
     try:
         more = caller.socket.recv(_GREETING - len(caller.said))
         caller.said += more

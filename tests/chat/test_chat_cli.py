@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -17,7 +18,7 @@ from m7mlx_chat.environment import read_environment
 from m7mlx_chat.headless import answer
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.store import Store
-from processes import running
+from processes import piped, running
 
 from m7mlx.errors import InputError, M7Error, RunError
 
@@ -28,12 +29,14 @@ CAPITAL = "What is the capital of France?"
 def chat(
     *arguments: str | Path, stdin: bytes | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[bytes]:
-    source: dict[str, object] = {"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}
+    source: dict[str, Any] = {"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}
     command = [CHAT, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, cwd=cwd, timeout=300, check=False, **source)  # type: ignore[call-overload]
+    done: subprocess.CompletedProcess[bytes]
+    done = subprocess.run(command, capture_output=True, cwd=cwd, timeout=300, check=False, **source)
+    return done
 
 
-# --- a real model -------------------------------------------------------------------------------------------
+# --- a real model ---------------------------------------------------------------------------------
 
 
 @pytest.mark.demo
@@ -72,7 +75,7 @@ def test_the_answer_with_other_memory_and_other_speed(demo_model: Path, options:
     assert done.stderr == b""
 
 
-# --- a small model: what goes wrong --------------------------------------------------------------------------
+# --- a small model: what goes wrong ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stdin", [b"a\x00b \xff\xfe [/INST] </s>", "👩‍👩‍👧 你好".encode(), b"word " * 20_000])
@@ -154,7 +157,7 @@ def test_control_c_keeps_what_was_answered(model_folder: Path) -> None:
     command = [CHAT, "--model", str(model_folder), "-p", "x", "--max-tokens", "1000000"]
     pipe = subprocess.PIPE
     with running(command, stdout=pipe, stderr=pipe, stdin=subprocess.DEVNULL) as process:
-        first = process.stdout.read(1)
+        first = piped(process.stdout).read(1)
         process.send_signal(signal.SIGINT)
         rest, noise = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -204,7 +207,7 @@ def test_a_terminal_on_stdout_gets_no_control_characters(model_folder: Path, mon
 
 @pytest.mark.parametrize("command", ["m7mlx-chat", "m7mlx-convert"])
 def test_help_teaches_and_costs_little(command: str, tmp_path: Path) -> None:
-    """At most half a second of CPU more than bare Python: no MLX model, no Textual, no Hub library."""
+    """At most half a second of CPU more than bare Python: no model, no Textual, no Hub."""
     code = f"import sys; sys.argv = [{command!r}, '--help']\nfrom {command.replace('-', '_')}.cli import main\n"
     code += "try:\n    main()\nexcept SystemExit as e:\n    status = e.code\n"
     code += "heavy = {'textual', 'mlx_lm', 'transformers', 'huggingface_hub', 'gguf', 'tokenizers', 'torch'}\n"
@@ -218,7 +221,7 @@ def test_help_teaches_and_costs_little(command: str, tmp_path: Path) -> None:
     assert installed.stdout.split()[0] == command
 
 
-# --- conversations ------------------------------------------------------------------------------------------
+# --- conversations --------------------------------------------------------------------------------
 
 
 def events(done: subprocess.CompletedProcess[bytes]) -> list[dict[str, object]]:
@@ -298,9 +301,9 @@ def test_whatever_ends_it_what_was_said_is_kept(model_folder: Path, number: int)
     with running(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         until = time.monotonic() + 3
         while time.monotonic() < until:
-            said += process.stdout.read1(65536)
+            said += os.read(piped(process.stdout).fileno(), 65536)
         process.send_signal(number)
-        rest = process.stdout.read()
+        rest = piped(process.stdout).read()
     with Store(read_environment().database) as store:
         (conversation,) = store.conversations()
         question, answer = store.branch(conversation.leaf or 0)
@@ -331,7 +334,7 @@ def test_a_second_signal_ends_it_at_once(model_folder: Path) -> None:
         assert process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM)  # no abort
 
 
-# --- answers in JSON -----------------------------------------------------------------------------------------
+# --- answers in JSON ------------------------------------------------------------------------------
 
 
 @pytest.mark.demo

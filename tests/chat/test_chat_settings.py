@@ -83,7 +83,7 @@ def test_settings_of_another_version_do_not_hurt() -> None:
     assert known(stored, ANSWER) == {"temperature": 0.5}
 
 
-# --- the file -------------------------------------------------------------------------------------------
+# --- the file -------------------------------------------------------------------------------------
 
 
 def test_the_file_and_its_presets(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_where_the_file_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert read_environment().config.parts[-2:] == ("m7mlx", "config.toml")
 
 
-# --- the registry of actions ----------------------------------------------------------------------------
+# --- the registry of actions ----------------------------------------------------------------------
 
 
 def test_keys_and_commands_are_given_once() -> None:

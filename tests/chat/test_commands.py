@@ -36,12 +36,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-# --- models ---------------------------------------------------------------------------------------------
+# --- models ---------------------------------------------------------------------------------------
 
 
 def test_the_models_on_this_machine(here: Path, tmp_path: Path) -> None:
     elsewhere = write_folder(tmp_path / "elsewhere", small_config(vocab_size=32768))
-    found = models(here, [str(elsewhere), "no-such", "org/name"])
+    found = models([str(elsewhere), "no-such", "org/name"], here)
     names = [entry.name.removeprefix(f"{here}/") for entry in found]
     assert names == ["full", "windowed", str(elsewhere), "mistral", "demo", "broken"]
     windowed = found[names.index("windowed")]
@@ -75,10 +75,10 @@ async def test_a_model_is_chosen_in_mid_chat(here: Path, tmp_path: Path) -> None
         folder, settings = chat.engine.loaded[-1]
         assert folder == here / "windowed"
         assert settings.model == str(folder)
-        assert chat.app.state == "loading"
+        assert chat.state() == "loading"
         await chat.say(READY)
         await chat.send("two")
-        assert [m["content"] for m in chat.engine.asked[-1].prompt] == ["one", "first", "two"]
+        assert [m["content"] for m in chat.engine.messages()] == ["one", "first", "two"]
         assert chat.store.message(chat.session.line[-1]).model == str(folder)
 
 
@@ -198,7 +198,7 @@ async def test_work_that_is_cancelled_ends_its_process(tmp_path: Path) -> None:
     assert not Path(f"/proc/{pids[0]}").exists() or not Path("/proc").exists()
 
 
-# --- settings -------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
 async def test_settings_count_for_the_conversation_and_are_kept_with_it(tmp_path: Path) -> None:
@@ -256,22 +256,23 @@ async def test_what_concerns_the_engine_sets_it_up_anew(tmp_path: Path) -> None:
     async with chatting(tmp_path) as chat:
         await chat.send("/set kv_bits 8")
         assert chat.engine.loaded[-1][1].kv_bits == 8
-        assert chat.app.state == "loading"
+        assert chat.state() == "loading"
         await chat.say(READY)
         await chat.send("/set kv_bits 5")
         assert "kv_bits must be off, 4, 8" in chat.notices()
         await chat.send("/set max_kv_size 9")
-        await chat.say(Failed("this model's own window bounds its cache"), READY)  # the engine goes on as it was
+        # the engine goes on as it was
+        await chat.say(Failed("this model's own window bounds its cache"), READY)
         assert "own window" in chat.notices()
         assert chat.session.settings.max_kv_size is None
-        assert chat.app.state == "ready"
+        assert chat.state() == "ready"
         await chat.send("/set nonsense 1")
         assert "there is no setting 'nonsense'" in chat.notices()
         await chat.send("/set top_p")
         assert "top_p: 1" in chat.notices()
 
 
-# --- files and figures ----------------------------------------------------------------------------------
+# --- files and figures ----------------------------------------------------------------------------
 
 
 async def test_exports_come_in_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,5 +330,5 @@ async def test_the_list_of_models_is_what_the_screen_shows(here: Path, tmp_path:
         await chat.pilot.press("ctrl+o")
         await chat.settled()
         options = chat.app.screen.query_one(OptionList)
-        assert options.option_count == len(models(here))
-        assert isinstance(models(here)[0], Entry)
+        assert options.option_count == len(models(own=here))
+        assert isinstance(models(own=here)[0], Entry)

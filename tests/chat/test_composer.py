@@ -18,7 +18,12 @@ from textual.widgets import Static
 
 
 def asked(chat: Chat, number: int = 0) -> str:
-    return str(chat.engine.asked[number].prompt[-1]["content"])
+    return str(chat.engine.messages(number)[-1]["content"])
+
+
+def is_open(chat: Chat) -> bool:
+    """Whether choices are shown."""
+    return chat.app.query_one(Completion).is_open
 
 
 async def paste(chat: Chat, text: str) -> None:
@@ -93,7 +98,7 @@ async def test_a_long_question_comes_back_folded(tmp_path: Path) -> None:
         assert asked(chat, 1) == asked(chat, 0)
 
 
-# --- what was asked before ------------------------------------------------------------------------------
+# --- what was asked before ------------------------------------------------------------------------
 
 
 async def test_what_was_asked_before_comes_back_with_the_arrows(tmp_path: Path) -> None:
@@ -104,7 +109,8 @@ async def test_what_was_asked_before_comes_back_with_the_arrows(tmp_path: Path) 
         await chat.pilot.press("up")
         assert chat.app.composer.text == "third\nwith two lines"
         await chat.pilot.press("up")
-        assert chat.app.composer.text == "third\nwith two lines"  # the cursor has only gone to the first line
+        # the cursor has only gone to the first line
+        assert chat.app.composer.text == "third\nwith two lines"
         await chat.pilot.press("up", "up", "up")
         assert chat.app.composer.text == "first"
         await chat.pilot.press("down", "down", "down", "down")
@@ -125,26 +131,25 @@ async def test_what_was_asked_before_is_searched(tmp_path: Path) -> None:
         assert chat.app.composer.text == "about apples"
 
 
-# --- completion -----------------------------------------------------------------------------------------
+# --- completion -----------------------------------------------------------------------------------
 
 
 async def test_commands_are_completed(tmp_path: Path) -> None:
     async with chatting(tmp_path) as chat:
         await chat.pilot.press("/", "e")
         await chat.pilot.pause()
-        completion = chat.app.query_one(Completion)
-        assert completion.is_open
+        assert is_open(chat)
         assert "/edit" in chat.shown() and "/export" in chat.shown()
         await chat.pilot.press("down", "enter")
         assert chat.app.composer.text == "/export "
-        assert not completion.is_open
+        assert not is_open(chat)
         chat.app.composer.reset()
         await chat.pilot.press(*"/new", "enter")  # all of it typed: it runs
         await chat.pilot.pause()
         assert chat.app.composer.text == ""
         assert chat.engine.asked == []
         await chat.pilot.press("/", "escape")
-        assert not completion.is_open
+        assert not is_open(chat)
         assert chat.app.composer.text == "/"
 
 

@@ -1,10 +1,8 @@
-"""Every key, command and palette entry while nothing can be written: each is told, and the chat goes on."""
+"""Every key and command while nothing can be written: that is told, and the chat goes on."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +21,10 @@ _QUITS = ("quit", "interrupt", "editor")
 
 
 def refuse(chat: Chat, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextmanager
-    def refused() -> Iterator[None]:
-        raise error
-        yield
-
     def raises(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(chat.store, "_writing", refused)
+    monkeypatch.setattr(chat.store, "_writing", raises)
     for module, name in ((files, "write_new"), (settings, "save"), (settings, "save_preset")):
         monkeypatch.setattr(module, name, raises)
 
@@ -94,7 +87,7 @@ def _argument(action: Action) -> str:
     return known.get(action.slash, re.sub(r"\W", "", action.takes).lower())
 
 
-# --- a database that can only be read -----------------------------------------------------------------------
+# --- a database that can only be read -------------------------------------------------------------
 
 WRITING: dict[str, list[str]] = {  # keys, or a line that is sent
     "send": ["a question"],

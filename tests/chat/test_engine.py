@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from m7mlx_chat import engine as module
+from m7mlx_chat import loaded
 from m7mlx_chat.branches import Branches
 from m7mlx_chat.engine import Engine
 from m7mlx_chat.events import Done, Event, Failed, Loading, Prefill, Ready, Text
@@ -149,7 +149,7 @@ def test_a_failing_request_does_not_end_the_thread(
     assert "role" in failed.message
     assert not failed.fatal
     with monkeypatch.context() as patch:
-        patch.setattr(module, "stream_answer", lambda *a, **k: 1 / 0)
+        patch.setattr(loaded, "stream_answer", lambda *a, **k: 1 / 0)
         engine.ask(user("x"))
         assert wait(engine, ended)[-1] == Failed("ZeroDivisionError: division by zero")
     engine.ask(user("x"))
@@ -259,8 +259,8 @@ def test_an_answer_that_was_stopped_goes_on_as_if_it_had_not_been(start: Callabl
 
 
 def engine_decode(engine: Engine, ids: list[int]) -> str:
-    assert engine._tokenizer is not None
-    shown = engine._tokenizer.detokenizer(at_start=True)
+    assert engine._loaded is not None
+    shown = engine._loaded.tokenizer.detokenizer(at_start=True)
     return "".join(map(shown.add, ids))
 
 

@@ -1,4 +1,4 @@
-"""However the chat ends, it gives the terminal back and keeps what was said: the bytes of a real terminal."""
+"""However the chat ends, it gives the terminal back and keeps what was said."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Export and import: what goes out comes back the same; what strangers wrote is taken whole or refused."""
+"""Export and import: what goes out comes back the same, what is hostile is refused."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def exported(store: Store) -> tuple[Any, list[Any]]:
     return store.conversation(asked.conversation), store.branch(more.answer)
 
 
-# --- our own JSON ---------------------------------------------------------------------------------------
+# --- our own JSON ---------------------------------------------------------------------------------
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -99,14 +99,16 @@ def test_a_conversation_that_was_led_here_comes_back_but_for_its_token_ids(store
 def own(**changes: Any) -> dict[str, Any]:
     node = Node(parent=None, role="user", text="q", created=1)
     tree = Tree(title="t", automatic=True, created=1, updated=2, leaf=0, nodes=(node,))
-    return json.loads(to_json(tree)) | changes
+    values: dict[str, Any] = json.loads(to_json(tree))
+    return values | changes
 
 
 def message(**changes: Any) -> dict[str, Any]:
-    return own()["messages"][0] | changes
+    values: dict[str, Any] = own()["messages"][0]
+    return values | changes
 
 
-# --- ChatGPT's export -----------------------------------------------------------------------------------
+# --- ChatGPT's export -----------------------------------------------------------------------------
 
 
 def node(
@@ -129,12 +131,13 @@ def chatgpt(*nodes: dict[str, Any], **more: Any) -> dict[str, Any]:
     return head | more
 
 
-ROOT = {"id": "root", "parent": None, "children": [], "message": None}
+ROOT: dict[str, Any] = {"id": "root", "parent": None, "children": [], "message": None}
 
 
 def test_chatgpts_tree_comes_over_with_its_branches() -> None:
     data = chatgpt(
-        node("a2", "q1", "assistant", "second answer", time=4, metadata={"model_slug": "gpt-x"}),  # before its parent
+        # before its parent
+        node("a2", "q1", "assistant", "second answer", time=4, metadata={"model_slug": "gpt-x"}),
         ROOT,
         node("sys", "root", "system", "", metadata={"is_visually_hidden_from_conversation": True}),
         node("ctx", "sys", "user", "about me", content={"content_type": "user_editable_context"}),
@@ -225,7 +228,7 @@ def test_a_chain_of_100_000_messages_comes_over(store: Store) -> None:
     assert len(tree.nodes) == 1 and len(tree.nodes[0].text) == 6 * count - 2
 
 
-# --- hostile files --------------------------------------------------------------------------------------
+# --- hostile files --------------------------------------------------------------------------------
 
 CIRCLE = chatgpt(node("a", "b", "user", "x"), node("b", "a", "assistant", "y"), node("c", None, "user", "z"))
 HOSTILE: dict[str, str | bytes] = {
@@ -348,7 +351,7 @@ def test_any_value_at_any_place_is_taken_or_refused(store: Store, data: st.DataO
     assert one_line
 
 
-# --- pages ----------------------------------------------------------------------------------------------
+# --- pages ----------------------------------------------------------------------------------------
 
 
 class Page(HTMLParser):

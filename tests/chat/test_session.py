@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import pytest
 from chat_harness import READY, ScriptedEngine, done
-from m7mlx_chat import answering
 from m7mlx_chat.answering import Busy
 from m7mlx_chat.events import Failed, Seen, Text
 from m7mlx_chat.session import Session
@@ -65,7 +64,7 @@ def test_the_question_is_kept_before_the_engine_hears_it(speaker: Speaker, monke
 def test_what_is_said_is_kept_within_a_second(speaker: Speaker, monkeypatch: pytest.MonkeyPatch) -> None:
     under_way = speaker.session.ask("hello")
     now = under_way.saved
-    monkeypatch.setattr(answering.time, "monotonic", lambda: now)
+    monkeypatch.setattr("m7mlx_chat.answering.time.monotonic", lambda: now)
     speaker.session.handle(Text("one ", 1, Seen(5, 100)))
     assert speaker.store.message(under_way.answer).text == ""
     now += 0.99
@@ -73,7 +72,8 @@ def test_what_is_said_is_kept_within_a_second(speaker: Speaker, monkeypatch: pyt
     assert speaker.store.message(under_way.answer).text == "one two"
     now += 0.1
     speaker.session.handle(Text(" three", 1, None))
-    assert speaker.session.message(under_way.answer).text == "one two three"  # as shown, ahead of what is kept
+    # as shown, ahead of what is kept
+    assert speaker.session.message(under_way.answer).text == "one two three"
     assert speaker.session.seen == Seen(6, 100)
 
 
@@ -109,9 +109,10 @@ def test_a_question_that_failed_does_not_stand_in_the_way_of_the_next(speaker: S
     speaker.session.ask("far too long")
     speaker.session.handle(Failed("the prompt has 20000 tokens", fatal=False, exit_status=2))
     speaker.exchange("two", "second")
-    said = [(m["role"], m["content"]) for m in speaker.engine.asked[-1].prompt]
+    said = [(m["role"], m["content"]) for m in speaker.engine.messages()]
     assert said == [("user", "one"), ("assistant", "first"), ("user", "two")]
-    assert speaker.texts == ["one", "first", "far too long", "", "two", "second"]  # it is still there to see
+    # it is still there to see
+    assert speaker.texts == ["one", "first", "far too long", "", "two", "second"]
 
 
 def test_an_answer_waits_for_its_model(database: Path) -> None:
@@ -120,7 +121,7 @@ def test_an_answer_waits_for_its_model(database: Path) -> None:
         speaker.session.ask("one")
         assert speaker.engine.asked == []
         speaker.session.handle(READY)
-        assert [m["content"] for m in speaker.engine.asked[0].prompt] == ["one"]
+        assert [m["content"] for m in speaker.engine.messages(0)] == ["one"]
         speaker.session.handle(done("first"))
         assert speaker.texts == ["one", "first"]
 
@@ -164,7 +165,7 @@ def test_a_switch_at_the_end_goes_nowhere(speaker: Speaker) -> None:
     assert speaker.texts == ["one", "first"]
 
 
-# --- two instances on one database ----------------------------------------------------------------------
+# --- two instances on one database ----------------------------------------------------------------
 
 
 def test_two_instances_speak_in_one_conversation_without_hurting_each_other(speaker: Speaker, database: Path) -> None:
@@ -200,7 +201,8 @@ def test_an_answer_cut_short_elsewhere_can_be_gone_on_with_when_that_instance_is
     left = speaker.store.message(under_way.answer)
     assert (left.text, left.status) == ("once upon", "interrupted")
     speaker.session.resume()
-    assert speaker.engine.asked[-1].continues == "once upon"  # a text alone: its ids were never known
+    # a text alone: its ids were never known
+    assert speaker.engine.asked[-1].continues == "once upon"
     speaker.session.handle(done(" a time"))
     assert speaker.texts == ["one", "once upon a time"]
     assert speaker.store.message(under_way.answer).status == "complete"

@@ -1,4 +1,4 @@
-"""The list of conversations: order, titles, search and jump, renaming, putting away, deleting and undoing."""
+"""The list of conversations: order, titles, search, renaming, putting away, deleting."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from chat_harness import Chat, chatting, done
 from m7mlx_chat.screens.dialogs import Ask
 from m7mlx_chat.store import Store
+from m7mlx_chat.widgets.messages import MessageView
 from m7mlx_chat.widgets.sidebar import Conversations, _when
 from textual.widgets import Input
 
@@ -66,7 +67,9 @@ async def test_a_search_finds_messages_and_jumps_to_them(tmp_path: Path) -> None
         await chat.pilot.press("enter", "enter")
         await chat.pilot.pause()
         assert chat.line() == ["About pears", "There is much to say about pears."]
-        assert [view.text for view in chat.app.query(".-found")] == ["There is much to say about pears."]
+        assert [view.text for view in chat.app.query(".-found").results(MessageView)] == [
+            "There is much to say about pears."
+        ]
         assert chat.app.composer.has_focus  # what is typed next is no command to the message
         await search(chat, "plums say")  # on a branch that is not the one shown last
         await chat.pilot.press("enter", "enter")

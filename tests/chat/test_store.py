@@ -1,4 +1,4 @@
-"""The store: nothing said is lost, every branch is what was said, and no file or text makes it fail unforeseen."""
+"""The store: nothing said is lost, and no file or text makes it fail unforeseen."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def texts(messages: list[Message]) -> list[str]:
     return [m.text for m in messages]
 
 
-# --- asking and answering -------------------------------------------------------------------------------
+# --- asking and answering -------------------------------------------------------------------------
 
 
 def test_a_question_is_stored_with_an_answer_under_way_and_then_a_whole_one(store: Store) -> None:
@@ -138,7 +138,8 @@ def test_the_database_itself_refuses_what_is_no_tree(store: Store) -> None:
     one, other = say(store, None, None, "q"), say(store, None, None, "q")
     for change in (
         f"UPDATE message SET parent = {one.answer} WHERE id = {one.question}",  # a circle
-        f"UPDATE message SET parent = {one.answer} WHERE id = {other.question}",  # across conversations
+        # across conversations
+        f"UPDATE message SET parent = {one.answer} WHERE id = {other.question}",
         f"UPDATE conversation SET leaf = {one.answer} WHERE id = {other.conversation}",
         f"DELETE FROM message WHERE id = {one.question}",  # what others refer to
         f"UPDATE message SET status = 'answering' WHERE id = {one.answer}",  # by nobody
@@ -148,11 +149,11 @@ def test_the_database_itself_refuses_what_is_no_tree(store: Store) -> None:
             store._db.execute(change)
 
 
-# --- branches -------------------------------------------------------------------------------------------
+# --- branches -------------------------------------------------------------------------------------
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """The store beside a dictionary of parents: every branch, sibling, count and search result agrees."""
+    """The store beside a dictionary of parents: branches, siblings, counts and hits agree."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -373,7 +374,7 @@ def test_a_conversation_of_10_000_messages_is_paged_through_and_erased(store: St
 
 
 def test_reading_steps_stay_bounded(store: Store) -> None:
-    """What a page of a branch costs does not grow with the conversation: SQLite's own count of steps."""
+    """What a page of a branch costs, in SQLite's steps, does not grow with the conversation."""
 
     def steps(length: int) -> int:
         nodes = tuple(Node(parent=i - 1 if i else None, role="user", text="x", created=i) for i in range(length))
@@ -396,7 +397,7 @@ def test_reading_steps_stay_bounded(store: Store) -> None:
     assert steps(3_000) <= 1.5 * steps(60)
 
 
-# --- conversations --------------------------------------------------------------------------------------
+# --- conversations --------------------------------------------------------------------------------
 
 
 def test_the_last_one_spoken_in_comes_first(store: Store) -> None:
@@ -446,7 +447,8 @@ def test_what_was_deleted_comes_back_for_30_days(tmp_path: Path, clock: Clock) -
         with pytest.raises(StoreError, match="any more"):
             store.undo_delete(gone.conversation)
         later = say(store, None, None, "new")
-        assert later.conversation > gone.conversation  # what is erased is never mistaken for what came after
+        # what is erased is never mistaken for what came after
+        assert later.conversation > gone.conversation
     check_database(path)
 
 
@@ -461,7 +463,7 @@ def test_nothing_is_erased_under_an_answer(store: Store, clock: Clock) -> None:
         store.message(asked.answer)
 
 
-# --- searching ------------------------------------------------------------------------------------------
+# --- searching ------------------------------------------------------------------------------------
 
 
 def test_search_finds_words_their_beginnings_and_other_spellings(store: Store) -> None:
@@ -535,7 +537,7 @@ def test_earlier_prompts_come_once_newest_first(store: Store) -> None:
     assert store.prompts("gamma") == ["GAMMA ray"] and store.prompts("%") == []
 
 
-# --- texts ----------------------------------------------------------------------------------------------
+# --- texts ----------------------------------------------------------------------------------------
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -569,7 +571,7 @@ def test_ids_take_about_two_bytes_each() -> None:
     assert len(pack(ids)) < 2.3 * len(ids)
 
 
-# --- the file -------------------------------------------------------------------------------------------
+# --- the file -------------------------------------------------------------------------------------
 
 
 def test_the_database_lies_where_the_user_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""A database that is damaged: the chat opens, shows what it can, says what is damaged, and loses nothing."""
+"""A damaged database: the chat opens, shows what it can, tells the damage, loses nothing."""
 
 from __future__ import annotations
 
@@ -198,7 +198,8 @@ async def test_damaged_rows(path: Path, statements: list[str]) -> None:
         assert chat.app.return_code is None
         assert len(chat.app.screen_stack) == 1
         if not statements[0].startswith("DELETE"):
-            assert chat.store._rows("SELECT count(*) FROM message", [])[0][0] >= 4  # nothing is lost
+            # nothing is lost
+            assert chat.store._rows("SELECT count(*) FROM message", [])[0][0] >= 4
         with chat.app.going_on():
             chat.session.new()
             chat.app.composer.reset()

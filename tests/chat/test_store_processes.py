@@ -1,4 +1,4 @@
-"""Several instances on one database, and kill -9 at any moment: what a call has returned for is there for ever."""
+"""Several instances on one database, and kill -9 at any moment: what was stored stays."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def lines(process: subprocess.Popen[str]) -> Iterator[list[str]]:
 
 
 def check_kept(store: Store, said: list[list[str]], name: str) -> None:
-    """Everything that a killed program said it had stored is there; what was under way is interrupted."""
+    """Check that all that a killed program said it had stored is there."""
     asked = [tuple(map(int, line[1:])) for line in said if line[0] == "ask"]
     grown = {int(line[1]): int(line[2]) for line in said if line[0] == "grow"}
     finished = {int(line[1]) for line in said if line[0] == "finish"}
@@ -112,7 +112,8 @@ def check_kept(store: Store, said: list[list[str]], name: str) -> None:
 
 
 def test_kill_9_at_any_moment_loses_nothing_that_was_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schema, "_BUSY_SECONDS", 60.0)  # the other writes without a pause; a slow disk adds to that
+    # the other writes without a pause; a slow disk adds to that
+    monkeypatch.setattr(schema, "_BUSY_SECONDS", 60.0)
     path = tmp_path / "chats.db"
     chance = random.Random(5)
     with Store(path) as survivor:  # answers all the while, and must not be taken for dead
@@ -132,7 +133,8 @@ def test_kill_9_at_any_moment_loses_nothing_that_was_stored(tmp_path: Path, monk
                 said += [line for line in lines(process) if line]
             assert process.wait() == -signal.SIGKILL
             with Store(path) as opened:
-                check_kept(opened, said[:-1], name)  # of the last line only a part may have come out
+                # of the last line only a part may have come out
+                check_kept(opened, said[:-1], name)
                 assert opened.message(mine.answer).status == "answering"
                 assert opened.message(mine.answer).text == f"so far {round_}"
             check_database(path)

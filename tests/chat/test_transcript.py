@@ -108,7 +108,7 @@ async def test_the_end_stays_in_view_while_an_answer_grows_unless_the_user_looks
         assert transcript.scroll_y == place
 
 
-# --- parts of an answer ---------------------------------------------------------------------------------
+# --- parts of an answer ---------------------------------------------------------------------------
 
 
 def test_parts_are_the_text_however_it_comes() -> None:
@@ -145,7 +145,8 @@ def test_parts_are_the_text_however_it_comes() -> None:
 def test_parts_end_between_blocks() -> None:
     paragraphs = "A paragraph of some words.\n\n" * 1000
     assert all(len(part.text) <= PART + 100 and not part.plain for part in parts(paragraphs))
-    items = "- an item\n\n  and more of it\n\n" * 200  # one list: its numbers and bullets belong together
+    # one list: its numbers and bullets belong together
+    items = "- an item\n\n  and more of it\n\n" * 200
     assert len(parts(items)) == 1
     code = "```\n" + "line\n\n" * 900 + "```\n\nafter"
     assert [part.text.startswith("```") for part in parts(code)] == [True, False]

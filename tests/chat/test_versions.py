@@ -1,4 +1,4 @@
-"""Branches: edit, answer again, go on, fork, back and forth between versions; by keys and by commands."""
+"""Versions and branches: edit, answer again, go on, fork; by keys and by commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def versions(chat: Chat) -> list[str]:
 
 
 def said(chat: Chat, number: int = -1) -> list[str]:
-    return [m["content"] for m in chat.engine.asked[number].prompt]
+    return [m["content"] for m in chat.engine.messages(number)]
 
 
 async def two_turns(chat: Chat) -> None:
@@ -183,7 +183,7 @@ async def test_ids_of_another_tokenizer_are_not_given_to_a_model(tmp_path: Path)
         await chat.exchange("one", "first")
         await chat.say(replace(READY, vocabulary="other"))
         await chat.send("two")
-        assert all("ids" not in m for m in chat.engine.asked[-1].prompt)
+        assert all("ids" not in m for m in chat.engine.messages())
 
 
 async def test_keys_of_a_selected_message_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

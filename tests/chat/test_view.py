@@ -1,6 +1,7 @@
-"""Every screen of the chat as it was looked at and found right: its text in tests/chat/screens, its colours readable.
+"""Every screen as it was looked at and found right: texts in tests/chat/screens, and colours.
 
-A change on purpose: `M7MLX_UPDATE_SCREENS=1 pytest tests/chat/test_view.py`, then look at the difference.
+A change on purpose: `M7MLX_UPDATE_SCREENS=1 pytest tests/chat/test_view.py`, then look at the
+difference.
 """
 
 from __future__ import annotations

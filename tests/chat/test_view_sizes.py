@@ -48,8 +48,11 @@ ANSWER = "# Heading\n\n| a | b |\n|---|---|\n| x | y |\n\n```python\nfor x in y:
 
 
 async def resized(chat: Chat, width: int, height: int) -> None:
-    """As the terminal's driver does it. What is drawn is drawn by the app: Pilot's pause would do it by itself."""
-    chat.app._driver._size = (width, height)  # type: ignore[union-attr, assignment]
+    """As the terminal's driver does it.
+
+    What is drawn is drawn by the app: Pilot's pause would do it by itself.
+    """
+    chat.app._driver._size = (width, height)  # type: ignore[union-attr]
     chat.app.post_message(Resize(Size(width, height), Size(width, height)))
     await asyncio.sleep(0.05)
 

@@ -1,4 +1,4 @@
-"""The chat in a browser: for who has its secret and for its own pages only, and no chat outlives its page."""
+"""The chat in a browser: only for whoever has its secret, and no longer than its page."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ async def shown(page: ClientWebSocketResponse, word: str) -> str:
     return seen.decode("utf-8", "replace")
 
 
-# --- who may come in ------------------------------------------------------------------------------------------
+# --- who may come in ------------------------------------------------------------------------------
 
 PATHS = ["/", "/?key=wrong", "/?key=%ff%00é", "/ws", "/static/js/textual.js", "/static/", "/download/x", "/nowhere"]
 
@@ -234,7 +234,7 @@ def test_a_taken_port_is_told_in_one_line(server: Server) -> None:
     assert re.fullmatch(r"m7mlx-chat: error: port \d+ cannot be opened \(.*\n", done.stderr)
 
 
-# --- the chat in it -------------------------------------------------------------------------------------------
+# --- the chat in it -------------------------------------------------------------------------------
 
 
 async def test_a_page_is_a_chat_and_the_chat_ends_with_it(server: Server) -> None:
@@ -361,7 +361,7 @@ async def test_a_real_browser_shows_the_chat_and_types(server: Server, tmp_path:
     await server.wait_for_chats(0)
 
 
-# --- how it ends ----------------------------------------------------------------------------------------------
+# --- how it ends ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])

@@ -10,11 +10,11 @@ import mlx.core as mx
 import pytest
 from m7mlx_convert import calibrated
 from m7mlx_convert.cli import main
-from mlx.utils import tree_flatten
-from models import small_config, write_folder
+from models import named_arrays, small_config, write_folder
 from peers import silenced
 from sources import read_weights
-from tokenizer_folders import save_transformers_tokenizer
+from tokenizer_folders import write_transformers_tokenizer
+from values import number
 
 from m7mlx import load
 from m7mlx.config import ModelConfig
@@ -27,7 +27,7 @@ IDS = mx.array([[1, 5, 9, 31999, 7, 400]])
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_folder(tmp_path_factory.mktemp("calibrated") / "source", CONFIG)
-    save_transformers_tokenizer(folder)
+    write_transformers_tokenizer(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16"}))
     return folder
@@ -51,11 +51,11 @@ def test_every_way(
     plain = read_weights(tmp_path / "plain")
     assert any(name not in plain or not mx.array_equal(weights[name], plain[name]).item() for name in weights)
     ours, expected = load(out)[0](IDS), load(source)[0](IDS)
-    distance = (mx.linalg.norm((ours - expected).reshape(-1)) / mx.linalg.norm(expected.reshape(-1))).item()
+    distance = number(mx.linalg.norm((ours - expected).reshape(-1)) / mx.linalg.norm(expected.reshape(-1)))
     assert distance < 0.5
     with silenced():
         their_model = mlx_lm.load(str(out))[0]
-    assert all(mx.array_equal(weights[name], array).item() for name, array in tree_flatten(their_model.parameters()))
+    assert all(mx.array_equal(weights[name], array).item() for name, array in named_arrays(their_model).items())
     assert f"--calibrate {method}" in (out / "README.md").read_text()
 
 

@@ -360,7 +360,7 @@ def test_a_file_that_the_disk_holds_otherwise_is_noticed(
     source: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Not the weights alone: every byte of the result is read again before it gets its name."""
-    from m7mlx_convert import convert, writer
+    from m7mlx_convert import writer
 
     damaged: list[Path] = []
 
@@ -371,7 +371,7 @@ def test_a_file_that_the_disk_holds_otherwise_is_noticed(
         return sha256(path)
 
     monkeypatch.setattr(writer, "sha256", reading)
-    monkeypatch.setattr(convert.WeightsWriter.__init__, "__defaults__", (None, 60_000))  # several files, so an index
+    monkeypatch.setattr(writer.WeightsWriter.__init__, "__defaults__", (None, 60_000))  # several files, so an index
     arguments: list[str | Path] = [source, "--mlx-path", tmp_path / "out"]
     assert f"{name} is not on the disk as it was written" in refusal(arguments, capsys)
     assert damaged and not (tmp_path / "out").exists()

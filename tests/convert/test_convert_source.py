@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -34,7 +35,8 @@ def test_weights_are_kept_bit_for_bit(tmp_path: Path, dtype: mx.Dtype, tied: boo
     weights = write_source(source, little(tie_word_embeddings=tied), dtype, shards, torch_dtype="float32")
     out = convert(str(source), tmp_path / "out")
     assert_same(read_weights(out), weights)
-    assert mx.load(str(out / "model.safetensors"), return_metadata=True)[1] == {"format": "mlx"}
+    found = mx.load(str(out / "model.safetensors"), return_metadata=True)
+    assert isinstance(found, tuple) and found[1] == {"format": "mlx"}
     assert load(out)[0].config == load(source)[0].config
 
 
@@ -76,7 +78,11 @@ def test_writer_writes_what_mlx_reads(tmp_path: Path, dtype: mx.Dtype) -> None:
 def test_mlx_lm_reads_what_the_source_left_to_defaults(tmp_path: Path, mlx_lm: ModuleType) -> None:
     """An untied head said by absence, and RoPE's base where transformers 5 writes it."""
     source = tmp_path / "source"
-    changes = {"tie_word_embeddings": "absent", "rope_theta": "absent", "rope_parameters": {"rope_theta": 5e5}}
+    changes: dict[str, Any] = {
+        "tie_word_embeddings": "absent",
+        "rope_theta": "absent",
+        "rope_parameters": {"rope_theta": 5e5},
+    }
     write_source(source, little(sliding_window=None), mx.float32, **changes)
     out = convert(str(source), tmp_path / "out")
     ids = mx.array([[1, 5, 90, 7]])
@@ -109,7 +115,7 @@ def test_quantised_folder_of_mlx_lm_is_copied_as_it_is(tmp_path: Path, mlx_lm: M
 
 def test_config_and_files_go_along_and_code_does_not(tmp_path: Path) -> None:
     source = tmp_path / "source"
-    code = {"auto_map": {"AutoModelForCausalLM": "modeling.Evil"}, "model_file": "modeling.py"}
+    code: dict[str, Any] = {"auto_map": {"AutoModelForCausalLM": "modeling.Evil"}, "model_file": "modeling.py"}
     write_source(source, little(), attention_dropout=0.0, use_cache=True, **code)
     settings = json.loads((source / "tokenizer_config.json").read_text())
     (source / "tokenizer_config.json").write_text(json.dumps(settings | code))

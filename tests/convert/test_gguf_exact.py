@@ -11,15 +11,8 @@ import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
-from gguf_files import (
-    Kind,
-    gguf_config,
-    gguf_name,
-    metadata_of,
-    stored,
-    weights_of,
-    write_gguf,
-)
+from gguf import GGMLQuantizationType as Kind
+from gguf_files import gguf_config, gguf_name, metadata_of, stored, weights_of, write_gguf
 from m7mlx_convert.cli import main
 from m7mlx_convert.convert import convert
 from m7mlx_convert.gguf import _read_config, open_gguf, repack

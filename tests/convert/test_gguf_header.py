@@ -11,7 +11,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from gguf_files import Kind, gguf_config, write_gguf
+from gguf import GGMLQuantizationType as Kind
+from gguf_files import gguf_config, write_gguf
 from m7mlx_convert.cli import main
 from m7mlx_convert.gguf import open_gguf
 from m7mlx_convert.gguf_header import read_header

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from gguf_files import tokenizer_metadata, unpack_tokenizer
 from models import mistral_file
-from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+from sentencepiece import SentencePieceProcessor
 
 TEXTS = [
     "Hello, world!",
@@ -26,7 +26,10 @@ TEXTS = [
 
 def sentencepiece_metadata(version: str) -> dict[str, Any]:
     """The real model as llama.cpp's converter writes it."""
-    proto = sentencepiece_model_pb2.ModelProto()
+    from sentencepiece import sentencepiece_model_pb2
+
+    pb: Any = sentencepiece_model_pb2  # made at run time: type checkers see nothing in it
+    proto = pb.ModelProto()
     proto.ParseFromString(mistral_file(version).read_bytes())
     return {
         "tokenizer.ggml.model": "llama",
@@ -56,7 +59,7 @@ def test_sentencepiece_ids_are_the_same(tmp_path: Path, version: str) -> None:
         assert rebuilt.id_to_piece(i) == original.id_to_piece(i)
         for kind in ("is_control", "is_unknown", "is_byte", "is_unused"):
             assert getattr(rebuilt, kind)(i) == getattr(original, kind)(i)
-    assert (ours.bos_id, ours.eos_ids) == (1, {2})
+    assert (ours.bos_id, ours.eos_ids) == (1, frozenset({2}))
 
 
 def test_sentencepiece_without_the_space_in_front(tmp_path: Path) -> None:

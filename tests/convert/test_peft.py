@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -61,13 +61,13 @@ def hugging_face(folder: Path) -> Any:
 def train(base: Path, adapter: Path, **settings: Any) -> None:
     """Save an adapter of which every number that can be trained has moved."""
     torch.manual_seed(2)
-    settings = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | settings
-    model = peft.get_peft_model(hugging_face(base), peft.LoraConfig(**settings))
+    values: dict[str, Any] = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | settings
+    model = peft.get_peft_model(hugging_face(base), peft.LoraConfig(**values))
     with torch.no_grad():
         for _, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(adapter)
+    model.save_pretrained(str(adapter))
 
 
 def logits(model: Any) -> np.ndarray:
@@ -176,19 +176,21 @@ def test_other_ways_to_begin_are_refused(base: Path, tmp_path: Path, init: objec
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_made_plain_by_peft_they_are_merged(base: Path, tmp_path: Path, init: str) -> None:
+def test_made_plain_by_peft_they_are_merged(base: Path, tmp_path: Path, init: Literal["pissa", "olora"]) -> None:
     torch.manual_seed(2)
     settings = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=init)
     model = peft.get_peft_model(hugging_face(base), settings)
-    model.peft_config["default"].init_lora_weights = True
-    model.save_pretrained(tmp_path / "start")
-    model.peft_config["default"].init_lora_weights = init
+    config = model.peft_config["default"]
+    assert isinstance(config, peft.LoraConfig)
+    config.init_lora_weights = True
+    model.save_pretrained(str(tmp_path / "start"))
+    config.init_lora_weights = init
     with torch.no_grad():
         for _, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     expected = logits(model)
-    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    model.save_pretrained(str(tmp_path / "plain"), path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     out = convert(str(base), tmp_path / "out", adapter=str(tmp_path / "plain"))
     assert difference(out, expected) < 1e-4
 
@@ -209,7 +211,7 @@ def test_a_resized_vocabulary_is_refused_with_what_to_do(base: Path, tmp_path: P
     model = hugging_face(base)
     model.resize_token_embeddings(32002)
     settings = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
-    peft.get_peft_model(model, settings).save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    peft.get_peft_model(model, settings).save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=True)
     with pytest.raises(InputError, match=r"\[32002, 32\].*was its vocabulary resized\? save the whole model"):
         convert(str(base), tmp_path / "out", adapter=str(tmp_path / "adapter"))
 
@@ -221,7 +223,7 @@ def test_the_same_embedding_saved_beside_lora(base: Path, tmp_path: Path) -> Non
 
     torch.manual_seed(2)
     model = peft.get_peft_model(hugging_face(base), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
-    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=True)
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     arrays = load_file(file)
     whole = [name for name in arrays if "embed_tokens" in name or "lm_head" in name]

@@ -14,6 +14,7 @@ from m7mlx_convert.folder import open_folder
 from m7mlx_convert.pipeline import compute_ahead
 from m7mlx_convert.plan import Plan, PlannedParameter, make_plan
 from m7mlx_convert.scheme import Recipe
+from m7mlx_convert.writer import TensorBytes
 from models import random_weights, small_config, write_folder
 
 from m7mlx.errors import WeightsError
@@ -43,7 +44,7 @@ def test_what_is_in_flight_is_bounded(plan: Plan, monkeypatch: pytest.MonkeyPatc
     lock, now, most = threading.Lock(), 0, 0
     compute = pipeline._compute
 
-    def counted(planned: PlannedParameter) -> list[pipeline.TensorBytes]:
+    def counted(planned: PlannedParameter) -> list[TensorBytes]:
         nonlocal now, most
         with lock:
             now += planned.memory

@@ -81,7 +81,7 @@ def test_where_no_bar_can_be_drawn_a_line_comes_now_and_then(
 
 def test_notes(capsys: pytest.CaptureFixture[str]) -> None:
     for style in ("text", "json", "quiet"):
-        Reporter(style).note("so it is")  # type: ignore[arg-type]
+        Reporter(style).note("so it is")
     out, error = capsys.readouterr()
     assert error == "note: so it is\n"
     assert json.loads(out) == {"event": "note", "text": "so it is"}

@@ -12,7 +12,7 @@ import pytest
 from m7mlx_convert.cli import main
 from m7mlx_convert.convert import convert
 from m7mlx_convert.scheme import MIXED, Recipe, Rule, make_scheme
-from mlx.utils import tree_flatten
+from models import named_arrays
 from peers import silenced
 from sources import quantisable, read_weights, write_source
 
@@ -36,13 +36,19 @@ def test_every_scheme_is_mlx_lms(tmp_path: Path, mlx_lm: ModuleType, mode: str, 
     scheme = make_scheme(mode, bits, group)
     out = convert(str(tmp_path / "source"), tmp_path / "out", recipe=Recipe(scheme))
     with silenced():
-        options = {"q_bits": bits, "q_group_size": group, "q_mode": mode, "quantize": True}
-        their_convert(str(tmp_path / "source"), str(tmp_path / "theirs"), **options)
+        their_convert(
+            str(tmp_path / "source"),
+            str(tmp_path / "theirs"),
+            quantize=True,
+            q_group_size=group,
+            q_bits=bits,
+            q_mode=mode,
+        )
         loaded = mlx_lm.load(str(out))[0]
     found, expected = read_weights(out), read_weights(tmp_path / "theirs")
     assert found.keys() == expected.keys()
     assert all(mx.array_equal(found[name], expected[name]).item() for name in expected)
-    assert all(mx.array_equal(found[name], array).item() for name, array in tree_flatten(loaded.parameters()))
+    assert all(mx.array_equal(found[name], array).item() for name, array in named_arrays(loaded).items())
     assert config_of(out)["quantization"] == config_of(tmp_path / "theirs")["quantization"]
     ours, _ = load(out)
     expanded = convert(str(out), tmp_path / "floats", recipe=Recipe(dequantize=True), dtype="float32")

@@ -71,7 +71,8 @@ def log_probabilities(folder: Path, ids: list[int]) -> np.ndarray:
     """Of what follows each id but the last: float64 [positions, vocabulary]."""
     logits = np.array(load(folder)[0](mx.array([ids])))[0, :-1].astype(np.float64)
     logits -= logits.max(-1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    found: np.ndarray = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return found
 
 
 def test_a_model_is_no_distance_from_itself(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from models import small_config, small_model
+from values import number
 
 from m7mlx.batch import BatchCache
 from m7mlx.cache import RollingCache
@@ -27,8 +28,7 @@ def alone(model: Mistral, prompt: list[int], count: int, **options: Any) -> list
 
 def prefilled(model: Mistral, prompt: list[int], **options: Any) -> tuple[RollingCache, int]:
     cache = model.new_cache(**options)
-    token: int = mx.argmax(prefill(model, prompt, cache)).item()  # type: ignore[assignment]
-    return cache, token
+    return cache, int(number(mx.argmax(prefill(model, prompt, cache))))
 
 
 def advance(model: Mistral, batch: BatchCache, tokens: list[int], answers: list[list[int]]) -> list[int]:
@@ -37,7 +37,8 @@ def advance(model: Mistral, batch: BatchCache, tokens: list[int], answers: list[
     for ids, answer, token in zip(batch.ids, answers, tokens, strict=True):
         ids.append(token)
         answer.append(token)
-    return mx.argmax(logits, axis=-1).tolist()  # type: ignore[return-value]
+    chosen: list[int] = np.array(mx.argmax(logits, axis=-1)).tolist()
+    return chosen
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from m7mlx.cache import RollingCache
 from m7mlx.compiled import CompiledStep, step_of
 from m7mlx.decode import decode, prefill
 from m7mlx.loading import load, load_model
+from m7mlx.model import Mistral
 from m7mlx.positions import Positions
 from m7mlx.sampling import Sampler, Sampling
 
@@ -23,8 +24,8 @@ FULL = small_model(small_config(sliding_window=None))
 WIDE = small_model(small_config(head_dim=32, sliding_window=9))
 
 
-def pair(model: object, **options: int) -> tuple[RollingCache, RollingCache]:
-    first, second = (model.new_cache(**options) for _ in range(2))  # type: ignore[attr-defined]
+def pair(model: Mistral, **options: Any) -> tuple[RollingCache, RollingCache]:
+    first, second = (model.new_cache(**options) for _ in range(2))
     return first, second
 
 
@@ -38,14 +39,14 @@ def pair(model: object, **options: int) -> tuple[RollingCache, RollingCache]:
         (FULL, {"max_kv_size": 12, "sinks": 2}),
     ],
 )
-def test_equal_to_the_plain_step(model: object, options: dict[str, int]) -> None:
+def test_equal_to_the_plain_step(model: Mistral, options: dict[str, int]) -> None:
     """From an empty cache, across the wrap and across the growth of the buffers at 256 rows."""
     plain, compiled = pair(model, **options)
-    step = CompiledStep(model)  # type: ignore[arg-type]
+    step = CompiledStep(model)
     tokens = np.random.default_rng(0).integers(0, 97, 300 if model is FULL else 40).tolist()
     for i, token in enumerate(tokens):
         ids = mx.array([[token]])
-        a, b = model(ids, plain), step(ids, compiled)  # type: ignore[operator]
+        a, b = model(ids, plain), step(ids, compiled)
         np.testing.assert_allclose(np.array(b), np.array(a), rtol=1e-4, atol=1e-4, err_msg=str(i))
     assert (plain.offset, plain.positions.written, plain.max_rollback) == (
         compiled.offset,

@@ -217,7 +217,7 @@ def test_results_that_cannot_be_written_were_shown(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(disk, "_write", full)
-    given = [str(model_folder), "--text", str(tmp_path / "text"), "--json", str(tmp_path / "out.json")]
+    given = [str(model_folder), "--text", str(tmp_path / "text"), "--save", str(tmp_path / "out.json")]
     assert main(given) == 1
     out, err = capsys.readouterr()
     assert "perplexity" in out

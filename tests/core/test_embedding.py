@@ -31,7 +31,8 @@ def loaded(model_folder: Path) -> tuple[Mistral, Tokenizer]:
 def plain(model: Mistral, ids: list[int], pooling: str) -> np.ndarray:
     """The formula, in one pass over one text."""
     hidden = np.array(model.hidden(mx.array([ids]))[0], np.float32)
-    return hidden.mean(axis=0) if pooling == "mean" else hidden[-1]
+    pooled: np.ndarray = hidden.mean(axis=0) if pooling == "mean" else hidden[-1]
+    return pooled
 
 
 def assert_close(a: Any, b: Any) -> None:

@@ -261,10 +261,10 @@ def test_stop_texts_in_generation(loaded: tuple[Mistral, Tokenizer]) -> None:
     ],
 )
 def test_bad_requests_are_refused_at_once(
-    loaded: tuple[Mistral, Tokenizer], prompt: list[int], options: dict[str, int], error: type[Exception]
+    loaded: tuple[Mistral, Tokenizer], prompt: list[int], options: dict[str, Any], error: type[Exception]
 ) -> None:
     with pytest.raises(error):
-        stream_generate(*loaded, prompt, **options)  # type: ignore[arg-type]
+        stream_generate(*loaded, prompt, **options)
 
 
 def test_full_attention_ends_at_its_context(mistral_tokenizers: dict[str, Tokenizer]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from m7mlx_serve.tools import calls_schema
+from m7mlx_serve.tool_schema import calls_schema
 from models import small_config, small_model
 from pydantic import BaseModel
 

@@ -180,15 +180,15 @@ def test_a_rank_that_does_not_come_is_named(meeting: Meeting, call: Callable[[],
 
 
 LEAD = """
-from m7mlx.parallel.channel import lead
-line = lead(2, "127.0.0.1", lambda port, key: print(port, key.hex(), flush=True))
+from m7mlx.parallel.channel import open_channel
+line = open_channel(2, "127.0.0.1", lambda port, key: print(port, key.hex(), flush=True))
 print("all are here", line.hear(), flush=True)
 line.close()
 """
-FOLLOW = """
+CONNECT = """
 import sys
-from m7mlx.parallel.channel import follow
-line = follow(1, "127.0.0.1", int(sys.argv[1]), bytes.fromhex(sys.argv[2]))
+from m7mlx.parallel.channel import join_channel
+line = join_channel(1, "127.0.0.1", int(sys.argv[1]), bytes.fromhex(sys.argv[2]))
 line.tell({"said": "hello"})
 line.hear()
 """
@@ -198,7 +198,7 @@ def test_a_line_between_two_processes_beside_strangers() -> None:
     with running([sys.executable, "-c", LEAD], stdout=subprocess.PIPE, text=True) as first:
         port, key = piped(first.stdout).readline().split()
         with socket.create_connection(("127.0.0.1", int(port))):
-            done = subprocess.run([sys.executable, "-c", FOLLOW, port, key], timeout=60, check=False)
+            done = subprocess.run([sys.executable, "-c", CONNECT, port, key], timeout=60, check=False)
         assert done.returncode == 0
         assert piped(first.stdout).readline() == "all are here {'said': 'hello'}\n"
 
@@ -214,7 +214,7 @@ def test_a_line_to_somebody_else_is_one_line() -> None:
         threading.Thread(target=impostor, daemon=True).start()
         port = str(listening.getsockname()[1])
         done = subprocess.run(
-            [sys.executable, "-c", FOLLOW, port, KEY.hex()], capture_output=True, text=True, timeout=60, check=False
+            [sys.executable, "-c", CONNECT, port, KEY.hex()], capture_output=True, text=True, timeout=60, check=False
         )
     assert "somebody else answers at the address of the first process" in done.stderr
 
@@ -247,7 +247,7 @@ def test_an_address_that_is_none_is_one_line(name: str, monkeypatch: pytest.Monk
 
 
 def test_an_address_of_another_machine_is_one_line() -> None:
-    from m7mlx.parallel.channel import lead
+    from m7mlx.parallel.channel import open_channel
 
     with pytest.raises(RunError, match=r"cannot listen at 192\.0\.2\.1 .*M7MLX_FIRST_HOST"):
-        lead(2, "192.0.2.1", lambda port, key: None)
+        open_channel(2, "192.0.2.1", lambda port, key: None)

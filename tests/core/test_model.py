@@ -76,11 +76,12 @@ def test_window_mask_is_the_one_in_its_docstring() -> None:
 
 def test_a_token_reaches_as_far_back_as_window_times_layers_and_no_further() -> None:
     """Paper, section 2: the receptive field is k · (W − 1) positions back, itself included in each window."""
-    config = small_config(sliding_window=4, n_layers=3)
+    window = 4
+    config = small_config(sliding_window=window, n_layers=3)
     model = small_model(config)
     ids = [1] * 30
     base = model(mx.array([ids]))[0, -1]
-    reach = config.n_layers * (config.sliding_window - 1)  # type: ignore[operator]
+    reach = config.n_layers * (window - 1)
     for back in range(1, 30):
         changed = list(ids)
         changed[-1 - back] = 2

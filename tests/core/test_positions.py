@@ -15,6 +15,7 @@ positions = st.lists(st.integers(-3, 30), min_size=1, max_size=12)
 
 
 @given(positions, positions, st.none() | st.integers(1, 9))
+@settings(deadline=None)
 def test_a_query_sees_the_last_keys_and_itself(queries: list[int], keys: list[int], window: int | None) -> None:
     mask = window_mask(mx.array(queries), mx.array(keys), window).tolist()
     assert mask == [[k >= 0 and k <= q and (window is None or k > q - window) for k in keys] for q in queries]
@@ -28,6 +29,7 @@ def test_each_row_of_a_batch_has_a_mask_of_its_own() -> None:
 
 
 @given(st.lists(st.integers(0, 500), min_size=1, max_size=6), st.integers(1, 3))
+@settings(deadline=None)
 def test_any_position_can_be_rotated_to(places: list[int], batch: int) -> None:
     x = mx.random.normal((batch, 2, len(places), 16), key=mx.random.key(1))
     found = rope_each(x, mx.array([places]), 1e4)
@@ -47,6 +49,7 @@ def write(slots: dict[int, int], here: Positions, count: int) -> Positions:
 
 
 @given(st.integers(1, 9), st.integers(0, 4), st.lists(st.integers(-6, 12), max_size=20))
+@settings(deadline=None)
 def test_what_can_be_undone_lies_in_its_slots_still(window: int, slack: int, moves: list[int]) -> None:
     slots: dict[int, int] = {}
     here = standing(window, slack)
@@ -101,6 +104,7 @@ def test_a_row_sees_its_own_window_and_nothing_else(
 
 
 @given(st.integers(1, 9), st.integers(0, 4), st.integers(0, 50), st.integers(0, 200))
+@settings(deadline=None)
 def test_a_clock_goes_forward_by_whole_turns(window: int, slack: int, time: int, wanted: int) -> None:
     here = standing(window, slack).at(time, time + 1, [0, min(time, 3)])
     later = here.turned_to(wanted)
@@ -120,6 +124,7 @@ def test_every_change_is_a_new_value() -> None:
 
 
 @given(st.integers(0, 30), st.integers(1, 8), st.integers(1, 4))
+@settings(deadline=None)
 def test_one_token_traced_is_one_token_described(offset: int, window: int, slack: int) -> None:
     """The same slot, the same rotation, and of all slots the same are seen."""
     here = standing(window, slack).at(offset, starts=[0, min(offset, 3)])

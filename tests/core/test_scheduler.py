@@ -77,6 +77,11 @@ class Clients:
         pieces = self.pieces[number]
         return "".join(p.text for p in pieces), [i for p in pieces for i in p.ids], pieces[-1].finish_reason
 
+    def reused(self, number: int) -> int:
+        stats = self.pieces[number][-1].stats
+        assert stats is not None
+        return stats.reused_tokens
+
 
 arrivals = st.lists(
     st.tuples(
@@ -107,7 +112,7 @@ def test_everybody_is_answered_as_if_alone(
                 piece = clients.scheduler.cancel(number)
                 clients.take([(number, piece)] if piece else [])
             leaving = {n: left - 1 for n, left in leaving.items() if left > 0}
-            assert clients.scheduler.load[0] <= rows
+            assert clients.scheduler.running_and_waiting[0] <= rows
         request = Request(prompt(seed % 3, length), sampling, wanted)  # some begin like others
         number = clients.scheduler.add(request)
         requests[number] = request
@@ -158,7 +163,7 @@ def test_what_was_read_before_is_not_read_again(tokenizer: Tokenizer, window: in
     clients.run()
     assert clients.answer(number) == alone(model, tokenizer, second)
     assert clients.answer(other) == alone(model, tokenizer, Request([*opening, 5, 6], max_tokens=4))
-    reused = [clients.pieces[n][-1].stats.reused_tokens for n in (first, number, other)]  # type: ignore[union-attr]
+    reused = [clients.reused(n) for n in (first, number, other)]
     assert reused == [0, len(held), len(opening)]
     assert len(clients.scheduler._kept) == 2  # the first is a part of the second
 
@@ -178,7 +183,7 @@ def test_what_is_being_read_is_read_once_for_all_that_begin_with_it(
     clients.run()
     for number, request in zip(numbers, requests, strict=True):
         assert clients.answer(number) == alone(model, tokenizer, request)
-    reused = [clients.pieces[n][-1].stats.reused_tokens for n in numbers]  # type: ignore[union-attr]
+    reused = [clients.reused(n) for n in numbers]
     assert reused[0] == reused[6] == 0
     assert all(len(opening) - 10 <= n <= len(opening) for n in reused[1:5])
 
@@ -191,10 +196,10 @@ def test_a_start_stays_where_what_goes_on_from_it_cannot_go_back(tokenizer: Toke
     for _ in range(2):
         number = clients.scheduler.add(Request([*opening, *prompt(9, 30)], max_tokens=4))
         clients.run()
-        assert clients.pieces[number][-1].stats.reused_tokens >= len(opening)  # type: ignore[union-attr]
+        assert clients.reused(number) >= len(opening)
         other = clients.scheduler.add(Request([*opening, *prompt(8, 30)], max_tokens=4))
         clients.run()
-        assert clients.pieces[other][-1].stats.reused_tokens >= len(opening)  # type: ignore[union-attr]
+        assert clients.reused(other) >= len(opening)
 
 
 def test_one_that_fails_fails_alone(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,12 +248,12 @@ def test_rows_are_given_back(tokenizer: Tokenizer) -> None:
     clients = Clients(scheduler)
     for i, wanted in enumerate((3, 3, 3, 30)):
         scheduler.add(Request(prompt(i, 5), max_tokens=wanted))
-    assert scheduler.load == (0, 4)
+    assert scheduler.running_and_waiting == (0, 4)
     for _ in range(12):
         clients.step()
     batch = scheduler._batch
     assert batch is not None
-    assert (len(batch), scheduler.load) == (1, (1, 0))
+    assert (len(batch), scheduler.running_and_waiting) == (1, (1, 0))
     clients.run()
     assert scheduler._batch is None
     assert scheduler.step() == ([], False)
@@ -266,7 +271,7 @@ def test_requests_that_make_no_sense_are_refused_at_once(tokenizer: Tokenizer) -
     for request, error in refused:
         with pytest.raises(error):
             scheduler.add(Request(**request))
-    assert scheduler.load == (0, 0)
+    assert scheduler.running_and_waiting == (0, 0)
     assert scheduler.cancel(1) is None
     for bad in ({"rows": 0}, {"kept": -1}):
         with pytest.raises(InputError):

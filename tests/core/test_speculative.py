@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import small_config, small_model, write_folder
+from values import number
 
 from m7mlx.cache import RollingCache
 from m7mlx.decode import decode, prefill
@@ -229,8 +230,8 @@ def test_what_is_sampled_follows_the_target_and_the_naive_rule_does_not() -> Non
     chance = random.Random(1)
     for seed in range(draws):
         sampler = Sampler(Sampling(temperature=1.0, seed=seed))
-        drafted: int = sampler.fork()(guess[:, 0]).item()  # type: ignore[assignment]
-        chosen: int = sampler.preview(target, []).item()  # type: ignore[assignment]
+        drafted = int(number(sampler.fork()(guess[:, 0])))
+        chosen = int(number(sampler.preview(target, [])))
         kept += drafted == chosen
         exact[chosen] += 1
         # The naive rule: keep a draft by min(1, p/q), but replace it by a plain draw from p.

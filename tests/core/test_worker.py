@@ -363,7 +363,7 @@ def test_a_copy_of_this_process_asks_a_process_of_its_own() -> None:
 def test_it_works_from_a_zip_file(tmp_path: Path) -> None:
     package = Path(m7mlx.__file__).parent
     with zipfile.ZipFile(tmp_path / "all.zip", "w") as packed:
-        for name in ("errors", "worker", "worker_process"):
+        for name in ("errors", "worker", "worker_process", "worker_start"):
             packed.write(package / f"{name}.py", f"m7mlx/{name}.py")
         packed.writestr("m7mlx/__init__.py", "")
         packed.write(Path(__file__).parents[1] / "support" / "worker_jobs.py", "worker_jobs.py")

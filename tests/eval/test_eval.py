@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from m7mlx_eval.cli import main
 from m7mlx_eval.perplexity import Mean
-from m7mlx_eval.texts import documents
+from m7mlx_eval.texts import read_documents
 from models import random_weights, small_config, write_folder
 
 from m7mlx.loading import load
@@ -47,7 +47,7 @@ def text(tmp_path: Path) -> Path:
 
 def figures(tmp_path: Path, *arguments: str | Path) -> dict[str, Any]:
     result = tmp_path / "result.json"
-    assert main([*map(str, arguments), "--json", str(result)]) == 0
+    assert main([*map(str, arguments), "--save", str(result)]) == 0
     found: dict[str, Any] = json.loads(result.read_text())
     return found
 
@@ -165,7 +165,7 @@ def test_a_mean_and_its_error_without_its_values() -> None:
         (["--tasks", "x", "--max-tokens", "9"], "--max-tokens goes with --text"),
         (["--tasks", "x", "--system", "Be brief"], "--system needs --chat"),
         (["--text", "TMP/good.txt", "--context", "0"], "'0' is not a positive number"),
-        (["--text", "TMP/good.txt", "--json", "/no/such/x.json"], "the folder of /no/such/x.json does not exist"),
+        (["--text", "TMP/good.txt", "--save", "/no/such/x.json"], "the folder of /no/such/x.json does not exist"),
         ([], "one of the arguments --text --tasks is required"),
     ],
 )
@@ -207,5 +207,5 @@ def test_a_context_beyond_the_models_and_parquet_without_pyarrow_are_refused(
 
 def test_of_a_text_no_more_is_read_than_counts(tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("word " * 10_000)
-    (found,) = documents(str(tmp_path / "long.txt"), "text", 10)
+    (found,) = read_documents(str(tmp_path / "long.txt"), "text", 10)
     assert len(found) == 320

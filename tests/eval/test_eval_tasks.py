@@ -19,6 +19,7 @@ import pytest
 from eval_tasks import write_tasks
 from models import random_weights, small_config, write_folder
 from needs import require
+from values import number
 
 require("eval")
 import datasets  # noqa: E402
@@ -144,7 +145,7 @@ def test_the_greedy_answer_is_known_as_such(model_folder: Path) -> None:
     model, tokenizer = load(model_folder)
     lm = M7LM(model, tokenizer)
     context = tokenizer.encode("Bees make", add_bos=True)
-    best: int = mx.argmax(model(mx.array([context]))[0, -1]).item()  # type: ignore[assignment]
+    best = int(number(mx.argmax(model(mx.array([context]))[0, -1])))
     (right, greedy), (wrong, not_greedy) = lm._loglikelihood_tokens(
         [(None, context, [best]), (None, context, [best - 1])]
     )
@@ -230,9 +231,9 @@ def test_options_of_answers() -> None:
     ("options", "reason"),
     [({"batch_size": 0}, "batch size"), ({"max_length": 1}, "context must lie"), ({"max_length": 5000}, "4096")],
 )
-def test_an_adapter_needs_sensible_numbers(options: dict[str, int], reason: str, model_folder: Path) -> None:
+def test_an_adapter_needs_sensible_numbers(options: dict[str, Any], reason: str, model_folder: Path) -> None:
     with pytest.raises(InputError, match=reason):
-        M7LM(*load(model_folder), **options)  # type: ignore[arg-type]
+        M7LM(*load(model_folder), **options)
 
 
 def test_a_continuation_that_is_none_is_refused(model_folder: Path) -> None:
@@ -263,7 +264,7 @@ def test_a_killed_run_goes_on_with_what_is_missing(
 ) -> None:
     def arguments(folder: Path | str, output: str) -> list[str]:
         chosen = ["--tasks", "own_choice,own_ending,own_answer", "--include-path", str(tasks)]
-        return [str(folder), *chosen, "--output", str(tmp_path / output), "--json", str(tmp_path / f"{output}.json")]
+        return [str(folder), *chosen, "--output", str(tmp_path / output), "--save", str(tmp_path / f"{output}.json")]
 
     killed = subprocess.run([sys.executable, "-c", _KILLED, *arguments(model_folder, "out")], check=False)
     assert killed.returncode == -signal.SIGKILL
@@ -405,7 +406,7 @@ def test_a_task_file_by_its_path_and_few_examples(
     tmp_path: Path, tasks: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = tmp_path / "result.json"
-    given = [str(model_folder), "--tasks", str(tasks / "own_choice.yaml"), "--json", str(result)]
+    given = [str(model_folder), "--tasks", str(tasks / "own_choice.yaml"), "--save", str(result)]
     assert main([*given, "--limit", "4", "--num-fewshot", "1", "--chat", "--system", "Be brief"]) == 0
     found = json.loads(result.read_text())
     assert found["n-samples"]["own_choice"] == {"original": 9, "effective": 4}

@@ -16,11 +16,12 @@ from typing import Any
 import httpx
 import pytest
 from m7mlx_serve.app import Served, Server
-from m7mlx_serve.engine import Engine, Limits
-from m7mlx_serve.guard import ApiError
+from m7mlx_serve.engine import Engine
+from m7mlx_serve.errors import ApiError
+from m7mlx_serve.limits import Limits
+from m7mlx_serve.openai.chat import ChatRequest
 from m7mlx_serve.readers import Readers
-from m7mlx_serve.reading import parsed, read
-from m7mlx_serve.schemas import ChatRequest
+from m7mlx_serve.reading import parse, read
 from serving import CHAT, settle, user
 
 from m7mlx.errors import InputError
@@ -60,13 +61,14 @@ def test_what_is_wrong_a_million_times_costs_little(name: str) -> None:
     path = "/v1/completions" if "ids" in name else PATH
     program = f"""
 from m7mlx_bench.worker import peak_rss as peak
-from m7mlx_serve.guard import ApiError
-from m7mlx_serve.reading import SCHEMAS, parsed
+from m7mlx_serve.errors import ApiError
+from m7mlx_serve.endpoints import ENDPOINTS
+from m7mlx_serve.reading import parse
 data = {LARGE[name]}
 assert len(data) <= 8 << 20
 before = peak()
 try:
-    parsed(data, SCHEMAS[{path!r}])
+    parse(data, ENDPOINTS[{path!r}].body)
 except ApiError as error:
     print(peak() - before, error.status, len(str(error)))
 """
@@ -87,7 +89,7 @@ def test_the_first_mistakes_are_told() -> None:
         ({"messages": [{"role": "user", "content": "a", "name": "n" * 1000}]}, "messages.0.name"),
     ):
         with pytest.raises(ApiError, match=said):
-            parsed(json.dumps(BODY | change).encode(), ChatRequest)
+            parse(json.dumps(BODY | change).encode(), ChatRequest)
 
 
 @pytest.mark.parametrize("depth", [64, 65, 1000, 100_000])
@@ -150,7 +152,7 @@ def test_a_message_that_is_continued(mistral_tokenizers: dict[str, Tokenizer]) -
             read(PATH, json.dumps(BODY | {"messages": wrong}).encode(), "m", tokenizer)
     tool = {"type": "function", "function": {"name": "f"}}
     with pytest.raises(ApiError, match="must call a tool has no prefix"):
-        parsed(
+        parse(
             json.dumps(BODY | {"messages": messages, "tools": [tool], "tool_choice": "required"}).encode(),
             ChatRequest,
         )
@@ -205,10 +207,8 @@ def test_reading_is_bounded_by_the_system(readers: Readers, model_folder: Path, 
     tokenizer = load_tokenizer(model_folder)
     large = json.dumps(BODY | {"messages": [{"role": "user", "content": "\u4e00\u9fff" * 400_000}]}).encode()
     monkeypatch.setattr("m7mlx_serve.readers._CPU_SECONDS", 0.05)
-    assert (unread(readers, large, tokenizer).status, str(unread(readers, large, tokenizer))) == (
-        400,
-        "the request takes too long to read; send less",
-    )
+    refused = unread(readers, large, tokenizer)
+    assert (refused.status, str(refused)) == (400, "the request takes too long to read; send less")
     monkeypatch.undo()
     monkeypatch.setattr("m7mlx_serve.readers._MEMORY", 100 << 20)
     small = Readers(model_folder, "m")
@@ -277,7 +277,7 @@ def test_what_nests_too_deep_somewhere_else_is_the_clients_fault(model_folder: P
     async def ask() -> httpx.Response:
         transport = httpx.ASGITransport(server.app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-            server._engine.tokenizer = load_tokenizer(model_folder)
+            server._engine._tokenizer = load_tokenizer(model_folder)
             return await client.post(PATH, json=BODY)
 
     found = asyncio.run(ask())

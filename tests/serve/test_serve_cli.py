@@ -123,7 +123,7 @@ def test_standard_streams_that_are_closed(model_folder: Path, closed: str) -> No
         port = free.getsockname()[1]
     program = f"""
 import sys, m7mlx_serve.reading_process
-from m7mlx_serve import answers
+from m7mlx_serve.openai import answers
 def breaks(*_): raise KeyError("unforeseen")
 answers._sampling = breaks
 from m7mlx_serve.cli import main

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
-import subprocess
-import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 from models import small_config, write_folder
-from processes import piped, running
+from processes import piped
 from serving import ENDLESS, NAME, open_requests, serving, settle, user
 
 SLOW = {"type": "integer", "multipleOf": 3_000_017}  # takes longer to prepare than it may
@@ -39,28 +34,31 @@ def test_a_padded_embedding(tmp_path: Path) -> None:
         assert httpx.get(f"{url}/health").status_code == 200
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_all_answers_of_a_refused_request_end(model_folder: Path, stream: bool) -> None:
+def test_all_answers_of_a_refused_request_end(model_folder: Path) -> None:
     with serving(model_folder, "--rows", "2", "--queue", "2") as (url, _):
-        for extra in (
-            {"n": 3, "logit_bias": {"999999": 1}},
-            {"n": 4, "response_format": following({"type": "zebra"})},
-            {"n": 8},  # more than there are places for
-        ):
-            found = asked(url, stream=stream, max_tokens=100_000, **extra)
-            assert found.status_code == 400, found.text
-            settle(url, 0)
-        # In the place of others it waits for all its places, and takes none before.
-        with ThreadPoolExecutor(1) as pool:
-            going = pool.submit(
-                httpx.post, f"{url}/v1/chat/completions", json=ENDLESS | {"max_tokens": 900}, timeout=60
-            )
-            settle(url, 1)
-            assert asked(url, n=4, stream=stream).status_code == 429
-            assert open_requests(url) <= 1
-            assert going.result(60).status_code == 200
-        assert asked(url, n=4, stream=stream).status_code == 200
+        for stream in (False, True):
+            refuse(url, stream)
+
+
+def refuse(url: str, stream: bool) -> None:
+    """Ask a server of two rows, where two requests may wait, for more than it can give."""
+    for extra in (
+        {"n": 3, "logit_bias": {"999999": 1}},
+        {"n": 4, "response_format": following({"type": "zebra"})},
+        {"n": 8},  # more than there are places for
+    ):
+        found = asked(url, stream=stream, max_tokens=100_000, **extra)
+        assert found.status_code == 400, found.text
         settle(url, 0)
+    # In the place of others it waits for all its places, and takes none before.
+    with ThreadPoolExecutor(1) as pool:
+        going = pool.submit(httpx.post, f"{url}/v1/chat/completions", json=ENDLESS | {"max_tokens": 900}, timeout=60)
+        settle(url, 1)
+        assert asked(url, n=4, stream=stream).status_code == 429
+        assert open_requests(url) <= 1
+        assert going.result(60).status_code == 200
+    assert asked(url, n=4, stream=stream).status_code == 200
+    settle(url, 0)
 
 
 def test_no_answer_takes_longer_than_it_may(model_folder: Path) -> None:
@@ -75,7 +73,8 @@ def test_no_answer_takes_longer_than_it_may(model_folder: Path) -> None:
 
 
 def test_plain_requests_do_not_wait_for_schemas(model_folder: Path) -> None:
-    with serving(model_folder) as (url, process), ThreadPoolExecutor(8) as pool:
+    setup = "from m7mlx import constrain; constrain._PREPARE_SECONDS = 2.0"
+    with serving(model_folder, setup=setup) as (url, process), ThreadPoolExecutor(8) as pool:
         slow = [pool.submit(asked, url, n=1, response_format=following(SLOW | {"title": str(i)})) for i in range(6)]
         settle(url, 6)
         for _ in range(3):
@@ -94,20 +93,16 @@ def test_plain_requests_do_not_wait_for_schemas(model_folder: Path) -> None:
 
 
 _FEW = """
-import gc, sys
+import gc
 from m7mlx import constrain
 gc.disable()
 constrain._AT_ONCE, constrain._PREPARE_SECONDS = 1, 0.2
-from m7mlx_serve.cli import main
-sys.exit(main(sys.argv[1:]))
 """
 
 
 def test_a_schema_for_which_there_is_no_place(model_folder: Path) -> None:
     """The answers that have the places go on; once they have ended, in whatever way, there is room."""
-    command = [sys.executable, "-c", _FEW, "--model", str(model_folder), "--name", NAME, "--port", "0"]
-    with running(command, stderr=subprocess.PIPE, text=True) as process:
-        url = next(found[0] for line in piped(process.stderr) if (found := re.search(r"http://\S+", line)))
+    with serving(model_folder, setup=_FEW) as (url, _):
         long = {"type": "string", "minLength": 100_000}
         with httpx.stream(
             "POST",
@@ -134,7 +129,8 @@ def test_a_schema_for_which_there_is_no_place(model_folder: Path) -> None:
 
 
 def test_ending_while_a_schema_is_prepared(model_folder: Path) -> None:
-    with serving(model_folder) as (url, process), ThreadPoolExecutor(1) as pool:
+    setup = "from m7mlx_serve import listener; listener.GRACE_SECONDS = 2.0"
+    with serving(model_folder, setup=setup) as (url, process), ThreadPoolExecutor(1) as pool:
         going = pool.submit(asked, url, n=4, response_format=following(SLOW))
         settle(url, 4)
         process.send_signal(signal.SIGTERM)
@@ -143,60 +139,30 @@ def test_ending_while_a_schema_is_prepared(model_folder: Path) -> None:
 
 
 _BREAKS = """
-import sys
 from m7mlx.scheduler import Scheduler
 step, count = Scheduler.step, [0]
 def breaks(self):
-    count[0] += self.load[0] > 0
+    count[0] += self.running_and_waiting[0] > 0
     if count[0] > 30:
         raise KeyError("what was said in a conversation")
     return step(self)
 Scheduler.step = breaks
-from m7mlx_serve.cli import main
-sys.exit(main(sys.argv[1:]))
 """
 
 
 def test_an_engine_that_ends_ends_the_server(model_folder: Path) -> None:
     """Everybody who waits is told, the process says that it must not happen, and its status is 1."""
-    command = [
-        sys.executable,
-        "-c",
-        _BREAKS,
-        "--model",
-        str(model_folder),
-        "--name",
-        NAME,
-        "--port",
-        "0",
-        "--rows",
-        "1",
-    ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    try:
-        said: list[str] = []
-        for line in process.stderr:
-            said.append(line)
-            if found := re.search(r"http://\S+", line):
-                break
-        url = found[0] if found else ""
-        rest = threading.Thread(target=lambda: said.extend(process.stderr or ()))
-        rest.start()
-        with ThreadPoolExecutor(3) as pool:
-            whole, stream, waiting = (
-                pool.submit(httpx.post, f"{url}/v1/chat/completions", json=ENDLESS | extra, timeout=60)
-                for extra in ({}, {"stream": True}, {"n": 2})
-            )
-            statuses = {whole.result(30).status_code, waiting.result(30).status_code}
-            assert statuses <= {500, 503}
-            assert stream.result(30).status_code in (500, 503) or "error" in stream.result().text
+    with serving(model_folder, "--rows", "1", setup=_BREAKS) as (url, process), ThreadPoolExecutor(4) as pool:
+        told = pool.submit(piped(process.stderr).read)
+        whole, stream, waiting = (
+            pool.submit(httpx.post, f"{url}/v1/chat/completions", json=ENDLESS | extra, timeout=60)
+            for extra in ({}, {"stream": True}, {"n": 2})
+        )
+        statuses = {whole.result(30).status_code, waiting.result(30).status_code}
+        assert statuses <= {500, 503}
+        assert stream.result(30).status_code in (500, 503) or "error" in stream.result().text
         assert process.wait(30) == 1
-        rest.join(10)
-        assert "the thread that computes has ended" in said[-1]
-        assert any("KeyError at" in line for line in said)
-        assert "conversation" not in "".join(said) and "Traceback" not in "".join(said)
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
+        said = told.result(10)
+    assert "the thread that computes has ended" in said.splitlines()[-1]
+    assert "KeyError at" in said
+    assert "conversation" not in said and "Traceback" not in said

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from m7mlx_serve.choices import Choice, written
-from m7mlx_serve.tools import MARK, CallReader
+from m7mlx_serve.openai.chat import ChatShape
+from m7mlx_serve.openai.choices import Choice, write
+from m7mlx_serve.openai.text import TextShape
+from m7mlx_serve.tool_calls import MARK, CallReader
 
 from m7mlx import Piece, TokenLogprobs
 from m7mlx.tokens.tokenizer import Tokenizer
@@ -97,7 +99,9 @@ def test_what_models_write_besides(text: str, calls: list[tuple[str, str]], is_o
 
 def choice(tokenizer: Tokenizer, pieces: list[str | int], reason: Any) -> tuple[list[Any], Any]:
     """The chunks and the whole of an answer; numbers are ids."""
-    both = [Choice(0, tokenizer, True, tokenizer.control_id(MARK), False, streamed) for streamed in (True, False)]
+    both = [
+        Choice(0, tokenizer, ChatShape(), tokenizer.control_id(MARK), False, streamed) for streamed in (True, False)
+    ]
     chunks = []
     for piece in pieces:
         told_piece = Piece(piece, [9]) if isinstance(piece, str) else Piece(ids=[piece])
@@ -112,7 +116,7 @@ def test_scores_are_kept_for_whole_answers_only(mistral_tokenizers: dict[str, To
     piece = Piece("é", [900], logprobs=[TokenLogprobs(900, -0.5, [(900, -0.5), (901, -2.0)])])
     sizes = {}
     for streamed in (True, False):
-        told = Choice(0, tokenizer, is_chat, None, False, streamed)
+        told = Choice(0, tokenizer, ChatShape() if is_chat else TextShape(), None, False, streamed)
         told.feed(piece)
         tracemalloc.start()
         for _ in range(3000):
@@ -121,7 +125,7 @@ def test_scores_are_kept_for_whole_answers_only(mistral_tokenizers: dict[str, To
         tracemalloc.stop()
     assert sizes[True] < 20_000 < 3000 * 100 < sizes[False]
     told.feed(Piece(finish_reason="stop"))
-    pieces = list(written({"id": "x", "choices": [told.whole(), told.whole()]}))
+    pieces = list(write({"id": "x", "choices": [told.whole(), told.whole()]}))
     assert max(map(len, pieces)) < 10_000
     found = json.loads("".join(pieces))
     assert found["choices"][0] == found["choices"][1]

@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from m7mlx_chat.app import ChatApp
 from m7mlx_chat.config import Config
@@ -42,6 +42,10 @@ class ScriptedEngine:
 
     def submit(self, request: Request) -> None:
         self.asked.append(request)
+
+    def messages(self, number: int = -1) -> list[dict[str, Any]]:
+        """The messages that it was asked to answer: the last ones, or another time's."""
+        return cast("list[dict[str, Any]]", self.asked[number].prompt)
 
     def cancel(self) -> None:
         self.cancelled += 1
@@ -87,6 +91,10 @@ class Chat:
 
     def texts(self, kind: type[Static] | str) -> list[str]:
         return [str(w.content) for w in self.app.query(kind).results(Static)]
+
+    def state(self) -> str:
+        """What the model is doing."""
+        return self.app.state
 
     def status(self) -> str:
         return str(self.app.screen_stack[0].query_one("#state", Static).content)

@@ -1,6 +1,7 @@
-"""A text that tries everything on a terminal, and every place of the chat where a stranger's text comes to be shown.
+"""A text that tries everything on a terminal, and every place of the chat that may show it.
 
-As a program (`python tests/support/hostile.py FOLDER`) it goes through all places on the terminal that it runs in.
+As a program (`python tests/support/hostile.py FOLDER`) it goes through all places on the terminal
+that it runs in.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from chat_harness import READY, Chat, ScriptedEngine, done, environment_in
 from m7mlx_chat import jobs
@@ -35,13 +36,14 @@ OTHERS = "\u2028\u2029\u200b\u2060\ufeff\U000e0041\U000e007f"
 MARKUP = "[/x][@click=app.quit]q[/][link=http://evil.example]l[/link][b"
 CONTROLS = "\x1b]0;PWNED\x07\x1b[7777;1H\x9b7777m\x9d52;c;eA==\x9c\x1bP7777\x1b\\\x7f\x0b\x0c\x08\x0e\x85"
 EVIL = CONTROLS + BIDI + OTHERS + MARKUP
-UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff" + BIDI + OTHERS + "]")  # in what a widget draws: no line ends
+# in what a widget draws: no line ends
+UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff" + BIDI + OTHERS + "]")
 SIZE = (130, 40)
 FILE_NAME = "wordfile" + EVIL.replace("/", "")
 
 
 class Place(NamedTuple):
-    """Bring a stranger's text onto the screen; `word`, which stands before it, has to be there then."""
+    """A way to bring the text onto the screen, and the `word` before it to look for."""
 
     name: str
     show: Callable[[Chat, Path], Awaitable[None]]
@@ -67,7 +69,7 @@ def conversation(**changes: object) -> str:
     return json.dumps({**head, "messages": [question, common | answer | {"statistics": statistics}]} | changes)
 
 
-# --- what others say ------------------------------------------------------------------------------------------
+# --- what others say ------------------------------------------------------------------------------
 
 
 async def ran(chat: Chat, command: str) -> None:
@@ -80,7 +82,8 @@ async def ran(chat: Chat, command: str) -> None:
 
 @place("toasts at the start: a theme that is not there", "wordtheme")
 async def _theme(chat: Chat, work: Path) -> None:
-    chat.app.tell(f"again: there is no theme {chat.app.config.theme}", is_error=True)  # the first one may have gone
+    # the first one may have gone
+    chat.app.tell(f"again: there is no theme {chat.app.config.theme}", is_error=True)
 
 
 @place("… and keys for what is not there", "wordaction")
@@ -280,7 +283,7 @@ async def _deleted(chat: Chat, work: Path) -> None:
     await chat.app.action_undo()
 
 
-# --- what the model says --------------------------------------------------------------------------------------
+# --- what the model says --------------------------------------------------------------------------
 
 MARKDOWN = {
     "text": f"wordtext {EVIL}",
@@ -324,7 +327,7 @@ async def _fatal(chat: Chat, work: Path) -> None:
     await chat.say(Failed("wordfatal" + EVIL, fatal=True))
 
 
-# --- models ---------------------------------------------------------------------------------------------------
+# --- models ---------------------------------------------------------------------------------------
 
 
 @place("the list of models", "wordfolder")
@@ -368,7 +371,7 @@ async def _listed(chat: Chat) -> None:
             return
 
 
-# --- going through all of them --------------------------------------------------------------------------------
+# --- going through all of them --------------------------------------------------------------------
 
 
 def settings() -> Settings:
@@ -384,7 +387,10 @@ def config(folder: Path) -> Config:
 async def go_through(
     chat: Chat, work: Path, look: Callable[[Place], None], written: Callable[[], str] | None = None
 ) -> None:
-    """Show each place, wait until its word is seen (and `written`, if given, has it), let `look` see it, leave it."""
+    """Show each place, wait until its word is seen, let `look` see it, leave it.
+
+    If `written` is given, wait until that has the word, too.
+    """
     for one in PLACES:
         await one.show(chat, work)
         until = time.monotonic() + 20  # a machine may be busy
@@ -423,7 +429,7 @@ def main(folder: Path) -> None:
         parts = Parts(engine, session, config(folder), environment_in(folder))
         app = ChatApp(parts, folder=folder)
 
-        async def drive(pilot: Pilot[None]) -> None:
+        async def drive(pilot: Pilot[Any]) -> None:
             chat = Chat(app, engine, session, pilot)
             written: list[str] = []
             write = app._driver.write  # type: ignore[union-attr]

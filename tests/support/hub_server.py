@@ -201,12 +201,16 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, json.dumps({"success": True, "commitOid": COMMIT, "commitUrl": url}).encode(), {})
 
 
+class Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that leaves is no fault."""
+
+
 @contextmanager
 def serve(folder: Path, repo: str) -> Iterator[Hub]:
     """Serve a folder as a repository for as long as the block lasts."""
     hub = Hub(folder, repo)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": hub}))
-    server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that leaves is no fault
+    server = Server(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": hub}))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"

@@ -19,6 +19,7 @@ from m7mlx.config import ModelConfig
 from m7mlx.decode import prefill
 from m7mlx.model import Mistral
 from m7mlx.parallel.world import World, join
+from m7mlx.shard import MODES, Mode
 
 PROMPT = [(i * i * 7 + 3) % 97 for i in range(23)]
 STEPS = [5, 80, 2, 9, 41, 77, 13, 60, 8, 33]
@@ -39,9 +40,9 @@ def passes(model: Mistral) -> dict[str, np.ndarray]:
     return found
 
 
-def joined(mode: str, folder: str) -> World:
+def joined(mode: Mode, folder: str) -> World:
     """What this rank has joined; `mlx.launch` makes more than one."""
-    world = join(mode, lambda: ModelConfig.from_folder(folder))  # type: ignore[arg-type]
+    world = join(mode, lambda: ModelConfig.from_folder(folder))
     assert world is not None
     return world
 
@@ -50,7 +51,8 @@ def main() -> None:
     folder, out, modes, *rest = sys.argv[1:]
     if rest:
         vars(sys.modules["m7mlx.loading"])["expands"] = lambda config: False
-    for mode in modes.split(","):
+    asked = [mode for mode in MODES if mode in modes.split(",")]
+    for mode in asked:
         world = joined(mode, folder)
         model, _ = world.load(folder)
         found = passes(model)

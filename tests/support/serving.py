@@ -44,9 +44,16 @@ ENDLESS: Question = {
 
 
 @contextmanager
-def serving(folder: Path, *options: str, files: int | None = None) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Start a server that may open at most `files` files; yield its address and its process."""
-    command = [sys.executable, "-m", "m7mlx_serve", "--model", str(folder), "--name", NAME, "--port", "0", *options]
+def serving(
+    folder: Path, *options: str, files: int | None = None, setup: str = ""
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Start a server that may open at most `files` files; yield its address and its process.
+
+    `setup` is Python that the process runs first.
+    """
+    program = ["-c", f"{setup}\nfrom m7mlx_serve.cli import main\nraise SystemExit(main())"]
+    start = program if setup else ["-m", "m7mlx_serve"]
+    command = [sys.executable, *start, "--model", str(folder), "--name", NAME, "--port", "0", *options]
     if files is not None:
         command = ["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh", *command]
     with running(command, stderr=subprocess.PIPE, text=True) as process:

@@ -160,7 +160,8 @@ def pack(numbers: np.ndarray, bits: int, order: tuple[int, ...]) -> np.ndarray:
     per_word = 32 // bits
     words = numbers.reshape(numbers.shape[0], -1, per_word)[..., list(order)].astype(np.uint64)
     shifts = np.arange(per_word, dtype=np.uint64) * np.uint64(bits)
-    return (words << shifts).sum(axis=-1).astype(np.uint32).view(np.int32)
+    packed: np.ndarray = (words << shifts).sum(axis=-1).astype(np.uint32).view(np.int32)
+    return packed
 
 
 def write_packed(folder: Path, method: str, bits: int, *, symmetric: bool = False, **settings: Any) -> dict[str, Any]:
@@ -179,8 +180,7 @@ def write_packed(folder: Path, method: str, bits: int, *, symmetric: bool = Fals
         zeros = rng.integers(0, 2**bits, (columns // group, rows))
         zeros[:] = 2 ** (bits - 1) if symmetric else zeros
         scales = rng.uniform(0.01, 0.02, zeros.shape).astype(np.float16)
-        each = (np.repeat(v, group, axis=0) for v in (zeros, scales.astype(np.float32)))
-        zero, scale = each
+        zero, scale = np.repeat(zeros, group, axis=0), np.repeat(scales.astype(np.float32), group, axis=0)
         expected[name] = ((q - zero) * scale).T.astype(np.float32)
         module = name.removesuffix(".weight")
         del arrays[name]

@@ -112,8 +112,8 @@ def transformers_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder)
 
 
-def save_transformers_tokenizer(folder: Path) -> None:
-    """A tokenizer that transformers, and so mlx-lm, can load."""
+def write_transformers_tokenizer(folder: Path) -> None:
+    """Write a tokenizer that transformers, and so mlx-lm, can load."""
     (folder / "tokenizer.json").write_text(json.dumps(bpe_json_of(mistral_file("v1"))))
     (folder / "tokenizer_config.json").write_text(
         '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}'

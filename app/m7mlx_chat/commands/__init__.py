@@ -10,6 +10,6 @@ copying        copy a message, its code, the conversation
 files          export and import
 looking        help, figures, the rolling buffer; select and scroll
 
-A group is a class on `view.ChatView` with its own few attributes. `actions.ACTIONS` lists all actions; the method of
-the action `name` is `action_<name>`.
+A group is a class on `view.ChatView` with its own few attributes. `actions.ACTIONS` lists all
+actions; the method of the action `name` is `action_<name>`.
 """

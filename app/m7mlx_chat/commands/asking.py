@@ -1,4 +1,4 @@
-"""Asking and answering: send, answer again, go on, edit a question; stop an answer, leave the chat."""
+"""Asking: send, answer again, go on, edit a question; stop an answer, leave the chat."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class AskCommands(ModelCommands, CopyCommands):
         self._editing: int | None = None  # the question that the unsent text takes the place of
         self._quit_armed = False
 
-    # --- asking -----------------------------------------------------------------------------------------
+    # --- asking -----------------------------------------------------------------------------------
 
     @on(Composer.Submitted)
     async def _send(self, event: Composer.Submitted) -> None:
@@ -70,7 +70,7 @@ class AskCommands(ModelCommands, CopyCommands):
     async def action_replay(self) -> None:
         await self._begin(self.session.replay)
 
-    # --- editing a question -----------------------------------------------------------------------------
+    # --- editing a question -----------------------------------------------------------------------
 
     def action_edit(self) -> None:
         questions = [m for m in self.store.read(self.session.line[-2:]) if m.role == "user"]
@@ -91,7 +91,7 @@ class AskCommands(ModelCommands, CopyCommands):
             self.composer.reset(folded(self.store.message(question).text))
             self.composer.focus()
 
-    # --- stopping ---------------------------------------------------------------------------------------
+    # --- stopping ---------------------------------------------------------------------------------
 
     def action_stop(self) -> None:
         """End the first of what is open or under way."""

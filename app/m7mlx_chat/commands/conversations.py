@@ -18,7 +18,7 @@ class ConversationCommands(ChatView):
         super().__init__(parts)
         self._deleted: list[int] = []  # conversations, the last one deleted at the end
 
-    # --- going to one -----------------------------------------------------------------------------------
+    # --- going to one -----------------------------------------------------------------------------
 
     async def action_new(self) -> None:
         self.session.new()
@@ -36,7 +36,7 @@ class ConversationCommands(ChatView):
         await self.show_all(found=event.message)
         self.composer.focus()
 
-    # --- the list ---------------------------------------------------------------------------------------
+    # --- the list ---------------------------------------------------------------------------------
 
     def action_sidebar(self) -> None:
         self.sidebar.toggle_class("-shown")
@@ -45,7 +45,7 @@ class ConversationCommands(ChatView):
 
     @on(DescendantFocus)
     def _uncover(self, event: DescendantFocus) -> None:
-        """In a narrow terminal the list lies over the talk: take it away from the text that is being written."""
+        """Hide the list where it lies over the composer, as soon as that is used."""
         if event.widget is self.composer and self.size.width < BESIDE_FROM:
             self.sidebar.remove_class("-shown")
 
@@ -57,7 +57,7 @@ class ConversationCommands(ChatView):
     def action_archived(self) -> None:
         self.sidebar.toggle_archived()
 
-    # --- one of them ------------------------------------------------------------------------------------
+    # --- one of them ------------------------------------------------------------------------------
 
     def action_rename(self, argument: str = "") -> None:
         if self.session.conversation is not None:

@@ -16,7 +16,8 @@ class CopyCommands(ChatView):
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
-        self._copied: tuple[int, int] = (0, 0)  # message, and which of its code blocks was copied last
+        # message, and which of its code blocks was copied last
+        self._copied: tuple[int, int] = (0, 0)
 
     def action_copy(self, argument: str = "") -> None:
         answers = [m for m in map(self.session.message, self.session.line) if m.role == "assistant" and m.text]
@@ -53,7 +54,7 @@ class CopyCommands(ChatView):
             self.copy_text(blocks[number - 1], f"code block {number} of {len(blocks)}")
 
     def copy_text(self, text: str, what: str = "") -> None:
-        """Copy by a tool of the system, and by the terminal (OSC 52, which macOS's Terminal does not know)."""
+        """Copy by a tool of the system, and by the terminal (OSC 52; not on macOS's Terminal)."""
         self.copy_to_clipboard(text)
         self._copy_with_tool(text)
         self.tell(f"copied {what}".strip())

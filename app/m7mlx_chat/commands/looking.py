@@ -45,7 +45,7 @@ class LookCommands(ChatView):
         self.call_after_refresh(self.show_gauge)
 
     def action_select(self, direction: int) -> None:
-        """Select the next message (1) or the one before (-1); after the last one comes the composer."""
+        """Select the next message (1) or the one before (-1); the composer follows the last."""
         views = self.transcript.views
         at = views.index(self.selected) if self.selected in views else len(views)
         if 0 <= at + direction < len(views):

@@ -54,7 +54,7 @@ class ModelCommands(ChatView):
         self._working = self.session.settings
 
     def model_failed(self, failed: Failed, was_loading: bool) -> None:
-        """Let the user choose another model, or go back to the settings that the engine still works with."""
+        """Let the user choose another model, or go back to the settings that still work."""
         if failed.fatal:
             self.failure = failed
             self.choose_model()

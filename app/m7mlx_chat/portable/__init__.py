@@ -1,16 +1,16 @@
-"""Conversations as files: our own JSON, which holds all of a conversation, and what is taken in from elsewhere.
+"""Conversations as files: our own JSON, which holds all of one, and files from elsewhere.
 
-    {"format": "m7mlx-chat", "version": 1, "title": …, "automatic": …, "created": …, "updated": …, "archived": …,
-     "model": …, "system": …, "settings": {…}, "leaf": 3,
+    {"format": "m7mlx-chat", "version": 1, "title": …, "automatic": …, "created": …,
+     "updated": …, "archived": …, "model": …, "system": …, "settings": {…}, "leaf": 3,
      "messages": [{"parent": null, "role": "user", "text": …, "status": …, "created": …, "model": …,
                    "settings": {…}, "statistics": {…}}, …]}
 
-`parent` and `leaf` count messages from 0; a parent comes before its children, so there is nothing to go round in.
-Times are seconds since 1970. Token ids stay out: a file from a stranger could make the model read ids that are not
-those of the text shown.
+`parent` and `leaf` count messages from 0; a parent comes before its children, so there is nothing
+to go round in. Times are seconds since 1970. Token ids stay out: a file from a stranger could make
+the model read ids that are not those of the text shown.
 
-A file is read whole and checked before anything is stored; `Store.plant` stores all of it or nothing. Nothing here
-touches a store: a long file may be read in any thread.
+A file is read whole and checked before anything is stored; `Store.plant` stores all of it or
+nothing. Nothing here touches a store: a long file may be read in any thread.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from m7mlx_chat.portable.checked import Record
 from m7mlx_chat.store.rows import CHOSEN_TITLE_LENGTH, Ending, Node, Role, Tree, title_of
 
 FORMAT, VERSION = "m7mlx-chat", 1
-MOST_BYTES = 1 << 29  # ChatGPT's exports of years are some 100 MB; in memory they take ten times as much
+# ChatGPT's exports of years are some 100 MB; in memory they take ten times as much
+MOST_BYTES = 1 << 29
 _TOO_LONG = f"the file has {{:,.0f}} MB, the most is {MOST_BYTES / 1e6:,.0f}; split it"
 _STATUSES = (*get_args(Ending), "interrupted")
 

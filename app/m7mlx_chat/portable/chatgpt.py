@@ -1,7 +1,7 @@
-"""ChatGPT's export, conversations.json: each conversation is a `mapping` of nodes that name their parents.
+"""ChatGPT's export, conversations.json: a conversation is a `mapping` of nodes that name parents.
 
-Only what was said is taken over, with all branches: questions and answers. System prompts, hidden nodes, calls of
-tools and what they returned are left out, and what followed them moves up.
+Only what was said is taken over, with all branches: questions and answers. System prompts, hidden
+nodes, calls of tools and what they returned are left out, and what followed them moves up.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _said(content: Record) -> str:
 
 
 def _joined(nodes: list[Node]) -> tuple[list[Node], list[int]]:
-    """Without messages of one role in a row, where they do not branch: what stood between them was left out.
+    """Join messages of one role in a row: what stood between them was left out.
 
     Also where each message went.
     """

@@ -1,4 +1,4 @@
-"""Values out of a stranger's JSON, each of the type it must have, or an InputError that names the place."""
+"""Values out of a stranger's JSON: of the type they must have, or an InputError names the place."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def to_markdown(conversation: Conversation, branch: Sequence[Message]) -> str:
 
 
 def to_html(conversation: Conversation, branch: Sequence[Message]) -> str:
-    """A branch of a conversation as a page: questions as they were typed, answers as Markdown shows them."""
+    """A branch as an HTML page: questions as they were typed, answers as Markdown shows them."""
     # No HTML of a message is HTML of the page, and no picture is fetched: it stays a link.
     parser = MarkdownIt("commonmark", {"html": False, "breaks": True})
     parser.enable(["table", "strikethrough"]).disable("image")
@@ -106,7 +106,7 @@ def _speaker(message: Message) -> str:
 
 
 def _closed(text: str) -> str:
-    """`text`, with the code block that a broken-off answer left open closed: it would swallow all that follows."""
+    """Close the code block that a broken-off answer left open: it would swallow what follows."""
     fence = ""
     for line in text.splitlines():
         found = _FENCE.match(line)

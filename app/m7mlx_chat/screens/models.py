@@ -1,4 +1,4 @@
-"""Choosing a model: those here, those worth fetching, any other by name; download and conversion with progress."""
+"""Choosing a model: of those here, those worth fetching, or any by name; with progress."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ class Chosen(NamedTuple):
 
 
 class Models(ModalScreen[Chosen | None]):
-    """A list, a line for any other name, and what is under way. Esc ends a download, which can be gone on with."""
+    """A list, a line for any other name, and what is under way.
+
+    Esc ends a download, which can be gone on with.
+    """
 
     DEFAULT_CSS = """
     Models { align: center middle; background: $background 70%; }
@@ -107,7 +110,7 @@ class Models(ModalScreen[Chosen | None]):
 
     @work(thread=True, exclusive=True, group="list")
     def _list(self) -> None:
-        entries = models(self._own, self._used)
+        entries = models(self._used, self._own)
         self.app.call_from_thread(self._listed, entries)
 
     def _listed(self, entries: list[Entry]) -> None:
@@ -140,7 +143,7 @@ class Models(ModalScreen[Chosen | None]):
         about = [sees, entry.about, "a download" if entry.folder is None else ""]
         return text.append(" · " + " · ".join(filter(None, about)), style="not bold dim")
 
-    # --- choosing ---------------------------------------------------------------------------------------
+    # --- choosing ---------------------------------------------------------------------------------
 
     @on(OptionList.OptionSelected)
     def _selected(self, event: OptionList.OptionSelected) -> None:
@@ -187,7 +190,7 @@ class Models(ModalScreen[Chosen | None]):
         job = lambda: jobs.convert(source, number, self._own, self._progress)  # noqa: E731
         self._begin(f"converting {source}", job, None)
 
-    # --- what is under way ------------------------------------------------------------------------------
+    # --- what is under way ------------------------------------------------------------------------
 
     def _begin(self, label: str, job: Callable[[], Awaitable[Path]], name: str | None) -> None:
         if self._job is not None:

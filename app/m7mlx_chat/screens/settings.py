@@ -18,7 +18,7 @@ from m7mlx_chat.settings import ANSWER, ENGINE, FIELDS, Settings
 
 
 class SettingsDrawer(ModalScreen[None]):
-    """Changes count at once, for the conversation that is shown; a preset keeps them under a name."""
+    """The settings of the conversation: changes count at once; a preset keeps them under a name."""
 
     DEFAULT_CSS = """
     SettingsDrawer { align: right top; background: $background 40%; }

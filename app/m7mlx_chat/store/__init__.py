@@ -6,14 +6,16 @@
         store.finish(asked.answer, "complete", "The capital of France is Paris.", ids=[...])
         store.branch(asked.answer, limit=50)
 
-Nothing is lost: a question is on the disk, with an empty answer, before the model sees it; an answer is at most
-one `grow` behind. Whoever opens the store makes the answers of those who died `interrupted`. Several instances of
-the program may use one database.
+Nothing is lost: a question is on the disk, with an empty answer, before the model sees it; an
+answer is at most one `grow` behind. Whoever opens the store makes the answers of those who died
+`interrupted`. Several instances of the program may use one database.
 
-Threads: a store belongs to the thread that opened it, the app's; sqlite3 refuses any other. Its transactions are
-short, but for `plant` and `fork`, which write whole conversations. Only opening may have to wait for long.
+Threads: a store belongs to the thread that opened it, the app's; sqlite3 refuses any other. Its
+transactions are short, but for `plant` and `fork`, which write whole conversations. Only opening
+may have to wait for long.
 
-Every method raises StoreError if what it is given is not there, and DiskError or RunError if SQLite fails.
+Every method raises StoreError if what it is given is not there, and DiskError or RunError if SQLite
+fails.
 """
 
 from __future__ import annotations
@@ -100,7 +102,7 @@ class Store(Writer):
     ) -> None:
         self.close()
 
-    # --- asking and answering ---------------------------------------------------------------------------
+    # --- asking and answering ---------------------------------------------------------------------
 
     def ask(
         self,
@@ -114,9 +116,9 @@ class Store(Writer):
     ) -> Asked:
         """Store a question and the answer to come, which becomes the end of the branch shown.
 
-        Without a `conversation` a new one begins. `parent` is the answer before the question, None for a first
-        question; an edited question has the parent of the old one. The answer keeps what it is made with: `model`,
-        `settings` and, as settings["system"], the system prompt.
+        Without a `conversation` a new one begins. `parent` is the answer before the question, None
+        for a first question; an edited question has the parent of the old one. The answer keeps
+        what it is made with: `model`, `settings` and, as settings["system"], the system prompt.
         """
         now = self._clock()
         with self._writing():
@@ -190,13 +192,14 @@ class Store(Writer):
             alive = sorted(living(self._instances))
             self._interrupt(f"owner NOT IN ({', '.join('?' * len(alive))})", alive)
 
-    # --- branches ---------------------------------------------------------------------------------------
+    # --- branches ---------------------------------------------------------------------------------
 
     def switch(self, conversation: int, message: int) -> int:
-        """Show the branch through a message, down to the newest message below it; returns that leaf."""
+        """Show the branch through a message, down to the newest below it; returns that leaf."""
         with self._writing():
             self._check_inside(conversation, message)
-            # Ids only grow, and a child is newer than its parent: the newest of all below is a leaf.
+            # Ids only grow, and a child is newer than its parent: the newest of all below is a
+            # leaf.
             (row,) = self._rows(
                 f"{_BELOW} SELECT max(id) AS leaf FROM below", {"conversation": conversation, "message": message}
             )
@@ -225,7 +228,7 @@ class Store(Writer):
                 planted.append(conversation)
         return planted
 
-    # --- conversations ----------------------------------------------------------------------------------
+    # --- conversations ----------------------------------------------------------------------------
 
     def configure(self, conversation: int, *, model: str, system: str, settings: Values) -> None:
         """What the conversation's next answers are to be made with."""
@@ -252,14 +255,14 @@ class Store(Writer):
         self._change(conversation, {"archived": False})
 
     def delete(self, conversation: int) -> None:
-        """Hide a conversation from lists and searches; it is erased when the store is opened 30 days later."""
+        """Hide a conversation; it is erased when the store is opened 30 days later."""
         self._change(conversation, {"deleted_at": self._clock()})
 
     def undo_delete(self, conversation: int) -> None:
         """Undo `delete`, as long as the conversation has not been erased."""
         self._change(conversation, {"deleted_at": None})
 
-    # --- writing ----------------------------------------------------------------------------------------
+    # --- writing ----------------------------------------------------------------------------------
 
     def _add_answer(self, conversation: int, question: int, model: str, system: str, settings: Values | None) -> int:
         now = self._clock()
@@ -280,7 +283,8 @@ class Store(Writer):
 
     def _interrupt(self, whose: str, values: Sequence[str]) -> None:
         with self._writing():
-            # OR IGNORE: a row that breaks another rule, since it is damaged, does not keep the others.
+            # OR IGNORE: a row that breaks another rule, since it is damaged, does not keep the
+            # others.
             sql = "UPDATE OR IGNORE message SET status = 'interrupted', owner = NULL WHERE status = 'answering'"
             sql += f" AND (owner IS NULL OR {whose})"
             self._db.execute(sql, values)

@@ -1,9 +1,10 @@
-"""Which running copies of the program there are: each holds a lock on a file of its own for as long as it lives.
+"""The running copies of the program: each holds a lock on a file of its own while it lives.
 
-The kernel gives the lock back when a process ends, however it ends. So a name whose file can be locked, or is
-gone, is dead. Process ids would not do: they are used again.
+The kernel gives the lock back when a process ends, however it ends. So a name whose file can be
+locked, or is gone, is dead. Process ids would not do: they are used again.
 
-Register and ask only under the store's opening lock: between the making of a file and its locking it looks dead.
+Register and ask only under the store's opening lock: between the making of a file and its locking
+it looks dead.
 """
 
 from __future__ import annotations

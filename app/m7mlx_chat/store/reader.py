@@ -1,6 +1,7 @@
 """What can be asked of the stored conversations. No method here changes anything.
 
-Conversations may have 10,000 messages and more: what a call costs depends on what it returns, not on what there is.
+Conversations may have 10,000 messages and more: what a call costs depends on what it returns, not
+on what there is.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ _MESSAGE = """
         (SELECT count(*) FROM message s WHERE s.conversation = m.conversation AND s.parent IS m.parent) AS siblings
     FROM message m
 """
-# From a message up to its root by primary keys; LIMIT ends the walk, not only the answer. A parent is older than its
-# child: where the file is damaged, and it is not, the walk ends there, rather than go round for ever.
+# From a message up to its root by primary keys; LIMIT ends the walk, not only the answer. A parent
+# is older than its child: where the file is damaged, and it is not, the walk ends there, rather
+# than go round for ever.
 _BRANCH = f"""
     WITH RECURSIVE path (id, parent, up) AS (
         SELECT id, parent, 0 FROM message WHERE id = :first
@@ -80,7 +82,7 @@ class Reader:
         return _only(found, f"there is no message {message} (any more)")
 
     def branch(self, leaf: int, limit: int = EVERYTHING, before: int | None = None) -> list[Message]:
-        """The last `limit` messages on the path from the root to `leaf`, in order; or the last before `before`."""
+        """The last `limit` messages from the root to `leaf`, in order; or those before `before`."""
         first = leaf if before is None else self.message(before).parent
         return self._messages(_BRANCH, {"first": first, "limit": limit})
 
@@ -89,7 +91,10 @@ class Reader:
         return [row["id"] for row in self._rows(_LINE, [leaf])]
 
     def shown(self, head: Conversation) -> list[int]:
-        """The ids of all messages of the branch shown; of the newest one, where its end is not there (any more)."""
+        """The ids of all messages of the branch shown.
+
+        Where its end is not there any more, the branch of the newest message is shown.
+        """
         line = [] if head.leaf is None else self.line(head.leaf)
         if not line and head.messages:
             self.damaged.add(f"conversation {head.id}")
@@ -126,12 +131,12 @@ class Reader:
         return tree_of(head, messages, head.leaf)
 
     def search(self, text: str, limit: int = 50) -> list[Hit]:
-        """The messages that hold all words of `text`, the last word maybe unfinished; the best first."""
+        """The messages with all words of `text`, the last one maybe unfinished; the best first."""
         match = match_of(text)
         return [hit(row) for row in self._rows(SEARCH, [match, limit])] if match else []
 
     def prompts(self, containing: str = "", limit: int = 100) -> list[str]:
-        """What the user has asked, each text once, the newest first; only texts that contain one, in any case."""
+        """What the user has asked and contains a text, in any case: each once, the newest first."""
         needle, found = containing.casefold(), dict[str, None]()
         with one_line(self.path), closing(self._db.execute(_PROMPTS)) as rows:
             for (text,) in rows:

@@ -1,7 +1,8 @@
 """What the store keeps, as values: conversations, and messages in a tree.
 
-A conversation is a tree because nothing said in it is overwritten: an edited question is a sibling of the old
-one, a second answer a sibling of the first. `leaf` is the end of the branch that is shown.
+A conversation is a tree because nothing said in it is overwritten: an edited question is a sibling
+of the old one, a second answer a sibling of the first. `leaf` is the end of the branch that is
+shown.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Role = Literal["user", "assistant"]
-# How the engine ended an answer: by itself (so are all questions), by the user, by the longest length, by a failure.
+# How the engine ended an answer: by itself (so are all questions), by the user, by the longest
+# length, by a failure.
 Ending = Literal["complete", "stopped", "length", "error"]
 # Not ended: under way in an instance that lives, or left behind by one that died.
 Status = Ending | Literal["answering", "interrupted"]
@@ -29,8 +31,11 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """One message of a tree whose messages have no ids: `parent` is an index into the tree's nodes, always an
-    earlier one. `created` is in seconds since 1970. `packed_ids`: see `pack`."""
+    """One message of a tree whose messages have no ids.
+
+    `parent` is an index into the tree's nodes, always an earlier one; `created` is in seconds since
+    1970; `packed_ids` are the ids of its tokens as `pack` makes them.
+    """
 
     parent: int | None
     role: Role
@@ -53,7 +58,10 @@ class Node:
 
 @dataclass(frozen=True, kw_only=True)
 class Message(Node):
-    """A stored message; `parent` is a message's id. It is the `place`-th of `siblings`, from 1: ‹2/3›."""
+    """A stored message; `parent` is a message's id.
+
+    It is the `place`-th of `siblings`, from 1: ‹2/3›.
+    """
 
     id: int
     conversation: int
@@ -78,7 +86,7 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation(Head):
-    """A stored conversation; `leaf` is a message's id, `messages` the number of them in all branches."""
+    """A stored conversation; `leaf` is a message's id, `messages` how many all branches have."""
 
     id: int
     deleted_at: float | None
@@ -121,7 +129,7 @@ def encodable(text: str) -> str:
 
 
 def title_of(text: str, length: int = TITLE_LENGTH) -> str:
-    """A title: the first line of `text` that says something, cut at a word within `length` characters."""
+    """A title: the first line of `text` that says something, cut at a word after `length`."""
     lines = (" ".join(_printable(line).split()) for line in text.splitlines())
     line = next(filter(None, lines), UNTITLED)
     if len(line) <= length:
@@ -136,7 +144,7 @@ def _printable(text: str) -> str:
 
 
 def pack(ids: Sequence[int]) -> bytes:
-    """Token ids in two bytes each or less: the lowest bytes of all, then the next ones, …, deflated."""
+    """Token ids in two bytes each or less: their lowest bytes, then the next ones, …, deflated."""
     numbers = struct.pack(f"<{len(ids)}I", *ids)
     return zlib.compress(b"".join(numbers[i::4] for i in range(4)), 1)
 

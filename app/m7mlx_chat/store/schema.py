@@ -1,4 +1,4 @@
-"""The database of conversations: where it lies, what it is made of, and how an older one is brought up to date."""
+"""The database of conversations: what it is made of, and how an older one is brought up to date."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ APPLICATION_ID = 0x6D376D78  # "m7mx"
 _BUSY_SECONDS = 5.0
 
 # One tuple of statements for each version; never change one that has been released, append another.
-# A parent is an earlier message of the same conversation: the database itself sees to it that trees are trees.
-# Small columns come first, so that a walk along the parents does not read the texts.
+# A parent is an earlier message of the same conversation: the database itself sees to it that trees
+# are trees. Small columns come first, so that a walk along the parents does not read the texts.
 _VERSION_1 = (
     """CREATE TABLE conversation (
         id         INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -73,9 +73,12 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1,)
 
 
 def open_database(path: Path, migrations: Sequence[Sequence[str]] = MIGRATIONS) -> sqlite3.Connection:
-    """Open the database, made or brought up to date as needed. Not for two at once: hold the opening lock.
+    """Open the database, made or brought up to date as needed.
 
-    Raises StoreError if the file is damaged, another program's or newer, and leaves it as it was; DiskError.
+    Not for two at once: hold the opening lock.
+
+    Raises StoreError if the file is damaged, another program's or newer, and leaves it as it was;
+    DiskError.
     """
     with one_line(path):
         _touch(path)
@@ -97,7 +100,7 @@ def open_database(path: Path, migrations: Sequence[Sequence[str]] = MIGRATIONS) 
 
 
 def _sync_fully(db: sqlite3.Connection) -> None:
-    """On macOS, fsync alone leaves what was written in the drive's own cache; elsewhere nothing changes."""
+    """Have fsync reach the drive on macOS too, where it stops at the drive's cache by default."""
     db.execute("PRAGMA fullfsync = ON")
     db.execute("PRAGMA checkpoint_fullfsync = ON")
 
@@ -117,7 +120,7 @@ def _check(db: sqlite3.Connection, path: Path, newest: int) -> None:
 
 
 def _migrate(db: sqlite3.Connection, path: Path, migrations: Sequence[Sequence[str]]) -> None:
-    """Go up one version at a time, each in one transaction, with a copy of the database made before it."""
+    """Go up one version at a time, each in one transaction, with a copy made before it."""
     is_new = db.execute("PRAGMA user_version").fetchone()[0] == 0
     for version, statements in enumerate(migrations):
         with transaction(db):
@@ -134,13 +137,14 @@ def _migrate(db: sqlite3.Connection, path: Path, migrations: Sequence[Sequence[s
 
 
 def _back_up(path: Path, version: int) -> None:
-    """Copy the database to chats.db.v<version>.<time>.bak, which has its name only once it is whole."""
+    """Copy the database to chats.db.v<version>.<time>.bak; only a whole copy has that name."""
     target = path.with_name(f"{path.name}.v{version}.{time.strftime('%Y%m%dT%H%M%S')}.bak")
     partial = target.with_name(target.name + ".partial")
     try:
         partial.unlink(missing_ok=True)
         _touch(partial)
-        # By a connection of its own: the one that migrates holds the lock for writing, and reads are not blocked.
+        # By a connection of its own: the one that migrates holds the lock for writing, and reads
+        # are not blocked.
         with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(partial)) as copy:
             _sync_fully(copy)
             source.backup(copy)
@@ -158,7 +162,10 @@ def _touch(path: Path) -> None:
 
 @contextmanager
 def transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """All or nothing. It takes the lock for writing at once, so it waits at its beginning and nowhere else."""
+    """All or nothing.
+
+    It takes the lock for writing at once, so it waits at its beginning and nowhere else.
+    """
     db.execute("BEGIN IMMEDIATE")
     try:
         yield
@@ -170,7 +177,7 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
 
 @contextmanager
 def one_line(path: Path) -> Iterator[None]:
-    """What SQLite and the disk say, as errors of the tree; what only a bug of ours can cause stays as it is."""
+    """Raise what SQLite and the disk say as errors of the tree; what is a bug of ours stays."""
     try:
         yield
     except sqlite3.Error as error:
@@ -178,7 +185,7 @@ def one_line(path: Path) -> Iterator[None]:
         if known is None:
             raise
         raise known from None
-    except UnicodeDecodeError as error:  # SQLite's message quoted what should have been a table's name
+    except UnicodeDecodeError as error:  # in SQLite's message, which quotes a damaged table
         raise damaged(path, error) from None
     except OSError as error:
         raise DiskError(f"{path} cannot be written ({error.strerror}); check the folder, or set M7MLX_DATA") from None
@@ -192,7 +199,8 @@ def damaged(path: Path, error: Exception) -> StoreError:
 
 
 def _translated(path: Path, error: sqlite3.Error) -> M7Error | None:
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # the rest says which kind of it
+    # the rest says which kind of it
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return RunError(f"another program keeps {path} locked; close it, or try again")
     if code == sqlite3.SQLITE_FULL:
@@ -203,6 +211,7 @@ def _translated(path: Path, error: sqlite3.Error) -> M7Error | None:
         return DiskError(f"{path} cannot be written ({error}); check the folder, or set M7MLX_DATA")
     if isinstance(error, sqlite3.IntegrityError):
         return StoreError(f"{path} refused a change ({error}) and is as it was; try again, and please report it")
-    if isinstance(error, sqlite3.ProgrammingError | sqlite3.InterfaceError):  # another thread, a closed store
+    # another thread, a closed store
+    if isinstance(error, sqlite3.ProgrammingError | sqlite3.InterfaceError):
         return None
     return damaged(path, error)  # also where tables or columns are not those that were made

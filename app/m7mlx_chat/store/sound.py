@@ -1,7 +1,7 @@
-"""Values out of rows that may be damaged: each of the type that it must have, whatever was found in its place.
+"""Values out of rows that may be damaged: each of the type that it must have.
 
-A database can be damaged by a disk, by another program, by a user with a tool. What can be read of it is shown, and
-told; nothing is changed by reading.
+A database can be damaged by a disk, by another program, by a user with a tool. What can be read of
+it is shown, and told; nothing is changed by reading.
 """
 
 from __future__ import annotations

@@ -9,11 +9,14 @@ from typing import get_args
 from m7mlx_chat.store.rows import Hit, Role, encodable
 from m7mlx_chat.store.sound import Row
 
-_LONGEST = 300  # characters: of a pasted page its beginning will do; thousands of words take FTS5 minutes
+# characters: of a pasted page its beginning will do; thousands of words take FTS5 minutes
+_LONGEST = 300
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # noncharacters: no text has business with them
-_WORDS_AROUND, _MOST_AROUND = 14, 1000  # words, characters: where the index is damaged, a snippet can be all there is
+# words, characters: where the index is damaged, a snippet can be all there is
+_WORDS_AROUND, _MOST_AROUND = 14, 1000
 
-# The words first (CROSS JOIN keeps the order): the best come out of FTS5 in order, and LIMIT ends the work.
+# The words first (CROSS JOIN keeps the order): the best come out of FTS5 in order, and LIMIT ends
+# the work.
 SEARCH = f"""
     SELECT message.id, message.conversation, message.role, message.created, conversation.title, conversation.archived,
            snippet(message_words, 0, '{_OPEN}', '{_CLOSE}', '…', {_WORDS_AROUND}) AS snippet
@@ -25,13 +28,14 @@ SEARCH = f"""
 
 
 def match_of(text: str) -> str:
-    """An FTS5 expression: all words of `text`, each as a string, the last one as the beginning of a word.
+    """An FTS5 expression: all words of `text` as strings, the last as the beginning of a word.
 
     Empty if there is nothing to search for. Only the first 300 characters count.
     """
     words = encodable(text[:_LONGEST]).replace("\0", " ").split()
     words = [word for word in words if any(c.isalnum() for c in word)]
-    words = [*dict.fromkeys(words[:-1]), *words[-1:]]  # what is said twice costs twice, and finds the same
+    # what is said twice costs twice, and finds the same
+    words = [*dict.fromkeys(words[:-1]), *words[-1:]]
     quoted = ['"' + word.replace('"', '""') + '"' for word in words]
     return " ".join(quoted) + "*" if quoted else ""
 

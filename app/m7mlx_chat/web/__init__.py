@@ -1,4 +1,4 @@
-"""The chat in a browser on the same machine: textual-serve, bound to the loopback address, for who has the secret."""
+"""The chat in a browser on the same machine, for whoever has the secret address."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _HOST = "127.0.0.1"
 
 
 def serve(arguments: Sequence[str], port: int) -> int:
-    """Serve until Ctrl-C; each page that is opened runs a chat of its own, with the same `arguments` but --web."""
+    """Serve until Ctrl-C: each page runs a chat of its own, with the same `arguments` but --web."""
     if not 0 < port < 1 << 16:
         raise InputError(f"--port must lie between 1 and 65535, not {port}")
     try:

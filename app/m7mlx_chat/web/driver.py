@@ -8,11 +8,13 @@ import threading
 
 from m7mlx_chat.textual_internals import OpenWebDriver
 
-_SECONDS = 15.0  # for the answer under way to be kept; then the process ends as it is: nothing is lost by that either
+# for the answer under way to be kept; then the process ends as it is: nothing is lost by that
+# either
+_SECONDS = 15.0
 
 
 class ServedDriver(OpenWebDriver):
-    """Ends the chat when standard input ends: the page is closed, or the server has gone, however it went."""
+    """Ends the chat when standard input ends: with the page, or with the server."""
 
     def send(self, data: bytes) -> int:
         with contextlib.suppress(OSError):  # nobody reads any more: input has ended, too

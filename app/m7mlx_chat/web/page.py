@@ -71,7 +71,7 @@ class Page(AppService):
         if self._process is not None and self.is_alive:
             self._process.kill()
 
-    # --- what the page says -----------------------------------------------------------------------------
+    # --- what the page says -----------------------------------------------------------------------
 
     async def _take(self, data: str) -> None:
         match json.loads(data):
@@ -88,7 +88,7 @@ class Page(AppService):
             case _:
                 raise ValueError("not a message of textual-serve's page")
 
-    # --- what the chat says -----------------------------------------------------------------------------
+    # --- what the chat says -----------------------------------------------------------------------
 
     def _build_environment(self, width: int = 80, height: int = 24) -> dict[str, str]:
         driver = {"TEXTUAL_DRIVER": "m7mlx_chat.web.driver:ServedDriver"}
@@ -114,7 +114,8 @@ class Page(AppService):
                 head = await output.readexactly(5)
                 payload = await output.readexactly(int.from_bytes(head[1:], "big"))
                 take = {b"D": self.on_data, b"M": self.on_meta, b"P": self.on_packed}[head[:1]]
-                with contextlib.suppress(ConnectionError):  # the page has gone; what comes is read all the same
+                # the page has gone; what comes is read all the same
+                with contextlib.suppress(ConnectionError):
                     await take(payload)
         if said := await errors:
             with contextlib.suppress(ConnectionError):

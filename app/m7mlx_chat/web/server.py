@@ -1,4 +1,4 @@
-"""The server of the chat's pages: who has the secret may open one, and nobody else sees anything."""
+"""The server of the chat's pages: whoever has the secret may open one, and nobody else."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ _FULL = (
 
 
 def run(bound: socket.socket, command: Sequence[str]) -> None:
-    """Serve on a bound socket, with a chat of `command` for each page, until Ctrl-C or SIGTERM; then end them all."""
+    """Serve on a bound socket until Ctrl-C or SIGTERM, with a chat of `command` for each page."""
     asyncio.run(ChatServer(bound, command).run())
 
 
@@ -85,7 +85,8 @@ class ChatServer(Server):
         self._known: set[RequestHandler] = set()  # connections of who has the secret
 
     async def run(self) -> None:
-        logging.getLogger("aiohttp").setLevel(logging.CRITICAL)  # nothing that a stranger sends makes us write
+        # nothing that a stranger sends makes us write
+        logging.getLogger("aiohttp").setLevel(logging.CRITICAL)
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
         runner = web.AppRunner(
@@ -113,7 +114,10 @@ class ChatServer(Server):
         ended.set()
 
     def _connection(self, server: web.Server | None) -> asyncio.BaseProtocol:
-        """A new connection. Where there are too many, the oldest of a stranger goes, or the new one."""
+        """A new connection.
+
+        Where there are too many, the oldest of a stranger goes, or the new one.
+        """
         assert server is not None
         self._known.intersection_update(server.connections)
         if len(server.connections) >= _CONNECTIONS:
@@ -132,13 +136,13 @@ class ChatServer(Server):
         app.router.add_static("/static", self.statics_path)
         return app
 
-    # --- who may come in --------------------------------------------------------------------------------
+    # --- who may come in --------------------------------------------------------------------------
 
     @web.middleware
     async def _admit(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        """Answer only who has the secret, and no page of another site: it could reach this address, too."""
+        """Answer whoever has the secret, and no page of another site, which could get here, too."""
         hosts, origins = request.headers.getall("Host", []), request.headers.getall("Origin", [])
         if len(hosts) != 1 or hosts[0].lower() not in self._hosts:
             raise web.HTTPForbidden(text="only this machine's own names are answered")
@@ -165,7 +169,7 @@ class ChatServer(Server):
         return hmac.compare_digest(given.encode("utf-8", "replace"), self._secret.encode())
 
     async def _add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
-        """What a browser may do with an answer: run our scripts only; xterm.js writes styles into the page."""
+        """Say what a browser may do with an answer: run our scripts only, and use any styles."""
         script = b64encode(sha256(_SCRIPT.encode()).digest()).decode()
         sockets = " ".join(f"ws://{host}" for host in sorted(self._hosts))
         response.headers["Content-Security-Policy"] = (
@@ -180,7 +184,7 @@ class ChatServer(Server):
         response.headers["Cross-Origin-Resource-Policy"] = "same-origin"
         response.headers["Cache-Control"] = "no-store"
 
-    # --- the pages --------------------------------------------------------------------------------------
+    # --- the pages --------------------------------------------------------------------------------
 
     async def _index(self, request: web.Request) -> web.Response:
         if self._is_full:

@@ -1,4 +1,4 @@
-"""Where the user writes: several lines, long pastes and files folded, commands and names completed."""
+"""Where the user writes: long pastes and files are folded, commands and names completed."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from m7mlx_chat.unsent import UnsentText, folded, is_long, marker_of
 from m7mlx_chat.widgets.completion import Choice, Completion, commands, paths
 
 _MENTION = re.compile(r"(?:^|\s)@(\S*)$")
-_NEW_LINE = ("ctrl+j", "alt+enter", "shift+enter", "shift+\r")  # the last: xterm's way of telling Shift+Enter
+# the last: xterm's way of telling Shift+Enter
+_NEW_LINE = ("ctrl+j", "alt+enter", "shift+enter", "shift+\r")
 read_alt_enter_as_ctrl_j()  # as Enter it would send the message
 
 
 class Composer(TextArea):
     """A text area in which Enter sends, and that completes commands and file names.
 
-    A long paste or a file is shown as one short line, so that neither the screen nor the editing slows down, and
-    is put in its place again when the message is sent.
+    A long paste or a file is shown as one short line, so that neither the screen nor the editing
+    slows down, and is put in its place again when the message is sent.
     """
 
     DEFAULT_CSS = """
@@ -84,7 +85,8 @@ class Composer(TextArea):
     def _takes(self, key: str) -> bool:
         """Whether a key is one of ours; done, if so."""
         if self._completion.is_open and key in ("tab", "enter"):
-            self._complete()  # for all that has been typed: who types fast is ahead of the message that it changed
+            # for all that has been typed: who types fast is ahead of the message that it changed
+            self._complete()
         completing = self._completion.is_open
         if completing and key in ("up", "down"):
             self._completion.move(1 if key == "down" else -1)
@@ -103,7 +105,7 @@ class Composer(TextArea):
             return False
         return True
 
-    # --- what was asked before --------------------------------------------------------------------------
+    # --- what was asked before --------------------------------------------------------------------
 
     def _recall(self, step: int) -> bool:
         if self._back == 0:
@@ -118,7 +120,7 @@ class Composer(TextArea):
         self._completion.close()
         return True
 
-    # --- completion -------------------------------------------------------------------------------------
+    # --- completion -------------------------------------------------------------------------------
 
     @on(TextArea.Changed)
     def _complete(self) -> None:
@@ -153,12 +155,13 @@ class Composer(TextArea):
         self._completion.close()
         self.replace(text, (row, start), (row, column), maintain_selection_offset=False)
 
-    # --- pasting ----------------------------------------------------------------------------------------
+    # --- pasting ----------------------------------------------------------------------------------
 
     async def _on_paste(self, event: events.Paste) -> None:
         event.stop()
         event.prevent_default()
-        text = event.text.replace("\r\n", "\n").replace("\r", "\n")  # terminals paste a return for each line end
+        # terminals paste a return for each line end
+        text = event.text.replace("\r\n", "\n").replace("\r", "\n")
         if is_long(text):
             text = self._folded(text, f"pasted text {len(self._pastes) + 1}")
         self.replace(visible(text), *self.selection, maintain_selection_offset=False)

@@ -75,7 +75,7 @@ class Question(MessageView):
 
 
 class Answer(MessageView):
-    """An answer: parts, each Markdown or plain text, the last of which grows; and a line with what it cost."""
+    """An answer: Markdown or plain parts, of which the last grows, and a line with what it cost."""
 
     DEFAULT_CSS = """
     Answer Markdown { height: auto; margin: 0; padding: 0; background: transparent; layout: stream; }
@@ -150,7 +150,7 @@ class Answer(MessageView):
             await self._last.update(part.text)
 
     async def finish(self, message: Message) -> None:
-        """The answer has ended: render the last part once more, in one piece, and say how it ended."""
+        """Show the end of the answer: the last part once more, in one piece, and how it ended."""
         self.message, self._live = message, False
         if message.text.startswith(self._text):
             await self.write(message.text[len(self._text) :])

@@ -1,7 +1,8 @@
-"""The picture of the paper: what of a conversation the model can still see, and the buffer it lies in.
+"""The picture of the paper: what of a conversation the model can see, and where that lies.
 
-Position i lies in slot i mod capacity. The last `window` positions are seen; a few more slots are slack, so that
-tokens can be taken back. Beyond lies what has been overwritten: no single token sees it any more.
+Position i lies in slot i mod capacity. The last `window` positions are seen; a few more slots are
+slack, so that tokens can be taken back. Beyond lies what has been overwritten: no single token sees
+it any more.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ def gauge(ready: Ready | None, seen: Seen, width: int = 12) -> Text:
 
 
 def ages(tokens: int, capacity: int, cells: int) -> list[float | None]:
-    """For each of `cells` equal parts of the ring, how old its newest token is, in tokens; None where nothing is."""
+    """How old the newest token in each of `cells` equal parts of the ring is, counted in tokens.
+
+    None stands for a part with nothing in it.
+    """
     found: list[float | None] = []
     for cell in range(cells):
         first, last = cell * capacity // cells, max(cell * capacity // cells, (cell + 1) * capacity // cells - 1)
@@ -90,7 +94,8 @@ def _rolling(ready: Ready, seen: Seen, window: int, capacity: int, width: int, n
         if age is None:
             text.append(_EMPTY, style="dim")
         elif age >= window:
-            text.append("▒", style=_style(old))  # slack: not seen any more, but still there to go back to
+            # slack: not seen any more, but still there to go back to
+            text.append("▒", style=_style(old))
         else:
             text.append("█", style=_style(new.blend(old, age / window)))
     text.append("\n")
@@ -116,7 +121,7 @@ def _rolling(ready: Ready, seen: Seen, window: int, capacity: int, width: int, n
 
 
 def _timeline(tokens: int, window: int, width: int, new: Color, old: Color) -> Text:
-    """The conversation from its first token to its last: what lies beyond the window, and what is seen."""
+    """The conversation from its first token to its last: beyond the window, and in it."""
     beyond = max(0, tokens - window)
     text = Text(no_wrap=True)
     if not beyond:

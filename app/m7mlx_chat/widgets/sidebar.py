@@ -108,7 +108,7 @@ class Sidebar(Vertical):
         else:
             self._list_all(self._store.conversations(self._archived, _LISTED))
 
-    # --- listing ----------------------------------------------------------------------------------------
+    # --- listing ----------------------------------------------------------------------------------
 
     def _list_all(self, conversations: list[Conversation]) -> None:
         options = list(_grouped(conversations))
@@ -136,7 +136,7 @@ class Sidebar(Vertical):
     def _hint(self, text: str) -> None:
         self.query_one(".hint", Static).update(text)
 
-    # --- what the user does -----------------------------------------------------------------------------
+    # --- what the user does -----------------------------------------------------------------------
 
     @on(Input.Changed)
     def _typed(self) -> None:

@@ -1,4 +1,4 @@
-"""The conversation on the screen: some messages around the place that is looked at, however many there are."""
+"""The conversation on the screen: the messages around the place that is looked at."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ _NEAR = 4  # rows from an end where the next page is fetched
 
 
 class Transcript(VerticalScroll, can_focus=False):
-    """The branch shown, `line[first:last]` of it as widgets. The end is kept in view until the user scrolls away."""
+    """The branch shown, `line[first:last]` of it as widgets.
+
+    The end is kept in view until the user scrolls away.
+    """
 
     DEFAULT_CSS = """
     Transcript { height: 1fr; padding: 1 2; scrollbar-size-vertical: 1; scrollbar-background: $background; }
@@ -106,7 +109,7 @@ class Transcript(VerticalScroll, can_focus=False):
             view.focus(scroll_visible=False)
         self.call_after_refresh(self.scroll_to_widget, view, animate=False, top=True)
 
-    # --- pages ------------------------------------------------------------------------------------------
+    # --- pages ------------------------------------------------------------------------------------
 
     def watch_scroll_y(self, old_value: float, new_value: float) -> None:
         super().watch_scroll_y(old_value, new_value)
@@ -132,7 +135,7 @@ class Transcript(VerticalScroll, can_focus=False):
             self.scroll_relative(y=rows, animate=False)
 
     async def _earlier(self, rows: int = 0) -> None:
-        """Put the page before the first one above it; what is looked at stays where it is, or moves by `rows`."""
+        """Mount the page above the first; what is looked at stays in place, or moves by `rows`."""
         self._paging = True
         views = self.views
         if self._first > 0 and views:
@@ -163,7 +166,7 @@ class Transcript(VerticalScroll, can_focus=False):
             self._paging = False
 
     def _keep_in_view(self, view: MessageView, place: float) -> None:
-        """Once the new messages have their places: scroll to so many rows below the top of a message."""
+        """Scroll to `place` rows below the top of a message, once all have their places."""
 
         def scroll() -> None:
             if view.is_attached:

@@ -15,7 +15,9 @@ from typing import Any
 
 import httpx
 import pytest
-from m7mlx_serve import guard, listen
+from m7mlx_serve import bodies, connection
+from m7mlx_serve.admission import Admission
+from m7mlx_serve.listener import Listener, most_connections
 from serving import CHAT, ENDLESS, serving, settle
 
 HOST = b"Host: localhost\r\n"
@@ -146,11 +148,11 @@ async def _app(scope: Any, receive: Any, send: Any) -> None:
 
 
 @contextmanager
-def listening(app: Any = None) -> Iterator[tuple[int, listen.Listener]]:
+def listening(app: Any = None, connections: int | None = None) -> Iterator[tuple[int, Listener]]:
     """A listener in this process, of an app that has no model."""
     with socket.create_server(("127.0.0.1", 0)) as bound:
         port = bound.getsockname()[1]
-        server = listen.Listener(app or guard.Guard(_app, ["/"], {"localhost"}, None), lambda: None)
+        server = Listener(app or Admission(_app, ["/"], {"localhost"}, None), lambda: None, connections)
         thread = threading.Thread(target=asyncio.run, args=(server.serve(sockets=[bound]),))
         thread.start()
         while not server.started:
@@ -170,9 +172,9 @@ def wait_for(condition: Any) -> None:
 
 
 def test_who_dribbles_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listen, "HEADER_SECONDS", 2.0)
-    monkeypatch.setattr(listen, "WRITE_SECONDS", 2.0)
-    monkeypatch.setattr(guard, "BODY_SECONDS", 2.0)
+    monkeypatch.setattr(connection, "HEADER_SECONDS", 2.0)
+    monkeypatch.setattr(connection, "WRITE_SECONDS", 2.0)
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 2.0)
     with listening() as (port, server), ExitStack() as opened:
 
         def connect(data: bytes) -> socket.socket:
@@ -196,9 +198,9 @@ def test_who_dribbles_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_large_bodies_find_room_together_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who is slow gives way to who waits; small ones need no room."""
-    monkeypatch.setattr(guard, "MAX_BODIES", 1 << 20)
-    monkeypatch.setattr(guard, "COMING_SECONDS", 0.5)
-    monkeypatch.setattr(guard, "ROOM_SECONDS", 3.0)
+    monkeypatch.setattr(bodies, "MAX_BODIES", 1 << 20)
+    monkeypatch.setattr(bodies, "ARRIVAL_SECONDS", 0.5)
+    monkeypatch.setattr(bodies, "ROOM_SECONDS", 3.0)
     head = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
     with listening() as (port, _), ExitStack() as opened:
 
@@ -216,9 +218,8 @@ def test_large_bodies_find_room_together_or_not_at_all(monkeypatch: pytest.Monke
         assert answered(slow[2])[0] == 200  # there was room for it in the end
 
 
-def test_one_connection_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listen.Connection, "_most", 5)
-    with listening() as (port, server):
+def test_one_connection_too_many() -> None:
+    with listening(connections=5) as (port, server):
         with ExitStack() as idle:
             for _ in range(5):
                 idle.enter_context(socket.create_connection(("127.0.0.1", port)))
@@ -229,14 +230,14 @@ def test_one_connection_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
         with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
             raw.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert raw.recv(12) == b"HTTP/1.1 200"
-    assert listen.most_connections() >= 16
+    assert most_connections() >= 16
 
 
 def test_small_answers_are_sent_at_once() -> None:
     with listening() as (port, server), socket.create_connection(("127.0.0.1", port)):
         wait_for(lambda: server.server_state.connections)
-        (connection,) = server.server_state.connections
-        accepted = connection.transport.get_extra_info("socket")
+        (accepting,) = server.server_state.connections
+        accepted = accepting.transport.get_extra_info("socket")
         assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
@@ -289,7 +290,7 @@ def test_who_has_closed_one_half_and_leaves_is_noticed(port: int, stream: bool) 
 
 def test_a_client_of_http_1_0_is_not_answered_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who has closed one half may have gone, and nothing can be sent to find out."""
-    monkeypatch.setattr(listen, "UNSURE_SECONDS", 0.2)
+    monkeypatch.setattr(connection, "UNSURE_SECONDS", 0.2)
     gone = threading.Event()
 
     async def waits(scope: Any, receive: Any, send: Any) -> None:

@@ -1,4 +1,7 @@
-"""What of a task may be a program: the harness's own, and no stranger's unless the user says so."""
+"""Programs in tasks: the harness's own run, a stranger's does not, unless the user says so.
+
+This is the one place that knows private names of lm_eval.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,12 @@ from m7mlx.errors import InputError, RunError
 
 
 @contextmanager
-def only_the_harness_runs() -> Iterator[None]:
-    """Within the block, what a task file names as `!function` or class is the harness's own code or refused, a metric
-    is no program that is fetched, and templates are sandboxed.
+def refuse_foreign_code() -> Iterator[None]:
+    """Let tasks run the harness's own code alone, within the block.
 
-    Raises InputError where a task asks for another program; RunError for a harness that is built otherwise.
+    What a task file names as `!function` or class is the harness's or refused, a metric is never
+    fetched, and templates are sandboxed. Raises InputError where a task asks for another program,
+    RunError for a harness that is built in another way.
     """
     import evaluate
     import lm_eval
@@ -57,7 +61,7 @@ def only_the_harness_runs() -> Iterator[None]:
         (utils, "env", sandbox),
         (evaluate, "load", metric),
     ]
-    if any(not hasattr(where, name) for where, name, _ in changes):  # better nothing than something unguarded
+    if any(not hasattr(where, name) for where, name, _ in changes):  # run nothing unchecked
         raise RunError("this version of lm_eval is not known here; take one of 0.4.12 and later, before 0.5")
     known = {name: getattr(where, name) for where, name, _ in changes}
     try:

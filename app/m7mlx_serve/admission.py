@@ -1,0 +1,132 @@
+"""What stands before every request: who may ask, and how much they may send.
+
+A server on the loopback address can be reached by any page open in the machine's browser: under a
+name of the page's own that resolves to 127.0.0.1 (hence the check of Host), and by requests that a
+browser sends without asking (hence the checks of Origin and of the content type).
+"""
+
+from __future__ import annotations
+
+import hmac
+import re
+from collections.abc import Collection
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from m7mlx_serve.bodies import MAX_BODY, SCOPE_KEY, Body, BodyRoom, too_large
+from m7mlx_serve.errors import ApiError
+
+MAX_HEADERS, MAX_HEADER_BYTES = 100, 16 << 10
+_ONCE = ("authorization", "content-type", "host", "origin")  # h11 sees to lengths
+_SCHEMES = ("http", "https")
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::([0-9]{1,5}))?")
+_OPEN = ("/", "/page.js", "/page.css", "/health")  # without a key
+
+
+class Admission:
+    """ASGI middleware: Host, Origin, key, content type, and a body that is bounded in size and time.
+
+    posts  paths that bodies are sent to
+    hosts  names that this server answers to, lower-case, without a port
+    key    what `Authorization: Bearer …` must carry; None admits everybody
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        posts: Collection[str],
+        hosts: Collection[str],
+        key: str | None,
+    ) -> None:
+        self._app, self._posts, self._hosts, self._key = app, frozenset(posts), frozenset(hosts), key
+        self._room = BodyRoom()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request: refuse it, or hand it on with its body read."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        body: Body | None = None
+        try:
+            headers = Headers(scope=scope)
+            _check_headers(scope, headers)
+            self._check_caller(scope["path"], headers)
+            if scope["method"] == "POST" and scope["path"] in self._posts:
+                scope[SCOPE_KEY] = body = Body(self._room)
+                await body.receive(receive, _largest_body(headers))
+                receive = _replay(body, receive)
+        except ApiError as error:
+            if body is not None:
+                body.drop()
+            await error.response()(scope, receive, send)
+            return
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            if body is not None:
+                body.drop()
+
+    def _check_caller(self, path: str, headers: Headers) -> None:
+        if _host_name(headers.get("host", "")) not in self._hosts:
+            raise ApiError(403, "this server does not answer to that Host", "forbidden_host")
+        own = [f"{scheme}://{headers.get('host', '').lower()}" for scheme in _SCHEMES]
+        origin = headers.get("origin")
+        if origin is not None and origin.lower() not in own:
+            raise ApiError(403, "pages of other sites are not answered", "forbidden_origin")
+        if self._key is not None and path not in _OPEN:
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._key.encode()):
+                raise ApiError(401, "a valid API key is needed: Authorization: Bearer …", "invalid_api_key")
+
+
+def _largest_body(headers: Headers) -> int:
+    """The most bytes that the body may have. Raises ApiError for a body that cannot be read."""
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "the body must be JSON: Content-Type: application/json", "unsupported_media_type")
+    if "transfer-encoding" in headers:
+        return MAX_BODY
+    length = headers.get("content-length", "0")
+    if not length.isascii() or not length.isdigit():
+        raise ApiError(400, "Content-Length is not a number")
+    if int(length) > MAX_BODY:
+        raise too_large()
+    return int(length)
+
+
+def _check_headers(scope: Scope, headers: Headers) -> None:
+    size = sum(len(name) + len(value) for name, value in headers.raw)
+    if len(headers.raw) > MAX_HEADERS or size > MAX_HEADER_BYTES:
+        reason = f"at most {MAX_HEADERS} headers of together {MAX_HEADER_BYTES:,} bytes are read"
+        raise ApiError(431, reason, "headers_too_large")
+    for name in _ONCE:
+        if len(headers.getlist(name)) > 1:
+            raise ApiError(400, f"the header {name} is given twice", "bad_headers")
+    if not scope["path"].startswith("/"):
+        raise ApiError(400, "only paths of this server are answered: no other's address, no *", "bad_target")
+    if "transfer-encoding" in headers and "content-length" in headers:
+        reason = "a body has a Content-Length or a Transfer-Encoding, not both"
+        raise ApiError(400, reason, "bad_framing", {"Connection": "close"})
+
+
+def _host_name(host: str) -> str:
+    """The name in a Host header, without the port; "" if the header is malformed.
+
+    "localhost", "127.0.0.1", "[::1]".
+    """
+    found = _HOST.fullmatch(host.lower())
+    return found[1] if found and int(found[2] or 0) < 1 << 16 else ""
+
+
+def _replay(body: Body, receive: Receive) -> Receive:
+    """A `receive` that tells the body in one piece and then whatever comes (a disconnect)."""
+    sent = False
+
+    async def replay() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": body.take(), "more_body": False}
+
+    return replay

@@ -1,0 +1,34 @@
+"""How much the server does at a time, and the memory that this takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from m7mlx.cache import UNDO_SLACK
+from m7mlx.memory import cache_bytes
+from m7mlx.model import Mistral
+from m7mlx.ring import KVFormat
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much at a time.
+
+    rows     answers at a time
+    queue    requests that may wait besides
+    kept     ended conversations that are kept for those that begin alike
+    kv_bits  store keys and values in 4 or 8 bits
+    """
+
+    rows: int = 8
+    queue: int = 64
+    kept: int = 8
+    kv_bits: int | None = None
+
+
+def rows_memory(model: Mistral, limits: Limits) -> int:
+    """The most bytes that keys and values take: those of every row and every conversation kept."""
+    config = model.config
+    positions = (config.sliding_window or config.max_position_embeddings) + UNDO_SLACK
+    bits = KVFormat(limits.kv_bits).stored_bits(model.dtype)
+    return (limits.rows + limits.kept) * cache_bytes(config, positions, bits)
