@@ -130,7 +130,8 @@ class Server:
         if not read.body.stream:
             return _send_whole(await _unless_gone(request, answers.whole()))
         events = answers.stream()
-        first = await _unless_gone(request, anext(events))  # so that a refusal has a status of its own
+        # The first event is awaited here, so that a refusal has a status of its own.
+        first = await _unless_gone(request, anext(events))
         return StreamingResponse(
             _joined(first, events), media_type=answers.stream_type, headers={"Cache-Control": "no-store"}
         )
