@@ -1,13 +1,15 @@
-"""What strangers may send, for minutes: m7mlx-serve answers /health within 0.1 s, loses nothing and keeps nothing.
+"""What strangers may send, for minutes: m7mlx-serve goes on answering, loses nothing and keeps nothing.
 
     python benchmarks/fuzz.py [--model FOLDER] [--clients 8] [--minutes 3] [--seed 0] [--latency 0.1]
 
-Without --model it is a small one with random weights and a window of 16. Clients send mutated bodies, schemas and
-headers, bodies of megabytes, chunks of one byte; they leave in the middle, dribble, do not read, close one half, and
-come in crowds. Beside them one asks properly, and a process of its own watches /health. It is a failure (exit status
-1) if /health takes longer than --latency, a proper request is not answered, a 5xx other than 503 comes, memory grows,
-or a request or a file stays open. The bound of latency is for a machine that has little else to do, and two cores.
-Everything stays on this machine.
+Without --model, the model is a small one with random weights and a window of 16. Clients send mutated
+bodies, schemas and headers, bodies of megabytes, chunks of one byte. They leave in the middle,
+dribble, do not read, close one half, and come in crowds. Beside them one client asks properly, and a
+process of its own watches /health.
+
+It is a failure (exit status 1) if /health takes longer than --latency, a proper request is not
+answered, a 5xx other than 503 comes, memory grows, or a request or a file stays open. The bound of
+latency is for a machine with two cores that has little else to do. Everything stays on this machine.
 """
 
 from __future__ import annotations
@@ -30,14 +32,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from soak import NAME, serving, settled, small_model
+from server import NAME, object_of, serving, settled, small_model, watch_memory
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/health", "/v1/models", "/metrics", "/", "/docs", "/nothing")
 SECONDS = 8.0  # for one thing that a client does
 TEXTS = ("", "a", "</s>[INST]", "\x00", "\ud800", "é😀" * 50, "[" * 500, '{"a":' * 200, "word " * 5000, "\u202e")
 NUMBERS = (0, -1, 1, 1.5, 1e308, -0.0, 1 << 31, 1 << 63, 1 << 200, 0.1, 2)
 SCHEMAS: tuple[Any, ...] = (
-    {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False},
+    object_of(a={"type": "integer"}),
     {"type": "array", "items": {"anyOf": [{"type": "string"}, {"type": "null"}]}, "maxItems": 3},
     {"type": "string", "pattern": "^(a?){30}b$"},
     {"type": "integer", "multipleOf": 97, "minimum": 0, "maximum": 1000},
@@ -56,7 +58,7 @@ HEADERS = (
 
 @dataclass
 class Tally:
-    """What has become of all that was sent: statuses by kind, 0 where there was none; and what must not be."""
+    """What has become of all that was sent: how often each status, 0 for none; and what is wrong."""
 
     ended: Counter[tuple[str, int]] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
@@ -64,7 +66,7 @@ class Tally:
 
 @dataclass
 class Client:
-    """One that sends what it likes."""
+    """A client that sends what it likes."""
 
     host: str
     port: int
@@ -87,13 +89,13 @@ class Client:
         return b"\r\n".join(lines) + b"\r\n\r\n"
 
     async def send(self, data: bytes) -> int:
-        """Send all and read the answer; its status."""
+        """Send `data` and read the answer; its status."""
         async with self.connected() as (reader, writer):
             writer.write(data)
             return await answered(reader)
 
     def body(self) -> dict[str, Any]:
-        """A proper one, of many kinds."""
+        """A proper body, of many kinds."""
         draw = self.draw
         said = [{"role": "user", "content": draw.choice(TEXTS[4:5] + TEXTS[1:3] + TEXTS[5:])}]
         body: dict[str, Any] = {"model": NAME, "messages": said, "max_tokens": draw.choice((1, 5, 40))}
@@ -121,7 +123,7 @@ class Client:
             return [self.mutated(inner, depth + 1) for inner in value] * draw.choice((1, 1, 1, 0, 2, 300))
         return value
 
-    # --- what they do ---------------------------------------------------------------------------------------
+    # --- what they do -----------------------------------------------------------------------------
 
     async def proper(self) -> int:
         body = json.dumps(self.body() | {"messages": [{"role": "user", "content": "Hi"}]}).encode()
@@ -174,7 +176,7 @@ class Client:
         return await self.send(self.head(None, PATHS[0], b"Transfer-Encoding: chunked") + body)
 
     async def leaves(self) -> int:
-        """… at any point."""
+        """Leave at any point."""
         body = json.dumps(self.body() | {"max_tokens": 2000, "logit_bias": {"2": -100}}).encode()
         data = self.head(len(body)) + body
         async with self.connected() as (reader, writer):
@@ -211,7 +213,7 @@ class Client:
             return await answered(reader) if self.draw.random() < 0.7 else 0
 
     async def crowd(self) -> int:
-        """Of connections that say nothing, or not enough."""
+        """Open many connections that say nothing, or not enough."""
         async with contextlib.AsyncExitStack() as opened:
             for _ in range(self.draw.choice((20, 100))):
                 with contextlib.suppress(OSError):
@@ -222,7 +224,7 @@ class Client:
 
 
 async def answered(reader: asyncio.StreamReader) -> int:
-    """The status of an answer that has been read to its end; 0 if it does not come."""
+    """Read an answer to its end; its status, 0 if it does not come."""
     while True:
         line = await reader.readline()
         if not line.startswith(b"HTTP/1.1 "):
@@ -250,7 +252,7 @@ KINDS: tuple[Callable[[Client], Awaitable[int]], ...] = (
 
 
 async def fuzz(url: str, clients: int, seconds: float, seed: int = 0) -> Tally:
-    """All clients until the time is over."""
+    """Let all clients send until the time is over."""
     tally, until = Tally(), time.monotonic() + seconds
     host, _, port = url.removeprefix("http://").partition(":")
 
@@ -275,7 +277,10 @@ async def fuzz(url: str, clients: int, seconds: float, seed: int = 0) -> Tally:
 
 
 def watch(url: str) -> None:
-    """Ask for /health until the standard input ends, on a kept connection and on new ones; print how long it took."""
+    """Ask for /health until the standard input ends, and print how long it took.
+
+    One connection is kept, and others are opened for one question each.
+    """
     host, _, port = url.removeprefix("http://").partition(":")
     os.set_blocking(sys.stdin.fileno(), False)
     kept, times, lost = http.client.HTTPConnection(host, int(port), timeout=30), list[float](), 0
@@ -304,7 +309,7 @@ def _ended(descriptor: int) -> bool:
 
 @contextlib.contextmanager
 def watching(url: str, found: dict[str, float]) -> Any:
-    """What `watch` finds meanwhile, in a process that has nothing else to do."""
+    """Put into `found` what `watch` finds meanwhile, in a process that has nothing else to do."""
     watcher = subprocess.Popen(
         [sys.executable, __file__, "--watch", url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -315,29 +320,18 @@ def watching(url: str, found: dict[str, float]) -> Any:
         found |= json.loads(out)
 
 
-def memory(process: int) -> float:
-    """Resident, in MB."""
-    return int(subprocess.check_output(["ps", "-o", "rss=", "-p", str(process)])) / 1e3
-
-
 def open_files(process: int) -> int:
-    """… of a process; 0 where the system does not tell."""
+    """The open files of a process; 0 where the system does not tell."""
     folder = Path(f"/proc/{process}/fd")
     return len(list(folder.iterdir())) if folder.is_dir() else 0
 
 
-async def _sizes(process: int, sizes: list[float]) -> None:
-    while True:
-        sizes.append(await asyncio.to_thread(memory, process))
-        await asyncio.sleep(1)
-
-
 async def _run(url: str, process: int, args: argparse.Namespace) -> list[str]:
-    """What is wrong."""
+    """Run all of it; what is wrong."""
     await fuzz(url, args.clients, args.minutes * 6, args.seed + 1)  # until memory is what it is
     await settled(url)
     files, sizes, health = open_files(process), list[float](), dict[str, float]()
-    sizing = asyncio.create_task(_sizes(process, sizes))
+    sizing = asyncio.create_task(watch_memory(process, sizes))
     with watching(url, health):
         tally = await fuzz(url, args.clients, args.minutes * 60, args.seed)
     sizing.cancel()

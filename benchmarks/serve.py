@@ -1,10 +1,11 @@
-"""m7mlx-serve against mlx_lm.server: tokens per second of all clients together, and the time to a first token.
+"""m7mlx-serve against mlx_lm.server: tokens per second, and the time to a first token.
 
     python benchmarks/serve.py --model demo [--clients 1 4 16] [--rounds 3] [--requests 3] [--prompt 150]
 
-Each round starts both servers in turn, one at a time, on the same weights (in float32) and the same BLAS. Every
-client asks its questions one after the other (greedy, streamed) and asks the next as soon as the last is answered. A
-scenario is run with prompts that have nothing in common, and with prompts that begin with the same 512 words.
+Each round starts both servers in turn, one at a time, on the same weights (in float32) and the same
+BLAS. Every client asks its questions one after the other (greedy, streamed), each as soon as the one
+before is answered. A scenario is run with prompts that have nothing in common, and with prompts that
+begin with the same 512 words.
 """
 
 from __future__ import annotations
@@ -35,8 +36,15 @@ _PEER = (
 
 
 @dataclass(frozen=True)
-class Load:
-    """clients  at a time; shared, words that all prompts begin with"""
+class Scenario:
+    """What is asked.
+
+    clients   clients at a time
+    shared    words that all prompts begin with
+    requests  questions of each client
+    prompt    words of a prompt that are its own
+    tokens    most tokens of an answer
+    """
 
     clients: int
     shared: int
@@ -47,7 +55,12 @@ class Load:
 
 @dataclass(frozen=True)
 class Figures:
-    """tps of all clients together; p95 of the seconds to a first token; peak resident memory in GB"""
+    """What was measured.
+
+    tps     tokens per second of all clients together
+    first   p95 of the seconds to a first token
+    memory  peak resident memory in GB
+    """
 
     tps: float
     first: float
@@ -56,7 +69,7 @@ class Figures:
 
 @contextlib.contextmanager
 def serving(name: str, folder: Path, model: str, rows: int) -> Iterator[tuple[str, int]]:
-    """Start a server; its address and process."""
+    """Start a server; yield its address and process."""
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = str(found.getsockname()[1])
     ours = [sys.executable, "-m", "m7mlx_serve", "--model", str(folder), "--name", model, "--rows", str(rows)]
@@ -79,14 +92,14 @@ def serving(name: str, folder: Path, model: str, rows: int) -> Iterator[tuple[st
         process.wait(30)
 
 
-def prompt(seed: str, load: Load) -> str:
-    """A text of its own, after the one that all share."""
+def prompt(seed: str, scenario: Scenario) -> str:
+    """A prompt: the words that all share, then its own."""
     common, own = random.Random("shared"), random.Random(seed)
-    return " ".join([*common.choices(_WORDS, k=load.shared), *own.choices(_WORDS, k=load.prompt)])
+    return " ".join([*common.choices(_WORDS, k=scenario.shared), *own.choices(_WORDS, k=scenario.prompt)])
 
 
 async def ask(session: aiohttp.ClientSession, url: str, model: str, text: str, tokens: int) -> tuple[int, float]:
-    """Tokens of the answer, and seconds to the first."""
+    """Ask one question; tokens of the answer, and seconds to the first."""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": text + "\nWrite a long story in which these words occur."}],
@@ -109,29 +122,29 @@ async def ask(session: aiohttp.ClientSession, url: str, model: str, text: str, t
     return count, first or time.perf_counter() - began
 
 
-async def drive(url: str, model: str, load: Load, round_: int) -> tuple[float, float]:
-    """Tokens per second of all clients together, p95 of the seconds to a first token."""
+async def drive(url: str, model: str, scenario: Scenario, round_: int) -> tuple[float, float]:
+    """Let all clients ask; tokens per second together, p95 of the seconds to a first token."""
     timeout = aiohttp.ClientTimeout(total=3600)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
 
         async def client(number: int) -> list[tuple[int, float]]:
-            texts = [prompt(f"{load} {round_} {number} {i}", load) for i in range(load.requests)]
-            return [await ask(session, url, model, text, load.tokens) for text in texts]
+            texts = [prompt(f"{scenario} {round_} {number} {i}", scenario) for i in range(scenario.requests)]
+            return [await ask(session, url, model, text, scenario.tokens) for text in texts]
 
         began = time.perf_counter()
-        found = [one for many in await asyncio.gather(*map(client, range(load.clients))) for one in many]
+        found = [one for many in await asyncio.gather(*map(client, range(scenario.clients))) for one in many]
         seconds = time.perf_counter() - began
     firsts = [first for _, first in found]
     p95 = statistics.quantiles(firsts, n=20, method="inclusive")[-1] if len(firsts) > 1 else firsts[0]
     return sum(count for count, _ in found) / seconds, p95
 
 
-def measure(name: str, folder: Path, load: Load, round_: int) -> Figures:
-    """A fresh server under one load, warmed by one short question."""
+def measure(name: str, folder: Path, scenario: Scenario, round_: int) -> Figures:
+    """Measure a fresh server under one scenario, warmed by one short question."""
     model = "demo" if name == "m7mlx" else str(folder)
-    with serving(name, folder, model, max(load.clients, 1)) as (url, process):
-        asyncio.run(drive(url, model, Load(1, 0, 1, 4, 4), round_))
-        tps, first = asyncio.run(drive(url, model, load, round_))
+    with serving(name, folder, model, max(scenario.clients, 1)) as (url, process):
+        asyncio.run(drive(url, model, Scenario(1, 0, 1, 4, 4), round_))
+        tps, first = asyncio.run(drive(url, model, scenario, round_))
         status = Path(f"/proc/{process}/status")
         peak = 0
         if status.exists():
@@ -160,11 +173,11 @@ def main() -> None:
             if args.only and (args.only == "shared") != bool(shared):
                 continue
             for clients in args.clients:
-                load = Load(clients, shared, args.requests, args.prompt, args.tokens)
+                scenario = Scenario(clients, shared, args.requests, args.prompt, args.tokens)
                 found: dict[str, list[Figures]] = {"m7mlx": [], "mlx-lm": []}
                 for round_ in range(args.rounds):
                     for name in found:
-                        found[name].append(measure(name, folder, load, round_))
+                        found[name].append(measure(name, folder, scenario, round_))
                         print(f"{clients} clients, {shared} shared, {name}: {found[name][-1]}", file=sys.stderr)
                 pairs = list(zip(found["m7mlx"], found["mlx-lm"], strict=True))
                 row = [str(clients), "yes" if shared else "no"]

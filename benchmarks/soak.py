@@ -1,15 +1,17 @@
-"""Sixty-four clients at once for minutes, who ask, leave and come back: no answer lost or crossed, no memory lost.
+"""Sixty-four clients at once, for minutes, who ask, leave and come back.
 
     python benchmarks/soak.py [--model FOLDER] [--clients 64] [--minutes 3]
 
-Without --model it is a small one with random weights and a window of 16. Before the server starts, the library
-answers every question alone, greedily. Then each client asks one after another: streamed or whole, one answer or
-several, with stop texts, a JSON schema or a tool that must be called; a quarter leave, before the first token or in
-the middle. Every answer that comes must be the library's, letter for letter; of one that was left, its beginning.
+No answer may be lost or mixed up with another, and memory must not grow. Without --model, the model
+is a small one with random weights and a window of 16. Before the server starts, the library answers
+every question alone, greedily. Then each client asks one question after another: streamed or whole,
+one answer or several, with stop texts, a JSON schema or a tool that must be called. A quarter of the
+clients leave, before the first token or in the middle. Every answer must be the library's, letter
+for letter; of an answer whose client left, its beginning.
 
-Rounding in a batch differs by some 1e-5 of a logit, so a near tie could fall the other way: only questions are asked
-in whose answers the first token is ahead of the second by at least 0.001 at every step. Under a grammar the margin is
-not told; a near tie there would count as a wrong answer.
+Rounding in a batch differs by some 1e-5 of a logit, so a near tie could fall the other way. Only
+questions are asked in whose answers the first token is ahead of the second by at least 0.001 at
+every step. With a grammar the margin is not known; a near tie there would count as a wrong answer.
 """
 
 from __future__ import annotations
@@ -20,37 +22,25 @@ import json
 import random
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+from server import NAME, PERSON, serving, settled, small_model, watch_memory
 
 TOKENS = 24
 MARGIN = 1e-3  # of a log probability
-NAME = "soak"
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 8},
-        "age": {"type": "integer", "minimum": 0, "maximum": 99},
-    },
-    "required": ["name", "age"],
-    "additionalProperties": False,
-}
-TOOL: dict[str, Any] = {"type": "function", "function": {"name": "add", "parameters": SCHEMA}}
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "add", "parameters": PERSON}}
 _BY_KIND: dict[str, dict[str, Any]] = {
     "text": {"max_tokens": TOKENS},
     "schema": {
         "max_tokens": 8 * TOKENS,
-        "response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}},
+        "response_format": {"type": "json_schema", "json_schema": {"schema": PERSON}},
     },
     "tool": {"max_tokens": 8 * TOKENS, "tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False},
 }
@@ -79,7 +69,7 @@ class Tally:
 
 
 def questions(folder: Path, count: int) -> list[Question]:
-    """`count` of them with the library's answers."""
+    """Make `count` questions, with the library's answers."""
     from m7mlx_serve.tool_calls import MARK
     from m7mlx_serve.tool_schema import calls_schema
 
@@ -116,7 +106,7 @@ def questions(folder: Path, count: int) -> list[Question]:
             constraint = json_constraint(tokenizer, calls_schema([TOOL["function"]], parallel=False))
         else:
             ids = tokenizer.chat.encode([{"role": "user", "content": text}])
-            constraint = json_constraint(tokenizer, SCHEMA) if kind == "schema" else None
+            constraint = json_constraint(tokenizer, PERSON) if kind == "schema" else None
         answer, margin = alone(ids, _BY_KIND[kind]["max_tokens"], constraint)
         if margin >= MARGIN and answer:
             found.append(Question(kind, text, answer))
@@ -137,7 +127,7 @@ def said(message: dict[str, Any]) -> str:
 
 
 def tight(text: str) -> str:
-    """Without spaces, and without the end of a list of calls: what is between the parts of a call is not told."""
+    """A list of calls without spaces and its end: the server does not tell what joins a call's parts."""
     return re.sub(r"\s", "", text).removesuffix("}]")
 
 
@@ -194,7 +184,10 @@ async def ask(
 
 
 async def _read(response: aiohttp.ClientResponse, texts: list[str], events: int | None) -> bool:
-    """Take a stream; False if it is left after some `events`. Raises ValueError for one that does not end well."""
+    """Read a stream; False if it is left after so many `events`.
+
+    Raises ValueError for a stream that does not end well.
+    """
     count = 0
     async for line in response.content:
         if line.startswith(b"data: {"):
@@ -213,7 +206,7 @@ async def _read(response: aiohttp.ClientResponse, texts: list[str], events: int 
 
 
 async def soak(url: str, asked: list[Question], clients: int, seconds: float, seed: int = 0) -> Tally:
-    """All clients until the time is over."""
+    """Let all clients ask until the time is over."""
     tally, until = Tally(), time.monotonic() + seconds
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600), connector=connector) as session:
@@ -227,62 +220,10 @@ async def soak(url: str, asked: list[Question], clients: int, seconds: float, se
     return tally
 
 
-def small_model(folder: Path) -> Path:
-    """Random weights, and Mistral's v3 tokenizer."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
-    from models import small_config, write_folder
-
-    return write_folder(folder / "small", small_config(vocab_size=32768, sliding_window=16, n_layers=2))
-
-
-@contextmanager
-def serving(folder: Path, *options: str) -> Iterator[tuple[str, int]]:
-    """A server's address and process."""
-    command = [sys.executable, "-m", "m7mlx_serve", "--model", str(folder), "--name", NAME, "--port", "0", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr
-    try:
-        for line in process.stderr:
-            if found := re.search(r"http://\S+", line):
-                yield found[0], process.pid
-                break
-        else:
-            raise SystemExit("the server did not start")
-    finally:
-        process.terminate()
-        with process.stderr:
-            print(process.stderr.read(), end="", file=sys.stderr)
-        if process.wait(30):
-            raise SystemExit(f"the server has ended with {process.returncode}")
-
-
-async def open_requests(url: str) -> float:
-    async with aiohttp.ClientSession() as session, session.get(f"{url}/metrics") as answer:
-        found = re.search(r"^m7mlx_open_requests (\S+)", await answer.text(), re.M)
-    assert found
-    return float(found[1])
-
-
-async def settled(url: str) -> float:
-    """Requests still open when everybody has had time to leave."""
-    for _ in range(100):
-        if not (count := await open_requests(url)):
-            break
-        await asyncio.sleep(0.1)
-    return count
-
-
-async def _watch(process: int, sizes: list[float]) -> None:
-    while True:
-        shown = await asyncio.to_thread(subprocess.check_output, ["ps", "-o", "rss=", "-p", str(process)])
-        sizes.append(int(shown) / 1e3)
-        await asyncio.sleep(1)
-
-
 async def _run(url: str, process: int, asked: list[Question], clients: int, seconds: float) -> None:
     await soak(url, asked, clients, seconds / 10, seed=1)  # until memory is what it is
     sizes: list[float] = []
-    watching = asyncio.create_task(_watch(process, sizes))
+    watching = asyncio.create_task(watch_memory(process, sizes))
     tally = await soak(url, asked, clients, seconds)
     watching.cancel()
     left = await settled(url)
