@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from m7mlx_bench.engines import M7, MlxLm
 from m7mlx_bench.models import SMALL
+from m7mlx_bench.ours import M7
+from m7mlx_bench.peers import MlxLm
 from m7mlx_bench.worker import prompt, step_ms
 
 from m7mlx.decode import default_chunk, prefill

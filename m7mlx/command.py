@@ -54,9 +54,9 @@ def positive(text: str) -> int:
 def add_json(parser: argparse._ActionsContainer) -> None:
     """Add --json, which means the same in every command.
 
-    Standard output then carries events, one JSON object a line with its kind as "event", and nothing else: notes and
-    progress where the command tells them, its results, and at last an "error" if it fails (`run`), which stands on
-    stderr as well.
+    Standard output then carries events and nothing else, one JSON object a line with its kind as
+    "event": notes and progress, if the command has them, its results, and at last an "error" if it
+    fails (`run`), which is told on stderr as well.
     """
     parser.add_argument(
         "--json", action="store_true", help="one JSON object a line on stdout, and nothing else there"

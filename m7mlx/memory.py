@@ -34,7 +34,7 @@ def machine_memory() -> int:
 
 
 def budget() -> int:
-    """Return the bytes that this process may take: `limit_memory`'s, or all that the machine has."""
+    """Return the bytes that this process may take: the limit, or all that the machine has."""
     return machine_memory() if _limit is None else _limit
 
 
@@ -66,7 +66,7 @@ def settle() -> None:
 
 
 def expands(config: ModelConfig) -> bool:
-    """Return whether loading expands quantised weights: on a CPU, if half of the budget holds them."""
+    """Return whether loading expands quantised weights: on a CPU, if half the budget suffices."""
     return on_cpu() and config.n_weights * 4 <= budget() // 2
 
 

@@ -62,7 +62,7 @@ def json_line(value: object) -> str:
 
 
 def print_event(kind: str, **fields: Any) -> None:
-    """Print one event of a program with --json: an object in a line of its own, at once."""
+    """Print one event of a command with --json: an object in a line of its own, at once."""
     print(json_line({"event": kind} | fields), flush=True)
 
 

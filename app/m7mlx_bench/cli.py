@@ -21,23 +21,23 @@ if TYPE_CHECKING:
 
 PROG = "m7mlx-bench"
 _DESCRIPTION = """\
-Measure a model on this machine: start to first token, prefill, decode by position, memory; against other engines in
-the same run, each in processes of its own that take turns.
+Measure a model on this machine: start to first token, prefill, decode by position, memory; against
+other engines in the same run, each in processes of its own that take turns.
 
-MODEL is a folder, a Hub repository or an alias, as for m7mlx-chat; or leave it out and measure random weights of a
-shape (--shape), which cost the same as a trained model's."""
+MODEL is a folder, a Hub repository or an alias, as for m7mlx-chat; or leave it out and measure random
+weights of a shape (--shape), which cost the same as a trained model's."""
 _EPILOG = """\
 examples:
-  m7mlx-bench demo                                         the demo model against what is installed
-  m7mlx-bench --shape small --positions 1024 32768         a model of 4 layers, far into a conversation
-  m7mlx-bench --shape 7b --q-bits 4 --engines m7mlx        Mistral 7B's size, without its weights
+  m7mlx-bench demo                                    the demo model, every engine that is installed
+  m7mlx-bench --shape small --positions 1024 32768    4 layers, far into a conversation
+  m7mlx-bench --shape 7b --q-bits 4 --engines m7mlx   Mistral 7B's size, without its weights
   m7mlx-bench ~/models/Mistral-7B-Instruct-v0.3-4bit --gguf ~/models/mistral-7b.Q4_K_M.gguf
   m7mlx-bench demo --rounds 5 --save demo.json --plot demo.svg
 
-Ratios are medians of rounds, since a machine's speed drifts. "Of the limit": the bytes that a token must move
-(weights, keys and values), over the memory bandwidth measured in the same run. Peers: mlx-lm (which ignores the
-window), its rotating cache put in by hand, transformers (float32, bfloat16), llama.cpp (with --gguf and
-llama-cpp-python).
+Ratios are medians of rounds, since a machine's speed drifts. "Of the limit": the bytes that a token
+must move (weights, keys and values), over the memory bandwidth measured in the same run. Peers:
+mlx-lm (which ignores the window), its rotating cache put in by hand, transformers (float32,
+bfloat16), llama.cpp (with --gguf and llama-cpp-python).
 Exit status: 0 done, 1 failed on the way, 2 bad usage or input, 130 Ctrl-C."""
 
 
@@ -254,7 +254,7 @@ def _measure(
 
 
 def _run_worker(job: str) -> str:
-    """Return the last line that a worker prints. Raises RunError with the last of its complaints."""
+    """Return the last line that a worker prints. Raises RunError with its last complaint."""
     command = [sys.executable, "-m", "m7mlx_bench.worker", job]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

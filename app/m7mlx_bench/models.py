@@ -103,8 +103,8 @@ def _random(name: str, shape: tuple[int, ...], scheme: Quantization | None) -> d
 def find_readable(engine: str, folder: Path, scratch: Path) -> tuple[Path, str]:
     """Return the folder that an engine is to read, and a note on it.
 
-    That is a copy where it cannot or should not read this one. Raises InputError for a model that it
-    cannot read at all.
+    That is a copy where it cannot or should not read this one. Raises InputError for a model that
+    it cannot read at all.
     """
     config = ModelConfig.from_folder(folder)
     if engine == "mlx-lm rotating" and config.sliding_window is None:

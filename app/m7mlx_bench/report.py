@@ -60,22 +60,22 @@ class Figure:
 def figures(results: Results) -> list[Figure]:
     """List the rows of the table, top to bottom."""
     found = [Figure("start to first token, s", lambda run: run["first_s"], 2, "low")]
-    found += [
-        Figure(f"prefill of {n:,}, tok/s", lambda run, n=n: run["prefill"].get(str(n)))  # type: ignore[misc]
-        for n in results.prompts
-    ]
+    found += [Figure(f"prefill of {n:,}, tok/s", _reading("prefill", n)) for n in results.prompts]
     positions = sorted({*results.positions, min(results.prompts)})
-    found += [
-        Figure(f"decode at {n:,}, tok/s", lambda run, n=n: _per_second(run["decode"].get(str(n))))  # type: ignore[misc]
-        for n in positions
-    ]
-    found += [
-        Figure(f"keys and values at {n:,}, MB", lambda run, n=n: _mega(run["kv"].get(str(n))), 2, "low")  # type: ignore[misc]
-        for n in results.positions
-    ]
+    found += [Figure(f"decode at {n:,}, tok/s", _reading("decode", n, _per_second)) for n in positions]
+    found += [Figure(f"keys and values at {n:,}, MB", _reading("kv", n, _mega), 2, "low") for n in results.positions]
     found.append(Figure("most memory while starting, MB", lambda run: _mega(run["start_rss"]), 0, "low"))
     found.append(Figure("most memory of the process, MB", lambda run: _mega(run["rss"]), 0, "low"))
     return found
+
+
+def _reading(
+    kind: str,
+    place: int,
+    convert: Callable[[float | None], float | None] = lambda value: value,
+) -> Callable[[Mapping[str, Any]], float | None]:
+    """Return what reads a run's figure of a kind at a position or length."""
+    return lambda run: convert(run[kind].get(str(place)))
 
 
 def show(results: Results, console: Console) -> None:

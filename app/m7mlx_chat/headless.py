@@ -63,7 +63,7 @@ def answer(
         try:
             engine.load(folder, settings)
             under_way = session.ask(question)
-            printer: Printer = JsonPrinter(sys.stdout) if as_json else TextPrinter()
+            printer: Printer = JsonPrinter() if as_json else TextPrinter()
             printer.start(under_way.conversation, settings.model)
             with printer:
                 try:

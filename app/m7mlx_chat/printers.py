@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
-from typing import Any, Protocol, TextIO
+from typing import Protocol
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from m7mlx.terminal import console, json_line, visible
+from m7mlx.terminal import console, print_event, visible
 from m7mlx_chat.events import Done, Event, Loading, Prefill, Text
 
 
@@ -81,28 +81,22 @@ class TextPrinter:
 class JsonPrinter:
     """One JSON object a line for each event."""
 
-    def __init__(self, out: TextIO) -> None:
-        self._out = out
-
     def __enter__(self) -> None: ...
 
     def __exit__(self, *_: object) -> None: ...
 
     def start(self, conversation: int, model: str) -> None:
-        self._write("start", conversation=conversation, model=model)
+        print_event("start", conversation=conversation, model=model)
 
     def show(self, event: Event) -> None:
         match event:
             case Loading(done, total):
-                self._write("loading", done=done, total=total)
+                print_event("loading", done=done, total=total)
             case Prefill(done, total, reused):
-                self._write("reading", done=done, total=total, reused=reused)
+                print_event("reading", done=done, total=total, reused=reused)
             case Text(text):
-                self._write("text", text=text)
+                print_event("text", text=text)
             case Done(reason, text, _, statistics):
-                self._write("done", reason=reason, text=text, statistics=asdict(statistics))
+                print_event("done", reason=reason, text=text, statistics=asdict(statistics))
             case _:
                 pass
-
-    def _write(self, kind: str, **fields: Any) -> None:
-        print(json_line({"event": kind} | fields), file=self._out, flush=True)

@@ -57,7 +57,7 @@ class M7LM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         kv_bits: int | None = None,
         journal: Journal | None = None,
     ) -> None:
-        """Raise InputError for a tokenizer without start and end tokens, or numbers out of range."""
+        """Raise InputError for a tokenizer without start or end token, or numbers out of range."""
         super().__init__()
         positions = model.config.max_position_embeddings
         if batch_size < 1:
@@ -185,7 +185,7 @@ class M7LM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         cache: BatchCache,
         wanted: Sequence[Sequence[tuple[int, Sequence[int]]]],
     ) -> Iterator[tuple[int, tuple[float, bool]]]:
-        """Yield the likelihoods of continuations, several a row: they differ in their last token."""
+        """Yield likelihoods of continuations, several a row: they differ in their last token."""
         inputs = [[context[-1], *rest] for context, rest in batch]
         length = max(map(len, inputs))
         padded = mx.array([row + [0] * (length - len(row)) for row in inputs])

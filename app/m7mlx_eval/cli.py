@@ -24,28 +24,31 @@ if TYPE_CHECKING:
 
 PROG = "m7mlx-eval"
 _DESCRIPTION = """\
-Measure how good a model is: its perplexity on a text, how far it is from another model (what fewer bits cost), or its
-results on tasks of lm-evaluation-harness.
+Measure how good a model is: its perplexity on a text, how far it is from another model (what fewer
+bits cost), or its results on tasks of lm-evaluation-harness.
 
 MODEL is a folder, a Hub repository or an alias, as for m7mlx-chat."""
 _EPILOG = """\
 examples:
-  m7mlx-eval demo --text book.txt                          perplexity; the text rolls through the cache once
+  m7mlx-eval demo --text book.txt                 perplexity; the text rolls through the cache once
   m7mlx-eval demo --text book.txt --context 512 --stride 128
-                                                           in windows of 512 tokens, each scored after at least 385
+                                                  512 tokens at once, each scored after at least 385
   m7mlx-eval demo --text pages.jsonl --field body --max-tokens 100000 --save result.json
-  m7mlx-eval my-4bit --against my-finetune --text book.txt KL divergence and top-1 agreement besides
+  m7mlx-eval my-4bit --against my-finetune --text book.txt
+                                                  KL divergence and top-1 agreement besides
   m7mlx-eval demo --against demo --text book.txt --kv-bits 4
-                                                           what keys and values in 4 bits cost
-  m7mlx-eval demo --tasks arc_easy,hellaswag --limit 100   tasks by name; their data comes from the Hub
+                                                  what keys and values in 4 bits cost
+  m7mlx-eval demo --tasks arc_easy,hellaswag --limit 100
+                                                  tasks by name; their data comes from the Hub
   m7mlx-eval mistral --tasks mmlu --num-fewshot 5 --output mmlu-mistral
-                                                           … and each answer is kept: run it again after a kill
+                                                  keep each answer: a run that was killed resumes
   m7mlx-eval mistral --tasks gsm8k --chat --batch-size 16
-  m7mlx-eval demo --tasks my_task.yaml                     a task file of your own
+  m7mlx-eval demo --tasks my_task.yaml            a task file of your own
 
-A text file is one document, a data set (.jsonl, .json, .parquet) one for each object's text; each is read by itself.
-KL is that of the model from the reference, Σ p (log p − log q) with p the reference's; ± is one standard error, over
-tokens or questions. Task files can hold Python code, as those of the harness do: run only those that you trust.
+A text file is one document, a data set (.jsonl, .json, .parquet) one for each object's text; each is
+read by itself. KL is that of the model from the reference, Σ p (log p − log q) with p the
+reference's; ± is one standard error, over tokens or questions. Task files can hold Python code, as
+those of the harness do: run only those that you trust.
 Exit status: 0 done, 1 failed on the way, 2 bad usage or input, 130 Ctrl-C."""
 
 

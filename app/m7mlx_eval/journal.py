@@ -92,7 +92,7 @@ class Journal:
 
 
 def find_binding(name: str, model: Mistral, **options: Any) -> dict[str, Any]:
-    """Return what answers depend on besides questions: configuration, weights, tokenizer, options."""
+    """Return what answers depend on: configuration, weights, tokenizer and options."""
     folder, digest = resolve(name), hashlib.sha256()
     for path in sorted([*folder.glob("token*"), *folder.glob("chat_template*")]):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())

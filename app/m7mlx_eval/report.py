@@ -55,7 +55,10 @@ def show_tasks(found: Mapping[str, Any]) -> None:
 
 
 def write_samples(folder: Path, found: Mapping[str, Any], results: Mapping[str, Any]) -> None:
-    """Write results.json, and samples-TASK.jsonl with each question and answer. Raises DiskError."""
+    """Write results.json, and each question with its answer in samples-TASK.jsonl.
+
+    Raises DiskError.
+    """
     write_whole(folder / "results.json", json.dumps(found, indent=1, default=str) + "\n")
     for name, samples in (results.get("samples") or {}).items():
         safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)

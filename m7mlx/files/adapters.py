@@ -1,13 +1,19 @@
 """Adapter files: which matrices a LoRA adapter changes, and how.
 
-mlx-lm  adapters.safetensors       …q_proj.lora_a [in, r], lora_b [r, out], scale from lora_parameters
-                                   …embed_tokens.lora_a [vocabulary, r], lora_b [r, hidden]
-                                   a full fine-tune has whole weights under the model's own names
-PEFT    adapter_model.safetensors  …q_proj.lora_A.weight [r, in], lora_B.weight [out, r], scale = alpha / r
-                                   …embed_tokens.lora_embedding_A [r, vocabulary], lora_embedding_B [hidden, r]
-                                   modules_to_save and resized embeddings are whole weights
+mlx-lm, adapters.safetensors:
 
-A setting that is not understood is refused by name: each library adds new ones that change what is computed.
+    …q_proj.lora_a [in, r], lora_b [r, out], scale from lora_parameters
+    …embed_tokens.lora_a [vocabulary, r], lora_b [r, hidden]
+    a full fine-tune has whole weights under the model's own names
+
+PEFT, adapter_model.safetensors:
+
+    …q_proj.lora_A.weight [r, in], lora_B.weight [out, r], scale = alpha / r
+    …embed_tokens.lora_embedding_A [r, vocabulary], lora_embedding_B [hidden, r]
+    modules_to_save and resized embeddings are whole weights
+
+A setting that is not understood is refused by name: each library keeps adding settings that change
+what is computed.
 """
 
 from __future__ import annotations
@@ -38,8 +44,8 @@ _PEFT_BASE = re.compile(r"base_model\.model\.(.+?)\.base_layer\.weight")
 _PEFT_WHOLE = re.compile(r"base_model\.model\.(.+?)(?:\.modules_to_save(?:\.default)?)?\.weight")
 _KINDS = {"lora_A": "a", "lora_B": "b", "lora_embedding_A": "a", "lora_embedding_B": "b"}
 _KINDS |= {"lora_magnitude_vector": "m", "lora_a": "a", "lora_b": "b", "m": "m"}
-# PEFT's settings that the merged weights follow from, or that only concern training and finding the modules, which
-# the names of the tensors say.
+# PEFT's settings that are understood, and those that concern training alone, or finding the
+# modules, which the names of the tensors tell.
 _PEFT_KNOWN = {
     *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying"),
     *(
@@ -62,14 +68,17 @@ _PEFT_KNOWN = {
     *("peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules"),
     *("task_type", "use_dora", "use_rslora"),
 }
-# The other ways to begin (`LoraLayer.update_layer`) take a part of the base weights away, and PEFT does so again on
-# loading, or cannot.
+# All other initialisations (`LoraLayer.update_layer`) take a part away from the base weights; PEFT
+# does so again on loading, or cannot.
 _PEFT_INITS = {"true", "false", "gaussian", "eva", "orthogonal", "mica"}
 
 
 @dataclass(frozen=True)
 class Low:
-    """The update of one matrix [out, in]: names in the file, by kind ("a", "b" and for DoRA "m")."""
+    """The low-rank update of one matrix [out, in].
+
+    names  the tensors in the file, by kind: "a", "b" and for DoRA "m"
+    """
 
     names: Mapping[str, str]
     scale: float
@@ -77,16 +86,16 @@ class Low:
     is_embedding: bool = False
 
     def merge(self, weight: mx.array, arrays: Mapping[str, mx.array]) -> mx.array:
-        """The changed matrix, float32 [out, in], of `weight` and the stored arrays by kind."""
+        """Return the changed matrix, float32 [out, in]; `arrays` are the stored ones by kind."""
         up, down = self.factors(arrays)
         merged = weight.astype(mx.float32) + up @ down
         gain = self.gain(merged, arrays)
         return merged if gain is None else merged * gain
 
     def factors(self, arrays: Mapping[str, mx.array]) -> tuple[mx.array, mx.array]:
-        """Two float32 matrices, [out, r] with the scale and [r, in], whose product is added to the weight.
+        """Return two float32 matrices whose product is added to the weight.
 
-        Raises WeightsError for numbers that are not finite.
+        They are [out, r], scaled, and [r, in]. Raises WeightsError for numbers that are not finite.
         """
         parts = {kind: array.astype(mx.float32) for kind, array in arrays.items()}
         for kind, array in parts.items():
@@ -97,7 +106,10 @@ class Low:
         return self.scale * up, down
 
     def gain(self, merged: mx.array, arrays: Mapping[str, mx.array]) -> mx.array | None:
-        """What DoRA multiplies the sum [out, in] by: [out, 1], for PEFT's embeddings [1, in]; None without DoRA."""
+        """Return what DoRA multiplies the sum [out, in] by; None without DoRA.
+
+        It is [out, 1], and [1, in] for PEFT's embeddings.
+        """
         if "m" not in arrays:
             return None
         axis = 0 if self.is_peft and self.is_embedding else 1
@@ -105,7 +117,7 @@ class Low:
         return arrays["m"].astype(mx.float32).reshape(norms.shape) / norms
 
     def fits(self, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        """Whether stored arrays of these shapes can be merged into a matrix of that one."""
+        """Whether stored arrays of these shapes can be merged into a matrix of that shape."""
         first, second = (shapes.get(kind, ()) for kind in ("ba" if self.is_peft else "ab"))
         if not len(shape) == len(first) == len(second) == 2 or first[1] != second[0]:
             return False
@@ -122,10 +134,10 @@ class Low:
 class Changes:
     """All that an adapter changes.
 
-    low      updates, by module
-    whole    module → the tensor that takes the place of its weight
-    base     module → the tensor that its weight is before the update
-    apart    modules of a tied pair whose change is not the other's: the model is no longer tied
+    low    module → its low-rank update
+    whole  module → the tensor that replaces its weight
+    base   module → the tensor that replaces its weight before the update
+    apart  modules of a tied pair that change on their own, so that the model is no longer tied
     """
 
     low: Mapping[str, Low] = field(default_factory=dict)
@@ -136,7 +148,7 @@ class Changes:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as it lies in its folder: its settings, the tensors of its file, and what they change."""
+    """An adapter: its file, its settings, the tensors in the file, and what they change."""
 
     file: Path
     settings: Mapping[str, Any]
@@ -161,7 +173,7 @@ class Adapter:
             )
 
     def check_whole(self, stored: str, shape: tuple[int, ...]) -> None:
-        """Raise InputError where a tensor of the file cannot take the place of a weight of this shape."""
+        """Raise InputError where a tensor of the file cannot replace a weight of this shape."""
         found = self.headers[stored]
         if found.shape != shape or found.dtype not in FLOATS:
             resized = (
@@ -174,7 +186,7 @@ class Adapter:
 
 
 def find_adapter(folder: Path) -> Path:
-    """The weight file of an adapter's folder. Raises InputError where there is none."""
+    """Return the weight file in an adapter's folder. Raises InputError where there is none."""
     file = next((folder / name for name in ADAPTERS if (folder / name).is_file()), None)
     if file is None or not (folder / SETTINGS).is_file():
         pickle = " (adapter_model.bin is pickle, which can run code; save it again as safetensors)"
@@ -186,9 +198,12 @@ def find_adapter(folder: Path) -> Path:
 
 
 def read_adapter(file: Path, is_tied: bool) -> Adapter:
-    """An adapter from its weight file (`find_adapter`), for a model whose head is tied to the embedding or not.
+    """Read an adapter; of its weights only the headers.
 
-    Only headers are read. Raises InputError and its kin for what is damaged or not understood.
+    file     as `find_adapter` returns it
+    is_tied  whether the model's head is tied to its embedding
+
+    Raises InputError for what is damaged or not understood.
     """
     folder = file.parent
     try:
@@ -260,8 +275,10 @@ def peft_changes(settings: Mapping[str, Any], headers: Mapping[str, StoredTensor
 
 
 def _tied(changes: Changes, settings: Mapping[str, Any]) -> Changes:
-    """The same for a tied model: what PEFT wraps has a change of its own, what it loads into the model's own weight
-    is the other's as well."""
+    """Return the changes of a model whose head is tied to its embedding.
+
+    What PEFT wraps changes on its own; what it loads into the model's weight changes both.
+    """
     saved = given(settings, "modules_to_save", "a list") or []
     own = {m for m in changes.whole if any(m.endswith(str(key)) for key in saved)} | changes.low.keys()
     whole = {module: name for module, name in changes.whole.items() if module in own}
@@ -287,7 +304,7 @@ def _check_peft(settings: Mapping[str, Any]) -> None:
     for key, value in settings.items():
         if value and key not in _PEFT_KNOWN:
             raise ValueError(f"{shown(key)} is not supported")
-    if settings.get("bias") not in (None, "none", "lora_only", "all"):  # the model has none, whichever is trained
+    if settings.get("bias") not in (None, "none", "lora_only", "all"):  # the model has none
         raise ValueError(f"bias {shown(settings['bias'])} is not known")
     init = settings.get("init_lora_weights", True)
     if str(init).lower() not in _PEFT_INITS:
@@ -316,14 +333,14 @@ def _part_of(name: str, what: str) -> str:
 
 
 def _scale(value: Any, field: str) -> float:
-    """Any number, as a float has it."""
+    """Check a number that must be finite. Raises ConfigError."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{field} must be a number, not {shown(value)}")
     return 0.0 if value == 0 else math.copysign(number(abs(value), field), value)
 
 
 def _alphas(patterns: Mapping[str, Any], modules: list[str]) -> dict[str, Any]:
-    """PEFT's way of giving single modules their own value (`get_pattern_key`): the first pattern that matches."""
+    """Return the alpha of single modules: of the first pattern that matches (`get_pattern_key`)."""
     found = match_patterns([rf"\A(.*\.)?({pattern})$" for pattern in patterns], modules)
     values = list(patterns.values())
     return {module: values[numbers[0]] for module, numbers in zip(modules, found, strict=True) if numbers}

@@ -1,6 +1,7 @@
-"""Running the converter from the core: in a process of its own, which the core does not import.
+"""Running the converter from the core, which does not import it: in a process of its own.
 
-That is the one step back from the core to what is built on it. A process of its own also gives its memory back.
+This is the one step back from the core to what is built on it. A process also gives its memory
+back.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ from m7mlx.files.disk import why
 from m7mlx.paths import cache_dir
 
 _MAGIC = b"GGUF"
-_LAST = 4000  # bytes of what a converter says that ends without a reason
+_LAST = 4000  # bytes of stderr in which a reason for a converter's failure is looked for
 
 
 def converted(file: Path) -> Path:
-    """The model folder of a GGUF file, converted once for each state of the file, into the cache folder.
+    """Return the model folder of a GGUF file, which is converted once into the cache folder.
 
-    Another process that wants the same waits. Results of earlier states are removed.
-    Raises ConfigError for a file that is not GGUF; WeightsError, RunError, DiskError.
+    When the file changes it is converted again, and the earlier result is removed. Other processes
+    that want the same wait. Raises ConfigError for a file that is not GGUF; WeightsError, RunError,
+    DiskError.
     """
     try:
         with file.open("rb") as opened:
@@ -49,7 +51,7 @@ def converted(file: Path) -> Path:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with locked(folder.parent / f"{place}.lock") as lock:
-                if not _is_whole(folder):  # not converted by another process meanwhile
+                if not _is_whole(folder):  # no other process has converted it meanwhile
                     _remove_others(folder, place)
                     print(f"Converting {file}, once, into {folder} …", file=sys.stderr)
                     run_converter(real, folder, lock)
@@ -61,8 +63,9 @@ def converted(file: Path) -> Path:
 def run_converter(source: Path, target: Path, lock: int) -> None:
     """Convert `source` into the folder `target`, in a process that holds `lock` until it ends.
 
-    If this process is killed, the converter ends at its next sign of progress; what it leaves, the next one takes up.
-    Raises WeightsError for a source that cannot be converted, RunError where it fails on the way.
+    If this process is killed, the converter ends when it next reports progress; the next run
+    resumes its work. Raises WeightsError for a source that cannot be converted, RunError for a
+    failure on the way.
     """
     command = [sys.executable, "-m", "m7mlx_convert", str(source), "--mlx-path", str(target), "--json"]
     message = ""
@@ -74,7 +77,7 @@ def run_converter(source: Path, target: Path, lock: int) -> None:
         try:
             with contextlib.closing(converter.stdout) as events:
                 for line in events:
-                    message = _follow(line) or message
+                    message = _show_event(line) or message
             status = converter.wait()
         finally:
             converter.terminate()  # as Ctrl-C: it cleans up
@@ -88,8 +91,8 @@ def run_converter(source: Path, target: Path, lock: int) -> None:
     raise kind(f"{source} could not be converted: {reason}")
 
 
-def _follow(line: str) -> str:
-    """Show the progress in one line of the converter's events, on a terminal; the message of an error, else ""."""
+def _show_event(line: str) -> str:
+    """Show an event of the converter if it is progress; return its message if it is an error."""
     try:
         event = json.loads(line)
     except ValueError:
@@ -103,9 +106,9 @@ def _follow(line: str) -> str:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[int]:
-    """Hold the lock of this file, and wait for it first; gives its descriptor.
+    """Wait for the lock of this file and hold it; gives the file's descriptor.
 
-    A process that inherits the descriptor holds the lock as well, even if this one is killed.
+    A process that inherits the descriptor holds the lock too, even if this one is killed.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -120,7 +123,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _remove_others(folder: Path, place: str) -> None:
-    """Remove what other states of the same file were converted to, and what killed runs left of them."""
+    """Remove results of earlier states of the same file, and what killed runs have left of them."""
     for other in folder.parent.glob(f"*-{place}-*"):
         if folder.name not in other.name:
             shutil.rmtree(other, ignore_errors=True)

@@ -31,7 +31,7 @@ def resolve(
     layout: Layout = "huggingface",
     progress: Progress | None = None,
 ) -> Path:
-    """Return the folder that a name stands for; fetch what is not here yet, with progress on stderr.
+    """Return the folder that a name stands for; fetch what is not here, with progress on stderr.
 
     name      a path that exists, "demo", an alias, a Hub repository "org/name", or a GGUF file in
               one, "org/name/file.gguf"; a GGUF file is converted once, into the cache folder

@@ -1,6 +1,6 @@
 """Regular expressions out of files and commands, matched under a clock.
 
-Python's `re` can take longer than the universe lasts for a line of text, and nothing in its own process stops it. So
+Python's `re` can take for ever on one line of text, and nothing in its own process can stop it. So
 it runs in another one (`m7mlx/files/patterns_process.py`), which the operating system bounds.
 """
 

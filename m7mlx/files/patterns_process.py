@@ -1,4 +1,4 @@
-"""Matches regular expressions in a `m7mlx.worker.Worker`; needs nothing but the standard library."""
+"""Matches regular expressions in a `m7mlx.worker.Worker`; needs the standard library alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def handler(setup: bytes) -> Callable[[bytes], bytes]:
 
 
 def _match(question: bytes) -> bytes:
-    """Return the numbers of the patterns found in each name, or what is wrong with a pattern, as JSON."""
+    """Return the numbers of the patterns found in each name, or else the error of a pattern."""
     patterns, names = json.loads(question)
     try:
         compiled = [re.compile(pattern) for pattern in patterns]

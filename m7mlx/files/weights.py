@@ -73,7 +73,7 @@ def validate_header(path: Path) -> dict[str, TensorInfo]:
         with safe_open(str(path), framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             found = {name: TensorInfo(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
-        json.loads(_header(path), object_pairs_hook=_once)  # readers differ in what they make of equal names
+        json.loads(_header(path), object_pairs_hook=_once)  # readers differ in equal names
         return found
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise WeightsError(f"{path} is not a whole safetensors file ({error}); fetch or convert it again") from None
@@ -203,7 +203,7 @@ def _indexed(folder: Path, index: Path, files: list[Path]) -> dict[str, StoredTe
 
 
 def check_layer_count(where: Path, config: ModelConfig, tensors: int) -> None:
-    """Raise WeightsError for more layers than tensors, before a list of a billion layers fills the memory."""
+    """Raise WeightsError for more layers than tensors: a billion would fill the memory."""
     if config.n_layers > tensors:
         raise WeightsError(f"{where}: its configuration says {config.n_layers} layers, it holds {tensors} tensors")
 

@@ -1,8 +1,8 @@
 """A line from the first of several processes to the others: what to do, and whether all are there.
 
 MLX's exchanges within a forward pass wait for ever if a process has died, and spin while they wait.
-So whatever is not numbers goes through sockets of our own: they sleep, and they close when a process
-ends.
+So whatever is not numbers goes through sockets of our own: they sleep, and they close when a
+process ends.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def join_channel(rank: int, address: str, port: int, key: bytes) -> Channel:
 
 
 def die(reason: str) -> NoReturn:
-    """Leave at once with one line: nothing else breaks off a pass that waits for another process."""
+    """Leave at once with one line: nothing else ends a pass that waits for another process."""
     sys.stderr.write(f"m7mlx: error: {reason}\n")
     leave(1)
 

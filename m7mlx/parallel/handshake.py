@@ -1,11 +1,11 @@
-"""How the processes of a run find each other on a network that strangers may use as well.
+"""The meeting of a run's processes on a network that strangers may use as well.
 
     first → other   32 random bytes
     other → first   its rank, 32 random bytes of its own, a MAC over its role, its rank and both
     first → other   a MAC over the first one's role, that rank and both
 
-Each proves that it has the key without telling it. What was said before, or by the other side, proves
-nothing if it is said again.
+Each proves that it has the key without telling it. What was said before, or by the other side,
+proves nothing if it is said again.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class _Caller:
 def meet(server: socket.socket, size: int, key: bytes, seconds: float) -> dict[int, socket.socket]:
     """Return the connections of ranks 1 … size − 1; send strangers away, whatever they say.
 
-    All callers are heard at the same time, each for a few seconds. Raises RunError if a rank has not
-    come in time.
+    All callers are heard at the same time, each for a few seconds. Raises RunError if a rank has
+    not come in time.
     """
     deadline = time.monotonic() + seconds
     found: dict[int, socket.socket] = {}

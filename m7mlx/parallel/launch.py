@@ -1,4 +1,4 @@
-"""Whether this process was started alone, or as one of several."""
+"""The start of this process: alone, or as one of several."""
 
 from __future__ import annotations
 
