@@ -1,10 +1,12 @@
-"""m7mlx-serve against mlx_lm.server: tokens per second of all clients together, and the time to a first token.
+"""m7mlx-serve against mlx_lm.server: tokens per second of all clients, time to a first token.
 
-    python benchmarks/serve.py --model demo [--clients 1 4 16] [--rounds 3] [--requests 3] [--prompt 150]
+    python benchmarks/serve.py --model demo [--clients 1 4 16] [--rounds 3] [--requests 3]
+        [--prompt 150]
 
-Each round starts both servers in turn, one at a time, on the same weights (in float32) and the same BLAS. Every
-client asks its questions one after the other (greedy, streamed) and asks the next as soon as the last is answered. A
-scenario is run with prompts that have nothing in common, and with prompts that begin with the same 512 words.
+Each round starts both servers in turn, one at a time, on the same weights (in float32) and the
+same BLAS. Every client asks its questions one after the other (greedy, streamed) and asks the next
+as soon as the last is answered. A scenario is run with prompts that have nothing in common, and
+with prompts that begin with the same 512 words.
 """
 
 from __future__ import annotations
@@ -36,7 +38,11 @@ _PEER = (
 
 @dataclass(frozen=True)
 class Load:
-    """clients  at a time; shared, words that all prompts begin with"""
+    """One way to ask.
+
+    clients  at a time
+    shared   words that all prompts begin with
+    """
 
     clients: int
     shared: int
@@ -47,7 +53,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Figures:
-    """tps of all clients together; p95 of the seconds to a first token; peak resident memory in GB"""
+    """One measurement: tokens a second of all clients, seconds to a first token, memory in GB."""
 
     tps: float
     first: float
