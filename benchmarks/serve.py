@@ -1,11 +1,12 @@
-"""m7mlx-serve against mlx_lm.server: tokens per second, and the time to a first token.
+"""m7mlx-serve against mlx_lm.server: tokens per second of all clients, time to a first token.
 
-    python benchmarks/serve.py --model demo [--clients 1 4 16] [--rounds 3] [--requests 3] [--prompt 150]
+    python benchmarks/serve.py --model demo [--clients 1 4 16] [--rounds 3] [--requests 3]
+        [--prompt 150]
 
-Each round starts both servers in turn, one at a time, on the same weights (in float32) and the same
-BLAS. Every client asks its questions one after the other (greedy, streamed), each as soon as the one
-before is answered. A scenario is run with prompts that have nothing in common, and with prompts that
-begin with the same 512 words.
+Each round starts both servers in turn, one at a time, on the same weights (in float32) and the
+same BLAS. Every client asks its questions one after the other (greedy, streamed) and asks the next
+as soon as the last is answered. A scenario is run with prompts that have nothing in common, and
+with prompts that begin with the same 512 words.
 """
 
 from __future__ import annotations
@@ -37,13 +38,10 @@ _PEER = (
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is asked.
+    """One way to ask.
 
-    clients   clients at a time
-    shared    words that all prompts begin with
-    requests  questions of each client
-    prompt    words of a prompt that are its own
-    tokens    most tokens of an answer
+    clients  at a time
+    shared   words that all prompts begin with
     """
 
     clients: int
@@ -55,12 +53,7 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured.
-
-    tps     tokens per second of all clients together
-    first   p95 of the seconds to a first token
-    memory  peak resident memory in GB
-    """
+    """One measurement: tokens a second of all clients, seconds to a first token, memory in GB."""
 
     tps: float
     first: float
@@ -69,7 +62,7 @@ class Figures:
 
 @contextlib.contextmanager
 def serving(name: str, folder: Path, model: str, rows: int) -> Iterator[tuple[str, int]]:
-    """Start a server; yield its address and process."""
+    """Start a server; its address and process."""
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = str(found.getsockname()[1])
     ours = [sys.executable, "-m", "m7mlx_serve", "--model", str(folder), "--name", model, "--rows", str(rows)]
@@ -93,13 +86,13 @@ def serving(name: str, folder: Path, model: str, rows: int) -> Iterator[tuple[st
 
 
 def prompt(seed: str, scenario: Scenario) -> str:
-    """A prompt: the words that all share, then its own."""
+    """A text of its own, after the one that all share."""
     common, own = random.Random("shared"), random.Random(seed)
     return " ".join([*common.choices(_WORDS, k=scenario.shared), *own.choices(_WORDS, k=scenario.prompt)])
 
 
 async def ask(session: aiohttp.ClientSession, url: str, model: str, text: str, tokens: int) -> tuple[int, float]:
-    """Ask one question; tokens of the answer, and seconds to the first."""
+    """Tokens of the answer, and seconds to the first."""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": text + "\nWrite a long story in which these words occur."}],
@@ -123,7 +116,7 @@ async def ask(session: aiohttp.ClientSession, url: str, model: str, text: str, t
 
 
 async def drive(url: str, model: str, scenario: Scenario, round_: int) -> tuple[float, float]:
-    """Let all clients ask; tokens per second together, p95 of the seconds to a first token."""
+    """Tokens per second of all clients together, p95 of the seconds to a first token."""
     timeout = aiohttp.ClientTimeout(total=3600)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
 
@@ -140,7 +133,7 @@ async def drive(url: str, model: str, scenario: Scenario, round_: int) -> tuple[
 
 
 def measure(name: str, folder: Path, scenario: Scenario, round_: int) -> Figures:
-    """Measure a fresh server under one scenario, warmed by one short question."""
+    """A fresh server in one scenario, warmed by one short question."""
     model = "demo" if name == "m7mlx" else str(folder)
     with serving(name, folder, model, max(scenario.clients, 1)) as (url, process):
         asyncio.run(drive(url, model, Scenario(1, 0, 1, 4, 4), round_))

@@ -1,17 +1,18 @@
-"""Sixty-four clients at once, for minutes, who ask, leave and come back.
+"""Sixty-four clients for minutes, who ask, leave and come back.
+
+No answer may be lost or crossed, and no memory lost.
 
     python benchmarks/soak.py [--model FOLDER] [--clients 64] [--minutes 3]
 
-No answer may be lost or mixed up with another, and memory must not grow. Without --model, the model
-is a small one with random weights and a window of 16. Before the server starts, the library answers
-every question alone, greedily. Then each client asks one question after another: streamed or whole,
-one answer or several, with stop texts, a JSON schema or a tool that must be called. A quarter of the
-clients leave, before the first token or in the middle. Every answer must be the library's, letter
-for letter; of an answer whose client left, its beginning.
+Without --model it is a small one with random weights and a window of 16. Before the server starts,
+the library answers every question alone, greedily. Then each client asks one after another:
+streamed or whole, one answer or several, with stop texts, a JSON schema or a tool that must be
+called; a quarter leave, before the first token or in the middle. Every answer that comes must be
+the library's, letter for letter; of one that was left, its beginning.
 
-Rounding in a batch differs by some 1e-5 of a logit, so a near tie could fall the other way. Only
+Rounding in a batch differs by some 1e-5 of a logit, so a near tie could fall the other way: only
 questions are asked in whose answers the first token is ahead of the second by at least 0.001 at
-every step. With a grammar the margin is not known; a near tie there would count as a wrong answer.
+every step. Under a grammar the margin is not told; a near tie there would count as a wrong answer.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import json
 import random
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from server import NAME, PERSON, serving, settled, small_model, watch_memory
+from tried_server import NAME, PERSON, serving, settled, small_model
 
 TOKENS = 24
 MARGIN = 1e-3  # of a log probability
@@ -48,7 +50,7 @@ _BY_KIND: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, and the answer that the library gives to it alone."""
+    """A question, and the answer that the library gives to it alone."""
 
     kind: str
     text: str
@@ -61,15 +63,16 @@ class Question:
 
 @dataclass
 class Tally:
-    """What has become of all requests."""
+    """The outcome of all requests."""
 
-    ended: Counter[str] = field(default_factory=Counter)  # answered, left, refused (429; asked again)
+    # Answered, left, refused (429; asked again).
+    ended: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
 
 def questions(folder: Path, count: int) -> list[Question]:
-    """Make `count` questions, with the library's answers."""
+    """`count` of them with the library's answers."""
     from m7mlx_serve.tool_calls import MARK
     from m7mlx_serve.tool_schema import calls_schema
 
@@ -127,7 +130,7 @@ def said(message: dict[str, Any]) -> str:
 
 
 def tight(text: str) -> str:
-    """A list of calls without spaces and its end: the server does not tell what joins a call's parts."""
+    """Take out spaces and the end of a list of calls: they are not told between parts of a call."""
     return re.sub(r"\s", "", text).removesuffix("}]")
 
 
@@ -184,9 +187,9 @@ async def ask(
 
 
 async def _read(response: aiohttp.ClientResponse, texts: list[str], events: int | None) -> bool:
-    """Read a stream; False if it is left after so many `events`.
+    """Take a stream; return False if it is left after some `events`.
 
-    Raises ValueError for a stream that does not end well.
+    Raises ValueError for one that does not end well.
     """
     count = 0
     async for line in response.content:
@@ -206,7 +209,7 @@ async def _read(response: aiohttp.ClientResponse, texts: list[str], events: int 
 
 
 async def soak(url: str, asked: list[Question], clients: int, seconds: float, seed: int = 0) -> Tally:
-    """Let all clients ask until the time is over."""
+    """All clients until the time is over."""
     tally, until = Tally(), time.monotonic() + seconds
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600), connector=connector) as session:
@@ -220,10 +223,17 @@ async def soak(url: str, asked: list[Question], clients: int, seconds: float, se
     return tally
 
 
+async def _watch(process: int, sizes: list[float]) -> None:
+    while True:
+        shown = await asyncio.to_thread(subprocess.check_output, ["ps", "-o", "rss=", "-p", str(process)])
+        sizes.append(int(shown) / 1e3)
+        await asyncio.sleep(1)
+
+
 async def _run(url: str, process: int, asked: list[Question], clients: int, seconds: float) -> None:
     await soak(url, asked, clients, seconds / 10, seed=1)  # until memory is what it is
     sizes: list[float] = []
-    watching = asyncio.create_task(watch_memory(process, sizes))
+    watching = asyncio.create_task(_watch(process, sizes))
     tally = await soak(url, asked, clients, seconds)
     watching.cancel()
     left = await settled(url)

@@ -1,4 +1,4 @@
-"""A server of m7mlx that benchmarks start, and what is seen of it from outside."""
+"""A server that the benchmarks try hard: its start, its end, and what it still has open."""
 
 from __future__ import annotations
 
@@ -12,23 +12,13 @@ from pathlib import Path
 
 import aiohttp
 
-sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))  # small models, and schemas
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))  # for small models and schemas
 from models import small_config, write_folder
 from schemas import PERSON, object_of
 
-__all__ = [
-    "NAME",
-    "PERSON",
-    "memory",
-    "object_of",
-    "open_requests",
-    "serving",
-    "settled",
-    "small_model",
-    "watch_memory",
-]
+__all__ = ["NAME", "PERSON", "object_of", "open_requests", "serving", "settled", "small_model"]
 
-NAME = "small"
+NAME = "soak"
 
 
 def small_model(folder: Path) -> Path:
@@ -58,7 +48,6 @@ def serving(folder: Path, *options: str) -> Iterator[tuple[str, int]]:
 
 
 async def open_requests(url: str) -> float:
-    """Requests that have not ended."""
     async with aiohttp.ClientSession() as session, session.get(f"{url}/metrics") as answer:
         found = re.search(r"^m7mlx_open_requests (\S+)", await answer.text(), re.M)
     assert found
@@ -66,21 +55,9 @@ async def open_requests(url: str) -> float:
 
 
 async def settled(url: str) -> float:
-    """Requests that are still open when everybody has had time to leave."""
+    """Requests still open when everybody has had time to leave."""
     for _ in range(100):
         if not (count := await open_requests(url)):
             break
         await asyncio.sleep(0.1)
     return count
-
-
-def memory(process: int) -> float:
-    """The resident memory of a process, in MB."""
-    return int(subprocess.check_output(["ps", "-o", "rss=", "-p", str(process)])) / 1e3
-
-
-async def watch_memory(process: int, sizes: list[float]) -> None:
-    """Append the resident memory of a process to `sizes` every second, until cancelled."""
-    while True:
-        sizes.append(await asyncio.to_thread(memory, process))
-        await asyncio.sleep(1)
