@@ -11,14 +11,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tried_server import NAME
+from tried_server import NAME, object_of
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/health", "/v1/models", "/metrics", "/", "/docs", "/nothing")
 SECONDS = 8.0  # for one thing that a client does
 TEXTS = ("", "a", "</s>[INST]", "\x00", "\ud800", "é😀" * 50, "[" * 500, '{"a":' * 200, "word " * 5000, "\u202e")
 NUMBERS = (0, -1, 1, 1.5, 1e308, -0.0, 1 << 31, 1 << 63, 1 << 200, 0.1, 2)
 SCHEMAS: tuple[Any, ...] = (
-    {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False},
+    object_of(a={"type": "integer"}),
     {"type": "array", "items": {"anyOf": [{"type": "string"}, {"type": "null"}]}, "maxItems": 3},
     {"type": "string", "pattern": "^(a?){30}b$"},
     {"type": "integer", "multipleOf": 97, "minimum": 0, "maximum": 1000},
@@ -45,7 +45,7 @@ class Tally:
 
 @dataclass
 class Client:
-    """One that sends what it likes."""
+    """A client that sends what it likes."""
 
     host: str
     port: int

@@ -33,25 +33,16 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from tried_server import NAME, serving, settled, small_model
+from tried_server import NAME, PERSON, serving, settled, small_model
 
 TOKENS = 24
 MARGIN = 1e-3  # of a log probability
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 8},
-        "age": {"type": "integer", "minimum": 0, "maximum": 99},
-    },
-    "required": ["name", "age"],
-    "additionalProperties": False,
-}
-TOOL: dict[str, Any] = {"type": "function", "function": {"name": "add", "parameters": SCHEMA}}
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "add", "parameters": PERSON}}
 _BY_KIND: dict[str, dict[str, Any]] = {
     "text": {"max_tokens": TOKENS},
     "schema": {
         "max_tokens": 8 * TOKENS,
-        "response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}},
+        "response_format": {"type": "json_schema", "json_schema": {"schema": PERSON}},
     },
     "tool": {"max_tokens": 8 * TOKENS, "tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False},
 }
@@ -118,7 +109,7 @@ def questions(folder: Path, count: int) -> list[Question]:
             constraint = json_constraint(tokenizer, calls_schema([TOOL["function"]], parallel=False))
         else:
             ids = tokenizer.chat.encode([{"role": "user", "content": text}])
-            constraint = json_constraint(tokenizer, SCHEMA) if kind == "schema" else None
+            constraint = json_constraint(tokenizer, PERSON) if kind == "schema" else None
         answer, margin = alone(ids, _BY_KIND[kind]["max_tokens"], constraint)
         if margin >= MARGIN and answer:
             found.append(Question(kind, text, answer))

@@ -12,20 +12,23 @@ from pathlib import Path
 
 import aiohttp
 
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))  # for small models and schemas
+from models import small_config, write_folder
+from schemas import PERSON, object_of
+
+__all__ = ["NAME", "PERSON", "object_of", "open_requests", "serving", "settled", "small_model"]
+
 NAME = "soak"
 
 
 def small_model(folder: Path) -> Path:
-    """Random weights, and Mistral's v3 tokenizer."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
-    from models import small_config, write_folder
-
+    """Write a model with random weights, a window of 16 and Mistral's v3 tokenizer."""
     return write_folder(folder / "small", small_config(vocab_size=32768, sliding_window=16, n_layers=2))
 
 
 @contextmanager
 def serving(folder: Path, *options: str) -> Iterator[tuple[str, int]]:
-    """A server's address and process."""
+    """Start a server; yield its address and the number of its process, which has to end well."""
     command = [sys.executable, "-m", "m7mlx_serve", "--model", str(folder), "--name", NAME, "--port", "0", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr

@@ -277,7 +277,7 @@ def test_more_than_may_wait_are_told_to_come_back(model_folder: Path) -> None:
 
 
 def test_whoever_leaves_gives_the_place_back(url: str) -> None:
-    """A stream that is closed, a time-out, a task that is cancelled; in the queue, and in the middle."""
+    """Streams are closed, time runs out, tasks are cancelled: in the queue and in the middle."""
     with client(url) as api:
         going = [api.chat.completions.create(**ENDLESS, stream=True) for _ in range(4)]  # all rows
         for stream in going:
