@@ -139,7 +139,7 @@ def _read_config(
         raise ConfigError(f"{path}: RoPE over a part of the head is not supported")
     if values.get("attention.value_length", config.head_dim) != config.head_dim:
         raise ConfigError(f"{path}: keys and values of different lengths are not supported")
-    check_layer_count(path, config, len(tensors))
+    check_layer_count(path, config, len(tensors), "its metadata")
     return _with_window(config, values)
 
 

@@ -52,7 +52,7 @@ class GGUFTensor(NamedTuple):
         """Read the stored bytes, uint8 [rows, bytes of a row]."""
         data = np.fromfile(self.path, np.uint8, self.nbytes, offset=self.offset)
         if data.size != self.nbytes:
-            raise WeightsError(f"{self.path} became shorter while it was read; fetch it again")
+            raise WeightsError(f"{self.path} has become shorter while it was read; fetch it again")
         return data.reshape(math.prod(self.shape[:-1]), -1)
 
 

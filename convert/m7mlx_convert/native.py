@@ -43,7 +43,7 @@ def is_native(folder: Path, headers: Mapping[str, StoredTensor] | None = None) -
 
 def list_tensors(folder: Path, config: ModelConfig, headers: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
     """Return the parameters by name. Raises WeightsError where files and config differ."""
-    check_layer_count(folder, config, len(headers))
+    check_layer_count(folder, config, len(headers), "its configuration")
     found = {}
     names = {name: native_name(name) for name in config.weight_shapes()}
     tied = {f"{NAMES['lm_head']}.weight"} if config.tie_word_embeddings else set()

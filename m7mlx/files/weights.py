@@ -201,10 +201,15 @@ def _indexed(folder: Path, index: Path, files: list[Path]) -> dict[str, StoredTe
     return found
 
 
-def check_layer_count(where: Path, config: ModelConfig, tensors: int) -> None:
+def check_layer_count(
+    where: Path,
+    config: ModelConfig,
+    tensors: int,
+    named_by: str = "config.json",
+) -> None:
     """Raise WeightsError for more layers than tensors: a billion would fill the memory."""
     if config.n_layers > tensors:
-        raise WeightsError(f"{where}: its configuration says {config.n_layers} layers, it holds {tensors} tensors")
+        raise WeightsError(f"{where}: {named_by} says {config.n_layers} layers, but there are {tensors} tensors")
 
 
 def parameters(folder: Path, config: ModelConfig, headers: Mapping[str, StoredTensor]) -> dict[str, Parameter]:
