@@ -22,7 +22,7 @@ _ROWS = 8
 
 
 def is_several(prompt: object) -> bool:
-    """Whether it is a list of prompts, by its first item: of one prompt, that is an id or a message.
+    """Whether it is a list of prompts; the first item of one prompt is an id or a message.
 
     Raises InputError for a list of prompts that holds something else.
     """
@@ -47,7 +47,8 @@ def generate_all(
 ) -> list[str]:
     """Return the answers to all prompts, in their order; `options` are those of `m7mlx.generate`.
 
-    Nothing begins before all prompts have been checked. Raises as `m7mlx.generate`, for the first that fails.
+    Nothing begins before all prompts have been checked. Raises as `m7mlx.generate`, for the first
+    that fails.
     """
     for name, value in options.items():
         is_given = value is not None and not (isinstance(value, Sequence) and len(value) == 0)

@@ -28,14 +28,16 @@ def embed(
 ) -> mx.array:
     """Return a float32 vector for each text, [n, hidden_size].
 
-    texts      texts, or lists of token ids; a text begins with the start token where the model has one
-    pooling    "mean": the mean over all tokens of a text of the hidden states behind the last layer and its norm,
-               which the head reads; "last": that of the last token, for models that were trained for it (they often
-               end a text with the end token: then give ids)
+    texts      texts, or lists of token ids; a text begins with the start token where there is one
+    pooling    "mean": the mean, over all tokens of a text, of the hidden states behind the last
+               layer and its norm, which the head reads; "last": that of the last token, for models
+               trained for it (they often end a text with the end token: then give ids)
     normalize  scale each vector to length 1
 
-    Long texts are read in chunks through a cache of their own, so that memory stays bounded, and a model's window
-    applies as in generation. Raises InputError, TokenizerError, and PromptTooLongError for a text beyond the context.
+    Long texts are read in chunks through a cache of their own: memory stays bounded, and a model's
+    window applies as in generation.
+
+    Raises InputError, TokenizerError; PromptTooLongError for a text beyond the context.
     """
     if isinstance(texts, str | bytes) or not isinstance(texts, Sequence) or not all(map(_is_text, texts)):
         raise InputError("embed takes a list of texts, or of lists of token ids")
@@ -64,7 +66,7 @@ def _is_text(text: object) -> bool:
 
 
 def _groups(prompts: Sequence[Sequence[int]], chunk: int) -> list[list[int]]:
-    """Numbers of the prompts that are read together: short ones of about one length, as many as fill a chunk."""
+    """Numbers of the prompts that are read together: of about one length, to fill a chunk."""
     groups: list[list[int]] = []
     for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
         length = len(prompts[i])

@@ -51,11 +51,11 @@ def generate(
 ) -> str | list[str]:
     """Return the whole answer as text; arguments as for `stream_generate`.
 
-    A list of prompts gives the list of their answers, made side by side. That is a list whose first item is a text or
-    itself a list; a list of numbers is the ids of one prompt, a list of messages one conversation. Each answer is the
-    one that its prompt gets alone, up to the rounding of a pass over several rows. A cache, a drafter and whatever
-    else belongs to one answer cannot be given with a list; logits processors see all prompts in turn, so that none
-    may keep state.
+    A list of prompts gives the list of their answers, made side by side. That is a list whose first
+    item is a text or itself a list; a list of numbers is the ids of one prompt, a list of messages
+    one conversation. Each answer is the one that its prompt gets alone, up to the rounding of a
+    pass over several rows. A cache, a drafter and whatever else belongs to one answer cannot be
+    given with a list; logits processors see all prompts in turn, so none may keep state.
     """
     if is_several(prompt):
         return generate_all(model, tokenizer, prompt, options)

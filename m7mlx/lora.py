@@ -1,8 +1,9 @@
-"""LoRA beside the weights: W x + B A x, where merging would write W + B A. So an adapter can be changed or taken off.
+"""LoRA beside the weights: W x + B A x, so that an adapter can be changed or taken off.
 
-A base that is quantised stays so, and projections that `m7mlx.fuse` has joined stay joined: their updates share one
-product A of all ranks, and B holds each on the rows that are its own. What DoRA multiplies each output by is a number
-that follows from W + B A; it is computed once. The last bits differ from those of the merged weights.
+A quantised base stays quantised, and projections that `m7mlx.fuse` has joined stay joined: their
+updates share one product with all their A, and each B lies on the rows that are its own. DoRA's
+factor for each output follows from W + B A; it is computed once. The last bits differ from those of
+merged weights.
 """
 
 from __future__ import annotations
@@ -26,17 +27,18 @@ from m7mlx.terminal import shown
 
 
 def set_adapter(model: Mistral, adapter: str | Path | None) -> None:
-    """Put a LoRA adapter on a loaded model, in the place of the one that is on it; None takes it off.
+    """Put a LoRA adapter on a loaded model, in place of the one it has; None takes that off.
 
     adapter  a folder or a Hub repository: mlx-lm's or PEFT's LoRA, rsLoRA or DoRA
 
-    The weights are not touched, so that without an adapter the model is exactly what it was. Caches belong to one
-    state of the model: those that were made with another adapter are refused, snapshots and saved caches too; after
-    None, those that were made without one are good again. If this fails, the model is as it was.
+    The weights are not touched: without an adapter the model is exactly what it was. A cache, a
+    snapshot or a saved cache belongs to the adapter it was made with, and the model refuses it with
+    any other; after None, those made without an adapter are good again. If this fails, the model is
+    as it was.
 
-    Raises NotFoundError, DownloadError; InputError and WeightsError for an adapter that is damaged, not understood,
-    does not fit, or replaces other weights than the embedding's and the head's as a whole, as full fine-tunes do:
-    `m7mlx-convert --adapter` merges those.
+    Raises NotFoundError, DownloadError; InputError and WeightsError for an adapter that is damaged,
+    not understood or does not fit, or that replaces whole weights other than the embedding's and
+    the head's, as full fine-tunes do: `m7mlx-convert --adapter` merges those.
     """
     if adapter is None:
         put_on(model, None, None)
@@ -66,7 +68,7 @@ def open_adapter(name: str | Path, config: ModelConfig) -> Adapter:
 
 
 def put_on(model: Mistral, adapter: Adapter | None, name: str | None) -> None:
-    """Put an opened adapter on the model under this name, or take off the one that is on it (None)."""
+    """Put an opened adapter on the model under this name; None takes off the one it has."""
     if model.exchange is not None:
         raise InputError(
             "a model that is divided among processes takes no adapter; merge it first: m7mlx-convert MODEL --adapter"
@@ -88,9 +90,10 @@ def base_of(module: nn.Module) -> nn.Module:
 
 
 class ChangedLinear(nn.Module):
-    """A projection and the change of it: {"down": [in, r], "up": [r, out]}, a low-rank product beside it.
+    """A projection and its change: {"down": [in, r], "up": [r, out]}, a product beside it.
 
-    DoRA has a "gain" [out] as well, by which the sum is multiplied. A "weight" [out, in] takes the base's place.
+    DoRA has a "gain" [out] as well, by which the sum is multiplied. A "weight" [out, in] takes the
+    place of the base's.
     """
 
     def __init__(self, base: nn.Module, change: dict[str, mx.array]) -> None:
@@ -106,7 +109,7 @@ class ChangedLinear(nn.Module):
 
 
 class ChangedEmbedding(nn.Module):
-    """An embedding, the change of how tokens are read, and the change of how a tied head writes them.
+    """An embedding, and its changes: of how tokens are read, and of how a tied head writes them.
 
     Each change is {"rows": [vocabulary, r], "columns": [r, hidden]}, for DoRA with a "gain" [vocabulary, 1] or
     [1, hidden], and with a "weight" [vocabulary, hidden] where that takes the base's place.
@@ -140,7 +143,7 @@ class ChangedEmbedding(nn.Module):
 
 
 class _Place(NamedTuple):
-    """A module of the model, where it hangs, and the modules on disk whose rows it holds, one below the other."""
+    """A module of the model, its parent, and the modules on disk whose rows it holds, in order."""
 
     parent: nn.Module
     name: str
@@ -180,7 +183,7 @@ def _arrays(adapter: Adapter) -> dict[str, mx.array]:
 
 
 class _Update(NamedTuple):
-    """A change of one weight [out, in], in float32: up [out, r] and down [r, in], a gain, another weight."""
+    """A change of one weight [out, in], in float32: up [out, r], down [r, in], gain, weight."""
 
     up: mx.array
     down: mx.array
@@ -237,7 +240,7 @@ def _update(adapter: _Stored, path: str, weight: mx.array) -> _Update | None:
 
 
 def _floats(module: nn.Module) -> mx.array:
-    """The weight of a module in float32, whether it is quantised or not; not computed before it is used."""
+    """The weight of a module in float32, quantised or not; MLX computes it when it is used."""
     if "scales" not in module:
         weight: mx.array = module.weight
         return weight.astype(mx.float32)
@@ -246,7 +249,7 @@ def _floats(module: nn.Module) -> mx.array:
 
 
 def _stack(updates: list[_Update | None], sizes: list[int]) -> _Update:
-    """Updates of weights one below the other, as one: their ranks side by side, each on the rows that are its own."""
+    """Join the updates of weights that lie one below the other: each acts on its own rows."""
     given = [update for update in updates if update is not None]
     if len(updates) == len(given) == 1:
         gain = given[0].gain

@@ -1,4 +1,4 @@
-"""A list of prompts: the answers that each gets alone, in order; one prompt and several are told apart."""
+"""A list of prompts: the answers that each gets alone; one prompt and several are told apart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GGUF straight into `load`: converted once for each state of the file, by one process, and whole or not at all."""
+"""GGUF straight into `load`: converted once for each state of the file, whole or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Embeddings: the mean, or the last, of what the head reads; alone or together, in one pass or in chunks."""
+"""Embeddings: the mean, or the last, of what the head reads, whatever the company and chunks."""
 
 from __future__ import annotations
 

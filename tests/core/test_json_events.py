@@ -1,4 +1,4 @@
-"""--json in every command: one event a line on standard output, nothing else there, and a failure is one of them."""
+"""--json in every command: one event a line on standard output and nothing else; errors too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters beside the weights: the logits of the merged model, taken off without a trace, and caches that notice."""
+"""Adapters beside the weights: the merged model's logits, no trace left, caches that notice."""
 
 from __future__ import annotations
 
