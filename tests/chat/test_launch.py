@@ -145,10 +145,10 @@ def test_a_terminal_that_is_closed(model_folder: Path, window: Callable[..., Win
 def test_a_loop_of_errors(model_folder: Path, window: Callable[..., Window], tmp_path: Path) -> None:
     program = tmp_path / "loops.py"
     program.write_text(
-        "import sys\nfrom m7mlx_chat import app, cli\n"
+        "import sys\nfrom m7mlx_chat import cli, view\n"
         "def fail(self): raise ValueError('on purpose')\n"
-        "draw = app.Composer.render_line\n"
-        "app.Composer.render_line = lambda self, y: fail(self) if self.text else draw(self, y)\n"
+        "draw = view.Composer.render_line\n"
+        "view.Composer.render_line = lambda self, y: fail(self) if self.text else draw(self, y)\n"
         f"sys.exit(cli.main({list(chat(model_folder)[2:])!r}))\n"
     )
     terminal = window(str(program))
