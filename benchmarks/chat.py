@@ -1,9 +1,11 @@
-"""What the chat's interface costs while a model answers: streaming overhead, event-loop lag, opening a long history.
+"""The cost of the chat's interface while a model answers.
+
+Streaming overhead, event-loop lag, and opening a long history.
 
     python benchmarks/chat.py --model demo [--rounds 5] [--tokens 200]
 
-Headless generation and generation inside the running app (Textual's own headless driver, which draws everything)
-alternate in one process each, with the same model, question and length.
+Headless generation and generation inside the running app (Textual's own headless driver, which
+draws everything) alternate in one process each, with the same model, question and length.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ def headless(model: str, tokens: int) -> dict[str, float]:
 
 
 async def in_app(model: str, tokens: int) -> dict[str, float]:
-    """The same with the app around it; `lag`: the longest times that the event loop was late while answering."""
+    """Measure it inside the app; `lag` has the longest times that the event loop was late."""
     from m7mlx_chat.app import ChatApp
     from m7mlx_chat.config import Config
     from m7mlx_chat.engine import Engine
@@ -86,7 +88,7 @@ async def in_app(model: str, tokens: int) -> dict[str, float]:
 
 
 async def opening(count: int) -> dict[str, float]:
-    """Seconds to open a conversation of `count` messages, until it is drawn, in a database that holds it."""
+    """Measure the seconds until a stored conversation of `count` messages is open and drawn."""
     from m7mlx_chat.app import ChatApp
     from m7mlx_chat.config import Config
     from m7mlx_chat.engine import Engine

@@ -2,8 +2,8 @@
 
     python benchmarks/cluster.py [--model mistral] [--plot docs/cluster.png]
 
-Tokens per second of one conversation, Mistral 7B in 4 and in 16 bits, on Macs of 273 GB/s (M4 Pro), by number of
-machines, way of dividing and link.
+Tokens per second of one conversation, Mistral 7B in 4 and in 16 bits, on Macs of 273 GB/s (M4
+Pro), by number of machines, way of dividing and link.
 """
 
 from __future__ import annotations

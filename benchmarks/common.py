@@ -1,4 +1,4 @@
-"""What the benchmarks share. Each prints one Markdown table; docs/performance.md keeps them."""
+"""Shared by the benchmarks: each prints one Markdown table, which docs/performance.md keeps."""
 
 from __future__ import annotations
 

@@ -2,8 +2,9 @@
 
     python benchmarks/convert.py [--folder /tmp] [--rounds 2] [--verify]
 
-Writes 14.5 GB of random bfloat16 weights in three shards into FOLDER (kept there for the next run), then converts
-them to 4 bits in groups of 64 with both, in turn, each in a process of its own. The bits that come out must be equal.
+Writes 14.5 GB of random bfloat16 weights in three shards into FOLDER (kept there for the next
+run), then converts them to 4 bits in groups of 64 with both, in turn, each in a process of its
+own. The bits that come out must be equal.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ SHARDS = 3
 
 
 def write_checkpoint(folder: Path) -> None:
-    """The shapes, names and files of mistralai/Mistral-7B-v0.1; each tensor is a piece of one random block."""
+    """Write shapes, names and files of mistralai/Mistral-7B-v0.1, cut out of one random block."""
     if (folder / "config.json").is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +63,7 @@ def write_checkpoint(folder: Path) -> None:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A byte-level one, which both sides can read."""
+    """Write a byte-level tokenizer, which both sides can read."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = {char: i + 3 for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -76,7 +77,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def measured(command: list[str]) -> tuple[float, float]:
-    """Seconds, and gigabytes of peak resident memory, of one command."""
+    """Measure seconds, and gigabytes of peak resident memory, of one command."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -90,7 +91,7 @@ def measured(command: list[str]) -> tuple[float, float]:
 
 
 def same_bits(a: Path, b: Path) -> bool:
-    """Whether two folders hold the same tensors, compared one at a time."""
+    """Return whether two folders hold the same tensors, compared one at a time."""
     found, other = folder_weights(a), folder_weights(b)
     if found.keys() != other.keys():
         return False
@@ -110,7 +111,7 @@ def main() -> None:
     parser.add_argument("--verify", action="store_true", help="measure `m7mlx-convert verify` on 64 tokens, too")
     args = parser.parse_args()
     source, outs = args.folder / "mistral-7b-random", {n: args.folder / f"out-{n}" for n in ("m7mlx", "mlx-lm")}
-    # In a process of its own: a child's peak memory, as the kernel counts it, begins with its parent's.
+    # In a process of its own: the kernel counts a parent's memory to a child's peak.
     writer = multiprocessing.get_context("spawn").Process(target=write_checkpoint, args=(source,))
     writer.start()
     writer.join()

@@ -1,11 +1,13 @@
 """Quality against bytes: every scheme of m7mlx-convert on one model.
 
-    python benchmarks/frontier.py --work /tmp/frontier [--model demo] [--tokens 4096] [--plot docs/frontier.png]
+    python benchmarks/frontier.py --work /tmp/frontier [--model demo] [--tokens 4096] [--plot
+        docs/frontier.png]
 
-Each scheme is converted from the model in float32 (one that is quantised already is expanded first, and that is the
-reference) and measured on Python's own reference documentation: bytes of the weight files, perplexity, KL divergence
-from the reference in nats, and how often both find the same token the likeliest. What was measured is kept in the
-work folder, so that a run that was stopped goes on.
+Each scheme is converted from the model in float32 (one that is quantised already is expanded
+first, and that is the reference) and measured on Python's own reference documentation: bytes of
+the weight files, perplexity, KL divergence from the reference in nats, and how often both find the
+same token the likeliest. What was measured is kept in the work folder, so that a run that was
+stopped goes on.
 """
 
 from __future__ import annotations
@@ -94,7 +96,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             continue
         folder, started = work / "result", time.perf_counter()
         shutil.rmtree(folder, ignore_errors=True)
-        reason = convert(source, folder, [*options, "--dtype", "float16"], args.limit)  # of scales and norms
+        # float16 is the type of scales and norms.
+        reason = convert(source, folder, [*options, "--dtype", "float16"], args.limit)
         took = time.perf_counter() - started
         figures = {"left out": reason} if reason else measure(folder, tokenizer, reference, args.tokens)
         found[name] = {"family": family, "seconds": took} | figures

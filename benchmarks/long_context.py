@@ -1,23 +1,29 @@
-"""What the sliding window does far into a text: what it costs, what it reaches, and that it stays flat.
+"""The sliding window far into a text: what it costs, what it reaches, that it stays flat.
 
-    python benchmarks/long_context.py [perplexity] [passkey] [reach] [cost] [--json long.json] [--plot long.png]
+    python benchmarks/long_context.py [perplexity] [passkey] [reach] [cost] [--json long.json]
+        [--plot long.png]
 
-Without a name all four run, which takes an hour or more on two cores. With --json each adds its figures to
-those that the file holds already, so that they can run one by one; --plot draws what there is.
+Without a name all four run, which takes an hour or more on two cores. With --json each adds its
+figures to those that the file holds already, so that they can run one by one; --plot draws what
+there is.
 
-perplexity  of Python's reference documentation by position, to 32 windows: the demo model with a window put on it,
-            with a bounded stream and sinks, and with full attention, to 1.5 times the trained context. Each text is
-            also scored by full attention with W to 2 W tokens before every token, wherever it stands: the ratio to
-            that is what position does, since each text's difficulty cancels token by token.
-passkey     a number told, then asked for after a distance of W / 8 to 8 W tokens. The margin is how much more
-            probable the right digits are than after the same text with another number in it, in nats a digit:
-            0 where nothing of the number is left in the logits, whatever digits the model prefers.
-reach       how much the last logits move when one token is changed, by its distance, in a random model and in
-            the demo model: through k layers a window of W reaches k · (W − 1) positions back, and none further.
-cost        milliseconds per token and memory by position to 131,072, all of them read, against mlx-lm as shipped,
-            on the small model of m7mlx-bench (random weights, window 1,024).
+perplexity  of Python's reference documentation by position, to 32 windows: the demo model with a
+            window put on it, with a bounded stream and sinks, and with full attention, to 1.5
+            times the trained context. Each text is also scored by full attention with W to 2 W
+            tokens before every token, wherever it stands: the ratio to that is what position does,
+            since each text's difficulty cancels token by token.
+passkey     a number told, then asked for after a distance of W / 8 to 8 W tokens. The margin is
+            how much more probable the right digits are than after the same text with another
+            number in it, in nats a digit: 0 where nothing of the number is left in the logits,
+            whatever digits the model prefers.
+reach       how much the last logits move when one token is changed, by its distance, in a random
+            model and in the demo model: through k layers a window of W reaches k · (W − 1)
+            positions back, and none further.
+cost        milliseconds per token and memory by position to 131,072, all of them read, against
+            mlx-lm as shipped, on the small model of m7mlx-bench (random weights, window 1,024).
 
-The demo model was trained with full attention. Mistral 7B v0.1 was trained with its window, and loses nothing by it.
+The demo model was trained with full attention. Mistral 7B v0.1 was trained with its window, and
+loses nothing by it.
 """
 
 from __future__ import annotations
@@ -66,11 +72,11 @@ def caches(model: Mistral, window: int) -> Caches:
     }
 
 
-# --- perplexity by position ---------------------------------------------------------------------------------
+# --- perplexity by position -------------------------------------------------------------------
 
 
 def losses(model: Mistral, ids: Sequence[int], cache: RollingCache, skip: int = 0) -> list[float]:
-    """−log probability of ids[skip + 1 :], each after all before it, in nats; the tokens before are only read."""
+    """Return −log probability of ids[skip + 1 :] in nats, each after all before it."""
     found: list[float] = []
     for start in range(0, len(ids) - 1, CHUNK):
         end = min(start + CHUNK, len(ids) - 1)
@@ -89,7 +95,7 @@ def losses(model: Mistral, ids: Sequence[int], cache: RollingCache, skip: int = 
 
 
 def fresh_losses(model: Mistral, ids: Sequence[int], window: int) -> list[float]:
-    """−log probability of ids[window:], each after `window` to 2 · `window` − 1 tokens, wherever it stands."""
+    """Return −log probability of ids[window:], each after `window` to 2 · `window` − 1 tokens."""
     found: list[float] = []
     for start in range(window, len(ids), window):
         piece = ids[start - window : start + window]
@@ -113,7 +119,8 @@ def perplexity(args: argparse.Namespace, keep: Keep) -> None:
     for start in starts:
         ways = caches(model, window)
         if start != starts[0]:
-            del ways["full"]  # in quadratic time, one text must do, and half as much again as the trained context
+            # In quadratic time, one text must do, and 1.5 times the trained context.
+            del ways["full"]
         for name in ("fresh", *ways):
             if name == "fresh":
                 values = fresh_losses(model, ids[start - window : start + length], window)
@@ -127,7 +134,7 @@ def perplexity(args: argparse.Namespace, keep: Keep) -> None:
 
 
 def ratios(fresh: list[list[float]], found: list[list[float]], first: int = 0, end: int | None = None) -> list[float]:
-    """Perplexity over that of the fresh reading of the same tokens, in the windows first … end − 1, by text.
+    """Return perplexity over that of a fresh reading, in the windows first … end − 1, by text.
 
     As far as the text was read; nothing for a text that was not read so far.
     """
@@ -148,13 +155,14 @@ def show_perplexity(runs: dict[str, list[list[float]]]) -> None:
     table(["window", *(f"{b}" if b - a == 1 else f"{a + 1}–{b}" for a, b in spans), "perplexity"], rows)
 
 
-# --- passkey ------------------------------------------------------------------------------------------------
+# --- passkey ----------------------------------------------------------------------------------
 
-PLACES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 15 / 16, 17 / 16, 5 / 4, 3 / 2, 2, 3, 4, 6, 8)  # distances in windows
+# Distances in windows.
+PLACES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 15 / 16, 17 / 16, 5 / 4, 3 / 2, 2, 3, 4, 6, 8)
 
 
 def passkey(args: argparse.Namespace, keep: Keep) -> None:
-    """By distance and way: how often greedy decoding gives the number, and the margin of each number."""
+    """Measure by distance and way how often greedy decoding gives the number, and its margin."""
     model, tokenizer = demo()
     window = args.window
     distances = [int(place * window) for place in PLACES]
@@ -190,7 +198,7 @@ def show_passkey(runs: dict[str, dict[str, list[list[float]]]], distances: Seque
     table(["distance", *(f"{name}: right, margin" for name in runs)], rows)
 
 
-# --- reach --------------------------------------------------------------------------------------------------
+# --- reach ------------------------------------------------------------------------------------
 
 TOY_WINDOW = 64
 DEMO_WINDOW = 32  # its 30 layers reach 930 positions
@@ -220,7 +228,7 @@ def reach(args: argparse.Namespace, keep: Keep) -> None:
         )
 
 
-# --- time and memory ----------------------------------------------------------------------------------------
+# --- time and memory --------------------------------------------------------------------------
 
 
 def cost(args: argparse.Namespace, keep: Keep) -> None:

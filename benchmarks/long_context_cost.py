@@ -1,4 +1,4 @@
-"""What a token takes at growing positions of one sequence: the part of `long_context.py` that other processes run."""
+"""The cost of a token at growing positions: a part of `long_context.py` in other processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from m7mlx.decode import default_chunk, prefill
 
 
 class ReadsOn(M7):
-    """m7mlx, in one sequence that goes on from `read` to `tokens` to `read`; `position` is where it stands."""
+    """m7mlx in one sequence that goes on from `read` to `tokens` to `read`, now at `position`."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -54,7 +54,7 @@ ENGINES: dict[str, type[ReadsOn] | type[MlxLmReadsOn]] = {"m7mlx": ReadsOn, "mlx
 
 
 def measure(engine: str, folder: Path, positions: Sequence[int], tokens: int) -> list[dict[str, float]]:
-    """What a token takes at each position; everything before has been read, or decoded at an earlier one."""
+    """Measure a token at each position; all before it has been read or decoded."""
     reader = ENGINES[engine](folder)
     found = []
     for position in positions:

@@ -19,10 +19,10 @@ CHUNK = 64  # tokens read at a time
 
 
 def passkey_prompt(tokenizer: Tokenizer, key: str, lead: int, distance: int) -> tuple[list[int], list[int]]:
-    """A text with `key` in it, after `lead` tokens of filler, and the question; in tokens.
+    """Return the tokens of a text with `key` in it, after `lead` of filler, and of the question.
 
-    The last token of the question, which the first digit is to follow, stands `distance` tokens after the last
-    digit told. For other distances the text is the same, cut elsewhere.
+    The last token of the question, which the first digit is to follow, stands `distance` tokens
+    after the last digit told. For other distances the text is the same, cut elsewhere.
     """
     asked = tokenizer.encode(ASKED)
     filler = tokenizer.encode(FILLER * ((lead + distance) // 16 + 1))
@@ -32,9 +32,15 @@ def passkey_prompt(tokenizer: Tokenizer, key: str, lead: int, distance: int) -> 
 
 
 def digits_known(
-    model: Mistral, asked: list[int], digits: list[int], cache: RollingCache
-) -> tuple[float, bool]:  # leaves the cache as it was
-    """Log probability in nats a digit of `digits` after the question; whether greedy decoding would give them all."""
+    model: Mistral,
+    asked: list[int],
+    digits: list[int],
+    cache: RollingCache,
+) -> tuple[float, bool]:
+    """Return the log probability of `digits`, in nats a digit, and whether decoding gives all.
+
+    The cache is left as it was.
+    """
     before = cache.snapshot()
     logits = model(mx.array([asked + digits[:-1]]), cache)[0, -len(digits) :]
     logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)

@@ -50,7 +50,7 @@ def _perplexity(axis: Any, found: dict[str, Any]) -> None:
     for name, texts in found["runs"].items():
         if name == "fresh":
             continue
-        pairs = list(zip(texts, fresh, strict=False))  # fewer texts where one took long enough to read
+        pairs = list(zip(texts, fresh, strict=False))  # fewer texts where one takes long to read
         ratios = [[math.exp(a[i] - b[i]) for a, b in pairs] for i in range(len(texts[0]))]
         x = [(i + 0.5) * window for i in range(len(ratios))]
         _line(axis, x, [statistics.fmean(values) for values in ratios], name, _name(name, window))
@@ -67,7 +67,7 @@ def _perplexity(axis: Any, found: dict[str, Any]) -> None:
 
 
 def _passkey(axis: Any, found: dict[str, Any]) -> None:
-    """How much the number moves the probability of its digits, either way; filled where decoding gives it."""
+    """Draw how the number moves the probability of its digits; filled where decoding gives it."""
     window, distances = found["window"], found["distances"]
     for name, run in found["runs"].items():
         moves = [statistics.fmean(map(abs, margins)) for margins in run["margins"]]
@@ -129,5 +129,5 @@ def _number(x: float, _: int) -> str:
 
 
 def _some(x: float, _: int) -> str:
-    """Of the minor ticks of a logarithmic axis: 2 and 5."""
+    """Label the minor ticks 2 and 5 of a logarithmic axis."""
     return f"{x:,g}" if f"{x:e}"[0] in "25" else ""

@@ -1,4 +1,4 @@
-"""How far the change of one token is felt: a part of `long_context.py`."""
+"""The reach of one changed token: a part of `long_context.py`."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def random_model(config: ModelConfig) -> Mistral:
 
 
 def moved(model: Mistral, ids: list[int], window: int, distances: Sequence[int]) -> list[float]:
-    """Greatest change of a logit after the last of `ids` when the token so many positions before it is another one.
+    """Return the greatest change of a logit when the token so many positions before is another.
 
-    Everything is computed in the same order each time: where nothing arrives the change is 0, not a rounding error.
+    Everything is computed in the same order each time: where nothing arrives, the change is 0.
     """
     config = replace(model.config, sliding_window=window)
 

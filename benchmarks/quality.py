@@ -1,10 +1,10 @@
-"""What fewer bits for keys and values cost, and what sinks are good for, on real text.
+"""The price of fewer bits for keys and values, and the use of sinks, on real text.
 
     python benchmarks/quality.py [--model demo] [--tokens 2048] [--max-kv-size 512]
 
-The text is Python's own reference documentation, which every Python brings. Perplexity is that of the text;
-KL divergence is of each next-token distribution from that with unquantised keys and values, in nats; top-1 says
-how often the most probable token is the same.
+The text is Python's own reference documentation, which every Python brings. Perplexity is that of
+the text; KL divergence is of each next-token distribution from that with unquantised keys and
+values, in nats; top-1 says how often the most probable token is the same.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def in_fewer_bits(model: Mistral, ids: list[int]) -> None:
 
 
 def streaming(model: Mistral, ids: list[int], size: int) -> None:
-    """Perplexity by position in a bounded stream, with sinks and without; by quarters of the text."""
+    """Measure perplexity in a bounded stream, with sinks and without, by quarters of the text."""
     part = len(ids) // 4
     rows = []
     for sinks in (4, 0):

@@ -2,8 +2,8 @@
 
     python benchmarks/saved_cache.py [--tokens 30000] [--rounds 3]
 
-On the small Mistral-shaped model of m7mlx-bench (random weights), with a window of 4,096. Both roads then decode 64
-tokens, which must be the same.
+On the small Mistral-shaped model of m7mlx-bench (random weights), with a window of 4,096. Both
+roads then decode 64 tokens, which must be the same.
 """
 
 from __future__ import annotations

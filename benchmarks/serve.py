@@ -1,10 +1,12 @@
-"""m7mlx-serve against mlx_lm.server: tokens per second of all clients together, and the time to a first token.
+"""m7mlx-serve against mlx_lm.server: tokens per second of all clients, time to a first token.
 
-    python benchmarks/serve.py --model demo [--clients 1 4 16] [--rounds 3] [--requests 3] [--prompt 150]
+    python benchmarks/serve.py --model demo [--clients 1 4 16] [--rounds 3] [--requests 3]
+        [--prompt 150]
 
-Each round starts both servers in turn, one at a time, on the same weights (in float32) and the same BLAS. Every
-client asks its questions one after the other (greedy, streamed) and asks the next as soon as the last is answered. A
-scenario is run with prompts that have nothing in common, and with prompts that begin with the same 512 words.
+Each round starts both servers in turn, one at a time, on the same weights (in float32) and the
+same BLAS. Every client asks its questions one after the other (greedy, streamed) and asks the next
+as soon as the last is answered. A scenario is run with prompts that have nothing in common, and
+with prompts that begin with the same 512 words.
 """
 
 from __future__ import annotations
@@ -35,8 +37,12 @@ _PEER = (
 
 
 @dataclass(frozen=True)
-class Load:
-    """clients  at a time; shared, words that all prompts begin with"""
+class Scenario:
+    """One way to ask.
+
+    clients  at a time
+    shared   words that all prompts begin with
+    """
 
     clients: int
     shared: int
@@ -47,7 +53,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Figures:
-    """tps of all clients together; p95 of the seconds to a first token; peak resident memory in GB"""
+    """One measurement: tokens a second of all clients, seconds to a first token, memory in GB."""
 
     tps: float
     first: float
@@ -79,10 +85,10 @@ def serving(name: str, folder: Path, model: str, rows: int) -> Iterator[tuple[st
         process.wait(30)
 
 
-def prompt(seed: str, load: Load) -> str:
+def prompt(seed: str, scenario: Scenario) -> str:
     """A text of its own, after the one that all share."""
     common, own = random.Random("shared"), random.Random(seed)
-    return " ".join([*common.choices(_WORDS, k=load.shared), *own.choices(_WORDS, k=load.prompt)])
+    return " ".join([*common.choices(_WORDS, k=scenario.shared), *own.choices(_WORDS, k=scenario.prompt)])
 
 
 async def ask(session: aiohttp.ClientSession, url: str, model: str, text: str, tokens: int) -> tuple[int, float]:
@@ -109,29 +115,29 @@ async def ask(session: aiohttp.ClientSession, url: str, model: str, text: str, t
     return count, first or time.perf_counter() - began
 
 
-async def drive(url: str, model: str, load: Load, round_: int) -> tuple[float, float]:
+async def drive(url: str, model: str, scenario: Scenario, round_: int) -> tuple[float, float]:
     """Tokens per second of all clients together, p95 of the seconds to a first token."""
     timeout = aiohttp.ClientTimeout(total=3600)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
 
         async def client(number: int) -> list[tuple[int, float]]:
-            texts = [prompt(f"{load} {round_} {number} {i}", load) for i in range(load.requests)]
-            return [await ask(session, url, model, text, load.tokens) for text in texts]
+            texts = [prompt(f"{scenario} {round_} {number} {i}", scenario) for i in range(scenario.requests)]
+            return [await ask(session, url, model, text, scenario.tokens) for text in texts]
 
         began = time.perf_counter()
-        found = [one for many in await asyncio.gather(*map(client, range(load.clients))) for one in many]
+        found = [one for many in await asyncio.gather(*map(client, range(scenario.clients))) for one in many]
         seconds = time.perf_counter() - began
     firsts = [first for _, first in found]
     p95 = statistics.quantiles(firsts, n=20, method="inclusive")[-1] if len(firsts) > 1 else firsts[0]
     return sum(count for count, _ in found) / seconds, p95
 
 
-def measure(name: str, folder: Path, load: Load, round_: int) -> Figures:
-    """A fresh server under one load, warmed by one short question."""
+def measure(name: str, folder: Path, scenario: Scenario, round_: int) -> Figures:
+    """A fresh server in one scenario, warmed by one short question."""
     model = "demo" if name == "m7mlx" else str(folder)
-    with serving(name, folder, model, max(load.clients, 1)) as (url, process):
-        asyncio.run(drive(url, model, Load(1, 0, 1, 4, 4), round_))
-        tps, first = asyncio.run(drive(url, model, load, round_))
+    with serving(name, folder, model, max(scenario.clients, 1)) as (url, process):
+        asyncio.run(drive(url, model, Scenario(1, 0, 1, 4, 4), round_))
+        tps, first = asyncio.run(drive(url, model, scenario, round_))
         status = Path(f"/proc/{process}/status")
         peak = 0
         if status.exists():
@@ -160,11 +166,11 @@ def main() -> None:
             if args.only and (args.only == "shared") != bool(shared):
                 continue
             for clients in args.clients:
-                load = Load(clients, shared, args.requests, args.prompt, args.tokens)
+                scenario = Scenario(clients, shared, args.requests, args.prompt, args.tokens)
                 found: dict[str, list[Figures]] = {"m7mlx": [], "mlx-lm": []}
                 for round_ in range(args.rounds):
                     for name in found:
-                        found[name].append(measure(name, folder, load, round_))
+                        found[name].append(measure(name, folder, scenario, round_))
                         print(f"{clients} clients, {shared} shared, {name}: {found[name][-1]}", file=sys.stderr)
                 pairs = list(zip(found["m7mlx"], found["mlx-lm"], strict=True))
                 row = [str(clients), "yes" if shared else "no"]

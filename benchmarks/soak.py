@@ -1,15 +1,18 @@
-"""Sixty-four clients at once for minutes, who ask, leave and come back: no answer lost or crossed, no memory lost.
+"""Sixty-four clients for minutes, who ask, leave and come back.
+
+No answer may be lost or crossed, and no memory lost.
 
     python benchmarks/soak.py [--model FOLDER] [--clients 64] [--minutes 3]
 
-Without --model it is a small one with random weights and a window of 16. Before the server starts, the library
-answers every question alone, greedily. Then each client asks one after another: streamed or whole, one answer or
-several, with stop texts, a JSON schema or a tool that must be called; a quarter leave, before the first token or in
-the middle. Every answer that comes must be the library's, letter for letter; of one that was left, its beginning.
+Without --model it is a small one with random weights and a window of 16. Before the server starts,
+the library answers every question alone, greedily. Then each client asks one after another:
+streamed or whole, one answer or several, with stop texts, a JSON schema or a tool that must be
+called; a quarter leave, before the first token or in the middle. Every answer that comes must be
+the library's, letter for letter; of one that was left, its beginning.
 
-Rounding in a batch differs by some 1e-5 of a logit, so a near tie could fall the other way: only questions are asked
-in whose answers the first token is ahead of the second by at least 0.001 at every step. Under a grammar the margin is
-not told; a near tie there would count as a wrong answer.
+Rounding in a batch differs by some 1e-5 of a logit, so a near tie could fall the other way: only
+questions are asked in whose answers the first token is ahead of the second by at least 0.001 at
+every step. Under a grammar the margin is not told; a near tie there would count as a wrong answer.
 """
 
 from __future__ import annotations
@@ -25,32 +28,21 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+from tried_server import NAME, PERSON, serving, settled, small_model
 
 TOKENS = 24
 MARGIN = 1e-3  # of a log probability
-NAME = "soak"
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 8},
-        "age": {"type": "integer", "minimum": 0, "maximum": 99},
-    },
-    "required": ["name", "age"],
-    "additionalProperties": False,
-}
-TOOL: dict[str, Any] = {"type": "function", "function": {"name": "add", "parameters": SCHEMA}}
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "add", "parameters": PERSON}}
 _BY_KIND: dict[str, dict[str, Any]] = {
     "text": {"max_tokens": TOKENS},
     "schema": {
         "max_tokens": 8 * TOKENS,
-        "response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}},
+        "response_format": {"type": "json_schema", "json_schema": {"schema": PERSON}},
     },
     "tool": {"max_tokens": 8 * TOKENS, "tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False},
 }
@@ -58,7 +50,7 @@ _BY_KIND: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, and the answer that the library gives to it alone."""
+    """A question, and the answer that the library gives to it alone."""
 
     kind: str
     text: str
@@ -71,9 +63,10 @@ class Question:
 
 @dataclass
 class Tally:
-    """What has become of all requests."""
+    """The outcome of all requests."""
 
-    ended: Counter[str] = field(default_factory=Counter)  # answered, left, refused (429; asked again)
+    # Answered, left, refused (429; asked again).
+    ended: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
@@ -116,7 +109,7 @@ def questions(folder: Path, count: int) -> list[Question]:
             constraint = json_constraint(tokenizer, calls_schema([TOOL["function"]], parallel=False))
         else:
             ids = tokenizer.chat.encode([{"role": "user", "content": text}])
-            constraint = json_constraint(tokenizer, SCHEMA) if kind == "schema" else None
+            constraint = json_constraint(tokenizer, PERSON) if kind == "schema" else None
         answer, margin = alone(ids, _BY_KIND[kind]["max_tokens"], constraint)
         if margin >= MARGIN and answer:
             found.append(Question(kind, text, answer))
@@ -137,7 +130,7 @@ def said(message: dict[str, Any]) -> str:
 
 
 def tight(text: str) -> str:
-    """Without spaces, and without the end of a list of calls: what is between the parts of a call is not told."""
+    """Take out spaces and the end of a list of calls: they are not told between parts of a call."""
     return re.sub(r"\s", "", text).removesuffix("}]")
 
 
@@ -194,7 +187,10 @@ async def ask(
 
 
 async def _read(response: aiohttp.ClientResponse, texts: list[str], events: int | None) -> bool:
-    """Take a stream; False if it is left after some `events`. Raises ValueError for one that does not end well."""
+    """Take a stream; return False if it is left after some `events`.
+
+    Raises ValueError for one that does not end well.
+    """
     count = 0
     async for line in response.content:
         if line.startswith(b"data: {"):
@@ -225,51 +221,6 @@ async def soak(url: str, asked: list[Question], clients: int, seconds: float, se
 
         await asyncio.gather(*map(client, range(clients)))
     return tally
-
-
-def small_model(folder: Path) -> Path:
-    """Random weights, and Mistral's v3 tokenizer."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
-    from models import small_config, write_folder
-
-    return write_folder(folder / "small", small_config(vocab_size=32768, sliding_window=16, n_layers=2))
-
-
-@contextmanager
-def serving(folder: Path, *options: str) -> Iterator[tuple[str, int]]:
-    """A server's address and process."""
-    command = [sys.executable, "-m", "m7mlx_serve", "--model", str(folder), "--name", NAME, "--port", "0", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr
-    try:
-        for line in process.stderr:
-            if found := re.search(r"http://\S+", line):
-                yield found[0], process.pid
-                break
-        else:
-            raise SystemExit("the server did not start")
-    finally:
-        process.terminate()
-        with process.stderr:
-            print(process.stderr.read(), end="", file=sys.stderr)
-        if process.wait(30):
-            raise SystemExit(f"the server has ended with {process.returncode}")
-
-
-async def open_requests(url: str) -> float:
-    async with aiohttp.ClientSession() as session, session.get(f"{url}/metrics") as answer:
-        found = re.search(r"^m7mlx_open_requests (\S+)", await answer.text(), re.M)
-    assert found
-    return float(found[1])
-
-
-async def settled(url: str) -> float:
-    """Requests still open when everybody has had time to leave."""
-    for _ in range(100):
-        if not (count := await open_requests(url)):
-            break
-        await asyncio.sleep(0.1)
-    return count
 
 
 async def _watch(process: int, sizes: list[float]) -> None:

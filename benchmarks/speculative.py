@@ -1,4 +1,6 @@
-"""Decoding with prompt lookup, and with a draft model, against plain decoding: the same tokens, in what time?
+"""Decoding with prompt lookup, and with a draft model, against plain decoding.
+
+The tokens are the same; the time is compared.
 
 python benchmarks/speculative.py [--model demo] [--draft NAME] [--tokens 200] [--rounds 5]
 """
@@ -70,7 +72,7 @@ TASKS: dict[str, tuple[str, str, str | None]] = {
 
 
 class Told:
-    """The model, made to give a certain answer: a small one cannot edit a file, and what is measured is the time."""
+    """A model made to give a certain answer, since a small one cannot edit a file."""
 
     def __init__(self, model: Mistral, prompt: int, answer: list[int]) -> None:
         self.model, self.prompt, self.answer = model, prompt, answer
@@ -83,9 +85,17 @@ class Told:
 
 
 def seconds(
-    model: Mistral, ids: list[int], count: int, told: list[int], answer: list[int], make: Callable[[], Drafter] | None
+    model: Mistral,
+    ids: list[int],
+    count: int,
+    told: list[int],
+    answer: list[int],
+    make: Callable[[], Drafter] | None,
 ) -> float:
-    """Seconds to decode `count` tokens after the prompt; they must be those in `answer`, which is filled first."""
+    """Measure the seconds to decode `count` tokens after the prompt.
+
+    They must be those in `answer`, which the first call fills.
+    """
     cache = model.new_cache(slack=DRAFT_SLACK)
     logits = prefill(model, ids, cache)
     if told:
@@ -128,8 +138,14 @@ def main() -> None:
 
 
 def measure(
-    model: Mistral, ids: list[int], told: list[int], ways: dict[str, Callable[[], Drafter]], count: int, rounds: int
+    model: Mistral,
+    ids: list[int],
+    told: list[int],
+    ways: dict[str, Callable[[], Drafter]],
+    count: int,
+    rounds: int,
 ) -> list[str]:
+    """Measure each way against plain decoding; return a row of the table."""
     run = partial(seconds, model, ids, count, told, [])
     runs: dict[str, Callable[[], float]] = {
         "plain": partial(run, None),

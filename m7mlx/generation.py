@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
-from typing import TypedDict, Unpack
+from typing import TypedDict, Unpack, cast, overload
 
 import mlx.core as mx
 
 from m7mlx.answer import Answer, Piece
+from m7mlx.batch_generation import Prompts, generate_all, is_several
 from m7mlx.cache import RollingCache, Snapshot
 from m7mlx.constrain import Constraint
 from m7mlx.decode import decode, default_chunk, prefill, reuse
@@ -37,9 +38,29 @@ class Options(TypedDict, total=False):
     logits_processors: Sequence[LogitsProcessor]
 
 
-def generate(model: Mistral, tokenizer: Tokenizer, prompt: Prompt, **options: Unpack[Options]) -> str:
-    """The whole answer as text; arguments as for `stream_generate`."""
-    return "".join(piece.text for piece in stream_generate(model, tokenizer, prompt, **options))
+@overload
+def generate(model: Mistral, tokenizer: Tokenizer, prompt: Prompt, **options: Unpack[Options]) -> str: ...
+
+
+@overload
+def generate(model: Mistral, tokenizer: Tokenizer, prompt: Prompts, **options: Unpack[Options]) -> list[str]: ...
+
+
+def generate(
+    model: Mistral, tokenizer: Tokenizer, prompt: Prompt | Prompts, **options: Unpack[Options]
+) -> str | list[str]:
+    """Return the whole answer as text; arguments as for `stream_generate`.
+
+    A list of prompts gives the list of their answers, made side by side. That is a list whose first item is a text or
+    itself a list; a list of numbers is the ids of one prompt, a list of messages one conversation. Each answer is the
+    one that its prompt gets alone, up to the rounding of a pass over several rows. A cache, a drafter and whatever
+    else belongs to one answer cannot be given with a list; logits processors see all prompts in turn, so that none
+    may keep state.
+    """
+    if is_several(prompt):
+        return generate_all(model, tokenizer, prompt, options)
+    one = cast(Prompt, prompt)
+    return "".join(piece.text for piece in stream_generate(model, tokenizer, one, **options))
 
 
 def stream_generate(

@@ -19,6 +19,7 @@ from m7mlx.errors import InputError, TokenizerError
 from m7mlx.exchange import Exchange
 from m7mlx.positions import ForwardPass
 from m7mlx.ring import LayerRing
+from m7mlx.units import in_gigabytes
 
 
 class FeedForward(nn.Module):
@@ -161,7 +162,7 @@ class Mistral(nn.Module):
         adapter = "" if self.adapter is None else f", adapter {self.adapter!r}"
         return (
             f"Mistral({config.n_weights:,} parameters{bits}, {config.n_layers} layers of {config.hidden_size:,}, "
-            f"{window}, {self.nbytes / 1e9:.2f} GB for {str(self.dtype).removeprefix('mlx.core.')}{adapter})"
+            f"{window}, {in_gigabytes(self.nbytes, 2)} for {str(self.dtype).removeprefix('mlx.core.')}{adapter})"
         )
 
     @property

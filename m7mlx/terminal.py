@@ -93,7 +93,7 @@ def _made_safe(segment: Segment) -> Segment:
 
 def console(*, stderr: bool = False, **options: Any) -> Console:
     """Return a console of rich's on stdout or stderr that shows text safely; brackets are text."""
-    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType  # 0.2 s: few commands draw
 
     class SafeConsole(Console):
         def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:

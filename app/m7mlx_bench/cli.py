@@ -1,4 +1,7 @@
-"""The command line of m7mlx-bench."""
+"""The command line of m7mlx-bench.
+
+Each function imports what it needs: help and wrong options do not wait for the rest.
+"""
 
 from __future__ import annotations
 

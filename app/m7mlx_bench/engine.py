@@ -23,7 +23,7 @@ class Engine(Protocol):
         """Begin anew with a prompt, read as this engine reads prompts."""
 
     def fill(self, position: int) -> None:
-        """Begin anew with random keys and values for so many tokens: they cost what true ones do."""
+        """Begin anew with random keys and values for so many tokens, as costly as true ones."""
 
     def tokens(self) -> Iterator[int]:
         """Decode greedily from there on, in the engine's own loop."""

@@ -6,6 +6,8 @@ is to have, in mlx-lm's runs too, and torch is not.
 
 from __future__ import annotations
 
+import importlib.util
+
 from m7mlx_bench.engine import Engine
 from m7mlx_bench.ours import M7, M7Compiled, M7EightBits, M7FourBits
 from m7mlx_bench.peers import LlamaCpp, MlxLm, MlxLmRotating, Transformers, TransformersHalf
@@ -33,8 +35,6 @@ DEFAULT = ("m7mlx", "mlx-lm", "mlx-lm rotating", "transformers", "transformers b
 
 def is_available(name: str) -> bool:
     """Return whether the packages of an engine are installed."""
-    import importlib.util
-
     return importlib.util.find_spec(_needs(name)[0]) is not None
 
 

@@ -1,4 +1,7 @@
-"""m7mlx as engines: as it is, compiled, and with keys and values in fewer bits."""
+"""m7mlx as engines: as it is, compiled, and with keys and values in fewer bits.
+
+An engine imports what it needs when it is made (see engines.py).
+"""
 
 from __future__ import annotations
 

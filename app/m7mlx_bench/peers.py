@@ -1,4 +1,7 @@
-"""The engines of others: mlx-lm, transformers and llama.cpp."""
+"""The engines of others: mlx-lm, transformers and llama.cpp.
+
+An engine imports what it needs when it is made (see engines.py).
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ FORMATS = (".png", ".svg")
 
 def draw_plot(results: Results, path: Path) -> None:
     """Draw a PNG or SVG, with matplotlib."""
-    import matplotlib
+    import matplotlib  # optional, and slow to import
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

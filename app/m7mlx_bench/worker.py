@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -114,10 +116,7 @@ def _read_by_device(mx: Any) -> float:
 
 def _read_by_threads() -> float:
     """MLX's own reductions are slower than memory on a CPU; NumPy's, one thread a core, are not."""
-    import os
-    from concurrent.futures import ThreadPoolExecutor
-
-    import numpy as np
+    import numpy as np  # the processes of engines do without it
 
     workers = os.cpu_count() or 1
     parts = np.array_split(np.ones(_SIZE // 4, np.float32), workers)

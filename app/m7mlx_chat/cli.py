@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from m7mlx.command import EXIT_FAILED, ArgumentParser, add_json, add_parallel, gigabytes, run
 from m7mlx.errors import InputError
 from m7mlx.parallel.launch import is_launched
+from m7mlx.paths import user_path
 from m7mlx_chat import ENGINE_THREAD
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from m7mlx_chat.environment import Environment
     from m7mlx_chat.settings import Settings
 
+# What brings MLX or Textual is imported where it is needed: --help and wrong options need neither,
+# and together they take most of a second.
 PROG = "m7mlx-chat"
 _DESCRIPTION = """\
 Chat with a model on this machine. Nothing leaves it.
@@ -136,7 +139,6 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def _chat(args: argparse.Namespace) -> int:
-    # Imported here, where the options are known to be sound: MLX and Textual take most of a second.
     from m7mlx_chat.config import Config, read_config
     from m7mlx_chat.environment import read_environment
     from m7mlx_chat.settings import FIELDS
@@ -158,7 +160,7 @@ def _chat(args: argparse.Namespace) -> int:
     given = {name: value for name in FIELDS if (value := getattr(args, name)) is not None}
     settings = config.settings(args.preset).changed(given)
     if args.max_memory is not None:
-        from m7mlx.memory import limit_memory  # brings MLX
+        from m7mlx.memory import limit_memory
 
         limit_memory(args.max_memory)
     _check_together(args, asked, in_terminal)
@@ -169,7 +171,7 @@ def _chat(args: argparse.Namespace) -> int:
     if args.import_file:
         return _import_file(args.import_file, environment)
     if shown:
-        from m7mlx_chat.launch import Start, launch  # brings Textual
+        from m7mlx_chat.launch import Start, launch
         from m7mlx_chat.question import question_of
 
         named = "model" in given
@@ -195,7 +197,6 @@ def _check_together(args: argparse.Namespace, asked: bool, in_terminal: bool) ->
 
 def _import_file(name: str, environment: Environment) -> int:
     """Store the conversations of a file; returns the exit status."""
-    from m7mlx.paths import user_path
     from m7mlx_chat.portable import read_file
     from m7mlx_chat.store import Store
 
@@ -207,7 +208,7 @@ def _import_file(name: str, environment: Environment) -> int:
 
 def _answer(args: argparse.Namespace, settings: Settings, environment: Environment) -> int:
     """Print one answer, or be one of `mlx.launch`'s other processes; returns the exit status."""
-    from m7mlx_chat.headless import answer  # brings MLX
+    from m7mlx_chat.headless import answer
     from m7mlx_chat.question import question_of, read_schema
 
     world = _join(args.parallel, settings) if is_launched() else None

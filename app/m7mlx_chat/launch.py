@@ -36,7 +36,7 @@ class Start:
     go_on     in the conversation spoken in last
     save      keep the conversations
     chosen    the user has chosen the model of the settings; it is not merely the default
-    named     … on the command line: then one that there is not is an error
+    named     it was chosen on the command line: then one that there is not is an error
     notes     what is to be told at the start
     """
 

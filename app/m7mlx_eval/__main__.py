@@ -1,9 +1,11 @@
-from m7mlx_start import run_command
-
-
 def main() -> int:
-    """Entry point; returns the exit status."""
-    return run_command("m7mlx_eval.cli")
+    """Run the command; returns the exit status, 130 after Ctrl-C at any moment."""
+    try:
+        from m7mlx_start import run_command  # inside, so that Ctrl-C is heard meanwhile
+
+        return run_command("m7mlx_eval.cli")
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The command line of m7mlx-eval."""
+"""The command line of m7mlx-eval.
+
+Each function imports what it needs: help and wrong options do not wait for the rest.
+"""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ def refuse_foreign_code() -> Iterator[None]:
     fetched, and templates are sandboxed. Raises InputError where a task asks for another program,
     RunError for a harness that is built in another way.
     """
+    # Slow to import, and only once `prepare` has settled what they show.
     import evaluate
     import lm_eval
     from jinja2 import BaseLoader, StrictUndefined

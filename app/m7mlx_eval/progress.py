@@ -20,6 +20,7 @@ def show_bar(
     if not (is_shown and sys.stderr.isatty()):
         yield lambda count: None
         return
+    # Where nobody looks, nothing is drawn.
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     named = TextColumn("{task.description}", markup=False)

@@ -1,1 +1,1 @@
-"""m7mlx-serve: an OpenAI-compatible server for many clients at once, on this machine alone unless told otherwise."""
+"""m7mlx-serve: a server with OpenAI's API for many clients at once, on this machine by default."""

@@ -39,7 +39,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def listen(bound: socket.socket, backlog: int) -> None:
-    """Let connections come. Raises RunError if another server that started at the same time was faster."""
+    """Let connections come. Raises RunError if another server has been faster."""
     try:
         bound.listen(backlog)
     except OSError as error:

@@ -25,7 +25,7 @@ _OPEN = ("/", "/page.js", "/page.css", "/health")  # without a key
 
 
 class Admission:
-    """ASGI middleware: Host, Origin, key, content type, and a body that is bounded in size and time.
+    """ASGI middleware that checks Host, Origin, key, content type and the body's size and time.
 
     posts  paths that bodies are sent to
     hosts  names that this server answers to, lower-case, without a port

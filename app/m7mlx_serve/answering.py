@@ -1,4 +1,4 @@
-"""What every API needs to answer a request: the engine's pieces, and errors that its clients read."""
+"""What every API needs to answer: the engine's pieces, and errors that clients read."""
 
 from __future__ import annotations
 
@@ -54,7 +54,10 @@ class Answerer:
 
 
 class Answers(Protocol):
-    """All answers to one request, as an API's clients read them. One of the two methods is called."""
+    """All answers to one request, as an API's clients read them.
+
+    One of the two methods is called, once.
+    """
 
     stream_type: ClassVar[str]  # the media type of a stream
 

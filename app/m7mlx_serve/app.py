@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from importlib.resources import files
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from m7mlx.errors import InputError
@@ -29,7 +27,9 @@ from m7mlx_serve.errors import ApiError, refusal, report
 from m7mlx_serve.metrics import Counted, Metrics
 from m7mlx_serve.openai import chat, text
 from m7mlx_serve.openai.answers import OpenAIAnswers
-from m7mlx_serve.openapi import PATHS, document, page
+from m7mlx_serve.openai.models import model_routes
+from m7mlx_serve.openapi import PATHS, document
+from m7mlx_serve.pages import page_routes
 from m7mlx_serve.readers import Readers
 
 _Found = TypeVar("_Found")
@@ -37,22 +37,6 @@ _Found = TypeVar("_Found")
 _ANSWERS: Mapping[str, Callable[[Answerer, ReadRequest], Answers]] = {
     chat.ENDPOINT.path: OpenAIAnswers,
     text.ENDPOINT.path: OpenAIAnswers,
-}
-# The page's own script and style, and nothing from anywhere else.
-_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-_SAFE = {
-    "Content-Security-Policy": _POLICY,
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Resource-Policy": "same-origin",
-}
-_PAGES = {
-    "/": ("page.html", "text/html"),
-    "/page.js": ("page.js", "text/javascript"),
-    "/page.css": ("page.css", "text/css"),
 }
 
 
@@ -81,17 +65,16 @@ class Server:
         hosts: Collection[str],
         key: str | None,
     ) -> None:
-        self._engine, self._readers, self._served, self._started = engine, readers, served, int(time.time())
+        self._engine, self._readers, self._served = engine, readers, served
         self._metrics = Metrics(engine)
+        with_key = key is not None
         routes = [
             *(Route(path, self._answer, methods=["POST"]) for path in ENDPOINTS),
-            Route("/v1/models", self._models),
-            Route("/v1/models/{name:path}", self._model),
-            Route("/health", self._health),
-            Route("/metrics", self._figures),
-            Route("/openapi.json", lambda request: JSONResponse(document(served.model, key is not None))),
-            Route("/docs", lambda request: HTMLResponse(page(served.model, key is not None), headers=_SAFE)),
-            *(Route(path, self._page) for path in _PAGES),
+            *model_routes(served.model),
+            Route("/health", self._show_health),
+            Route("/metrics", self._show_metrics),
+            Route("/openapi.json", lambda request: JSONResponse(document(served.model, with_key))),
+            *page_routes(served.model, with_key),
         ]
         app = Starlette(
             routes=routes,
@@ -105,7 +88,7 @@ class Server:
             },
             lifespan=self._lifespan,
         )
-        self.app = Counted(app, self._metrics, {*PATHS, *_PAGES, "/docs", "/openapi.json"})
+        self.app = Counted(app, self._metrics, {*PATHS, *(route.path for route in routes)})
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -130,36 +113,20 @@ class Server:
         if not read.body.stream:
             return _send_whole(await _unless_gone(request, answers.whole()))
         events = answers.stream()
-        first = await _unless_gone(request, anext(events))  # so that a refusal has a status of its own
+        # The first event is awaited here, so that a refusal has a status of its own.
+        first = await _unless_gone(request, anext(events))
         return StreamingResponse(
             _joined(first, events), media_type=answers.stream_type, headers={"Cache-Control": "no-store"}
         )
 
     # --- everything else --------------------------------------------------------------------------
 
-    async def _models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._card(self._served.model)]})
-
-    async def _model(self, request: Request) -> Response:
-        name = request.path_params["name"]
-        if name != self._served.model:
-            raise ApiError(404, f"the model {name[:100]!r} is not served here", "model_not_found")
-        return JSONResponse(self._card(name))
-
-    def _card(self, name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": self._started, "owned_by": "m7mlx"}
-
-    async def _health(self, request: Request) -> Response:
+    async def _show_health(self, request: Request) -> Response:
         alive = self._engine.alive
         return JSONResponse({"status": "ok" if alive else "stopping"}, 200 if alive else 503)
 
-    async def _figures(self, request: Request) -> Response:
+    async def _show_metrics(self, request: Request) -> Response:
         return Response(self._metrics.text(), media_type=CONTENT_TYPE_LATEST)
-
-    async def _page(self, request: Request) -> Response:
-        name, kind = _PAGES[request.url.path]
-        text = (files("m7mlx_serve") / name).read_text(encoding="utf-8")
-        return HTMLResponse(text, media_type=kind, headers=_SAFE)
 
 
 async def _unless_gone(request: Request, answer: Awaitable[_Found]) -> _Found:

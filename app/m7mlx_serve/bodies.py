@@ -21,8 +21,8 @@ SCOPE_KEY = "m7mlx.body"  # where a request's scope has its body, for whoever ha
 class BodyRoom:
     """The memory that large bodies share. Each keeps its place until it is dropped (`Body.drop`).
 
-    Small bodies always find room. A large one waits in line until there is room for all of it. While
-    somebody waits, the body that has been arriving for longest gives way, if it has had its time.
+    Small bodies always find room. A large one waits in line until there is room for all of it. In
+    the meantime the body that has been arriving for longest gives way, if it has had its time.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,10 @@ class BodyRoom:
 
 
 class Body:
-    """The body of one request. `arriving_since` is a time of the event loop; infinite before and after."""
+    """The body of one request.
+
+    arriving_since  a time of the event loop; infinite before the body arrives, and afterwards
+    """
 
     def __init__(self, room: BodyRoom) -> None:
         self._room = room

@@ -118,8 +118,8 @@ def _serve(args: argparse.Namespace) -> int | None:
     if args.max_memory is not None:
         limit_memory(args.max_memory)
     limits = Limits(args.rows, args.queue, args.keep, args.kv_bits)
-    # A port that is taken is told before the model loads, which may take minutes. Of several processes,
-    # only the first opens it.
+    # A port that is taken is told before the model loads, which may take minutes. Of several
+    # processes, only the first opens it.
     bound = None if is_launched() else bind(args.host, args.port)
     folder = resolve(args.model)
     world = join(args.parallel, lambda: ModelConfig.from_folder(folder))
@@ -138,7 +138,7 @@ def _serve(args: argparse.Namespace) -> int | None:
     say(f"loading {args.model} …")
     try:
         engine.start()
-    except KeyboardInterrupt:  # loading cannot be stopped, and would abort a process that ends as usual
+    except KeyboardInterrupt:  # loading goes on, and would abort a process that ends as usual
         _leave(EXIT_INTERRUPTED, "stopped while loading")
     try:
         most = rows_memory(engine.model, limits)
@@ -203,7 +203,7 @@ def _read_key(path: Path | None) -> str | None:
 
 
 def _host_names(host: str, allowed: Sequence[str], key: str | None) -> set[str]:
-    """The names that Host headers may have. Raises InputError if others can reach `host` without a key."""
+    """The names that Host headers may have. Raises InputError if `host` needs a key."""
     if key is None and not is_loopback(host):
         raise InputError(f"--host {host} can be reached from other machines: give a key with --api-key-file")
     names = {*_LOOPBACK, "[::1]", host.lower(), f"[{host.lower()}]"} - {"0.0.0.0", "::", "[::]"}

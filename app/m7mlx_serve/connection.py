@@ -1,8 +1,8 @@
 """One connection: how long it may take to say what it wants, and how it ends.
 
-uvicorn waits for a request's headers as long as a client likes. Here an idle or dribbling connection
-is closed and one too many is refused, with errors as OpenAI's clients read them. A client that has
-sent all and closed its half of the connection gets its answer.
+uvicorn waits for a request's headers as long as a client likes. Here an idle or dribbling
+connection is closed and one too many is refused, with errors as OpenAI's clients read them. A
+client that has sent all and closed its half of the connection gets its answer.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from m7mlx_serve.errors import ApiError
 from m7mlx_serve.turns import Turns
 from m7mlx_serve.uvicorn_adapter import HttpConnection
 
-HEADER_SECONDS = 30.0  # from a connection's beginning, or the end of an answer, to the end of the next headers
-UNSURE_SECONDS = 60.0  # that an answer is worked at while nothing can tell whether its client is there
+HEADER_SECONDS = 30.0  # for headers, from a connection's beginning or the end of an answer
+UNSURE_SECONDS = 60.0  # for an answer while nothing can tell whether its client is there
 WRITE_SECONDS = 60.0  # for a client that does not read what it asked for
-HEADER_BYTES, HEADER_LINES = 20 << 10, 120  # more than `admission` lets through; parsing takes time with each line
+# More than `admission` lets through; each line takes time to parse.
+HEADER_BYTES, HEADER_LINES = 20 << 10, 120
 _READ = 64 << 10  # bytes read from a connection at a time
 _SLICE = 512  # bytes parsed at a time
 _PROBE_SECONDS, _LOOK_SECONDS = 10.0, 1.0
 
 
 class ConnectionConfig(uvicorn.Config):
-    """uvicorn's configuration, and what all connections share: their turns, and how many they may be."""
+    """uvicorn's configuration, and what connections share: turns, and a bound on their number."""
 
     def __init__(self, app: ASGIApp, turns: Turns, most_connections: int, **options: Any) -> None:
         super().__init__(app, http=Connection, **options)
@@ -97,7 +98,7 @@ class Connection(HttpConnection):
             if self._half_closed:
                 self._answer_or_close()
 
-    def eof_received(self) -> bool:  # type: ignore[override]  # asyncio wants it, uvicorn closes always
+    def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn returns None
         """Take note that the client has closed its half; whether ours stays open."""
         self._half_closed = True
         self._answer_or_close()
@@ -112,7 +113,7 @@ class Connection(HttpConnection):
                 timer.cancel()
 
     def _ask_for_a_turn(self) -> None:
-        """Ask for a turn, unless the next request has arrived, whose turn comes after this one's answer."""
+        """Ask for a turn, unless what has arrived is the next request, which has to wait."""
         if self._unread and not self._has_turn and (self.reads_headers or self.reads_body):
             self._has_turn = True
             self._turns.add(self)
@@ -155,7 +156,7 @@ class Connection(HttpConnection):
     # --- a client that has closed its half, or has gone -------------------------------------------
 
     def _answer_or_close(self) -> None:
-        """Close, unless there is an answer to wait for: the client may have closed its half only."""
+        """Close, unless there is an answer to wait for: the client may still read."""
         if not self.is_answering:
             if not self._unread:
                 self.transport.close()

@@ -28,7 +28,7 @@ class Body(Strict, ABC):
 
     @abstractmethod
     def without_texts(self) -> Self:
-        """The body once its prompt is encoded: small, with its options and the schemas of its answer."""
+        """The body as it stays once its prompt is encoded: options, and schemas of the answer."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The thread that owns the model: requests go in, and pieces of answers come out on the asker's event loop.
+"""The thread that owns the model: requests go in, pieces of answers come out on event loops.
 
 MLX's streams belong to the thread that made them, so one thread loads the model and runs the
 scheduler. It shares nothing but numbers and pieces.
@@ -30,7 +30,7 @@ from m7mlx_serve.errors import report
 from m7mlx_serve.limits import Limits
 from m7mlx_serve.recipient import Recipient, send
 
-_SCHEMAS = 8  # requests whose schemas are or wait to be prepared; more would take the places of others
+_SCHEMAS = 8  # requests whose schemas are being prepared or wait for it, so that others find places
 _LATE = "the answer took too long; ask for fewer tokens"
 
 
@@ -54,7 +54,7 @@ class Engine:
         """Prepare to load the model in `folder`.
 
         world   the processes that share the model, of which this is the first
-        failed  called on the engine's thread if it ends without being told to; `failure` then says why
+        failed  called on the engine's thread if it ends without being told to; see `failure`
         """
         self._folder, self._limits, self._world, self._failed = folder, limits, world, failed
         self.failure: Exception | None = None
@@ -68,7 +68,7 @@ class Engine:
         self._lock = threading.Lock()
         self._ready = threading.Event()
         self._closing = False
-        self._preparing = ThreadPoolExecutor(4, "m7mlx-grammar")  # nobody without a grammar waits for one
+        self._preparing = ThreadPoolExecutor(4, "m7mlx-grammar")  # of grammars; others do not wait for it
         self._thread = threading.Thread(target=self._run, name="m7mlx-engine", daemon=True)
 
     def start(self) -> None:
@@ -111,10 +111,10 @@ class Engine:
         requests: Sequence[Request],
         seconds: float = float("inf"),
     ) -> AsyncGenerator[tuple[int, Piece], None]:
-        """(number of the answer, piece) of several answers as they come; each ends with a finish reason.
+        """(number of the answer, piece) of several answers as they come.
 
-        All follow one JSON schema, or none. Closing the iterator cancels them all. None goes on for
-        longer than `seconds`.
+        The last piece of each has a finish reason. All follow one JSON schema, or none. Closing the
+        iterator cancels them all. None goes on for longer than `seconds`.
 
         Raises BusyError at once, and LateError; what grammar and scheduler refuse comes as a piece.
         """
@@ -155,7 +155,7 @@ class Engine:
                 self._open -= n
 
     def close(self, timeout: float = 10.0) -> bool:
-        """Cancel what is under way and end the thread; whether it has ended within `timeout` seconds."""
+        """Cancel what is under way and end the thread; whether it ends within `timeout` seconds."""
         with self._lock:
             self._closing = True
         self._commands.put(lambda: None)
@@ -216,7 +216,8 @@ class Engine:
         self._scheduler = scheduler if self._world is None else Leader(scheduler, self._world)
 
     def _serve(self) -> None:
-        # No local variable holds the scheduler: its arrays are freed in `_end`, while this thread's streams exist.
+        # No local variable holds the scheduler: `_end` frees its arrays while this thread's streams
+        # exist.
         assert self._scheduler is not None
         more = False
         while not self._closing:
@@ -243,7 +244,8 @@ class Engine:
         if self._world is not None:
             self._world.close()
         self._model = self._scheduler = None
-        mx.clear_streams()  # left to the thread's own end they abort the process every third time (mlx 0.32)
+        # Left to the end of the thread, streams abort the process every third time (MLX 0.32).
+        mx.clear_streams()
 
     def _do(self, command: Callable[[], None]) -> None:
         try:

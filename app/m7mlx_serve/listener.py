@@ -1,8 +1,8 @@
 """Where connections come in, how many there may be, and how all of them end.
 
-uvicorn takes as many connections as come, and cuts off what is under way when the time to end has run
-out. Here one too many is refused, and streams that cannot finish in time get a last event that says
-why they end.
+uvicorn takes as many connections as come, and cuts off what is under way when the time to end has
+run out. Here one too many is refused, and streams that cannot finish in time get a last event that
+says why they end.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from m7mlx_serve.uvicorn_adapter import SignalledServer
 BACKLOG = 256  # connections that wait to be accepted
 GRACE_SECONDS = 10.0  # for what is under way when the server is told to end
 _LAST_SECONDS = 5.0  # for last events to be read
-_FILES = 64  # kept for everything but connections, those that are just accepted to be refused among it
+_FILES = 64  # kept for all but connections, and for those that are accepted only to be refused
 _AT_ONCE = 16  # connections accepted in one turn of the loop
 
 
@@ -36,8 +36,8 @@ def most_connections() -> int:
 class Listener(SignalledServer):
     """Serves an ASGI application until it is told to end.
 
-    SIGTERM or SIGINT ends it: what is under way may go on for a while, and the rest is told that the
-    server shuts down. A second signal ends it at once.
+    SIGTERM or SIGINT ends it: what is under way may go on for a while, and what has not finished by
+    then is told that the server shuts down. A second signal ends it at once.
     """
 
     def __init__(self, app: ASGIApp, cancel: Callable[[], object], connections: int | None = None) -> None:
@@ -66,7 +66,8 @@ class Listener(SignalledServer):
         asyncio.get_running_loop().set_exception_handler(_report_unhandled)
         await super().startup(sockets)
         for listener in sockets or []:
-            listener.listen(BACKLOG)  # asyncio takes one number for those that wait and those it accepts at once
+            # asyncio takes one number for the connections that wait and those it accepts at once.
+            listener.listen(BACKLOG)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let answers finish; cancel those that have not finished after `GRACE_SECONDS`."""

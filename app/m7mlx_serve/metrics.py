@@ -1,4 +1,4 @@
-"""What is measured, for Prometheus: requests by route and status, tokens, and the times that a client feels."""
+"""Figures for Prometheus: requests by path and status, tokens, and the times that clients feel."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2
 class Metrics:
     """Counters of one server. They know counts and times, and nothing of what was asked.
 
-    How much of a prompt was held already is not among them: whoever asks may see them, and could find out how other
-    conversations begin.
+    How much of a prompt was held already is not among them: clients may read the figures, and could
+    find out how other clients' conversations begin.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -56,10 +56,11 @@ class Metrics:
             Gauge(f"m7mlx_{name}", about, registry=registry).set_function(function)
 
     def text(self) -> bytes:
+        """The figures in Prometheus' format."""
         return generate_latest(self._registry)
 
     async def ask(self, requests: Sequence[Request], seconds: float) -> AsyncGenerator[tuple[int, Piece], None]:
-        """`Engine.ask`, measured: an answer that its client leaves counts as far as it came."""
+        """`Engine.ask`, measured. An answer whose client leaves counts as far as it came."""
         answers = [_Measured(time.perf_counter(), len(request.ids)) for request in requests]
         try:
             async with aclosing(self._engine.ask(requests, seconds)) as pieces:
@@ -95,7 +96,7 @@ class Metrics:
 
 @dataclass
 class _Measured:
-    """One answer so far; times by time.perf_counter."""
+    """One answer so far; times are those of time.perf_counter."""
 
     began: float
     prompt: int
@@ -105,7 +106,7 @@ class _Measured:
 
 
 class Counted:
-    """ASGI: every answer is counted, refusals too. Paths that are not `known` count as one."""
+    """ASGI middleware that counts responses by path. Paths that are not `known` count as one."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, known: Collection[str]) -> None:
         self._app, self._metrics, self._known = app, metrics, frozenset(known)

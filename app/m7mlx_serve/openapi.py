@@ -1,4 +1,4 @@
-"""What this server understands: an OpenAPI document at /openapi.json, and a page for people at /docs."""
+"""What this server understands: the OpenAPI document, and a page for people."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def page(model: str, with_key: bool) -> str:
 
 
 def _complete(schema: dict[str, Any], model: str) -> None:
-    """Add what `Generation` accepts before its fields are checked: null, and fields that mean nothing."""
+    """Add what `Generation` accepts before it checks fields: null, and fields that mean nothing."""
     properties = schema["properties"]
     for name, value in properties.items():
         if name not in schema["required"] and {"type": "null"} not in value.get("anyOf", ()):

@@ -1,4 +1,4 @@
-"""Where bodies are read: small ones on a thread, others in a process of its own, one after the other."""
+"""Where bodies are read: small ones on a thread, the others one by one in a process of its own."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _MODULE = "m7mlx_serve.reading_process"
 
 
 class Readers:
-    """A thread pool and a process that read bodies. Start them once; then `read` from the event loop."""
+    """Threads and a process that read bodies. Start them; then `read` from the event loop."""
 
     def __init__(self, folder: Path, model: str) -> None:
         """Bodies ask for `model`, whose tokenizer lies in `folder`."""
         self._model = model
         self._worker = Worker(_MODULE, str(folder).encode(), memory=_MEMORY)
         self._small_pool = ThreadPoolExecutor(2, "m7mlx-read")
-        self._large_pool = ThreadPoolExecutor(1, "m7mlx-read-large")  # the process does one at a time
+        self._large_pool = ThreadPoolExecutor(1, "m7mlx-read-large")  # for one process
 
     def start(self) -> None:
         """Start the process, and let it get ready in the background."""

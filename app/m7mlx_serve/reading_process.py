@@ -4,8 +4,8 @@ The libraries that parse and tokenise hold the interpreter: for seconds, with a 
 the setup, frames are:
 
     question   path, model and body, each but the last ended by a line feed
-    reply      a line: an error as JSON, or the size of the options; then the options as JSON, and the
-               ids in four bytes each
+    reply      a line: an error as JSON, or the size of the options; then the options as JSON, and
+               the ids in four bytes each
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where the pieces of answers go: from the engine's thread to the event loops of those who asked."""
+"""Where pieces of answers go: from the engine's thread to the event loops of those who asked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shapes of what strangers send: only known fields, and mistakes by the million that cost little."""
+"""Shapes of what strangers send: known fields alone, and a million mistakes cost little."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Tool calls in Mistral's v3 format: [TOOL_CALLS], then a JSON list of {"name": …, "arguments": …}.
 
 A client is told of calls while they are written: of a call's name as soon as it is known, of its
-arguments letter by letter. A call that the client demands is enforced by a grammar; any other may be
-malformed. What was told of it stays told, and where nothing could be told the text is an answer like
-any other.
+arguments letter by letter. A call that the client demands is enforced by a grammar; any other may
+be malformed. What was told of it stays told, and if nothing could be told the text is an answer
+like any other.
 """
 
 from __future__ import annotations

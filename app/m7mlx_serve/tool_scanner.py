@@ -10,8 +10,8 @@ _SPACE = " \t\r\n"
 class CallScanner:
     """Letters of a list of calls → ("name", …) and ("arguments", …), as soon as they are certain.
 
-    It takes what it can use and does not judge JSON: a call ends where its brackets do; where neither
-    a key nor a value can be, nothing more is read.
+    It takes what it can use and does not judge JSON: a call ends where its brackets do, and reading
+    ends where neither a key nor a value can be.
     """
 
     def __init__(self) -> None:

@@ -63,5 +63,5 @@ def _moved(schema: Any, place: int, address: str) -> Any:
 
 
 def _anchor(place: int, where: str) -> str:
-    """A place within definition `place`; anchors get a prefix, since two functions may use one name."""
+    """A place within definition `place`. Anchors get a prefix: two functions may use one name."""
     return f"/$defs/{place}{where}" if where[:1] in ("", "/") else f"f{place}.{where}"

@@ -27,7 +27,7 @@ class HttpConnection(H11Protocol):
     # --- what a subclass decides ------------------------------------------------------------------
 
     def headers_may_be_parsed(self) -> bool:
-        """Whether what has arrived of a request's headers is acceptable; a refusal has been sent if not."""
+        """Whether to go on with the headers that have arrived; if not, they have been refused."""
         return True
 
     def headers_parsed(self) -> None:
@@ -147,7 +147,7 @@ class SignalledServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Hold signals back while the server runs, and raise them again afterwards, save for SIGTERM."""
+        """Hold signals back while the server runs; afterwards raise them again, but not SIGTERM."""
         with super().capture_signals():
             yield
             if signal.SIGTERM in self._captured_signals:

@@ -12,13 +12,15 @@ from collections.abc import Callable
 from importlib import import_module
 from types import FrameType
 
-INTERRUPTED = 130  # the exit status after Ctrl-C
+_INTERRUPTED = 130  # the exit status after Ctrl-C
 
 
 def run_command(module: str) -> int:
-    """Import a module and run its `main()`. Returns the exit status, which is 130 after Ctrl-C.
+    """Import a module and run its `main()`; returns the exit status.
 
-    A process that was started to ignore Ctrl-C goes on ignoring it.
+    Ctrl-C ends the process with status 130 while the module is imported and after `main` has returned.
+    What `main` does not catch itself is a KeyboardInterrupt, for the caller. A process that was
+    started to ignore Ctrl-C goes on ignoring it.
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         return _import_main(module)()
@@ -27,8 +29,6 @@ def run_command(module: str) -> int:
         main = _import_main(module)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         return main()
-    except KeyboardInterrupt:
-        return INTERRUPTED
     finally:
         signal.signal(signal.SIGINT, _leave)  # while Python ends
 
@@ -39,4 +39,4 @@ def _import_main(module: str) -> Callable[[], int]:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    os._exit(INTERRUPTED)
+    os._exit(_INTERRUPTED)

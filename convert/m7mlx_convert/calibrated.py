@@ -1,7 +1,8 @@
 """Quantisers that look at data, by mlx-lm: AWQ, GPTQ, DWQ and dynamic bits.
 
 They hold the whole model in memory, some of them several times. Their result is a source like any
-other, which the conversion then writes as it is.
+other, which the conversion then writes as it is. Each method imports its own part of mlx-lm, which
+is slow to import.
 """
 
 from __future__ import annotations

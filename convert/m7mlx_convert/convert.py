@@ -86,7 +86,7 @@ def _calibrate(
     plan: Plan,
     reporter: Reporter,
 ) -> Source:
-    from m7mlx_convert.calibrated import calibrate
+    from m7mlx_convert.calibrated import calibrate  # most conversions do without it
 
     with tempfile.TemporaryDirectory() as folder:  # the tokenizer, as the result will have it
         _write_files(Path(folder), plan)

@@ -228,6 +228,7 @@ def _float_dtype(kinds: set[str]) -> mx.Dtype:
 
 def _check_kind(path: Path, kind: str) -> None:
     """Raise WeightsError unless the `gguf` package can expand a block of zeros of this type."""
+    # Slow to import, and this module is imported for every conversion.
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
     ggml = GGMLQuantizationType[kind]
@@ -279,7 +280,7 @@ def _expanded(tensor: GGUFTensor, order: np.ndarray | None) -> Callable[[], Arra
     """Return a `Tensor.read` that expands the blocks, their rows in this order."""
 
     def read() -> Arrays:
-        from gguf import GGMLQuantizationType, dequantize
+        from gguf import GGMLQuantizationType, dequantize  # slow to import
 
         data = tensor.read()
         if tensor.kind == "F16":

@@ -161,6 +161,7 @@ def _tensor_entry(cursor: _Cursor) -> tuple[str, int, tuple[int, ...], int]:
 
 def _stored(name: str, kind: int, shape: tuple[int, ...]) -> tuple[str, int]:
     """Return ggml's name of a type, and the bytes of a tensor of it."""
+    # Slow to import, and not needed to refuse what is no GGUF file.
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     try:

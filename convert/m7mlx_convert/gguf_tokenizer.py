@@ -130,6 +130,7 @@ def _sequences() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _sentencepiece(path: Path, values: Mapping[str, Any], tokens: list[str], types: list[int]) -> bytes:
+    # protobuf is for such a tokenizer alone.
     from sentencepiece import sentencepiece_model_pb2
 
     scores: Any = values.get("scores")

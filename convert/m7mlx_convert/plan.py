@@ -268,6 +268,7 @@ def stored_as(scheme: Quantization | None, dtype: mx.Dtype) -> str:
 
 def plan_table(plan: Plan, target: Path) -> RenderableType:
     """Write the plan for people."""
+    # A conversion does without these.
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text

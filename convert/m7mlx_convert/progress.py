@@ -101,6 +101,7 @@ def _lines(label: str, total: int) -> Callable[[int], None]:
 
 @contextmanager
 def _bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    # Quiet runs and programs do without it.
     from rich.progress import (
         BarColumn,
         DownloadColumn,

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub import hf_hub_url
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
 from m7mlx.errors import NotFoundError, WeightsError
 from m7mlx.files.download import RemoteFile
 from m7mlx.files.hub import is_repo_id
@@ -73,9 +76,6 @@ def _open_gguf(repo: str, name: str, revision: str | None, files: dict[str, Remo
 
 def _fetch_start(repo: str, name: str, revision: str | None, count: int) -> bytes:
     """Fetch the first bytes of a file; where a mirror sends all of it, the rest is not read."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-
     # Packed, a few bytes could become many.
     headers = {**build_hf_headers(), "range": f"bytes=0-{count - 1}", "accept-encoding": "identity"}
     url = hf_hub_url(repo, name, revision=revision)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from m7mlx.files.disk import write_whole
 from m7mlx_convert.verify import Comparison
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 _WIDTH, _HEIGHT = 640, 220  # of a plot, in its own units
 _LEFT, _BELOW, _ABOVE = 56, 28, 12
@@ -35,10 +35,6 @@ def summary(comparison: Comparison) -> list[tuple[str, str]]:
 
 def comparison_table(comparison: Comparison) -> RenderableType:
     """Write the comparison for a terminal."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
     title = Text(f"{comparison.result} against {comparison.source}, {len(comparison.text.ids):,} tokens")
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("layer")
@@ -56,6 +52,7 @@ def comparison_table(comparison: Comparison) -> RenderableType:
 
 def write_report(comparison: Comparison, path: Path) -> None:
     """Write an HTML file: figures, plots, and the text with each token's divergence."""
+    # Few ask for a report.
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     layers = range(len(comparison.hidden))

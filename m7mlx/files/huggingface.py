@@ -2,7 +2,8 @@
 
 Two things: how its cache is laid out, so that a file fetched here is taken as its own, and its
 download of one file, which resumes where the documented functions do not. All else is imported from
-its public modules where it is needed.
+its public modules. Each import stands where it is used: 0.4 s, which models on this machine do not
+need.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from m7mlx.config import ModelConfig
 from m7mlx.errors import ConfigError, WeightsError
@@ -65,8 +66,6 @@ class Parameter(NamedTuple):
 
 def validate_header(path: Path) -> dict[str, TensorInfo]:
     """Return the tensors of a safetensors file by name. Raises WeightsError if it is malformed."""
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():  # a pipe would be waited for
         raise WeightsError(f"{path} is no regular file; fetch or convert it again")
     try:

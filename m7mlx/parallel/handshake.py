@@ -68,15 +68,16 @@ def meet(server: socket.socket, size: int, key: bytes, seconds: float) -> dict[i
                     )
                 wait = min([deadline, *(caller.until for caller in callers.values())]) - now
                 for ready, _ in selector.select(max(wait, 0)):
-                    if ready.fileobj is server:
+                    caller: _Caller | None = ready.data
+                    if caller is None:  # somebody calls
                         if len(callers) >= max(AT_ONCE, 2 * size):
                             send_away(next(iter(callers)))
-                        if caller := _accept(server):
-                            callers[caller.socket] = caller
-                            selector.register(caller.socket, selectors.EVENT_READ)
+                        if new := _accept(server):
+                            callers[new.socket] = new
+                            selector.register(new.socket, selectors.EVENT_READ, new)
                         elif callers:  # no file number is left, perhaps
                             send_away(next(iter(callers)))
-                    elif (caller := callers.get(ready.fileobj)) is not None:  # type: ignore[call-overload]
+                    elif caller.socket in callers:
                         rank = _hear(caller, size, found, key)
                         if rank == 0:
                             send_away(caller.socket)

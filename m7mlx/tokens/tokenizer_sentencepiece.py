@@ -22,6 +22,7 @@ class SentencePieceTokenizer(Tokenizer):
     """Mistral's tokenizer.model (v1, v2, v3) and its like, with tokens that fine-tunes add."""
 
     def __init__(self, path: Path, names: Names | None = None) -> None:
+        # Here, for 50 ms: many models have a tokenizer.json alone.
         from google.protobuf.message import DecodeError
         from sentencepiece import SentencePieceProcessor
 

@@ -1,4 +1,4 @@
-"""m7mlx-bench: real engines in processes of their own, on a model of a few thousand weights and on the demo model."""
+"""m7mlx-bench: real engines in processes of their own, on a tiny model and on the demo model."""
 
 from __future__ import annotations
 
@@ -60,7 +60,10 @@ def test_every_engine_chooses_the_same_and_is_measured(tmp_path: Path, capsys: p
 
 @pytest.mark.demo
 def test_the_demo_model_is_what_is_measured_by_default(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], demo_model: Path
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    demo_model: Path,
 ) -> None:
     jobs: list[worker.Job] = []
 
@@ -74,7 +77,8 @@ def test_the_demo_model_is_what_is_measured_by_default(
         return json.dumps(run_of(2.0))
 
     monkeypatch.setattr(cli, "_run_worker", answer)
-    monkeypatch.setattr("m7mlx_bench.engines.is_available", lambda name: True)  # no engine but the first runs here
+    # No engine but the first runs here.
+    monkeypatch.setattr("m7mlx_bench.engines.is_available", lambda name: True)
     assert main(["--engines", "m7mlx,mlx-lm,mlx-lm rotating,transformers", "--rounds", "1", "--prompt", "8"]) == 0
     shown = capsys.readouterr().out
     assert [job.engine for job in jobs] == ["m7mlx", "mlx-lm", "transformers"]

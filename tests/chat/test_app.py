@@ -104,7 +104,7 @@ async def test_a_message_sent_while_loading_is_kept_and_answered_then(tmp_path: 
         assert chat.engine.asked == []
         assert chat.line() == ["early", ""]  # on the disk already
         await chat.send("second")
-        assert chat.app.composer.text == "second"  # one waits, the other stays a draft
+        assert chat.app.composer.text == "second"  # one waits, the other stays unsent
         await chat.say(READY)
         assert chat.engine.messages(0)[-1]["content"] == "early"
 
@@ -355,7 +355,9 @@ def test_every_action_exists() -> None:
 @pytest.mark.parametrize("theme", ["textual-dark", "textual-light", "ansi-dark"])
 @pytest.mark.parametrize("size", [(40, 12), (80, 24), (200, 60)], ids=str)
 async def test_every_size_and_theme_has_room_for_the_essentials(
-    size: tuple[int, int], theme: str, tmp_path: Path
+    size: tuple[int, int],
+    theme: str,
+    tmp_path: Path,
 ) -> None:
     async with chatting(tmp_path, size=size, config=Config(tmp_path / "c.toml", theme=theme)) as chat:
         await chat.exchange("question", "the answer")
@@ -378,7 +380,8 @@ async def test_no_key_of_the_chat_works_under_a_dialog(tmp_path: Path) -> None:
 
 
 def test_native_output_goes_to_the_log_and_the_terminal_comes_back(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     with _stderr_to_log(tmp_path / "logs" / "chat.log"):
         os.write(2, b"native noise")

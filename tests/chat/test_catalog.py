@@ -137,7 +137,11 @@ def test_the_chat_starts_whatever_model_was_the_last(shown: dict[str, Any], name
     ],
 )
 def test_the_chat_starts_whatever_the_file_says(
-    shown: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, note: str
+    shown: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    note: str,
 ) -> None:
     monkeypatch.setenv("M7MLX_CONFIG", str(tmp_path))
     (tmp_path / "config.toml").write_text(text)

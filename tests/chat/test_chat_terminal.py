@@ -97,7 +97,8 @@ def test_a_chat_in_a_real_terminal(demo_model: Path, model_folder: Path, termina
 
 
 def test_a_kill_in_mid_answer_loses_less_than_a_second(
-    model_folder: Path, terminal: Callable[[str], Terminal]
+    model_folder: Path,
+    terminal: Callable[[str], Terminal],
 ) -> None:
     window = terminal(f"{CHAT} --model {model_folder} --max-tokens 1000000; echo status=$?; sleep 60")
     window.wait(lambda s: "ready" in s)
@@ -125,7 +126,9 @@ def test_an_error_before_the_app_starts(terminal: Callable[[str], Terminal]) -> 
 
 
 def test_keys_redirected_errors_and_a_model_that_fails_in_a_real_terminal(
-    model_folder: Path, tmp_path: Path, terminal: Callable[[str], Terminal]
+    model_folder: Path,
+    tmp_path: Path,
+    terminal: Callable[[str], Terminal],
 ) -> None:
     window = terminal(f"{CHAT} --model {model_folder} 2>{tmp_path}/errors; echo status=$?; sleep 60")
     window.wait(lambda s: "ready" in s)  # drawn although stderr is a file
@@ -151,7 +154,8 @@ def test_keys_redirected_errors_and_a_model_that_fails_in_a_real_terminal(
 
 
 def test_a_piped_question_is_answered_in_the_chat_and_the_chat_stays(
-    model_folder: Path, terminal: Callable[[str], Terminal]
+    model_folder: Path,
+    terminal: Callable[[str], Terminal],
 ) -> None:
     window = terminal(
         f"echo piped | {CHAT} --model {model_folder} --max-tokens 3 -i -p first; echo status=$?; sleep 60"
@@ -166,7 +170,9 @@ def test_a_piped_question_is_answered_in_the_chat_and_the_chat_stays(
 
 
 def test_an_interface_that_fails_says_where_the_reason_is(
-    model_folder: Path, tmp_path: Path, terminal: Callable[[str], Terminal]
+    model_folder: Path,
+    tmp_path: Path,
+    terminal: Callable[[str], Terminal],
 ) -> None:
     program = tmp_path / "fails.py"
     program.write_text(

@@ -97,7 +97,9 @@ async def test_the_first_start_offers_what_to_fetch(here: Path, tmp_path: Path) 
 
 
 async def test_a_download_with_progress_that_can_be_stopped(
-    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    here: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     started: list[str] = []
     go = asyncio.Event()

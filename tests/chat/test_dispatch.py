@@ -125,7 +125,9 @@ async def type_in(chat: Chat, keys: list[str]) -> None:
 
 @pytest.mark.parametrize("name", WRITING)
 async def test_a_disk_that_cannot_be_written_is_told_and_the_chat_lives(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "theirs.json").write_text(THEIRS)

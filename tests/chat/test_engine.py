@@ -140,7 +140,8 @@ def test_a_cancel_that_comes_at_once_is_not_forgotten(start: Callable[..., Askin
 
 
 def test_a_failing_request_does_not_end_the_thread(
-    start: Callable[..., Asking], monkeypatch: pytest.MonkeyPatch
+    start: Callable[..., Asking],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = start()
     engine.ask({"role": "robot", "content": "x"})
@@ -206,7 +207,9 @@ def test_a_draft_model_that_does_not_fit_is_said_at_once(start: Callable[..., As
 
 
 def test_a_change_that_cannot_be_leaves_the_engine_as_it_was(
-    start: Callable[..., Asking], model_folder: Path, tmp_path: Path
+    start: Callable[..., Asking],
+    model_folder: Path,
+    tmp_path: Path,
 ) -> None:
     engine = start()
     ready = wait(engine, lambda es: any(isinstance(e, Ready) for e in es))[-1]

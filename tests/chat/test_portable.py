@@ -112,7 +112,12 @@ def message(**changes: Any) -> dict[str, Any]:
 
 
 def node(
-    key: str, parent: str | None, role: str, *parts: Any, time: float | None = None, **more: Any
+    key: str,
+    parent: str | None,
+    role: str,
+    *parts: Any,
+    time: float | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
     content = {"content_type": "text", "parts": list(parts)}
     said = {"author": {"role": role}, "content": content, "create_time": time, "metadata": {}, "recipient": "all"}

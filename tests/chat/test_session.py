@@ -189,7 +189,8 @@ def test_two_instances_speak_in_one_conversation_without_hurting_each_other(spea
 
 
 def test_an_answer_cut_short_elsewhere_can_be_gone_on_with_when_that_instance_is_gone(
-    speaker: Speaker, database: Path
+    speaker: Speaker,
+    database: Path,
 ) -> None:
     other = Speaker(database)
     under_way = other.session.ask("one")

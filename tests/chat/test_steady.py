@@ -238,7 +238,9 @@ async def until(condition: Callable[[], bool], pilot: Pilot[None]) -> None:
 )
 @pytest.mark.parametrize("kind", KINDS)
 async def test_whatever_raises_is_told_and_the_app_lives(
-    kind: str, error: Exception, caplog: pytest.LogCaptureFixture
+    kind: str,
+    error: Exception,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     where = {"mounted": "widget mount"}.get(kind, kind)
     async with running(where, error) as (app, trouble, pilot):
@@ -363,7 +365,9 @@ async def test_what_can_be_drawn_again_is_no_loop(caplog: pytest.LogCaptureFixtu
 @pytest.mark.parametrize("where", ["compose", "mount"])
 @pytest.mark.parametrize("error", [DiskError(FULL), ValueError("nobody foresaw it")])
 async def test_before_the_first_frame_there_is_nothing_to_tell_it_on(
-    where: str, error: Exception, caplog: pytest.LogCaptureFixture
+    where: str,
+    error: Exception,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     class Fails(App):
         def compose(self) -> ComposeResult:

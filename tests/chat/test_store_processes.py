@@ -260,7 +260,8 @@ def plant(path: Path, count: int) -> None:
 
 
 def test_an_instance_is_registered_where_nobody_can_take_it_for_dead(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Between the making of its file and the lock on it."""
     path = tmp_path / "chats.db"

@@ -130,7 +130,8 @@ async def test_an_answer_that_was_stopped_goes_on(tmp_path: Path) -> None:
 
 
 async def test_an_answer_that_a_kill_cut_short_goes_on_from_its_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("m7mlx_chat.answering._GROW_SECONDS", 0)
     async with chatting(tmp_path) as chat:

@@ -152,7 +152,9 @@ def _the_same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("size", [(80, 24), (140, 44)], ids=lambda size: f"{size[0]}x{size[1]}")
 @pytest.mark.parametrize("screen", SCREENS, ids=lambda screen: screen.__name__)
 async def test_a_screen_is_as_it_was(
-    screen: Callable[[Chat], Awaitable[None]], size: tuple[int, int], tmp_path: Path
+    screen: Callable[[Chat], Awaitable[None]],
+    size: tuple[int, int],
+    tmp_path: Path,
 ) -> None:
     config = Config(Path("/home/me/.config/m7mlx/config.toml"), presets={"precise": {"temperature": 0}})
     async with chatting(tmp_path, size=size, config=config) as chat:

@@ -25,7 +25,7 @@ from m7mlx.errors import InputError, WeightsError
 from m7mlx.files import patterns
 from m7mlx.quantization import Quantization
 
-# --- mlx-lm's -------------------------------------------------------------------------------------------
+# --- mlx-lm's ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
@@ -99,7 +99,7 @@ def test_adapters_of_mlx_lm_that_cannot_be_merged(tmp_path: Path, name: str) -> 
         convert(str(tmp_path / "source"), tmp_path / "out", adapter=str(folder))
 
 
-# --- PEFT's ---------------------------------------------------------------------------------------------
+# --- PEFT's -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_a_quantised_model_goes_back_to_its_bits(tmp_path: Path) -> None:
     assert json.loads((out / "config.json").read_text()) == json.loads((base / "config.json").read_text())
 
 
-# --- what cannot be merged --------------------------------------------------------------------------------
+# --- what cannot be merged --------------------------------------------------------------------
 
 
 def rewrite(folder: Path, name: str, array: mx.array) -> None:
@@ -252,7 +252,10 @@ def test_patterns_that_nothing_here_reads_take_no_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_adapters_that_cannot_be_merged(
-    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    name: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(patterns, "_SECONDS", 1.0)
     write_source(tmp_path / "source", ADAPTED)
@@ -290,7 +293,11 @@ def test_an_adapter_that_is_not_there(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("name", ["adapters.safetensors", "adapter_model.safetensors"])
 def test_an_adapter_where_a_model_is_wanted(
-    tmp_path: Path, settings: dict[str, Any], base: str, name: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    settings: dict[str, Any],
+    base: str,
+    name: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Loading, converting, planning and chatting say what to do with it."""
     folder = tmp_path / "lora"

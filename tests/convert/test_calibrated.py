@@ -35,7 +35,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("method", ["awq", "gptq", "dynamic", "dwq"])
 def test_every_way(
-    source: Path, tmp_path: Path, mlx_lm: ModuleType, method: str, capsys: pytest.CaptureFixture[str]
+    source: Path,
+    tmp_path: Path,
+    mlx_lm: ModuleType,
+    method: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
     options = ["--calibrate", method, "--q-bits", "4", "--q-group-size", "32", "--calibration-tokens", "1024"]
@@ -86,7 +90,10 @@ def test_the_plan_says_what_it_takes(source: Path, capsys: pytest.CaptureFixture
 
 
 def test_what_cannot_be_calibrated(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refused(*options: str) -> str:
         assert main([*options, "--mlx-path", str(tmp_path / "out"), "--q-group-size", "32"]) in (1, 2)

@@ -1,4 +1,4 @@
-"""The converter: the numbers of the source, mlx-lm's layout bit for bit, and never a broken result."""
+"""The converter: the source's numbers, mlx-lm's layout bit for bit, never a broken result."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def same(a: dict[str, mx.array], b: dict[str, mx.array]) -> bool:
     return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and mx.array_equal(a[k], b[k]).item() for k in a)
 
 
-# --- the numbers ------------------------------------------------------------------------------------------
+# --- the numbers ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -116,7 +116,9 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def test_a_quantised_folder_is_kept_quantised_again_or_expanded(
-    source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    source: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     first = convert(str(source), tmp_path / "first", recipe=Recipe(Quantization(64, 4)))
     second = convert(str(first), tmp_path / "second")
@@ -161,7 +163,8 @@ def test_what_comes_along_and_what_does_not(source: Path, tmp_path: Path) -> Non
     card = (out / "README.md").read_text()
     assert "license: apache-2.0" in card
     assert "m7mlx-convert 'a b' --q-bits 4" in card
-    assert "quantised (4 bits, groups of 64), 5.00 bits a weight" in card  # scales and biases of 32 bits
+    # Scales and biases of 32 bits.
+    assert "quantised (4 bits, groups of 64), 5.00 bits a weight" in card
     assert ModelConfig.from_folder(out).quantization == Quantization(64, 4)
 
 
@@ -210,7 +213,7 @@ def test_memory_stays_near_one_tensor(tmp_path: Path) -> None:
     assert peak < 2 * largest
 
 
-# --- the command ------------------------------------------------------------------------------------------
+# --- the command ------------------------------------------------------------------------------
 
 
 def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -286,7 +289,8 @@ def test_an_existing_result_is_replaced_only_with_force(source: Path, tmp_path: 
     before = (own / "SHA256SUMS").read_bytes()
     rewrite_with_nan(source)
     assert run(source, "--mlx-path", own, "--force").returncode == 2
-    assert (own / "SHA256SUMS").read_bytes() == before  # a failed conversion does not cost the old one
+    # A failed conversion does not cost the old one.
+    assert (own / "SHA256SUMS").read_bytes() == before
     write_folder(source, CONFIG, random_weights(CONFIG, seed=9))
     assert run(source, "--mlx-path", own, "--force").returncode == 0
     assert (own / "SHA256SUMS").read_bytes() != before
@@ -299,7 +303,7 @@ def rewrite_with_nan(folder: Path) -> None:
     write_folder(folder, CONFIG, weights)
 
 
-# --- broken off -------------------------------------------------------------------------------------------
+# --- broken off -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -332,7 +336,9 @@ def test_a_signal_cleans_up(started: subprocess.Popen[str], tmp_path: Path, numb
 
 
 def test_a_killed_run_leaves_no_result_and_the_next_one_cleans_up(
-    started: subprocess.Popen[str], large: Path, tmp_path: Path
+    started: subprocess.Popen[str],
+    large: Path,
+    tmp_path: Path,
 ) -> None:
     started.kill()
     started.communicate(timeout=60)

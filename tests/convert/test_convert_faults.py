@@ -1,4 +1,4 @@
-"""Conversion: what cannot work is refused before it starts, and what breaks off leaves nothing, or the old."""
+"""Conversions that cannot work are refused first; those that break off leave the old result."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, mx.array]], object]) -> No
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
 
 
-# --- the source -----------------------------------------------------------------------------------------
+# --- the source -------------------------------------------------------------------------------
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
@@ -80,9 +80,15 @@ def test_tensors_that_do_not_fit_the_config(
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
 def test_tensors_that_are_not_finite(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float, dtype: mx.Dtype
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    value: float,
+    dtype: mx.Dtype,
 ) -> None:
-    """Found in the last place of a tensor in the middle; the tensors before it were written by then."""
+    """Found in the last place of a tensor in the middle.
+
+    The tensors before it were written by then.
+    """
     source = tmp_path / "source"
     write_source(source, quantisable(), dtype)
 
@@ -104,7 +110,8 @@ def test_numbers_too_large_for_the_type_asked_for(tmp_path: Path, capsys: pytest
 
 
 def test_groups_that_do_not_divide_are_named_with_those_that_do(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     write_source(tmp_path / "a", quantisable(hidden_size=96))
     line = refusal([tmp_path / "a", "--mlx-path", tmp_path / "out", "--quantize"], capsys)
@@ -131,7 +138,7 @@ def write(path: Path) -> None:
     path.write_text("{}")
 
 
-# --- the target -----------------------------------------------------------------------------------------
+# --- the target -------------------------------------------------------------------------------
 
 
 def test_targets_that_must_not_be_written(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,7 +158,8 @@ def test_targets_that_must_not_be_written(source: Path, tmp_path: Path, capsys: 
     for target in ("source", "link", "../" + tmp_path.name + "/source"):
         assert "overlap" in refusal([source, "--mlx-path", tmp_path / target, "--force"], capsys)
     assert "is a file" in refusal([source, "--mlx-path", tmp_path / "file", "--force"], capsys)
-    # A folder that is no model is not replaced, whatever the user insists on: it may be a home folder.
+    # A folder that is no model is not replaced, whatever the user insists on: it may be a home
+    # folder.
     theirs = ["config.json", "model.safetensors", "tokenizer.json"]  # fetched by hand, say
     folders = {"home": ["config.json", "photos/"], "documents": ["letter.txt"], "model": theirs}
     for name, entries in folders.items():
@@ -164,7 +172,9 @@ def test_targets_that_must_not_be_written(source: Path, tmp_path: Path, capsys: 
 
 
 def test_force_replaces_only_by_something_whole(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
     assert main([str(source), "--mlx-path", str(out)]) == 0
@@ -184,7 +194,9 @@ def test_force_replaces_only_by_something_whole(
 
 
 def test_force_deletes_nothing_that_the_converter_did_not_write(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
     assert main([str(source), "--mlx-path", str(out)]) == 0
@@ -219,7 +231,11 @@ def test_what_is_put_there_while_it_runs_moves_on(source: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("number", [errno.EBUSY, errno.EPERM])
 def test_a_target_that_cannot_be_replaced_is_found_before_the_work(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
 ) -> None:
     """An empty place where a disk is mounted, as a container's volume is."""
     out = tmp_path / "volume"
@@ -239,7 +255,7 @@ def test_a_target_that_cannot_be_replaced_is_found_before_the_work(
     assert {path.name for path in tmp_path.iterdir()} == {"source", "volume"}
 
 
-# --- breaking off ---------------------------------------------------------------------------------------
+# --- breaking off -----------------------------------------------------------------------------
 
 
 def test_other_hidden_files_are_left_alone(source: Path, tmp_path: Path) -> None:
@@ -286,13 +302,17 @@ def test_interrupted_in_the_last_moment_it_is_still_whole(tmp_path: Path, monkey
     assert [path.name for path in out.iterdir()] == ["new"]
 
 
-# --- links ----------------------------------------------------------------------------------------------
+# --- links ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "tokenizer.model", "config.json", "README.md", "model.safetensors"])
 @pytest.mark.parametrize("way", ["straight", "over another", "by a folder"])
 def test_a_link_out_of_the_source_is_refused(
-    source: Path, tmp_path: Path, name: str, way: str, capsys: pytest.CaptureFixture[str]
+    source: Path,
+    tmp_path: Path,
+    name: str,
+    way: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     secret = tmp_path / "private" / name
     secret.parent.mkdir()
@@ -330,7 +350,8 @@ def test_links_within_a_source_and_those_of_the_hubs_cache_are_followed(source: 
     for number, file in enumerate(path for path in source.iterdir() if not path.is_symlink()):
         file.rename(blobs / f"{number}")
         (snapshot / file.name).symlink_to(f"../../blobs/{number}")
-    (tmp_path / "by-a-link").symlink_to(snapshot, target_is_directory=True)  # the whole folder may be one
+    # The whole folder may be one.
+    (tmp_path / "by-a-link").symlink_to(snapshot, target_is_directory=True)
     for place in (snapshot, tmp_path / "by-a-link"):
         out = tmp_path / f"from-{place.name}"
         assert main([str(place), "--mlx-path", str(out), "-q"]) == 0
@@ -338,7 +359,9 @@ def test_links_within_a_source_and_those_of_the_hubs_cache_are_followed(source: 
 
 
 def test_blobs_of_another_repository_are_not_this_ones(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     other = tmp_path / "hub" / "models--a--private" / "blobs" / "1"
     other.parent.mkdir(parents=True)
@@ -350,14 +373,18 @@ def test_blobs_of_another_repository_are_not_this_ones(
     assert "outside of the folder" in refusal([snapshot, "--mlx-path", tmp_path / "out"], capsys)
 
 
-# --- what was written is read again ---------------------------------------------------------------------
+# --- what was written is read again -----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "name", ["config.json", "tokenizer.json", "README.md", "SHA256SUMS", "model.safetensors.index.json"]
 )
 def test_a_file_that_the_disk_holds_otherwise_is_noticed(
-    source: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    source: Path,
+    tmp_path: Path,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Not the weights alone: every byte of the result is read again before it gets its name."""
     from m7mlx_convert import writer
@@ -371,13 +398,14 @@ def test_a_file_that_the_disk_holds_otherwise_is_noticed(
         return sha256(path)
 
     monkeypatch.setattr(writer, "sha256", reading)
-    monkeypatch.setattr(writer.WeightsWriter.__init__, "__defaults__", (None, 60_000))  # several files, so an index
+    # Several files, so an index.
+    monkeypatch.setattr(writer.WeightsWriter.__init__, "__defaults__", (None, 60_000))
     arguments: list[str | Path] = [source, "--mlx-path", tmp_path / "out"]
     assert f"{name} is not on the disk as it was written" in refusal(arguments, capsys)
     assert damaged and not (tmp_path / "out").exists()
 
 
-# --- the disk -------------------------------------------------------------------------------------------
+# --- the disk ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -393,17 +421,24 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_full_disk(
-    source: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    source: Path,
+    small_disk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments: list[str | Path] = [source, "--mlx-path", small_disk / "out"]
     assert "has 0.0 GB free, but the result takes" in refusal(arguments, capsys, status=1)
-    monkeypatch.setattr("m7mlx_convert.convert.check_space", lambda *_: None)  # filled by others meanwhile
+    # Filled by others meanwhile.
+    monkeypatch.setattr("m7mlx_convert.convert.check_space", lambda *_: None)
     assert "the disk is full" in refusal(arguments, capsys, status=1)
     assert not list(small_disk.iterdir())
 
 
 def test_folder_that_may_not_be_written(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def deny(self: Path, *_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", str(self))

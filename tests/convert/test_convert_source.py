@@ -1,4 +1,7 @@
-"""What a conversion takes from its source: every bit, what defaults hide, the files that go along; no code."""
+"""All that a conversion takes from its source.
+
+Every bit, what defaults hide, the files that go along; no code.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from m7mlx import load
 from m7mlx.config import ModelConfig
 from m7mlx.errors import InputError
 
-# --- not quantised --------------------------------------------------------------------------------------
+# --- not quantised ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
@@ -72,7 +75,7 @@ def test_writer_writes_what_mlx_reads(tmp_path: Path, dtype: mx.Dtype) -> None:
     assert_same(read_weights(tmp_path), arrays)
 
 
-# --- quantised, and mlx-lm ------------------------------------------------------------------------------
+# --- quantised, and mlx-lm --------------------------------------------------------------------
 
 
 def test_mlx_lm_reads_what_the_source_left_to_defaults(tmp_path: Path, mlx_lm: ModuleType) -> None:
@@ -110,7 +113,7 @@ def test_quantised_folder_of_mlx_lm_is_copied_as_it_is(tmp_path: Path, mlx_lm: M
         convert(str(quantised), tmp_path / "again", dtype="bfloat16")
 
 
-# --- the other files ------------------------------------------------------------------------------------
+# --- the other files --------------------------------------------------------------------------
 
 
 def test_config_and_files_go_along_and_code_does_not(tmp_path: Path) -> None:
@@ -178,7 +181,7 @@ def test_card_survives_hostile_names(tmp_path: Path) -> None:
     assert card.text.count("```") == 6
 
 
-# --- the command line -----------------------------------------------------------------------------------
+# --- the command line -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -191,7 +194,10 @@ def test_card_survives_hostile_names(tmp_path: Path) -> None:
     ],
 )
 def test_default_name_of_the_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], folder: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    folder: str,
 ) -> None:
     write_source(tmp_path / "models" / "little", quantisable())
     monkeypatch.chdir(tmp_path)
@@ -218,7 +224,10 @@ def test_help_is_quick_and_imports_no_libraries() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_memory_is_bounded(tmp_path: Path) -> None:
-    """A model of 340 MB against one of less than 1 MB, with 30 MB in flight; its largest tensor has 8 MB."""
+    """A model of 340 MB against one of less than 1 MB, with 30 MB in flight.
+
+    Its largest tensor has 8 MB.
+    """
     code = (
         "import re, sys; from m7mlx_convert import pipeline; from m7mlx_convert.cli import main; "
         "pipeline.IN_FLIGHT = 30_000_000; main(sys.argv[1:]); "

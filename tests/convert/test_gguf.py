@@ -1,4 +1,7 @@
-"""GGUF: the same numbers, names and tokens as the model it was made from; hostile files are refused, not run into."""
+"""GGUF: the same numbers, names and tokens as the model it was made from.
+
+Hostile files are refused, not run into.
+"""
 
 from __future__ import annotations
 
@@ -136,7 +139,7 @@ def test_mistral_7b_v01_gets_its_window(tmp_path: Path) -> None:
     assert load(convert(str(tmp_path / "w.gguf"), tmp_path / "out"))[0].config.sliding_window == 9
 
 
-# --- tokenizers -------------------------------------------------------------------------------------------
+# --- tokenizers -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=["v1", "v3"])
@@ -214,7 +217,7 @@ def test_the_demo_model_reads_nothing_twice(demo_model: Path) -> None:
     assert second[-1].stats.reused_tokens == seen
 
 
-# --- what is refused --------------------------------------------------------------------------------------
+# --- what is refused --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -232,7 +235,11 @@ def test_the_demo_model_reads_nothing_twice(demo_model: Path) -> None:
     ],
 )
 def test_models_that_are_not_understood(
-    tmp_path: Path, change: Any, metadata: dict[str, Any], reason: str, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    change: Any,
+    metadata: dict[str, Any],
+    reason: str,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     write_mistral_gguf(tmp_path / "x.gguf", TINY, changes=change, **metadata)
     assert main([str(tmp_path / "x.gguf"), "--mlx-path", str(tmp_path / "out")]) == 2
@@ -309,7 +316,9 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 @given(data=st.data())
 @settings(max_examples=300, deadline=None)
 def test_any_damage_is_an_error_or_harmless(
-    sound: bytes, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+    sound: bytes,
+    tmp_path_factory: pytest.TempPathFactory,
+    data: st.DataObject,
 ) -> None:
     broken = bytearray(sound[: data.draw(st.integers(0, len(sound)), label="length")])
     for _ in range(data.draw(st.integers(0, 4), label="changes")):

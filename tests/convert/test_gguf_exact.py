@@ -1,4 +1,4 @@
-"""GGUF, exactly: every number arrives as the `gguf` package reads it, every row in Hugging Face's order."""
+"""GGUF, exactly: every number as the `gguf` package reads it, rows in Hugging Face's order."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def assert_values(out: Path, config: ModelConfig, tensors: Mapping[str, tuple[np
         assert np.array_equal(actual, expected), name
 
 
-# --- numbers --------------------------------------------------------------------------------------------
+# --- numbers ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_numbers_that_are_not_finite_are_named(tmp_path: Path, kind: Kind, scale
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
-# --- metadata -------------------------------------------------------------------------------------------
+# --- metadata ---------------------------------------------------------------------------------
 
 
 def test_config_of_the_metadata(tmp_path: Path) -> None:
@@ -295,7 +295,10 @@ TOO_MANY_TOKENS: dict[str, Any] = {
     ],
 )
 def test_metadata_that_is_not_understood(
-    tmp_path: Path, changes: dict[str, Any], error: type[M7Error], says: str
+    tmp_path: Path,
+    changes: dict[str, Any],
+    error: type[M7Error],
+    says: str,
 ) -> None:
     write_gguf(tmp_path / "m.gguf", gguf_config(), changes=changes)
     with pytest.raises(error, match=says):
@@ -319,7 +322,9 @@ def test_foreign_architectures_are_refused_by_name(tmp_path: Path, capsys: pytes
     ],
 )
 def test_tensors_that_are_not_understood(
-    tmp_path: Path, extra: dict[str, tuple[np.ndarray, Kind]], says: str
+    tmp_path: Path,
+    extra: dict[str, tuple[np.ndarray, Kind]],
+    says: str,
 ) -> None:
     write_gguf(tmp_path / "m.gguf", gguf_config(), extra=extra)
     with pytest.raises(WeightsError, match=says):

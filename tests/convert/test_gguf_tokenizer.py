@@ -99,7 +99,10 @@ def test_text_is_cut_as_the_model_was_trained(tmp_path: Path, pre: str, pieces: 
 
 
 def test_merges_and_added_tokens(tmp_path: Path) -> None:
-    """A user's text never becomes a control token; a user-defined token is taken out of text if it is a word."""
+    """A user's text never becomes a control token.
+
+    A user-defined token is taken out of text if it is a word.
+    """
     tokens = [*tokenizer_metadata()["tokenizer.ggml.tokens"], "abc", "<|tool|>x", "pad"]
     metadata = tokenizer_metadata() | {
         "tokenizer.ggml.tokens": tokens,
@@ -135,7 +138,10 @@ def test_transformers_reads_the_same(tmp_path: Path) -> None:
 
 
 def test_spaces_in_user_defined_tokens(tmp_path: Path) -> None:
-    """They are written as such there, and as ▁ in all other pieces; tokens without a type are ordinary."""
+    """They are written as such there, and as ▁ in all other pieces.
+
+    Tokens without a type are ordinary.
+    """
     metadata = sentencepiece_metadata("v1")
     metadata["tokenizer.ggml.tokens"] += ["<|my turn|>", "    x   y", "qqzz"]
     metadata["tokenizer.ggml.scores"] += [0.0, 0.0, 0.0]

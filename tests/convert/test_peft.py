@@ -1,4 +1,7 @@
-"""PEFT as the oracle: adapters that it makes, saves and loads, and the logits of the model with them."""
+"""PEFT as the oracle.
+
+Adapters that it makes, saves and loads, and the logits of the model with them.
+"""
 
 from __future__ import annotations
 
@@ -124,7 +127,10 @@ def skip_where_peft_is_older(settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", MERGED)
 def test_merged_or_unmerged_as_peft_computes_it(base: Path, tmp_path: Path, name: str) -> None:
-    """The logits of the model that PEFT loads, adapter apart: merging a tied model, PEFT itself goes wrong."""
+    """The logits of the model that PEFT loads, adapter apart.
+
+    Merging a tied model, PEFT itself goes wrong.
+    """
     skip_where_peft_is_older(MERGED[name])
     train(base, tmp_path / "adapter", **MERGED[name])
     expected = logits(peft.PeftModel.from_pretrained(hugging_face(base), tmp_path / "adapter"))
@@ -217,8 +223,10 @@ def test_a_resized_vocabulary_is_refused_with_what_to_do(base: Path, tmp_path: P
 
 
 def test_the_same_embedding_saved_beside_lora(base: Path, tmp_path: Path) -> None:
-    """`save_embedding_layers` puts the model's own embedding and head into the file: PEFT loads them in their place,
-    and a tied model has one of them in two places."""
+    """`save_embedding_layers` puts the model's own embedding and head into the file.
+
+    PEFT loads them in their place, and a tied model has one of them in two places.
+    """
     from safetensors.torch import load_file, save_file
 
     torch.manual_seed(2)

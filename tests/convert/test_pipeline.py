@@ -39,7 +39,10 @@ def test_in_order_and_whole(plan: Plan) -> None:
 
 @pytest.mark.parametrize("limit", [1, 300_000, 10**9])
 def test_what_is_in_flight_is_bounded(plan: Plan, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    """Never more than the limit at one time, unless a single parameter is larger; the writer is slower than all."""
+    """Never more than the limit at one time, unless a single parameter is larger.
+
+    The writer is slower than all.
+    """
     monkeypatch.setattr(pipeline, "IN_FLIGHT", limit)
     lock, now, most = threading.Lock(), 0, 0
     compute = pipeline._compute

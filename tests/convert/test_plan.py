@@ -32,7 +32,9 @@ from m7mlx.units import in_bytes
     ],
 )
 def test_the_size_promised_is_the_size_that_comes(
-    tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    options: list[str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     write_source(tmp_path / "source", quantisable())
     arguments = [str(tmp_path / "source"), "--mlx-path", str(tmp_path / "out"), *options, "--json"]
@@ -64,7 +66,9 @@ SCHEMES = [
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.mode)
 @pytest.mark.parametrize("rows", [1, 7, 8, 500])
 def test_rows_quantised_by_and_by_are_those_of_the_whole(
-    scheme: Quantization, rows: int, monkeypatch: pytest.MonkeyPatch
+    scheme: Quantization,
+    rows: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(plan, "_SLICE", 7 * 128)  # seven rows
     monkeypatch.setattr(plan, "on_cpu", lambda: True)

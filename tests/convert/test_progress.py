@@ -1,4 +1,7 @@
-"""What a run tells: bars and notes for people, one object a line for programs, nothing when quiet."""
+"""The notes and progress that a run tells.
+
+Bars and notes for people, one object a line for programs, nothing when quiet.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,10 @@ def test_a_terminal_gets_a_bar_and_a_pipe_lines(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("is_terminal", "term"), [(False, "xterm"), (True, "dumb")])
 def test_where_no_bar_can_be_drawn_a_line_comes_now_and_then(
-    is_terminal: bool, term: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    is_terminal: bool,
+    term: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
     monkeypatch.setenv("TERM", term)

@@ -119,7 +119,7 @@ def test_a_damaged_header_on_the_hub(hub: Hub, tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-# --- uploads ----------------------------------------------------------------------------------------------
+# --- uploads ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -147,7 +147,12 @@ def test_what_arrives_is_what_was_made(hub: Hub, tmp_path: Path, source: Path) -
     ],
 )
 def test_uploads_that_cannot_be_are_refused_before_the_work(
-    hub: Hub, tmp_path: Path, source: Path, repo: str, token: str, message: str
+    hub: Hub,
+    tmp_path: Path,
+    source: Path,
+    repo: str,
+    token: str,
+    message: str,
 ) -> None:
     done = run(hub, tmp_path, str(source), "--mlx-path", "out", "--upload-repo", repo, token=token)
     assert done.returncode == 2

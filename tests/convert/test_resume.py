@@ -38,7 +38,10 @@ PLAN = [[Spec(name, array.dtype, array.shape)] for name, array in TENSORS.items(
 
 
 def write(folder: Path, upto: int = len(PLAN), key: str | None = "key", max_bytes: int = 400) -> int:
-    """Write the first tensors, as a run that is killed then does; returns how many were there already."""
+    """Write the first tensors, as a run that is killed then does.
+
+    Returns how many were there already.
+    """
     writer = WeightsWriter(folder, PLAN, key, max_bytes)
     done = writer.done
     for name in list(TENSORS)[done:upto]:
@@ -56,9 +59,15 @@ def content(folder: Path) -> dict[str, bytes]:
 @given(upto=st.integers(0, len(PLAN) - 1), lost=st.integers(0, 200), flipped=st.none() | st.integers(0, 300))
 @settings(max_examples=40, deadline=None)
 def test_a_later_writer_goes_on(
-    tmp_path_factory: pytest.TempPathFactory, upto: int, lost: int, flipped: int | None
+    tmp_path_factory: pytest.TempPathFactory,
+    upto: int,
+    lost: int,
+    flipped: int | None,
 ) -> None:
-    """Whatever a dead run left, with its last bytes lost or one bit wrong: the result is that of one run."""
+    """Whatever a dead run left, with its last bytes lost or one bit wrong.
+
+    The result is that of one run.
+    """
     whole, broken = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("broken")
     write(whole)
     write(broken, upto)
@@ -98,7 +107,7 @@ def test_what_the_disk_holds_is_read_again(tmp_path: Path) -> None:
     writer.close()
 
 
-# --- what a run that was killed is known by ---------------------------------------------------------------
+# --- what a run that was killed is known by ---------------------------------------------------
 
 
 def settings_of(folder: Path, name: str, **changes: Any) -> None:
@@ -149,7 +158,7 @@ def test_what_the_source_has_no_more_is_not_taken_up(tmp_path: Path) -> None:
         assert {path.name for path in folder.iterdir()} == {JOURNAL, "model.safetensors"}
 
 
-# --- the command ------------------------------------------------------------------------------------------
+# --- the command ------------------------------------------------------------------------------
 
 
 def command(source: Path, out: Path, *options: str) -> list[str]:
@@ -169,7 +178,10 @@ def partial(folder: Path) -> Sequence[Path]:
 
 
 def test_kill_at_any_moment(tmp_path: Path) -> None:
-    """Twenty runs killed at moments spread over the time one takes: each leaves nothing or the whole."""
+    """Twenty runs killed at moments spread over the time one takes.
+
+    Each leaves nothing or the whole.
+    """
     source, out = model(tmp_path / "source"), tmp_path / "out"
     start = time.monotonic()
     subprocess.run(command(source, tmp_path / "whole"), check=True, capture_output=True)

@@ -1,4 +1,7 @@
-"""Schemes and recipes: every one loads in mlx-lm with equal weights, mixes are mlx-lm's, rules mean what they say."""
+"""Schemes and recipes.
+
+Every one loads in mlx-lm with equal weights, mixes are mlx-lm's, rules mean what they say.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,10 @@ SCHEMES += [("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)]
 
 @pytest.mark.parametrize(("mode", "bits", "group"), SCHEMES)
 def test_every_scheme_is_mlx_lms(tmp_path: Path, mlx_lm: ModuleType, mode: str, bits: int, group: int) -> None:
-    """Their converter gives the same bits; what ours writes, theirs and ours load, with the same numbers."""
+    """Their converter gives the same bits.
+
+    What ours writes, theirs and ours load, with the same numbers.
+    """
     from mlx_lm.convert import convert as their_convert
 
     write_source(tmp_path / "source", quantisable(), torch_dtype="bfloat16")
@@ -123,7 +129,11 @@ def test_rules_alone_leave_the_rest_as_it_is(tmp_path: Path) -> None:
     ],
 )
 def test_rules_that_are_none(
-    tmp_path: Path, rule: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    rule: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(patterns, "_SECONDS", 1.0)
     write_source(tmp_path / "source", quantisable())

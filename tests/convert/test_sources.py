@@ -1,4 +1,4 @@
-"""The same weights in every form a conversion reads: equal logits come out."""
+"""Equal logits come from equal weights in every form that a conversion reads."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ def test_mistrals_own_layout_becomes_hugging_faces_bit_for_bit(tmp_path: Path) -
     ],
 )
 def test_mistrals_own_layout_damaged(
-    tmp_path: Path, change: Callable[[dict[str, mx.array]], object], message: str
+    tmp_path: Path,
+    change: Callable[[dict[str, mx.array]], object],
+    message: str,
 ) -> None:
     write_native(tmp_path / "native")
     weights = native_weights(LLAMA)
@@ -85,7 +87,7 @@ def test_an_mlx_folder_gives_the_same_logits_expanded(tmp_path: Path) -> None:
     assert mx.array_equal(load(floats)[0](IDS), load(quantised)[0](IDS)).item()
 
 
-# --- AWQ and GPTQ -----------------------------------------------------------------------------------------
+# --- AWQ and GPTQ -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

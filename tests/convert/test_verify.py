@@ -41,9 +41,13 @@ def compared(source: Path, result: Path, ids: list[int]) -> Comparison:
 
 
 def test_the_figures_are_those_of_both_models_run_whole(
-    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    pair: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Layer by layer in chunks of odd size gives what the models give at once; numbers by NumPy in float64."""
+    """Layer by layer in chunks of odd size gives what the models give at once.
+
+    Numbers by NumPy in float64.
+    """
     monkeypatch.setattr(verify, "_CHUNK", 11)
     monkeypatch.setattr(verify, "_HEAD_CHUNK", 5)
     monkeypatch.setattr(verify, "_SLICE", 30_000)
@@ -51,7 +55,8 @@ def test_the_figures_are_those_of_both_models_run_whole(
     found = compared(*pair, ids)
     p, q = (log_probabilities(folder, ids) for folder in pair)
     np.testing.assert_allclose(found.kl, (np.exp(p) * (p - q)).sum(-1), rtol=2e-3, atol=1e-5)
-    assert (found.agrees == (p.argmax(-1) == q.argmax(-1))).mean() > 0.95  # near ties may fall either way
+    # Near ties may fall either way.
+    assert (found.agrees == (p.argmax(-1) == q.argmax(-1))).mean() > 0.95
     following = np.array(ids[1:])[:, None]
     for side, logs in enumerate((p, q)):
         np.testing.assert_allclose(found.losses[side], -np.take_along_axis(logs, following, 1)[:, 0], rtol=1e-4)
@@ -109,7 +114,7 @@ def test_a_text_longer_than_the_context(tmp_path: Path) -> None:
         compared(source, source, list(range(1, 11)))
 
 
-# --- the text ---------------------------------------------------------------------------------------------
+# --- the text ---------------------------------------------------------------------------------
 
 
 def test_the_built_in_text_is_long_enough(pair: tuple[Path, Path]) -> None:
@@ -129,11 +134,13 @@ def test_files_that_are_no_text(pair: tuple[Path, Path], tmp_path: Path, content
         read_text(pair[1], 32000, tmp_path / "text", None, QUIET)
 
 
-# --- the command ------------------------------------------------------------------------------------------
+# --- the command ------------------------------------------------------------------------------
 
 
 def test_the_command_and_its_report(
-    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pair: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     source, made = map(str, pair)
     (tmp_path / "text").write_text("<script>alert('&')</script> Ünïcode 🦊 " * 30)
@@ -177,7 +184,10 @@ def test_a_report_of_weights_without_error(tmp_path: Path) -> None:
     ],
 )
 def test_bad_usage(
-    pair: tuple[Path, Path], options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    pair: tuple[Path, Path],
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments = ["verify", str(pair[1]), "--against", str(pair[0]), *options]
     try:

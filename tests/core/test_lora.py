@@ -17,6 +17,7 @@ from models import named_arrays
 from sources import quantisable, write_source
 from values import number
 
+import m7mlx.fuse
 import m7mlx.loading
 from m7mlx import generate, load, load_cache, save_cache, set_adapter, stream_generate
 from m7mlx.arrays import fingerprint
@@ -65,10 +66,12 @@ def test_an_adapter_of_mlx_lm_gives_the_logits_of_the_merged_model(
 def two_models(tmp_path: Path, is_packed: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[Mistral, Path]:
     """A model in 4 bits and its folder: expanded to float32, or packed as it is on a GPU."""
     base = convert(str(source(tmp_path / "source")), tmp_path / "base", recipe=Recipe(Quantization(32, 4)))
-    if is_packed:
+    if is_packed:  # and with gate and up in one product
+        monkeypatch.setattr(m7mlx.fuse, "on_cpu", lambda: False)
         monkeypatch.setattr(m7mlx.loading, "expands", lambda *_: False)
     model, _ = load(base)
     assert isinstance(model.model.layers[1].mlp.down_proj, nn.QuantizedLinear) == is_packed
+    assert ("gate_up_proj" in model.model.layers[1].mlp) == is_packed
     return model, base
 
 

@@ -54,7 +54,11 @@ def figures(tmp_path: Path, *arguments: str | Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("context", "stride"), [(None, None), (40, None), (24, 24), (24, 5), (500, 1)])
 def test_perplexity_is_that_of_the_tokens(
-    context: int | None, stride: int | None, tmp_path: Path, model_folder: Path, text: Path
+    context: int | None,
+    stride: int | None,
+    tmp_path: Path,
+    model_folder: Path,
+    text: Path,
 ) -> None:
     asked = ([] if context is None else ["--context", str(context)]) + (
         [] if stride is None else ["--stride", str(stride)]
@@ -73,7 +77,11 @@ def test_perplexity_is_that_of_the_tokens(
 
 
 def test_a_model_is_no_distance_from_itself(
-    tmp_path: Path, model_folder: Path, other_folder: Path, text: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    model_folder: Path,
+    other_folder: Path,
+    text: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     same = figures(tmp_path, model_folder, "--text", text, "--against", model_folder)
     assert same["kl"]["mean"] == same["kl"]["max"] == 0 and same["top1_agreement"]["mean"] == 1
@@ -110,7 +118,8 @@ def test_each_document_of_a_data_set_is_read_by_itself(tmp_path: Path, model_fol
     again = figures(tmp_path, model_folder, "--text", listed, "--field", "body")
     assert again == found | {"text": str(listed)}
     few = figures(tmp_path, model_folder, "--text", lines, "--field", "body", "--max-tokens", "33")
-    assert few["tokens"] == 31 and few["documents"] == 2  # each begins with a token that is not scored
+    # Each begins with a token that is not scored.
+    assert few["tokens"] == 31 and few["documents"] == 2
 
 
 @pytest.mark.eval
@@ -129,7 +138,10 @@ def test_parquet_and_stdin(tmp_path: Path, model_folder: Path, text: Path, monke
 
 
 def test_a_context_that_ends_is_said_and_read_in_windows(
-    tmp_path: Path, full_folder: Path, text: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    full_folder: Path,
+    text: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     found = figures(tmp_path, full_folder, "--text", text)
     said = capsys.readouterr().err
@@ -196,7 +208,11 @@ def test_bad_input_is_one_line(
 
 
 def test_a_context_beyond_the_models_and_parquet_without_pyarrow_are_refused(
-    tmp_path: Path, full_folder: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    full_folder: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main([str(full_folder), "--text", str(text), "--context", "33"]) == 2
     assert "--context 33 is more than the 32 tokens that the model sees" in capsys.readouterr().err

@@ -1,4 +1,7 @@
-"""m7mlx-eval --tasks: lm-evaluation-harness with our adapter, and with its own for Hugging Face's models."""
+"""m7mlx-eval --tasks.
+
+Lm-evaluation-harness with our adapter, and with its own for Hugging Face's models.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What `prepare` sets for a process is taken back, and no data set lands in the user's cache."""
+    """Take back what `prepare` sets for a process, and keep data sets out of the user's cache."""
     levels = {name: logging.getLogger(name).level for name in ("lm_eval", "datasets", "evaluate", "huggingface_hub")}
     before = dict(os.environ)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
@@ -79,7 +82,7 @@ def asked(kind: str, *arguments: Any) -> Instance:
     return Instance(kind, {}, arguments, 0, ("t", 0, 1))
 
 
-# --- against the harness's own adapter ------------------------------------------------------------------
+# --- against the harness's own adapter --------------------------------------------------------
 
 
 @pytest.mark.oracle
@@ -87,10 +90,16 @@ def asked(kind: str, *arguments: Any) -> Instance:
 @pytest.mark.parametrize("max_length", [None, 24])
 @pytest.mark.parametrize("kind", ["sentencepiece", "tokenizer.json"])
 def test_results_are_those_of_the_harness_for_hugging_face(
-    kind: str, max_length: int | None, tmp_path: Path, tasks: Path, mistral_folder: Path, demo_model: Path
+    kind: str,
+    max_length: int | None,
+    tmp_path: Path,
+    tasks: Path,
+    mistral_folder: Path,
+    demo_model: Path,
 ) -> None:
     """The same weights in float32: whole, and where everything is longer than what is seen."""
-    folder, more = mistral_folder, {"add_bos_token": True}  # which transformers takes from a file that is not there
+    # Which transformers takes from a file that is not there.
+    folder, more = mistral_folder, {"add_bos_token": True}
     if kind == "tokenizer.json":
         more = {}
         folder = write_folder(tmp_path / "model", small_config(vocab_size=49152, sliding_window=None, n_layers=2))
@@ -123,7 +132,7 @@ def test_results_are_those_of_the_harness_for_hugging_face(
                     assert mine == (his if isinstance(his, str) else pytest.approx(his, rel=1e-5))
 
 
-# --- the adapter by itself ------------------------------------------------------------------------------
+# --- the adapter by itself --------------------------------------------------------------------
 
 
 def test_neither_company_nor_order_change_a_likelihood(model_folder: Path) -> None:
@@ -241,7 +250,7 @@ def test_a_continuation_that_is_none_is_refused(model_folder: Path) -> None:
         M7LM(*load(model_folder)).loglikelihood([asked("loglikelihood", "Bees", "")])
 
 
-# --- runs that are killed -------------------------------------------------------------------------------
+# --- runs that are killed ---------------------------------------------------------------------
 
 _KILLED = """
 import os, signal, sys
@@ -260,7 +269,10 @@ cli.main(sys.argv[1:])
 
 
 def test_a_killed_run_goes_on_with_what_is_missing(
-    tmp_path: Path, tasks: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    tasks: Path,
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def arguments(folder: Path | str, output: str) -> list[str]:
         chosen = ["--tasks", "own_choice,own_ending,own_answer", "--include-path", str(tasks)]
@@ -292,7 +304,8 @@ def test_a_killed_run_goes_on_with_what_is_missing(
     assert main(arguments(other, "out")) == 0  # never another model's answers
     assert len(added) == resumed + 20 and len(list((tmp_path / "out").glob("answers-*.jsonl"))) == 2
     added.clear()
-    assert main([*arguments(model_folder, "out"), "--context", "60"]) == 0  # nor those of other options
+    # Nor those of other options.
+    assert main([*arguments(model_folder, "out"), "--context", "60"]) == 0
     assert len(added) == resumed + 20
 
 
@@ -309,7 +322,7 @@ def test_a_damaged_journal_is_said(tmp_path: Path) -> None:
             Journal(tmp_path, {"a": 1})
 
 
-# --- what cannot be run ---------------------------------------------------------------------------------
+# --- what cannot be run -----------------------------------------------------------------------
 
 
 def test_tasks_that_cannot_be_run_are_one_line(
@@ -347,7 +360,8 @@ def test_tasks_that_cannot_be_run_are_one_line(
     for given, reason in cases:
         assert main([str(model_folder), "--tasks", *given]) == 2, given
         said = capsys.readouterr().err
-        lines = [line for line in said.splitlines() if line and "it/s" not in line]  # tqdm was there before us here
+        # Tqdm was there before us here.
+        lines = [line for line in said.splitlines() if line and "it/s" not in line]
         assert reason in said and len(lines) == 1, (given, said)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert main([str(model_folder), "--tasks", "gsm8k"]) == 2
@@ -369,7 +383,11 @@ CODE = {
 
 @pytest.mark.parametrize("kind", CODE)
 def test_no_program_of_a_stranger_runs_unasked(
-    kind: str, tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    tmp_path: Path,
+    model_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     ran = tmp_path / "RAN"
@@ -403,7 +421,10 @@ def test_no_program_of_a_stranger_runs_unasked(
 
 
 def test_a_task_file_by_its_path_and_few_examples(
-    tmp_path: Path, tasks: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    tasks: Path,
+    model_folder: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     result = tmp_path / "result.json"
     given = [str(model_folder), "--tasks", str(tasks / "own_choice.yaml"), "--save", str(result)]

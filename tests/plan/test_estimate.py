@@ -1,4 +1,7 @@
-"""m7mlx-plan: what it says of memory is what shards take; what it says of time follows from the link."""
+"""m7mlx-plan: what it says of memory is what shards take.
+
+What it says of time follows from the link.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,8 @@ def test_networks_decide_where_dividing_pays() -> None:
     assert seconds("tensor", 2, NETWORKS["rdma"]) < alone < seconds("tensor", 2, NETWORKS["thunderbolt"])
     assert seconds("pipeline", 4, NETWORKS["10gbe"]) < seconds("tensor", 4, NETWORKS["10gbe"])
     two = estimate(config, tensors, "tensor", 2, NETWORKS["10gbe"], positions=4096)
-    assert (two.sent, two.exchanges) == (2 * 32 * 4096 * 2, 65)  # twice a layer, a hidden state in 16 bits
+    # Twice a layer, a hidden state in 16 bits.
+    assert (two.sent, two.exchanges) == (2 * 32 * 4096 * 2, 65)
 
 
 def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Who is let in and what a request may weigh: hosts, origins, keys, lengths, paths, and the page's own policy."""
+"""Who is let in, and what a request may weigh: hosts, origins, keys, lengths, paths, pages."""
 
 from __future__ import annotations
 

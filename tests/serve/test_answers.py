@@ -22,6 +22,7 @@ from openai.types.chat import (
     ChatCompletionToolMessageParam,
 )
 from openai.types.shared_params import ResponseFormatJSONSchema
+from schemas import PERSON, object_of
 from serving import CHAT, ENDLESS, NAME, Question, client, open_requests, serving, settle, user
 
 from m7mlx import Sampling, load, stream_generate
@@ -139,21 +140,10 @@ def test_many_at_once_get_their_own_answers(url: str, model_folder: Path) -> Non
     settle(url, 0)  # those that went away have given their places back
 
 
-SCHEMA: dict[str, object] = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 12},
-        "age": {"type": "integer", "minimum": 0, "maximum": 150},
-    },
-    "required": ["name", "age"],
-    "additionalProperties": False,
-}
-
-
 def test_json_is_enforced_even_of_a_model_that_knows_nothing(url: str) -> None:
     wanted: ResponseFormatJSONSchema = {
         "type": "json_schema",
-        "json_schema": {"name": "person", "schema": SCHEMA, "strict": True},
+        "json_schema": {"name": "person", "schema": PERSON, "strict": True},
     }
     with client(url) as api:
         for seed in range(4):
@@ -179,20 +169,12 @@ def test_json_is_enforced_even_of_a_model_that_knows_nothing(url: str) -> None:
         assert (biased.choices[0].message.content or "").startswith("{")
 
 
+DIGIT = {"type": "integer", "minimum": 0, "maximum": 9}
 TOOLS: list[ChatCompletionFunctionToolParam] = [
-    {
-        "type": "function",
-        "function": {"name": name, "parameters": {**SCHEMA, "properties": properties, "required": [*properties]}},
-    }
-    for name, properties in (
-        ("weather", {"city": {"type": "string", "maxLength": 8}}),
-        (
-            "add",
-            {
-                "a": {"type": "integer", "minimum": 0, "maximum": 9},
-                "b": {"type": "integer", "minimum": 0, "maximum": 9},
-            },
-        ),
+    {"type": "function", "function": {"name": name, "parameters": parameters}}
+    for name, parameters in (
+        ("weather", object_of(city={"type": "string", "maxLength": 8})),
+        ("add", object_of(a=DIGIT, b=DIGIT)),
     )
 ]
 
@@ -295,7 +277,7 @@ def test_more_than_may_wait_are_told_to_come_back(model_folder: Path) -> None:
 
 
 def test_whoever_leaves_gives_the_place_back(url: str) -> None:
-    """A stream that is closed, a time-out, a task that is cancelled; in the queue, and in the middle."""
+    """Streams are closed, time runs out, tasks are cancelled: in the queue and in the middle."""
     with client(url) as api:
         going = [api.chat.completions.create(**ENDLESS, stream=True) for _ in range(4)]  # all rows
         for stream in going:

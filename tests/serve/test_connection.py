@@ -1,4 +1,4 @@
-"""Connections by raw sockets: what is no proper HTTP, what dribbles, what never reads, one too many."""
+"""Connections by raw sockets: no proper HTTP, dribbling, never reading, one too many."""
 
 from __future__ import annotations
 
@@ -309,7 +309,7 @@ def test_a_client_of_http_1_0_is_not_answered_for_ever(monkeypatch: pytest.Monke
 
 
 def test_chunks_of_one_byte_hold_nobody_up() -> None:
-    """Parsing a read of them takes a second. The bound is generous: here it is for those of all connections."""
+    """Parsing one read of them takes a second. The bound is generous: it is for all connections."""
     chunked = (
         b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n"
     )
@@ -335,7 +335,7 @@ def test_chunks_of_one_byte_hold_nobody_up() -> None:
 
 
 def test_more_connections_than_file_numbers(model_folder: Path) -> None:
-    """What cannot be served is told so, nothing is written of it, and others are served later on."""
+    """Connections beyond are refused without a line on stderr, and others are served later on."""
     with serving(model_folder, files=128) as (url, process), ExitStack() as opened:
         port = int(url.rpartition(":")[2])
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""What strangers may send, for some seconds: benchmarks/fuzz.py. How fast /health answers is for the benchmark."""
+"""What strangers may send, for some seconds: benchmarks/fuzz.py, without its bound of latency."""
 
 from __future__ import annotations
 

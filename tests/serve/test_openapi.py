@@ -1,4 +1,4 @@
-"""The server against its own OpenAPI document: schemathesis makes requests and looks at the answers."""
+"""The server against its own OpenAPI document: schemathesis asks and checks the answers."""
 
 from __future__ import annotations
 

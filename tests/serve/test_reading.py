@@ -1,4 +1,4 @@
-"""Bodies → what the engine is asked: what a stranger may write costs little, and nothing typed is more than text."""
+"""Bodies → requests: what strangers write costs little, and nothing typed is more than text."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_who_leaves_gives_up_the_place_in_the_line(readers: Readers, model_folde
 
 
 def test_nothing_typed_is_a_control_token(mistral_tokenizers: dict[str, Tokenizer]) -> None:
-    """Wherever in a request it stands: texts, names, ids, keys, values within values, JSON within texts."""
+    """Wherever it stands: texts, names, ids, keys, nested values, JSON within texts."""
     tokenizer = mistral_tokenizers["v3"]
     controls = set(tokenizer.control_ids().values())
 
@@ -285,8 +285,10 @@ def test_what_nests_too_deep_somewhere_else_is_the_clients_fault(model_folder: P
 
 
 def test_nobody_waits_while_others_are_read(url: str) -> None:
-    """What is large is parsed and tokenised elsewhere, and once however many answers are asked for. The bound is
-    generous: each of these took the loop a second and more."""
+    """What is large is read elsewhere, and once however many answers are asked for.
+
+    The bound is generous: each of these took the loop a second and more.
+    """
     text = "".join(chr(0x4E00 + i * 7919 % 20_000) for i in range(990_000))
     bodies = [
         json.dumps(CHAT | {"messages": user(text), "n": 8}).encode(),

@@ -118,7 +118,7 @@ def test_an_address_with_colons(model_folder: Path) -> None:
 
 @pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-", "2>/dev/full"])
 def test_standard_streams_that_are_closed(model_folder: Path, closed: str) -> None:
-    """As some that start services leave them; what goes wrong later has nowhere to be said, and ends nothing."""
+    """Some that start services leave them so; what goes wrong later ends nothing."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     program = f"""

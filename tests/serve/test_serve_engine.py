@@ -1,4 +1,4 @@
-"""m7mlx-serve when one request, one schema or the engine itself goes wrong: what others notice of it."""
+"""m7mlx-serve when a request, a schema or the engine itself goes wrong: what others notice."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ constrain._AT_ONCE, constrain._PREPARE_SECONDS = 1, 0.2
 
 
 def test_a_schema_for_which_there_is_no_place(model_folder: Path) -> None:
-    """The answers that have the places go on; once they have ended, in whatever way, there is room."""
+    """The answers that have the places go on; once they have ended, however, there is room."""
     with serving(model_folder, setup=_FEW) as (url, _):
         long = {"type": "string", "minLength": 100_000}
         with httpx.stream(
@@ -151,7 +151,7 @@ Scheduler.step = breaks
 
 
 def test_an_engine_that_ends_ends_the_server(model_folder: Path) -> None:
-    """Everybody who waits is told, the process says that it must not happen, and its status is 1."""
+    """All who wait are told, the process says that it must not happen, and its status is 1."""
     with serving(model_folder, "--rows", "1", setup=_BREAKS) as (url, process), ThreadPoolExecutor(4) as pool:
         told = pool.submit(piped(process.stderr).read)
         whole, stream, waiting = (

@@ -111,7 +111,7 @@ def choice(tokenizer: Tokenizer, pieces: list[str | int], reason: Any) -> tuple[
 
 @pytest.mark.parametrize("is_chat", [True, False])
 def test_scores_are_kept_for_whole_answers_only(mistral_tokenizers: dict[str, Tokenizer], is_chat: bool) -> None:
-    """A stream of any length holds what it has not told yet; a whole answer is written in pieces."""
+    """A stream keeps only what it has not told; a whole answer is written in pieces."""
     tokenizer = mistral_tokenizers["v3"]
     piece = Piece("é", [900], logprobs=[TokenLogprobs(900, -0.5, [(900, -0.5), (901, -2.0)])])
     sizes = {}

@@ -1,4 +1,4 @@
-"""Task files and data for lm-evaluation-harness, one of each kind of request, written for these tests."""
+"""Task files and data for lm-evaluation-harness, one of each kind of request."""
 
 from __future__ import annotations
 

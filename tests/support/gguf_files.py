@@ -60,7 +60,10 @@ def gguf_name(name: str) -> str:
 
 
 def stored(config: ModelConfig, kinds: Mapping[str, Kind], default: Kind) -> dict[str, tuple[np.ndarray, Kind]]:
-    """What a GGUF file of this model holds: name → bytes, type. Norms are F32, as llama.cpp writes them."""
+    """What a GGUF file of this model holds: name → bytes, type.
+
+    Norms are F32, as llama.cpp writes them.
+    """
     tensors = {}
     for name, array in weights_of(config).items():
         heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}.get(name.split(".")[-2])
@@ -110,7 +113,10 @@ def write_gguf(
     architecture: str = "llama",
     extra: Mapping[str, tuple[np.ndarray, Kind]] | None = None,
 ) -> dict[str, tuple[np.ndarray, Kind]]:
-    """A GGUF file by the `gguf` package's own writer; `changes` to the metadata, None takes a key out."""
+    """A GGUF file by the `gguf` package's own writer.
+
+    `changes` to the metadata, None takes a key out.
+    """
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in (metadata_of(config) | dict(changes or {})).items():
         if key == "general.alignment":
@@ -143,7 +149,10 @@ def write_mistral_gguf(
     version: str = "v1",
     **metadata: Any,
 ) -> dict[str, np.ndarray]:
-    """A GGUF file of random weights with Mistral's tokenizer; returns the weights as `kind` rounds them."""
+    """A GGUF file of random weights with Mistral's tokenizer.
+
+    Returns the weights as `kind` rounds them.
+    """
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_name("tiny")
     writer.add_license("apache-2.0")

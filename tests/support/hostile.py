@@ -385,7 +385,10 @@ def config(folder: Path) -> Config:
 
 
 async def go_through(
-    chat: Chat, work: Path, look: Callable[[Place], None], written: Callable[[], str] | None = None
+    chat: Chat,
+    work: Path,
+    look: Callable[[Place], None],
+    written: Callable[[], str] | None = None,
 ) -> None:
     """Show each place, wait until its word is seen, let `look` see it, leave it.
 

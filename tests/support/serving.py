@@ -20,7 +20,7 @@ NAME = "small"
 
 
 class Question(TypedDict):
-    """The body of a request for a chat completion, and the arguments of the `openai` client's method."""
+    """The body of a request for a chat, and the arguments of the `openai` client's method."""
 
     model: str
     messages: list[ChatCompletionUserMessageParam]

@@ -1,4 +1,4 @@
-"""Models as they are published, in every layout that a conversion reads, and what is read of them again."""
+"""Models as they are published, in every layout that a conversion reads."""
 
 from __future__ import annotations
 
@@ -63,9 +63,16 @@ def tokenizer_json() -> dict[str, Any]:
 
 
 def write_source(
-    folder: Path, config: ModelConfig, dtype: mx.Dtype = mx.bfloat16, shards: int = 1, **changes: Any
+    folder: Path,
+    config: ModelConfig,
+    dtype: mx.Dtype = mx.bfloat16,
+    shards: int = 1,
+    **changes: Any,
 ) -> Weights:
-    """A folder as on the Hub, with random weights, which are returned; `changes` go into its config.json."""
+    """A folder as on the Hub, with random weights, which are returned.
+
+    `changes` go into its config.json.
+    """
     folder.mkdir(parents=True)
     weights = {name: mx.array(array).astype(dtype) for name, array in random_weights(config).items()}
     names = sorted(weights)
@@ -156,7 +163,10 @@ def write_native(folder: Path, config: ModelConfig = LLAMA, **changes: Any) -> N
 
 
 def pack(numbers: np.ndarray, bits: int, order: tuple[int, ...]) -> np.ndarray:
-    """Integers [rows, n] → int32 words [rows, n · bits / 32]; number order[i] of each word lies i-th from below."""
+    """Integers [rows, n] → int32 words [rows, n · bits / 32].
+
+    Number order[i] of each word lies i-th from below.
+    """
     per_word = 32 // bits
     words = numbers.reshape(numbers.shape[0], -1, per_word)[..., list(order)].astype(np.uint64)
     shifts = np.arange(per_word, dtype=np.uint64) * np.uint64(bits)

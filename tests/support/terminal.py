@@ -60,7 +60,10 @@ OURS = re.compile(
 
 
 def on_terminal(
-    command: list[str], size: tuple[int, int] = (130, 40), cwd: Path | None = None, **environment: str
+    command: list[str],
+    size: tuple[int, int] = (130, 40),
+    cwd: Path | None = None,
+    **environment: str,
 ) -> str:
     """All that a program writes to the terminal that it runs in."""
     ours, theirs = pty.openpty()

@@ -32,6 +32,7 @@ from typing import Self
 from filelock import FileLock, Timeout
 
 from m7mlx.errors import RunError
+from m7mlx_chat.store.conversations import ConversationWriter
 from m7mlx_chat.store.errors import StoreError
 from m7mlx_chat.store.instances import Instance, living
 from m7mlx_chat.store.reader import tree_of
@@ -47,9 +48,8 @@ from m7mlx_chat.store.rows import (
     title_of,
 )
 from m7mlx_chat.store.schema import one_line, open_database
-from m7mlx_chat.store.writer import Values, Writer, as_json
+from m7mlx_chat.store.writer import Values, as_json
 
-_KEEP_DELETED = 30 * 86400  # seconds
 _OPENING_SECONDS = 30.0
 
 _BELOW = """
@@ -62,7 +62,7 @@ _BELOW = """
 """
 
 
-class Store(Writer):
+class Store(ConversationWriter):
     """The database, open for reading and writing.
 
     path   the database; made where there is none
@@ -70,7 +70,6 @@ class Store(Writer):
     """
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
-        self._clock = clock
         self._instances = path.with_name("instances")
         with one_line(path), ExitStack() as undo:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -80,10 +79,10 @@ class Store(Writer):
                 undo.callback(db.close)
                 instance = Instance(self._instances)
                 undo.callback(instance.close)
-                super().__init__(path, db, instance)
+                super().__init__(path, db, instance, clock)
                 self.recover()
                 with suppress(StoreError):  # of a damaged conversation, which stays then
-                    self._purge()
+                    self._erase_deleted()
             undo.pop_all()
 
     def close(self) -> None:
@@ -98,7 +97,10 @@ class Store(Writer):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -228,40 +230,6 @@ class Store(Writer):
                 planted.append(conversation)
         return planted
 
-    # --- conversations ----------------------------------------------------------------------------
-
-    def configure(self, conversation: int, *, model: str, system: str, settings: Values) -> None:
-        """What the conversation's next answers are to be made with."""
-        self._change(
-            conversation,
-            {"model": encodable(model), "system": encodable(system), "settings": as_json(settings)},
-        )
-
-    def rename(self, conversation: int, title: str) -> None:
-        """Give a title; an empty one brings the automatic title back."""
-        automatic = not title.strip()
-        if automatic:
-            first = "SELECT text FROM message WHERE conversation = ? AND role = 'user' ORDER BY id LIMIT 1"
-            title = "".join(row["text"] for row in self._rows(first, [conversation]))
-        title = title_of(title) if automatic else title_of(title, CHOSEN_TITLE_LENGTH)
-        self._change(conversation, {"title": title, "automatic": automatic})
-
-    def archive(self, conversation: int) -> None:
-        """Move a conversation out of the way; it is still found."""
-        self._change(conversation, {"archived": True})
-
-    def unarchive(self, conversation: int) -> None:
-        """Undo `archive`."""
-        self._change(conversation, {"archived": False})
-
-    def delete(self, conversation: int) -> None:
-        """Hide a conversation; it is erased when the store is opened 30 days later."""
-        self._change(conversation, {"deleted_at": self._clock()})
-
-    def undo_delete(self, conversation: int) -> None:
-        """Undo `delete`, as long as the conversation has not been erased."""
-        self._change(conversation, {"deleted_at": None})
-
     # --- writing ----------------------------------------------------------------------------------
 
     def _add_answer(self, conversation: int, question: int, model: str, system: str, settings: Values | None) -> int:
@@ -288,15 +256,6 @@ class Store(Writer):
             sql = "UPDATE OR IGNORE message SET status = 'interrupted', owner = NULL WHERE status = 'answering'"
             sql += f" AND (owner IS NULL OR {whose})"
             self._db.execute(sql, values)
-
-    def _purge(self) -> None:
-        """Erase what was deleted long ago, unless somebody is still answering in it."""
-        with self._writing():
-            self._db.execute(
-                """DELETE FROM conversation WHERE deleted_at < ? AND NOT EXISTS
-                (SELECT 1 FROM message m WHERE m.conversation = conversation.id AND m.status = 'answering')""",
-                [self._clock() - _KEEP_DELETED],
-            )
 
 
 @contextmanager

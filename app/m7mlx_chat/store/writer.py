@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,15 @@ Values = Mapping[str, Any]  # as JSON knows them
 class Writer(Reader):
     """The open database, and the instance whose answers are written."""
 
-    def __init__(self, path: Path, db: sqlite3.Connection, instance: Instance) -> None:
+    def __init__(
+        self,
+        path: Path,
+        db: sqlite3.Connection,
+        instance: Instance,
+        clock: Callable[[], float],
+    ) -> None:
         super().__init__(path, db)
+        self._clock = clock
         self._instance = instance
 
     @contextmanager

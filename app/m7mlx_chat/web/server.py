@@ -140,7 +140,9 @@ class ChatServer(Server):
 
     @web.middleware
     async def _admit(
-        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+        self,
+        request: web.Request,
+        handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
     ) -> web.StreamResponse:
         """Answer whoever has the secret, and no page of another site, which could get here, too."""
         hosts, origins = request.headers.getall("Host", []), request.headers.getall("Origin", [])

@@ -68,8 +68,8 @@ class Completion(OptionList, can_focus=False):
     def close(self) -> None:
         self.remove_class("-open")
 
-    def move(self, step: int) -> None:
-        if step > 0:
+    def move(self, direction: int) -> None:
+        if direction > 0:
             self.action_cursor_down()
         else:
             self.action_cursor_up()

@@ -107,12 +107,12 @@ class Composer(TextArea):
 
     # --- what was asked before --------------------------------------------------------------------
 
-    def _recall(self, step: int) -> bool:
+    def _recall(self, direction: int) -> bool:
         if self._back == 0:
-            if step < 0:
+            if direction < 0:
                 return False
             self._history, self._kept = list(self._asked()), self.unsent
-        back = self._back + step
+        back = self._back + direction
         if not 0 <= back <= len(self._history):
             return back > 0
         self._back = back

@@ -51,9 +51,9 @@ class Versions(Static):
         self._message = message.id
 
     def on_click(self, event: events.Click) -> None:
-        step = -1 if event.x < self.size.width // 2 else 1
+        direction = -1 if event.x < self.size.width // 2 else 1
         # Not from here: it removes this very widget, and would wait for it for ever.
-        self.app.call_later(self.run_action, f"app.sibling_of({self._message}, {step})")
+        self.app.call_later(self.run_action, f"app.sibling_of({self._message}, {direction})")
 
 
 class Question(MessageView):

@@ -1,4 +1,4 @@
-"""A request → the engine's requests, and its pieces → what OpenAI's clients read, whole or as events."""
+"""A body → the engine's requests, and its pieces → what OpenAI's clients read."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class OpenAIAnswers:
         return write(self._envelope(self._body.shape.whole_object, choices) | {"usage": _usage(costs)})
 
     async def stream(self) -> AsyncGenerator[str, None]:
-        """Server-sent events: chunks, if asked for the usage, and an end."""
+        """Server-sent events: chunks, the usage if it is asked for, and an end."""
         costs: list[Stats] = []
         begun = False
         try:
@@ -109,7 +109,10 @@ class OpenAIAnswers:
 
 
 def _sampling(body: Generation, index: int) -> Sampling:
-    """How the tokens of answer `index` are chosen. A seed gives each answer another, always the same."""
+    """How the tokens of answer `index` are chosen.
+
+    With a seed each answer differs from the others, and is the same every time.
+    """
     return Sampling(
         temperature=_TEMPERATURE if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,

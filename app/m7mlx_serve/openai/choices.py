@@ -1,7 +1,7 @@
 """One of several answers as its client reads it: text, tool calls and log probabilities.
 
-What a stream tells is not kept. What a whole answer tells at its end is kept as JSON: a long answer
-would take ten times the memory as objects, and to write all of them at once would hold up everybody.
+What a stream tells is not kept. What a whole answer tells at its end is kept as JSON: as objects, a
+long answer would take ten times the memory, and writing all at once would hold up everybody.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class Generation(Body):
     @property
     @abstractmethod
     def logprob_count(self) -> int | None:
-        """How many tokens to tell the log probability of, beside the chosen one; None for neither."""
+        """How many of the likeliest tokens to tell the log probability of; None for none."""
 
     @abstractmethod
     def _encode_prompt(self, tokenizer: Tokenizer) -> array[int]: ...
@@ -98,7 +98,7 @@ class Generation(Body):
     @model_validator(mode="before")
     @classmethod
     def _drop_what_means_nothing(cls, data: Any) -> Any:
-        """Drop fields without a meaning here, and what asks for nothing: null, and penalties of 0."""
+        """Drop fields that mean nothing here, and what asks for nothing: null, penalties of 0."""
         if not isinstance(data, dict):
             return data
         return {

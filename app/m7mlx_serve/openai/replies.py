@@ -1,4 +1,4 @@
-"""What clients are answered, for the OpenAPI document: the shapes that `answers` and `choices` make."""
+"""The shapes of what clients are answered, for the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class _Reply(BaseModel):
 
 
 class Cached(_Reply):
-    """Clients expect the field; what is held of others' conversations it does not tell."""
+    """Always 0: it does not tell how other clients' conversations begin."""
 
     cached_tokens: Literal[0]
 
@@ -129,7 +129,7 @@ class TextDelta(_Reply):
 
 
 class ChatChunk(_Reply):
-    """With `include_usage` a last one has no choices."""
+    """One event of a stream. With `include_usage`, the last chunk has no choices."""
 
     id: str
     created: int

@@ -1,0 +1,53 @@
+"""What is done to a whole conversation: settings, title, putting away, deleting."""
+
+from __future__ import annotations
+
+from m7mlx_chat.store.rows import CHOSEN_TITLE_LENGTH, encodable, title_of
+from m7mlx_chat.store.writer import Values, Writer, as_json
+
+_KEEP_DELETED = 30 * 86400  # seconds
+
+
+class ConversationWriter(Writer):
+    """The changes to a conversation that leave its messages alone."""
+
+    def configure(self, conversation: int, *, model: str, system: str, settings: Values) -> None:
+        """Keep what the conversation's next answers are to be made with."""
+        self._change(
+            conversation,
+            {"model": encodable(model), "system": encodable(system), "settings": as_json(settings)},
+        )
+
+    def rename(self, conversation: int, title: str) -> None:
+        """Give a title; an empty one brings the automatic title back."""
+        automatic = not title.strip()
+        if automatic:
+            first = "SELECT text FROM message WHERE conversation = ? AND role = 'user' ORDER BY id LIMIT 1"
+            title = "".join(row["text"] for row in self._rows(first, [conversation]))
+        title = title_of(title) if automatic else title_of(title, CHOSEN_TITLE_LENGTH)
+        self._change(conversation, {"title": title, "automatic": automatic})
+
+    def archive(self, conversation: int) -> None:
+        """Move a conversation out of the way; it is still found."""
+        self._change(conversation, {"archived": True})
+
+    def unarchive(self, conversation: int) -> None:
+        """Undo `archive`."""
+        self._change(conversation, {"archived": False})
+
+    def delete(self, conversation: int) -> None:
+        """Hide a conversation; it is erased when the store is opened 30 days later."""
+        self._change(conversation, {"deleted_at": self._clock()})
+
+    def undo_delete(self, conversation: int) -> None:
+        """Undo `delete`, as long as the conversation has not been erased."""
+        self._change(conversation, {"deleted_at": None})
+
+    def _erase_deleted(self) -> None:
+        """Erase what was deleted long ago, unless somebody is still answering in it."""
+        with self._writing():
+            self._db.execute(
+                """DELETE FROM conversation WHERE deleted_at < ? AND NOT EXISTS
+                (SELECT 1 FROM message m WHERE m.conversation = conversation.id AND m.status = 'answering')""",
+                [self._clock() - _KEEP_DELETED],
+            )

@@ -1,0 +1,63 @@
+"""A server that the benchmarks try hard: its start, its end, and what it still has open."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import aiohttp
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))  # for small models and schemas
+from models import small_config, write_folder
+from schemas import PERSON, object_of
+
+__all__ = ["NAME", "PERSON", "object_of", "open_requests", "serving", "settled", "small_model"]
+
+NAME = "soak"
+
+
+def small_model(folder: Path) -> Path:
+    """Write a model with random weights, a window of 16 and Mistral's v3 tokenizer."""
+    return write_folder(folder / "small", small_config(vocab_size=32768, sliding_window=16, n_layers=2))
+
+
+@contextmanager
+def serving(folder: Path, *options: str) -> Iterator[tuple[str, int]]:
+    """Start a server; yield its address and the number of its process, which has to end well."""
+    command = [sys.executable, "-m", "m7mlx_serve", "--model", str(folder), "--name", NAME, "--port", "0", *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    try:
+        for line in process.stderr:
+            if found := re.search(r"http://\S+", line):
+                yield found[0], process.pid
+                break
+        else:
+            raise SystemExit("the server did not start")
+    finally:
+        process.terminate()
+        with process.stderr:
+            print(process.stderr.read(), end="", file=sys.stderr)
+        if process.wait(30):
+            raise SystemExit(f"the server has ended with {process.returncode}")
+
+
+async def open_requests(url: str) -> float:
+    async with aiohttp.ClientSession() as session, session.get(f"{url}/metrics") as answer:
+        found = re.search(r"^m7mlx_open_requests (\S+)", await answer.text(), re.M)
+    assert found
+    return float(found[1])
+
+
+async def settled(url: str) -> float:
+    """Requests still open when everybody has had time to leave."""
+    for _ in range(100):
+        if not (count := await open_requests(url)):
+            break
+        await asyncio.sleep(0.1)
+    return count
