@@ -28,9 +28,12 @@ class Stats:
     prompt_tps          speed of the prefill of the others; 0 where it was broken off
     generated_tokens    tokens generated, the one that ended the answer included
     generation_tps      speed of decoding, from the first token on
-    time_to_first_token seconds from the call, or from `Scheduler.add`, to the first token, or to an end before it
-    peak_memory         most bytes MLX held at once: since the call; with a scheduler since the process began
-    cache_bytes         bytes of keys and values allocated; 0 with a scheduler, whose answers share them
+    time_to_first_token seconds from the call (or `Scheduler.add`) to the first token, or to an end
+                        before it
+    peak_memory         most bytes MLX held at once: since the call; with a scheduler since the
+                        process began
+    cache_bytes         bytes of keys and values allocated; 0 with a scheduler, whose answers share
+                        them
     """
 
     prompt_tokens: int = 0
@@ -51,8 +54,8 @@ class Piece:
     ids            the tokens generated since the piece before
     stats          what the answer cost; only the last piece has it
     logprobs       log probabilities of `ids`, where the request asks for them
-    finish_reason  of the last piece. "stop": an end token or a stop text; "length": max_tokens or the context;
-                   "cancelled": nobody wants it any more; "failed": `error` says why
+    finish_reason  of the last piece. "stop": an end token or a stop text; "length": max_tokens or
+                   the context; "cancelled": nobody wants it any more; "failed": `error` says why
     """
 
     text: str = ""
@@ -100,7 +103,7 @@ class Answer:
         self._read = time.perf_counter()
 
     def take(self, token: int) -> Piece:
-        """The piece that one more token makes, without a text where it cannot be shown yet."""
+        """Make a piece of one more token; its text is empty where nothing can be shown yet."""
         self._count += 1
         self._first = self._first or time.perf_counter()
         logprobs = [self.sampler.scored.popleft().read()] if self.sampler.scored else []
@@ -124,7 +127,10 @@ class Answer:
         logprobs: Sequence[TokenLogprobs] = (),
         error: Exception | None = None,
     ) -> Piece:
-        """The last piece. It shows what was held back, save for a character that may still be finished."""
+        """Make the last piece. It shows what was held back for fear of a stop text.
+
+        A character that the answer was cut in is not shown if it is cancelled: it may go on.
+        """
         if self.request.constraint is not None:
             self.request.constraint.close()
         if reason != "failed":
@@ -132,7 +138,7 @@ class Answer:
         return Piece(text, list(ids), self._stats(), list(logprobs), reason, error)
 
     def fail(self, error: Exception) -> Piece:
-        """The last piece of an answer that cannot go on."""
+        """Make the last piece of an answer that cannot go on."""
         return self.end("failed", error=error)
 
     def _stats(self) -> Stats:
@@ -150,9 +156,10 @@ class Answer:
 
 
 class StopFilter:
-    """Cuts a stream at the first of several texts to be whole, which may lie across the borders of its pieces.
+    """Cuts a stream at the first of several texts to be whole, across the borders of its pieces.
 
-    However many there are and however alike, each letter costs each of them a step or two (Knuth, Morris, Pratt).
+    However many there are and however alike, each letter costs each of them a step or two (Knuth,
+    Morris, Pratt).
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -162,7 +169,7 @@ class StopFilter:
         self.found = False
 
     def add(self, text: str) -> str:
-        """What of the stream so far, with `text`, can be shown."""
+        """Take more of the stream; what of it can be shown now."""
         before, self._held = len(self._held), self._held + text
         for end, letter in enumerate(text, before + 1):
             whole = [search.length for search in self._searches if search.see(letter)]
@@ -176,7 +183,7 @@ class StopFilter:
         return shown
 
     def finish(self, text: str) -> str:
-        """The rest, once the stream has ended."""
+        """Take the last of the stream; the rest that can be shown."""
         return "" if self.found else self.add(text) + self._held
 
 
@@ -185,7 +192,8 @@ class _Search:
 
     def __init__(self, text: str) -> None:
         self._text, self.length, self.begun = text, len(text), 0
-        self._shorter = [0]  # the longest beginning of the text that ends its first letter, its first two, …
+        # By letters seen: the longest beginning of the text that they also end with.
+        self._shorter = [0]
         for letter in text[1:]:
             self._shorter.append(self._longer(self._shorter[-1], letter))
 

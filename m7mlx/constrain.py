@@ -1,11 +1,12 @@
 """Answers that follow a grammar: a JSON schema, by masks from llguidance (extra `server`).
 
-Before each token the grammar says which ids may come next; the end token may where the answer is complete. The model
-chooses among them, so that what comes out always fits, and the schema need not be explained to it. An answer is
-complete and valid, cut off by a limit that it names, or an error.
+Before each token the grammar says which ids may come next; the end token may where the answer is
+complete. The model chooses among them, so that what comes out always fits, and the schema need not
+be explained to it. An answer is complete and valid, cut off by a limit that it names, or an error.
 
-Schemas are strangers': each is prepared, and its masks are made, in a process of its own (`m7mlx.grammar`) that the
-operating system bounds in time and memory. It is remembered, so that preparing is done once.
+Schemas are strangers': each is prepared, and its masks are made, in a process of its own
+(`m7mlx.grammar`) that the operating system bounds in time and memory. It is remembered, so that
+preparing is done once.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ if TYPE_CHECKING:
 
 CUT = "a stop text came within the JSON and would have cut it; leave out stop, since an answer in JSON ends by itself"
 _MEMORY = 512 << 20  # bytes for one schema's process, the vocabulary included
-_PREPARE_SECONDS = 5.0  # of the processor; of the clock, on a busy machine …
-_BUSY = 4  # … as many times that
+_PREPARE_SECONDS = 5.0  # of the processor
+_BUSY = 4  # times as many of the clock, on a busy machine
 _MASK_SECONDS = 1.0
-_SPENT_SECONDS, _SPENT_EACH = 2.0, 0.05  # what all masks of an answer may take: so much, and so much a token
+_SPENT_SECONDS, _SPENT_EACH = 2.0, 0.05  # for all masks of an answer: so much, and so much a token
 _AT_ONCE = 16  # schemas that have a process
-_REFUSED = 64  # schemas that could not be used, and are remembered as such …
-_REMEMBERED_SECONDS = 60.0  # … for so long: it may have been the machine that was too busy
+_REFUSED = 64  # schemas that could not be used, and are remembered as such
+_REMEMBERED_SECONDS = 60.0  # for so long: it may have been the machine that was too busy
 _UNUSABLE = "the JSON schema cannot be used"
 _OURS = "x-guidance"  # options of llguidance's own: they could lift its limits
 
@@ -56,7 +57,7 @@ class Constraint:
         self._error: InputError | None = None
 
     def mask(self, vocab_size: int) -> mx.array:
-        """Which ids may come next: bool [vocab_size]. Raises InputError where the grammar cannot go on."""
+        """Mark the ids that may come next: bool [vocab_size]. Raises InputError if none may."""
         if self._error is None:
             try:
                 return self._mask(vocab_size)
@@ -72,7 +73,7 @@ class Constraint:
         self._tokens += 1
 
     def close(self) -> None:
-        """Give up its place: the answer has ended. An error that is being told may hold this for long."""
+        """Give up its place, since the answer has ended: an error may hold this object for long."""
         self._forget()
 
     def _mask(self, vocab_size: int) -> mx.array:
@@ -154,14 +155,14 @@ class _Grammars:
         self._vocabulary = Worker("m7mlx.grammar", _described(tokenizer), memory=_MEMORY)
         self._lock = threading.Lock()
         self._held: OrderedDict[str, _Grammar] = OrderedDict()  # by schema, the last one used last
-        self._refused: OrderedDict[str, tuple[float, str]] = OrderedDict()  # schema → until when, and why
-        self._ended: deque[tuple[_Grammar, int]] = deque()  # filled by finalizers, which may take no lock
+        self._refused: OrderedDict[str, tuple[float, str]] = OrderedDict()  # until when, and why
+        self._ended: deque[tuple[_Grammar, int]] = deque()  # by finalizers, which may take no lock
 
     def constraint(self, schema: str) -> Constraint:
-        """The beginning of an answer. Raises InputError for a schema that cannot be used, and BusyError."""
+        """Begin an answer. Raises InputError for a schema that cannot be used, and BusyError."""
         try:
             return self._begun(schema)
-        except WorkerDiedError:  # by another answer's fault, or from outside: nothing is known against the schema
+        except WorkerDiedError:  # another answer's fault, or from outside: it is not the schema's
             pass
         try:
             return self._begun(schema)
@@ -208,7 +209,7 @@ class _Grammars:
             time.sleep(0.05)
 
     def _let_go(self) -> None:
-        """Count the answers that have ended, and where there is no room left, end a process that has none."""
+        """Count answers that have ended; where there is no room left, end a process without any."""
         while self._ended:
             grammar, number = self._ended.popleft()
             grammar.users -= 1
@@ -231,8 +232,8 @@ _all_lock = threading.Lock()
 def json_constraint(tokenizer: Tokenizer, schema: Mapping[str, Any] | None = None) -> Constraint:
     """The beginning of an answer that is one JSON value of a schema; without one, any object.
 
-    Raises InputError for a schema that is none, asks for what cannot be enforced or takes too much to prepare, and
-    without llguidance; BusyError where answers to too many others are under way.
+    Raises InputError for a schema that is none, asks for what cannot be enforced or takes too much
+    to prepare, and without llguidance; BusyError where answers to too many others are under way.
     """
     try:
         import llguidance  # noqa: F401
@@ -257,7 +258,7 @@ def json_constraint(tokenizer: Tokenizer, schema: Mapping[str, Any] | None = Non
 
 
 def close_grammars() -> None:
-    """End the processes of all grammars; answers that follow one, and schemas that are being prepared, fail."""
+    """End the processes of all grammars; answers that follow one, and schemas at work, fail."""
     with _all_lock:
         for grammars in list(_all.values()):
             grammars.close()

@@ -20,8 +20,9 @@ _COMPARED = 4096  # ids at a time
 def default_chunk(model: Mistral) -> int:
     """Tokens of a prompt to read at a time, by what was measured (docs/performance.md).
 
-    Nothing is cancelled within a chunk. On the CPU backend, 128 keep most of what is computed within the cache; where
-    weights stay quantised there, a row costs the same in any company, and in a large model seconds.
+    Nothing is cancelled within a chunk. On the CPU backend, 128 keep most of what is computed
+    within the cache; where weights stay quantised there, a row costs the same in any company, and
+    in a large model seconds.
     """
     if not on_cpu():
         return 512
@@ -29,11 +30,11 @@ def default_chunk(model: Mistral) -> int:
 
 
 def reuse(cache: RollingCache, ids: Sequence[int], snapshots: Iterable[Snapshot] = ()) -> int:
-    """Bring the cache to the longest start of `ids` that it or one of `snapshots` holds; how many tokens that is.
+    """Bring the cache to the longest start of `ids` that it or a snapshot holds; its length.
 
-    At least one token is left to prefill, since its logits are needed. Where a ring can no longer roll back that
-    far, what it holds is of no use; where nothing is, the cache starts anew. Snapshots of a cache with other
-    settings are passed over.
+    At least one token is left to prefill, since its logits are needed. Where a ring can no longer
+    roll back that far, what it holds is of no use; where nothing is, the cache starts anew.
+    Snapshots of a cache with other settings are passed over.
     """
     best, source = _reusable(cache.ids, cache.offset, cache.max_rollback if cache.intact else -1, ids), None
     for snapshot in snapshots:
@@ -62,7 +63,11 @@ def shared_start(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def reusable(shared: int, offset: int, max_rollback: int, length: int) -> int:
-    """How many tokens of a prompt of `length`, but not its last, a cache can roll back to that shares its start."""
+    """How many tokens of a prompt's start, but not all, a cache can be rolled back to.
+
+    shared        tokens that the cache and the prompt of `length` begin with alike
+    offset        tokens in the cache, of which it can undo `max_rollback`
+    """
     known = min(shared, length - 1)
     return known if offset - known <= max_rollback else 0
 
@@ -80,9 +85,10 @@ def prefill(
     chunk: int = 512,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> mx.array:
-    """Read a prompt into the cache, `chunk` tokens at a time; the logits [1, vocab_size] after its last token.
+    """Read a prompt into the cache, a chunk at a time; the logits [1, vocab_size] after it.
 
-    Each chunk is evaluated before the next is built: a layer never holds more than window + chunk keys.
+    Each chunk is evaluated before the next is built: a layer never holds more than window + chunk
+    keys.
     """
     report = on_progress or (lambda done, total: None)
     hidden = None
@@ -95,7 +101,7 @@ def prefill(
 
 
 def read_chunk(model: Mistral, ids: list[int], cache: RollingCache) -> mx.array:
-    """Read one chunk into the cache, evaluated; the hidden state [1, 1, hidden_size] of its last token."""
+    """Read one chunk into the cache; the hidden state [1, 1, hidden_size] of its last token."""
     hidden = model.hidden(mx.array([ids]), cache)[:, -1:]
     mx.eval(hidden, *cache.arrays)
     cache.ids += ids
@@ -106,11 +112,11 @@ def read_chunk(model: Mistral, ids: list[int], cache: RollingCache) -> mx.array:
 def decode(
     model: Mistral, logits: mx.array, cache: RollingCache, sampler: Sampler, limit: int | None
 ) -> Generator[int, None, None]:
-    """Yield up to `limit` tokens (None: for ever), starting from the logits [1, vocab_size] of the prompt's end.
+    """Yield up to `limit` tokens (None: for ever), from the logits [1, vocab_size] of the prompt.
 
-    The pass after a token is under way before that token is read: the device never waits for Python. Every token that
-    has been yielded is in the cache. A sampler that does not look ahead is called once for each token, after the
-    one before has been taken.
+    The pass after a token is under way before that token is read: the device never waits for
+    Python. Every token that has been yielded is in the cache. A sampler that does not look ahead is
+    called once for each token, after the one before has been taken.
     """
     if limit == 0:
         return

@@ -82,32 +82,36 @@ def stream_generate(
 ) -> Generator[Piece, None, None]:
     """Yield the answer to `prompt` piece by piece.
 
-    prompt      a text to go on with, a list of ids (an array of MLX or NumPy too), or a list of chat messages (see
-                `m7mlx.tokens.messages`), whose contents may be lists of text parts. A last message
-                of the assistant with "prefix": True is continued: the answer is what comes after it
-    cache       kept from call to call, so that only what is new of the prompt is prefilled; this model's own. A
-                generator that is at work with it gives way to a new one, and fails if it is asked for more
-    drafter     guesses several tokens at a time, fewer than the cache's slack (`m7mlx.speculative`); the answer
-                is the same, only faster
+    prompt      a text to go on with, a list of ids (an array of MLX or NumPy too), or a list of
+                chat messages (see `m7mlx.tokens.messages`), whose contents may be lists of text
+                parts. A last message of the assistant with "prefix": True is continued: the answer
+                is what comes after it
+    cache       kept from call to call, so that only what is new of the prompt is prefilled; this
+                model's own. A generator that is at work with it gives way to a new one, and fails
+                if it is asked for more
+    drafter     guesses several tokens at a time, fewer than the cache's slack
+                (`m7mlx.speculative`); the answer is the same, only faster
     sampling    how each token is chosen; None takes the most probable
     max_tokens  tokens to generate at most; None goes on until the model ends or its context is full
     stop        texts that end the answer; they are not part of it
-    on_prefill  called with (tokens done, tokens to do) before, between and after the chunks; what it raises
-                ends the prefill and leaves the cache valid
-    continues   ids, or the text, of an answer that was broken off. It goes on after them, with the same seed as if
-                it had never been broken off
+    on_prefill  called with (tokens done, tokens to do) before, between and after the chunks; what
+                it raises ends the prefill and leaves the cache valid
+    continues   ids, or the text, of an answer that was broken off. It goes on after them, with the
+                same seed as if it had never been broken off
     constraint  a grammar that the answer follows (`m7mlx.constrain`); not together with a drafter
-    logprobs    tell in `piece.logprobs` how likely each token was, and so many of the likeliest in its place
+    logprobs    tell in `piece.logprobs` how likely each token was, and so many of the likeliest in
+                its place
     logits_processors
-                functions f(ids, logits) → logits, as for mlx-lm (`m7mlx.sampling.LogitsProcessor`); not together
-                with a drafter
+                functions f(ids, logits) → logits, as for mlx-lm (`m7mlx.sampling.LogitsProcessor`);
+                not together with a drafter
 
     prefill_chunk is the number of tokens read at a time; None takes what is fastest on the backend
     (`m7mlx.decode.default_chunk`). Nothing can be cancelled within a chunk.
 
     Closing the generator stops within one token; the cache then holds every token that was yielded.
 
-    Raises TokenizerError (ids outside the vocabulary), ChatFormatError, PromptTooLongError, InputError.
+    Raises TokenizerError (ids outside the vocabulary), ChatFormatError, PromptTooLongError,
+    InputError.
     """
     request = Request(
         prompt,

@@ -1,7 +1,7 @@
-"""JSON schemas → masks over ids, by llguidance: what a `Worker` runs for `m7mlx.constrain`, in a process of its own.
+"""JSON schemas → masks over ids, by llguidance, in a process that `m7mlx.constrain` starts.
 
-A stranger's schema can take any time and memory, and overflow the library's stack. So none of it is ever prepared in
-the process that computes. Frames, all numbers in the machine's order:
+A stranger's schema can take any time and memory, and overflow the library's stack. So none of it is
+ever prepared in the process that computes. Frames, all numbers in the machine's order:
 
     setup                  JSON: the vocabulary (`vocabulary`)
     "c" schema             prepare it; from here on this process is of this schema
@@ -22,8 +22,8 @@ from typing import Any
 MAX_SCHEMA = 200_000  # characters
 NUMBER = struct.Struct("=I")
 STEP = struct.Struct("=Ii")  # answer, token; −1 for none
-_AT_ONCE = 20_000  # places of a grammar that an answer may stand at; the clock ends what takes too long before
-_TOO_MUCH = ("panic", "backtrace", "fuel", "Parser Error")  # the library's own limits, in its own words
+_AT_ONCE = 20_000  # places of a grammar that an answer may stand at; the clock ends most before
+_TOO_MUCH = ("panic", "backtrace", "fuel", "Parser Error")  # the library's limits, in its words
 
 
 def handler(setup: bytes) -> Callable[[bytes], bytes]:
@@ -92,7 +92,8 @@ class _Vocabulary:
         self.tokens = [bytes.fromhex(token) for token in told["tokens"]]
         self.special_token_ids, self.eos_token_id, self.bos_token_id = told["special"], told["eos"][0], told["bos"]
         self._encode = _encoder(told["library"], base64.b85decode(told["data"]))
-        self._after = "\n" if told["leading_space"] else ""  # sentencepiece would put a space before what comes first
+        # sentencepiece would put a space before what comes first
+        self._after = "\n" if told["leading_space"] else ""
         self._before = len(self._encode(self._after)) if self._after else 0
 
     def __call__(self, text: str) -> list[int]:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import statistics
 from collections import deque
 
-MAX_DRAFT = 15  # with the token before it 16 queries: beyond, the pass grows dearer than the draft is worth
+MAX_DRAFT = 15  # with the token before it 16 queries: beyond, a pass costs more than it is worth
 
 
 class Pace:
-    """Decides how many tokens to draft, from what passes have cost and how much of the drafts was right.
+    """Decides how many tokens to draft, by what passes cost and how much of the drafts was right.
 
-    A draft of k tokens, each right with probability a, gives (1 − a^(k+1)) / (1 − a) tokens for one pass over
-    k + 1; plain decoding gives one for a pass over one. Both costs are measured, since they differ by backend: a GPU
-    reads its weights once for many queries, a processor without a good BLAS gains nothing. Whatever a draft has
-    cost more than plain decoding is entered in an account that may not fall below a small share of the time
-    spent, so that even an unlucky text is hardly slower.
+    A draft of k tokens, each right with probability a, gives (1 − a^(k+1)) / (1 − a) tokens for one
+    pass over k + 1; plain decoding gives one for a pass over one. Both costs are measured, since
+    they differ by backend: a GPU reads its weights once for many queries, a processor without a
+    good BLAS gains nothing. Whatever a draft has cost more than plain decoding is entered in an
+    account that may not fall below a small share of the time spent, so that even an unlucky text is
+    hardly slower.
     """
 
     _DRAFTS = (1, 3, 7, MAX_DRAFT)
@@ -26,7 +27,8 @@ class Pace:
     def __init__(self) -> None:
         self._plain: deque[float] = deque(maxlen=15)  # seconds
         self._checks: dict[int, deque[float]] = {}  # queries in the pass → seconds
-        # Drafted tokens that were right and wrong, as if two had been tried: at the beginning of a copy, and in it.
+        # Drafted tokens that were right and wrong, as if two had been tried: at the beginning of a
+        # copy, and within it.
         self._odds = {False: list(self._PRIOR), True: list(self._PRIOR)}
         self._copying = False  # the last draft was right to its end
         self._elapsed = self._saved = 0.0  # seconds
@@ -50,7 +52,7 @@ class Pace:
         self._plain.append(seconds)
         self._elapsed += seconds
         self._copying = False
-        for odds in self._odds.values():  # what was learned fades, so that another part of the text gets its try
+        for odds in self._odds.values():  # what was learned fades, for other parts of the text
             odds[:] = [n + 0.01 * (prior - n) for n, prior in zip(odds, self._PRIOR, strict=True)]
 
     def waited(self, seconds: float) -> None:
@@ -74,7 +76,7 @@ class Pace:
             self._saved = min(self._saved + tokens * one - min(seconds, 16 * one), 10 * one)
 
     def _cost(self, queries: int, one: float) -> float:
-        """Seconds of a pass over `queries` tokens: measured, or on the line between or behind those measured."""
+        """Estimate the seconds of a pass over `queries` tokens by those that were measured."""
         known = {1: one} | {n: statistics.median(times) for n, times in self._checks.items()}
         if queries in known:
             return known[queries]

@@ -1,8 +1,8 @@
 """What is asked for: a prompt in any of its forms, and how to answer it.
 
 A `Request` says it once, for the library, the chat, the server and processes that share a model.
-`prepare` makes of it what one model can answer: its prompt as ids, a JSON schema as a grammar, and a
-limit that its cache has room for.
+`prepare` makes of it what one model can answer: its prompt as ids, a JSON schema as a grammar, and
+a limit that its cache has room for.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _unprocessed(ids: mx.array, logits: mx.array) -> mx.array:
 
 
 def prepare(request: Request, model: Mistral, tokenizer: Tokenizer, cache: RollingCache) -> Request:
-    """The request as `model` can answer it with `cache`: ids, a grammar, and a limit with room for it.
+    """Make of a request what `model` can answer with `cache`: ids, a grammar, a limit with room.
 
     Raises TokenizerError (ids outside the vocabulary), ChatFormatError, PromptTooLongError,
     InputError, BusyError.
@@ -158,7 +158,7 @@ def prepare(request: Request, model: Mistral, tokenizer: Tokenizer, cache: Rolli
 
 
 def with_grammar(request: Request, tokenizer: Tokenizer) -> Request:
-    """The request with the constraint that its JSON schema means; that may take seconds.
+    """Put a grammar in the place of a request's JSON schema, which may take seconds.
 
     Raises InputError for a schema that cannot be used, and BusyError.
     """
@@ -168,7 +168,7 @@ def with_grammar(request: Request, tokenizer: Tokenizer) -> Request:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> Sequence[int]:
-    """Ids of a prompt in any of its three forms. Raises InputError and ChatFormatError."""
+    """Encode a prompt in any of its three forms. Raises InputError and ChatFormatError."""
     if isinstance(prompt, str):
         return tokenizer.encode(prompt, add_bos=tokenizer.add_bos)
     if isinstance(prompt, Mapping):
@@ -185,7 +185,7 @@ def _continued(prompt: Prompt) -> Message | None:
 
 
 def check_ids(given: Any) -> Sequence[int]:
-    """Token ids from a list or an array of one conversation. Raises InputError for others."""
+    """Take token ids from a list or an array of one conversation. Raises InputError for others."""
     if isinstance(given, array) and given.typecode in "iIlLqQ":
         return given  # from a server's client: a million of them would take a while to look at
     if isinstance(given, mx.array | np.ndarray):
@@ -199,7 +199,10 @@ def check_ids(given: Any) -> Sequence[int]:
 
 
 def check_prompt(model: Mistral, ids: Sequence[int], cache: RollingCache) -> int | None:
-    """How many tokens may follow the prompt; None where a window sets no limit."""
+    """Check that a prompt fits; how many tokens may follow it, None where a window sets no limit.
+
+    Raises InputError for no ids, TokenizerError for ids outside the vocabulary, PromptTooLongError.
+    """
     config = model.config
     if not ids:
         raise InputError("the prompt is empty; give at least one token")

@@ -1,8 +1,8 @@
 """Logits → the next token.
 
-The filters and their order are those of mlx-lm (top_p, min_p, top_k, then the temperature), so that the same
-settings give the same distribution. Randomness comes from a key of the request's own, not from MLX's global
-state: the same seed gives the same answer whatever else runs.
+The filters and their order are those of mlx-lm (top_p, min_p, top_k, then the temperature), so that
+the same settings give the same distribution. Randomness comes from a key of the request's own, not
+from MLX's global state: the same seed gives the same answer whatever else runs.
 """
 
 from __future__ import annotations
@@ -30,10 +30,13 @@ class Sampling:
     """How the next token is chosen. The defaults are greedy decoding.
 
     temperature         0 takes the most probable token
-    top_p               keep the most probable tokens that together reach this probability; 1 keeps all
+    top_p               keep the most probable tokens that together reach this probability; 1 keeps
+                        all
     top_k               keep this many most probable tokens; 0 keeps all
-    min_p               keep tokens at least this probable, relative to the most probable one; 0 keeps all
-    repetition_penalty  divide (or multiply, if negative) the logits of recent tokens by this; 1 changes nothing
+    min_p               keep tokens at least this probable, relative to the most probable one; 0
+                        keeps all
+    repetition_penalty  divide (or multiply, if negative) the logits of recent tokens by this; 1
+                        changes nothing
     repetition_context  how many of the last tokens, prompt included, count as recent
     seed                makes sampling repeatable; None draws a new one
 
@@ -104,15 +107,20 @@ class Scored(NamedTuple):
 class Sampler:
     """Chooses tokens for one request. Each call stays lazy: nothing is read back from the device.
 
-    The n-th token is drawn with a key made of the seed and n alone. So the same tokens come out however many are
-    looked at in one pass, which is what makes speculative decoding exact here (`m7mlx.speculative`).
+    The n-th token is drawn with a key made of the seed and n alone. So the same tokens come out
+    however many are looked at in one pass, which is what makes speculative decoding exact here
+    (`m7mlx.speculative`).
 
     bias        added to the logits of some ids
     processors  functions that change the logits, after bias and penalty (`LogitsProcessor`)
-    constraint  what the answer must follow (`m7mlx.constrain`): then each token is read before the next is chosen
-    logprobs    tell of each token how likely it was, and so many of the likeliest, in `scored`; None for neither
-    vocab_size  that of the tokenizer: ids from there on, which padded embeddings have, are never chosen
-    agree       makes of tokens [B] those that are taken, where several processes choose (`Mistral.agree`)
+    constraint  what the answer must follow (`m7mlx.constrain`): then each token is read before the
+                next is chosen
+    logprobs    tell of each token how likely it was, and so many of the likeliest, in `scored`;
+                None for neither
+    vocab_size  that of the tokenizer: ids from there on, which padded embeddings have, are never
+                chosen
+    agree       makes of tokens [B] those that are taken, where several processes choose
+                (`Mistral.agree`)
     """
 
     def __init__(
@@ -130,12 +138,12 @@ class Sampler:
         self._logprobs, self._vocab_size, self._agree = logprobs, vocab_size, agree
         self._processors = tuple(processors)
         self.scored: deque[Scored] = deque()  # of the tokens chosen and not yet taken from here
-        self._previewed: list[Scored] = []  # by the last `preview`, of tokens that may come to be chosen
+        self._previewed: list[Scored] = []  # by the last `preview`, of tokens that may be chosen
         self._last: mx.array | None = None  # chosen, and not yet told to the constraint
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         self._seed = random.Random(seed).getrandbits(64)  # far apart for neighbouring seeds
         self._count = 0  # tokens chosen
-        self._recent: mx.array | None = None  # ids [≤ repetition_context], the prompt's last ones first
+        self._recent: mx.array | None = None  # ids [≤ repetition_context], the latest last
         self._ids = mx.array([], mx.int32)  # all of them, where processors want them
 
     @property
@@ -153,7 +161,7 @@ class Sampler:
         return self.constraint is None and not self._processors
 
     def see(self, ids: Sequence[int], chosen: int = 0) -> None:
-        """Tell what the prompt is, for penalty and processors; its last `chosen` tokens were chosen earlier on."""
+        """Take note of the prompt, whose last `chosen` tokens were chosen earlier on."""
         self._count = chosen
         if self._processors:
             self._ids = mx.array(np.asarray(ids, np.int32))
@@ -190,7 +198,7 @@ class Sampler:
     def _processed(self, logits: mx.array) -> mx.array:
         shape = logits.shape
         logits = mx.array(logits)  # mlx-lm's own processors write into what they are given
-        mx.async_eval(self._ids)  # or it would be built anew from the beginning if nobody ever looked at it
+        mx.async_eval(self._ids)  # or the graph would grow with each token that nobody looks at
         for process in self._processors:
             logits = process(self._ids, logits)
             if not isinstance(logits, mx.array) or logits.shape != shape:
@@ -205,8 +213,8 @@ class Sampler:
             self.constraint.accept(self._last.item())  # type: ignore[arg-type]
         return mx.where(self.constraint.mask(logits.shape[-1]), logits, -mx.inf)
 
-    def preview(self, logits: mx.array, draft: Sequence[int]) -> mx.array:  # [1, L, vocab_size] → ids [L]
-        """What would be chosen at each of L positions, had the L − 1 tokens of `draft` been chosen before."""
+    def preview(self, logits: mx.array, draft: Sequence[int]) -> mx.array:  # [1, L, n] → ids [L]
+        """Choose at each of L positions as if the L − 1 ids of `draft` had been chosen before."""
         if self.is_greedy:
             return mx.argmax(known(logits[0], self._vocab_size), axis=-1)
         after, chosen = self.fork(), []
@@ -224,7 +232,7 @@ class Sampler:
         self._advance(mx.array(list(ids)), len(ids))
 
     def fork(self) -> Sampler:
-        """Another sampler that goes on from here with the same randomness; it tells no log probabilities."""
+        """Make a sampler that goes on from here with the same randomness, without scores."""
         other = copy.copy(self)
         other._logprobs, other.scored, other._previewed = None, deque(), []
         return other
@@ -268,7 +276,7 @@ def filtered_logprobs(logits: mx.array, sampling: Sampling) -> mx.array:
 
 
 def _top_p(logprobs: mx.array, top_p: float) -> mx.array:
-    """Keep the tokens whose cumulative probability, from the least probable up, exceeds 1 − top_p."""
+    """Keep tokens whose cumulative probability, from the least probable up, exceeds 1 − top_p."""
     order = mx.argsort(logprobs, axis=-1)
     cumulative = mx.cumsum(mx.take_along_axis(mx.exp(logprobs), order, axis=-1), axis=-1)
     ranks = mx.put_along_axis(
@@ -280,7 +288,7 @@ def _top_p(logprobs: mx.array, top_p: float) -> mx.array:
 
 
 def penalize(logits: mx.array, recent: mx.array, penalty: float) -> mx.array:
-    """The repetition penalty of CTRL (arXiv 1909.05858): logits of recent ids are made less likely."""
+    """Make the logits of recent ids less likely: the penalty of CTRL (arXiv 1909.05858)."""
     chosen = logits[:, recent]
     chosen = mx.where(chosen < 0, chosen * penalty, chosen / penalty)
     out = mx.array(logits)

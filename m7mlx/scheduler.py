@@ -1,8 +1,9 @@
-"""Many requests at once: prompts are read a chunk at a time between the steps of a batch that answers all others.
+"""Many requests at once: between the steps of a batch, prompts are read a chunk at a time.
 
-A step is one pass over a token of every answer under way, built before the tokens of the last one are read. Requests
-join and leave between steps. Memory is bounded by rows × window; as many conversations again that have ended may be
-kept, so that a request that begins like an earlier one reads only what is new.
+A step is one pass over a token of every answer under way, built before the tokens of the last one
+are read. Requests join and leave between steps. Memory is bounded by rows × window; as many
+conversations again that have ended may be kept, so that a request that begins like an earlier one
+reads only what is new.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from m7mlx.request import Request, prepare
 from m7mlx.sampling import known
 from m7mlx.tokens.tokenizer import Tokenizer
 
-_TURNS = 4  # prompts of which a chunk is read between two steps: more would stall the answers under way
+_TURNS = 4  # prompts of which a chunk is read between two steps: more would stall the answers
 
 Told = list[tuple[int, Piece]]
 """Pieces of answers, each with the number that `Scheduler.add` gave to its request."""
@@ -71,7 +72,8 @@ class Scheduler:
         self._model, self._tokenizer, self._rows = model, tokenizer, rows
         self.options = {"rows": rows, "kept": kept, "slack": slack, "kv_bits": kv_bits}
         self._step = step_of(model)
-        self._shared = model.exchange is not None  # a failed pass failed here alone, and other processes wait for it
+        # What fails here alone would leave the other processes waiting.
+        self._shared = model.exchange is not None
         self._new = model.new_cache(slack=slack, kv_bits=kv_bits)
         self._waiting: deque[_Numbered] = deque()
         self._reading: deque[_Numbered] = deque()  # their prompts take turns
@@ -88,7 +90,7 @@ class Scheduler:
         return sum(a is not None for a in self._answers) + len(self._reading), len(self._waiting)
 
     def add(self, request: Request) -> int:
-        """Queue a request; its number. Raises what `m7mlx.stream_generate` raises for its prompt and options."""
+        """Queue a request; its number. Raises what `m7mlx.stream_generate` raises."""
         return self.admit(self.prepare(request))
 
     def prepare(self, request: Request) -> Request:
@@ -119,11 +121,14 @@ class Scheduler:
         return answer.fail(answer.error) if answer.error else answer.end("cancelled")
 
     def broken(self) -> list[int]:
-        """Numbers of answers that have failed and wait to be cancelled, where other processes must hear of it."""
+        """Find answers that have failed and that other processes go on with until told; numbers."""
         return [a.number for a in self._answers if a is not None and a.error] if self._shared else []
 
     def step(self) -> tuple[Told, bool]:
-        """One chunk of a prompt, one token of every answer; their pieces, and whether there is more to do."""
+        """Read some of the prompts and decode a token of every answer.
+
+        Their pieces, and whether there is more to do.
+        """
         told = self._read()
         if any(self._answers):
             told += self._decode()
@@ -159,7 +164,7 @@ class Scheduler:
         return told
 
     def _may_wait(self, answer: _Numbered) -> bool:
-        """Whether a prompt that came before is being read and will soon hold more of the start of this one.
+        """Whether a prompt that is being read will soon hold more of the start of this one.
 
         The wait ends one chunk before they part: a ring that has turned could not go back to there.
         """
@@ -179,7 +184,7 @@ class Scheduler:
             cache = answer.cache
         chunk = default_chunk(self._model)
         end = cache.offset + chunk
-        if len(answer.ids) - end < chunk // 2:  # so few rows would cost nearly as much as a whole chunk
+        if len(answer.ids) - end < chunk // 2:  # so few would cost nearly as much as a whole chunk
             end = len(answer.ids)
         hidden = read_chunk(self._model, list(answer.ids[cache.offset : end]), cache)
         if cache.offset < len(answer.ids):
@@ -188,7 +193,7 @@ class Scheduler:
         return self._model.head(hidden)[:, -1]
 
     def _longest_start(self, answer: _Numbered) -> RollingCache:
-        """A cache that holds as much of the start of a prompt as any conversation that has ended or is being read."""
+        """Make a cache that holds as much of a prompt's start as any conversation that is here."""
         cache = self._new.like()
         best, source = self._source(answer)
         if source is not None:
@@ -279,7 +284,7 @@ class Scheduler:
         if answer.error is None:
             return piece
         if self._shared and piece.finish_reason is None:
-            return None  # the other processes go on with it: it ends when it is cancelled on all of them
+            return None  # the other processes go on with it, until it is cancelled on all
         return answer.fail(answer.error)
 
     def _choose(self, logits: mx.array) -> mx.array:  # [B, vocab_size] → [B]
@@ -290,7 +295,7 @@ class Scheduler:
         return mx.concatenate([self._token(a, one) if a else mx.argmax(one, axis=-1) for a, one in rows])
 
     def _token(self, answer: _Numbered, logits: mx.array) -> mx.array:  # [1, vocab_size] → [1]
-        """What an answer chooses. Where its grammar or a processor fails, any token: it will end as failed."""
+        """Choose an answer's next token; any, where that fails, since the answer then fails."""
         try:
             return answer.sampler(logits)
         except Exception as error:
@@ -298,7 +303,7 @@ class Scheduler:
             return self._model.agree(mx.argmax(known(logits, self._tokenizer.vocab_size), axis=-1))
 
     def _retire(self, row: int) -> None:
-        """End the answer of a row, and keep its conversation in the place of those that it goes on from."""
+        """End the answer of a row; its conversation replaces those that it goes on from."""
         assert self._batch is not None
         self._answers[row] = None
         if not self._kept.maxlen:
@@ -311,7 +316,7 @@ class Scheduler:
                 raise
 
     def _shrink(self) -> Told:
-        """Give up the rows of answers that have ended, once they cost more than laying the others out anew."""
+        """Give up rows that have ended, once they cost more than laying the others out anew."""
         going = [i for i, answer in enumerate(self._answers) if answer]
         try:
             if not going:

@@ -1,7 +1,7 @@
-"""Log probabilities of given tokens: what perplexity, likelihoods and the distance of two models are made of.
+"""Log probabilities of given tokens, for perplexity, likelihoods and the distance of two models.
 
-A text goes through a cache a chunk at a time. Logits of a few positions are held at once, and of each only the
-numbers asked for are kept.
+A text goes through a cache a chunk at a time. Logits of a few positions are held at once, and of
+each only the numbers asked for are kept.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Scores(NamedTuple):
 class Comparison(NamedTuple):
     """Two models' predictions of the same tokens, by token; logarithms are natural.
 
-    kl         KL(reference ‖ model): Σ p (log p − log q) over the vocabulary, p the reference's and q the model's
+    kl         KL(reference ‖ model): Σ p (log p − log q) over the vocabulary, p the reference's and
+               q the model's
     agrees     bool, whether both find the same token the likeliest
     logprobs   of the token itself, by the model
     reference  … by the reference
@@ -49,7 +50,7 @@ class Comparison(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A stretch of a text that is read by itself: ids[start : end − 1], to score ids[first : end]."""
+    """A stretch of a text: ids[start : end − 1] are read to score ids[first : end]."""
 
     start: int
     first: int
@@ -59,8 +60,8 @@ class Span(NamedTuple):
 def spans(length: int, context: int | None = None, stride: int | None = None, first: int = 1) -> Iterator[Span]:
     """Yield spans that score each of ids[first:length] once and read at most `context` tokens.
 
-    Each advances by `stride` tokens, so that what it scores has seen context − stride + 1 tokens at least; the
-    first scores all it can. Without a context, one span holds everything.
+    Each advances by `stride` tokens, so that what it scores has seen context − stride + 1 tokens at
+    least; the first scores all it can. Without a context, one span holds everything.
 
         context 4, stride 2, length 9:   reads 0 1 2 3 … 5, scores
         span 1                                 0 1 2 3           1 2 3 4
@@ -87,9 +88,11 @@ def score(
     cache: RollingCache | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Scores:
-    """Scores of ids[first:], each given all before it that the model and its cache can see; first is at least 1.
+    """Score ids[first:], each given all before it that the model and its cache can see.
 
-    cache    an empty one, to be read through; `advance` is told how many tokens each step has scored
+    first    at least 1
+    cache    an empty one, to be read through; `advance` is told how many tokens each step has
+             scored
 
     Raises TokenizerError (ids outside the vocabulary), PromptTooLongError, InputError.
     """
@@ -113,8 +116,8 @@ def compare(
 ) -> Comparison:
     """How far `model` is from `reference` at each of ids[first:]; both read the text in step.
 
-    caches  of the model and of the reference, empty; otherwise as for `score`. Raises InputError for two
-            vocabularies.
+    caches  of the model and of the reference, empty; otherwise as for `score`. Raises InputError
+            for two vocabularies.
     """
     both = model, reference
     if len({side.config.vocab_size for side in both}) != 1:
@@ -139,7 +142,7 @@ def compare(
 def read_logits(
     model: Mistral, ids: mx.array, cache: KVCache, first: int = 0, chunk: int | None = None
 ) -> Iterator[mx.array]:
-    """Logits [B, positions, vocab_size] of what follows the positions first, first + 1, … of ids [B, L], in order.
+    """Yield logits [B, positions, vocab_size] at positions first, first + 1, … of ids [B, L].
 
     Rows of a batch may be padded on the right: no position sees what comes after it.
     """
@@ -161,7 +164,7 @@ def scores_of(logits: mx.array, following: mx.array) -> Scores:  # [..., vocab_s
 
 
 def compare_logits(logits: mx.array, reference: mx.array, following: mx.array) -> Comparison:
-    """The comparison at each position, for logits [L, vocab_size] of both sides and the tokens that follow [L]."""
+    """Compare logits [L, vocab_size] of both sides at each position; the tokens [L] do follow."""
     q, p = log_softmax(logits), log_softmax(reference)
     agrees = mx.argmax(logits, axis=-1) == mx.argmax(reference, axis=-1)
     return Comparison(_kl(p, q), np.array(agrees), *(np.array(_picked(side, following)) for side in (q, p)))
@@ -170,10 +173,11 @@ def compare_logits(logits: mx.array, reference: mx.array, following: mx.array) -
 def log_softmax(logits: mx.array) -> mx.array:
     """Log probabilities in float32, over the last axis."""
     logits = logits.astype(mx.float32)
-    logits = logits - mx.max(logits, axis=-1, keepdims=True)  # first: a large number would swallow the logarithm
+    # First: a large number would swallow the logarithm.
+    logits = logits - mx.max(logits, axis=-1, keepdims=True)
     if not on_cpu():
         return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    # NumPy's exp uses the processor's vectors: eleven times as fast as MLX's, one row at a time within its cache.
+    # NumPy's exp uses the processor's vectors: eleven times as fast as MLX's, a row at a time.
     rows = np.array(logits, copy=False).reshape(-1, logits.shape[-1])
     totals = np.log([np.exp(row).sum() for row in rows], dtype=np.float32)
     return logits - mx.array(totals).reshape(*logits.shape[:-1], 1)

@@ -1,15 +1,17 @@
 """Several tokens from one forward pass: a cheap guess at what follows, checked by the model itself.
 
-A draft is written into the ring behind the last token, all of it is looked at in one pass, and what the model
-would not have chosen is rolled back; the slack makes room for it, before and after the ring has turned.
+A draft is written into the ring behind the last token, all of it is looked at in one pass, and what
+the model would not have chosen is rolled back; the slack makes room for it, before and after the
+ring has turned.
 
-Exact by construction. At every position the model's own choice is drawn, with the randomness that this position
-has in plain decoding too, and a draft's token is kept if it is that choice. The first that is not is replaced by it.
-So the tokens are those of plain decoding, greedy or sampled, whatever the draft was: for a draft without
-probabilities this is rejection sampling (a token x survives with probability p(x), and what replaces it follows p
-without x); a draft model draws from its own distribution with the same noise, which makes both agree often (the
-Gumbel coupling of arXiv 2408.07978). Numbers that differ in the last bits between one and several queries
-can turn a near tie the other way.
+Exact by construction. At every position the model's own choice is drawn, with the randomness that
+this position has in plain decoding too, and a draft's token is kept if it is that choice. The first
+that is not is replaced by it. So the tokens are those of plain decoding, greedy or sampled,
+whatever the draft was: for a draft without probabilities this is rejection sampling (a token x
+survives with probability p(x), and what replaces it follows p without x); a draft model draws from
+its own distribution with the same noise, which makes both agree often (the Gumbel coupling of arXiv
+2408.07978). Numbers that differ in the last bits between one and several queries can turn a near
+tie the other way.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ DRAFT_SLACK = 2 * (MAX_DRAFT + 1)  # a draft, and what a longer one before it ha
 
 
 class Drafter(Protocol):
-    """Guesses what follows. `pace` decides how much of it is worth a try, and learns from answer to answer."""
+    """Guesses what follows. `pace` decides how much is worth a try, and learns between answers."""
 
     pace: Pace
 
@@ -45,28 +47,29 @@ class Drafter(Protocol):
         """An answer begins after these tokens."""
 
     def promising(self, ids: Sequence[int]) -> bool:
-        """Whether it is worth waiting for the token that follows `ids`; must cost next to nothing."""
+        """Whether waiting for the token after `ids` is worth it; must cost next to nothing."""
 
     def draft(self, ids: Sequence[int], token: int, most: int, sampler: Sampler) -> list[int]:
-        """Up to `most` tokens that may follow `ids` and `token`; `sampler` is about to choose the first of them.
+        """Draft up to `most` tokens to follow `ids` and `token`; `sampler` will choose the first.
 
         Between `begin` and the last call, `ids` only grows, by the token given here first.
         """
 
 
 class PromptLookup:
-    """Looks where the last few tokens stood before and guesses that the same follows: quotes, edits, repairs.
+    """Finds where the last few tokens stood before, and guesses that the same follows.
 
-    Where a copy departs from its source (a word changed, a comma put in), two tokens are enough to find back to it.
+    That is so in quotes, edits and repairs. Where a copy departs from its source (a word changed, a
+    comma put in), two tokens are enough to find back to it.
     """
 
     _SIZES = (12, 6, 3)  # tokens that must match; the longest match is the surest
-    _NEAR = 12  # tokens of the source within which a departed copy is looked for, and for as many tokens
+    _NEAR = 12  # tokens around the source where a departed copy is looked for, for as many tokens
 
     def __init__(self) -> None:
         self.pace = Pace()
         self._seen = bytearray()  # the ids, 4 bytes each: `rfind` searches them at memory speed
-        self._source = self._at = 0  # where the last draft was taken from, and what length `ids` had then
+        self._source = self._at = 0  # where the last draft was taken from; the length of `ids` then
 
     def begin(self, ids: Sequence[int]) -> None:
         self._seen = bytearray(_packed(ids))
@@ -92,7 +95,7 @@ class PromptLookup:
         return guess
 
     def _find(self, n: int) -> int:
-        """Where the continuation of the latest earlier occurrence of the last `n` tokens begins; −1: nowhere."""
+        """Find what followed the last `n` tokens when they stood there before; −1 if never."""
         end = len(self._seen) - 4
         if end < n * 4:
             return -1
@@ -102,7 +105,7 @@ class PromptLookup:
         return -1 if at < 0 else at // 4 + n
 
     def _find_near(self, ids: Sequence[int], last: Sequence[int]) -> int:
-        """Where the source goes on after `last`, the end of `ids`, if a copy has just departed from it; else −1."""
+        """Find where a source that was just departed from goes on after `last`; −1 if nowhere."""
         copied = len(ids) - self._at
         if not self._at or copied > MAX_DRAFT + self._NEAR:
             return -1
@@ -163,7 +166,7 @@ class DraftModel:
 
 
 def load_draft_model(name: str | Path, model: Mistral, tokenizer: Tokenizer) -> DraftModel:
-    """Load a folder, repository or alias as the draft model of `model`. Raises as `load`, and InputError."""
+    """Load a folder, repository or alias as a draft model. Raises as `load`, and InputError."""
     draft, other = load(name)
     tokens = range(tokenizer.vocab_size)
     if other.vocab_size != tokenizer.vocab_size or any(

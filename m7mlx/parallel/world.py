@@ -76,7 +76,7 @@ class World:
         return request
 
     def close(self) -> None:
-        """End the run, on the thread that computes: what is under way is finished, since the others wait for it."""
+        """End the run, on the thread that computes; what others wait for is finished first."""
         mx.synchronize()
         self.channel.close()
 
@@ -84,7 +84,8 @@ class World:
 def join(mode: Mode | None, config_of: Callable[[], Any]) -> World | None:
     """Meet the other processes; None where there are none.
 
-    mode  None divides heads where they can be divided, else layers; `config_of` gives the model's ModelConfig then
+    mode       None divides heads where they can be divided, else layers
+    config_of  gives the model's ModelConfig
 
     Raises RunError if they cannot be met.
     """
@@ -113,7 +114,7 @@ def _fitting(config: Any, size: int) -> Mode:
 
 
 def _channel(rank: int, size: int, group: mx.distributed.Group) -> Channel:
-    """The first rank's address is known to all from what started them; port and key go through MLX."""
+    """Open the line: all know the first rank's address from the start; port and key go by MLX."""
     address = _first_address()
 
     def share(numbers: list[int]) -> list[int]:
@@ -128,7 +129,7 @@ def _channel(rank: int, size: int, group: mx.distributed.Group) -> Channel:
 
 
 def _first_address() -> str:
-    """Where the first rank listens, and nowhere else: what M7MLX_FIRST_HOST says, or what started the processes.
+    """Find where the first rank listens: M7MLX_FIRST_HOST, or what started the processes.
 
     Raises RunError where there is no such place.
     """
@@ -153,7 +154,7 @@ def _given_address() -> str:
     return ""
 
 
-# --- the scheduler of all ranks -------------------------------------------------------------------------------
+# --- the scheduler of all ranks -------------------------------------------------------------------
 
 
 class Leader:
@@ -191,7 +192,7 @@ def seeded(request: Request) -> Request:
 
 
 def follow(world: World, name: str | Path) -> None:
-    """Load this rank's shard and do what the first rank tells, until it ends, which ends this process."""
+    """Load this rank's shard and do what the first rank tells, until that ends this process."""
     model, tokenizer = world.load(name)
     scheduler: Scheduler | None = None
     while True:
@@ -219,8 +220,11 @@ def _answer(model: Mistral, tokenizer: Tokenizer, request: Request, cache: Rolli
 
 
 def run_rank(world: World, name: str | Path) -> int:
-    """The body of every rank's program but the first's: an exit status, and one line for what goes wrong."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of them; the first says when it is over
+    """Run the program of a rank that is not the first; its exit status.
+
+    What goes wrong is said in one line, and ends the run.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first says when to end
     try:
         follow(world, name)
     except M7Error as error:
