@@ -163,13 +163,13 @@ class StopFilter:
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        """`stops` are texts, none of them empty."""
+        """Make a filter for the texts `stops`, none of them empty."""
         self._searches = [_Search(stop) for stop in stops]
         self._held = ""  # could be the beginning of a stop text
         self.found = False
 
     def add(self, text: str) -> str:
-        """Take more of the stream; what of it can be shown now."""
+        """Take more of the stream; return what of it can be shown now."""
         before, self._held = len(self._held), self._held + text
         for end, letter in enumerate(text, before + 1):
             whole = [search.length for search in self._searches if search.see(letter)]
@@ -183,7 +183,7 @@ class StopFilter:
         return shown
 
     def finish(self, text: str) -> str:
-        """Take the last of the stream; the rest that can be shown."""
+        """Take the last of the stream; return the rest that can be shown."""
         return "" if self.found else self.add(text) + self._held
 
 
@@ -198,7 +198,7 @@ class _Search:
             self._shorter.append(self._longer(self._shorter[-1], letter))
 
     def see(self, letter: str) -> bool:
-        """Whether this letter makes it whole."""
+        """Take one more letter; return whether it makes the text whole."""
         self.begun = self._longer(self.begun, letter)
         return self.begun == self.length
 

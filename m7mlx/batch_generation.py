@@ -22,7 +22,7 @@ _ROWS = 8
 
 
 def is_several(prompt: object) -> bool:
-    """Whether it is a list of prompts; the first item of one prompt is an id or a message.
+    """Tell whether `prompt` is a list of prompts; one prompt's first item is an id or a message.
 
     Raises InputError for a list of prompts that holds something else.
     """

@@ -68,7 +68,7 @@ class Constraint:
         raise self._error
 
     def accept(self, token: int) -> None:
-        """The answer goes on with `token`; the next mask tells whether it may."""
+        """Go on with `token`; the next mask tells whether the answer may."""
         self._token = token
         self._tokens += 1
 
@@ -91,7 +91,7 @@ class Constraint:
 
 
 class Unconstrained(Constraint):
-    """In the place of a grammar that another process enforces, whose tokens are taken here."""
+    """Stands in for a grammar that another process enforces, whose tokens are taken here."""
 
     enforced = False
 

@@ -30,7 +30,7 @@ def default_chunk(model: Mistral) -> int:
 
 
 def reuse(cache: RollingCache, ids: Sequence[int], snapshots: Iterable[Snapshot] = ()) -> int:
-    """Bring the cache to the longest start of `ids` that it or a snapshot holds; its length.
+    """Bring the cache to the longest start of `ids` that it or a snapshot holds; return its length.
 
     At least one token is left to prefill, since its logits are needed. Where a ring can no longer
     roll back that far, what it holds is of no use; where nothing is, the cache starts anew.
@@ -85,7 +85,7 @@ def prefill(
     chunk: int = 512,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> mx.array:
-    """Read a prompt into the cache, a chunk at a time; the logits [1, vocab_size] after it.
+    """Read a prompt into the cache by chunks; return the logits [1, vocab_size] after it.
 
     Each chunk is evaluated before the next is built: a layer never holds more than window + chunk
     keys.
@@ -101,7 +101,7 @@ def prefill(
 
 
 def read_chunk(model: Mistral, ids: list[int], cache: RollingCache) -> mx.array:
-    """Read one chunk into the cache; the hidden state [1, 1, hidden_size] of its last token."""
+    """Read one chunk into the cache; return its last token's hidden state [1, 1, hidden_size]."""
     hidden = model.hidden(mx.array([ids]), cache)[:, -1:]
     mx.eval(hidden, *cache.arrays)
     cache.ids += ids

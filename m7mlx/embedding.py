@@ -61,7 +61,7 @@ def embed(
 
 
 def _is_text(text: object) -> bool:
-    """Whether it is a text or a list of ids, and not a conversation."""
+    """Tell whether `text` is a text or a list of ids, and not a conversation."""
     return isinstance(text, str) or (isinstance(text, Sequence) and all(isinstance(i, int) for i in text))
 
 

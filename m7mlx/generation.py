@@ -220,7 +220,7 @@ def _pieces(
 
 
 def _joined(pieces: Sequence[Piece]) -> Piece:
-    """Pieces of which only the last has something to show, or ends the answer, as one."""
+    """Join pieces of which only the last has something to show, or ends the answer."""
     if len(pieces) == 1:
         return pieces[0]
     return replace(

@@ -85,7 +85,7 @@ def put_on(model: Mistral, adapter: Adapter | None, name: str | None) -> None:
 
 
 def base_of(module: nn.Module) -> nn.Module:
-    """The module that an adapter's module changes; any other as it is."""
+    """Return the module that an adapter's module changes; any other module as it is."""
     return module.base if isinstance(module, ChangedLinear | ChangedEmbedding) else module
 
 
@@ -111,8 +111,9 @@ class ChangedLinear(nn.Module):
 class ChangedEmbedding(nn.Module):
     """An embedding, and its changes: of how tokens are read, and of how a tied head writes them.
 
-    Each change is {"rows": [vocabulary, r], "columns": [r, hidden]}, for DoRA with a "gain" [vocabulary, 1] or
-    [1, hidden], and with a "weight" [vocabulary, hidden] where that takes the base's place.
+    Each change is {"rows": [vocabulary, r], "columns": [r, hidden]}, for DoRA with a "gain"
+    [vocabulary, 1] or [1, hidden], and with a "weight" [vocabulary, hidden] where that takes the
+    base's place.
     """
 
     def __init__(self, base: nn.Module, reading: dict[str, mx.array], writing: dict[str, mx.array]) -> None:
@@ -139,7 +140,7 @@ class ChangedEmbedding(nn.Module):
         return out * change["gain"][:, 0] if "gain" in change and change["gain"].shape[0] > 1 else out
 
 
-# --- where it goes --------------------------------------------------------------------------------------
+# --- where it goes --------------------------------------------------------------------------------
 
 
 class _Place(NamedTuple):

@@ -48,7 +48,7 @@ class Pace:
         return best if self._saved - risk >= -self._LOAN * one - self._SHARE * self._elapsed else 0
 
     def plain(self, seconds: float) -> None:
-        """A token was decoded in the plain way, with the next pass under way."""
+        """Note that a plain token was decoded, with the next pass under way."""
         self._plain.append(seconds)
         self._elapsed += seconds
         self._copying = False
@@ -56,12 +56,12 @@ class Pace:
             odds[:] = [n + 0.01 * (prior - n) for n, prior in zip(odds, self._PRIOR, strict=True)]
 
     def waited(self, seconds: float) -> None:
-        """A token was decoded in the plain way, but the device had to wait for it to be read."""
+        """Note that a plain token was decoded, but the device had to wait for it to be read."""
         self._copying = False
         self._enter(seconds, 1)
 
     def checked(self, drafted: int, accepted: int, seconds: float) -> None:
-        """A draft was made and checked; `accepted` of its tokens were right."""
+        """Note that a draft was made and checked; `accepted` of its tokens were right."""
         self._checks.setdefault(drafted + 1, deque(maxlen=5)).append(seconds)
         right, wrong = self._odds[self._copying]
         self._odds[self._copying] = [0.8 * right + accepted, 0.8 * wrong + (accepted < drafted)]

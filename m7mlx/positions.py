@@ -265,7 +265,7 @@ class Positions:
         return self.lost <= self.slack
 
     def check_intact(self) -> None:
-        """Raise RollbackError after such a pass."""
+        """Raise RollbackError if a pass that broke off has overwritten live slots."""
         if not self.intact:
             raise RollbackError("a forward pass was broken off and overwrote keys still needed; reset the cache")
 
@@ -288,7 +288,7 @@ class Positions:
         return replace(self, offset=self.offset - n)
 
     def at(self, offset: int, written: int | None = None, starts: Sequence[int] = (0,)) -> Positions:
-        """Stand elsewhere, as rings that were filled from elsewhere demand."""
+        """Return positions that stand elsewhere, for rings that were filled from elsewhere."""
         return replace(self, offset=offset, written=offset if written is None else written, starts=tuple(starts))
 
     def turned_to(self, offset: int) -> Positions:

@@ -199,9 +199,10 @@ def check_ids(given: Any) -> Sequence[int]:
 
 
 def check_prompt(model: Mistral, ids: Sequence[int], cache: RollingCache) -> int | None:
-    """Check that a prompt fits; how many tokens may follow it, None where a window sets no limit.
+    """Check that a prompt fits; return how many tokens may follow it, None for no limit.
 
-    Raises InputError for no ids, TokenizerError for ids outside the vocabulary, PromptTooLongError.
+    A model with a window sets no limit. Raises InputError for no ids, TokenizerError for ids
+    outside the vocabulary, PromptTooLongError.
     """
     config = model.config
     if not ids:

@@ -89,7 +89,7 @@ class TokenLogprobs(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """The same on the device: of a token [1], and of the likeliest ids [n], best first."""
+    """`TokenLogprobs` on the device: of a token [1], and of the likeliest ids [n], best first."""
 
     token: mx.array
     logprob: mx.array
@@ -97,7 +97,7 @@ class Scored(NamedTuple):
     values: mx.array
 
     def read(self) -> TokenLogprobs:
-        """Wait for the device, and read it."""
+        """Wait for the device, and read the log probabilities."""
         ids: list[int] = self.ids.tolist()  # type: ignore[assignment]
         values: list[float] = self.values.tolist()  # type: ignore[assignment]
         top = list(zip(ids, values, strict=True))

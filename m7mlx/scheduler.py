@@ -50,7 +50,7 @@ class _Numbered(Answer):
 
 
 class Scheduler:
-    """Call `step` until it returns False; all on one thread, MLX's.
+    """Answers many requests at once; call `step` until it returns False, all on MLX's thread.
 
     rows   answers at a time; kept, how many conversations that have ended are kept for prefixes
     slack  tokens that a kept conversation can be cut back by once its window has turned
@@ -66,7 +66,7 @@ class Scheduler:
         slack: int = UNDO_SLACK,
         kv_bits: int | None = None,
     ) -> None:
-        """Raises InputError for numbers that make no sense."""
+        """Make a scheduler. Raises InputError for numbers that make no sense."""
         if rows < 1 or kept < 0:
             raise InputError(f"a scheduler needs at least one row, and may keep conversations: not {rows} and {kept}")
         self._model, self._tokenizer, self._rows = model, tokenizer, rows
@@ -90,7 +90,7 @@ class Scheduler:
         return sum(a is not None for a in self._answers) + len(self._reading), len(self._waiting)
 
     def add(self, request: Request) -> int:
-        """Queue a request; its number. Raises what `m7mlx.stream_generate` raises."""
+        """Queue a request; return its number. Raises what `m7mlx.stream_generate` raises."""
         return self.admit(self.prepare(request))
 
     def prepare(self, request: Request) -> Request:
@@ -100,13 +100,13 @@ class Scheduler:
         return prepare(request, self._model, self._tokenizer, self._new)
 
     def admit(self, request: Request) -> int:
-        """Queue a request that is prepared; its number."""
+        """Queue a request that is prepared; return its number."""
         self._count += 1
         self._waiting.append(_Numbered(self._count, request, self._model, self._tokenizer))
         return self._count
 
     def cancel(self, number: int) -> Piece | None:
-        """End a request, wherever it is; its last piece, or None if it has ended already."""
+        """End a request, wherever it is; return its last piece, or None if it has ended already."""
         everyone = (*self._waiting, *self._reading, *self._answers)
         answer = next((a for a in everyone if a is not None and a.number == number), None)
         if answer is None:
@@ -121,13 +121,13 @@ class Scheduler:
         return answer.fail(answer.error) if answer.error else answer.end("cancelled")
 
     def broken(self) -> list[int]:
-        """Find answers that have failed and that other processes go on with until told; numbers."""
+        """Return the numbers of failed answers that other processes go on with until told."""
         return [a.number for a in self._answers if a is not None and a.error] if self._shared else []
 
     def step(self) -> tuple[Told, bool]:
         """Read some of the prompts and decode a token of every answer.
 
-        Their pieces, and whether there is more to do.
+        Returns their pieces, and whether there is more to do.
         """
         told = self._read()
         if any(self._answers):
@@ -135,7 +135,7 @@ class Scheduler:
         late, self._late = self._late, []
         return late + told, any(self.running_and_waiting)
 
-    # --- prompts ----------------------------------------------------------------------------------------
+    # --- prompts ----------------------------------------------------------------------------------
 
     def _read(self) -> Told:
         """Read a chunk of each of the prompts whose turn it is; what is whole joins the batch."""
@@ -176,7 +176,7 @@ class Scheduler:
         return bool(soon) and max(soon) >= self._source(answer)[0] + chunk
 
     def _chunk(self, answer: _Numbered) -> mx.array | None:
-        """Logits [1, vocab_size] once the whole prompt is read."""
+        """Read a chunk of a prompt; return the logits [1, vocab_size] once all of it is read."""
         if answer.cache is None:
             cache = self._longest_start(answer)
             answer.begin(cache, cache.offset)
@@ -215,10 +215,10 @@ class Scheduler:
                 best, source = known, cache
         return best, source
 
-    # --- the batch --------------------------------------------------------------------------------------
+    # --- the batch --------------------------------------------------------------------------------
 
     def _join(self, answer: _Numbered, token: mx.array) -> None:
-        """Into the row of one that has ended, or a new one."""
+        """Put an answer into the row of one that has ended, or into a new row."""
         cache, answer.cache = answer.cache, None
         assert cache is not None
         mx.async_eval(token)
@@ -247,7 +247,7 @@ class Scheduler:
             self._answers, self._tokens = [self._answers[i] for i in rows], self._tokens[mx.array(rows)]
 
     def _lose(self, error: Exception) -> Told:
-        """End all answers of the batch, which has failed; their last pieces."""
+        """End all answers of the batch, which has failed; return their last pieces."""
         if self._shared:
             raise error
         lost = [answer for answer in self._answers if answer]
@@ -255,7 +255,7 @@ class Scheduler:
         return [(answer.number, answer.fail(error)) for answer in lost]
 
     def _decode(self) -> Told:
-        """The tokens chosen by the step before, and the next ones under way."""
+        """Return the pieces of tokens chosen by the step before, with the next under way."""
         batch, tokens = self._batch, self._tokens
         assert batch is not None
         try:
@@ -274,7 +274,7 @@ class Scheduler:
         return told + self._shrink()
 
     def _taken(self, answer: _Numbered, token: int) -> Piece | None:
-        """The piece of one more token of an answer; what goes wrong with it is its own."""
+        """Return the piece of one more token of an answer; any failure is the answer's own."""
         try:
             piece = answer.take(token)
         except Exception as error:
@@ -295,7 +295,7 @@ class Scheduler:
         return mx.concatenate([self._token(a, one) if a else mx.argmax(one, axis=-1) for a, one in rows])
 
     def _token(self, answer: _Numbered, logits: mx.array) -> mx.array:  # [1, vocab_size] → [1]
-        """Choose an answer's next token; any, where that fails, since the answer then fails."""
+        """Choose an answer's next token; any token where that fails, as the answer then does."""
         try:
             return answer.sampler(logits)
         except Exception as error:

@@ -44,7 +44,7 @@ class Drafter(Protocol):
     pace: Pace
 
     def begin(self, ids: Sequence[int]) -> None:
-        """An answer begins after these tokens."""
+        """Begin an answer after these tokens."""
 
     def promising(self, ids: Sequence[int]) -> bool:
         """Whether waiting for the token after `ids` is worth it; must cost next to nothing."""
@@ -116,13 +116,13 @@ class PromptLookup:
 
 
 class DraftModel:
-    """A smaller model that speaks the same tokens writes the draft.
+    """Drafts with a smaller model that speaks the same tokens.
 
     Its own memory is bounded too: by its window, or by a stream of at most 4,096 keys.
     """
 
     def __init__(self, model: Mistral, vocab_size: int) -> None:
-        """`vocab_size` is that of the model it drafts for: embeddings may be padded differently."""
+        """Take the `vocab_size` of the model to draft for: embeddings may be padded differently."""
         self.pace = Pace()
         self._model, self._vocab_size = model, vocab_size
         size = None if model.config.sliding_window else planned_length(model.config)
@@ -179,7 +179,7 @@ def load_draft_model(name: str | Path, model: Mistral, tokenizer: Tokenizer) -> 
 def speculate(
     model: Mistral, logits: mx.array, cache: RollingCache, sampler: Sampler, limit: int | None, drafter: Drafter
 ) -> Generator[int, None, None]:
-    """As `m7mlx.decode.decode`, and the same tokens, faster where the drafter guesses well.
+    """Yield the tokens of `m7mlx.decode.decode`, faster where the drafter guesses well.
 
     As long as no draft is promising, the next pass is under way before a token is read, as there.
     """
@@ -228,7 +228,7 @@ def speculate(
 def _check(
     model: Mistral, cache: RollingCache, sampler: Sampler, token: int, draft: list[int]
 ) -> tuple[list[int], int]:
-    """`token` and what of the draft is right, now in the cache; and the token after them."""
+    """Return `token` and what of the draft is right, now in the cache; and the token after them."""
     logits = model.logits(mx.array([[token, *draft]]), cache)
     chosen: list[int] = sampler.preview(logits, draft).tolist()  # type: ignore[assignment]
     right = next((i for i, guess in enumerate(draft) if guess != chosen[i]), len(draft))

@@ -115,7 +115,7 @@ def _read_by_device(mx: Any) -> float:
 
 
 def _read_by_threads() -> float:
-    """MLX's own reductions are slower than memory on a CPU; NumPy's, one thread a core, are not."""
+    """Time NumPy, one thread a core: on a CPU, MLX's own reductions are slower than memory."""
     import numpy as np  # the processes of engines do without it
 
     workers = os.cpu_count() or 1

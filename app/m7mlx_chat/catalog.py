@@ -73,7 +73,7 @@ def models(others: Sequence[str] = (), own: Path | None = None) -> list[Entry]:
 
 
 def on_this_machine(name: str) -> Path | None:
-    """Where a model lies that can be used at once; None too for what can be the name of none.
+    """Return where a model lies that can be used at once; None also for what cannot be a name.
 
     A name may come from anywhere: an imported conversation, a folder in the Hub's cache.
     """

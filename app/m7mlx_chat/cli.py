@@ -47,7 +47,7 @@ Exit status: 0 answered, 1 failed, 2 bad usage or input, 130 Ctrl-C."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+    """Run the command; return its exit status."""
     parser = _parser()
     args = parser.parse_args(argv)
     if args.json and (args.interactive or args.web or args.import_file):

@@ -14,7 +14,7 @@ _FENCED = re.compile(r"^ {0,3}(`{3,}+|~{3,}+)[^\n]*+\n(.*?)(?:^ {0,3}\1[`~]*+[ \
 
 
 def copy_with_tool(text: str) -> bool:
-    """Copy with the first of pbcopy, wl-copy and xclip that works; whether one did."""
+    """Copy with the first of pbcopy, wl-copy and xclip that works; return whether one did."""
     for command in _TOOLS:
         if shutil.which(command[0]):
             try:

@@ -44,7 +44,7 @@ class DispatchingApp(SteadyApp):
         return True
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Of the chat's own actions, allow only those in a dialog that make sense there."""
+        """Allow, in a dialog, only those of the chat's own actions that make sense there."""
         return not (action in _NAMES and len(self.screen_stack) > 1 and action not in _IN_DIALOGS)
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:

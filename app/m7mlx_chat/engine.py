@@ -34,7 +34,7 @@ class _Stopped(Exception):
 
 
 class Engine:
-    """Start it, `load` a model, `submit` requests, `drain` events.
+    """Owns the model: start it, `load` a model, `submit` requests, `drain` events.
 
     All methods return at once, on any thread. What begins with an underscore runs on the engine's.
     """
@@ -68,7 +68,7 @@ class Engine:
         self._commands.put(lambda: self._load(number, folder, settings))
 
     def submit(self, request: Request) -> None:
-        """Answer; the events end with one Done or Failed."""
+        """Answer a request; the events end with one Done or Failed."""
         self._submitted += 1
         number = self._submitted
         self._commands.put(lambda: self._answer(number, request))

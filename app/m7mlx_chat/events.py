@@ -105,7 +105,7 @@ class AnyEngine(Protocol):
         """Load a model. The events end with Ready, or with Failed."""
 
     def submit(self, request: Request) -> None:
-        """Answer. The events end with one Done or Failed."""
+        """Answer a request. The events end with one Done or Failed."""
 
     def cancel(self) -> None:
         """End what was submitted so far."""

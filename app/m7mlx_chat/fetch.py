@@ -18,7 +18,7 @@ _EVERY = 0.2  # seconds between two lines
 
 
 def main(name: str) -> int:
-    """Fetch, and print where it lies; returns the exit status."""
+    """Fetch a model and print where it lies; return the exit status."""
     last = 0.0
 
     def progress(done: int, total: int) -> None:

@@ -21,7 +21,7 @@ Progress = Callable[[int, int, str], None]
 
 
 async def fetch(name: str, progress: Progress) -> Path:
-    """Download a model; its folder.
+    """Download a model; return its folder.
 
     Cancelling leaves what is here for the next time. Raises RunError.
     """
@@ -30,7 +30,7 @@ async def fetch(name: str, progress: Progress) -> Path:
 
 
 async def convert(source: str, bits: int | None, into: Path, progress: Progress) -> Path:
-    """Convert a model with `m7mlx-convert`, to a folder in `into`; that folder. Raises RunError."""
+    """Run `m7mlx-convert` into a folder in `into`; return that folder. Raises RunError."""
     stem = (
         re.sub(r"[^\w.-]+", "-", source.rstrip("/").rpartition("/")[2].removesuffix(".gguf")).strip("-.") or "model"
     )
@@ -42,7 +42,7 @@ async def convert(source: str, bits: int | None, into: Path, progress: Progress)
 
 
 async def _run(command: list[str], progress: Progress) -> dict[str, Any]:
-    """Run to the end; the last result event."""
+    """Run a command to its end; return its last result event."""
     try:
         process = await asyncio.create_subprocess_exec(
             *command,

@@ -95,14 +95,14 @@ class Settings:
         }
 
     def changed(self, values: Mapping[str, Any]) -> Settings:
-        """With other values, as TOML and JSON have them.
+        """Return settings with other values, as TOML and JSON have them.
 
         Raises InputError for names and types that do not fit.
         """
         return replace(self, **{name: _checked(name, value) for name, value in values.items()})
 
     def parsed(self, name: str, text: str) -> Settings:
-        """With a value that the user typed."""
+        """Return settings with a value that the user typed."""
         return self.changed({name: _parsed(name, text)})
 
     def given(self, names: Mapping[str, Field]) -> dict[str, Any]:

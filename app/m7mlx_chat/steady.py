@@ -84,7 +84,7 @@ class SteadyApp(OpenApp):
 
     @contextmanager
     def going_on(self) -> Iterator[None]:
-        """Whatever fails in it is told, and what comes after it is done."""
+        """Tell whatever fails within the block, and go on with what comes after it."""
         try:
             yield
         except Exception as error:
@@ -124,7 +124,7 @@ class SteadyApp(OpenApp):
             self.exit(return_code=1)
 
     def _leave_half_made_screen(self) -> None:
-        """A screen that could not be made would lie empty over the chat."""
+        """Leave a screen that could not be made: it would lie empty over the chat."""
         pump = current_pump()
         if isinstance(pump, Screen) and not pump.is_mounted and pump in self.screen_stack[1:]:
             self.call_later(self._leave, pump)
@@ -150,7 +150,7 @@ class SteadyApp(OpenApp):
             self._undrawn = 0
 
     def on_ready(self) -> None:
-        """The first frame has been drawn."""
+        """Take note that the first frame has been drawn."""
         self._drawn = True
 
     def take_terminal(self) -> None:

@@ -35,7 +35,7 @@ class Answerer:
         return min((limit for limit in (wanted, self.max_tokens) if limit is not None), default=None)
 
     async def pieces(self, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, Piece], None]:
-        """(number of the answer, piece) of all answers as they come.
+        """Yield (number of the answer, piece) of all answers as they come.
 
         Raises ApiError if one of them fails; the others are cancelled.
         """

@@ -99,7 +99,7 @@ class Connection(HttpConnection):
                 self._answer_or_close()
 
     def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn returns None
-        """Take note that the client has closed its half; whether ours stays open."""
+        """Take note that the client has closed its half; return whether ours stays open."""
         self._half_closed = True
         self._answer_or_close()
         return not self.transport.is_closing()
@@ -197,7 +197,7 @@ class Connection(HttpConnection):
         self._write_timer = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """The client reads again."""
+        """Take note that the client reads again."""
         super().resume_writing()
         if self._write_timer is not None:
             self._write_timer.cancel()

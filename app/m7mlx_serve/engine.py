@@ -111,7 +111,7 @@ class Engine:
         requests: Sequence[Request],
         seconds: float = float("inf"),
     ) -> AsyncGenerator[tuple[int, Piece], None]:
-        """(number of the answer, piece) of several answers as they come.
+        """Yield (number of the answer, piece) of several answers as they come.
 
         The last piece of each has a finish reason. All follow one JSON schema, or none. Closing the
         iterator cancels them all. None goes on for longer than `seconds`.
@@ -155,7 +155,7 @@ class Engine:
                 self._open -= n
 
     def close(self, timeout: float = 10.0) -> bool:
-        """Cancel what is under way and end the thread; whether it ends within `timeout` seconds."""
+        """Cancel all and end the thread; return whether it ends within `timeout` seconds."""
         with self._lock:
             self._closing = True
         self._commands.put(lambda: None)

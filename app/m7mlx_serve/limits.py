@@ -12,7 +12,7 @@ from m7mlx.ring import KVFormat
 
 @dataclass(frozen=True)
 class Limits:
-    """How much at a time.
+    """How much the server does at a time.
 
     rows     answers at a time
     queue    requests that may wait besides

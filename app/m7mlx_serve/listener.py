@@ -29,7 +29,7 @@ _AT_ONCE = 16  # connections accepted in one turn of the loop
 
 
 def most_connections() -> int:
-    """As many as there are file numbers for."""
+    """Return how many connections there are file numbers for."""
     return max(16, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _FILES, 1024))
 
 

@@ -60,7 +60,10 @@ class Metrics:
         return generate_latest(self._registry)
 
     async def ask(self, requests: Sequence[Request], seconds: float) -> AsyncGenerator[tuple[int, Piece], None]:
-        """`Engine.ask`, measured. An answer whose client leaves counts as far as it came."""
+        """Yield what `Engine.ask` yields, and measure it.
+
+        An answer whose client leaves counts as far as it came.
+        """
         answers = [_Measured(time.perf_counter(), len(request.ids)) for request in requests]
         try:
             async with aclosing(self._engine.ask(requests, seconds)) as pieces:

@@ -18,9 +18,9 @@ _INTERRUPTED = 130  # the exit status after Ctrl-C
 def run_command(module: str) -> int:
     """Import a module and run its `main()`; returns the exit status.
 
-    Ctrl-C ends the process with status 130 while the module is imported and after `main` has returned.
-    What `main` does not catch itself is a KeyboardInterrupt, for the caller. A process that was
-    started to ignore Ctrl-C goes on ignoring it.
+    Ctrl-C ends the process with status 130 while the module is imported and after `main` has
+    returned. What `main` does not catch itself is a KeyboardInterrupt, for the caller. A process
+    that was started to ignore Ctrl-C goes on ignoring it.
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         return _import_main(module)()

@@ -86,7 +86,7 @@ class Comparison:
 
 
 def compare(source: Source, result: Source, text: Text, reporter: Reporter) -> Comparison:
-    """Run both on `text`. Raises InputError for unlike models, or a text too long."""
+    """Compare both models on `text`. Raises InputError for unlike models, or a text too long."""
     _check_match(source, result)
     config = source.config
     if config.sliding_window is None and len(text.ids) > config.max_position_embeddings:

@@ -217,7 +217,7 @@ def read_adapter(file: Path, is_tied: bool) -> Adapter:
 
 
 def mlx_lm_changes(settings: Mapping[str, Any], names: Iterable[str]) -> Changes:
-    """Of an adapter of mlx-lm. Raises ValueError for what cannot be merged."""
+    """Return the changes of mlx-lm's adapter. Raises ValueError for what cannot be merged."""
     kind = settings.get("fine_tune_type") or "lora"
     if kind not in ("lora", "dora", "full"):
         raise ValueError(f"fine_tune_type {shown(kind)} is none of lora, dora and full")
@@ -238,7 +238,7 @@ def mlx_lm_changes(settings: Mapping[str, Any], names: Iterable[str]) -> Changes
 
 
 def peft_changes(settings: Mapping[str, Any], headers: Mapping[str, StoredTensor], is_tied: bool) -> Changes:
-    """Of an adapter of PEFT, for a model whose head is tied to the embedding or not.
+    """Return the changes of PEFT's adapter, for a model whose head is tied to the embedding or not.
 
     Raises ValueError for what cannot be merged.
     """

@@ -185,7 +185,7 @@ class Leader:
 
 
 def seeded(request: Request) -> Request:
-    """With a seed that all ranks can draw from."""
+    """Return the request with a seed that all ranks can draw from."""
     if request.sampling.seed is not None:
         return request
     return replace(request, sampling=replace(request.sampling, seed=int.from_bytes(os.urandom(7), "big")))
@@ -220,7 +220,7 @@ def _answer(model: Mistral, tokenizer: Tokenizer, request: Request, cache: Rolli
 
 
 def run_rank(world: World, name: str | Path) -> int:
-    """Run the program of a rank that is not the first; its exit status.
+    """Run the program of a rank that is not the first; return its exit status.
 
     What goes wrong is said in one line, and ends the run.
     """

@@ -95,7 +95,7 @@ def _cut(rendered: str, message: str, end: str) -> str:
 
 
 def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
-    """Templates want a call's arguments as an object; OpenAI's API has them as JSON in a text."""
+    """Turn calls' arguments into objects for templates; OpenAI's API has them as JSON texts."""
     calls = message.get("tool_calls")
     if not isinstance(calls, list | tuple):
         return message

@@ -60,7 +60,7 @@ class CopyCommands(ChatView):
         self.tell(f"copied {what}".strip())
 
     def copy_to_clipboard(self, text: str) -> None:
-        """Copy by the terminal, which takes UTF-8; a name of a file may be none."""
+        """Copy by the terminal, which takes UTF-8 alone; a file's name need not be UTF-8."""
         super().copy_to_clipboard(encodable(text))
 
     @work(thread=True)

@@ -65,7 +65,7 @@ class LookCommands(ChatView):
 
 
 def _figures(message: Message) -> tuple[str, ...]:
-    """What an answer cost, under `_HEADINGS` from the second on."""
+    """Return what an answer cost, for the columns of `_HEADINGS` from the second on."""
     s = message.statistics
     return (
         f"{s.get('generated_tokens', 0):,}",

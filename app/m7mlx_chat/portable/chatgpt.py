@@ -18,7 +18,7 @@ _ENDINGS: dict[Any, Status] = {"max_tokens": "length", "interrupted": "stopped"}
 
 
 def trees(record: Record) -> list[Tree]:
-    """The conversation, if anything was said in it. Raises InputError."""
+    """Return the conversation, if anything was said in it. Raises InputError."""
     began = _time(record, "create_time", 0.0)
     nodes, index = _in_order(record, began)
     if not nodes:

@@ -124,7 +124,7 @@ class Models(ModalScreen[Chosen | None]):
         options.focus()
 
     def _line(self, entry: Entry) -> Text:
-        """Two lines: what it is; what it sees and takes."""
+        """Return two lines: what a model is; what it sees and takes."""
         own = entry.folder is not None and entry.folder.parent == self._own
         name = visible(entry.folder.name if own and entry.folder else entry.name)
         mark = "●" if entry.name == self._current else " "

@@ -153,7 +153,7 @@ class Store(ConversationWriter):
             return self._add_answer(message.conversation, question, model, system, settings)
 
     def resume(self, answer: int) -> None:
-        """An answer that has ended goes on: it is under way here, with the text that it has."""
+        """Let an answer that has ended go on: it is under way here, with the text that it has."""
         with self._writing():
             message = self.message(answer)
             if message.role != "assistant" or message.status == "answering":
@@ -260,7 +260,7 @@ class Store(ConversationWriter):
 
 @contextmanager
 def _held(lock: FileLock, path: Path) -> Iterator[None]:
-    """One instance at a time opens a database, or looks for those who died."""
+    """Let one instance at a time open a database, or look for instances that died."""
     try:
         with lock:
             yield

@@ -124,7 +124,7 @@ class Hit:
 
 
 def encodable(text: str) -> str:
-    """`text` with each lone surrogate replaced by U+FFFD: they cannot be written as UTF-8."""
+    """Replace each lone surrogate by U+FFFD: they cannot be written as UTF-8."""
     return _SURROGATES.sub("�", text)
 
 
@@ -138,7 +138,7 @@ def title_of(text: str, length: int = TITLE_LENGTH) -> str:
 
 
 def _printable(text: str) -> str:
-    """Without control and format characters, bidi overrides among them; tabs become spaces."""
+    """Drop control and format characters, bidi overrides among them; tabs become spaces."""
     kept = (c for c in encodable(text).replace("\t", " ") if unicodedata.category(c) not in ("Cc", "Cf"))
     return "".join(kept)
 

@@ -162,7 +162,7 @@ def _touch(path: Path) -> None:
 
 @contextmanager
 def transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """All or nothing.
+    """Write all that the block changes, or nothing.
 
     It takes the lock for writing at once, so it waits at its beginning and nowhere else.
     """

@@ -63,11 +63,11 @@ class Page(AppService):
 
     @property
     def is_alive(self) -> bool:
-        """Whether its process is there, or about to be."""
+        """Whether the chat's process is there, or about to be."""
         return self._process is None or self._process.returncode is None
 
     def kill(self) -> None:
-        """End it at once."""
+        """End the chat's process at once."""
         if self._process is not None and self.is_alive:
             self._process.kill()
 

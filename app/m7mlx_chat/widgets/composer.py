@@ -58,7 +58,7 @@ class Composer(TextArea):
 
     @property
     def unsent(self) -> UnsentText:
-        """What stands in it."""
+        """The unsent text that stands in the composer."""
         return UnsentText(self.text, dict(self._pastes))
 
     def reset(self, unsent: UnsentText | None = None) -> None:
@@ -83,7 +83,7 @@ class Composer(TextArea):
         # Other keys: Textual calls the base class's handler itself, after this one.
 
     def _takes(self, key: str) -> bool:
-        """Whether a key is one of ours; done, if so."""
+        """Do what a key stands for, if it is one of ours; return whether it is."""
         if self._completion.is_open and key in ("tab", "enter"):
             # for all that has been typed: who types fast is ahead of the message that it changed
             self._complete()
@@ -136,7 +136,7 @@ class Composer(TextArea):
             self._completion.close()
 
     def close_completion(self) -> bool:
-        """Close the list of choices; whether it was open."""
+        """Close the list of choices; return whether it was open."""
         was_open = self._completion.is_open
         self._completion.close()
         return was_open

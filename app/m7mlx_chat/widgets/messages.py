@@ -39,7 +39,7 @@ class MessageView(Vertical, can_focus=True):
 
     @property
     def text(self) -> str:
-        """All of it, whatever is shown."""
+        """The whole text, whatever of it is shown."""
         return self.message.text
 
 
@@ -159,7 +159,7 @@ class Answer(MessageView):
         self._show_end(message)
 
     def go_on(self) -> None:
-        """It is under way here, perhaps once more after it had ended."""
+        """Show that the answer is under way here, perhaps once more after it had ended."""
         if not self._live:
             self._live = True
             self._footer.update("")
@@ -174,7 +174,7 @@ class Answer(MessageView):
         self._error.update(f"✗ {visible(str(error))}" if error else "")
 
     def show_progress(self, text: str) -> None:
-        """While nothing has been said yet: what the model does."""
+        """Show what the model does while nothing has been said yet."""
         if text or self._footer.content:
             self._footer.update(text)
 

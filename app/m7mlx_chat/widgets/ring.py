@@ -64,7 +64,7 @@ class RingPicture(Static):
     """
 
     def show(self, ready: Ready | None, seen: Seen) -> None:
-        """Draw it as it is now."""
+        """Draw the gauge as it is now."""
         if self.has_class("-shown"):
             self.update(self._drawn(ready, seen))
 

@@ -134,7 +134,7 @@ class ChatShape(Shape):
     logprobs_end: ClassVar[Mapping[str, Any]] = {"refusal": None}
 
     def opening(self) -> Fields | None:
-        """The role."""
+        """The role, which comes before any text."""
         return {"delta": {"role": "assistant", "content": ""}}
 
     def delta(self, text: str = "", call: Fields | None = None) -> Fields:

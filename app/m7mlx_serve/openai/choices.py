@@ -44,7 +44,7 @@ class Choice:
         self.reason: str | None = None
 
     def feed(self, piece: Piece) -> list[Fields]:
-        """Take a piece; the choices of the chunks that it makes, none where nothing is streamed."""
+        """Take a piece; return the choices of the chunks that it makes, none without a stream."""
         scored = [_scored(self._tokenizer, one) for one in piece.logprobs]
         offset = self._characters
         text, calls = piece.text, []
@@ -106,7 +106,7 @@ class LogprobsJson:
             self._items.setdefault(field, []).extend(map(_json, values))
 
     def write(self) -> Iterator[str]:
-        """All of it, in pieces; "null" if nothing was added."""
+        """Yield all of the field in pieces; "null" if nothing was added."""
         if not self._items:
             yield "null"
             return

@@ -27,7 +27,7 @@ class TextShape(Shape):
     whole_object = chunk_object = "text_completion"
 
     def opening(self) -> Fields | None:
-        """Nothing: the first text comes first."""
+        """Nothing: the first chunk has the first text."""
         return None
 
     def delta(self, text: str = "", call: Fields | None = None) -> Fields:
