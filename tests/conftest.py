@@ -72,8 +72,10 @@ def mlx_lm() -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def _apart(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """No test touches the conversations and the configuration of whoever runs it, nor talks to the real Hub: the
-    tests' own server takes its place where one is needed."""
+    """Keep tests away from their user's conversations and configuration, and from the real Hub.
+
+    The tests' own server takes the Hub's place where one is needed.
+    """
     monkeypatch.setenv("M7MLX_DATA", str(tmp_path_factory.mktemp("data")))
     monkeypatch.setenv("M7MLX_CONFIG", str(tmp_path_factory.mktemp("config")))
     if "HF_ENDPOINT" not in os.environ:

@@ -34,7 +34,10 @@ def terminal() -> Iterator[Callable[[str], Terminal]]:
 
 @pytest.mark.demo
 def test_a_chat_in_a_real_terminal(demo_model: Path, model_folder: Path, terminal: Callable[[str], Terminal]) -> None:
-    """A conversation's whole life: stop, go on, edit, answer again, fork, search, leave, come back."""
+    """Lead a conversation through its whole life.
+
+    Stop, go on, edit, answer again, fork, search, leave, come back.
+    """
     window = terminal(f"{CHAT} --model {demo_model} --max-tokens 1000000; echo status=$?; sleep 60")
     window.wait(lambda s: "Write a message" in s and "ready" in s)
     window.type(CAPITAL)

@@ -114,7 +114,7 @@ def path(tmp_path: Path, sound: Path) -> Path:
 
 
 def damage(path: Path, *statements: str) -> None:
-    """As a tool would that knows nothing of the rules."""
+    """Damage a database as a tool would that knows nothing of the rules."""
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
         for rule in ("ignore_check_constraints = ON", "foreign_keys = OFF", "writable_schema = ON"):
             db.execute(f"PRAGMA {rule}")

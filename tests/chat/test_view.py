@@ -173,7 +173,10 @@ async def test_a_screen_is_as_it_was(
 @pytest.mark.parametrize("theme", ["textual-dark", "textual-light", "nord", "dracula"])
 @pytest.mark.parametrize("screen", [conversation, window, branches, sidebar, help_screen, models])
 async def test_every_text_can_be_read(screen: Callable[[Chat], Awaitable[None]], theme: str, tmp_path: Path) -> None:
-    """By the WCAG's ratio of luminances; what themes themselves mute has less than its 4.5."""
+    """Every text has enough contrast, by the WCAG's ratio of luminances.
+
+    What themes themselves mute has less than its 4.5.
+    """
     async with chatting(tmp_path, size=(140, 44), config=Config(tmp_path / "c.toml", theme=theme)) as chat:
         await chat.say(READY)
         await screen(chat)

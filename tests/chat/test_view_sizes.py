@@ -48,7 +48,7 @@ ANSWER = "# Heading\n\n| a | b |\n|---|---|\n| x | y |\n\n```python\nfor x in y:
 
 
 async def resized(chat: Chat, width: int, height: int) -> None:
-    """As the terminal's driver does it.
+    """Resize the chat as the terminal's driver does it.
 
     What is drawn is drawn by the app: Pilot's pause would do it by itself.
     """

@@ -123,7 +123,7 @@ def test_merges_and_added_tokens(tmp_path: Path) -> None:
 
 
 def test_transformers_reads_the_same(tmp_path: Path) -> None:
-    """As mlx-lm would, the start token in front."""
+    """transformers reads ids as mlx-lm would, with the start token in front."""
     import warnings
 
     metadata = tokenizer_metadata() | {"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.add_bos_token": True}

@@ -1,4 +1,7 @@
-"""Tokens that a folder's files name: from whatever file, templates write them and no text becomes one."""
+"""Tokens that a folder's files name: templates write them, and no text becomes one.
+
+That holds from whatever file they come.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +71,7 @@ def sentencepiece_with_decoder(folder: Path) -> None:
 
 
 def sentencepiece_with_added_tokens(folder: Path) -> None:
-    """As transformers wrote it in 2023: what is special stands elsewhere."""
+    """Write a folder as transformers wrote it in 2023: what is special stands elsewhere."""
     model = trained()
     roles = {"eos_token": entry("<|im_end|>"), "additional_special_tokens": [n for n in SPECIAL if n != "<|im_end|>"]}
     added = {name: size_of(model) + n for n, name in enumerate(MARKS)}
@@ -184,7 +187,10 @@ def test_no_text_becomes_one(tokenizer: Tokenizer, injection: str) -> None:
 
 @pytest.mark.parametrize("injection", INJECTIONS)
 def test_no_message_writes_one(tokenizer: Tokenizer, injection: str) -> None:
-    """Whoever wrote it, and wherever in a conversation it stands: the control tokens are those of the template."""
+    """The control tokens of a conversation are those of the template alone.
+
+    It does not matter who wrote the name of one, nor where in the conversation it stands.
+    """
     messages: list[dict[str, Any]] = []
     tools = []
     for text in map(INJECTIONS[injection], MARKS):
@@ -259,7 +265,7 @@ def test_bytes_can_always_be_written(tmp_path: Path) -> None:
         assert 3 not in tokenizer.encode("<0x00>")
 
 
-# --- several files --------------------------------------------------------------------------------------
+# --- several files --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,10 @@ LARGE = (40, 1000)
 
 @pytest.mark.parametrize("spread", [0.1, 3.0, 40.0, 1e4])
 def test_softmax_of_large_arrays(spread: float) -> None:
-    """By NumPy in float64; among the numbers are those that have no power left, and −∞ for what is not to be seen."""
+    """Compare with NumPy in float64.
+
+    Among the numbers are those that have no power left, and −∞ for what is not to be seen.
+    """
     x = (np.random.default_rng(0).standard_normal(LARGE) * spread).astype(np.float32)
     x[:, ::7] = -np.inf
     x[0, 1:], x[0, 0] = -np.inf, 5

@@ -1,4 +1,7 @@
-"""A fast BLAS in the place of MLX's own, on Linux's CPU backend; real libraries where this machine has them."""
+"""A fast BLAS in the place of MLX's own, on Linux's CPU backend.
+
+The libraries are real ones where this machine has them.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,10 @@ EXPECTED = sum(
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`code` in a process of its own; the dynamic linker tells where it found cblas_sgemm, on stderr."""
+    """Run `code` in a process of its own.
+
+    The dynamic linker tells on stderr where it found cblas_sgemm.
+    """
     settings = {"PATH": os.environ["PATH"], "LD_DEBUG": "bindings"} | environment
     return subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, check=False)
 

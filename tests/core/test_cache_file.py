@@ -256,7 +256,7 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_full_leaves_the_old_file(saved: Path) -> None:
-    """With a limit on file sizes in place of a small disk, in a process of its own."""
+    """A limit on file sizes, in a process of its own, stands for a small disk."""
     script = f"""
 import resource, sys
 sys.path[:0] = {sys.path!r}

@@ -1,4 +1,7 @@
-"""Configs: read as Hugging Face and Mistral read them; what is not understood is refused by name."""
+"""Configs, read as Hugging Face and Mistral read them.
+
+What is not understood is refused by name.
+"""
 
 from __future__ import annotations
 
@@ -156,7 +159,7 @@ def test_a_folder_without_a_config(tmp_path: Path) -> None:
         ModelConfig.from_folder(tmp_path)
 
 
-# --- every key ------------------------------------------------------------------------------------------
+# --- every key ------------------------------------------------------------------------------------
 
 
 @given(

@@ -21,7 +21,7 @@ PROMPT = [(5 * i + 2) % 97 for i in range(33)]
 
 
 def greedy(model: Mistral, ids: list[int], count: int) -> list[int]:
-    """Without a cache: the whole sequence anew for each token."""
+    """Decode without a cache: the whole sequence anew for each token."""
     sequence = list(ids)
     for _ in range(count):
         sequence.append(int(number(mx.argmax(model(mx.array([sequence]))[0, -1]))))

@@ -1,4 +1,7 @@
-"""Files that are written whole or not at all: under limits, on full disks, on systems with a better fsync."""
+"""Files that are written whole or not at all.
+
+That holds under limits, on full disks, and on systems with a better fsync.
+"""
 
 from __future__ import annotations
 

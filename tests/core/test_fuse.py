@@ -1,4 +1,7 @@
-"""Fused products: the same numbers from fewer operations, in every way of quantising, and no byte more."""
+"""Fused products: the same numbers from fewer operations, and not a byte more.
+
+That holds in every way of quantising.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ IDS = [1, 50, 3, 96, 0, 17, 17, 8, 2, 44, 31, 60]
 
 
 def plain(tied: bool = False) -> Mistral:
-    """As its weights lie on disk."""
+    """Return a model that is laid out as its weights lie on disk."""
     config = small_config(hidden_size=64, intermediate_size=192, tie_word_embeddings=tied)
     model = Mistral(config)
     model.load_weights([(name, mx.array(array)) for name, array in random_weights(config).items()])
@@ -62,7 +65,10 @@ def test_quantised(monkeypatch: pytest.MonkeyPatch, scheme: tuple[int, int, str]
 
 
 def test_what_is_quantised_in_different_ways_stays_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mixed recipes give values and down projections more bits; rules may leave a module as it is."""
+    """Neighbours may be quantised in different ways.
+
+    Mixed recipes give values and down projections more bits; rules may leave a module as it is.
+    """
     monkeypatch.setattr(m7mlx.fuse, "on_cpu", lambda: False)
 
     def scheme(path: str, module: nn.Module) -> bool | dict[str, int]:

@@ -1,4 +1,7 @@
-"""The road from prompt to text: any cutting and any reuse gives the same answer, and every stop is exact."""
+"""The road from prompt to text.
+
+Any cutting and any reuse gives the same answer, and every stop is exact.
+"""
 
 from __future__ import annotations
 
@@ -160,7 +163,10 @@ def test_an_answer_broken_off_goes_on_as_if_it_had_not_been(
 
 @pytest.mark.parametrize("as_ids", [False, True])
 def test_a_message_that_the_model_continues(loaded: tuple[Mistral, Tokenizer], as_ids: bool) -> None:
-    """The answer is what comes after it, its first space and a character cut in the middle included."""
+    """The answer is what comes after the message.
+
+    Its first space is included, and so is a character that was cut in the middle.
+    """
     model, tokenizer = loaded
     question = [{"role": "user", "content": "Tell me a long story"}]
     pieces = list(stream_generate(model, tokenizer, question, max_tokens=40))
@@ -189,7 +195,7 @@ def test_a_seed_repeats_the_answer(loaded: tuple[Mistral, Tokenizer]) -> None:
     assert generate(model, tokenizer, "a", sampling=Sampling(temperature=1.0, seed=12), max_tokens=20) != first
 
 
-# --- stop strings ---------------------------------------------------------------------------------------
+# --- stop strings ---------------------------------------------------------------------------------
 
 
 @given(
@@ -242,7 +248,7 @@ def test_stop_texts_in_generation(loaded: tuple[Mistral, Tokenizer]) -> None:
         assert pieces[-1].finish_reason == "stop"
 
 
-# --- refusals -------------------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

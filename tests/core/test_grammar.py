@@ -1,4 +1,7 @@
-"""Schemas of strangers: prepared and followed in processes of their own, bounded, remembered, in nobody's way."""
+"""Schemas of strangers, prepared and followed in processes of their own.
+
+They are bounded, remembered, and in nobody's way.
+"""
 
 from __future__ import annotations
 
@@ -256,7 +259,11 @@ def test_a_stop_text_does_not_make_half_an_answer_a_success(tokenizer: Tokenizer
 
 @pytest.mark.parametrize(("value", "stop"), [({"a": 1}, "}"), ([1, 2], "]"), ("ab", '"'), (-5, "5"), (125, "5")])
 def test_nor_does_one_that_is_the_end_of_the_answer(tokenizer: Tokenizer, value: Any, stop: str) -> None:
-    """Stop texts are not part of an answer: what is left would be no JSON, or not the one that was asked for."""
+    """An answer that ends in a stop text fails, for it would be cut off.
+
+    Stop texts are not part of an answer: what is left would be no JSON, or not the JSON that was
+    asked for.
+    """
     scheduler = Scheduler(MODEL, tokenizer)
     number = scheduler.add(Request([1, 5], stop=[stop], constraint=json_constraint(tokenizer, {"const": value})))
     last = run(scheduler)[number][-1]
@@ -270,7 +277,10 @@ def test_nor_does_one_that_is_the_end_of_the_answer(tokenizer: Tokenizer, value:
 
 
 def test_a_process_that_was_ended_is_not_the_schemas_fault(tokenizer: Tokenizer) -> None:
-    """The next answer to a schema gets a new one; whether its own was ended, or that of the vocabulary."""
+    """The next answer to a schema gets a new process.
+
+    It gets one whether the schema's own process was ended, or that of the vocabulary.
+    """
     for _ in range(2):
         assert follows(tokenizer, INTEGER, "17")
         own = psutil.Process().children()
@@ -321,7 +331,10 @@ class Node(BaseModel):
 
 
 def test_calls_with_nested_models(tokenizer: Tokenizer) -> None:
-    """References within a function's parameters hold where the parameters stand in the schema of all calls."""
+    """References within a function's parameters hold in the schema of all calls.
+
+    The parameters stand at another place there.
+    """
     itself = {
         "type": "object",
         "properties": {"$ref": {"type": "string"}, "me": {"$ref": "#"}, "n": {"$ref": "#/properties/$ref"}},
@@ -350,7 +363,10 @@ def test_calls_with_nested_models(tokenizer: Tokenizer) -> None:
 
 
 def test_calls_whose_parameters_name_themselves(tokenizer: Tokenizer) -> None:
-    """Anchors, which two functions may call alike, and references behind an address of their own."""
+    """Parameters may use anchors, and references behind an address of their own.
+
+    Two functions may call their anchors alike.
+    """
 
     def anchored(kind: str) -> dict[str, Any]:
         found = {"type": "object", "properties": {"x": {"$ref": "#here"}}, "additionalProperties": False}

@@ -1,4 +1,7 @@
-"""Names → folders, against a Hub of the tests' own. Each case in a process of its own, as a user would meet it."""
+"""Names → folders, against a Hub of the tests' own.
+
+Each case runs in a process of its own, as a user would meet it.
+"""
 
 from __future__ import annotations
 
@@ -173,7 +176,7 @@ def test_a_part_with_wrong_bytes_is_thrown_away(hub: Hub, tmp_path: Path) -> Non
     assert resolve(hub, tmp_path, REPO).returncode == 0
 
 
-# --- which files ------------------------------------------------------------------------------------------
+# --- which files ----------------------------------------------------------------------------------
 
 
 def rename(hub: Hub, *names: str) -> None:
@@ -273,7 +276,7 @@ def test_a_disk_that_is_full_in_the_middle_keeps_what_came(hub: Hub, tmp_path: P
     assert int(span.removeprefix("bytes=").rstrip("-")) > 5_000_000
 
 
-# --- wrong bytes ------------------------------------------------------------------------------------------
+# --- wrong bytes ----------------------------------------------------------------------------------
 
 
 def test_wrong_bytes_of_the_right_size_are_not_accepted(hub: Hub, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_harmless_extras_are_left_out(folder: Path) -> None:
     assert load(folder)[0].config.tie_word_embeddings
 
 
-# --- refusals -------------------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", DAMAGE)
@@ -118,7 +118,10 @@ def test_a_model_larger_than_the_machine_is_refused_with_the_sum(
 
 
 def test_no_program_of_a_folder_runs(folder: Path, tmp_path: Path) -> None:
-    """What transformers asks `trust_remote_code` for, and what mlx-lm runs as a model of its own."""
+    """Nothing runs of the code that a folder brings along.
+
+    transformers asks `trust_remote_code` for it, and mlx-lm runs it as a model of its own.
+    """
     ran = tmp_path / "RAN"
     for name in ("modeling", "tokenization", "configuration", "model", "__init__"):
         (folder / f"{name}.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Evil: ...\n")

@@ -1,4 +1,7 @@
-"""Logits processors: mlx-lm's own work, each is asked once a token with all ids before it, and none too often."""
+"""Logits processors, mlx-lm's own among them.
+
+Each is asked once a token with all ids before it, and none too often.
+"""
 
 from __future__ import annotations
 

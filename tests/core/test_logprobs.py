@@ -1,4 +1,7 @@
-"""Log probabilities of an answer: the model's own, whatever chose the tokens and in however many passes."""
+"""Log probabilities of an answer: the model's own.
+
+It does not matter what chose the tokens, nor in how many passes.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,10 @@ def check(pieces: list[Piece], prompt: list[int], top: int) -> list[int]:
 @pytest.mark.parametrize("drafted", [False, True])
 @pytest.mark.parametrize("top", [0, 4])
 def test_they_are_the_models_own(tokenizer: Tokenizer, sampling: Sampling, drafted: bool, top: int) -> None:
-    """Before temperature, filters and penalty; with drafts, which are looked at several at a time, too."""
+    """Log probabilities are those before temperature, filters and penalty.
+
+    So they are with drafts, too, which are looked at several at a time.
+    """
     options: dict[str, Any] = {"sampling": sampling, "max_tokens": 40}
     plain = [i for p in stream_generate(MODEL, tokenizer, PROMPT, **options) for i in p.ids]
     drafter = lookup() if drafted else None

@@ -97,7 +97,10 @@ def test_the_number_stands_at_the_distance(words: Tokenizer, lead: int) -> None:
 
 @pytest.mark.demo
 def test_a_number_is_worth_exactly_nothing_beyond_the_reach(words: Tokenizer, reader: Mistral) -> None:
-    """Two layers and a window of 24 reach 46 positions; the last digit is asked for 4 positions on."""
+    """Two layers and a window of 24 reach 46 positions.
+
+    The last digit is asked for 4 positions on.
+    """
     distances = [16, 41, 47, 48, 90]
     margins: dict[str, list[float]] = {}
     for name, new in long_context.caches(reader, 24).items():

@@ -1,4 +1,7 @@
-"""The model against plain NumPy, over the shapes that the family has, and against golden logits of transformers."""
+"""The model against plain NumPy, and against golden logits of transformers.
+
+The comparison with NumPy goes over the shapes that the family has.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +78,10 @@ def test_window_mask_is_the_one_in_its_docstring() -> None:
 
 
 def test_a_token_reaches_as_far_back_as_window_times_layers_and_no_further() -> None:
-    """Paper, section 2: the receptive field is k · (W − 1) positions back, itself included in each window."""
+    """The receptive field is k · (W − 1) positions back (paper, section 2).
+
+    Each window includes the token itself.
+    """
     window = 4
     config = small_config(sliding_window=window, n_layers=3)
     model = small_model(config)

@@ -249,7 +249,7 @@ def test_any_value_in_a_tokenizers_files(
 _TOKENIZERS: list[Path] = []
 
 
-# --- files that are none --------------------------------------------------------------------------------
+# --- files that are none --------------------------------------------------------------------------
 
 
 def _huge(path: Path) -> None:
@@ -315,7 +315,7 @@ def test_a_config_of_endless_layers_takes_no_memory(quantised: Path, tmp_path: P
         list_weights(str(file.parent), 4)
 
 
-# --- names ----------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------------
 
 NAMES = [
     "org/x.git", "a--b/c", "a/b--c", "a/b..c", ".a/b", "a/b.", "-a/b", "a/" + "b" * 200, "x" * 5000, "a/" * 3000,

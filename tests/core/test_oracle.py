@@ -1,4 +1,7 @@
-"""The live oracle: Hugging Face's MistralForCausalLM on torch, through the installed converter (extra `oracle`)."""
+"""The live oracle: Hugging Face's MistralForCausalLM on torch (extra `oracle`).
+
+Its weights come to us through the installed converter.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +107,10 @@ def test_a_greedy_continuation_of_200_tokens_is_identical(checkpoint: tuple[Any,
 
 @pytest.mark.parametrize("is_own", [False, True])
 def test_a_head_beside_a_tied_embedding(is_own: bool, tmp_path: Path) -> None:
-    """A config that says tied, a file with both: transformers ties them only where they are equal."""
+    """The config says that head and embedding are tied, and the file has both.
+
+    transformers ties them only where they are equal.
+    """
     from safetensors.torch import load_file, save_file
 
     torch.manual_seed(3)

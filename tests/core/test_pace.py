@@ -1,4 +1,7 @@
-"""The pace on imagined machines and texts: never much slower, and much faster where guesses are right."""
+"""The pace on imagined machines and texts.
+
+It is never much slower, and much faster where guesses are right.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ from m7mlx.pace import Pace
 
 
 def simulate(cost: Callable[[int], float], right: Callable[[int], float], tokens: int, seed: int = 0) -> float:
-    """Seconds that `tokens` take with a lookup that always finds something, against one second each."""
+    """Return the seconds that `tokens` take with a lookup that always finds something.
+
+    Without it they take one second each.
+    """
     pace, chance = Pace(), random.Random(seed)
     seconds, done, known = 0.0, 0, False
     while done < tokens:

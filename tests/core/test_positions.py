@@ -126,7 +126,7 @@ def test_every_change_is_a_new_value() -> None:
 @given(st.integers(0, 30), st.integers(1, 8), st.integers(1, 4))
 @settings(deadline=None)
 def test_one_token_traced_is_one_token_described(offset: int, window: int, slack: int) -> None:
-    """The same slot, the same rotation, and of all slots the same are seen."""
+    """Both have the same slot and the same rotation, and see the same of all slots."""
     here = standing(window, slack).at(offset, starts=[0, min(offset, 3)])
     traced = here.traced_pass(mx.array([offset]), mx.array(here.starts)[:, None], here.capacity)
     described = here.forward_pass(1)

@@ -52,7 +52,7 @@ def test_the_reference_shows_all_of_it() -> None:
     assert shown == set(PUBLIC) - {"__version__"}
 
 
-# --- repr -----------------------------------------------------------------------------------------------
+# --- repr -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("window", [7, None])
@@ -85,7 +85,7 @@ def test_a_tokenizer_says_what_it_is(mistral_tokenizers: dict[str, Tokenizer]) -
     assert repr(tokenizer.chat) == "MistralFormat(v3)"
 
 
-# --- arguments ------------------------------------------------------------------------------------------
+# --- arguments ------------------------------------------------------------------------------------
 
 
 def test_a_dtype_by_its_name(model_folder: Path) -> None:

@@ -1,4 +1,7 @@
-"""A request: refused in one line where no model could answer it, and the same on the other side of a line."""
+"""A request: refused in one line of text where no model could answer it.
+
+Sent to another process, it arrives there the same.
+"""
 
 from __future__ import annotations
 

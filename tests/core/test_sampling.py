@@ -1,4 +1,7 @@
-"""Sampling: the distribution of mlx-lm for the same settings, a seed of one's own, no value out of range."""
+"""Sampling: the distribution of mlx-lm for the same settings.
+
+Seeds are a request's own, and values out of range are refused.
+"""
 
 from __future__ import annotations
 

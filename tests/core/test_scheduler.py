@@ -172,7 +172,10 @@ def test_what_was_read_before_is_not_read_again(tokenizer: Tokenizer, window: in
 def test_what_is_being_read_is_read_once_for_all_that_begin_with_it(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, window: int | None
 ) -> None:
-    """Within a chunk: a ring that has turned cannot go back, so they go on by themselves before they part."""
+    """A shared start is read once, to within a chunk of where the prompts part.
+
+    A ring that has turned cannot go back, so they go on by themselves before they part.
+    """
     monkeypatch.setattr(m7mlx.scheduler, "default_chunk", lambda model: 10)
     model = MODELS[window]
     opening = prompt(1, 95)
@@ -311,7 +314,10 @@ def test_a_grammar_that_fails_fails_its_own_answer(tokenizer: Tokenizer, monkeyp
 def test_whatever_fails_ends_no_more_than_it_must(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, owner: type, name: str, lost: set[str]
 ) -> None:
-    """One call of it fails, with an error that nobody foresees; the scheduler goes on, and answers as if alone."""
+    """The scheduler goes on after an error that nobody foresees.
+
+    One call of the function fails; what is not lost with it is answered as if alone.
+    """
     model = MODELS[7]
     sampling = Sampling(temperature=0.8, seed=5)
     asked = {
@@ -389,7 +395,10 @@ def test_ids_that_the_tokenizer_does_not_have_are_never_chosen(tokenizer: Tokeni
 
 
 def test_what_is_alike_is_compared_once(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many steps it takes to read it: of a million ids each comparison takes milliseconds."""
+    """Prompts are compared once, however many steps it takes to read them.
+
+    Of a million ids each comparison takes milliseconds.
+    """
     monkeypatch.setattr(m7mlx.scheduler, "default_chunk", lambda model: 4)
     compared: list[int] = []
 

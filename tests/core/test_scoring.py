@@ -61,7 +61,10 @@ def test_spans_score_each_token_once_with_enough_before_it(length: int, context:
 
 @pytest.mark.parametrize(("context", "stride"), [(19, 1), (20, 2), (26, 8), (40, 40), (60, 7)])
 def test_any_stride_gives_what_one_pass_gives_where_no_span_cuts(context: int, stride: int) -> None:
-    """Three layers with a window of 7 reach 18 tokens back: who has seen 19 has seen all that counts."""
+    """Three layers with a window of 7 reach 18 tokens back.
+
+    Who has seen 19 has seen all that counts.
+    """
     model = small_model(CONFIG)
     found = [score(model, IDS[w.start : w.end], w.first - w.start).logprobs for w in spans(len(IDS), context, stride)]
     np.testing.assert_allclose(np.concatenate(found), score(model, IDS).logprobs, atol=1e-4)

@@ -1,4 +1,7 @@
-"""Speculative decoding: the tokens of plain decoding, whatever is guessed; and never much slower."""
+"""Speculative decoding: the tokens of plain decoding, whatever is guessed.
+
+It is never much slower.
+"""
 
 from __future__ import annotations
 
@@ -214,7 +217,7 @@ def test_stopping_early_leaves_a_cache_that_holds_what_was_yielded() -> None:
         assert mx.argmax(logits[0, 0]).item() == expected[stop + 1]
 
 
-# --- the distribution ----------------------------------------------------------------------------------
+# --- the distribution -----------------------------------------------------------------------------
 
 
 def chi_squared(counts: Counter[int], expected: Sequence[float], draws: int) -> float:
@@ -222,7 +225,10 @@ def chi_squared(counts: Counter[int], expected: Sequence[float], draws: int) -> 
 
 
 def test_what_is_sampled_follows_the_target_and_the_naive_rule_does_not() -> None:
-    """Over a vocabulary of 6 with a draft that is wrong on purpose: 99.99 % of true samples stay below 25.7."""
+    """Draw from a vocabulary of 6 with a draft that is wrong on purpose.
+
+    99.99 % of true samples stay below 25.7.
+    """
     rng = np.random.default_rng(5)
     target, guess = (mx.array(rng.standard_normal((1, 1, 6)) * 1.2) for _ in range(2))
     p, q = (np.array(mx.softmax(x[0, 0])) for x in (target, guess))
@@ -244,7 +250,10 @@ def test_what_is_sampled_follows_the_target_and_the_naive_rule_does_not() -> Non
 
 
 def test_sequences_follow_the_target() -> None:
-    """Two tokens after a prompt, drafted by another model: the joint distribution, over 3 × 3 tokens."""
+    """Two tokens after a prompt, drafted by another model, have the right joint distribution.
+
+    It is one over 3 × 3 tokens.
+    """
     config = small_config(vocab_size=3, n_layers=1)
     model, other = small_model(config, seed=1), small_model(config, seed=2)
     first = np.array(mx.softmax(model(mx.array([[0, 1]]))[0, -1] / 2))
@@ -263,7 +272,7 @@ def test_sequences_follow_the_target() -> None:
     assert chi_squared(counts, joint.reshape(-1).tolist(), draws) < 31.8  # 99.99 % for 8 degrees of freedom
 
 
-# --- whole answers --------------------------------------------------------------------------------------
+# --- whole answers --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

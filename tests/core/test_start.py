@@ -1,4 +1,7 @@
-"""Ctrl-C while a command starts: exit status 130 and nothing on stderr, whatever is being imported."""
+"""Ctrl-C while a command starts: exit status 130 and nothing on stderr.
+
+It does not matter what is being imported.
+"""
 
 from __future__ import annotations
 

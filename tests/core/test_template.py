@@ -152,7 +152,10 @@ def test_honest_templates_with_much_to_do_work(template: str, context: int | str
 
 
 def plain_jinja(template: str, context: dict[str, Any]) -> str:
-    """What Jinja makes of a template that needs no more than its own filters, as transformers sets it up."""
+    """Return what Jinja makes of a template, set up as transformers sets it up.
+
+    The template needs no more than Jinja's own filters.
+    """
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
@@ -230,7 +233,10 @@ def test_a_templates_words_cannot_steer_a_terminal(template: str) -> None:
 
 
 def test_others_are_rendered_while_and_after_one_is_hostile() -> None:
-    """Many threads, one process; whoever waits, waits for the clock of those before, not for ever."""
+    """Many threads share one process, and one of them has a hostile template.
+
+    Whoever waits, waits for the clock of those before, not for ever.
+    """
     hostile = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     found: list[str] = []
 
@@ -332,7 +338,10 @@ TOOLS = [{"type": "function", "function": {"name": "f", "description": "é", "pa
 
 
 def real_templates() -> dict[str, str]:
-    """The demo model's, Mistral's own as mistral-common writes them, and one of everything that others use."""
+    """Return real templates: the demo model's, Mistral's own, and one of everything.
+
+    Mistral's own are as mistral-common writes them; the last one has everything that others use.
+    """
     found = {"everything": REAL}
     if (demo := Path.home() / ".cache/m7mlx/demo/tokenizer_config.json").is_file():
         found["demo"] = json.loads(demo.read_text())["chat_template"]

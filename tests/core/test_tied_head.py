@@ -1,4 +1,7 @@
-"""A head in the files of a model that says it is tied: the embedding once more, or the model's own."""
+"""A head in the files of a model that says it is tied.
+
+The head is the embedding once more, or the model's own.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +105,10 @@ def test_shards_have_that_head_as_well(tmp_path: Path, mode: Any) -> None:
 
 
 def test_a_head_that_stands_for_both_is_refused(tmp_path: Path) -> None:
-    """safetensors' save_model leaves out the second of two names; transformers' save_pretrained the head."""
+    """A file with the head alone, as safetensors' save_model writes it, is refused.
+
+    save_model leaves out the second of two names; transformers' save_pretrained the head.
+    """
     weights = write(tmp_path / "m", embedding())
     del weights[EMBEDDING]
     mx.save_safetensors(str(tmp_path / "m" / "model.safetensors"), weights)

@@ -99,7 +99,7 @@ def test_ids_past_the_vocabulary_have_no_text(mistral_tokenizers: dict[str, Toke
         tokenizer.decode([-1])
 
 
-# --- tokenizer.json -------------------------------------------------------------------------------------
+# --- tokenizer.json -------------------------------------------------------------------------------
 
 
 def test_text_is_never_a_control_id_in_tokenizer_json(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def json_twins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]
     return twins
 
 
-# --- folders --------------------------------------------------------------------------------------------
+# --- folders --------------------------------------------------------------------------------------
 
 
 def test_end_ids_come_from_all_files_that_name_them(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_golden_ids(mistral_tokenizers: dict[str, Tokenizer], version: str) -> N
         assert mistral_tokenizers[version].chat.encode(messages) == list(map(int, ids.split()))
 
 
-# --- tools ----------------------------------------------------------------------------------------------
+# --- tools ----------------------------------------------------------------------------------------
 
 CALL: dict[str, Any] = {
     "id": "a1B2c3D4e",
@@ -104,7 +104,7 @@ def test_v1_has_no_tools(mistral_tokenizers: dict[str, Tokenizer]) -> None:
         mistral_tokenizers["v1"].chat.encode([user("x")], tools=TOOLS)
 
 
-# --- a last message that the model continues ------------------------------------------------------------
+# --- a last message that the model continues ------------------------------------------------------
 
 
 def begun(content: str) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def test_what_cannot_be_continued(
         mistral_tokenizers["v3"].chat.encode(messages)
 
 
-# --- refusals and kept ids ------------------------------------------------------------------------------
+# --- refusals and kept ids ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,10 @@ def test_ids_of_a_generated_answer_are_kept(mistral_tokenizers: dict[str, Tokeni
 
 
 def test_ids_of_a_generated_answer_are_kept_through_a_template(tmp_path: Path) -> None:
-    """Not tokenised again, whatever the template does to the text; the end token comes from the template."""
+    """An answer is not tokenised again, whatever the template does to its text.
+
+    The end token comes from the template.
+    """
     history: list[Message] = [
         user("a"),
         {"role": "assistant", "content": " <b> ", "ids": [256, 7, 98, 98]},
@@ -221,7 +224,7 @@ def test_ids_of_a_generated_answer_are_kept_through_a_template(tmp_path: Path) -
     ]  # fmt: skip
 
 
-# --- templates ------------------------------------------------------------------------------------------
+# --- templates ------------------------------------------------------------------------------------
 
 
 def chatml(folder: Path, template: str = CHATML) -> Tokenizer:
@@ -253,7 +256,10 @@ def test_a_sequence_starts_once(tmp_path: Path) -> None:
 
 
 def test_a_template_leaves_open_the_message_that_is_continued(tmp_path: Path) -> None:
-    """Whatever it writes behind it; white space at the end stays, unless the template strips messages."""
+    """The message stays open, whatever the template writes behind it.
+
+    White space at the end stays, unless the template strips messages.
+    """
     head = [256, *b"user\nq", 257, *b"\n", 256, *b"assistant\n"]
     keeps = chatml(tmp_path, CHATML.replace(" | trim", "")).chat
     for text in ("The sum is ", "The sum\n", " <|im_end|>x", "CONTINUE <|im_", "Ünïcödé 😀"):
@@ -278,7 +284,10 @@ look_alikes = st.lists(
 @given(texts=st.lists(look_alikes, min_size=1, max_size=4))
 @settings(max_examples=300, deadline=None)
 def test_text_never_becomes_a_control_token_in_a_template(chatml_tokenizer: Tokenizer, texts: list[str]) -> None:
-    """Control ids stand exactly where the template put them, and between them stands exactly the text."""
+    """Control ids stand exactly where the template put them.
+
+    Between them stands exactly the text.
+    """
     ids = chatml_tokenizer.chat.encode([user(t) for t in texts])
     expected: list[int] = []
     for t in texts:
@@ -328,7 +337,7 @@ def test_named_templates_and_template_files(tmp_path: Path) -> None:
 
 
 def test_the_template_for_tools_is_taken_where_there_are_some(tmp_path: Path) -> None:
-    """As transformers chooses among named templates, written as a list or as a mapping."""
+    """Templates are chosen as transformers does, be they named in a list or in a mapping."""
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
     for named in (
         [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}],
@@ -381,7 +390,10 @@ def test_tools_and_calls_never_become_control_tokens_in_a_template(tmp_path: Pat
 
 
 def test_a_template_gets_the_arguments_of_a_call_as_an_object(tmp_path: Path) -> None:
-    """OpenAI's clients write them as JSON in a text; templates are written for transformers, which has objects."""
+    """Templates are written for transformers, where the arguments of a call are an object.
+
+    OpenAI's clients write them as JSON in a text.
+    """
     calls = [CALL, CALL | {"function": {"name": "f", "arguments": "no JSON"}}]
     history = [user("x"), {"role": "assistant", "content": "", "tool_calls": calls}, user("y")]
     chat = chatml(

@@ -1,4 +1,7 @@
-"""Which prompt a folder's model gets: what its own template writes, Mistral's format only where that is the same."""
+"""Which prompt a folder's model gets: what its own template writes.
+
+Mistral's format is used only where it is the same.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +82,7 @@ def mistrals(folder: Path, version: str, template: str | None, **settings: Any) 
 
 @pytest.mark.parametrize("version", ["v1", "v3"])
 def test_mistrals_format_where_it_is_the_same(tmp_path: Path, version: str) -> None:
-    """… and then for what the template does not know, too."""
+    """Mistral's format is then used for what the template does not know, too."""
     tokenizer = load_tokenizer(mistrals(tmp_path, version, TEXTS[version]))
     assert isinstance(tokenizer.chat, MistralFormat) and tokenizer.chat.version == version
     for messages in CONVERSATIONS:
@@ -159,7 +162,7 @@ def test_a_copy_with_other_indentation_is_the_same_template() -> None:
     assert choice._digest(text) != choice._digest(text.replace("content +", "content  +"))
 
 
-# --- vocabularies since v7 ------------------------------------------------------------------------------
+# --- vocabularies since v7 ------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -189,7 +192,7 @@ def test_without_a_template_they_are_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path).chat.encode(ASKED[0])
 
 
-# --- tokenizer.json beside tokenizer.model --------------------------------------------------------------
+# --- tokenizer.json beside tokenizer.model --------------------------------------------------------
 
 
 def test_the_one_with_more_tokens_counts(tmp_path: Path) -> None:
@@ -206,7 +209,7 @@ def test_a_broken_model_beside_tokenizer_json_is_not_needed(tmp_path: Path) -> N
     assert load_tokenizer(tmp_path).encode("a") == [97]
 
 
-# --- what is remembered ---------------------------------------------------------------------------------
+# --- what is remembered ---------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -265,7 +268,7 @@ def test_the_record_stays_small(tmp_path: Path, record: Path, monkeypatch: pytes
     assert len(json.loads(record.read_text())) == 3
 
 
-# --- tokens without a row in the embedding --------------------------------------------------------------
+# --- tokens without a row in the embedding --------------------------------------------------------
 
 
 def padded(folder: Path, rows: int, **settings: Any) -> Tokenizer:

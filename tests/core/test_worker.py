@@ -1,4 +1,7 @@
-"""A process for work that a stranger's input could make endless: bounded, never mixed up, never left behind."""
+"""A process for work that a stranger's input could make endless.
+
+It is bounded, never mixed up with another, and never left behind.
+"""
 
 from __future__ import annotations
 
@@ -391,7 +394,7 @@ def test_it_is_found_from_another_folder_by_a_relative_path(tmp_path: Path) -> N
     assert (output.strip(), errors) == (str(tmp_path / "m7mlx"), "")
 
 
-# --- copies ---------------------------------------------------------------------------------------------
+# --- copies ---------------------------------------------------------------------------------------
 
 
 def test_a_copy_knows_what_the_original_knew_and_learns_for_itself(worker: Worker) -> None:

@@ -1,4 +1,7 @@
-"""Several processes share a model: real ones, on this machine, started by `mlx.launch` with its ring of sockets."""
+"""Several processes share a model.
+
+They are real ones, on this machine, started by `mlx.launch` with its ring of sockets.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +99,8 @@ def check(out: Path, count: int, whole: Mistral, err: str, rounding: float) -> N
             assert shapes == [(heads // count, layers)] * count
         else:
             assert sum(n for _, n in shapes) == layers and {h for h, _ in shapes} == {heads}
-        # Nobody holds what is not its own: besides layers, only the ends of the model are there more than once.
+        # Nobody holds what is not its own: besides layers, only the ends of the model are there
+        # more than once.
         ends = whole.model.embed_tokens, whole.lm_head
         assert sum(int(found["bytes"]) for found in ranks) <= whole.nbytes + (count - 1) * (
             sum(nbytes(end) for end in ends) + (2 * layers + 1) * whole.model.norm.weight.nbytes
@@ -150,7 +154,10 @@ def address(process: subprocess.Popen[str]) -> str:
 
 
 def test_a_server_of_two_processes_and_a_rank_that_is_killed(folder: Path) -> None:
-    """Answers of many at once are the library's; a client that leaves disturbs nobody; then one rank dies."""
+    """A server's answers to many at once are the library's.
+
+    A client that leaves disturbs nobody. Then one rank dies.
+    """
     serve = ["-m", "m7mlx_serve", "--model", str(folder), "--name", "m", "--port", "0", "--rows", "3"]
     with launch(2, *serve) as process:
         url = address(process)
@@ -241,7 +248,10 @@ def test_what_cannot_be_is_said_in_one_line(folder: Path, count: int, options: l
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_shards_make_up_the_whole(size: int, tied: bool) -> None:
-    """Every number of every tensor is read by one rank at least, and nothing of the layers by two."""
+    """Every number of every tensor is read by one rank at least.
+
+    Nothing of the layers' matrices is read by two.
+    """
     whole = small_config(n_layers=5, n_heads=30, n_kv_heads=30, intermediate_size=60, tie_word_embeddings=tied)
     for mode in MODES:
         shards = [Shard(mode, rank, size) for rank in range(size)]

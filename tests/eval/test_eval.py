@@ -26,7 +26,7 @@ TEXT = (
 
 @pytest.fixture(scope="session")
 def other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the same shape as `model_folder`, with other weights."""
+    """A model of the same shape as that in `model_folder`, with other weights."""
     config = small_config(vocab_size=32768, sliding_window=16, n_layers=2)
     return write_folder(tmp_path_factory.mktemp("other") / "model", config, random_weights(config, seed=5))
 

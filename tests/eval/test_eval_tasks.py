@@ -97,7 +97,10 @@ def test_results_are_those_of_the_harness_for_hugging_face(
     mistral_folder: Path,
     demo_model: Path,
 ) -> None:
-    """The same weights in float32: whole, and where everything is longer than what is seen."""
+    """Both sides have equal weights in float32.
+
+    Texts are seen whole, and in another run everything is longer than what is seen.
+    """
     # Which transformers takes from a file that is not there.
     folder, more = mistral_folder, {"add_bos_token": True}
     if kind == "tokenizer.json":

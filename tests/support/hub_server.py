@@ -1,4 +1,7 @@
-"""A Hub in miniature on 127.0.0.1: enough of its HTTP interface to download and upload, with faults to order."""
+"""A Hub in miniature on 127.0.0.1, with faults to order.
+
+It has enough of the Hub's HTTP interface to download and upload.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,13 @@ LARGE = (".safetensors", ".gguf", ".bin", ".model")
 class Hub:
     """What the server serves, what was uploaded to it, and how it misbehaves.
 
-    status        answer every request with this status (401, 403, 404, 429, 503 …), `code` as X-Error-Code
-    only          … but only requests whose path contains this
+    status        answer every request with this status (401, 403, 404, 429, 503 …)
+    code          send this as X-Error-Code along with `status`
+    only          answer so only requests whose path contains this
     wrong_bytes   serve this file with its first byte flipped, under its true checksum
     cut_after     break the connection after so many bytes of a body, the first `cuts` times
     ranges        whether a part of a file can be asked for; else all of it comes
-    padding       bytes that come behind every file of weights, and that its listing does not know of
+    padding       bytes that come behind every file of weights, unknown to its listing
     slow          seconds to wait between two pieces of 64 kB
     """
 
@@ -160,7 +164,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(bytes(1 << 20))
                 hub.sent += 1 << 20
 
-    # --- uploads ------------------------------------------------------------------------------------------
+    # --- uploads ----------------------------------------------------------------------------------
 
     def receive(self) -> None:
         hub, path = self.hub, self.path.split("?")[0]

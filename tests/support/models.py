@@ -26,7 +26,10 @@ MISTRAL_FILES = {
 
 
 def small_config(**changes: Any) -> ModelConfig:
-    """A Mistral of a few thousand parameters; the window is much shorter than the tests' sequences."""
+    """Return the configuration of a Mistral of a few thousand parameters.
+
+    The window is much shorter than the tests' sequences.
+    """
     values: dict[str, Any] = {
         "model_type": "mistral",
         "vocab_size": 97,
@@ -80,7 +83,10 @@ def weights_on_disk(model: Mistral) -> dict[str, np.ndarray]:
 
 
 def write_folder(folder: Path, config: ModelConfig, weights: dict[str, np.ndarray] | None = None) -> Path:
-    """A whole model folder: config, weights and the v1 or v3 tokenizer, whichever the vocabulary fits."""
+    """Write a whole model folder: config, weights and tokenizer.
+
+    The tokenizer is v1 or v3, whichever the vocabulary fits.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     arrays = {name: mx.array(array) for name, array in (weights or random_weights(config)).items()}

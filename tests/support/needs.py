@@ -1,4 +1,7 @@
-"""What some tests need and not every machine has: a test that is marked with it is skipped where it is not there."""
+"""What some tests need and not every machine has.
+
+A test that is marked with a need is skipped where what it needs is not there.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Programs that tests start: with the signals of a program in the foreground, and gone when a test ends."""
+"""Programs that tests start, which are gone when a test ends.
+
+They have the signals of a program in the foreground.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,10 @@ from typing import IO, Any, AnyStr
 
 
 def take_signals() -> None:
-    """Undo what a shell does to the jobs that a script starts in the background: they ignore Ctrl-C, and so would all
-    that a test starts, for ever."""
+    """Undo what a shell does to the jobs that a script starts in the background.
+
+    They ignore Ctrl-C, and so would all that a test starts, for ever.
+    """
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
         if signal.getsignal(number) is signal.SIG_IGN:
@@ -22,8 +27,10 @@ def take_signals() -> None:
 
 @contextmanager
 def running(command: Sequence[object], **options: Any) -> Iterator[subprocess.Popen[Any]]:
-    """A program that does not outlive the block, and nor does what it has started itself: a test that fails or runs
-    into its time limit waits for nobody."""
+    """Start a program; neither it nor what it starts itself outlives the block.
+
+    A test that fails or runs into its time limit waits for nobody.
+    """
     process = subprocess.Popen([str(word) for word in command], start_new_session=True, **options)
     try:
         yield process

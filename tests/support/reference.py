@@ -19,8 +19,8 @@ def logits(
 ) -> Array:
     """Logits [len(ids), vocab_size]; full banded attention over the whole sequence, key by key.
 
-    With `max_kv_size` each query sees the first `sinks` keys and the last others; every key is rotated anew for
-    each query, by its place among those seen.
+    With `max_kv_size` each query sees the first `sinks` keys and the last others; every key is
+    rotated anew for each query, by its place among those seen.
     """
     w = {name: array.astype(np.float64) for name, array in weights.items()}
     x = w["model.embed_tokens.weight"][ids]

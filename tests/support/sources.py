@@ -131,7 +131,7 @@ def write_sharded(folder: Path) -> None:
 
 
 def native_weights(config: ModelConfig) -> dict[str, mx.array]:
-    """As Mistral publishes them: their names, and query and key rows in pairs."""
+    """Return weights as Mistral publishes them: their names, and query and key rows in pairs."""
     weights = {}
     for name, array in random_weights(config).items():
         heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}.get(name.split(".")[-2])

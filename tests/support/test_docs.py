@@ -1,4 +1,7 @@
-"""The documentation: every promise has its test, every public name its reference, and the site builds."""
+"""The documentation: every promise has its test, every public name its reference.
+
+The site builds.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The tests' own ground: signals, programs that end with their test, what is said of tests that were skipped."""
+"""The tests' own ground: signals, programs, and what is said of skipped tests.
+
+Programs end with the test that started them.
+"""
 
 from __future__ import annotations
 

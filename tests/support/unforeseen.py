@@ -8,7 +8,11 @@ import pytest
 
 
 def nothing_unforeseen(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """The chat outlives its own faults and logs them; a test does not, unless it looks at them and clears the log."""
+    """Fail a test in which the chat has logged faults of its own.
+
+    The chat outlives its own faults and logs them; a test does not, unless it looks at them and
+    clears the log.
+    """
     yield
     faults = [record for record in caplog.get_records("call") if record.name.startswith("m7mlx")]
     for record in faults:

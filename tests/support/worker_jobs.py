@@ -1,4 +1,7 @@
-"""Jobs that tests give a worker: Python that is run in its process, so that it can do whatever a stranger could."""
+"""Jobs that tests give a worker: Python that is run in the worker's process.
+
+A job can do whatever a stranger could.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Make the golden files from Hugging Face's MistralForCausalLM: `python tests/core/golden/make.py` (extra `oracle`).
+"""Make the golden files from Hugging Face's MistralForCausalLM.
 
-Each case is a random checkpoint (float16 values, computed in float32, eager attention), the logits of a prompt
-several windows long, and its greedy continuation.
+Run it as `python tests/core/golden/make.py` (extra `oracle`). Each case is a random checkpoint
+(float16 values, computed in float32, eager attention), the logits of a prompt several windows long,
+and its greedy continuation.
 """
 
 from __future__ import annotations
