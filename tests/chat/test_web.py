@@ -313,7 +313,10 @@ async def test_strangers_connections_do_not_keep_its_user_out(server: Server) ->
         ended = 0
         for one in held[:100]:
             one.settimeout(30)
-            ended += one.recv(100) == b""
+            try:
+                ended += one.recv(100) == b""
+            except ConnectionResetError:  # closed with what it had sent unread
+                ended += 1
         assert ended >= 80
     finally:
         for one in held:

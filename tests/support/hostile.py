@@ -399,7 +399,8 @@ async def go_through(
         until = time.monotonic() + 20  # a machine may be busy
         while time.monotonic() < until:
             await chat.pilot.pause(0.05)
-            if one.word in chat.shown() and (written is None or one.word in written()):
+            seen = chat.shown().replace("\n", "")  # a toast may break a word
+            if one.word in seen and (written is None or one.word in written()):
                 break
         look(one)
         while len(chat.app.screen_stack) > 1:
