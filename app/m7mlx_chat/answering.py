@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from m7mlx import Request
-from m7mlx.errors import InputError
+from m7mlx.errors import InputError, M7Error
 from m7mlx_chat.events import AnyEngine, Done, Event, Failed, Ready, Seen, Text
 from m7mlx_chat.history import history
 from m7mlx_chat.settings import Settings
@@ -121,18 +122,25 @@ class Answering:
         return None if self.ready is None else self.ready.vocabulary
 
     def _submit(self, under_way: UnderWay) -> None:
-        settings = under_way.settings
+        try:
+            request = self._request(under_way)
+        except Exception as error:  # the store cannot be read, say: the next question is free
+            with suppress(M7Error):  # kept in `_unsaved`
+                self._finish("error", {"error": str(error)})
+            raise
         under_way.submitted, under_way.saved = True, time.monotonic()
+        self._engine.submit(request)
+
+    def _request(self, under_way: UnderWay) -> Request:
+        settings = under_way.settings
         text, ids = under_way.begun or ("", None)
-        self._engine.submit(
-            Request(
-                history(self.store.branch(under_way.question), settings.system, self.vocabulary),
-                settings.sampling,
-                settings.max_tokens,
-                settings.stop,
-                continues=text if ids is None else ids,
-                schema=self.schema,
-            )
+        return Request(
+            history(self.store.branch(under_way.question), settings.system, self.vocabulary),
+            settings.sampling,
+            settings.max_tokens,
+            settings.stop,
+            continues=text if ids is None else ids,
+            schema=self.schema,
         )
 
     def _grow(self, under_way: UnderWay, text: str) -> None:

@@ -77,6 +77,28 @@ def test_what_is_said_is_kept_within_a_second(speaker: Speaker, monkeypatch: pyt
     assert speaker.session.seen == Seen(6, 100)
 
 
+@pytest.mark.parametrize("ready", [True, False])
+def test_a_store_that_cannot_be_read_frees_the_next_question(
+    database: Path, monkeypatch: pytest.MonkeyPatch, ready: bool
+) -> None:
+    def fail(*_: object) -> None:
+        raise StoreError("damaged")
+
+    speaker = Speaker(database, ready=ready)
+    with monkeypatch.context() as broken:
+        broken.setattr(speaker.store, "branch", fail)
+        if not ready:
+            speaker.session.ask("hello")
+        with pytest.raises(StoreError, match="damaged"):
+            speaker.session.ask("hello") if ready else speaker.session.handle(READY)
+    assert speaker.session.under_way is None and not speaker.engine.asked
+    (conversation,) = speaker.store.conversations()
+    assert speaker.store.message(cast(int, conversation.leaf)).status == "error"
+    speaker.exchange("again", "Here.")
+    assert len(speaker.engine.asked) == 1
+    speaker.store.close()
+
+
 def test_one_answer_at_a_time(speaker: Speaker) -> None:
     speaker.exchange("one", "first")
     speaker.session.ask("two")
