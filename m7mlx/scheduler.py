@@ -37,6 +37,7 @@ class _Numbered(Answer):
         super().__init__(request, model, tokenizer)
         self.number = number
         self.error: Exception | None = None  # the next token could not be chosen
+        self.chosen = 0  # tokens that were chosen before that
         self._alike: WeakKeyDictionary[_Numbered | RollingCache, int] = WeakKeyDictionary()
 
     def shares(self, other: _Numbered | RollingCache) -> int:
@@ -294,7 +295,8 @@ class Scheduler:
             if self._shared:
                 raise
             return answer.fail(error)
-        if answer.error is None:
+        is_whole = piece.stats is not None and piece.stats.generated_tokens <= answer.chosen
+        if answer.error is None or is_whole:  # what failed was a token that the answer does not need
             return piece
         if self._shared and piece.finish_reason is None:
             return None  # the other processes go on with it, until it is cancelled on all
@@ -310,7 +312,9 @@ class Scheduler:
     def _token(self, answer: _Numbered, logits: mx.array) -> mx.array:  # [1, vocab_size] → [1]
         """Choose an answer's next token; any token where that fails, as the answer then does."""
         try:
-            return answer.sampler(logits)
+            token = answer.sampler(logits)
+            answer.chosen += answer.error is None
+            return token
         except Exception as error:
             answer.error = error
             return self._model.agree(mx.argmax(known(logits, self._tokenizer.vocab_size), axis=-1))

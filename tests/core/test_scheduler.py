@@ -317,6 +317,24 @@ def test_a_grammar_that_fails_fails_its_own_answer(tokenizer: Tokenizer, monkeyp
     assert clients.answer(good) == alone(MODELS[7], tokenizer, Request(prompt(2, 5), max_tokens=9))
 
 
+@pytest.mark.parametrize("wanted", [3, 4])
+def test_a_failure_after_the_last_token_is_of_no_account(tokenizer: Tokenizer, wanted: int) -> None:
+    calls = iter(range(3))
+
+    def good_for_three(ids: mx.array, logits: mx.array) -> mx.array:
+        next(calls)
+        return logits
+
+    clients = Clients(Scheduler(MODELS[7], tokenizer))
+    number = clients.scheduler.add(Request(prompt(1, 5), max_tokens=wanted, logits_processors=[good_for_three]))
+    clients.run()
+    if wanted == 3:
+        assert clients.answer(number) == alone(MODELS[7], tokenizer, Request(prompt(1, 5), max_tokens=3))
+    else:
+        assert clients.answer(number)[2] == "failed"
+        assert isinstance(clients.pieces[number][-1].error, StopIteration)
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "lost"),
     [
