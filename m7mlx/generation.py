@@ -214,8 +214,14 @@ def _pieces(
                 break
         else:  # no token was wanted
             untold.append(answer.end("length"))
-    if untold[-1].error is not None:
-        raise untold[-1].error
+    error = untold[-1].error
+    if error is not None:
+        # Its traceback holds this frame, which must not hold it: the cache would outlive its users.
+        del untold
+        try:
+            raise error
+        finally:
+            del error
     yield _joined(untold)
 
 
