@@ -8,7 +8,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from m7mlx.cache import RollingCache
 from m7mlx.errors import InputError
+from m7mlx.memory import positions_that_fit
 from m7mlx.model import Mistral
 from m7mlx.request import Prompt, Request, kind_of, prepare
 from m7mlx.sampling import Sampling
@@ -56,9 +58,10 @@ def generate_all(
             raise InputError(f"{name} belongs to one answer; with a list of prompts leave it out")
     settings = {name: value for name, value in options.items() if name in _TAKEN}
     settings["sampling"] = settings.get("sampling") or Sampling()
-    scheduler = Scheduler(model, tokenizer, rows=min(_ROWS, len(prompts)), kept=1)
     empty = model.new_cache()
     ready = [prepare(Request(prompt, **settings), model, tokenizer, empty) for prompt in prompts]
+    rows, kept = _that_fit(model, ready, empty)
+    scheduler = Scheduler(model, tokenizer, rows=rows, kept=kept)
     numbers = {scheduler.admit(request): i for i, request in enumerate(ready) if request.max_tokens != 0}
     texts = [""] * len(prompts)
     goes_on = bool(numbers)
@@ -69,3 +72,18 @@ def generate_all(
                 raise piece.error
             texts[numbers[number]] += piece.text
     return texts
+
+
+def _that_fit(model: Mistral, ready: Sequence[Request], empty: RollingCache) -> tuple[int, int]:
+    """Return how many of the requests to answer at a time, and how many conversations to keep.
+
+    With a window, each takes little; else what is kept takes as much memory as a row.
+    """
+    rows, kept = min(_ROWS, len(ready)), 1
+    if empty.window is not None:
+        return rows, kept
+    fit = positions_that_fit(model.config, model.nbytes, empty.format.stored_bits(model.dtype))
+    longest = max(len(request.ids) + (request.max_tokens or 0) for request in ready)
+    # All processes that share a model must answer the same ones together.
+    together = int(np.array(model.agree(mx.array(min(fit // longest, rows + kept)))))
+    return max(1, min(rows, together - kept)), kept if together > kept else 0

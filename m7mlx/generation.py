@@ -98,7 +98,8 @@ def stream_generate(
                 it raises ends the prefill and leaves the cache valid
     continues   ids, or the text, of an answer that was broken off. It goes on after them, with the
                 same seed as if it had never been broken off
-    constraint  a grammar that the answer follows (`m7mlx.constrain`); not together with a drafter
+    constraint  a grammar that the answer follows (`m7mlx.constrain`); not together with a drafter,
+                nor with an answer or message that is continued
     logprobs    tell in `piece.logprobs` how likely each token was, and so many of the likeliest in
                 its place
     logits_processors
@@ -214,8 +215,14 @@ def _pieces(
                 break
         else:  # no token was wanted
             untold.append(answer.end("length"))
-    if untold[-1].error is not None:
-        raise untold[-1].error
+    error = untold[-1].error
+    if error is not None:
+        # Its traceback holds this frame, which must not hold it: the cache would outlive its users.
+        del untold
+        try:
+            raise error
+        finally:
+            del error
     yield _joined(untold)
 
 

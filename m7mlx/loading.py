@@ -99,6 +99,7 @@ def _checked(
     shard: Shard | None = None,
 ) -> tuple[Path, ModelConfig, dict[str, StoredTensor]]:
     """Return a model's folder, configuration and tensors, checked as far as possible unread."""
+    computed = _compute_dtype(dtype)  # refused before anything is fetched or read
     folder = resolve(name)
     config = ModelConfig.from_folder(folder)
     headers = folder_weights(folder)
@@ -108,10 +109,10 @@ def _checked(
     headers = {name: stored for name, stored in headers.items() if not is_left_out(name, config)}
     stored = sum(path.stat().st_size for path in _files(headers))
     if shard is None:
-        _check_memory(folder, config, stored, _compute_dtype(dtype))
+        _check_memory(folder, config, stored, computed)
     else:
         sizes = {n: (t.shape, math.prod(t.shape) * DTYPES[t.dtype].size) for n, t in headers.items()}
-        _check_memory(folder, shard.config(config), shard.nbytes(sizes, config), _compute_dtype(dtype))
+        _check_memory(folder, shard.config(config), shard.nbytes(sizes, config), computed)
     return folder, config, headers
 
 

@@ -80,6 +80,8 @@ class Request:
             raise InputError("logits_processors must be a list of functions f(ids, logits) that return logits")
         if self.has_grammar and len(self.continues):
             raise InputError("an answer that follows a grammar cannot go on where it was broken off; ask for it anew")
+        if self.has_grammar and _continued(self.prompt) is not None:
+            raise InputError("an answer that follows a grammar cannot continue a message; leave out its prefix")
 
     @property
     def has_grammar(self) -> bool:

@@ -18,7 +18,7 @@ from m7mlx.batch import BatchCache
 from m7mlx.cache import UNDO_SLACK, RollingCache
 from m7mlx.compiled import step_of
 from m7mlx.decode import default_chunk, read_chunk, reusable, reuse, shared_start
-from m7mlx.errors import InputError
+from m7mlx.errors import InputError, PromptTooLongError
 from m7mlx.model import Mistral
 from m7mlx.request import Request, prepare
 from m7mlx.sampling import known
@@ -37,6 +37,7 @@ class _Numbered(Answer):
         super().__init__(request, model, tokenizer)
         self.number = number
         self.error: Exception | None = None  # the next token could not be chosen
+        self.chosen = 0  # tokens that were chosen before that
         self._alike: WeakKeyDictionary[_Numbered | RollingCache, int] = WeakKeyDictionary()
 
     def shares(self, other: _Numbered | RollingCache) -> int:
@@ -97,12 +98,25 @@ class Scheduler:
         """The request as it will be answered; raises as `add`."""
         if request.max_tokens is not None and request.max_tokens < 1:
             raise InputError(f"max_tokens must be at least 1, got {request.max_tokens}")
-        return prepare(request, self._model, self._tokenizer, self._new)
+        ready = prepare(request, self._model, self._tokenizer, self._new)
+        if ready.max_tokens == 0:
+            raise PromptTooLongError(
+                f"the prompt has {len(ready.ids)} tokens and leaves no room for an answer; "
+                "shorten it, or start a new conversation"
+            )
+        return ready
 
     def admit(self, request: Request) -> int:
-        """Queue a request that is prepared; return its number."""
+        """Queue a request that is prepared; return its number.
+
+        One that wants no token ends with the next step.
+        """
         self._count += 1
-        self._waiting.append(_Numbered(self._count, request, self._model, self._tokenizer))
+        answer = _Numbered(self._count, request, self._model, self._tokenizer)
+        if request.max_tokens == 0:
+            self._late.append((answer.number, answer.end("length")))
+        else:
+            self._waiting.append(answer)
         return self._count
 
     def cancel(self, number: int) -> Piece | None:
@@ -281,7 +295,8 @@ class Scheduler:
             if self._shared:
                 raise
             return answer.fail(error)
-        if answer.error is None:
+        is_whole = piece.stats is not None and piece.stats.generated_tokens <= answer.chosen
+        if answer.error is None or is_whole:  # what failed was a token that the answer does not need
             return piece
         if self._shared and piece.finish_reason is None:
             return None  # the other processes go on with it, until it is cancelled on all
@@ -297,7 +312,9 @@ class Scheduler:
     def _token(self, answer: _Numbered, logits: mx.array) -> mx.array:  # [1, vocab_size] → [1]
         """Choose an answer's next token; any token where that fails, as the answer then does."""
         try:
-            return answer.sampler(logits)
+            token = answer.sampler(logits)
+            answer.chosen += answer.error is None
+            return token
         except Exception as error:
             answer.error = error
             return self._model.agree(mx.argmax(known(logits, self._tokenizer.vocab_size), axis=-1))

@@ -8,9 +8,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from models import small_config, small_model
 
+import m7mlx.batch_generation
+import m7mlx.memory
 from m7mlx import Mistral, PromptLookup, Sampling, Tokenizer, generate, load, stream_generate
 from m7mlx.errors import InputError, M7Error, TokenizerError
+from m7mlx.memory import budget, cache_bytes, positions_that_fit
+from m7mlx.scheduler import Scheduler, Told
 
 TEXTS = [f"Question {n}: " + "what is it? " * n for n in range(11)]  # more than there are rows; most leave the window
 CHAT = [{"role": "user", "content": "Hello"}]
@@ -102,3 +107,32 @@ def test_a_failure_on_the_way_is_raised(loaded: tuple[Mistral, Tokenizer]) -> No
 
     with pytest.raises(Exception, match="broken processor"):
         generate(*loaded, ["Hello", "Bye"], logits_processors=[broken], max_tokens=2)
+
+
+@pytest.mark.parametrize(("fitting", "rows", "kept"), [(1, 1, 0), (2, 1, 1), (4, 3, 1), (40, 8, 1)])
+def test_answers_side_by_side_share_the_memory(
+    monkeypatch: pytest.MonkeyPatch, loaded: tuple[Mistral, Tokenizer], fitting: int, rows: int, kept: int
+) -> None:
+    made: list[Scheduler] = []
+    most = 0
+
+    class Watched(Scheduler):
+        def __init__(self, *given: Any, **options: Any) -> None:
+            super().__init__(*given, **options)
+            made.append(self)
+
+        def step(self) -> tuple[Told, bool]:
+            nonlocal most
+            found = super().step()
+            most = max(most, self.running_and_waiting[0])
+            return found
+
+    monkeypatch.setattr(m7mlx.batch_generation, "Scheduler", Watched)
+    model, tokenizer = small_model(small_config(vocab_size=32000, sliding_window=None)), loaded[1]
+    prompts = [[5 + n] * (20 + n) for n in range(11)]
+    alone = [generate(model, tokenizer, prompt, max_tokens=6) for prompt in prompts]
+    around = budget() - positions_that_fit(model.config, model.nbytes, 32) * cache_bytes(model.config, 1, 32)
+    monkeypatch.setattr(m7mlx.memory, "_limit", around + cache_bytes(model.config, fitting * 36, 32))
+    assert generate(model, tokenizer, prompts, max_tokens=6) == alone
+    assert most <= rows == made[0].options["rows"]
+    assert made[0].options["kept"] == kept

@@ -5,6 +5,8 @@ Any cutting and any reuse gives the same answer, and every stop is exact.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from m7mlx import (
     stream_generate,
 )
 from m7mlx.answer import StopFilter
+from m7mlx.constrain import Unconstrained
 from m7mlx.errors import ChatFormatError, InputError, PromptTooLongError, TokenizerError
 
 
@@ -375,3 +378,30 @@ def test_two_generators_over_one_cache_do_not_mix(loaded: tuple[Mistral, Tokeniz
     with pytest.raises(InputError, match="a cache of its own"):
         list(first)
     assert begun + "".join(piece.text for piece in second) == expected
+
+
+def test_a_failed_answer_keeps_nothing_in_memory(loaded: tuple[Mistral, Tokenizer]) -> None:
+    class Enforced(Unconstrained):
+        enforced = True
+
+    model, tokenizer = loaded
+    text = generate(model, tokenizer, [1, 5, 900], max_tokens=8)
+    cache = model.new_cache()
+    kept = weakref.ref(cache)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(InputError, match="stop text"):
+            generate(
+                model,
+                tokenizer,
+                [1, 5, 900],
+                cache=cache,
+                max_tokens=8,
+                stop=[text.strip()[0]],
+                constraint=Enforced(),
+            )
+        del cache
+        assert kept() is None
+    finally:
+        gc.enable()

@@ -17,7 +17,7 @@ from models import random_weights, shard, small_config, weights_on_disk, write_f
 import m7mlx.memory
 from m7mlx import load, stream_generate
 from m7mlx.config import ModelConfig
-from m7mlx.errors import ConfigError, NotFoundError, RunError, WeightsError
+from m7mlx.errors import ConfigError, InputError, NotFoundError, RunError, WeightsError
 from m7mlx.files.weights import folder_weights, validate_header
 from m7mlx.loading import build
 from m7mlx.quantization import Quantization
@@ -146,6 +146,12 @@ def test_names_that_lead_nowhere() -> None:
     for name in ("/no/such/folder", "./missing", "nothing", "a/b/c", "", "~nobody/x", "bad repo/name"):
         with pytest.raises(NotFoundError, match="no alias"):
             load(name)
+
+
+def test_a_type_that_is_none_is_refused_first() -> None:
+    for dtype in ("nonsense", "int8", 16):
+        with pytest.raises(InputError, match="dtype must be one of float16, bfloat16, float32, not"):
+            load("/no/such/folder", dtype=dtype)  # type: ignore[arg-type]
 
 
 def test_a_file_is_not_a_folder(tmp_path: Path) -> None:

@@ -88,6 +88,16 @@ def test_what_no_model_could_answer_is_refused_in_a_line(options: dict[str, Any]
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("options", [{"constraint": Unconstrained()}, {"schema": {"type": "object"}}])
+def test_a_message_that_is_continued_follows_no_grammar(options: dict[str, Any]) -> None:
+    begun: list[dict[str, Any]] = [*MESSAGES, {"role": "assistant", "content": '{"a": ', "prefix": True}]
+    with pytest.raises(InputError, match="cannot continue a message") as caught:
+        Request(begun, **options)
+    assert "\n" not in str(caught.value)
+    assert Request(begun).prompt == begun
+    assert Request([*begun[:-1], begun[-1] | {"prefix": False}], **options).has_grammar
+
+
 def test_what_one_model_can_answer(mistral_tokenizers: dict[str, Tokenizer]) -> None:
     tokenizer = mistral_tokenizers["v1"]
     config = small_config(vocab_size=32000, sliding_window=None, max_position_embeddings=20, n_layers=1)

@@ -281,6 +281,24 @@ def test_requests_that_make_no_sense_are_refused_at_once(tokenizer: Tokenizer) -
             Scheduler(MODELS[7], tokenizer, **bad)
 
 
+def test_a_prompt_that_leaves_no_room_is_refused(tokenizer: Tokenizer) -> None:
+    model = small_model(small_config(vocab_size=32000, sliding_window=None, max_position_embeddings=32))
+    clients = Clients(Scheduler(model, tokenizer))
+    with pytest.raises(PromptTooLongError, match="32 tokens and leaves no room for an answer"):
+        clients.scheduler.add(Request(prompt(1, 32)))
+    assert clients.scheduler.running_and_waiting == (0, 0)
+    last = clients.scheduler.add(Request(prompt(1, 31)))
+    clients.run()
+    assert clients.answer(last) == alone(model, tokenizer, Request(prompt(1, 31), max_tokens=1))
+
+
+def test_no_token_is_made_where_none_is_wanted(tokenizer: Tokenizer) -> None:
+    clients = Clients(Scheduler(MODELS[7], tokenizer))
+    none = clients.scheduler.admit(Request(prompt(1, 5), max_tokens=0))
+    assert not clients.step()
+    assert clients.answer(none) == ("", [], "length")
+
+
 def test_a_grammar_that_fails_fails_its_own_answer(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     masks = iter([True, True, False])
 
@@ -297,6 +315,24 @@ def test_a_grammar_that_fails_fails_its_own_answer(tokenizer: Tokenizer, monkeyp
     assert clients.answer(bad)[2] == "failed"
     assert "too complex" in str(clients.pieces[bad][-1].error)
     assert clients.answer(good) == alone(MODELS[7], tokenizer, Request(prompt(2, 5), max_tokens=9))
+
+
+@pytest.mark.parametrize("wanted", [3, 4])
+def test_a_failure_after_the_last_token_is_of_no_account(tokenizer: Tokenizer, wanted: int) -> None:
+    calls = iter(range(3))
+
+    def good_for_three(ids: mx.array, logits: mx.array) -> mx.array:
+        next(calls)
+        return logits
+
+    clients = Clients(Scheduler(MODELS[7], tokenizer))
+    number = clients.scheduler.add(Request(prompt(1, 5), max_tokens=wanted, logits_processors=[good_for_three]))
+    clients.run()
+    if wanted == 3:
+        assert clients.answer(number) == alone(MODELS[7], tokenizer, Request(prompt(1, 5), max_tokens=3))
+    else:
+        assert clients.answer(number)[2] == "failed"
+        assert isinstance(clients.pieces[number][-1].error, StopIteration)
 
 
 @pytest.mark.parametrize(

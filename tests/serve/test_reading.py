@@ -151,6 +151,11 @@ def test_a_message_that_is_continued(mistral_tokenizers: dict[str, Tokenizer]) -
         with pytest.raises(InputError, match="only an assistant's last message is continued"):
             read(PATH, json.dumps(BODY | {"messages": wrong}).encode(), "m", tokenizer)
     tool = {"type": "function", "function": {"name": "f"}}
+    schema = {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}
+    for wanted in ({"type": "json_object"}, schema):
+        with pytest.raises(ApiError, match="an answer in JSON has no prefix"):
+            parse(json.dumps(BODY | {"messages": messages, "response_format": wanted}).encode(), ChatRequest)
+    parse(json.dumps(BODY | {"messages": messages, "response_format": {"type": "text"}}).encode(), ChatRequest)
     with pytest.raises(ApiError, match="must call a tool has no prefix"):
         parse(
             json.dumps(BODY | {"messages": messages, "tools": [tool], "tool_choice": "required"}).encode(),

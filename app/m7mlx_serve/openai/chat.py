@@ -260,8 +260,11 @@ class ChatRequest(Generation):
             raise ValueError("tool_choice: there is no tool of that name")
         if self.is_continued and self.tool_choice not in (None, "none", "auto"):
             raise ValueError("tool_choice: an answer that must call a tool has no prefix")
-        if self.response_format and self.response_format.type != "text" and names and self.tool_choice != "none":
+        in_json = self.response_format is not None and self.response_format.type != "text"
+        if in_json and names and self.tool_choice != "none":
             raise ValueError("response_format: an answer in JSON cannot call tools")
+        if in_json and self.is_continued:
+            raise ValueError("response_format: an answer in JSON has no prefix")
         return self
 
 
