@@ -23,6 +23,7 @@ from pathlib import Path
 from m7mlx.errors import ConfigError, DiskError, M7Error, RunError, WeightsError
 from m7mlx.files.disk import why
 from m7mlx.paths import cache_dir
+from m7mlx.terminal import one_line
 
 _MAGIC = b"GGUF"
 _LAST = 4000  # bytes of stderr in which a reason for a converter's failure is looked for
@@ -92,7 +93,7 @@ def run_converter(source: Path, target: Path, lock: int) -> None:
 
 
 def _show_event(line: str) -> str:
-    """Show an event of the converter if it is progress; return its message if it is an error."""
+    """Show an event of the converter: progress or a note; return its message if it is an error."""
     try:
         event = json.loads(line)
     except ValueError:
@@ -101,6 +102,8 @@ def _show_event(line: str) -> str:
         done, total = event["done"], max(event["total"], 1)
         end = "\n" if done >= total else ""
         print(f"\r{event['task']}: {done / total:.0%}", end=end, file=sys.stderr, flush=True)
+    elif event.get("event") == "note":
+        print(f"note: {one_line(str(event.get('text', '')))}", file=sys.stderr, flush=True)
     return str(event.get("message", "")) if event.get("event") == "error" else ""
 
 

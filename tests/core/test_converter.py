@@ -17,6 +17,7 @@ from processes import running
 
 from m7mlx import load
 from m7mlx.errors import InputError, WeightsError
+from m7mlx.files import converter
 
 CONFIG = small_config(vocab_size=32000, n_layers=1)
 IDS = mx.array([[1, 5, 900, 31999, 7]])
@@ -97,3 +98,17 @@ def test_what_the_converter_refuses_is_one_error(tmp_path: Path, cache: Path) ->
     (tmp_path / "text.gguf").write_text("no model")
     with pytest.raises(InputError, match="is a file, but not GGUF"):
         load(tmp_path / "text.gguf")
+
+
+def test_notes_of_the_converter_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A converter that tells a note, in a process as the real one is."""
+    program = tmp_path / "m7mlx_convert.py"
+    program.write_text(
+        "from m7mlx.terminal import print_event\nprint_event('note', text='Q5_K is\\n\\x1b[2J expanded')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    with converter.locked(tmp_path / "lock") as lock:
+        converter.run_converter(tmp_path / "x.gguf", tmp_path / "out", lock)
+    assert capfd.readouterr().err == "note: Q5_K is ␛[2J expanded\n"
