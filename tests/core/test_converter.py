@@ -17,6 +17,7 @@ from processes import running
 
 from m7mlx import load
 from m7mlx.errors import InputError, WeightsError
+from m7mlx.files import converter
 
 CONFIG = small_config(vocab_size=32000, n_layers=1)
 IDS = mx.array([[1, 5, 900, 31999, 7]])
@@ -97,3 +98,40 @@ def test_what_the_converter_refuses_is_one_error(tmp_path: Path, cache: Path) ->
     (tmp_path / "text.gguf").write_text("no model")
     with pytest.raises(InputError, match="is a file, but not GGUF"):
         load(tmp_path / "text.gguf")
+
+
+def test_notes_of_the_converter_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A converter that tells a note, in a process as the real one is."""
+    program = tmp_path / "m7mlx_convert.py"
+    program.write_text(
+        "from m7mlx.terminal import print_event\nprint_event('note', text='Q5_K is\\n\\x1b[2J expanded')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    with converter.locked(tmp_path / "lock") as lock:
+        converter.run_converter(tmp_path / "x.gguf", tmp_path / "out", lock)
+    assert capfd.readouterr().err == "note: Q5_K is ␛[2J expanded\n"
+
+
+@pytest.mark.parametrize("lost", ["config.json", "*.safetensors"])
+def test_a_result_that_has_lost_files_is_made_anew(tmp_path: Path, cache: Path, lost: str) -> None:
+    """Something that tidies caches has removed them."""
+    file = tmp_path / "tiny.gguf"
+    write_mistral_gguf(file, CONFIG)
+    expected = load(file)[0](IDS)
+    for path in [*cache.glob(f"tiny-*/{lost}")]:
+        path.unlink()
+    assert mx.array_equal(load(file)[0](IDS), expected).item()
+    assert names(cache) == [".lock", "tiny"]
+
+
+def test_a_new_revision_on_the_hub_removes_the_result_of_the_earlier_one(tmp_path: Path, cache: Path) -> None:
+    repo = tmp_path / "hub" / "models--org--name"
+    (repo / "blobs").mkdir(parents=True)
+    for revision, layers in (("aaa", 1), ("bbb", 2)):
+        write_mistral_gguf(repo / "blobs" / revision, small_config(vocab_size=32000, n_layers=layers))
+        (repo / "snapshots" / revision).mkdir(parents=True)
+        (repo / "snapshots" / revision / "tiny.gguf").symlink_to(f"../../blobs/{revision}")
+        assert load(repo / "snapshots" / revision / "tiny.gguf")[0].config.n_layers == layers
+        assert names(cache) == [".lock", "tiny"]
