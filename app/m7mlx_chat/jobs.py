@@ -21,7 +21,7 @@ Progress = Callable[[int, int, str], None]
 
 
 async def fetch(name: str, progress: Progress) -> Path:
-    """Download a model; return its folder.
+    """Download a model, convert it if it is a GGUF file, and return its folder.
 
     Cancelling leaves what is here for the next time. Raises RunError.
     """

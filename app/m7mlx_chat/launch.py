@@ -14,7 +14,7 @@ from pathlib import Path
 
 from m7mlx.command import EXIT_FAILED
 from m7mlx.errors import InputError, M7Error, RunError
-from m7mlx.files.hub import ALIASES, DEMO, is_repo_id, resolve
+from m7mlx.files.hub import check_name
 from m7mlx_chat.app import ChatApp
 from m7mlx_chat.catalog import on_this_machine
 from m7mlx_chat.config import Config
@@ -96,15 +96,17 @@ def _status(app: ChatApp) -> int:
 
 
 def _can_be_had(model: str, named: bool) -> bool:
-    """Whether a model is here or can be fetched.
+    """Whether a model is here, or can be fetched or converted.
 
     One `named` on the command line that cannot raises InputError.
     """
-    if model in (DEMO, *ALIASES) or is_repo_id(model):
-        return True
-    if named and on_this_machine(model) is None:
-        resolve(model)  # raises: there is no such model
-    return _folder(model) is not None
+    try:
+        check_name(model)
+    except M7Error:
+        if named:
+            raise
+        return False
+    return True
 
 
 def _with_last_model(settings: Settings, store: Store, notes: list[str]) -> Settings:
@@ -119,7 +121,7 @@ def _with_last_model(settings: Settings, store: Store, notes: list[str]) -> Sett
 
 
 def _folder(name: str) -> Path | None:
-    """A model's folder, if it is here; a GGUF file has to be converted first."""
+    """A model's folder, if it is here; a GGUF file has one when it has been converted."""
     found = on_this_machine(name)
     return found if found is not None and found.is_dir() else None
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import shlex
 
 from m7mlx.config import ModelConfig
 from m7mlx.errors import NotFoundError
-from m7mlx.files.hub import ALIASES, find_local
+from m7mlx.files.hub import ALIASES, find_local, is_gguf
 from m7mlx.files.weights import DTYPES, folder_weights, head_as_stored, is_left_out, parameters, refuse_adapter
 from m7mlx.jsonfile import said
+from m7mlx.terminal import one_line
 
 Tensors = dict[str, tuple[tuple[int, ...], int]]  # name → shape, bytes
 
@@ -30,6 +32,11 @@ def list_weights(name: str, bits: int | None) -> tuple[ModelConfig, Tensors]:
             parameters(folder, config, found)
             headers = {n: t for n, t in found.items() if not is_left_out(n, config)}
             return config, {n: (t.shape, math.prod(t.shape) * DTYPES[t.dtype].size) for n, t in headers.items()}
+    elif folder is not None or is_gguf(name):
+        raise NotFoundError(
+            f"{said(name)} is no model folder, which a plan reads; make one of a GGUF file: "
+            f"m7mlx-convert {shlex.quote(one_line(name))}"
+        )
     elif name in ALIASES:
         config = ModelConfig.from_dict({"model_type": "mistral", "vocab_size": 32768, "sliding_window": None})
     else:

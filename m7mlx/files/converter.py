@@ -22,6 +22,7 @@ from pathlib import Path
 
 from m7mlx.errors import ConfigError, DiskError, M7Error, RunError, WeightsError
 from m7mlx.files.disk import why
+from m7mlx.files.repository import Progress
 from m7mlx.paths import cache_dir
 from m7mlx.terminal import one_line
 
@@ -29,11 +30,12 @@ _MAGIC = b"GGUF"
 _LAST = 4000  # bytes of stderr in which a reason for a converter's failure is looked for
 
 
-def converted(file: Path) -> Path:
+def converted(file: Path, progress: Progress | None = None) -> Path:
     """Return the model folder of a GGUF file, which is converted once into the cache folder.
 
     When the file changes it is converted again, and the earlier result is removed. Other processes
-    that want the same wait. Raises ConfigError for a file that is not GGUF; WeightsError, RunError,
+    that want the same wait. `progress` is called with (bytes done, bytes in all); without it they
+    are shown on stderr. Raises ConfigError for a file that is not GGUF; WeightsError, RunError,
     DiskError.
     """
     try:
@@ -52,10 +54,19 @@ def converted(file: Path) -> Path:
                 if not is_whole(folder):  # no other process has converted it meanwhile
                     _remove_others(folder, place)
                     print(f"Converting {file}, once, into {folder} …", file=sys.stderr)
-                    run_converter(file.resolve(), folder, lock)
+                    run_converter(file.resolve(), folder, lock, progress)
         except OSError as error:
             raise DiskError(f"{folder} cannot be written: {why(error)}") from None
     return folder
+
+
+def find_converted(file: Path) -> Path | None:
+    """Return the model folder of a GGUF file if it has been converted in its present state."""
+    try:
+        folder = _result(file, file.stat())[0]
+        return folder if is_whole(folder) else None
+    except OSError:
+        return None
 
 
 def _result(file: Path, status: os.stat_result) -> tuple[Path, str]:
@@ -71,7 +82,7 @@ def _result(file: Path, status: os.stat_result) -> tuple[Path, str]:
     return cache_dir() / "gguf" / f"{stem}-{place}-{state}", place
 
 
-def run_converter(source: Path, target: Path, lock: int) -> None:
+def run_converter(source: Path, target: Path, lock: int, progress: Progress | None = None) -> None:
     """Convert `source` into the folder `target`, in a process that holds `lock` until it ends.
 
     What is left of a folder there, which has lost some of its files, is removed.
@@ -91,7 +102,7 @@ def run_converter(source: Path, target: Path, lock: int) -> None:
         try:
             with contextlib.closing(converter.stdout) as events:
                 for line in events:
-                    message = _show_event(line) or message
+                    message = _show_event(line, progress) or message
             status = converter.wait()
         finally:
             converter.terminate()  # as Ctrl-C: it cleans up
@@ -105,13 +116,15 @@ def run_converter(source: Path, target: Path, lock: int) -> None:
     raise kind(f"{source} could not be converted: {reason}")
 
 
-def _show_event(line: str) -> str:
+def _show_event(line: str, progress: Progress | None) -> str:
     """Show an event of the converter: progress or a note; return its message if it is an error."""
     try:
         event = json.loads(line)
     except ValueError:
         return ""
-    if event.get("event") == "progress" and sys.stderr.isatty():
+    if event.get("event") == "progress" and progress is not None:
+        progress(event["done"], event["total"])
+    elif event.get("event") == "progress" and sys.stderr.isatty():
         done, total = event["done"], max(event["total"], 1)
         end = "\n" if done >= total else ""
         print(f"\r{event['task']}: {done / total:.0%}", end=end, file=sys.stderr, flush=True)

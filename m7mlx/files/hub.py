@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 
 from m7mlx.errors import NotFoundError, WeightsError
-from m7mlx.files.converter import converted
+from m7mlx.files.converter import converted, find_converted
 from m7mlx.files.demo import fetch_demo, find_demo
-from m7mlx.files.repository import HubOutage, Layout, Progress, fetch_gguf, fetch_snapshot, find_snapshot
+from m7mlx.files.repository import HubOutage, Layout, Progress, fetch_gguf, fetch_snapshot, find_gguf, find_snapshot
 from m7mlx.files.weights import folder_weights, refuse_adapter
 from m7mlx.jsonfile import said
 from m7mlx.paths import user_path
@@ -39,7 +39,8 @@ def resolve(
               (`m7mlx.files.converter`)
     layout    "any" gives a GGUF file itself, and takes weights in Mistral's own layout: for the
               converter; "adapter" takes a LoRA adapter, which is refused otherwise
-    progress  called with (bytes here, bytes in all) of a repository's large files
+    progress  called with (bytes here, bytes in all) of a repository's large files, then of the
+              conversion
 
     Raises NotFoundError, WeightsError, DownloadError, DiskError.
     """
@@ -47,14 +48,14 @@ def resolve(
     if (path := find_existing(name)) is not None:
         if layout != "adapter":
             refuse_adapter(path)
-        return converted(path) if layout == "huggingface" and path.is_file() else path
+        return converted(path, progress) if layout == "huggingface" and path.is_file() else path
     if text == DEMO:
         return fetch_demo()
     repo = ALIASES.get(text, text)
     file = _repo_file(text)
     if file is not None:
-        path = fetch_gguf(*file, revision)
-        return converted(path) if layout == "huggingface" else path
+        path = fetch_gguf(*file, revision, progress)
+        return converted(path, progress) if layout == "huggingface" else path
     if not _is_repo(text):
         known = ", ".join([DEMO, *ALIASES])
         raise NotFoundError(f"{said(text)} is no folder here, no Hub repository (org/name) and no alias ({known})")
@@ -77,16 +78,27 @@ def _repo_file(name: str) -> tuple[str, str] | None:
     return (match[1], match[2]) if match and is_repo_id(match[1]) else None
 
 
+def is_gguf(name: str) -> bool:
+    """Whether a name has the form "org/name/file.gguf", of a file in a repository of the Hub."""
+    return _repo_file(name) is not None
+
+
 def find_local(name: str | Path) -> Path | None:
-    """Return the folder that a name stands for if all of it is on this machine."""
+    """Return the folder that a name stands for if all of it is on this machine.
+
+    For a file that exists and is no GGUF file that has been converted, return the file.
+    """
     text = str(name)
     try:
         if (path := find_existing(name)) is not None:
-            return path
+            return (find_converted(path) or path) if path.is_file() else path
     except NotFoundError:
         return None
     if text == DEMO:
         return find_demo()
+    if (file := _repo_file(text)) is not None:
+        path = find_gguf(*file)
+        return find_converted(path) if path is not None else None
     if not _is_repo(text):
         return None
     try:

@@ -162,7 +162,23 @@ def _listed(repo: str, names: Sequence[str]) -> str:
     return shown + (f" or one of {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def fetch_gguf(repo: str, name: str, revision: str | None) -> Path:
+def find_gguf(repo: str, name: str) -> Path | None:
+    """Return a GGUF file of a repository if it was downloaded before."""
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo, name, local_files_only=True))
+    except (errors.LocalEntryNotFoundError, OSError, ValueError):  # what lies in a cache may be anything
+        return None
+
+
+def fetch_gguf(
+    repo: str,
+    name: str,
+    revision: str | None,
+    progress: Progress | None = None,
+) -> Path:
+    """Download a GGUF file into the Hub's cache; arguments and errors as for `fetch_snapshot`."""
     from huggingface_hub import errors, hf_hub_download
 
     with hub_errors(repo, revision):
@@ -178,7 +194,7 @@ def fetch_gguf(repo: str, name: str, revision: str | None) -> Path:
                 ggufs = sorted(other for other in files if other.lower().endswith(".gguf"))
                 raise NotFoundError(f"{repo} has no file {name}; it has {', '.join(ggufs[:8]) or 'no GGUF files'}")
             remove_leftovers(repo)
-            fetch_blob(repo, name, revision, files[name])
+            fetch_blob(repo, name, revision, files[name], _counter(files[name].size, progress))
             path = Path(hf_hub_download(repo, name, revision=revision))
     _check_blob(path)
     return path

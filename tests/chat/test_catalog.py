@@ -154,3 +154,12 @@ async def test_what_went_wrong_before_is_told(tmp_path: Path) -> None:
     async with chatting(tmp_path, model=None, notes=["config.toml is odd"]) as chat:
         assert "config.toml is odd" in chat.notices()
         assert isinstance(chat.app.screen, Models)
+
+
+@pytest.mark.parametrize("name", ["org/name/tiny.gguf", "{here}/tiny.gguf"])
+def test_a_gguf_file_can_be_had(shown: dict[str, Any], tmp_path: Path, name: str) -> None:
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    name = name.format(here=tmp_path)
+    with pytest.raises(_Shown):
+        cli.main(["--model", name])
+    assert (shown["settings"].model, shown["folder"], shown["fetch"], shown["notes"]) == (name, None, True, [])

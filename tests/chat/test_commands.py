@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from chat_harness import READY, chatting
+from gguf_files import write_mistral_gguf
 from m7mlx_chat import catalog, jobs
 from m7mlx_chat.catalog import Entry, describe, models
 from m7mlx_chat.config import Config, read_config
@@ -160,7 +161,7 @@ async def test_a_conversion_and_its_failure(here: Path, tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize(
     ("name", "answer"),
-    [("/no/such/folder", "there is no folder"), ("x.gguf", "has to be converted"), ("{empty}", "no config.json")],
+    [("/no/such/folder", "there is no folder"), ("x.gguf", "no folder here"), ("{empty}", "no config.json")],
 )
 async def test_names_that_cannot_be(here: Path, tmp_path: Path, name: str, answer: str) -> None:
     (tmp_path / "empty").mkdir()
@@ -168,6 +169,33 @@ async def test_names_that_cannot_be(here: Path, tmp_path: Path, name: str, answe
         await chat.send(f"/model {name.format(empty=tmp_path / 'empty')}")
         await chat.settled()
         assert answer in chat.told()
+
+
+async def test_a_gguf_file_is_converted_and_answers(here: Path, tmp_path: Path) -> None:
+    """As `--model` gives it at the start, and as it is chosen later."""
+    file = tmp_path / "tiny.gguf"
+    write_mistral_gguf(file, small_config(vocab_size=32000, n_layers=1))
+    async with chatting(tmp_path, model=None, ready=False, settings=Settings(model=str(file)), fetch=True) as chat:
+        await chat.settled()
+        (folder, settings) = chat.engine.loaded[-1]
+        assert describe("x", folder).problem == ""
+        assert folder.parent == tmp_path / "cache" / "gguf"
+        assert settings.model == str(file)
+        await chat.send(f"/model {file}")
+        await chat.settled()
+        assert chat.engine.loaded[-1][0] == folder
+
+
+async def test_a_gguf_file_on_the_hub_is_fetched(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fetch(name: str, progress: Any) -> Path:
+        assert name == "org/name/tiny.gguf"
+        return here / "full"
+
+    monkeypatch.setattr(jobs, "fetch", fetch)
+    async with chatting(tmp_path) as chat:
+        await chat.send("/model org/name/tiny.gguf")
+        await chat.settled()
+        assert chat.engine.loaded[-1][0] == here / "full"
 
 
 async def test_a_real_conversion_in_a_process_of_its_own(here: Path, tmp_path: Path) -> None:

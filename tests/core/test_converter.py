@@ -18,6 +18,7 @@ from processes import running
 from m7mlx import load
 from m7mlx.errors import InputError, WeightsError
 from m7mlx.files import converter
+from m7mlx.files.hub import find_local, resolve
 
 CONFIG = small_config(vocab_size=32000, n_layers=1)
 IDS = mx.array([[1, 5, 900, 31999, 7]])
@@ -135,3 +136,26 @@ def test_a_new_revision_on_the_hub_removes_the_result_of_the_earlier_one(tmp_pat
         (repo / "snapshots" / revision / "tiny.gguf").symlink_to(f"../../blobs/{revision}")
         assert load(repo / "snapshots" / revision / "tiny.gguf")[0].config.n_layers == layers
         assert names(cache) == [".lock", "tiny"]
+
+
+def test_a_result_is_found_and_progress_is_told(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file, and of one in the Hub's cache."""
+    file = tmp_path / "tiny.gguf"
+    write_mistral_gguf(file, CONFIG)
+    assert find_local(file) == file
+    seen: list[tuple[int, int]] = []
+    folder = resolve(file, progress=lambda *counts: seen.append(counts))
+    assert folder.parent == cache
+    assert seen[-1][0] == seen[-1][1] > 0
+    assert find_local(file) == folder
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert find_local("org/name/tiny.gguf") is None
+    repo = tmp_path / "hub" / "models--org--name"
+    snapshot = repo / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("a" * 40)
+    file.rename(snapshot / "tiny.gguf")
+    assert find_local("org/name/tiny.gguf") is None
+    folder = resolve(snapshot / "tiny.gguf")
+    assert find_local("org/name/tiny.gguf") == folder

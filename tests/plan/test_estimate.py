@@ -55,7 +55,9 @@ def test_networks_decide_where_dividing_pays() -> None:
     assert (two.sent, two.exchanges) == (2 * 32 * 4096 * 2, 65)
 
 
-def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gguf = tmp_path / "x.gguf"
+    gguf.write_bytes(b"GGUF")
     assert main([str(folder), "--ranks", "1", "2", "3", "--memory", "0.001"]) == 0
     out = capsys.readouterr().out
     assert "tensor × 2" in out and "4 KV heads cannot be divided among 3" in out and "does not fit" in out
@@ -65,6 +67,8 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[0]["weights"] == pytest.approx(14.5e9, rel=0.01)
     for options, reason in (
         (["evil/none"], "not on this machine"),
+        (["org/name/x.gguf"], "make one of a GGUF file: m7mlx-convert org/name/x.gguf"),
+        ([str(gguf)], f"make one of a GGUF file: m7mlx-convert {gguf}"),
         (["--ranks", "0"], "--ranks"),
         (["--bandwidth", "nan"], "--bandwidth"),
         (["--tokens", "-1"], "--tokens"),

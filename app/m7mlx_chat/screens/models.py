@@ -19,7 +19,7 @@ from textual.widgets.option_list import Option
 from textual.worker import Worker
 
 from m7mlx.errors import M7Error
-from m7mlx.files.hub import DEMO, is_repo_id
+from m7mlx.files.hub import DEMO, is_gguf, is_repo_id
 from m7mlx.memory import machine_memory
 from m7mlx.terminal import visible
 from m7mlx.units import in_gigabytes
@@ -172,8 +172,8 @@ class Models(ModalScreen[Chosen | None]):
                 self._tell(problem)
             else:
                 self.dismiss(Chosen(name, folder))
-        elif folder is not None or name.lower().endswith(".gguf"):
-            self._tell("a GGUF file has to be converted: choose “Convert to”, “as it is” keeps its bits")
+        elif is_gguf(name) or (folder is not None and folder.is_file()):
+            self._begin(f"fetching and converting {name}", lambda: jobs.fetch(name, self._progress), name)
         elif name == DEMO or is_repo_id(name) or "/" not in name:
             self._begin(f"fetching {name}", lambda: jobs.fetch(name, self._progress), name)
         else:
