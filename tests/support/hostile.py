@@ -401,6 +401,7 @@ async def go_through(
             await chat.pilot.pause(0.05)
             seen = chat.shown().replace("\n", "")  # a toast may break a word
             if one.word in seen and (written is None or one.word in written()):
+                await chat.pilot.pause(0.1)  # Textual is still bringing it up
                 break
         look(one)
         while len(chat.app.screen_stack) > 1:
