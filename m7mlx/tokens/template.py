@@ -21,7 +21,7 @@ _TEMPLATE = 1_000_000  # characters of a template itself; real ones have a few t
 _worker = Worker("m7mlx.tokens.template_process", memory=2 << 30)
 
 
-class Part(NamedTuple):
+class Stretch(NamedTuple):
     """A stretch of a rendered conversation: the name of a control token, or text."""
 
     name: str
@@ -90,16 +90,20 @@ class Marker:
         ends = any(marked[-n:] in self._beginnings for n in lengths)
         return (self._mark if starts else "") + marked + (self._mark if ends else "")
 
-    def split(self, rendered: str) -> list[Part]:
+    def split(self, rendered: str) -> list[Stretch]:
         """Cut a rendered conversation at its genuine control tokens, and take the marks out."""
-        parts, end = [], 0
+        stretches: list[Stretch] = []
+        end = 0
         for match in self._control.finditer(rendered):
-            parts.append(Part(rendered[end : match.start()], False))
-            parts.append(Part(match[0], True))
+            stretches.append(Stretch(rendered[end : match.start()], False))
+            stretches.append(Stretch(match[0], True))
             end = match.end()
-        parts.append(Part(rendered[end:], False))
-        texts = (Part(p.name.replace(self._mark, ""), False) if self._mark and not p.is_control else p for p in parts)
-        return [p for p in texts if p.name]
+        stretches.append(Stretch(rendered[end:], False))
+        if self._mark:
+            stretches = [
+                one if one.is_control else Stretch(one.name.replace(self._mark, ""), False) for one in stretches
+            ]
+        return [one for one in stretches if one.name]
 
 
 def render(template: str, context: Mapping[str, Any]) -> str:
