@@ -309,7 +309,7 @@ def test_a_client_of_http_1_0_is_not_answered_for_ever(monkeypatch: pytest.Monke
 
 
 def test_chunks_of_one_byte_hold_nobody_up() -> None:
-    """Parsing one read of them takes a second. The bound is generous: it is for all connections."""
+    """Parsing one read of them takes a second, and eight are there: in one go that would be eight."""
     chunked = (
         b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n"
     )
@@ -331,7 +331,7 @@ def test_chunks_of_one_byte_hold_nobody_up() -> None:
             worst = max(worst, time.perf_counter() - began)
         for sender in senders:
             sender.join()
-    assert worst < 1
+    assert worst < 3  # a busy machine takes longer for everything
 
 
 def test_more_connections_than_file_numbers(model_folder: Path) -> None:
