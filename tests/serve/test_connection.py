@@ -309,7 +309,7 @@ def test_a_client_of_http_1_0_is_not_answered_for_ever(monkeypatch: pytest.Monke
 
 
 def test_chunks_of_one_byte_hold_nobody_up() -> None:
-    """Parsing one read of them takes a second, and eight are there: in one go that would be eight."""
+    """Parsing one read of them takes a second; of eight in one go it would be eight."""
     chunked = (
         b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n"
     )
