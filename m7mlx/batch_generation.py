@@ -62,9 +62,9 @@ def generate_all(
     ready = [prepare(Request(prompt, **settings), model, tokenizer, empty) for prompt in prompts]
     rows, kept = _that_fit(model, ready, empty)
     scheduler = Scheduler(model, tokenizer, rows=rows, kept=kept)
-    numbers = {scheduler.admit(request): i for i, request in enumerate(ready) if request.max_tokens != 0}
+    numbers = {scheduler.admit(request): i for i, request in enumerate(ready)}
     texts = [""] * len(prompts)
-    goes_on = bool(numbers)
+    goes_on = True
     while goes_on:
         told, goes_on = scheduler.step()
         for number, piece in told:

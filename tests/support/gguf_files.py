@@ -34,9 +34,15 @@ NAMES = {
 }
 # A Llama with the numbers that these files have where they say nothing, and Mistral's vocabulary.
 TINY = small_config(
-    model_type="llama", vocab_size=32000, hidden_size=64, intermediate_size=96, head_dim=16, sliding_window=None,
-    norm_eps=1e-5, rope_theta=1e4,
-)  # fmt: skip
+    model_type="llama",
+    vocab_size=32000,
+    hidden_size=64,
+    intermediate_size=96,
+    head_dim=16,
+    sliding_window=None,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+)
 
 
 def gguf_config(**changes: Any) -> ModelConfig:
