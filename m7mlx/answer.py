@@ -12,9 +12,10 @@ import mlx.core as mx
 from m7mlx.cache import RollingCache
 from m7mlx.constrain import CUT
 from m7mlx.errors import InputError
+from m7mlx.logprobs import TokenLogprobs, score_given
 from m7mlx.model import Mistral
 from m7mlx.request import Request
-from m7mlx.sampling import Sampler, TokenLogprobs
+from m7mlx.sampling import Sampler
 from m7mlx.tokens.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "cancelled", "failed"]
@@ -54,6 +55,8 @@ class Piece:
     ids            the tokens generated since the piece before
     stats          what the answer cost; only the last piece has it
     logprobs       log probabilities of `ids`, where the request asks for them
+    prompt         log probabilities of the prompt's next tokens, from its second on, where the
+                   request asks for them
     finish_reason  of the last piece. "stop": an end token or a stop text; "length": max_tokens or
                    the context; "cancelled": nobody wants it any more; "failed": `error` says why
     """
@@ -62,6 +65,7 @@ class Piece:
     ids: list[int] = field(default_factory=list)
     stats: Stats | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: Exception | None = None
 
@@ -102,6 +106,11 @@ class Answer:
         """Note that the prompt has been read."""
         self._read = time.perf_counter()
 
+    def score(self, logits: mx.array, position: int) -> list[TokenLogprobs]:
+        """Score what follows in the prompt, by logits [L, vocab_size] of L positions of it."""
+        following = self.ids[position + 1 : position + 1 + logits.shape[0]]
+        return score_given(logits, following, self.request.prompt_logprobs or 0) if len(following) else []
+
     def take(self, token: int) -> Piece:
         """Make a piece of one more token; its text is empty where nothing can be shown yet."""
         self._count += 1
@@ -112,7 +121,7 @@ class Answer:
         text = self._stop.add(self._text.add(token))
         if self._stop.found:
             constraint = self.request.constraint
-            if constraint is not None and constraint.enforced:
+            if constraint is not None and constraint.is_whole:
                 return self.fail(InputError(CUT))
             return self.end("stop", text, [token], logprobs)
         if self._count == self.request.max_tokens:
@@ -135,7 +144,7 @@ class Answer:
             self.request.constraint.close()
         if reason != "failed":
             text += self._stop.finish("" if reason == "cancelled" else self._text.finish())
-        return Piece(text, list(ids), self._stats(), list(logprobs), reason, error)
+        return Piece(text, list(ids), self._stats(), list(logprobs), finish_reason=reason, error=error)
 
     def fail(self, error: Exception) -> Piece:
         """Make the last piece of an answer that cannot go on."""

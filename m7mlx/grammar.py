@@ -5,6 +5,7 @@ ever prepared in the process that computes. Frames, all numbers in the machine's
 
     setup                  JSON: the vocabulary (`vocabulary`)
     "c" schema             prepare it; from here on this process is of this schema
+    "g" grammar            the same for a grammar in Lark's form (`Grammar`)
     "n" [number …]         begin an answer, once the numbered ones have been forgotten; its number
     "t" number token       the answer goes on with it; as bits which ids may follow
 
@@ -16,14 +17,53 @@ from __future__ import annotations
 import base64
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
+
+from m7mlx.errors import InputError
 
 MAX_SCHEMA = 200_000  # characters
 NUMBER = struct.Struct("=I")
 STEP = struct.Struct("=Ii")  # answer, token; −1 for none
+UNUSABLE = "the JSON schema cannot be used"
+_OWN = "x-guidance"  # options of llguidance's own: they could lift its limits
+_STYLE: Any = {"whitespace_flexible": False}
 _AT_ONCE = 20_000  # places of a grammar that an answer may stand at; the clock ends most before
 _TOO_MUCH = ("panic", "backtrace", "fuel", "Parser Error")  # the library's limits, in its words
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """A grammar in the form of Lark that llguidance reads; JSON schemas in it come by `json_rule`.
+
+    is_whole  whether an answer that is cut by a stop text is of no use
+    """
+
+    text: str
+    is_whole: bool = True
+
+
+def schema_text(schema: Mapping[str, Any]) -> str:
+    """A JSON schema as JSON. Raises InputError for one that is none, or is too long."""
+    try:
+        text = json.dumps(schema)
+    except (RecursionError, TypeError, ValueError) as error:
+        raise InputError(f"{UNUSABLE}: it is not JSON ({type(error).__name__})") from None
+    if len(text) > MAX_SCHEMA:
+        raise InputError(f"the JSON schema is longer than {MAX_SCHEMA:,} characters")
+    if f'"{_OWN}"' in text:
+        raise InputError(f"{UNUSABLE}: leave out {_OWN!r}, which is no JSON schema's")
+    return text
+
+
+def json_rule(schema: Mapping[str, Any], is_lenient: bool = False) -> str:
+    """A JSON value of a schema, as a part of a `Grammar`. Raises as `schema_text`.
+
+    is_lenient  leave out what cannot be enforced, instead of refusing it
+    """
+    schema_text(schema)
+    return f"%json {json.dumps({**schema, _OWN: {**_STYLE, 'lenient': is_lenient}})}"
 
 
 def handler(setup: bytes) -> Callable[[bytes], bytes]:
@@ -46,17 +86,20 @@ class _Answers:
     def __call__(self, frame: bytes) -> bytes:
         what, data = frame[:1], frame[1:]
         try:
-            if what == b"c":
-                self._prepare(data.decode())
+            if what in (b"c", b"g"):
+                self._prepare(what, data.decode())
                 return b"+"
             return b"+" + (self._begin(data) if what == b"n" else self._step(*STEP.unpack(data)))
         except ValueError as error:
             return b"-" + _one_line(error).encode()
 
-    def _prepare(self, schema: str) -> None:
+    def _prepare(self, what: bytes, text: str) -> None:
         from llguidance import LLMatcher, LLParserLimits
 
-        grammar = LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_flexible": False})
+        if what == b"c":
+            grammar = LLMatcher.grammar_from_json_schema(text, defaults=_STYLE)
+        else:
+            grammar = LLMatcher.grammar_from_lark(text)
         limits = LLParserLimits(max_items_in_row=_AT_ONCE, step_max_items=20 * _AT_ONCE)
         matcher = LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits)
         _check(matcher)

@@ -17,8 +17,9 @@ import mlx.core as mx
 import numpy as np
 
 from m7mlx.cache import RollingCache
-from m7mlx.constrain import Constraint, Unconstrained, json_constraint
+from m7mlx.constrain import Constraint, Unconstrained, grammar_constraint, json_constraint
 from m7mlx.errors import InputError, PromptTooLongError, TokenizerError
+from m7mlx.grammar import Grammar
 from m7mlx.memory import positions_that_fit
 from m7mlx.model import Mistral
 from m7mlx.sampling import LogitsProcessor, Sampling
@@ -47,10 +48,13 @@ class Request:
     logit_bias  numbers added to the logits of some ids
     logprobs    tell the log probability of each token, and of this many of the likeliest in its
                 place; None for neither
+    prompt_logprobs
+                the same for the tokens of the prompt, which a `Scheduler` tells; then max_tokens
+                may be 0
     logits_processors
                 functions f(ids, logits) → logits (`m7mlx.sampling.LogitsProcessor`)
     constraint  a grammar that the answer follows (`m7mlx.constrain`)
-    schema      a JSON schema that the answer fits: `prepare` makes a constraint of it
+    schema      a JSON schema that the answer fits, or a grammar: `prepare` makes a constraint of it
 
     Raises InputError for what can be used with no model at all.
     """
@@ -64,14 +68,16 @@ class Request:
     continues: Sequence[int] | str = ()
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     logits_processors: Sequence[LogitsProcessor] = ()
     constraint: Constraint | None = None
-    schema: Mapping[str, Any] | None = None
+    schema: Mapping[str, Any] | Grammar | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.sampling, Sampling):
             raise InputError(f"sampling must be a Sampling, not {kind_of(self.sampling)}")
-        for name, value in (("max_tokens", self.max_tokens), ("logprobs", self.logprobs)):
+        for name in ("max_tokens", "logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 0):
                 raise InputError(f"{name} must be a whole number that is not negative, or None, not {value!r:.100}")
         if not _is_list_of(self.stop, str) or not all(self.stop):
@@ -110,9 +116,11 @@ class Request:
             "continues": self.continues if isinstance(self.continues, str) else check_ids(self.continues),
             "logit_bias": list(self.logit_bias.items()),
             "logprobs": self.logprobs,
+            "prompt_logprobs": self.prompt_logprobs,
             "is_processed": bool(self.logits_processors),
             "is_constrained": self.constraint is not None,
-            "schema": self.schema,
+            "schema": asdict(self.schema) if isinstance(self.schema, Grammar) else self.schema,
+            "is_grammar": isinstance(self.schema, Grammar),
         }
 
     @classmethod
@@ -122,6 +130,8 @@ class Request:
             values = dict(told)
             is_processed, is_constrained = values.pop("is_processed", False), values.pop("is_constrained", False)
             values["sampling"] = Sampling(**values.get("sampling", {}))
+            if values.pop("is_grammar", False):
+                values["schema"] = Grammar(**values["schema"])
             values["logit_bias"] = dict(values.get("logit_bias", ()))
             return cls(
                 **values,
@@ -166,6 +176,8 @@ def with_grammar(request: Request, tokenizer: Tokenizer) -> Request:
     """
     if request.schema is None:
         return request
+    if isinstance(request.schema, Grammar):
+        return replace(request, schema=None, constraint=grammar_constraint(tokenizer, request.schema))
     return replace(request, schema=None, constraint=json_constraint(tokenizer, request.schema))
 
 

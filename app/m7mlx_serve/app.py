@@ -64,13 +64,14 @@ class Server:
         served: Served,
         hosts: Collection[str],
         key: str | None,
+        origins: Collection[str] = (),
     ) -> None:
         self._engine, self._readers, self._served = engine, readers, served
         self._metrics = Metrics(engine)
         with_key = key is not None
         routes = [
             *(Route(path, self._answer, methods=["POST"]) for path in ENDPOINTS),
-            *model_routes(served.model),
+            *model_routes(served.model, engine),
             Route("/health", self._show_health),
             Route("/metrics", self._show_metrics),
             Route("/openapi.json", lambda request: JSONResponse(document(served.model, with_key))),
@@ -78,7 +79,7 @@ class Server:
         ]
         app = Starlette(
             routes=routes,
-            middleware=[Middleware(Admission, posts=ENDPOINTS, hosts=hosts, key=key)],
+            middleware=[Middleware(Admission, posts=ENDPOINTS, hosts=hosts, key=key, origins=origins)],
             exception_handlers={
                 ApiError: _api_error,
                 InputError: _input_error,
@@ -100,7 +101,7 @@ class Server:
 
     async def _answer(self, request: Request) -> Response:
         """Answer what was sent to an endpoint of an API."""
-        path = request.url.path
+        path = request.scope["path"]
         data = (await request.receive())["body"]  # and no copy of it stays
         reading = self._readers.read(path, data, self._engine.tokenizer)
         del data
@@ -108,7 +109,9 @@ class Server:
         del reading
         request.scope[SCOPE_KEY].drop()
         served = self._served
-        answerer = Answerer(self._engine.tokenizer, self._metrics.ask, served.max_tokens, served.seconds)
+        answerer = Answerer(
+            served.model, self._engine.tokenizer, self._metrics.ask, served.max_tokens, served.seconds
+        )
         answers = _ANSWERS[path](answerer, read)
         if not read.body.stream:
             return _send_whole(await _unless_gone(request, answers.whole()))

@@ -13,7 +13,7 @@ from pydantic.json_schema import models_json_schema
 
 from m7mlx_serve.endpoints import ENDPOINTS
 from m7mlx_serve.openai import replies
-from m7mlx_serve.openai.fields import MEANINGLESS, NEUTRAL
+from m7mlx_serve.strict import Strict
 
 _Model = type[BaseModel]
 _GETS: dict[str, tuple[_Model | None, str]] = {
@@ -52,7 +52,7 @@ def document(model: str, with_key: bool) -> dict[str, Any]:
     _, schemas = models_json_schema(pairs, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     paths: dict[str, Any] = {}
     for path, endpoint in ENDPOINTS.items():
-        _complete(schemas["$defs"][endpoint.body.__name__], model)
+        _complete(schemas["$defs"][endpoint.body.__name__], endpoint.body, model)
         answer = _answer(endpoint.reply, f"The answers. {_EVENTS}")
         answer["content"]["text/event-stream"] = {"schema": _event(endpoint.chunk)}
         request = {"required": True, "content": {"application/json": {"schema": _ref(endpoint.body)}}}
@@ -104,15 +104,15 @@ def page(model: str, with_key: bool) -> str:
     return f'<!doctype html><html lang="en">{head}<title>m7mlx-serve: API</title>{links}{body}</html>'
 
 
-def _complete(schema: dict[str, Any], model: str) -> None:
-    """Add what `Generation` accepts before it checks fields: null, and fields that mean nothing."""
+def _complete(schema: dict[str, Any], body: type[Strict], model: str) -> None:
+    """Add what `Strict` accepts before it checks fields: null, and fields that mean nothing."""
     properties = schema["properties"]
     for name, value in properties.items():
-        if name not in schema["required"] and {"type": "null"} not in value.get("anyOf", ()):
+        if name not in schema.get("required", ()) and {"type": "null"} not in value.get("anyOf", ()):
             properties[name] = {"anyOf": [value, {"type": "null"}]}
-    properties["model"]["enum"] = [model]
-    properties |= {name: {"description": "Accepted; it has no meaning here"} for name in MEANINGLESS}
-    properties |= {name: {"enum": [value, None]} for name, value in NEUTRAL.items()}
+    properties["model"] = {"enum": [model, "", None], "description": "May be left out"}
+    properties |= {name: {"description": "Accepted; it has no meaning here"} for name in sorted(body.ignored)}
+    properties |= {name: {"enum": [*values, None]} for name, values in body.neutral.items()}
 
 
 def _ref(model: _Model) -> dict[str, Any]:

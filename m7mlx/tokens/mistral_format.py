@@ -48,7 +48,6 @@ class MistralFormat(ChatFormat):
             raise ChatFormatError("tools need Mistral's v3 format (Mistral-7B-Instruct-v0.3)")
         system = "\n\n".join(m["content"] for m in messages if m["role"] == "system" and m["content"])
         turns = _merge_turns(messages)
-        _check_turns(turns)
         if turns[-1]["role"] == "assistant" and not is_continued(messages):
             raise ChatFormatError(
                 "the last message must be the user's or a tool's, for the model to answer, or the assistant's with "
@@ -78,7 +77,8 @@ class MistralFormat(ChatFormat):
         if turn.get("tool_calls"):
             if self.version == "v2" and in_past:
                 return []  # v2 keeps tool calls only after the last user message
-            return [*self._block("[TOOL_CALLS]", self._calls_json(turn["tool_calls"])), self._eos]
+            calls = self._block("[TOOL_CALLS]", self._calls_json(turn["tool_calls"]))
+            return [*self._tokenizer.encode(turn["content"]), *calls, self._eos]
         if turn.get("ids"):
             return [*turn["ids"], self._eos]
         text = turn["content"] if self.version == "v1" else turn["content"].rstrip(" ")
@@ -140,16 +140,6 @@ def _merge_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
     if not turns or turns[0]["role"] != "user":
         turns.insert(0, {"role": "user", "content": ""})
     return turns
-
-
-def _check_turns(turns: Sequence[Message]) -> None:
-    for turn in turns:
-        if turn["role"] != "assistant":
-            continue
-        if turn.get("tool_calls") and turn["content"]:
-            raise ChatFormatError("an assistant message holds either text or tool calls, not both")
-        if not (turn.get("tool_calls") or turn["content"] or turn.get("ids")):
-            raise ChatFormatError("an assistant message is empty; leave it out")
 
 
 def _tools_json(tools: Sequence[Mapping[str, Any]]) -> str:

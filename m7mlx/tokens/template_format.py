@@ -30,6 +30,11 @@ class TemplateFormat(ChatFormat):
     def __repr__(self) -> str:
         return f"TemplateFormat({', '.join(map(shown, self._templates))})"
 
+    def mentions(self, word: str) -> bool:
+        """Whether the template for conversations with tools has this word in its source."""
+        template = self._templates.get("tool_use") or self._templates.get("default") or ""
+        return word in template
+
     def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         check_messages(messages)
         template = self._template(bool(tools))
