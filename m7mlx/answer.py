@@ -57,6 +57,7 @@ class Piece:
     logprobs       log probabilities of `ids`, where the request asks for them
     prompt         log probabilities of the prompt's next tokens, from its second on, where the
                    request asks for them
+    stop           of the last piece: the stop text that ended the answer, if one did
     finish_reason  of the last piece. "stop": an end token or a stop text; "length": max_tokens or
                    the context; "cancelled": nobody wants it any more; "failed": `error` says why
     """
@@ -66,6 +67,7 @@ class Piece:
     stats: Stats | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt: list[TokenLogprobs] = field(default_factory=list)
+    stop: str | None = None
     finish_reason: FinishReason | None = None
     error: Exception | None = None
 
@@ -144,7 +146,15 @@ class Answer:
             self.request.constraint.close()
         if reason != "failed":
             text += self._stop.finish("" if reason == "cancelled" else self._text.finish())
-        return Piece(text, list(ids), self._stats(), list(logprobs), finish_reason=reason, error=error)
+        return Piece(
+            text,
+            list(ids),
+            self._stats(),
+            list(logprobs),
+            stop=self._stop.found_text,
+            finish_reason=reason,
+            error=error,
+        )
 
     def fail(self, error: Exception) -> Piece:
         """Make the last piece of an answer that cannot go on."""
@@ -176,15 +186,16 @@ class StopFilter:
         self._searches = [_Search(stop) for stop in stops]
         self._held = ""  # could be the beginning of a stop text
         self.found = False
+        self.found_text: str | None = None  # the longest of those that were whole at once
 
     def add(self, text: str) -> str:
         """Take more of the stream; return what of it can be shown now."""
         before, self._held = len(self._held), self._held + text
         for end, letter in enumerate(text, before + 1):
-            whole = [search.length for search in self._searches if search.see(letter)]
+            whole = [search.text for search in self._searches if search.see(letter)]
             if whole:
-                self.found = True
-                shown, self._held = self._held[: end - max(whole)], ""
+                self.found, self.found_text = True, max(whole, key=len)
+                shown, self._held = self._held[: end - len(self.found_text)], ""
                 return shown
         unsure = max((search.begun for search in self._searches), default=0)
         shown_to = len(self._held) - unsure
@@ -200,7 +211,7 @@ class _Search:
     """Looks for one text letter by letter; `begun` of its letters are the last that were seen."""
 
     def __init__(self, text: str) -> None:
-        self._text, self.length, self.begun = text, len(text), 0
+        self.text, self.begun = text, 0
         # By letters seen: the longest beginning of the text that they also end with.
         self._shorter = [0]
         for letter in text[1:]:
@@ -209,9 +220,9 @@ class _Search:
     def see(self, letter: str) -> bool:
         """Take one more letter; return whether it makes the text whole."""
         self.begun = self._longer(self.begun, letter)
-        return self.begun == self.length
+        return self.begun == len(self.text)
 
     def _longer(self, begun: int, letter: str) -> int:
-        while begun and self._text[begun] != letter:
+        while begun and self.text[begun] != letter:
             begun = self._shorter[begun - 1]
-        return begun + (self._text[begun] == letter)
+        return begun + (self.text[begun] == letter)

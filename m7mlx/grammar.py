@@ -29,6 +29,8 @@ STEP = struct.Struct("=Ii")  # answer, token; −1 for none
 UNUSABLE = "the JSON schema cannot be used"
 _OWN = "x-guidance"  # options of llguidance's own: they could lift its limits
 _STYLE: Any = {"whitespace_flexible": False}
+# As Python writes JSON, and so the calls that models were trained on.
+_SPACED = {**_STYLE, "item_separator": ", ", "key_separator": ": "}
 _AT_ONCE = 20_000  # places of a grammar that an answer may stand at; the clock ends most before
 _TOO_MUCH = ("panic", "backtrace", "fuel", "Parser Error")  # the library's limits, in its words
 
@@ -63,7 +65,7 @@ def json_rule(schema: Mapping[str, Any], is_lenient: bool = False) -> str:
     is_lenient  leave out what cannot be enforced, instead of refusing it
     """
     schema_text(schema)
-    return f"%json {json.dumps({**schema, _OWN: {**_STYLE, 'lenient': is_lenient}})}"
+    return f"%json {json.dumps({**schema, _OWN: {**_SPACED, 'lenient': is_lenient}})}"
 
 
 def handler(setup: bytes) -> Callable[[bytes], bytes]:

@@ -16,10 +16,11 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from m7mlx_serve.bodies import MAX_BODY, SCOPE_KEY, Body, BodyRoom, too_large
+from m7mlx_serve.endpoints import error_response
 from m7mlx_serve.errors import ApiError
 
 MAX_HEADERS, MAX_HEADER_BYTES = 100, 16 << 10
-_ONCE = ("authorization", "content-encoding", "content-type", "host", "origin")  # h11 sees to lengths
+_ONCE = ("authorization", "content-encoding", "content-type", "host", "origin", "x-api-key")  # h11 sees to lengths
 _SCHEMES = ("http", "https")
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::([0-9]{1,5}))?")
 _HEADER_NAME = re.compile(r"[A-Za-z0-9-]{1,64}")
@@ -75,7 +76,7 @@ class Admission:
         except ApiError as error:
             if body is not None:
                 body.drop()
-            await error.response()(scope, receive, send)
+            await error_response(scope["path"], error)(scope, receive, send)
             return
         try:
             await self._app(scope, receive, send)
@@ -95,7 +96,9 @@ class Admission:
     def _check_key(self, path: str, headers: Headers) -> None:
         if self._key is not None and path not in _OPEN:
             scheme, _, given = headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._key.encode()):
+            if scheme.lower() != "bearer":
+                given = headers.get("x-api-key", "")  # Anthropic's clients
+            if not given or not hmac.compare_digest(given.strip().encode(), self._key.encode()):
                 raise ApiError(401, "a valid API key is needed: Authorization: Bearer …", "invalid_api_key")
 
 

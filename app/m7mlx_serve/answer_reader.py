@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, NamedTuple, Protocol
 
 from m7mlx import Piece
@@ -101,3 +102,12 @@ class _TextMark:
             end = len(self._held[: end - begun].rstrip())
         text, self._held = self._held[:end], self._held[end:]
         return text, None
+
+
+def read_arguments(text: str) -> dict[str, Any]:
+    """The arguments of a call as an object; text that is none stands in one under its own name."""
+    try:
+        found = json.loads(text)
+    except (RecursionError, ValueError):
+        found = None
+    return found if isinstance(found, dict) else {"arguments": text}

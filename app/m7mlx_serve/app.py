@@ -19,9 +19,11 @@ from starlette.routing import Route
 from m7mlx.errors import InputError
 from m7mlx_serve.admission import Admission
 from m7mlx_serve.answering import Answerer, Answers
+from m7mlx_serve.anthropic import count, messages
+from m7mlx_serve.anthropic.answers import CountAnswers, MessageAnswers
 from m7mlx_serve.bodies import SCOPE_KEY
 from m7mlx_serve.endpoint import ReadRequest
-from m7mlx_serve.endpoints import ENDPOINTS
+from m7mlx_serve.endpoints import ENDPOINTS, error_response
 from m7mlx_serve.engine import Engine
 from m7mlx_serve.errors import ApiError, refusal, report
 from m7mlx_serve.metrics import Counted, Metrics
@@ -35,6 +37,8 @@ from m7mlx_serve.readers import Readers
 _Found = TypeVar("_Found")
 # What answers each endpoint. Unlike `m7mlx_serve.endpoints`, it needs MLX.
 _ANSWERS: Mapping[str, Callable[[Answerer, ReadRequest], Answers]] = {
+    messages.ENDPOINT.path: MessageAnswers,
+    count.ENDPOINT.path: CountAnswers,
     chat.ENDPOINT.path: OpenAIAnswers,
     text.ENDPOINT.path: OpenAIAnswers,
 }
@@ -173,12 +177,12 @@ async def _joined(first: str, rest: AsyncGenerator[str, None]) -> AsyncIterator[
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error.response()
+    return error_response(request.scope["path"], error)
 
 
 async def _input_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, InputError)
-    return refusal(error).response()
+    return error_response(request.scope["path"], refusal(error))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -187,9 +191,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _too_deep(request: Request, error: Exception) -> Response:
-    return ApiError(400, "the request nests too deep").response()
+    return error_response(request.scope["path"], ApiError(400, "the request nests too deep"))
 
 
 async def _unforeseen(request: Request, error: Exception) -> Response:
     report(error)
-    return ApiError(500, "the request failed on the way").response()
+    return error_response(request.scope["path"], ApiError(500, "the request failed on the way"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from m7mlx.grammar import Grammar
 from m7mlx.tokens.tokenizer import Tokenizer
+from m7mlx_serve.errors import ApiError
 from m7mlx_serve.strict import Strict
 
 ToolUse = Literal["none", "allowed", "required"]
@@ -91,6 +92,7 @@ class Endpoint:
     body     the shape of what clients send
     reply    the shape of a whole answer
     chunk    the shape of one event of a stream
+    error    an error as the API's clients read it, and its shape
     """
 
     path: str
@@ -98,6 +100,8 @@ class Endpoint:
     body: type[Body]
     reply: type[BaseModel]
     chunk: type[BaseModel]
+    error: Callable[[ApiError], dict[str, Any]]
+    error_reply: type[BaseModel]
 
 
 @dataclass(frozen=True)

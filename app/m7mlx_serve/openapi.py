@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from m7mlx_serve.endpoint import Endpoint
 from m7mlx_serve.endpoints import ENDPOINTS
 from m7mlx_serve.openai import replies
 from m7mlx_serve.strict import Strict
@@ -48,15 +49,17 @@ def document(model: str, with_key: bool) -> dict[str, Any]:
     bodies = [(endpoint.body, "validation") for endpoint in ENDPOINTS.values()]
     answers = [shape for endpoint in ENDPOINTS.values() for shape in (endpoint.reply, endpoint.chunk)]
     answers += [shape for shape, _ in _GETS.values() if shape]
-    pairs = [*bodies, *((shape, "serialization") for shape in (*answers, replies.ErrorReply))]
+    errors = {endpoint.error_reply for endpoint in ENDPOINTS.values()}
+    answers += [replies.ErrorReply, *sorted(errors - {replies.ErrorReply}, key=lambda shape: shape.__name__)]
+    pairs = [*bodies, *((shape, "serialization") for shape in dict.fromkeys(answers))]
     _, schemas = models_json_schema(pairs, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     paths: dict[str, Any] = {}
     for path, endpoint in ENDPOINTS.items():
         _complete(schemas["$defs"][endpoint.body.__name__], endpoint.body, model)
         answer = _answer(endpoint.reply, f"The answers. {_EVENTS}")
-        answer["content"]["text/event-stream"] = {"schema": _event(endpoint.chunk)}
+        answer["content"]["text/event-stream"] = {"schema": _event(endpoint)}
         request = {"required": True, "content": {"application/json": {"schema": _ref(endpoint.body)}}}
-        responses = {"200": answer} | _errors(_EVERYWHERE | _ANSWERING)
+        responses = {"200": answer} | _errors(_EVERYWHERE | _ANSWERING, endpoint.error_reply)
         paths[path] = {"post": {"summary": endpoint.summary, "requestBody": request, "responses": responses}}
     for path, (found, summary) in _GETS.items():
         responses = {"200": _answer(found, summary)} | _errors(_EVERYWHERE)
@@ -98,7 +101,9 @@ def page(model: str, with_key: bool) -> str:
         told = html.escape(json.dumps(schema, indent=2, ensure_ascii=False))
         parts.append(f"<details><summary><code>{name}</code></summary><pre>{told}</pre></details>")
     links = '<link rel="icon" href="data:,"><link rel="stylesheet" href="page.css">'
-    about = 'What is served of OpenAI’s API; for programs: <a href="openapi.json">openapi.json</a>.'
+    about = (
+        'What is served of OpenAI’s API and of Anthropic’s; for programs: <a href="openapi.json">openapi.json</a>.'
+    )
     body = f'<body class="docs"><h1>m7mlx-serve</h1><p>{about}</p>{"".join(parts)}</body>'
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     return f'<!doctype html><html lang="en">{head}<title>m7mlx-serve: API</title>{links}{body}</html>'
@@ -119,9 +124,9 @@ def _ref(model: _Model) -> dict[str, Any]:
     return {"$ref": f"#/components/schemas/{model.__name__}"}
 
 
-def _event(chunk: _Model) -> dict[str, Any]:
+def _event(endpoint: Endpoint) -> dict[str, Any]:
     """One event of a stream."""
-    said = {"anyOf": [_ref(chunk), _ref(replies.ErrorReply)]}
+    said = {"anyOf": [_ref(endpoint.chunk), _ref(endpoint.error_reply)]}
     chunked = {"contentMediaType": "application/json", "contentSchema": said}
     data = {"type": "string", "anyOf": [{"const": "[DONE]"}, chunked]}
     return {"type": "object", "required": ["data"], "properties": {"data": data}}
@@ -135,5 +140,5 @@ def _answer(model: _Model | None, about: str) -> dict[str, Any]:
     return {"description": about, "content": content}
 
 
-def _errors(reasons: dict[str, str]) -> dict[str, Any]:
-    return {status: _answer(replies.ErrorReply, reason) for status, reason in reasons.items()}
+def _errors(reasons: dict[str, str], shape: _Model = replies.ErrorReply) -> dict[str, Any]:
+    return {status: _answer(shape, reason) for status, reason in reasons.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from conversations import CHATML
 from models import small_config, write_folder
 from serving import serving
 from tokenizer_folders import CONTROLS, byte_level_json, write_json_tokenizer
+
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # litellm would fetch one when it is imported
 
 
 @pytest.fixture(scope="session")

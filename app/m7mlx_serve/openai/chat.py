@@ -10,9 +10,10 @@ from pydantic import Field, model_validator
 from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx_serve.conversation import Conversation
 from m7mlx_serve.endpoint import Endpoint, Prompts
+from m7mlx_serve.errors import ApiError
 from m7mlx_serve.openai.fields import MEANINGLESS, NEUTRAL, Generation
 from m7mlx_serve.openai.messages import ChatMessage, TextPart
-from m7mlx_serve.openai.replies import ChatChunk, ChatCompletion
+from m7mlx_serve.openai.replies import ChatChunk, ChatCompletion, ErrorReply
 from m7mlx_serve.openai.shape import Fields, Scored, Shape
 from m7mlx_serve.strict import Name, Strict, Text
 
@@ -206,4 +207,12 @@ class ChatRequest(Generation):
         return self
 
 
-ENDPOINT = Endpoint("/v1/chat/completions", "Answer a conversation", ChatRequest, ChatCompletion, ChatChunk)
+ENDPOINT = Endpoint(
+    "/v1/chat/completions",
+    "Answer a conversation",
+    ChatRequest,
+    ChatCompletion,
+    ChatChunk,
+    ApiError.body,
+    ErrorReply,
+)

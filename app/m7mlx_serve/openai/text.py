@@ -11,8 +11,9 @@ from pydantic import Field
 from m7mlx.errors import InputError, TokenizerError
 from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx_serve.endpoint import Endpoint, Prompts
+from m7mlx_serve.errors import ApiError
 from m7mlx_serve.openai.fields import NEUTRAL, Generation
-from m7mlx_serve.openai.replies import TextChunk, TextCompletion
+from m7mlx_serve.openai.replies import ErrorReply, TextChunk, TextCompletion
 from m7mlx_serve.openai.shape import Fields, Scored, Shape
 from m7mlx_serve.strict import MAX_TEXT, Text
 
@@ -114,4 +115,12 @@ def _encode(tokenizer: Tokenizer, prompt: str | list[int]) -> array[int]:
     return array("i", prompt)
 
 
-ENDPOINT = Endpoint("/v1/completions", "Go on from a text or from ids", CompletionRequest, TextCompletion, TextChunk)
+ENDPOINT = Endpoint(
+    "/v1/completions",
+    "Go on from texts or from ids",
+    CompletionRequest,
+    TextCompletion,
+    TextChunk,
+    ApiError.body,
+    ErrorReply,
+)
