@@ -23,12 +23,14 @@ class Answerer:
     """What answers requests, and the bounds of each answer.
 
     model       the name of the model that answers
+    context     the most tokens of a conversation
     ask         the engine's, which yields (number of the answer, piece)
     max_tokens  most tokens of an answer
     seconds     most time for all answers to a request
     """
 
     model: str
+    context: int
     tokenizer: Tokenizer
     ask: Callable[[Sequence[Request], float], AsyncGenerator[tuple[int, Piece], None]]
     max_tokens: int | None

@@ -27,6 +27,10 @@ from m7mlx_serve.endpoints import ENDPOINTS, error_response
 from m7mlx_serve.engine import Engine
 from m7mlx_serve.errors import ApiError, refusal, report
 from m7mlx_serve.metrics import Counted, Metrics
+from m7mlx_serve.ollama import chat as ollama_chat
+from m7mlx_serve.ollama import generate, show
+from m7mlx_serve.ollama.answers import OllamaAnswers, ShowAnswers
+from m7mlx_serve.ollama.models import ollama_routes
 from m7mlx_serve.openai import chat, text
 from m7mlx_serve.openai.answers import OpenAIAnswers
 from m7mlx_serve.openai.models import model_routes
@@ -39,6 +43,9 @@ _Found = TypeVar("_Found")
 _ANSWERS: Mapping[str, Callable[[Answerer, ReadRequest], Answers]] = {
     messages.ENDPOINT.path: MessageAnswers,
     count.ENDPOINT.path: CountAnswers,
+    ollama_chat.ENDPOINT.path: OllamaAnswers,
+    generate.ENDPOINT.path: OllamaAnswers,
+    show.ENDPOINT.path: ShowAnswers,
     chat.ENDPOINT.path: OpenAIAnswers,
     text.ENDPOINT.path: OpenAIAnswers,
 }
@@ -76,6 +83,7 @@ class Server:
         routes = [
             *(Route(path, self._answer, methods=["POST"]) for path in ENDPOINTS),
             *model_routes(served.model, engine),
+            *ollama_routes(served.model, engine),
             Route("/health", self._show_health),
             Route("/metrics", self._show_metrics),
             Route("/openapi.json", lambda request: JSONResponse(document(served.model, with_key))),
@@ -114,7 +122,12 @@ class Server:
         request.scope[SCOPE_KEY].drop()
         served = self._served
         answerer = Answerer(
-            served.model, self._engine.tokenizer, self._metrics.ask, served.max_tokens, served.seconds
+            served.model,
+            self._engine.context,
+            self._engine.tokenizer,
+            self._metrics.ask,
+            served.max_tokens,
+            served.seconds,
         )
         answers = _ANSWERS[path](answerer, read)
         if not read.body.stream:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from m7mlx.errors import InputError
 from m7mlx.grammar import schema_text
-from m7mlx.tokens.messages import is_continued
+from m7mlx.tokens.messages import Message, is_continued
 from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx_serve.calling import Rules, call_form
 from m7mlx_serve.endpoint import Prompts
@@ -29,7 +29,7 @@ class Conversation:
     schema    the JSON schema of an answer that calls none
     """
 
-    messages: Sequence[dict[str, Any]]
+    messages: Sequence[Message]
     tools: Sequence[Mapping[str, Any]] = ()
     choice: Literal["auto", "none", "required"] = "auto"
     named: str | None = None

@@ -9,10 +9,17 @@ from starlette.responses import Response
 from m7mlx_serve.anthropic import count, messages
 from m7mlx_serve.endpoint import Endpoint
 from m7mlx_serve.errors import ApiError
+from m7mlx_serve.ollama import chat as ollama_chat
+from m7mlx_serve.ollama import generate, show
 from m7mlx_serve.openai import chat, text
 
 ENDPOINTS: Mapping[str, Endpoint] = {
-    endpoint.path: endpoint for endpoint in (chat.ENDPOINT, text.ENDPOINT, messages.ENDPOINT, count.ENDPOINT)
+    endpoint.path: endpoint
+    for endpoint in (
+        *(chat.ENDPOINT, text.ENDPOINT),
+        *(messages.ENDPOINT, count.ENDPOINT),
+        *(ollama_chat.ENDPOINT, generate.ENDPOINT, show.ENDPOINT),
+    )
 }
 
 

@@ -13,6 +13,7 @@ from pydantic.json_schema import models_json_schema
 
 from m7mlx_serve.endpoint import Endpoint
 from m7mlx_serve.endpoints import ENDPOINTS
+from m7mlx_serve.ollama import replies as ollama
 from m7mlx_serve.openai import replies
 from m7mlx_serve.strict import Strict
 
@@ -20,6 +21,9 @@ _Model = type[BaseModel]
 _GETS: dict[str, tuple[_Model | None, str]] = {
     "/v1/models": (replies.ModelList, "The model that is served"),
     "/v1/models/{name}": (replies.ModelCard, "The model by its name"),
+    "/api/tags": (ollama.TagList, "The model that is served, by Ollama's API"),
+    "/api/ps": (ollama.TagList, "The same: it is loaded"),
+    "/api/version": (ollama.OllamaVersion, "The version of Ollama whose API this is"),
     "/health": (replies.Health, "Whether requests can be answered"),
     "/metrics": (None, "Figures for Prometheus"),
 }
@@ -57,7 +61,10 @@ def document(model: str, with_key: bool) -> dict[str, Any]:
     for path, endpoint in ENDPOINTS.items():
         _complete(schemas["$defs"][endpoint.body.__name__], endpoint.body, model)
         answer = _answer(endpoint.reply, f"The answers. {_EVENTS}")
-        answer["content"]["text/event-stream"] = {"schema": _event(endpoint)}
+        if path.startswith("/api/"):
+            answer["content"]["application/x-ndjson"] = {"schema": {"type": "string"}}
+        else:
+            answer["content"]["text/event-stream"] = {"schema": _event(endpoint)}
         request = {"required": True, "content": {"application/json": {"schema": _ref(endpoint.body)}}}
         responses = {"200": answer} | _errors(_EVERYWHERE | _ANSWERING, endpoint.error_reply)
         paths[path] = {"post": {"summary": endpoint.summary, "requestBody": request, "responses": responses}}
@@ -101,9 +108,8 @@ def page(model: str, with_key: bool) -> str:
         told = html.escape(json.dumps(schema, indent=2, ensure_ascii=False))
         parts.append(f"<details><summary><code>{name}</code></summary><pre>{told}</pre></details>")
     links = '<link rel="icon" href="data:,"><link rel="stylesheet" href="page.css">'
-    about = (
-        'What is served of OpenAI’s API and of Anthropic’s; for programs: <a href="openapi.json">openapi.json</a>.'
-    )
+    about = "What is served of OpenAI’s API, of Anthropic’s and of Ollama’s; for programs:"
+    about += ' <a href="openapi.json">openapi.json</a>.'
     body = f'<body class="docs"><h1>m7mlx-serve</h1><p>{about}</p>{"".join(parts)}</body>'
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     return f'<!doctype html><html lang="en">{head}<title>m7mlx-serve: API</title>{links}{body}</html>'

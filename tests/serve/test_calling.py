@@ -23,6 +23,7 @@ from m7mlx.constrain import grammar_constraint
 from m7mlx.errors import InputError
 from m7mlx.grammar import Grammar
 from m7mlx.tokens.load import load_tokenizer
+from m7mlx.tokens.messages import Message
 from m7mlx.tokens.tokenizer import Tokenizer
 
 DIGIT = {"type": "integer", "minimum": 0, "maximum": 9}
@@ -74,7 +75,7 @@ def test_each_model_has_its_form(mistral_tokenizers: dict[str, Tokenizer], tmp_p
 
 def test_tools_are_told_in_words(bytes_only: Tokenizer) -> None:
     calls = [{"id": n, "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}} for n in "xy"]
-    messages = [
+    messages: list[Message] = [
         {"role": "system", "content": "S"},
         *user("1+1?"),
         {"role": "assistant", "content": "I see", "tool_calls": calls},
@@ -170,14 +171,14 @@ def test_what_is_no_call_is_text(bytes_only: Tokenizer) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_model_that_knows_no_tools_calls_them(chatml_url: str, stream: bool) -> None:
     tools: Any = [{"type": "function", "function": ADD}]
-    body = {"messages": user("1?"), "tools": tools, "tool_choice": "required", "max_tokens": 200, "seed": 5}
+    body: dict[str, Any] = {"messages": user("1?"), "tools": tools, "tool_choice": "required", "max_tokens": 200}
     if not stream:
         found = httpx.post(f"{chatml_url}/v1/chat/completions", json=body, timeout=60).json()["choices"][0]
         assert found["finish_reason"] in ("tool_calls", "length")
         assert found["message"]["tool_calls"][0]["function"]["name"] == "add"
         return
     with client(chatml_url) as api:
-        chunks = list(api.chat.completions.create(model=NAME, stream=True, **body))  # type: ignore[call-overload]
+        chunks = list(api.chat.completions.create(model=NAME, stream=True, **body))
     calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
     assert calls[0].function.name == "add"
     assert not any(chunk.choices[0].delta.content for chunk in chunks)
