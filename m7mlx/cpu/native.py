@@ -1,0 +1,112 @@
+"""Whether the C++ kernels of Linux's CPU backend can be used here and, if not, why.
+
+They are built while the package is installed, where there is a compiler (hatch_build.py). Whatever
+keeps them from being used, MLX's own kernels take their place: the results are the same, later. No
+other system has them or needs them. Before m7mlx.cpu._native is imported, ask `usable`.
+
+M7MLX_NATIVE   "off" leaves everything to MLX; with "require", it is an error if they are not usable
+M7MLX_ISA      whose kernels run: an instruction set; else the best that this processor has
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from m7mlx.cpu.backend import is_linux_cpu
+from m7mlx.errors import InputError
+from m7mlx.paths import cache_dir
+
+_NOT_BUILT = Path(__file__).with_name("_not_built.txt")  # hatch_build.py's line
+_OFF = "M7MLX_NATIVE=off"
+
+
+class _Kernels(NamedTuple):
+    """What there is: an instruction set, or a reason."""
+
+    instruction_set: str
+    why_not: str
+
+
+def usable() -> bool:
+    """Tell whether the kernels can be used; InputError if the environment asks for what is not."""
+    return bool(_find().instruction_set)
+
+
+def instruction_set() -> str:
+    """Return the name of the set whose kernels run; "" if none do."""
+    return _find().instruction_set
+
+
+def why_not() -> str:
+    """Return why the kernels cannot be used, in a line; "" if they can, or need not."""
+    return _find().why_not
+
+
+def note() -> str:
+    """Return a line on why the kernels are missing here: once for each reason on a machine."""
+    reason = why_not()
+    if not reason or reason == _OFF:
+        return ""
+    told = cache_dir() / "native-told"
+    try:
+        told.parent.mkdir(parents=True, exist_ok=True)
+        if told.exists() and told.read_text(encoding="utf-8") == reason:
+            return ""
+        told.write_text(reason, encoding="utf-8")
+    except (OSError, UnicodeDecodeError):  # nowhere to remember it
+        return ""
+    return f"packed weights are computed without m7mlx's kernels, at a fraction of the speed: {reason}"
+
+
+@cache
+def _find() -> _Kernels:
+    """Load and try the kernels; once, because what it finds does not change."""
+    setting, wanted = os.environ.get("M7MLX_NATIVE", "").lower(), os.environ.get("M7MLX_ISA", "")
+    if setting not in ("", "off", "require"):
+        raise InputError(f"M7MLX_NATIVE: {setting!r} is neither off nor require")
+    if not is_linux_cpu():
+        return _Kernels("", "")
+    found = _Kernels("", _OFF) if setting == "off" else _try(wanted)
+    if setting == "require" and found.why_not:
+        raise InputError(f"M7MLX_NATIVE=require: {found.why_not}")
+    return found
+
+
+def _try(wanted: str) -> _Kernels:
+    try:
+        import m7mlx.cpu._native as _native  # not everywhere; after mlx.core, whose library it needs
+    except ModuleNotFoundError:
+        return _Kernels("", _why_not_built())
+    except ImportError as error:
+        return _Kernels("", f"they cannot be loaded ({error}); install m7mlx again")
+    built_for, installed = _native.mlx_version(), version("mlx")
+    if built_for != installed:  # a version's classes are compiled into both
+        mend = f'pip install "mlx[cpu]=={built_for}"'
+        return _Kernels("", f"they were built for MLX {built_for}, and {installed} is installed; {mend}")
+    there = _native.instruction_sets()
+    chosen = wanted or there[-1]
+    if chosen not in there:
+        raise InputError(f"M7MLX_ISA: {chosen!r} is not to be had here; there are {', '.join(there)}")
+    _native.use_instruction_set(chosen)
+    try:
+        x = mx.arange(5, dtype=mx.float32)
+        passed = mx.array_equal(_native.copy(x), x).item()
+    except Exception as error:  # whatever a binary that does not fit raises
+        return _Kernels("", f"they fail ({error}); install m7mlx again")
+    return (
+        _Kernels(chosen, "") if passed else _Kernels("", "they compute something else than MLX; install m7mlx again")
+    )
+
+
+def _why_not_built() -> str:
+    try:
+        reason = _NOT_BUILT.read_text(encoding="utf-8").strip()
+    except OSError:
+        reason = "nobody has built them"
+    return f"they were not built when m7mlx was installed: {reason}; then install m7mlx again"
