@@ -1,8 +1,9 @@
 """Builds the C++ kernels of Linux's CPU backend while the package is installed.
 
 hatchling calls `KernelsHook` when it makes a wheel, `pip install -e` included. Where the kernels
-cannot be built the package is installed without them, and a file beside them says why: that is what
-m7mlx.cpu.native tells the user. On other systems nothing is built.
+cannot be built the package is installed without them. _build.json, in their place or beside them,
+says for which MLX they were built, or why they were not: that is what m7mlx.cpu.native reads. On
+other systems nothing is built.
 
     python hatch_build.py    builds in place, in an environment with the extra `test`: for those who
                              change the kernels. Compiles only what has changed.
@@ -13,9 +14,11 @@ M7MLX_NATIVE             "off" builds nothing; with "require" an installation wi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -24,6 +27,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,13 +39,14 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 ROOT = Path(__file__).resolve().parent
 PACKAGE = Path("m7mlx", "cpu")
 EXTENSION = f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
-NOT_BUILT = "_not_built.txt"  # one line: why there is no extension
+RECORD = "_build.json"  # {"mlx": the version it was built for} or {"missing": why it was not built}
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-pthread"]
 FLAGS += ["-ffunction-sections", "-fdata-sections", "-DNDEBUG", "-DNB_DOMAIN=mlx"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
 NANOBIND = {20: ">=2.13,<2.15", 21: "==2.15.*", 22: ">=3.0.1,<3.2"}  # by the version of its internals
 TOOLS = "on Debian and Ubuntu: apt install g++ python3-dev; on Fedora: dnf install gcc-c++ python3-devel"
+AGAIN = "then install m7mlx again"
 
 
 class NotBuiltError(Exception):
@@ -49,7 +54,7 @@ class NotBuiltError(Exception):
 
 
 class KernelsHook(BuildHookInterface[BuilderConfig]):
-    """Adds the extension to the wheel, or the file that says why there is none."""
+    """Adds the extension to the wheel, if there is one, and what m7mlx reads of it."""
 
     def dependencies(self) -> list[str]:
         """Return the nanobind that MLX was built with: only then do arrays pass between both."""
@@ -64,32 +69,52 @@ class KernelsHook(BuildHookInterface[BuilderConfig]):
         """Build the extension, in place for an editable installation."""
         if self.target_name != "wheel" or sys.platform != "linux":
             return
-        folder = ROOT / PACKAGE if version == "editable" else ROOT / "build" / "native"
+        editable = version == "editable"
+        folder = ROOT / PACKAGE if editable else Path(tempfile.mkdtemp(prefix="m7mlx-"))
         try:
-            made = build(folder)
+            build(folder)
             build_data["pure_python"], build_data["infer_tag"] = False, True
         except NotBuiltError as error:
             if _setting() == "require":
                 sys.exit(f"M7MLX_NATIVE=require: {error}")
             self.app.display_warning(f"installed without kernels in C++: {error}")
-            made = _write_reason(folder, str(error))
-        if version != "editable":
-            build_data["force_include"][str(made)] = str(PACKAGE / made.name)
+        if not editable:
+            made = {str(path): str(PACKAGE / path.name) for path in folder.iterdir()}
+            build_data["force_include"] |= made
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        """Remove what is in the wheel now."""
+        for path in build_data["force_include"]:
+            if Path(path).name in (EXTENSION, RECORD):
+                shutil.rmtree(Path(path).parent, ignore_errors=True)
 
 
 def build(folder: Path) -> Path:
-    """Compile what has changed, link, and return the extension; raises NotBuiltError."""
+    """Compile what has changed, link into a folder, and return the extension.
+
+    The folder's record says what came of it. Raises NotBuiltError.
+    """
+    extension, record = folder / EXTENSION, folder / RECORD
+    try:
+        _build(extension)
+        record.write_text(json.dumps({"mlx": importlib.metadata.version("mlx")}), encoding="utf-8")
+    except (NotBuiltError, OSError) as error:
+        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        with contextlib.suppress(OSError):  # a tree that may not be written to has no record
+            extension.unlink(missing_ok=True)
+            record.write_text(json.dumps({"missing": reason}), encoding="utf-8")
+        raise NotBuiltError(reason) from error
+    return extension
+
+
+def _build(extension: Path) -> None:
     if _setting() == "off":
-        raise NotBuiltError("they were switched off (M7MLX_NATIVE=off)")
+        raise NotBuiltError("M7MLX_NATIVE=off was set")
     mlx, compiler = _find_mlx(), _find_compiler()
     nanobind = _find_nanobind(mlx)
     objects = ROOT / "build" / "native" / "objects"
-    try:
-        objects.mkdir(parents=True, exist_ok=True)
-        made = _compile(_units(mlx, nanobind), compiler, objects)
-        return _link(made, compiler, mlx, folder)
-    except OSError as error:
-        raise NotBuiltError(f"{error.filename}: {error.strerror}") from error
+    objects.mkdir(parents=True, exist_ok=True)
+    _link(_compile(_units(mlx, nanobind), compiler, objects), compiler, mlx, extension)
 
 
 class _Compiler(NamedTuple):
@@ -157,24 +182,21 @@ def _compile(units: list[_Unit], compiler: _Compiler, folder: Path) -> list[Path
     return objects
 
 
-def _link(objects: list[Path], compiler: _Compiler, mlx: Path, folder: Path) -> Path:
-    """Link the extension into `folder`.
+def _link(objects: list[Path], compiler: _Compiler, mlx: Path, extension: Path) -> None:
+    """Link the extension.
 
     It gets no path to MLX's library: mlx.core, imported before it, has loaded a library of that
     name already, be it from mlx-cpu or mlx-cuda.
     """
-    made = folder / EXTENSION
-    part = made.with_suffix(f".{os.getpid()}")
+    part = extension.with_suffix(f".{os.getpid()}")
     strip = [] if compiler.flags else ["-Wl,-s"]
     options = ["-shared", "-pthread", "-Wl,--gc-sections", *strip, *compiler.flags]
     libraries = [f"-L{mlx / 'lib'}", "-lmlx", *shlex.split(os.environ.get("LDFLAGS", ""))]
     try:
         _run([*compiler.command, *options, *map(str, objects), *libraries, "-o", str(part)])
-        part.replace(made)  # a running process keeps the one that it has loaded
+        part.replace(extension)  # a running process keeps the one that it has loaded
     finally:
         part.unlink(missing_ok=True)
-    (folder / NOT_BUILT).unlink(missing_ok=True)
-    return made
 
 
 def _run(command: list[str]) -> None:
@@ -193,9 +215,9 @@ def _find_compiler() -> _Compiler:
     names = [chosen[0]] if chosen else ["c++", "g++", "clang++"]
     path = next((found for name in names if (found := shutil.which(name))), None)
     if not path:
-        raise NotBuiltError(f"{chosen[0] if chosen else 'a C++ compiler'} was not found; {TOOLS}")
+        raise NotBuiltError(f"{chosen[0] if chosen else 'a C++ compiler'} was not found; {TOOLS}; {AGAIN}")
     if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
-        raise NotBuiltError(f"Python's headers are missing; {TOOLS}")
+        raise NotBuiltError(f"Python's headers are missing; {TOOLS}; {AGAIN}")
     command = [path, *chosen[1:]]
     asked = subprocess.run([*command, "--version"], capture_output=True, text=True, errors="replace", check=False)
     version = (asked.stdout.splitlines() or [path])[0]
@@ -242,15 +264,6 @@ def _nanobind_of_mlx(mlx: Path) -> int:
     return 0
 
 
-def _write_reason(folder: Path, reason: str) -> Path:
-    """Leave the reason in the place of the extension."""
-    (folder / EXTENSION).unlink(missing_ok=True)
-    path = folder / NOT_BUILT
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(reason + "\n", encoding="utf-8")
-    return path
-
-
 def _setting() -> str:
     return os.environ.get("M7MLX_NATIVE", "").lower()
 
@@ -267,7 +280,6 @@ def main() -> int:
     try:
         print(build(ROOT / PACKAGE).relative_to(ROOT))
     except NotBuiltError as error:
-        _write_reason(ROOT / PACKAGE, str(error))
         print(f"not built: {error}", file=sys.stderr)
         return 1
     return 0

@@ -1,8 +1,5 @@
 import mlx.core as mx
 
-def mlx_version() -> str:
-    """Return the version of MLX that the extension was compiled for."""
-
 def instruction_sets() -> list[str]:
     """Return the instruction sets that are compiled in and that this processor has, best last."""
 

@@ -10,6 +10,7 @@ M7MLX_ISA      whose kernels run: an instruction set; else the best that this pr
 
 from __future__ import annotations
 
+import json
 import os
 from functools import cache
 from importlib.metadata import version
@@ -22,8 +23,9 @@ from m7mlx.cpu.backend import is_linux_cpu
 from m7mlx.errors import InputError
 from m7mlx.paths import cache_dir
 
-_NOT_BUILT = Path(__file__).with_name("_not_built.txt")  # hatch_build.py's line
+_RECORD = Path(__file__).with_name("_build.json")  # what hatch_build.py says of them
 _OFF = "M7MLX_NATIVE=off"
+_AGAIN = "install m7mlx again"
 
 
 class _Kernels(NamedTuple):
@@ -79,16 +81,16 @@ def _find() -> _Kernels:
 
 
 def _try(wanted: str) -> _Kernels:
-    try:
-        import m7mlx.cpu._native as _native  # not everywhere; after mlx.core, whose library it needs
-    except ModuleNotFoundError:
-        return _Kernels("", _why_not_built())
-    except ImportError as error:
-        return _Kernels("", f"they cannot be loaded ({error}); install m7mlx again")
-    built_for, installed = _native.mlx_version(), version("mlx")
-    if built_for != installed:  # a version's classes are compiled into both
+    built_for, missing = _read_record()
+    if missing:
+        return _Kernels("", f"they were not built when m7mlx was installed: {missing}")
+    if built_for != (installed := version("mlx")):  # a version's classes are compiled into both
         mend = f'pip install "mlx[cpu]=={built_for}"'
         return _Kernels("", f"they were built for MLX {built_for}, and {installed} is installed; {mend}")
+    try:
+        from m7mlx.cpu import _native  # not everywhere; after mlx.core, whose library it needs
+    except ImportError as error:
+        return _Kernels("", f"they cannot be loaded ({error}); {_AGAIN}")
     there = _native.instruction_sets()
     chosen = wanted or there[-1]
     if chosen not in there:
@@ -98,15 +100,14 @@ def _try(wanted: str) -> _Kernels:
         x = mx.arange(5, dtype=mx.float32)
         passed = mx.array_equal(_native.copy(x), x).item()
     except Exception as error:  # whatever a binary that does not fit raises
-        return _Kernels("", f"they fail ({error}); install m7mlx again")
-    return (
-        _Kernels(chosen, "") if passed else _Kernels("", "they compute something else than MLX; install m7mlx again")
-    )
+        return _Kernels("", f"they fail ({error}); {_AGAIN}")
+    return _Kernels(chosen, "") if passed else _Kernels("", f"they compute something else than MLX; {_AGAIN}")
 
 
-def _why_not_built() -> str:
+def _read_record() -> tuple[str, str]:
+    """Return for which MLX they were built, or why they were not."""
     try:
-        reason = _NOT_BUILT.read_text(encoding="utf-8").strip()
-    except OSError:
-        reason = "nobody has built them"
-    return f"they were not built when m7mlx was installed: {reason}; then install m7mlx again"
+        record = json.loads(_RECORD.read_text(encoding="utf-8"))
+        return str(record.get("mlx", "")), str(record.get("missing", ""))
+    except (OSError, ValueError, AttributeError):
+        return "", f"nobody has built them; {_AGAIN}"

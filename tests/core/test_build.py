@@ -79,7 +79,7 @@ class Project:
         """Build in place, which must not work; returns the reason that is kept."""
         assert self.module.main() == 1
         assert not list(self.package.glob("*.so"))
-        return (self.package / "_not_built.txt").read_text()
+        return str(json.loads((self.package / "_build.json").read_text())["missing"])
 
 
 @pytest.fixture
@@ -128,17 +128,17 @@ def test_a_failure_leaves_the_reason_in_the_place_of_the_extension(project: Proj
     project.build()
     project.set_compiler(fails="M7_ISA=avx2")
     (project.kernels / "kernels.h").write_text("changed")
-    assert project.fail() == "c++ fails: x.cpp:1:2: error: no such thing\n"
+    assert project.fail() == "c++ fails: x.cpp:1:2: error: no such thing"
     project.set_compiler()
     project.build()
-    assert not (project.package / "_not_built.txt").exists()
+    assert json.loads((project.package / "_build.json").read_text()) == {"mlx": "1.0"}
     project.set_compiler(fails="-lmlx")
     assert "c++ fails" in project.fail()
 
 
 def test_what_is_missing_is_named(project: Project, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     project.set_compiler(old=1)
-    assert project.fail() == "a compiler 1.0 does not know C++20: GCC 11 or Clang 14 does\n"
+    assert project.fail() == "a compiler 1.0 does not know C++20: GCC 11 or Clang 14 does"
     monkeypatch.setenv("CXX", "no-such-compiler -m64")
     assert project.fail().startswith("no-such-compiler was not found; on Debian and Ubuntu: apt install g++")
     monkeypatch.delenv("CXX")
@@ -146,6 +146,11 @@ def test_what_is_missing_is_named(project: Project, monkeypatch: pytest.MonkeyPa
     assert project.fail().startswith("a C++ compiler was not found; ")
     monkeypatch.setenv("M7MLX_NATIVE", "off")
     assert "M7MLX_NATIVE=off" in project.fail()
+
+
+def test_a_tree_that_cannot_be_written_to_is_a_reason(project: Project) -> None:
+    (project.root / "build").write_text("a file where the objects' folder would be")
+    assert "build" in project.fail()
 
 
 def test_python_without_headers_is_named(project: Project, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

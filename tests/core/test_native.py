@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,24 +50,25 @@ def built() -> None:
         pytest.skip("the kernels are not built here")
 
 
-def put_in_place(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> None:
-    """Pretend to be Linux with mlx-cpu, with an extension of these functions."""
+def put_in_place(monkeypatch: pytest.MonkeyPatch, built_for: str = "0.32.4", **functions: Any) -> None:
+    """Pretend to be Linux with mlx-cpu 0.32.4, with an extension of these functions."""
     fake: dict[str, Callable[..., Any]] = {
-        "mlx_version": lambda: "0.32.4",
         "instruction_sets": lambda: ["base", "avx2"],
         "use_instruction_set": lambda name: None,
         "copy": lambda x: x,
     }
     monkeypatch.setattr(native, "is_linux_cpu", lambda: True)
     monkeypatch.setattr(native, "version", lambda _: "0.32.4")
+    monkeypatch.setattr(native, "_read_record", lambda: (built_for, ""))
     module = SimpleNamespace(**fake | functions)
     monkeypatch.setitem(sys.modules, "m7mlx.cpu._native", module)
     monkeypatch.setattr(m7mlx.cpu, "_native", module, raising=False)
 
 
-def take_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pretend to be Linux with mlx-cpu, without an extension."""
+def take_away(monkeypatch: pytest.MonkeyPatch, record: Path) -> None:
+    """Pretend to be Linux with mlx-cpu, without an extension; the build is to leave that record."""
     monkeypatch.setattr(native, "is_linux_cpu", lambda: True)
+    monkeypatch.setattr(native, "_RECORD", record)
     monkeypatch.delattr(m7mlx.cpu, "_native", raising=False)
     monkeypatch.setitem(sys.modules, "m7mlx.cpu._native", None)
 
@@ -105,27 +108,37 @@ def test_off_leaves_everything_to_mlx() -> None:
 
 
 @pytest.mark.parametrize("system", ["macOS", "CUDA"])
-def test_no_other_system_needs_them(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    take_away(monkeypatch)
+def test_no_other_system_needs_them(system: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    take_away(monkeypatch, tmp_path / "none")
     monkeypatch.setattr(native, "is_linux_cpu", lambda: False)
     monkeypatch.setenv("M7MLX_ISA", "avx2")
     assert (native.usable(), native.why_not(), native.note()) == (False, "", "")
 
 
-def test_why_they_were_not_built_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    take_away(monkeypatch)
-    monkeypatch.setattr(native, "_NOT_BUILT", tmp_path / "reason.txt")
-    assert not native.usable() and "nobody has built them" in native.why_not()
-    native._find.cache_clear()
-    (tmp_path / "reason.txt").write_text("no compiler; apt install g++\n")
-    assert not native.usable() and "no compiler; apt install g++; then install m7mlx again" in native.why_not()
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        (None, "nobody has built them"),
+        ("[]", "nobody has built them"),
+        ("{", "nobody has built them"),
+        ('{"missing": "no compiler; apt install g++"}', "no compiler; apt install g++"),
+        ('{"mlx": "0.32.3"}', 'built for MLX 0.32.3, and 0.32.4 is installed; pip install "mlx[cpu]==0.32.3"'),
+        ('{"mlx": "0.32.4"}', "cannot be loaded"),
+    ],
+)
+def test_what_the_build_left_is_told(
+    record: str | None, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    take_away(monkeypatch, tmp_path / "record.json")
+    monkeypatch.setattr(native, "version", lambda _: "0.32.4")
+    if record is not None:
+        (tmp_path / "record.json").write_text(record)
+    assert not native.usable() and told in native.why_not()
 
 
-def test_an_extension_for_another_mlx_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    put_in_place(monkeypatch, mlx_version=lambda: "0.32.3")
-    assert not native.usable()
-    assert "built for MLX 0.32.3, and 0.32.4 is installed" in native.why_not()
-    assert 'pip install "mlx[cpu]==0.32.3"' in native.why_not()
+def test_an_extension_for_another_mlx_is_not_even_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_in_place(monkeypatch, built_for="0.32.3", instruction_sets=lambda: pytest.fail("it was called"))
+    assert not native.usable() and "built for MLX 0.32.3" in native.why_not()
 
 
 def refuse(x: mx.array) -> mx.array:
@@ -152,8 +165,8 @@ def test_what_is_asked_for_and_is_not_there_is_an_error(monkeypatch: pytest.Monk
     with pytest.raises(InputError, match="'on' is neither off nor require"):
         native.usable()
     monkeypatch.setenv("M7MLX_NATIVE", "require")
-    take_away(monkeypatch)
-    with pytest.raises(InputError, match="M7MLX_NATIVE=require: they were not built"):
+    put_in_place(monkeypatch, built_for="0.32.3")
+    with pytest.raises(InputError, match="NATIVE=require: they were built for MLX 0"):
         native.usable()
 
 
@@ -167,15 +180,11 @@ def test_the_best_set_is_the_default_and_another_can_be_chosen(monkeypatch: pyte
     assert used == ["avx2", "base"]
 
 
-def test_each_reason_is_told_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    take_away(monkeypatch)
-    monkeypatch.setattr(native, "_NOT_BUILT", tmp_path / "reason.txt")
-    (tmp_path / "reason.txt").write_text("no compiler")
-    assert "no compiler" in native.note() and native.note() == ""
-    native._find.cache_clear()
-    (tmp_path / "reason.txt").write_text("MLX's headers are missing")
-    assert "headers" in native.note() and native.note() == ""
-    native._find.cache_clear()
+def test_each_reason_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for built_for in ("0.32.3", "0.32.5"):
+        put_in_place(monkeypatch, built_for)
+        native._find.cache_clear()
+        assert built_for in native.note() and native.note() == ""
     monkeypatch.setenv("M7MLX_CACHE", "/dev/null/nowhere")  # cannot be remembered: not said each time
     assert native.note() == ""
 
@@ -184,8 +193,9 @@ def test_each_reason_is_told_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def test_a_command_goes_on_without_them_and_says_so_once(what: str, tmp_path: Path) -> None:
     if not backend.is_linux_cpu():
         pytest.skip("only Linux's CPU backend has kernels of ours")
-    shutil.copytree(PACKAGE, tmp_path / "m7mlx", ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.txt"))
+    shutil.copytree(PACKAGE, tmp_path / "m7mlx", ignore=shutil.ignore_patterns("*.so", "__pycache__", "_build.json"))
     if what != "missing":
+        (tmp_path / "m7mlx" / "cpu" / "_build.json").write_text(json.dumps({"mlx": version("mlx")}))
         (tmp_path / "m7mlx" / "cpu" / "_native.so").write_bytes(b"" if what == "empty" else b"\x7fELF and no more")
     code = "import sys; from m7mlx_chat.cli import main; sys.exit(main(['--import', '/no/such/file']))"
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -13,7 +13,6 @@
 #include "mlx/ops.h"
 #include "mlx/primitives.h"
 #include "mlx/utils.h"
-#include "mlx/version.h"
 
 namespace nb = nanobind;
 namespace mx = mlx::core;
@@ -55,18 +54,10 @@ mx::array copy(const mx::array& x) {
   return mx::array(in.shape(), mx::float32, std::make_shared<Copy>(stream), {in});
 }
 
-#define M7_TEXT_OF(x) #x
-#define M7_TEXT(x) M7_TEXT_OF(x)
-
-const char* mlx_version() {  // as the headers have it; mx::version() tells that of the library
-  return M7_TEXT(MLX_VERSION_MAJOR) "." M7_TEXT(MLX_VERSION_MINOR) "." M7_TEXT(MLX_VERSION_PATCH);
-}
-
 }  // namespace
 }  // namespace m7
 
 NB_MODULE(_native, module) {
-  module.def("mlx_version", &m7::mlx_version);
   module.def("instruction_sets", &m7::instruction_sets);
   module.def("use_instruction_set", &m7::use_instruction_set, nb::arg("name"));
   module.def("copy", &m7::copy, nb::arg("x"));
