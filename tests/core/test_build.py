@@ -128,17 +128,17 @@ def test_a_failure_leaves_the_reason_in_the_place_of_the_extension(project: Proj
     project.build()
     project.set_compiler(fails="M7_ISA=avx2")
     (project.kernels / "kernels.h").write_text("changed")
-    assert project.fail() == "c++ fails: x.cpp:1:2: error: no such thing"
+    assert project.fail().startswith("a compiler 1.0 fails (x.cpp:1:2: error: no such thing); GCC 1")
     project.set_compiler()
     project.build()
     assert json.loads((project.package / "_build.json").read_text()) == {"mlx": "1.0"}
     project.set_compiler(fails="-lmlx")
-    assert "c++ fails" in project.fail()
+    assert "a compiler 1.0 fails" in project.fail()
 
 
 def test_what_is_missing_is_named(project: Project, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     project.set_compiler(old=1)
-    assert project.fail() == "a compiler 1.0 does not know C++20: GCC 11 or Clang 14 does"
+    assert project.fail().startswith("a compiler 1.0 does not know C++20; GCC 1")
     monkeypatch.setenv("CXX", "no-such-compiler -m64")
     assert project.fail().startswith("no-such-compiler was not found; on Debian and Ubuntu: apt install g++")
     monkeypatch.delenv("CXX")
