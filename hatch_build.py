@@ -28,7 +28,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,6 +77,7 @@ class KernelsHook(BuildHookInterface[BuilderConfig]):
             build_data["pure_python"], build_data["infer_tag"] = False, True
         except NotBuiltError as error:
             if _setting() == "require":
+                _remove(folder)
                 sys.exit(f"M7MLX_NATIVE=require: {error}")
             self.app.display_warning(f"installed without kernels in C++: {error}")
         if not editable:
@@ -86,8 +87,13 @@ class KernelsHook(BuildHookInterface[BuilderConfig]):
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         """Remove what is in the wheel now."""
         for path in build_data["force_include"]:
-            if Path(path).name in (EXTENSION, RECORD):
-                shutil.rmtree(Path(path).parent, ignore_errors=True)
+            if Path(path).name == RECORD:
+                _remove(Path(path).parent)
+
+
+def _remove(folder: Path) -> None:
+    if folder != ROOT / PACKAGE:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def build(folder: Path) -> Path:
@@ -113,9 +119,21 @@ def _build(extension: Path) -> None:
         raise NotBuiltError("M7MLX_NATIVE=off was set")
     mlx, compiler = _find_mlx(), _find_compiler()
     nanobind = _find_nanobind(mlx)
-    objects = ROOT / "build" / "native" / "objects"
-    objects.mkdir(parents=True, exist_ok=True)
-    _link(_compile(_units(mlx, nanobind), compiler, objects), compiler, mlx, extension)
+    with _objects_folder() as objects:
+        _link(_compile(_units(mlx, nanobind), compiler, objects), compiler, mlx, extension)
+
+
+@contextlib.contextmanager
+def _objects_folder() -> Iterator[Path]:
+    """Give the folder where objects are kept; a passing one where the tree is not ours to write."""
+    kept = ROOT / "build" / "native" / "objects"
+    with contextlib.suppress(OSError):
+        kept.mkdir(parents=True, exist_ok=True)
+    if os.access(kept, os.W_OK | os.X_OK):
+        yield kept
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
 
 
 class _Compiler(NamedTuple):
