@@ -484,6 +484,10 @@ void lookup(const Lookup& l) {
     float* ordered = scratch(1, blocks * W * S::kCodes);
     for (int64_t m = 0; m < l.tokens; ++m) {
       const int64_t row = l.ids[m];
+      if (row < 0 || row >= a.rows) {  // no token of this vocabulary: never what lies beside it
+        zero(l.y + m * a.columns, a.columns);
+        continue;
+      }
       if constexpr (S::kGroups) scales_to_floats(a.scales + row * groups * width, a.scale, groups, (a.rows - row) * groups, scales, W);
       if constexpr (S::kBiases) scales_to_floats(a.biases + row * groups * width, a.scale, groups, (a.rows - row) * groups, biases, W);
       unpack<S>(a, row_scales, row, 0, blocks, scales, biases, ordered);

@@ -113,7 +113,7 @@ inline U join(const B16* v) {
 // float16 and bfloat16, exactly; infinite numbers and NaN do not occur in weights that were checked.
 inline V from_half(H h) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<V>(_mm512_cvtph_ps(reinterpret_cast<__m256i>(h)));
+  return reinterpret_cast<V>(_mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(h)));
 #elif defined(__F16C__)
   return reinterpret_cast<V>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(h)));
 #elif defined(__aarch64__)
