@@ -15,17 +15,20 @@ import os
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from m7mlx.cpu.backend import is_linux_cpu
+from m7mlx.cpu.cores import count_cores
 from m7mlx.errors import InputError
 from m7mlx.paths import cache_dir
 
 _RECORD = Path(__file__).with_name("_build.json")  # what hatch_build.py says of them
 _OFF = "M7MLX_NATIVE=off"
 _AGAIN = "install m7mlx again"
+_extension: ModuleType | None = None  # once it is found usable
 
 
 class _Kernels(NamedTuple):
@@ -38,6 +41,12 @@ class _Kernels(NamedTuple):
 def usable() -> bool:
     """Tell whether the kernels can be used; InputError if the environment asks for what is not."""
     return bool(_find().instruction_set)
+
+
+def kernels() -> ModuleType:
+    """Return the extension; only where the kernels are usable."""
+    assert _extension is not None
+    return _extension
 
 
 def instruction_set() -> str:
@@ -81,6 +90,7 @@ def _find() -> _Kernels:
 
 
 def _try(wanted: str) -> _Kernels:
+    global _extension
     built_for, missing = _read_record()
     if missing:
         return _Kernels("", f"they were not built when m7mlx was installed: {missing}")
@@ -97,11 +107,15 @@ def _try(wanted: str) -> _Kernels:
         raise InputError(f"M7MLX_ISA: {chosen!r} is not to be had here; there are {', '.join(there)}")
     _native.use_instruction_set(chosen)
     try:
-        x = mx.arange(5, dtype=mx.float32)
-        passed = mx.array_equal(_native.copy(x), x).item()
+        x = mx.array([[1.0, 2.0, 3.0]])
+        passed = mx.array_equal(_native.product(x, [_native.Weight(mx.eye(3))]), x).item()
     except Exception as error:  # whatever a binary that does not fit raises
         return _Kernels("", f"they fail ({error}); {_AGAIN}")
-    return _Kernels(chosen, "") if passed else _Kernels("", f"they compute something else than MLX; {_AGAIN}")
+    if not passed:
+        return _Kernels("", f"they compute something else than MLX; {_AGAIN}")
+    _native.set_threads(count_cores())
+    _extension = _native
+    return _Kernels(chosen, "")
 
 
 def _read_record() -> tuple[str, str]:

@@ -1,17 +1,18 @@
-// Compiled once per instruction set: see kernels.h.
+// The kernels, compiled once for each instruction set.
+
 #include "kernels.h"
 
+#include "attention.h"
+#include "product.h"
+
+#ifndef M7_ISA
+#define M7_ISA base
+#endif
+
+#define M7_NAME_(x) #x
+#define M7_NAME(x) M7_NAME_(x)
+
 namespace m7::M7_ISA {
-
-static void copy(const float* from, float* to, std::size_t count) {
-  for (std::size_t i = 0; i < count; ++i) {
-    to[i] = from[i];
-  }
+extern const Kernels kernels;
+const Kernels kernels = {M7_NAME(M7_ISA), product, lookup, attend};
 }
-
-#define M7_NAME_OF(isa) #isa
-#define M7_NAME(isa) M7_NAME_OF(isa)
-
-constinit const Kernels kernels = {M7_NAME(M7_ISA), copy};
-
-}  // namespace m7::M7_ISA
