@@ -44,7 +44,7 @@ def project(
 
     An embedding counts as the matrix of a tied head.
     """
-    if x.dtype == mx.float32 and has_kernels():
+    if x.dtype == mx.float32 and has_kernels() and (residual is None or residual.dtype == mx.float32):
         weights = [_keep(matrix).weight for matrix in matrices]
         if None not in weights:
             if norm is None:
