@@ -10,10 +10,11 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from m7mlx.arrays import dequantize, is_finite, on_cpu
+from m7mlx.arrays import dequantize, has_kernels, is_finite, on_cpu
 from m7mlx.config import ModelConfig
+from m7mlx.cpu import native
 from m7mlx.errors import InputError, RunError, WeightsError
-from m7mlx.files.checksums import check_folder
+from m7mlx.files.checksums import check_folder, is_known_finite, remember_finite
 from m7mlx.files.hub import resolve
 from m7mlx.files.weights import (
     DTYPES,
@@ -52,8 +53,9 @@ def load(
                   into the cache folder
     dtype         type of activations and unquantised weights, or its name ("float16", "bfloat16",
                   "float32"); None keeps the file's, except on the CPU backend, which emulates
-                  16-bit arithmetic: there it is float32, and quantised weights are expanded to
-                  float32 if they fit into half of the memory
+                  16-bit arithmetic: there it is float32 for activations, and weights stay as
+                  they lie (without m7mlx's kernels, quantised weights are expanded to float32 if
+                  they fit into half of the memory)
     progress      called with (bytes read, bytes to read)
     shard         read this shard of the model only, for processes that divide it
                   (`m7mlx.parallel.world.World.load`)
@@ -71,7 +73,7 @@ def load(
         raise InputError("a shard of a model takes no adapter; merge it first: m7mlx-convert MODEL --adapter")
     tokenizer = load_tokenizer(folder, config.vocab_size)
     if shard is None:
-        model = build(config, _read(_files(headers), progress), dtype)
+        model = build(config, _read(headers, progress, maps=_maps(dtype)), dtype)
         if adapter is not None:
             put_on(model, adapter, str(adapter_path))
     else:
@@ -84,7 +86,7 @@ def load(
 def load_model(name: str | Path, *, dtype: mx.Dtype | str | None = None) -> Mistral:
     """Load a model without its tokenizer, which its folder may lack; arguments as for `load`."""
     _, config, headers = _checked(name, dtype)
-    model = build(config, _read(_files(headers)), dtype)
+    model = build(config, _read(headers, maps=_maps(dtype)), dtype)
     model.compiles_steps = _wants_compiled_steps()
     return model
 
@@ -149,6 +151,8 @@ def build(
     model.load_weights(list(loaded.items()), strict=True)
     model.eval()
     fuse(model)
+    if has_kernels() and any(array.dtype != mx.float32 for array in loaded.values()):
+        model.kv_bits = 16  # no model of 16 bits or less needs more
     settle()
     return model
 
@@ -165,7 +169,9 @@ def _module_arrays(
     kinds = [k for k in ("weight", "scales", "biases") if f"{path}.{k}" in weights]
     arrays = {k: weights.pop(f"{path}.{k}") for k in kinds}
     for kind, array in arrays.items():
-        if dtype is not None and mx.issubdtype(array.dtype, mx.floating):
+        # Kernels of ours compute in float32 with matrices as they lie.
+        as_it_lies = array.ndim == 2 and dtype == mx.float32 and has_kernels()
+        if dtype is not None and mx.issubdtype(array.dtype, mx.floating) and not as_it_lies:
             arrays[kind] = array.astype(dtype)
     scheme = config.quantization.for_module(path) if config.quantization and "scales" in arrays else None
     if expand and scheme:
@@ -209,8 +215,24 @@ def _check_memory(folder: Path, config: ModelConfig, stored: int, dtype: mx.Dtyp
         )
 
 
-def _read(files: list[Path], progress: Callable[[int, int], None] | None = None) -> dict[str, mx.array]:
-    """Read all tensors of a folder, file by file. Raises WeightsError if one is not finite."""
+def _maps(dtype: mx.Dtype | str | None) -> bool:
+    """Tell whether weights are computed with as they lie, and so can be mapped into memory."""
+    return has_kernels() and _compute_dtype(dtype) == mx.float32
+
+
+def _read(
+    headers: dict[str, StoredTensor],
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    maps: bool = False,
+) -> dict[str, mx.array]:
+    """Read all tensors of a folder, file by file. Raises WeightsError if one is not finite.
+
+    maps  map the files instead: a page of them is read when it is computed with, and memory that
+          others need is taken from what was read. That all is finite is remembered for each state
+          of a file.
+    """
+    files = _files(headers)
     total = sum(path.stat().st_size for path in files)
     done = 0
     weights: dict[str, mx.array] = {}
@@ -218,18 +240,29 @@ def _read(files: list[Path], progress: Callable[[int, int], None] | None = None)
     progress(0, total)
     for path in files:
         try:
-            arrays = mx.load(str(path))
-        except RuntimeError as error:
+            arrays = _mapped(path, headers) if maps else mx.load(str(path))
+        except (RuntimeError, OSError, ValueError) as error:
             raise WeightsError(f"{path} cannot be read: {error}") from None
         assert isinstance(arrays, dict)
+        known = maps and is_known_finite(path)
         for name in arrays:
             array = arrays[name]
-            _check_finite(path, name, array)
+            if not known:
+                _check_finite(path, name, array)
             done += array.nbytes
             progress(min(done, total), total)
+        if maps and not known:
+            remember_finite(path)
         weights |= arrays
     progress(total, total)
     return weights
+
+
+def _mapped(path: Path, headers: dict[str, StoredTensor]) -> dict[str, mx.array]:
+    starts = data_starts(path)
+    names = [name for name, stored in headers.items() if stored.path == path]
+    parts = [(starts[name], headers[name].shape, DTYPES[headers[name].dtype]) for name in names]
+    return dict(zip(names, native.kernels().map_file(str(path), parts), strict=True))
 
 
 def _read_shard(

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "../../m7mlx/cpu/kernels/isa.h"
 #include "../../m7mlx/cpu/kernels/kernels.h"
 #include "../../m7mlx/cpu/kernels/threads.h"
 
@@ -230,12 +231,16 @@ int main(int argc, char** argv) {
     else if (option == "--threads") n_threads = std::atoi(argv[i + 1]);
     else { std::printf("unknown option %s\n", argv[i]); return 2; }
   }
-  const Kernels* kernels = find_kernels(isa.c_str());
-  if (!kernels) { std::printf("no kernels for %s\n", isa.c_str()); return 2; }
+  try {
+    use_instruction_set(isa);
+  } catch (const std::exception& error) {
+    std::printf("%s\n", error.what());
+    return 2;
+  }
   set_threads(n_threads);
   for (int round = 0; round < rounds; ++round) {
     rng.seed(static_cast<unsigned>(seed * 100003 + round));
-    if (!test_product(*kernels)) { std::printf("seed %d, round %d\n", seed, round); return 1; }
+    if (!test_product(kernels())) { std::printf("seed %d, round %d\n", seed, round); return 1; }
   }
   std::printf("OK %s, %d rounds\n", isa.c_str(), rounds);
   return 0;

@@ -70,6 +70,7 @@ NEEDS = {
         "pip install -e '.[clients]'",
         _importable("agents", "anthropic", "langchain_openai", "litellm", "mistralai", "ollama"),
     ),
+    "llama": Need("llama_cpp", "pip install llama-cpp-python", _importable("llama_cpp")),
     "docs": Need(
         "zensical and mkdocstrings",
         "pip install -e '.[docs]'",

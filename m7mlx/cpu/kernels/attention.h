@@ -331,7 +331,8 @@ void attend(const Attention& a) {
     const int64_t n = lines * a.length, bytes = row_bytes(a.keys.stored, D), of_scales = a.keys.scales ? D / a.group * 2 : 0;
     const int64_t codes = padded_bytes(n * bytes), scales = padded_bytes(n * of_scales);
     uint8_t* memory = reinterpret_cast<uint8_t*>(scratch(5, (codes + 2 * scales) / 2));
-    for (Rows* rows : {&w.new_keys, &w.new_values}) {
+    Rows* const fresh[] = {&w.new_keys, &w.new_values};
+    for (Rows* rows : fresh) {
       *rows = {a.keys.stored, memory, memory + codes, memory + codes + scales};
       memory += codes + 2 * scales;
     }

@@ -88,12 +88,18 @@ struct Kernels {
   void (*attend)(const Attention&);
 };
 
-namespace base { extern const Kernels kernels; }
-namespace avx2 { extern const Kernels kernels; }
-namespace avx512 { extern const Kernels kernels; }
-
-// The kernels of an instruction set that was compiled in and that this processor has; null for any
-// other name.
-const Kernels* find_kernels(const char* name);
+namespace base {
+extern const Kernels kernels;
+}
+#ifdef M7_HAS_AVX2
+namespace avx2 {
+extern const Kernels kernels;
+}
+#endif
+#ifdef M7_HAS_AVX512
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
 
 }  // namespace m7

@@ -22,8 +22,9 @@ void set_threads(int64_t n);
 float* scratch(int slot, int64_t floats);
 
 template <class F>
-void parallel(int64_t n, F&& f) {
-  run(n, [](void* context, int64_t task) { (*static_cast<F*>(context))(task); }, const_cast<void*>(static_cast<const void*>(&f)));
+void parallel(int64_t n, const F& f) {
+  const Task task = [](void* context, int64_t i) { (*static_cast<const F*>(context))(i); };
+  run(n, task, const_cast<F*>(&f));
 }
 
 }  // namespace m7

@@ -1,0 +1,97 @@
+"""Products with the model's matrices: a step of the kernels of ours where they are, of MLX's where not.
+
+On Linux's CPU backend a matrix is met as it lies in its file, packed or in 16 bits, and what stands
+beside the product (the norm before it, the sum after it, SwiGLU between gate and up) is done in the
+same step. Everywhere else these are MLX's operations, one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from m7mlx.arrays import has_kernels, swiglu
+from m7mlx.cpu import native
+
+if TYPE_CHECKING:
+    from m7mlx.cpu._native import Weight
+
+_KNOWN = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
+
+
+class _Kept(NamedTuple):
+    """A module's matrix as the kernels take it, and what it was made of.
+
+    weight  None where they do not take it
+    kind    how it is stored
+    """
+
+    codes: mx.array
+    weight: Weight | None
+    kind: tuple[object, ...]
+
+
+def project(
+    x: mx.array,  # [..., in]
+    matrices: Sequence[nn.Module],
+    norm: nn.RMSNorm | None = None,
+    residual: mx.array | None = None,
+) -> mx.array:
+    """Return norm(x) times each matrix, side by side: [..., the outputs of all]; plus a residual.
+
+    An embedding counts as the matrix of a tied head.
+    """
+    if x.dtype == mx.float32 and has_kernels() and (residual is None or residual.dtype == mx.float32):
+        weights = [_keep(matrix).weight for matrix in matrices]
+        if None not in weights:
+            if norm is None:
+                return native.kernels().product(x, weights, None, 0.0, residual)
+            return native.kernels().product(x, weights, norm["weight"], norm.eps, residual)
+    if norm is not None:
+        x = norm(x)
+    products = [m.as_linear(x) if hasattr(m, "as_linear") else m(x) for m in matrices]
+    out = products[0] if len(products) == 1 else mx.concatenate(products, axis=-1)
+    return out if residual is None else residual + out
+
+
+def project_gated(x: mx.array, matrices: Sequence[nn.Module], norm: nn.RMSNorm) -> mx.array:
+    """Return silu(gate) · up for norm(x) [..., in]: of two matrices, or of one that holds both."""
+    if len(matrices) == 1:
+        gate, up = mx.split(project(x, matrices, norm), 2, axis=-1)
+        return swiglu(gate, up)
+    if x.dtype == mx.float32 and has_kernels():
+        one, other = map(_keep, matrices)
+        if one.weight is not None and other.weight is not None and one.kind == other.kind:
+            return native.kernels().product(x, [one.weight, other.weight], norm["weight"], norm.eps, None, True)
+    x = norm(x)
+    return swiglu(*(project(x, (matrix,)) for matrix in matrices))
+
+
+def look_up(ids: mx.array, embedding: nn.Module, dtype: mx.Dtype) -> mx.array:
+    """Return the rows [..., hidden_size] of an embedding for ids, in the type of the activations."""
+    if dtype == mx.float32 and has_kernels() and (weight := _keep(embedding).weight) is not None:
+        return native.kernels().lookup(ids, weight)
+    rows: mx.array = embedding(ids)
+    return rows
+
+
+def _keep(module: nn.Module) -> _Kept:
+    """Return a module's matrix as the kernels take it, made once for the arrays that it has now."""
+    kept: _Kept | None = vars(module).get("_kept")
+    if kept is None or kept.codes is not module.get("weight"):
+        kept = _make(module)
+        object.__setattr__(module, "_kept", kept)
+    return kept
+
+
+def _make(module: nn.Module) -> _Kept:
+    # An adapter's modules, and those whose products are added up by several processes, do more.
+    if type(module) not in _KNOWN or "bias" in module:
+        return _Kept(module.get("weight"), None, ())
+    codes, scales, biases = (module.get(name) for name in ("weight", "scales", "biases"))
+    scheme = () if scales is None else (module.group_size, module.bits, module.mode)
+    weight = native.kernels().Weight(codes, scales, biases, *scheme)
+    return _Kept(codes, weight, (*scheme, codes.dtype, None if scales is None else scales.dtype))
