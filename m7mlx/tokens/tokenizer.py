@@ -60,6 +60,7 @@ class Tokenizer(ABC):
     eos_ids             ids that end an answer
     add_bos             whether the model expects `bos_id` before a text
     adds_leading_space  whether encoding puts a space before a text, which decoding drops again
+    stated_version      the version of Mistral's format that its file states, such as "v7"
     chat                the model's chat format: messages → ids
     """
 
@@ -68,9 +69,11 @@ class Tokenizer(ABC):
     eos_ids: frozenset[int]
     add_bos: bool
     adds_leading_space: bool
+    stated_version: str | None
     chat: ChatFormat
 
     def __init__(self) -> None:
+        self.stated_version = None
         self._bytes: dict[int, bytes] = {}
         self._without_row: dict[int, str] = {}
 
@@ -135,13 +138,17 @@ class Tokenizer(ABC):
         """Return name → id of all control tokens."""
 
     @abstractmethod
+    def vocabulary(self) -> dict[str, int]:
+        """Return piece → id of all tokens."""
+
+    @abstractmethod
     def _token_bytes(self, token: int) -> bytes: ...
 
     @abstractmethod
     def library(self) -> tuple[str, bytes]:
-        """Return the library that encodes texts ("sentencepiece" or "tokenizers") and its model.
+        """Return the library that encodes texts, and its model.
 
-        Another process can load it from these.
+        That is "sentencepiece", "tokenizers" or "tiktoken". Another process can load it from these.
         """
 
     @abstractmethod
