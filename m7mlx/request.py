@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from m7mlx.cache import RollingCache
-from m7mlx.constrain import Constraint, Unconstrained, json_constraint
+from m7mlx.constrain import Constraint, Unconstrained, calls_constraint, json_constraint
 from m7mlx.errors import InputError, PromptTooLongError, TokenizerError
 from m7mlx.memory import positions_that_fit
 from m7mlx.model import Mistral
@@ -51,6 +51,8 @@ class Request:
                 functions f(ids, logits) → logits (`m7mlx.sampling.LogitsProcessor`)
     constraint  a grammar that the answer follows (`m7mlx.constrain`)
     schema      a JSON schema that the answer fits: `prepare` makes a constraint of it
+    calls       functions of which the answer must call some (`m7mlx.constrain.calls_constraint`),
+                for models that write the name before the arguments; a constraint, too
 
     Raises InputError for what can be used with no model at all.
     """
@@ -67,6 +69,7 @@ class Request:
     logits_processors: Sequence[LogitsProcessor] = ()
     constraint: Constraint | None = None
     schema: Mapping[str, Any] | None = None
+    calls: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.sampling, Sampling):
@@ -86,7 +89,12 @@ class Request:
     @property
     def has_grammar(self) -> bool:
         """Whether the answer follows a grammar."""
-        return self.constraint is not None or self.schema is not None
+        return self.constraint is not None or self.needs_grammar
+
+    @property
+    def needs_grammar(self) -> bool:
+        """Whether a grammar is still to be made (`with_grammar`)."""
+        return self.schema is not None or self.calls is not None
 
     @property
     def ids(self) -> Sequence[int]:
@@ -113,6 +121,7 @@ class Request:
             "is_processed": bool(self.logits_processors),
             "is_constrained": self.constraint is not None,
             "schema": self.schema,
+            "calls": self.calls,
         }
 
     @classmethod
@@ -160,13 +169,15 @@ def prepare(request: Request, model: Mistral, tokenizer: Tokenizer, cache: Rolli
 
 
 def with_grammar(request: Request, tokenizer: Tokenizer) -> Request:
-    """Put a grammar in the place of a request's JSON schema, which may take seconds.
+    """Put a grammar in the place of a request's JSON schema or calls, which may take seconds.
 
     Raises InputError for a schema that cannot be used, and BusyError.
     """
-    if request.schema is None:
-        return request
-    return replace(request, schema=None, constraint=json_constraint(tokenizer, request.schema))
+    if request.calls is not None:
+        return replace(request, calls=None, constraint=calls_constraint(tokenizer, request.calls))
+    if request.schema is not None:
+        return replace(request, schema=None, constraint=json_constraint(tokenizer, request.schema))
+    return request
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> Sequence[int]:

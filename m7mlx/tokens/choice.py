@@ -33,7 +33,7 @@ from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx.tokens.tokenizer_json import JsonTokenizer
 from m7mlx.tokens.tokenizer_sentencepiece import SentencePieceTokenizer
 from m7mlx.tokens.tokenizer_tekken import TekkenTokenizer
-from m7mlx.tokens.versions import VERSIONS, Version, possible_versions
+from m7mlx.tokens.versions import VERSIONS, Version, number_of, possible_versions
 
 # SHA-256 of the templates that Mistral published for 7B Instruct v0.1 to v0.3, of their lines
 # without indentation.
@@ -91,6 +91,8 @@ def make_tokenizer(folder: Folder) -> Tokenizer:
         choice = _choose(folder)
         _remember(state, choice)
     tokenizer = _read(folder, choice.kind)
+    versions = [choice.version] if choice.version else possible_versions(tokenizer)
+    tokenizer.names_calls = bool(versions) and number_of(versions[0]) >= 11
     if choice.version:
         tokenizer.chat = _mistral_format(tokenizer, choice.version)
     else:

@@ -30,13 +30,13 @@ class TextShape(Shape):
         """Nothing: the first chunk has the first text."""
         return None
 
-    def delta(self, text: str = "", call: Fields | None = None) -> Fields:
-        """More text."""
-        return {"text": text}
+    def delta(self, text: str = "", thought: str = "", call: Fields | None = None) -> Fields:
+        """More text. A text that is gone on with has no other place for thoughts."""
+        return {"text": thought + text}
 
-    def whole(self, text: str, calls: Sequence[Fields]) -> Fields:
+    def whole(self, text: str, calls: Sequence[Fields], thought: str) -> Fields:
         """The whole text."""
-        return {"text": text}
+        return {"text": thought + text}
 
     def logprobs(self, scored: Sequence[Fields], offset: int) -> dict[str, list[Any]]:
         """One list for each field of a token."""
