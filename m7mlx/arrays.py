@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from m7mlx.cpu import native
 from m7mlx.quantization import Quantization
 
 _PIECE = 1 << 18  # numbers, which fit into a processor's cache
@@ -31,6 +32,11 @@ _EXPONENTS = {mx.float32: 0x7F800000, mx.float16: 0x7C00, mx.bfloat16: 0x7F80}  
 def on_cpu() -> bool:
     """Tell whether MLX computes on the processor, where 16-bit arithmetic is emulated and slow."""
     return mx.default_device() == mx.Device(mx.cpu)
+
+
+def has_kernels() -> bool:
+    """Tell whether kernels of ours compute (m7mlx.cpu): on Linux's CPU backend, if they are built."""
+    return native.usable() and on_cpu()
 
 
 def softmax(x: mx.array) -> tuple[mx.array, mx.array | None]:

@@ -11,6 +11,7 @@ import mlx.nn as nn
 from m7mlx.arrays import on_cpu, softmax
 from m7mlx.config import ModelConfig
 from m7mlx.positions import ForwardPass, window_mask
+from m7mlx.products import project
 from m7mlx.ring import KeysValues, KVFormat, LayerRing, Sinks, Stored
 
 _IN_CACHE = 1 << 18  # scores, 1 MB: about the cache that a core has for itself
@@ -28,19 +29,17 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(d, kv, bias=False)
         self.o_proj = nn.Linear(heads, d, bias=False)
 
-    def __call__(self, x: mx.array, ring: LayerRing, forward: ForwardPass) -> mx.array:  # x: [B, L, hidden]
-        B, L, _ = x.shape
-        heads = self._project(x).reshape(B, L, -1, self.head_dim).swapaxes(1, 2)  # [B, H + 2 KV, L, head_dim]
-        out = attend_to_ring(heads, ring, forward, self.n_kv_heads)
-        merged: mx.array = self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1))
-        return merged
-
-    def _project(self, x: mx.array) -> mx.array:
-        """Return queries, keys and values side by side: [B, L, (H + 2 KV) · head_dim]."""
-        if "qkv_proj" in self:  # after `fuse`
-            fused: mx.array = self.qkv_proj(x)
-            return fused
-        return mx.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
+    def __call__(self, x: mx.array, norm: nn.RMSNorm, ring: LayerRing, forward: ForwardPass) -> mx.array:
+        """Return x [B, L, hidden_size], to which what norm(x) attends to is added."""
+        matrices = (self.qkv_proj,) if "qkv_proj" in self else (self.q_proj, self.k_proj, self.v_proj)  # after `fuse`
+        heads = project(x, matrices, norm)  # queries, keys and values side by side: [B, L, (H + 2 KV) · head_dim]
+        if ring.has_kernel(heads, forward):
+            out = ring.attend(heads, forward, self.n_kv_heads)
+        else:
+            B, L, _ = x.shape
+            split = heads.reshape(B, L, -1, self.head_dim).swapaxes(1, 2)  # [B, H + 2 KV, L, head_dim]
+            out = attend_to_ring(split, ring, forward, self.n_kv_heads).swapaxes(1, 2).reshape(B, L, -1)
+        return project(out, (self.o_proj,), residual=x)
 
 
 def attend_to_ring(heads: mx.array, ring: LayerRing, forward: ForwardPass, n_kv_heads: int) -> mx.array:
@@ -56,7 +55,7 @@ def attend_to_ring(heads: mx.array, ring: LayerRing, forward: ForwardPass, n_kv_
     if forward.sinks is not None and ring.sinks is not None:
         to_sinks = ring.format.turn(forward.sinks.rotate(heads[:, :keys_at]))
         return attend(q * scale, kv, forward.mask, (to_sinks * scale, ring.sinks, forward.sinks.visible))
-    if kv.format.bits is not None or on_cpu():  # there, MLX makes the fused operation one product per query head
+    if kv.format.is_packed or on_cpu():  # there, MLX makes the fused operation one product per query head
         return attend(q * scale, kv, forward.mask)
     mask = None if isinstance(forward.mask, str) and q.shape[2] == 1 else forward.mask  # one query sees all there is
     return mx.fast.scaled_dot_product_attention(q, kv.keys[0], kv.values[0], scale=scale, mask=mask)
@@ -111,8 +110,9 @@ def _attend(
 
 
 def _product(x: mx.array, stored: Stored, kv_format: KVFormat, transpose: bool) -> mx.array:
-    if kv_format.bits is None:
-        return x @ (stored[0].swapaxes(2, 3) if transpose else stored[0])
+    if not kv_format.is_packed:
+        rows = stored[0].astype(x.dtype)
+        return x @ (rows.swapaxes(2, 3) if transpose else rows)
     codes, scales, biases = stored
     return mx.quantized_matmul(
         x, codes, scales, biases, transpose=transpose, group_size=kv_format.group_size, bits=kv_format.bits

@@ -210,7 +210,7 @@ class RollingCache(KVCache):
             rope_theta=config.rope_theta,
             head_dim=config.head_dim,
         )
-        super().__init__(config, positions, _check_format(config, KVFormat(kv_bits, kv_group_size)))
+        super().__init__(config, positions, _check_format(config, KVFormat(None if kv_bits == 32 else kv_bits, kv_group_size)))
         self.ids: list[int] = []
         self.user: object | None = None
 
@@ -240,7 +240,7 @@ class RollingCache(KVCache):
         after a forward pass that was broken off.
         """
         self.positions.check_intact()
-        layers = [(ring.buffers, ring.sinks) for ring in self.rings]
+        layers = [(ring.lend(), ring.sinks) for ring in self.rings]
         return Snapshot(self.settings, self.positions, list(self.ids), layers)
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -251,7 +251,8 @@ class RollingCache(KVCache):
             )
         self.positions, self.ids = snapshot.positions, list(snapshot.ids)
         for ring, (buffers, sinks) in zip(self.rings, snapshot.layers, strict=True):
-            ring.buffers, ring.sinks = buffers, sinks
+            ring.borrow(buffers)
+            ring.sinks = sinks
 
     def quantize(self, kv_bits: int, kv_group_size: int = 64) -> None:
         """Store keys and values in 4 or 8 bits from now on, those already here included.
@@ -262,7 +263,7 @@ class RollingCache(KVCache):
         kv_format = _check_format(self.config, KVFormat(kv_bits, kv_group_size))
         if kv_format == self.format:
             return
-        if self.format.bits is not None:
+        if self.format.is_packed:
             raise InputError(f"keys and values are stored in {self.format.bits} bits already")
         self.format = kv_format
         for ring in self.rings:
@@ -288,7 +289,7 @@ def _check_stream(config: ModelConfig, max_kv_size: int, sinks: int) -> None:
 
 
 def _check_format(config: ModelConfig, kv_format: KVFormat) -> KVFormat:
-    if kv_format.bits is not None and config.head_dim % kv_format.group_size:
+    if kv_format.is_packed and config.head_dim % kv_format.group_size:
         raise InputError(
             f"groups of {kv_format.group_size} do not divide this model's head_dim of {config.head_dim}; "
             "choose a smaller kv_group_size"

@@ -195,7 +195,7 @@ def _arrays(cache: RollingCache) -> dict[str, mx.array]:
 
 
 def _names(cache: RollingCache, layer: int) -> list[str]:
-    parts = ["rows"] if cache.format.bits is None else ["codes", "scales", "biases"]
+    parts = ["codes", "scales", "biases"] if cache.format.is_packed else ["rows"]
     return [f"layers.{layer}.{kind}.{part}" for kind in ("keys", "values") for part in parts]
 
 

@@ -10,7 +10,10 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import NoReturn
 
-from m7mlx.cpu import blas
+import mlx.core as mx
+
+from m7mlx.cpu import blas, native
+from m7mlx.cpu.backend import is_linux_cpu
 from m7mlx.errors import M7Error
 from m7mlx.files.disk import why
 from m7mlx.terminal import make_streams_safe, one_line, print_event
@@ -30,10 +33,32 @@ class ArgumentParser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        self.add_argument("--version", action="version", version=f"%(prog)s {version('m7mlx')}")
+        self.add_argument("--version", action=_Version, nargs=0, help="show the version, and what computes here")
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")
+
+
+class _Version(argparse.Action):
+    """Prints the version, then what computes on this machine, and ends the program."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        print(f"{parser.prog} {version('m7mlx')}")
+        try:
+            print(describe_backend())
+        except M7Error as error:
+            parser.error(str(error))
+        parser.exit()
+
+
+def describe_backend() -> str:
+    """Write what computes here: MLX and its device; on Linux's CPU backend kernels and BLAS."""
+    if not is_linux_cpu():
+        device = "Metal" if mx.metal.is_available() else "CUDA" if mx.cuda.is_available() else "CPU"
+        return f"MLX {version('mlx')}, {device}"
+    reason = native.why_not()
+    kernels = f"MLX's own: {reason}" if reason else f"m7mlx's, {native.instruction_set()}"
+    return f"MLX {version('mlx')}, CPU\nkernels: {kernels}\nBLAS: {blas.library or 'MLX’s own'}"
 
 
 def gigabytes(text: str) -> int:
@@ -80,10 +105,10 @@ def run(
     """Run a command and return its exit status; a foreseeable failure is one line on stderr."""
     _open_standard_streams()
     make_streams_safe()
-    if told := blas.note():
-        say(f"{prog}: note: {one_line(told)}")
     try:
         try:
+            for told in filter(None, (blas.note(), native.note())):
+                say(f"{prog}: note: {one_line(told)}")
             return body(args) or 0
         except (M7Error, OSError, MemoryError) as error:
             if getattr(args, "json", False) and not isinstance(error, BrokenPipeError):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from m7mlx.arrays import on_cpu
+from m7mlx.arrays import has_kernels, on_cpu
 from m7mlx.cache import RollingCache, Snapshot
 from m7mlx.compiled import step_of
 from m7mlx.lora import base_of
@@ -20,12 +20,15 @@ _COMPARED = 4096  # ids at a time
 def default_chunk(model: Mistral) -> int:
     """Tokens of a prompt to read at a time, by what was measured (docs/performance.md).
 
-    Nothing is cancelled within a chunk. On the CPU backend, 128 keep most of what is computed
+    Nothing is cancelled within a chunk. With kernels of ours, 256 amortise the unpacking of weights.
+    On the CPU backend without them, 128 keep most of what is computed
     within the cache; where weights stay quantised there, a row costs the same in any company, and
     in a large model seconds.
     """
     if not on_cpu():
         return 512
+    if has_kernels():
+        return 256
     return 8 if isinstance(base_of(model.model.layers[0].mlp.down_proj), nn.QuantizedLinear) else 128
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from m7mlx.arrays import on_cpu
+from m7mlx.arrays import has_kernels, on_cpu
 from m7mlx.model import Mistral
 
 # The modules that `fuse` makes, and those whose rows each holds, one below the other.
@@ -22,7 +22,12 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 
 
 def fuse(model: Mistral) -> None:
-    """Fuse and lay out a model's weights, in place; at most one layer's are held twice."""
+    """Fuse and lay out a model's weights, in place; at most one layer's are held twice.
+
+    Kernels of ours take them as they lie in their files, several at a time.
+    """
+    if has_kernels() and model.dtype == mx.float32:
+        return
     for block in model.model.layers:
         _join(block.self_attn, "qkv_proj")
         if not on_cpu():  # on a CPU the halves of the product are read with gaps, which costs more than it saves

@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from m7mlx.arrays import dequantize, is_finite, on_cpu
+from m7mlx.arrays import dequantize, has_kernels, is_finite, on_cpu
 from m7mlx.config import ModelConfig
 from m7mlx.errors import InputError, RunError, WeightsError
 from m7mlx.files.checksums import check_folder
@@ -52,8 +52,9 @@ def load(
                   into the cache folder
     dtype         type of activations and unquantised weights, or its name ("float16", "bfloat16",
                   "float32"); None keeps the file's, except on the CPU backend, which emulates
-                  16-bit arithmetic: there it is float32, and quantised weights are expanded to
-                  float32 if they fit into half of the memory
+                  16-bit arithmetic: there it is float32 for activations, and weights stay as
+                  they lie (without m7mlx's kernels, quantised weights are expanded to float32 if
+                  they fit into half of the memory)
     progress      called with (bytes read, bytes to read)
     shard         read this shard of the model only, for processes that divide it
                   (`m7mlx.parallel.world.World.load`)
@@ -149,6 +150,8 @@ def build(
     model.load_weights(list(loaded.items()), strict=True)
     model.eval()
     fuse(model)
+    if has_kernels() and any(array.dtype != mx.float32 for array in loaded.values()):
+        model.kv_bits = 16  # no model of 16 bits or less needs more
     settle()
     return model
 
@@ -165,7 +168,9 @@ def _module_arrays(
     kinds = [k for k in ("weight", "scales", "biases") if f"{path}.{k}" in weights]
     arrays = {k: weights.pop(f"{path}.{k}") for k in kinds}
     for kind, array in arrays.items():
-        if dtype is not None and mx.issubdtype(array.dtype, mx.floating):
+        # Kernels of ours compute in float32 with matrices as they lie.
+        as_it_lies = array.ndim == 2 and dtype == mx.float32 and has_kernels()
+        if dtype is not None and mx.issubdtype(array.dtype, mx.floating) and not as_it_lies:
             arrays[kind] = array.astype(dtype)
     scheme = config.quantization.for_module(path) if config.quantization and "scales" in arrays else None
     if expand and scheme:

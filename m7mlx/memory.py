@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from m7mlx.arrays import on_cpu
+from m7mlx.arrays import has_kernels, on_cpu
 from m7mlx.config import ModelConfig
 from m7mlx.errors import InputError
 from m7mlx.units import in_gigabytes
@@ -66,16 +66,19 @@ def settle() -> None:
 
 
 def expands(config: ModelConfig) -> bool:
-    """Return whether loading expands quantised weights: on a CPU, if half the budget suffices."""
-    return on_cpu() and config.n_weights * 4 <= budget() // 2
+    """Return whether loading expands quantised weights.
+
+    Without kernels of ours it does on a CPU, if half the budget suffices.
+    """
+    return on_cpu() and not has_kernels() and config.n_weights * 4 <= budget() // 2
 
 
 def loaded_bytes(config: ModelConfig, stored: int) -> int:
     """Return the bytes of weights in memory, of `stored` bytes in files.
 
-    On a CPU they are in float32, or their scales are.
+    On a CPU without kernels of ours they are in float32, or their scales are.
     """
-    if not on_cpu():
+    if not on_cpu() or has_kernels():
         return stored
     if expands(config) or stored * 8 > config.n_weights * 12:  # not quantised
         return config.n_weights * 4

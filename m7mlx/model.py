@@ -11,13 +11,14 @@ from typing import Unpack
 import mlx.core as mx
 import mlx.nn as nn
 
-from m7mlx.arrays import nbytes, swiglu
+from m7mlx.arrays import nbytes
 from m7mlx.attention import Attention
 from m7mlx.cache import CacheOptions, KVCache, RollingCache
 from m7mlx.config import ModelConfig
 from m7mlx.errors import InputError, TokenizerError
 from m7mlx.exchange import Exchange
 from m7mlx.positions import ForwardPass
+from m7mlx.products import look_up, project, project_gated
 from m7mlx.ring import LayerRing
 from m7mlx.units import in_gigabytes
 
@@ -32,13 +33,10 @@ class FeedForward(nn.Module):
         self.up_proj = nn.Linear(d, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, d, bias=False)
 
-    def __call__(self, x: mx.array) -> mx.array:  # [B, L, hidden_size]
-        if "gate_up_proj" in self:  # after `fuse`
-            gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
-        else:
-            gate, up = self.gate_proj(x), self.up_proj(x)
-        out: mx.array = self.down_proj(swiglu(gate, up))
-        return out
+    def __call__(self, x: mx.array, norm: nn.RMSNorm) -> mx.array:  # [B, L, hidden_size]
+        """Return x, to which the network's answer to norm(x) is added."""
+        gate_up = (self.gate_up_proj,) if "gate_up_proj" in self else (self.gate_proj, self.up_proj)  # after `fuse`
+        return project(project_gated(x, gate_up, norm), (self.down_proj,), residual=x)
 
 
 class Block(nn.Module):
@@ -52,8 +50,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
 
     def __call__(self, x: mx.array, ring: LayerRing, forward: ForwardPass) -> mx.array:  # [B, L, hidden_size]
-        x = x + self.self_attn(self.input_layernorm(x), ring, forward)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = self.self_attn(x, self.input_layernorm, ring, forward)
+        return self.mlp(x, self.post_attention_layernorm)
 
 
 class Decoder(nn.Module):
@@ -76,6 +74,7 @@ class Mistral(nn.Module):
     model.identity          what a cache knows its model by
     model.adapter           name of the LoRA adapter on it (`m7mlx.set_adapter`); None for none
     model.exchange          set where other processes hold shards of it; all of them run each pass
+    model.kv_bits           bits of keys and values in a new cache that is not told otherwise
     model.compiles_steps    whether a token is decoded by a compiled function (`m7mlx.compiled`)
     """
 
@@ -86,6 +85,7 @@ class Mistral(nn.Module):
         self.adapter: str | None = None
         self.exchange: Exchange | None = None
         self.compiles_steps = False
+        self.kv_bits: int | None = None
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -122,7 +122,7 @@ class Mistral(nn.Module):
         """Run a forward pass, as described, over ids [B, L] and a ring for each layer."""
         x: mx.array
         if self.exchange is None or self.exchange.is_first:
-            x = self.model.embed_tokens(ids)
+            x = look_up(ids, self.model.embed_tokens, self.dtype)
         else:
             x = self.exchange.receive((*ids.shape, self.config.hidden_size), self.dtype)
         for block, ring in zip(self.model.layers, rings, strict=True):
@@ -136,9 +136,7 @@ class Mistral(nn.Module):
         """Return the logits [B, L, vocab_size] of hidden states [B, L, hidden_size]."""
         if self.exchange is not None:
             hidden = self.exchange.from_last(hidden)
-        tied = self.config.tie_word_embeddings
-        logits: mx.array = self.model.embed_tokens.as_linear(hidden) if tied else self.lm_head(hidden)
-        return logits
+        return project(hidden, (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head,))
 
     def agree(self, tokens: mx.array) -> mx.array:
         """Return the tokens that were chosen, the same in all processes that share the model."""
@@ -146,6 +144,8 @@ class Mistral(nn.Module):
 
     def new_cache(self, **options: Unpack[CacheOptions]) -> RollingCache:
         """Return an empty cache for this model; options as for `RollingCache`."""
+        if options.get("kv_bits") is None:
+            options["kv_bits"] = self.kv_bits
         cache = RollingCache(self.config, **options)
         cache.bind(self.identity, self.config)
         return cache

@@ -14,10 +14,13 @@ for the layers. All layers with the same window share one of each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
 from m7mlx.arrays import on_cpu
 from m7mlx.errors import RollbackError
@@ -63,6 +66,12 @@ def rope_each(x: mx.array, positions: mx.array, theta: float) -> mx.array:
     return rope(tokens, offsets, theta).reshape(B, L, heads, D).swapaxes(1, 2)
 
 
+@cache
+def _frequencies(theta: float, head_dim: int) -> npt.NDArray[np.float32]:
+    """Return by how much a position turns each pair of numbers: float32 [head_dim / 2]."""
+    return (1 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)).astype(np.float32)
+
+
 def rotation_matrices(offset: int | mx.array, rows: int, theta: float, head_dim: int) -> mx.array:
     """Return what `rope` does to one token, as matrices [rows, 1, head_dim, head_dim].
 
@@ -103,10 +112,11 @@ class ForwardPass:
     first        oldest position that any of the new tokens sees
     in_place     write first and attend to the ring as it lies; otherwise to the keys from `first`
                  on, gathered in order, with the new ones behind them
-    mask         which query sees which of those keys: "causal", bool [L, keys] or [B, 1, L, keys]
+    starts       when each row began; one for all where they began together
+    head_dim     the numbers that are rotated
+    make_mask    makes `mask`, which not everything needs
     rope_offset  each row's own position of the first new token: one for all, or [B]
     rope_theta   base of the rotation
-    rotation     rotates a single token as a matrix, where that is faster (`rotation_matrices`)
     slot         [1], where a compiled pass writes its token, whatever it was traced with
     new_sinks    [B or 1, sinks]: which new token is to be kept as sink i; −1 for none of them
     sinks        how to attend to the sinks; None while they are within the window
@@ -116,13 +126,38 @@ class ForwardPass:
     length: int
     first: int
     in_place: bool
-    mask: mx.array | str
+    make_mask: Callable[[], mx.array | str]
     rope_offset: int | mx.array
     rope_theta: float
-    rotation: mx.array | None = None
+    head_dim: int
+    starts: tuple[int, ...] = (0,)
     slot: mx.array | None = None
     new_sinks: mx.array | None = None
     sinks: SinkView | None = None
+
+    @cached_property
+    def mask(self) -> mx.array | str:
+        """Which query sees which of the keys: "causal", bool [L, keys] or [B, 1, L, keys]."""
+        return self.make_mask()
+
+    @cached_property
+    def angles(self) -> mx.array:
+        """Cosines, then sines of the rotation of each token: float32 [rows, L, head_dim].
+
+        The angles are rounded to float32 as Hugging Face's are: far on, that is what counts.
+        """
+        rows = np.array(self.starts if any(self.starts) else (0,))
+        positions = self.offset - rows[:, None, None] + np.arange(self.length)[:, None]
+        angles = positions.astype(np.float32) * _frequencies(self.rope_theta, self.head_dim)
+        return mx.array(np.concatenate([np.cos(angles), np.sin(angles)], axis=-1))
+
+    @cached_property
+    def rotation(self) -> mx.array | None:
+        """What rotates a single token as a matrix, where that is faster (`rotation_matrices`)."""
+        if self.length > 1 or not on_cpu():
+            return None
+        rows = self.rope_offset.size if isinstance(self.rope_offset, mx.array) else 1
+        return rotation_matrices(self.rope_offset, rows, self.rope_theta, self.head_dim)
 
     def rotate(self, x: mx.array) -> mx.array:  # [B, heads, L, head_dim]
         """Rotate queries or keys to their positions."""
@@ -166,11 +201,10 @@ class Positions:
     def forward_pass(self, length: int) -> ForwardPass:
         """Describe a pass over the next `length` tokens."""
         # Where all rows began at 0, as a single conversation has, numbers are faster than arrays.
-        rows = 1
         starts: int | mx.array = 0
         rope_offset: int | mx.array = self.offset
         if any(self.starts):
-            rows, starts = len(self.starts), mx.array(self.starts)[:, None]
+            starts = mx.array(self.starts)[:, None]
             rope_offset = self.offset - starts[:, 0]
         in_place = length <= self.slack + 1
         first = 0 if self.window is None else max(0, self.offset - self.window + 1)
@@ -179,10 +213,11 @@ class Positions:
             length=length,
             first=first,
             in_place=in_place,
-            mask=self._mask(length, starts, first, in_place),
+            make_mask=lambda: self._mask(length, starts, first, in_place),
             rope_offset=rope_offset,
             rope_theta=self.rope_theta,
-            rotation=self._rotation(rope_offset, rows) if length == 1 else None,
+            head_dim=self.head_dim,
+            starts=self.starts,
             new_sinks=self._new_sinks(length, starts),
             sinks=self._sink_view(length, starts),
         )
@@ -200,15 +235,12 @@ class Positions:
             length=1,
             first=0,
             in_place=True,
-            mask=window_mask(offset - starts, keys - starts, self.window)[:, None],
+            make_mask=lambda: window_mask(offset - starts, keys - starts, self.window)[:, None],
             rope_offset=position,
             rope_theta=self.rope_theta,
-            rotation=self._rotation(position, starts.size),
+            head_dim=self.head_dim,
             slot=offset % self.capacity,
         )
-
-    def _rotation(self, offset: int | mx.array, rows: int) -> mx.array | None:
-        return rotation_matrices(offset, rows, self.rope_theta, self.head_dim) if on_cpu() else None
 
     def _mask(self, length: int, starts: int | mx.array, first: int, in_place: bool) -> mx.array | str:
         end = self.offset + length

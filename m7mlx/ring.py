@@ -13,11 +13,13 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from m7mlx.arrays import has_kernels
+from m7mlx.cpu import native
 from m7mlx.errors import InputError
 from m7mlx.positions import ForwardPass, capacity_of
 
 GROWTH = 256  # slots added at a time until the ring has its full size
-_BITS = (4, 8)
+_BITS = (4, 8, 16)
 _GROUPS = (32, 64, 128)
 
 Stored = tuple[mx.array, ...]  # one array [B, n_kv_heads, slots, head_dim]; quantised, three: codes, scales, biases
@@ -27,9 +29,9 @@ Stored = tuple[mx.array, ...]  # one array [B, n_kv_heads, slots, head_dim]; qua
 class KVFormat:
     """How keys and values are stored: as computed, or quantised in groups along head_dim.
 
-    bits  4 or 8; None stores them as computed
+    bits  4 or 8; 16 for float16, whatever they are computed in; None stores them as computed
 
-    Scales and biases take 16 bits: at 4 bits in groups of 64, a number takes 4.5. Quantised keys,
+    Packed ones are those of 4 and 8 bits. Scales and biases take 16 bits: at 4 bits in groups of 64, a number takes 4.5. Quantised keys,
     and the queries that meet them, go through a Hadamard transform first: products stay what they
     are, and the few large channels that keys have are spread over all (QuaRot, arXiv 2404.00456),
     which more than halves the error.
@@ -41,32 +43,49 @@ class KVFormat:
     def __post_init__(self) -> None:
         if self.bits is not None and (self.bits not in _BITS or self.group_size not in _GROUPS):
             raise InputError(
-                f"keys and values can be stored in 4 or 8 bits, in groups of 32, 64 or 128; "
+                f"keys and values can be stored in 4, 8 or 16 bits, in groups of 32, 64 or 128; "
                 f"not in {self.bits} bits in groups of {self.group_size}"
             )
 
     def stored_bits(self, dtype: mx.Dtype) -> float:
         """Return the bits that a number takes, its share of scales and biases included."""
-        return 8 * dtype.size if self.bits is None else self.bits + 32 / self.group_size
+        if self.is_packed:
+            assert self.bits is not None
+            return self.bits + 32 / self.group_size
+        return min(8 * dtype.size, self.bits or 32)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether numbers share scales in groups."""
+        return self.bits in (4, 8)
 
     def turn(self, x: mx.array) -> mx.array:  # [..., head_dim]
         """Turn rotated keys or queries into the orthonormal basis that keys are stored in."""
         odd = x.shape[-1] // (x.shape[-1] & -x.shape[-1])
-        return x if self.bits is None or odd > 7 else mx.hadamard_transform(x)  # MLX's sizes: 1, 3, 5, 7 times 2^k
+        return mx.hadamard_transform(x) if self.is_packed and odd <= 7 else x  # MLX's sizes: 1, 3, 5, 7 times 2^k
 
     def encode(self, x: mx.array) -> Stored:  # [B, n_kv_heads, slots, head_dim]
         """Return the arrays to store; each token's are its own, however a sequence is cut."""
-        if self.bits is None:
-            return (x,)
+        if not self.is_packed:
+            return (x.astype(mx.float16) if self.bits == 16 and x.dtype == mx.float32 else x,)
         codes, scales, biases = mx.quantize(x, self.group_size, self.bits)
         if x.dtype == mx.float32:  # as in a 16-bit model; 11 bits are finer than any code here
             scales, biases = scales.astype(mx.float16), biases.astype(mx.float16)
         return codes, scales, biases
 
+    def shaped(self, x: mx.array) -> Stored:  # [B, n_kv_heads, 0, head_dim]
+        """Return empty arrays of the types and shapes in which rows like x are stored."""
+        if not self.is_packed:
+            return self.encode(x)
+        assert self.bits is not None
+        *shape, dim = x.shape
+        groups = mx.zeros((*shape, dim // self.group_size), mx.float16)
+        return mx.zeros((*shape, dim * self.bits // 32), mx.uint32), groups, groups
+
     def decode(self, stored: Stored, dtype: mx.Dtype) -> mx.array:
         """Return what was encoded, up to rounding."""
-        if self.bits is None:
-            return stored[0]
+        if not self.is_packed:
+            return stored[0].astype(dtype)
         codes, scales, biases = stored
         return mx.dequantize(codes, scales.astype(dtype), biases.astype(dtype), self.group_size, self.bits)
 
@@ -102,13 +121,36 @@ class LayerRing:
         self.window = window
         self.capacity = capacity_of(window, slack)
         self.format = kv_format or KVFormat()
-        self.buffers: Stored = ()
+        self._buffers: Stored = ()
+        self._lent = False  # a snapshot holds the buffers as well
+        self._written: mx.array | None = None  # evaluated, the kernels' writes have been done
         self.sinks: Sinks | None = None
+
+    @property
+    def buffers(self) -> Stored:
+        """The stored arrays, with all that has been written."""
+        if self._written is not None:
+            mx.eval(self._written)
+            self._written = None
+        return self._buffers
+
+    @buffers.setter
+    def buffers(self, stored: Stored) -> None:
+        self._buffers, self._lent, self._written = stored, False, None
+
+    def lend(self) -> Stored:
+        """Return the buffers to somebody who keeps them as they are now; the next write copies."""
+        stored, self._lent = self.buffers, True
+        return stored
+
+    def borrow(self, stored: Stored) -> None:
+        """Take buffers that somebody else keeps as they are."""
+        self.buffers, self._lent = stored, True
 
     @property
     def n_slots(self) -> int:
         """Slots allocated so far: at most `capacity`."""
-        return self.buffers[0].shape[2] if self.buffers else 0
+        return self._buffers[0].shape[2] if self._buffers else 0
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -145,10 +187,50 @@ class LayerRing:
         keys, values, _ = self._split(stored, self.format)
         return KeysValues((self.format.decode(keys, k.dtype),), (self.format.decode(values, v.dtype),), KVFormat())
 
+    def has_kernel(self, heads: mx.array, forward: ForwardPass) -> bool:
+        """Tell whether `attend` can be called: for all but sinks and passes that are traced."""
+        dim = forward.head_dim
+        turns = not self.format.is_packed or dim & (dim - 1) == 0  # the kernel's Hadamard transform
+        plain = forward.slot is None and forward.sinks is None and forward.new_sinks is None
+        return plain and turns and dim % 2 == 0 and heads.dtype == mx.float32 and has_kernels()
+
+    def attend(self, heads: mx.array, forward: ForwardPass, n_kv_heads: int) -> mx.array:
+        """Store new keys and values and attend to all that the pass lets see, by one kernel.
+
+        Takes heads [B, L, (H + 2 KV) * head_dim]: queries, keys and values, none rotated yet.
+        Returns [B, L, H * head_dim]. The kernel writes into the buffers where they lie, so what was
+        lent is copied first; `written` keeps the passes in order.
+        """
+        B, dim = heads.shape[0], forward.head_dim
+        if not self._buffers or self.slots_for(forward.offset + forward.length) > self.n_slots:
+            like = mx.zeros((B, n_kv_heads, 0, dim), heads.dtype)
+            self.reserve(forward.offset + forward.length, self.format.shaped(like) * 2)
+        if self._buffers[0].shape[0] != B:
+            raise InputError(f"{B} rows of ids for a cache of {self._buffers[0].shape[0]} rows")
+        if self._written is None:  # new, or from elsewhere
+            stored = tuple(mx.array(a) if self._lent else mx.contiguous(a) for a in self._buffers)
+            mx.eval(stored)
+            self.buffers = stored
+            self._written = mx.zeros((1,))
+        out, self._written = native.kernels().attend(
+            heads,
+            forward.angles,
+            self._written,
+            self._buffers,
+            n_kv_heads,
+            forward.offset,
+            self.capacity,
+            self.window or 0,
+            forward.starts if len(forward.starts) == B else forward.starts * B,
+            self.format.group_size,
+            self.format.is_packed,
+        )
+        return out
+
     def quantize(self, kv_format: KVFormat) -> None:
         """Store in fewer bits what is here already, and all that follows."""
         if self.buffers:
-            keys, values = self.buffers
+            keys, values = (a.astype(mx.float32) if self.format.bits == 16 else a for a in self.buffers)
             self.buffers = kv_format.encode(kv_format.turn(keys)) + kv_format.encode(values)
         if self.sinks is not None:
             self.sinks = Sinks(kv_format.turn(self.sinks.keys), self.sinks.values)

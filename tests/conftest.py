@@ -17,7 +17,7 @@ from models import MISTRAL_FILES, mistral_file, small_config, write_folder
 from peers import silenced
 from unforeseen import nothing_unforeseen
 
-from m7mlx.cpu import blas
+from m7mlx.cpu import blas, native
 from m7mlx.files.hub import resolve
 from m7mlx.tokens.load import load_tokenizer
 from m7mlx.tokens.tokenizer import Tokenizer
@@ -25,8 +25,10 @@ from m7mlx.tokens.tokenizer import Tokenizer
 
 def pytest_configure() -> None:
     processes.take_signals()
-    if not blas.library:  # the advice to install one is not what tests of a program's lines are about
+    if not blas.library:  # advice on what to install is not what tests of a program's lines are about
         os.environ["M7MLX_BLAS"] = "off"
+    if not native.usable():
+        os.environ["M7MLX_NATIVE"] = "off"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

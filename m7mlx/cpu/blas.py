@@ -15,8 +15,8 @@ import ctypes
 import os
 import sys
 import warnings
-from importlib.metadata import PackageNotFoundError, version
 
+from m7mlx.cpu.backend import is_linux_cpu
 from m7mlx.paths import cache_dir
 
 _KNOWN = ("libopenblas.so.0", "libopenblas.so", "libblis.so.4")
@@ -29,7 +29,7 @@ def interpose() -> None:
     """Load a fast BLAS for mlx.core to call, if one is wanted and found; warn if it is too late."""
     global library
     chosen = _setting()
-    if library or chosen == "off" or not _wanted():
+    if library or chosen == "off" or not is_linux_cpu():
         return
     for name in (chosen,) if chosen else _KNOWN:
         try:
@@ -51,7 +51,7 @@ def interpose() -> None:
 def note() -> str:
     """Return a line if the library asked for cannot be used or, once, on how to get one."""
     chosen = _setting()
-    if library or chosen == "off" or not _wanted():
+    if library or chosen == "off" or not is_linux_cpu():
         return ""
     if chosen:
         return f"M7MLX_BLAS: {chosen} cannot be loaded, or has no cblas_sgemm; MLX's own is used"
@@ -67,17 +67,6 @@ def note() -> str:
 def _setting() -> str:
     chosen = os.environ.get("M7MLX_BLAS", "")
     return "off" if chosen.lower() == "off" else chosen
-
-
-def _wanted() -> bool:
-    """Tell whether MLX computes with mlx-cpu's BLAS here."""
-    if sys.platform != "linux":
-        return False
-    try:
-        version("mlx-cpu")
-    except PackageNotFoundError:
-        return False
-    return True
 
 
 interpose()  # on import, because the package imports mlx.core next

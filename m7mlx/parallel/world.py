@@ -58,7 +58,7 @@ class World:
         model, tokenizer = load(name, shard=self.shard, progress=progress)
         model.exchange = Exchange(self.shard, self.group)
         if self.shard.mode == "tensor":
-            sum_products(model, self.size, self.group)
+            sum_products(model, self.group)
         if self.rank:
             self.channel.tell({"do": "ready"})
         else:

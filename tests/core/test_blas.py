@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from m7mlx.cpu import blas
+from m7mlx.cpu import backend, blas
 
 PRODUCT = """
 import sys
@@ -49,7 +49,7 @@ def bound(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 @pytest.fixture
 def wanted() -> None:
-    if not blas._wanted():
+    if not backend.is_linux_cpu():
         pytest.skip("only Linux's CPU backend has a BLAS of its own")
 
 
@@ -96,7 +96,7 @@ def test_a_library_that_does_not_do_is_said(name: str, monkeypatch: pytest.Monke
 
 def test_how_to_get_one_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blas, "library", "")
-    monkeypatch.setattr(blas, "version", lambda _: "0.32.4")
+    monkeypatch.setattr(backend, "version", lambda _: "0.32.4")
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("M7MLX_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("M7MLX_BLAS", raising=False)
@@ -116,7 +116,7 @@ def test_nothing_is_done_or_said_where_there_is_no_need(reason: str, monkeypatch
 
     monkeypatch.setattr(blas, "library", "libopenblas.so.0" if reason == "there" else "")
     monkeypatch.setattr(sys, "platform", "darwin" if reason == "macOS" else "linux")
-    monkeypatch.setattr(blas, "version", missing if reason == "CUDA" else lambda _: "0.32.4")
+    monkeypatch.setattr(backend, "version", missing if reason == "CUDA" else lambda _: "0.32.4")
     monkeypatch.setenv("M7MLX_BLAS", "off" if reason == "off" else "")
     monkeypatch.setattr(ctypes, "CDLL", refuse)
     assert blas.note() == ""

@@ -1,0 +1,504 @@
+// Products with matrices as they lie: packed codes become numbers in registers, or in tiles that
+// stay in the cache, and never in memory.
+//
+// Few tokens (up to kFew) are met row by row: every code is read once and meets all tokens. Many
+// tokens are laid out in panels, side by side, and meet tiles of unpacked rows (BLIS, Van Zee and
+// van de Geijn 2015).
+
+#pragma once
+
+#include <utility>
+
+#include "kernels.h"
+#include "schemes.h"
+#include "threads.h"
+#include "vectors.h"
+
+namespace m7 {
+namespace {
+
+constexpr int kFew = 8;
+constexpr int64_t kManyTokens = 256;         // in panels at a time
+constexpr int kWide = kPanel * W;            // tokens in a panel
+constexpr int64_t kDepth = 256;              // numbers of a row in a tile, about
+constexpr int64_t kTileHeight = 48 / kTileRows * kTileRows;
+
+// 1 / the root of the mean square, for RMSNorm.
+inline float inverse_rms(const float* x, int64_t n, float eps) {
+  V total{};
+  int64_t i = 0;
+  for (; i + W <= n; i += W) total += load<V>(x + i) * load<V>(x + i);
+  float squares = sum(total);
+  for (; i < n; ++i) squares += x[i] * x[i];
+  return 1.0f / __builtin_sqrtf(squares / static_cast<float>(n) + eps);
+}
+
+inline void normalised(const Product& p, int64_t token, float* to) {
+  const float* x = p.x + token * p.matrices[0].columns;
+  const int64_t n = p.matrices[0].columns;
+  const float scale = inverse_rms(x, n, p.norm_eps);
+  for (int64_t i = 0; i < n; ++i) to[i] = x[i] * scale * p.norm[i];
+}
+
+// The scales of a row, a vector for every block of words.
+template <class S>
+struct RowScales {
+  int64_t groups;
+  int shift;  // words of a group, as a power of two
+  I pattern;  // which of the scales from a block's first on belongs to each lane
+
+  explicit RowScales(const Matrix& a) : groups(0), shift(0), pattern{} {
+    if constexpr (S::kGroups) {
+      groups = a.columns / a.group;
+      shift = __builtin_ctzll(static_cast<uint64_t>(a.group / S::kCodes));
+      for (int i = 0; i < W; ++i) pattern[i] = i >> shift;
+    }
+  }
+  bool alike() const { return !S::kGroups || 1 << shift >= W; }  // a block has one scale, or none
+  template <bool kAlike>
+  inline V block(const float* scales, int64_t t) const {
+    if constexpr (kAlike) return splat(scales[t * W >> shift]);
+    return __builtin_shuffle(load<V>(scales + (t * W >> shift)), pattern);
+  }
+};
+
+// Whether the words of block t can be read where they lie, up to the end of their row.
+template <class S>
+inline bool is_whole(int64_t words, int64_t t) {
+  constexpr int64_t beyond = S::kBytes == 3 ? 2 : 0;  // words read past the last
+  return (t + 1) * W + beyond <= words;
+}
+template <class S>
+inline Words words_of(const uint8_t* row, int64_t words, int64_t t) {
+  if (is_whole<S>(words, t)) return S::words(row + t * W * S::kBytes);
+  uint8_t rest[W * S::kBytes + 16] = {};
+  const int64_t left = words - t * W;
+  std::memcpy(rest, row + t * W * S::kBytes, static_cast<size_t>(min(left, W) * S::kBytes));
+  return S::words(rest);
+}
+
+template <class S, class F, int... j>
+[[gnu::always_inline]] inline void each_code(const Words& w, F&& f, std::integer_sequence<int, j...>) {
+  (f(std::integral_constant<int, j>{}, S::template code<j>(w)), ...);
+}
+
+// --- few tokens ---------------------------------------------------------------------------------
+
+// The tokens, in the order of the codes: [block][code][token][lane]; and the sums of their groups.
+template <class S>
+void order_few(const Product& p, const float* x, int64_t tokens, int64_t blocks, float* ordered, float* group_sums, int64_t group_stride) {
+  const Matrix& a = p.matrices[0];
+  const int64_t K = a.columns;
+  constexpr int C = S::kCodes;
+  for (int64_t m = 0; m < tokens; ++m) {
+    const float* from = x + m * K;
+    for (int64_t t = 0; t < blocks; ++t) {
+      float* to = ordered + (t * C * tokens + m) * W;
+      float rest[W * C];
+      const float* block = from + t * W * C;
+      if ((t + 1) * W * C > K) {
+        zero(rest, W * C);
+        std::memcpy(rest, block, static_cast<size_t>(K - t * W * C) * 4);
+        block = rest;
+      }
+      for (int i = 0; i < W; ++i)
+        for (int j = 0; j < C; ++j) to[j * tokens * W + i] = block[i * C + j] * S::factor(j);
+    }
+    if constexpr (S::kBiases) {
+      float* sums_of = group_sums + m * group_stride;
+      for (int64_t g = 0; g < K / a.group; ++g) {
+        V total{};
+        for (int64_t i = 0; i < a.group; i += W) total += load<V>(from + g * a.group + i);
+        sums_of[g] = sum(total);
+      }
+      for (int64_t g = K / a.group; g < group_stride; ++g) sums_of[g] = 0;
+    }
+  }
+}
+
+// Rows whose scales are turned into float32 together: what was stored last is read back late.
+constexpr int64_t kScaledRows = 8;
+// How far ahead of what is read memory is asked for; the processor itself stops at each page.
+constexpr int64_t kAhead = 2048;
+
+// Add what blocks [t0, t1) of one row (or two, `kRows`) give to the sums of their tokens.
+template <class S, int kTokens, int kRows, bool kAlike>
+[[gnu::always_inline]] inline void add_blocks(const RowScales<S>& row_scales, const uint8_t* codes, int64_t row_bytes, int64_t words, int64_t t0, int64_t t1, const float* scales, int64_t scale_stride, const float* ordered, V (*sums)[kTokens]) {
+  using Codes = std::make_integer_sequence<int, S::kCodes>;
+  // As many sums are kept apart as hide a multiplication's latency, and fit into registers.
+  constexpr int kParts = kTokens <= 4 ? 2 : 1;
+  V total[kRows][kTokens];
+  for (int r = 0; r < kRows; ++r)
+    for (int m = 0; m < kTokens; ++m) total[r][m] = sums[r][m];
+  const auto block = [&](int64_t t, const Words* w) [[gnu::always_inline]] {
+    const float* x = ordered + t * S::kCodes * kTokens * W;
+    if constexpr (!S::kGroups) {
+      for (int r = 0; r < kRows; ++r)
+        for (int m = 0; m < kTokens; ++m) total[r][m] += S::template code<0>(w[r]) * load<V>(x + m * W);
+    } else {
+      for (int r = 0; r < kRows; ++r) {  // the scale is multiplied once for all codes
+        V part[kParts][kTokens] = {};
+        each_code<S>(w[r], [&](auto j, V v) [[gnu::always_inline]] {
+          for (int m = 0; m < kTokens; ++m) part[j % kParts][m] += v * load<V>(x + (j * kTokens + m) * W);
+        }, Codes{});
+        const V s = row_scales.template block<kAlike>(scales + r * scale_stride, t);
+        for (int m = 0; m < kTokens; ++m) total[r][m] += (kParts == 2 ? part[0][m] + part[kParts - 1][m] : part[0][m]) * s;
+      }
+    }
+  };
+  int64_t t = t0;
+  Words w[kRows];
+  for (; t < t1 && is_whole<S>(words, t); ++t) {
+    for (int r = 0; r < kRows; ++r) {
+      const uint8_t* p = codes + r * row_bytes + t * W * S::kBytes;
+      __builtin_prefetch(p + kAhead);
+      w[r] = S::words(p);
+    }
+    block(t, w);
+  }
+  for (; t < t1; ++t) {
+    for (int r = 0; r < kRows; ++r) w[r] = words_of<S>(codes + r * row_bytes, words, t);
+    block(t, w);
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int m = 0; m < kTokens; ++m) sums[r][m] = total[r][m];
+}
+
+// Add the products of a row's biases with the sums of the tokens' groups.
+template <int kTokens>
+inline void add_biases(const uint8_t* biases, Scale type, int64_t groups, int64_t readable, const float* group_sums, int64_t stride, V* total) {
+  V other[kTokens] = {};  // a second sum, beside the first: two multiplications at a time
+  int64_t g = 0;
+  const auto add = [&](V b, V* to) [[gnu::always_inline]] {
+    for (int m = 0; m < kTokens; ++m) to[m] += b * load<V>(group_sums + m * stride + g);
+  };
+  if (type == Scale::f16) {
+    for (; g < groups && g + W <= readable; g += W) add(from_half(load<H>(biases + 2 * g)), g / W % 2 ? other : total);
+  }
+  for (; g < groups; g += W) {
+    float some[W];
+    const int64_t n = min(W, groups - g);
+    scales_to_floats(biases + g * scale_bytes(type), type, n, n, some, W - n);
+    add(load<V>(some), total);
+  }
+  for (int m = 0; m < kTokens; ++m) total[m] += other[m];
+}
+
+template <class S, int kTokens, bool kAlike>
+void few_rows(const Matrix& a, const RowScales<S>& row_scales, int64_t first, int64_t last, const float* ordered, const float* group_sums, int64_t group_stride, float* out, int64_t out_stride) {
+  constexpr int kRows = kTokens == 1 || (kTokens <= 4 && !S::kGroups) ? 2 : 1;
+  const int64_t words = a.columns / S::kCodes, blocks = (words + W - 1) / W;
+  const int64_t width = scale_bytes(a.scale), groups = row_scales.groups, padded = up(groups, W) + W;
+  // The part of the tokens that all rows of a batch meet before the next: half of the first cache.
+  const int64_t span = max(1, 4096 / (kTokens * S::kCodes * W));
+  float* scales = scratch(0, kScaledRows * padded);
+  for (int64_t some = first; some < last; some += kScaledRows) {
+    const int64_t end = min(last, some + kScaledRows);
+    V sums[kScaledRows][kTokens] = {};
+    for (int64_t row = some; row < end; ++row) {
+      if constexpr (S::kGroups) scales_to_floats(a.scales + row * groups * width, a.scale, groups, (a.rows - row) * groups, scales + (row - some) * padded, padded - groups);
+    }
+    for (int64_t t = 0; t < blocks; t += span) {
+      for (int64_t row = some; row < end;) {
+        const uint8_t* codes = a.codes + row * a.row_bytes;
+        const float* scale = scales + (row - some) * padded;
+        if (row + kRows <= end) {
+          add_blocks<S, kTokens, kRows, kAlike>(row_scales, codes, a.row_bytes, words, t, min(blocks, t + span), scale, padded, ordered, sums + (row - some));
+          row += kRows;
+        } else {
+          add_blocks<S, kTokens, 1, kAlike>(row_scales, codes, a.row_bytes, words, t, min(blocks, t + span), scale, padded, ordered, sums + (row - some));
+          row += 1;
+        }
+      }
+    }
+    for (int64_t row = some; row < end; ++row) {
+      V* total = sums[row - some];
+      if constexpr (S::kBiases) {
+        add_biases<kTokens>(a.biases + row * groups * width, a.scale, groups, (a.rows - row) * groups, group_sums, group_stride, total);
+      }
+      for (int m = 0; m < kTokens; ++m) out[m * out_stride + row - first] = sum(total[m]);
+    }
+  }
+}
+
+template <class S, int kTokens>
+void few_rows(const Matrix& a, int64_t first, int64_t last, const float* ordered, const float* group_sums, int64_t group_stride, float* out, int64_t out_stride) {
+  const RowScales<S> row_scales(a);
+  if (row_scales.alike()) return few_rows<S, kTokens, true>(a, row_scales, first, last, ordered, group_sums, group_stride, out, out_stride);
+  if constexpr (S::kGroups) few_rows<S, kTokens, false>(a, row_scales, first, last, ordered, group_sums, group_stride, out, out_stride);
+}
+
+template <class S>
+void few_rows(int64_t tokens, const Matrix& a, int64_t first, int64_t last, const float* ordered, const float* group_sums, int64_t group_stride, float* out, int64_t out_stride) {
+  switch (tokens) {
+    case 1: return few_rows<S, 1>(a, first, last, ordered, group_sums, group_stride, out, out_stride);
+    case 2: return few_rows<S, 2>(a, first, last, ordered, group_sums, group_stride, out, out_stride);
+    case 3: return few_rows<S, 3>(a, first, last, ordered, group_sums, group_stride, out, out_stride);
+    case 4: return few_rows<S, 4>(a, first, last, ordered, group_sums, group_stride, out, out_stride);
+    case 5: return few_rows<S, 5>(a, first, last, ordered, group_sums, group_stride, out, out_stride);
+    case 6: return few_rows<S, 6>(a, first, last, ordered, group_sums, group_stride, out, out_stride);
+    case 7: return few_rows<S, 7>(a, first, last, ordered, group_sums, group_stride, out, out_stride);
+    default: return few_rows<S, 8>(a, first, last, ordered, group_sums, group_stride, out, out_stride);
+  }
+}
+
+// --- many tokens --------------------------------------------------------------------------------
+
+// Panels of tokens: [panel][number, in the order of the codes][token]. The numbers of one tile.
+template <class S>
+void order_many(const float* x, int64_t tokens, int64_t K, int64_t stride, int64_t panel, int64_t blocks, float* to) {
+  const float* rows[kWide];
+  for (int i = 0; i < kWide; ++i) rows[i] = panel * kWide + i < tokens ? x + (panel * kWide + i) * stride : nullptr;
+  for (int64_t t = 0; t < blocks; ++t) {
+    for (int j = 0; j < S::kCodes; ++j) {
+      for (int lane = 0; lane < W; ++lane, to += kWide) {
+        const int64_t k = (t * W + lane) * S::kCodes + j;
+        if (k >= K) {
+          for (int i = 0; i < kWide; ++i) to[i] = 0;
+        } else {
+          for (int i = 0; i < kWide; ++i) to[i] = rows[i] ? rows[i][k] : 0;
+        }
+      }
+    }
+  }
+}
+
+// Unpack blocks [t0, t1) of a row into a tile.
+template <class S>
+inline void unpack(const Matrix& a, const RowScales<S>& row_scales, int64_t row, int64_t t0, int64_t t1, const float* scales, const float* biases, float* to) {
+  using Codes = std::make_integer_sequence<int, S::kCodes>;
+  const int64_t words = a.columns / S::kCodes;
+  const uint8_t* codes = a.codes + row * a.row_bytes;
+  for (int64_t t = t0; t < t1; ++t, to += W * S::kCodes) {
+    const Words w = words_of<S>(codes, words, t);
+    if constexpr (!S::kGroups) {
+      store(to, S::template code<0>(w));
+    } else {
+      const V scale = row_scales.template block<false>(scales, t);
+      const V bias = S::kBiases ? row_scales.template block<false>(biases, t) : V{};
+      each_code<S>(w, [&](auto j, V v) [[gnu::always_inline]] { store(to + j * W, v * (scale * S::factor(j)) + bias); }, Codes{});
+    }
+  }
+}
+
+// Add the products of kTileRows rows of a tile with a panel to c: [row][token of the panel].
+inline void meet(const float* tile, int64_t tile_stride, const float* panel, int64_t depth, float* c, int64_t c_stride) {
+  V total[kTileRows][kPanel];
+  for (int r = 0; r < kTileRows; ++r)
+    for (int v = 0; v < kPanel; ++v) total[r][v] = load<V>(c + r * c_stride + v * W);
+  for (int64_t k = 0; k < depth; ++k) {
+    V x[kPanel];
+    for (int v = 0; v < kPanel; ++v) x[v] = load<V>(panel + k * kWide + v * W);
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRows; ++r) {
+      const V w = splat(tile[r * tile_stride + k]);
+      for (int v = 0; v < kPanel; ++v) total[r][v] += w * x[v];
+    }
+  }
+  for (int r = 0; r < kTileRows; ++r)
+    for (int v = 0; v < kPanel; ++v) store(c + r * c_stride + v * W, total[r][v]);
+}
+
+// c[row − first][token] for rows [first, last) of one matrix and all panels.
+template <class S>
+void many_rows(const Matrix& a, int64_t first, int64_t last, const float* panels, int64_t n_panels, float* c) {
+  const int64_t words = a.columns / S::kCodes, blocks = (words + W - 1) / W, depth = blocks * W * S::kCodes;
+  const int64_t step = max(1, kDepth / (W * S::kCodes)), deep = step * W * S::kCodes;
+  const int64_t c_stride = n_panels * kWide, height = up(last - first, kTileRows);
+  const RowScales<S> row_scales(a);
+  const int64_t groups = row_scales.groups, padded = up(groups, W) + 2 * W, width = scale_bytes(a.scale);
+  zero(c, height * c_stride);
+  float* tile = scratch(1, height * deep);
+  float* scales = scratch(2, 2 * height * padded);
+  float* biases = scales + height * padded;
+  if constexpr (S::kGroups) {
+    for (int64_t row = first; row < last; ++row) {
+      scales_to_floats(a.scales + row * groups * width, a.scale, groups, (a.rows - row) * groups, scales + (row - first) * padded, W);
+      if constexpr (S::kBiases)
+        scales_to_floats(a.biases + row * groups * width, a.scale, groups, (a.rows - row) * groups, biases + (row - first) * padded, W);
+    }
+  }
+  zero(tile + (last - first) * deep, (height - (last - first)) * deep);
+  for (int64_t t0 = 0; t0 < blocks; t0 += step) {
+    const int64_t t1 = min(blocks, t0 + step);
+    for (int64_t row = first; row < last; ++row)
+      unpack<S>(a, row_scales, row, t0, t1, scales + (row - first) * padded, biases + (row - first) * padded, tile + (row - first) * deep);
+    for (int64_t panel = 0; panel < n_panels; ++panel) {
+      const float* x = panels + (panel * depth + t0 * W * S::kCodes) * kWide;
+      for (int64_t r = 0; r < height; r += kTileRows)
+        meet(tile + r * deep, deep, x, (t1 - t0) * W * S::kCodes, c + r * c_stride + panel * kWide, c_stride);
+    }
+  }
+}
+
+// --- both ---------------------------------------------------------------------------------------
+
+// gate · sigmoid(gate) · up, in place of gate.
+inline void gate_with(float* gate, const float* up_, int64_t n) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    const V g = load<V>(gate + i);
+    store(gate + i, g * load<V>(up_ + i) / (1.0f + exponential(-g)));
+  }
+  if (i < n) {
+    float g[W] = {}, u[W] = {};
+    std::memcpy(g, gate + i, static_cast<size_t>(n - i) * 4);
+    std::memcpy(u, up_ + i, static_cast<size_t>(n - i) * 4);
+    gate_with(g, u, W);
+    std::memcpy(gate + i, g, static_cast<size_t>(n - i) * 4);
+  }
+}
+
+// A task's rows: of one matrix, or of gate and up alike.
+struct Share {
+  int matrix;
+  int64_t first, last, column;  // column: of y
+};
+
+inline Share share_of(const Product& p, int64_t task, int64_t height) {
+  int64_t column = 0;
+  for (int i = 0;; ++i) {
+    const int64_t rows = p.matrices[i].rows, tasks = (rows + height - 1) / height;
+    if (task < tasks || p.gated) return {i, task * height, min(rows, (task + 1) * height), column + task * height};
+    task -= tasks;
+    column += rows;
+  }
+}
+inline int64_t shares(const Product& p, int64_t height) {
+  int64_t tasks = 0;
+  for (int i = 0; i < (p.gated ? 1 : p.n_matrices); ++i) tasks += (p.matrices[i].rows + height - 1) / height;
+  return tasks;
+}
+inline int64_t outputs(const Product& p) {
+  int64_t rows = p.matrices[0].rows;
+  for (int i = 1; i < p.n_matrices && !p.gated; ++i) rows += p.matrices[i].rows;
+  return rows;
+}
+
+// All matrices share a scheme here: they are met by the tokens in the same order.
+template <class S>
+void product_few(const Product& p, const float* x, int64_t tokens, float* y, const float* residual) {
+  const Matrix& a = p.matrices[0];
+  const int64_t words = a.columns / S::kCodes, blocks = (words + W - 1) / W;
+  const int64_t group_stride = S::kBiases ? up(a.columns / a.group, W) : 0;
+  const int64_t ordered_size = blocks * S::kCodes * W * tokens;
+  float* ordered = scratch(3, ordered_size + tokens * group_stride + W);
+  float* group_sums = ordered + ordered_size;
+  order_few<S>(p, x, tokens, blocks, ordered, group_sums, group_stride);
+  const int64_t n = outputs(p);
+  const int64_t height = clamp(n / (threads() * 4), 16, 512);
+  parallel(shares(p, height), [&](int64_t task) {
+    const Share s = share_of(p, task, height);
+    const int64_t rows = s.last - s.first;
+    float* out = scratch(4, 2 * tokens * rows);
+    few_rows<S>(tokens, p.matrices[s.matrix], s.first, s.last, ordered, group_sums, group_stride, out, rows);
+    if (p.gated) {
+      float* more = out + tokens * rows;
+      few_rows<S>(tokens, p.matrices[1], s.first, s.last, ordered, group_sums, group_stride, more, rows);
+      gate_with(out, more, tokens * rows);
+    }
+    for (int64_t m = 0; m < tokens; ++m) {
+      float* to = y + m * n + s.column;
+      const float* add = residual ? residual + m * n + s.column : nullptr;
+      for (int64_t i = 0; i < rows; ++i) to[i] = out[m * rows + i] + (add ? add[i] : 0.0f);
+    }
+  });
+}
+
+template <class S>
+void product_many(const Product& p, const float* x, int64_t tokens, float* y, const float* residual) {
+  const Matrix& a = p.matrices[0];
+  const int64_t words = a.columns / S::kCodes, blocks = (words + W - 1) / W, depth = blocks * W * S::kCodes;
+  const int64_t n_panels = (tokens + kWide - 1) / kWide, n = outputs(p);
+  float* panels = scratch(3, n_panels * depth * kWide);
+  parallel(n_panels, [&](int64_t panel) { order_many<S>(x, tokens, a.columns, a.columns, panel, blocks, panels + panel * depth * kWide); });
+  parallel(shares(p, kTileHeight), [&](int64_t task) {
+    const Share s = share_of(p, task, kTileHeight);
+    const int64_t rows = s.last - s.first, height = up(rows, kTileRows), stride = n_panels * kWide;
+    float* c = scratch(4, 2 * height * stride);
+    many_rows<S>(p.matrices[s.matrix], s.first, s.last, panels, n_panels, c);
+    if (p.gated) {
+      float* more = c + height * stride;
+      many_rows<S>(p.matrices[1], s.first, s.last, panels, n_panels, more);
+      gate_with(c, more, rows * stride);
+    }
+    for (int64_t m = 0; m < tokens; ++m) {
+      float* to = y + m * n + s.column;
+      const float* add = residual ? residual + m * n + s.column : nullptr;
+      for (int64_t i = 0; i < rows; ++i) to[i] = c[i * stride + m] + (add ? add[i] : 0.0f);
+    }
+  });
+}
+
+inline bool alike(const Matrix& a, const Matrix& b) { return a.scheme == b.scheme && a.group == b.group; }
+
+void product(const Product& p) {
+  for (int i = 1; i < p.n_matrices; ++i) {
+    if (alike(p.matrices[0], p.matrices[i])) continue;
+    // Mixed recipes: one after the other. Gate and up were compared by the caller.
+    Product one = p;
+    const int64_t n = outputs(p);
+    int64_t column = 0;
+    for (int k = 0; k < p.n_matrices; ++k) {
+      one.matrices[0] = p.matrices[k];
+      one.n_matrices = 1;
+      one.residual = nullptr;
+      const int64_t rows = p.matrices[k].rows;
+      float* part = scratch(6, p.tokens * rows);
+      one.y = part;
+      product(one);
+      for (int64_t m = 0; m < p.tokens; ++m)
+        for (int64_t r = 0; r < rows; ++r) p.y[m * n + column + r] = part[m * rows + r] + (p.residual ? p.residual[m * n + column + r] : 0.0f);
+      column += rows;
+    }
+    return;
+  }
+  const int64_t K = p.matrices[0].columns, n = outputs(p);
+  const float* x = p.x;
+  if (p.norm) {
+    float* to = scratch(5, p.tokens * K);
+    if (p.tokens <= kFew) {
+      for (int64_t m = 0; m < p.tokens; ++m) normalised(p, m, to + m * K);
+    } else {
+      parallel(p.tokens, [&](int64_t m) { normalised(p, m, to + m * K); });
+    }
+    x = to;
+  }
+  with_scheme(p.matrices[0].scheme, [&](auto scheme) {
+    using S = decltype(scheme);
+    if (p.tokens <= kFew) return product_few<S>(p, x, p.tokens, p.y, p.residual);
+    for (int64_t m = 0; m < p.tokens; m += kManyTokens)
+      product_many<S>(p, x + m * K, min(kManyTokens, p.tokens - m), p.y + m * n, p.residual ? p.residual + m * n : nullptr);
+  });
+}
+
+void lookup(const Lookup& l) {
+  const Matrix& a = l.matrix;
+  with_scheme(a.scheme, [&](auto scheme) {
+    using S = decltype(scheme);
+    const int64_t words = a.columns / S::kCodes, blocks = (words + W - 1) / W;
+    const RowScales<S> row_scales(a);
+    const int64_t groups = row_scales.groups, padded = up(groups, W) + 2 * W, width = scale_bytes(a.scale);
+    float* scales = scratch(0, 2 * padded);
+    float* biases = scales + padded;
+    float* ordered = scratch(1, blocks * W * S::kCodes);
+    for (int64_t m = 0; m < l.tokens; ++m) {
+      const int64_t row = l.ids[m];
+      if (row < 0 || row >= a.rows) {  // no token of this vocabulary: never what lies beside it
+        zero(l.y + m * a.columns, a.columns);
+        continue;
+      }
+      if constexpr (S::kGroups) scales_to_floats(a.scales + row * groups * width, a.scale, groups, (a.rows - row) * groups, scales, W);
+      if constexpr (S::kBiases) scales_to_floats(a.biases + row * groups * width, a.scale, groups, (a.rows - row) * groups, biases, W);
+      unpack<S>(a, row_scales, row, 0, blocks, scales, biases, ordered);
+      float* y = l.y + m * a.columns;
+      for (int64_t k = 0; k < a.columns; ++k) {
+        const int64_t word = k / S::kCodes, j = k % S::kCodes;
+        y[k] = ordered[word / W * W * S::kCodes + j * W + word % W];
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace m7
