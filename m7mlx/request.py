@@ -22,6 +22,7 @@ from m7mlx.errors import InputError, PromptTooLongError, TokenizerError
 from m7mlx.memory import positions_that_fit
 from m7mlx.model import Mistral
 from m7mlx.sampling import LogitsProcessor, Sampling
+from m7mlx.tokens.infill import infill_ids
 from m7mlx.tokens.messages import Message
 from m7mlx.tokens.tokenizer import Tokenizer
 
@@ -53,6 +54,7 @@ class Request:
     schema      a JSON schema that the answer fits: `prepare` makes a constraint of it
     calls       functions of which the answer must call some (`m7mlx.constrain.calls_constraint`),
                 for models that write the name before the arguments; a constraint, too
+    suffix      what stands behind the answer to a text, for models that fill in the middle
 
     Raises InputError for what can be used with no model at all.
     """
@@ -70,6 +72,7 @@ class Request:
     constraint: Constraint | None = None
     schema: Mapping[str, Any] | None = None
     calls: Mapping[str, Any] | None = None
+    suffix: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.sampling, Sampling):
@@ -81,6 +84,8 @@ class Request:
             raise InputError("stop must be a list of texts, none of them empty")
         if not _is_list_of(self.logits_processors, Callable):
             raise InputError("logits_processors must be a list of functions f(ids, logits) that return logits")
+        if not isinstance(self.suffix, str) or (self.suffix and not isinstance(self.prompt, str)):
+            raise InputError("a suffix is a text, and goes with a prompt that is one, not ids or messages")
         if self.has_grammar and len(self.continues):
             raise InputError("an answer that follows a grammar cannot go on where it was broken off; ask for it anew")
         if self.has_grammar and _continued(self.prompt) is not None:
@@ -122,6 +127,7 @@ class Request:
             "is_constrained": self.constraint is not None,
             "schema": self.schema,
             "calls": self.calls,
+            "suffix": self.suffix,
         }
 
     @classmethod
@@ -155,7 +161,8 @@ def prepare(request: Request, model: Mistral, tokenizer: Tokenizer, cache: Rolli
     continues, message = request.continues, _continued(request.prompt)
     ready = replace(
         request,
-        prompt=encode_prompt(tokenizer, request.prompt),
+        prompt=encode_prompt(tokenizer, request.prompt, request.suffix),
+        suffix="",
         at_start=request.at_start and message is None and not isinstance(request.prompt, str),
         begun=request.begun if message is None else len(message.get("ids") or ()),
         continues=tokenizer.encode(continues) if isinstance(continues, str) else check_ids(continues),
@@ -180,8 +187,13 @@ def with_grammar(request: Request, tokenizer: Tokenizer) -> Request:
     return request
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> Sequence[int]:
-    """Encode a prompt in any of its three forms. Raises InputError and ChatFormatError."""
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, suffix: str = "") -> Sequence[int]:
+    """Encode a prompt in any of its three forms, a text with what stands behind the answer to it.
+
+    Raises InputError and ChatFormatError.
+    """
+    if isinstance(prompt, str) and suffix:
+        return infill_ids(tokenizer, prompt, suffix)
     if isinstance(prompt, str):
         return tokenizer.encode(prompt, add_bos=tokenizer.add_bos)
     if isinstance(prompt, Mapping):

@@ -19,6 +19,7 @@ from serving import NAME, serving
 from tekken_files import SIZE, write_tekken
 
 from m7mlx import Piece
+from m7mlx.tokens.infill import infill_ids
 from m7mlx.tokens.load import load_tokenizer
 from m7mlx.tokens.tokenizer import Tokenizer
 
@@ -207,3 +208,12 @@ def test_a_model_that_is_not_told_how_much_to_think(client: openai.OpenAI) -> No
         client.chat.completions.create(
             model=NAME, messages=[{"role": "user", "content": "x"}], reasoning_effort="high"
         )
+
+
+def test_the_text_between_two(client: openai.OpenAI, tokenizers: dict[str, Tokenizer]) -> None:
+    ids = infill_ids(tokenizers["v11"], "def f(", "return [INST]")
+    common: Any = {"model": NAME, "max_tokens": 6, "temperature": 0}
+    expected = client.completions.create(prompt=ids, **common).choices[0].text
+    assert client.completions.create(prompt="def f(", suffix="return [INST]", **common).choices[0].text == expected
+    with pytest.raises(openai.BadRequestError, match="a suffix goes with a prompt that is a text"):
+        client.completions.create(prompt=ids, suffix="x", **common)
