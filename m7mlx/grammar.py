@@ -136,7 +136,7 @@ class _Vocabulary:
     def __init__(self, told: dict[str, Any]) -> None:
         self.tokens = [bytes.fromhex(token) for token in told["tokens"]]
         self.special_token_ids, self.eos_token_id, self.bos_token_id = told["special"], told["eos"][0], told["bos"]
-        self._encode = _encoder(told["library"], base64.b85decode(told["data"]))
+        self._encode = _encoder(told["library"], base64.b85decode(told["data"]), self.tokens)
         # sentencepiece would put a space before what comes first
         self._after = "\n" if told["leading_space"] else ""
         self._before = len(self._encode(self._after)) if self._after else 0
@@ -148,12 +148,20 @@ class _Vocabulary:
         return self._encode(self._after + text)[self._before :]
 
 
-def _encoder(library: str, data: bytes) -> Callable[[str], list[int]]:
+def _encoder(library: str, data: bytes, tokens: list[bytes]) -> Callable[[str], list[int]]:
     if library == "sentencepiece":
         from sentencepiece import SentencePieceProcessor
 
         encode: Callable[[str], list[int]] = SentencePieceProcessor(model_proto=data).encode
         return encode
+    if library == "tiktoken":
+        import tiktoken
+
+        told = json.loads(data)
+        first: int = told["first"]
+        ranks = {token: rank for rank, token in enumerate(tokens[first:])}
+        encoding = tiktoken.Encoding("", pat_str=told["pattern"], mergeable_ranks=ranks, special_tokens={})
+        return lambda text: [first + rank for rank in encoding.encode_ordinary(text)]
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(data.decode())

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, TypedDict
 
 from m7mlx.grammar import Grammar, json_rule
 from m7mlx.tokens.messages import Message, parse_json
@@ -56,6 +56,13 @@ class Rules:
     answer: Mapping[str, Any] | None
 
 
+class ToldOptions(TypedDict):
+    """What else a model is told of the answer (`ChatFormat.encode`)."""
+
+    effort: str | None
+    schema: Mapping[str, Any] | None
+
+
 class CallForm(ABC):
     """The form in which one model reads of tools, and calls them."""
 
@@ -65,6 +72,7 @@ class CallForm(ABC):
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]],
         is_required: bool,
+        told: ToldOptions,
     ) -> list[int]:
         """The ids of a conversation with tools. Raises ChatFormatError."""
 
@@ -74,7 +82,10 @@ class CallForm(ABC):
 
 
 class MarkedCalls(CallForm):
-    """Mistral's form: the control token [TOOL_CALLS], then a list of calls."""
+    """Mistral's form: the control token [TOOL_CALLS], then a list of calls.
+
+    From v11 on a name follows, [ARGS] and the arguments; each call has a [TOOL_CALLS] of its own.
+    """
 
     def __init__(self, tokenizer: Tokenizer, mark: int) -> None:
         self.mark, self._tokenizer = mark, tokenizer
@@ -84,18 +95,35 @@ class MarkedCalls(CallForm):
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]],
         is_required: bool,
+        told: ToldOptions,
     ) -> list[int]:
-        ids = self._tokenizer.chat.encode(messages, tools)
+        ids = self._tokenizer.chat.encode(messages, tools, **told)
         return [*ids, self.mark] if is_required else ids
 
     def schema(self, rules: Rules) -> Mapping[str, Any] | Grammar | None:
-        calls = calls_schema(rules.functions, rules.parallel)
-        if rules.is_required:
-            return calls
-        if rules.answer is None:
+        if not rules.is_required and rules.answer is None:
             return None
+        if self._tokenizer.names_calls:
+            calls = self._named_calls(rules)
+        else:
+            schema = calls_schema(rules.functions, rules.parallel)
+            if rules.is_required:
+                return schema
+            calls = [f"calls: {json_rule(schema)}"]
+        if rules.answer is None or rules.is_required:
+            return Grammar("\n".join(["start: calls", *calls]))
         either = f"start: <[{self.mark}]> calls | answer"
-        return Grammar("\n".join([either, f"calls: {json_rule(calls)}", f"answer: {json_rule(rules.answer)}"]))
+        return Grammar("\n".join([either, *calls, f"answer: {json_rule(rules.answer)}"]))
+
+    def _named_calls(self, rules: Rules) -> list[str]:
+        """The rules for calls by name. Arguments are always an object."""
+        args = self._tokenizer.control_id("[ARGS]")
+        lines = [f"calls: call (<[{self.mark}]> call)*" if rules.parallel else "calls: call"]
+        lines.append("call: " + " | ".join(f"call{n}" for n in range(len(rules.functions))))
+        for n, function in enumerate(rules.functions):
+            arguments = json_rule({**function["parameters"], "type": "object"})
+            lines.append(f"call{n}: {json.dumps(function['name'])} <[{args}]> {arguments}")
+        return lines
 
 
 class TaggedCalls(CallForm):
@@ -113,9 +141,12 @@ class TaggedCalls(CallForm):
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]],
         is_required: bool,
+        told: ToldOptions,
     ) -> list[int]:
         chat = self._tokenizer.chat
-        return chat.encode(messages, tools) if self._in_template else chat.encode(in_words(messages, tools))
+        if self._in_template:
+            return chat.encode(messages, tools, **told)
+        return chat.encode(in_words(messages, tools), **told)
 
     def schema(self, rules: Rules) -> Grammar:
         calls = calls_schema(rules.functions, parallel=True)

@@ -27,6 +27,7 @@ class Conversation:
     named     the only one that may be called, by name
     parallel  whether several may be called at once
     schema    the JSON schema of an answer that calls none
+    effort    how much the model shall think, if it can be told so
     """
 
     messages: Sequence[Message]
@@ -35,19 +36,22 @@ class Conversation:
     named: str | None = None
     parallel: bool = True
     schema: Mapping[str, Any] | None = None
+    effort: str | None = None
 
     def prompts(self, tokenizer: Tokenizer) -> Prompts:
         """The ids that the model reads, and what its answer follows. Raises InputError."""
         self._check()
         continued, form = is_continued(self.messages), call_form(tokenizer)
+        effort = self.effort if tokenizer.chat.takes_effort else None
         told = [{"type": "function", "function": dict(tool)} for tool in self.tools]
         if not told or self.choice == "none":
-            ids = form.encode(self.messages, (), is_required=False)
+            ids = form.encode(self.messages, (), False, {"effort": effort, "schema": self.schema})
             if self.schema is not None:
                 schema_text(self.schema)
             return Prompts([array("i", ids)], self.schema, "none", not continued)
         is_required = self.choice == "required"
-        ids = form.encode(self.messages, told, is_required)
+        schema_told = None if is_required else self.schema
+        ids = form.encode(self.messages, told, is_required, {"effort": effort, "schema": schema_told})
         functions = [tool for tool in self.tools if self.named in (None, tool["name"])]
         schema = None if continued else form.schema(Rules(functions, is_required, self.parallel, self.schema))
         if isinstance(schema, Mapping):
@@ -78,7 +82,13 @@ class Conversation:
 
 def _size(message: Mapping[str, Any]) -> int:
     """The characters of a message."""
-    texts = [message.get("content") or "", message.get("name") or "", message.get("tool_call_id") or ""]
+    content = message.get("content") or ""
+    texts = [
+        content,
+        message.get("reasoning_content") or "",
+        message.get("name") or "",
+        message.get("tool_call_id") or "",
+    ]
     for call in message.get("tool_calls") or ():
         texts += (call["id"], call["function"]["name"], call["function"]["arguments"])
     return sum(map(len, texts))

@@ -30,17 +30,23 @@ class MessageAnswers:
         self._id = f"msg_{secrets.token_hex(12)}"
         self._generated = 0
         self._stop: str | None = None  # the stop text that ended the answer
-        self._index, self._is_open = -1, False  # of the stream's last block
+        self._index, self._kind = -1, ""  # of the stream's last block; "" where none is open
 
     async def whole(self) -> Iterator[str]:
         """The JSON of the message."""
-        texts = []
+        texts, thoughts = list[str](), list[str]()
         async with aclosing(self._answerer.answers(self._read)) as pieces:
             async for _, piece in pieces:
-                texts.append(self._reader.read(piece).text)
+                told = self._reader.read(piece)
+                texts.append(told.text)
+                thoughts.append(told.thought)
                 self._count(piece)
         text, calls = "".join(texts), self._reader.calls
-        content: list[_Fields] = [{"type": "text", "text": text}] if text or not calls else []
+        content: list[_Fields] = []
+        if thought := "".join(thoughts):
+            content.append({"type": "thinking", "thinking": thought, "signature": ""})
+        if text or not calls:
+            content.append({"type": "text", "text": text})
         for call in calls:
             function = call["function"]
             given = read_arguments(function["arguments"])
@@ -71,33 +77,38 @@ class MessageAnswers:
 
     def _events(self, piece: Piece) -> Iterator[_Fields]:
         """What a piece adds to the stream's blocks."""
-        text, calls = self._reader.read(piece)
+        text, calls, thought = self._reader.read(piece)
         is_last = piece.finish_reason is not None
+        if thought:
+            if self._kind != "thinking":
+                yield from self._begin({"type": "thinking", "thinking": "", "signature": ""})
+            yield self._delta({"type": "thinking_delta", "thinking": thought})
         if text or (is_last and self._index < 0 and not calls):  # a message has a block
-            if self._index < 0:
-                yield self._begin({"type": "text", "text": ""})
+            if self._kind != "text":
+                yield from self._begin({"type": "text", "text": ""})
             if text:
                 yield self._delta({"type": "text_delta", "text": text})
         for call in calls:
             function = call["function"]
             if "id" in call:
-                yield from self._end()
-                yield self._begin({"type": "tool_use", "id": call["id"], "name": function["name"], "input": {}})
+                block = {"type": "tool_use", "id": call["id"], "name": function["name"], "input": {}}
+                yield from self._begin(block)
             if function["arguments"]:
                 yield self._delta({"type": "input_json_delta", "partial_json": function["arguments"]})
         if is_last:
             yield from self._end()
 
-    def _begin(self, block: _Fields) -> _Fields:
-        self._index, self._is_open = self._index + 1, True
-        return {"type": "content_block_start", "index": self._index, "content_block": block}
+    def _begin(self, block: _Fields) -> Iterator[_Fields]:
+        yield from self._end()
+        self._index, self._kind = self._index + 1, block["type"]
+        yield {"type": "content_block_start", "index": self._index, "content_block": block}
 
     def _delta(self, delta: _Fields) -> _Fields:
         return {"type": "content_block_delta", "index": self._index, "delta": delta}
 
     def _end(self) -> Iterator[_Fields]:
-        if self._is_open:
-            self._is_open = False
+        if self._kind:
+            self._kind = ""
             yield {"type": "content_block_stop", "index": self._index}
 
     def _count(self, piece: Piece) -> None:

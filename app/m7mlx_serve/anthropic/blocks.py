@@ -41,10 +41,11 @@ class ToolResultBlock(Strict):
 
 
 class ThinkingBlock(Strict):
-    """What the assistant thought, which no model reads again."""
+    """What the assistant thought."""
 
     type: Literal["thinking", "redacted_thinking"]
-    ignored = frozenset({"thinking", "signature", "data", "cache_control"})
+    thinking: Text = ""
+    ignored = frozenset({"signature", "data", "cache_control"})
 
 
 Block = TextBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock
@@ -80,7 +81,10 @@ class Message(Strict):
         calls = [_call(block) for block in self.content if isinstance(block, ToolUseBlock)]
         if results and not (text or calls):
             return results
-        return [*results, {"role": self.role, "content": text, **({"tool_calls": calls} if calls else {})}]
+        plain: dict[str, Any] = {"role": self.role, "content": text}
+        if thought := "".join(block.thinking for block in self.content if isinstance(block, ThinkingBlock)):
+            plain["reasoning_content"] = thought
+        return [*results, plain | ({"tool_calls": calls} if calls else {})]
 
 
 def text_of(content: str | Sequence[TextBlock]) -> str:

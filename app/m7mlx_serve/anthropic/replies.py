@@ -28,6 +28,12 @@ class TextContent(_Reply):
     text: str
 
 
+class ThinkingContent(_Reply):
+    type: Literal["thinking"]
+    thinking: str
+    signature: Literal[""]
+
+
 class ToolUseContent(_Reply):
     type: Literal["tool_use"]
     id: str
@@ -40,7 +46,7 @@ class MessageReply(_Reply):
     type: Literal["message"]
     role: Literal["assistant"]
     model: str
-    content: list[TextContent | ToolUseContent]
+    content: list[TextContent | ThinkingContent | ToolUseContent]
     stop_reason: Reason | None
     stop_sequence: str | None
     usage: MessageUsage
@@ -58,12 +64,17 @@ class MessageStart(_Reply):
 class BlockStart(_Reply):
     type: Literal["content_block_start"]
     index: Count
-    content_block: TextContent | ToolUseContent
+    content_block: TextContent | ThinkingContent | ToolUseContent
 
 
 class TextDelta(_Reply):
     type: Literal["text_delta"]
     text: str
+
+
+class ThinkingDelta(_Reply):
+    type: Literal["thinking_delta"]
+    thinking: str
 
 
 class InputDelta(_Reply):
@@ -74,7 +85,7 @@ class InputDelta(_Reply):
 class BlockDelta(_Reply):
     type: Literal["content_block_delta"]
     index: Count
-    delta: TextDelta | InputDelta
+    delta: TextDelta | ThinkingDelta | InputDelta
 
 
 class BlockStop(_Reply):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Any, ClassVar
@@ -34,11 +34,14 @@ class OllamaAnswers:
 
     async def whole(self) -> Iterator[str]:
         """The JSON of the answer."""
-        texts = []
+        texts, thoughts = list[str](), list[str]()
         async with aclosing(self._answerer.answers(self._read)) as pieces:
             async for _, piece in pieces:
-                texts.append(self._text(piece))
-        return iter([json.dumps(self._line("".join(texts), self._calls()) | self._end(), ensure_ascii=False)])
+                text, thought = self._told(piece)
+                texts.append(text)
+                thoughts.append(thought)
+        line = self._line("".join(texts), self._calls(), "".join(thoughts))
+        return iter([json.dumps(line | self._end(), ensure_ascii=False)])
 
     async def stream(self) -> AsyncGenerator[str, None]:
         """A line for each piece of text, one for all calls, and one that says how it ended."""
@@ -47,8 +50,9 @@ class OllamaAnswers:
             async with aclosing(self._answerer.answers(self._read)) as pieces:
                 async for _, piece in pieces:
                     begun = True
-                    if text := self._text(piece):
-                        yield _write(self._line(text) | {"done": False})
+                    text, thought = self._told(piece)
+                    if text or thought:
+                        yield _write(self._line(text, thought=thought) | {"done": False})
         except ApiError as error:
             if not begun:
                 raise
@@ -58,9 +62,10 @@ class OllamaAnswers:
             yield _write(self._line("", calls) | {"done": False})
         yield _write(self._line("") | self._end())
 
-    def _text(self, piece: Piece) -> str:
+    def _told(self, piece: Piece) -> tuple[str, str]:
         self._stats = piece.stats or self._stats
-        return self._reader.read(piece).text
+        told = self._reader.read(piece)
+        return told.text, told.thought
 
     def _calls(self) -> list[_Fields]:
         functions = [call["function"] for call in self._reader.calls]
@@ -69,11 +74,13 @@ class OllamaAnswers:
             for function in functions
         ]
 
-    def _line(self, text: str, calls: list[_Fields] | None = None) -> _Fields:
+    def _line(self, text: str, calls: Sequence[_Fields] = (), thought: str = "") -> _Fields:
         line: _Fields = {"model": self._answerer.model, "created_at": now()}
+        thinking = {"thinking": thought} if thought else {}
         if not self._is_chat:
-            return line | {"response": text}
-        return line | {"message": {"role": "assistant", "content": text, **({"tool_calls": calls} if calls else {})}}
+            return line | {"response": text, **thinking}
+        called = {"tool_calls": list(calls)} if calls else {}
+        return line | {"message": {"role": "assistant", "content": text, **thinking, **called}}
 
     def _end(self) -> _Fields:
         stats, total = self._stats, time.perf_counter() - self._began

@@ -24,6 +24,7 @@ class OllamaCall(_Reply):
 class OllamaMessage(_Reply):
     role: Literal["assistant"]
     content: str
+    thinking: str = ""
     tool_calls: list[OllamaCall] = Field(default_factory=list)
 
 
@@ -48,6 +49,7 @@ class ChatLine(_Line):
 
 class TextLine(_Line):
     response: str
+    thinking: str = ""
 
 
 class Details(_Reply):

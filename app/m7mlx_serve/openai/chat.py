@@ -112,15 +112,18 @@ class ChatShape(Shape):
         """The role, which comes before any text."""
         return {"delta": {"role": "assistant", "content": ""}}
 
-    def delta(self, text: str = "", call: Fields | None = None) -> Fields:
-        """More of the message's text, or of a call."""
+    def delta(self, text: str = "", thought: str = "", call: Fields | None = None) -> Fields:
+        """More of the message's text, of what the model thinks, or of a call."""
         if call is not None:
             return {"delta": {"tool_calls": [call]}}
-        return {"delta": {"content": text} if text else {}}
+        told = {"reasoning_content": thought, "content": text}
+        return {"delta": {field: value for field, value in told.items() if value}}
 
-    def whole(self, text: str, calls: Sequence[Fields]) -> Fields:
+    def whole(self, text: str, calls: Sequence[Fields], thought: str) -> Fields:
         """The whole message."""
         message: Fields = {"role": "assistant", "content": text, "refusal": None}
+        if thought:
+            message["reasoning_content"] = thought
         if calls:
             message |= {"content": text or None, "tool_calls": list(calls)}
         return {"message": message}
@@ -142,7 +145,7 @@ class ChatRequest(Generation):
     tool_choice: Literal["none", "auto", "required", "any"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     prediction: Prediction | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_effort: Name | None = None  # how much to think, for models that are told so
     safe_prompt: bool = False  # Mistral's
     ignored = MEANINGLESS
     neutral: ClassVar[Mapping[str, Sequence[Any]]] = {
@@ -189,6 +192,7 @@ class ChatRequest(Generation):
             named,
             self.parallel_tool_calls is not False,
             self.response_format.wanted if self.response_format else None,
+            self.reasoning_effort,
         )
 
     def prompts(self, tokenizer: Tokenizer) -> Prompts:

@@ -42,6 +42,7 @@ class Choice:
         self._echo, self._echo_begun = tokenizer.detokenizer(), False
         self._characters = 0  # of text told so far
         self._texts: list[str] = []
+        self._thoughts: list[str] = []
         self._logprobs = LogprobsJson(shape)
         self.reason: str | None = None
 
@@ -49,18 +50,19 @@ class Choice:
         """Take a piece; return the choices of the chunks that it makes, none without a stream."""
         before, scored = self._read_prompt(piece) if self._echoed else ("", [])
         scored += [(_scored(self._tokenizer, one), self._characters) for one in piece.logprobs]
-        text, calls = self._reader.read(piece)
+        text, calls, thought = self._reader.read(piece)
         self._characters += len(text)
         text = before + text
         if piece.finish_reason is not None:
             self.reason = self._reader.reason
         if not self._streamed:
             self._texts.append(text)
+            self._thoughts.append(thought)
             self._logprobs.add(scored)
             return []
         chunks = []
-        if text or scored:
-            chunks.append(self._chunk(self._shape.delta(text), scored))
+        if text or thought or scored:
+            chunks.append(self._chunk(self._shape.delta(text, thought), scored))
         chunks += [self._chunk(self._shape.delta(call=call)) for call in calls]
         if piece.finish_reason is not None:
             chunks.append(self._chunk(self._shape.delta(), reason=self.reason))
@@ -73,7 +75,7 @@ class Choice:
 
     def whole(self) -> Fields:
         """The whole choice, for `write`."""
-        content = self._shape.whole("".join(self._texts), self._reader.calls)
+        content = self._shape.whole("".join(self._texts), self._reader.calls, "".join(self._thoughts))
         return {"index": self.index, **content, "finish_reason": self.reason, "logprobs": self._logprobs}
 
     def _read_prompt(self, piece: Piece) -> tuple[str, list[Scored]]:

@@ -51,14 +51,15 @@ class ChatMessage(Strict):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    reasoning_content: Text | None = None  # what the model thought before it answered
     name: Name | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=128, fail_fast=True)] | None = None
     tool_call_id: Annotated[str, Field(max_length=100)] | None = None
     prefix: bool | None = None  # Mistral's: the last message is the beginning of the answer
-    # What clients put back of an answer, and its reasoning, which no model reads again.
+    # What clients put back of an answer.
     ignored = frozenset(
         {
-            *("annotations", "parsed", "reasoning", "reasoning_content", "reasoning_details"),
+            *("annotations", "parsed", "reasoning", "reasoning_details"),
             *("provider_specific_fields", "thinking_blocks", "cache_control"),
         }
     )
@@ -72,7 +73,8 @@ class ChatMessage(Strict):
         found: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
         if self.tool_calls:
             found["tool_calls"] = [_plain_call(call) for call in self.tool_calls]
-        return found | {k: v for k in ("name", "tool_call_id", "prefix") if (v := getattr(self, k)) is not None}
+        others = ("reasoning_content", "name", "tool_call_id", "prefix")
+        return found | {k: v for k in others if (v := getattr(self, k)) is not None}
 
 
 def _plain_call(call: ToolCall) -> dict[str, Any]:

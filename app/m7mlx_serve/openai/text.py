@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import Field
 
 from m7mlx.errors import InputError, TokenizerError
+from m7mlx.tokens.infill import infill_ids
 from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx_serve.endpoint import Endpoint, Prompts
 from m7mlx_serve.errors import ApiError
@@ -32,13 +33,13 @@ class TextShape(Shape):
         """Nothing: the first chunk has the first text."""
         return None
 
-    def delta(self, text: str = "", call: Fields | None = None) -> Fields:
-        """More text."""
-        return {"text": text}
+    def delta(self, text: str = "", thought: str = "", call: Fields | None = None) -> Fields:
+        """More text. A text that is gone on with has no other place for thoughts."""
+        return {"text": thought + text}
 
-    def whole(self, text: str, calls: Sequence[Fields]) -> Fields:
+    def whole(self, text: str, calls: Sequence[Fields], thought: str) -> Fields:
         """The whole text."""
-        return {"text": text}
+        return {"text": thought + text}
 
     def logprobs(self, scored: Sequence[Scored]) -> dict[str, list[Any]]:
         """One list for each field of a token; the first of a prompt has no log probability."""
@@ -66,10 +67,11 @@ class CompletionRequest(Generation):
             Field(min_length=1, max_length=_MOST_PROMPTS, fail_fast=True),
         ]
     )
+    suffix: Text | None = None  # what stands behind the answer, for models that fill in the middle
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    neutral: ClassVar[Mapping[str, Sequence[Any]]] = {**NEUTRAL, "best_of": [1], "suffix": [""]}
+    neutral: ClassVar[Mapping[str, Sequence[Any]]] = {**NEUTRAL, "best_of": [1]}
     shape: ClassVar[Shape] = TextShape()
 
     @property
@@ -95,6 +97,10 @@ class CompletionRequest(Generation):
 
     def prompts(self, tokenizer: Tokenizer) -> Prompts:
         """The ids of all prompts."""
+        if self.suffix:
+            if not isinstance(self.prompt, str):
+                raise InputError("a suffix goes with a prompt that is a text, not ids or a list")
+            return Prompts([array("i", infill_ids(tokenizer, self.prompt, self.suffix))])
         many: list[Any] = self.prompt if isinstance(self.prompt, list) else [self.prompt]
         if isinstance(many[0], int):
             many = [many]
@@ -103,8 +109,8 @@ class CompletionRequest(Generation):
         return Prompts([_encode(tokenizer, one) for one in many])
 
     def without_texts(self) -> Self:
-        """Leave out the prompt."""
-        return self.model_copy(update={"prompt": ""})
+        """Leave out the prompt, and what stands behind the answer."""
+        return self.model_copy(update={"prompt": "", "suffix": None})
 
 
 def _encode(tokenizer: Tokenizer, prompt: str | list[int]) -> array[int]:
