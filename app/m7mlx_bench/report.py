@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from m7mlx.arrays import on_cpu
-from m7mlx.cpu import blas
+from m7mlx.cpu import blas, native
 from m7mlx.memory import machine_memory
 from m7mlx.units import in_gigabytes
 
@@ -177,6 +177,7 @@ def machine_facts() -> dict[str, Any]:
         "memory": machine_memory(),
         "device": "CPU" if on_cpu() else str(mx.device_info().get("device_name", mx.default_device())),
         "blas": blas.library or "MLX's own",
+        "kernels": native.instruction_set() or "MLX's own",
         "python": platform.python_version(),
         "versions": versions,
     }
@@ -185,7 +186,7 @@ def machine_facts() -> dict[str, Any]:
 def machine_line(machine: Mapping[str, Any]) -> str:
     """Write what `machine_facts` found in one line."""
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-    library = f", BLAS {machine['blas']}" if machine["device"] == "CPU" else ""
+    library = f", kernels {machine['kernels']}, BLAS {machine['blas']}" if machine["device"] == "CPU" else ""
     return f"{machine['system']}, {machine['cores']} cores, {machine['device']}{library} · {versions}"
 
 
