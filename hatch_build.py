@@ -47,6 +47,7 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
 NANOBIND = {20: ">=2.13,<2.15", 21: "==2.15.*", 22: ">=3.0.1,<3.2"}  # by the version of its internals
 TOOLS = "on Debian and Ubuntu: apt install g++ python3-dev; on Fedora: dnf install gcc-c++ python3-devel"
 AGAIN = "then install m7mlx again"
+GCC = 12  # the least: the kernels use its vectors' shuffles, which Clang lacks
 
 
 class NotBuiltError(Exception):
@@ -171,7 +172,7 @@ def _compile(units: list[_Unit], compiler: _Compiler, folder: Path) -> list[Path
         if not made.exists():
             print(f"compiling {unit.source.name} {' '.join(f for f in flags if 'M7_ISA' in f)}", flush=True)
             part = made.with_suffix(f".{os.getpid()}")
-            _run([*compiler.command, *flags, *unit.includes, "-c", str(unit.source), "-o", str(part)])
+            _run(compiler, [*flags, *unit.includes, "-c", str(unit.source), "-o", str(part)])
             part.replace(made)
         return made
 
@@ -193,38 +194,44 @@ def _link(objects: list[Path], compiler: _Compiler, mlx: Path, extension: Path) 
     options = ["-shared", "-pthread", "-Wl,--gc-sections", *strip, *compiler.flags]
     libraries = [f"-L{mlx / 'lib'}", "-lmlx", *shlex.split(os.environ.get("LDFLAGS", ""))]
     try:
-        _run([*compiler.command, *options, *map(str, objects), *libraries, "-o", str(part)])
+        _run(compiler, [*options, *map(str, objects), *libraries, "-o", str(part)])
         part.replace(extension)  # a running process keeps the one that it has loaded
     finally:
         part.unlink(missing_ok=True)
 
 
-def _run(command: list[str]) -> None:
-    """Run a compiler, and show what it says; NotBuiltError, with its first error, if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+def _run(compiler: _Compiler, arguments: list[str]) -> None:
+    """Run the compiler and show what it says; NotBuiltError, with its first error, if it fails."""
+    done = subprocess.run(
+        [*compiler.command, *arguments], capture_output=True, text=True, errors="replace", check=False
+    )
     if done.stderr:
         print(done.stderr, end="", file=sys.stderr, flush=True)
     if done.returncode:
         lines = done.stderr.splitlines() or ["no message"]
         error = next((line for line in lines if "error" in line), lines[0])
-        raise NotBuiltError(f"{Path(command[0]).name} fails: {error.strip()}")
+        raise NotBuiltError(f"{compiler.version} fails: {error.strip()}")
 
 
 def _find_compiler() -> _Compiler:
     chosen = shlex.split(os.environ.get("CXX", ""))
-    names = [chosen[0]] if chosen else ["c++", "g++", "clang++"]
+    names = [chosen[0]] if chosen else ["g++", "c++"]
     path = next((found for name in names if (found := shutil.which(name))), None)
     if not path:
         raise NotBuiltError(f"{chosen[0] if chosen else 'a C++ compiler'} was not found; {TOOLS}; {AGAIN}")
     if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
         raise NotBuiltError(f"Python's headers are missing; {TOOLS}; {AGAIN}")
     command = [path, *chosen[1:]]
-    asked = subprocess.run([*command, "--version"], capture_output=True, text=True, errors="replace", check=False)
-    version = (asked.stdout.splitlines() or [path])[0]
-    empty = [*command, "-std=c++20", "-E", "-xc++", os.devnull]
-    if subprocess.run(empty, capture_output=True, check=False).returncode:
-        raise NotBuiltError(f"{version} does not know C++20: GCC 11 or Clang 14 does")
+    version = (_ask([*command, "--version"]).splitlines() or [path])[0]
+    macros = _ask([*command, "-dM", "-E", "-xc++", os.devnull])
+    number = re.search(r"#define __GNUC__ (\d+)", macros)
+    if "#define __clang__" in macros or not number or int(number[1]) < GCC:
+        raise NotBuiltError(f"{version} does not compile them, GCC {GCC} or later does (CXX=g++-{GCC}); {AGAIN}")
     return _Compiler(command, version, shlex.split(os.environ.get("CXXFLAGS", "")))
+
+
+def _ask(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False).stdout
 
 
 def _find_mlx() -> Path:

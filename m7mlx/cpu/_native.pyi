@@ -78,3 +78,10 @@ def attend(
 
     Returns (the result [batch, length, heads * head_dim], `written` of this pass).
     """
+
+def map_file(path: str, tensors: Sequence[tuple[int, Sequence[int], mx.Dtype]]) -> list[mx.array]:
+    """Return arrays that are parts of a file in memory; each part is (offset, shape, dtype).
+
+    The file must not be shortened while they live. Raises OSError; ValueError for a part that lies
+    beyond the file's end.
+    """
