@@ -26,7 +26,7 @@ async def test_answers_are_counted_whether_a_server_tells_of_them_or_not(tells_u
         response = web.StreamResponse()
         await response.prepare(request)
         deltas = [{"role": "assistant"}, *({"content": text} for text in "abc")]
-        events = [{"choices": [{"delta": delta}]} for delta in deltas]
+        events: list[dict[str, object]] = [{"choices": [{"delta": delta}]} for delta in deltas]
         if tells_usage:
             events.append({"choices": [], "usage": {"completion_tokens": 7}})
         for event in events:
