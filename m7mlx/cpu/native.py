@@ -40,7 +40,7 @@ class _Kernels(NamedTuple):
 
 def usable() -> bool:
     """Tell whether the kernels can be used; InputError if the environment asks for what is not."""
-    return bool(_find().instruction_set)
+    return _extension is not None or bool(_find().instruction_set)
 
 
 def kernels() -> ModuleType:
