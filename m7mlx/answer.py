@@ -51,6 +51,7 @@ class Piece:
     """A piece of an answer; its last one says how it ended.
 
     text           what can be shown now
+    thought        what the model thought, which is not part of the answer
     ids            the tokens generated since the piece before
     stats          what the answer cost; only the last piece has it
     logprobs       log probabilities of `ids`, where the request asks for them
@@ -64,10 +65,14 @@ class Piece:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: Exception | None = None
+    thought: str = ""
 
 
 class Answer:
     """Makes pieces of the tokens that its sampler chooses for a request (`m7mlx.request.prepare`).
+
+    A token that parts the answer (`Tokenizer.marks`), such as [TOOL_CALLS], is the last id of its
+    piece, and the text of that piece stands before it.
 
     ids    all that is read before the first token
     cache  the one that its prompt is read into, as long as it is this answer's alone
@@ -86,9 +91,11 @@ class Answer:
             agree=model.agree,
         )
         self.sampler.see(self.ids, chosen=len(request.continues))
+        self._tokenizer, self._thinks = tokenizer, False
         self._text, self._stop = tokenizer.detokenizer(request.at_start), StopFilter(request.stop)
         for token in self.ids[len(self.ids) - len(request.continues) - request.begun :]:
             self._text.add(token)  # shown already; a character cut in the middle is finished
+            self._part(token)
         self._eos = tokenizer.eos_ids
         self._reused = self._count = 0
         self._started = self._reading = time.perf_counter()
@@ -109,15 +116,39 @@ class Answer:
         logprobs = [self.sampler.scored.popleft().read()] if self.sampler.scored else []
         if token in self._eos:
             return self.end("stop", "", [token], logprobs)
-        text = self._stop.add(self._text.add(token))
+        thought, text = self._told(token)
         if self._stop.found:
             constraint = self.request.constraint
             if constraint is not None and constraint.enforced:
                 return self.fail(InputError(CUT))
             return self.end("stop", text, [token], logprobs)
         if self._count == self.request.max_tokens:
-            return self.end("length", text, [token], logprobs)
-        return Piece(text, [token], None, logprobs)
+            return self.end("length", text, [token], logprobs, thought=thought)
+        return Piece(text, [token], None, logprobs, thought=thought)
+
+    def is_due(self, piece: Piece) -> bool:
+        """Whether a piece must be told by itself: it shows something, or parts the answer."""
+        return bool(piece.text or piece.thought or piece.ids[-1] in self._tokenizer.marks)
+
+    def _told(self, token: int) -> tuple[str, str]:
+        """Return what a token makes of thought and of text."""
+        if token in self._tokenizer.marks:  # what was held back stands before it
+            thinks, rest = self._thinks, self._text.finish()
+            self._part(token)
+            if thinks:
+                return rest, ""
+            text = self._stop.finish(rest)
+            self._stop = self._stop if self._stop.found else StopFilter(self.request.stop)
+            return "", text
+        text = self._text.add(token)
+        return (text, "") if self._thinks else ("", self._stop.add(text))
+
+    def _part(self, token: int) -> None:
+        """Begin another part of the answer if `token` says so."""
+        name = self._tokenizer.marks.get(token)
+        if name is not None:
+            self._text = self._tokenizer.detokenizer()
+            self._thinks = name == "[THINK]" or (self._thinks and name != "[/THINK]")
 
     def end(
         self,
@@ -126,6 +157,7 @@ class Answer:
         ids: Sequence[int] = (),
         logprobs: Sequence[TokenLogprobs] = (),
         error: Exception | None = None,
+        thought: str = "",
     ) -> Piece:
         """Make the last piece. It shows what was held back for fear of a stop text.
 
@@ -134,8 +166,10 @@ class Answer:
         if self.request.constraint is not None:
             self.request.constraint.close()
         if reason != "failed":
-            text += self._stop.finish("" if reason == "cancelled" else self._text.finish())
-        return Piece(text, list(ids), self._stats(), list(logprobs), reason, error)
+            rest = "" if reason == "cancelled" else self._text.finish()
+            thought += rest if self._thinks else ""
+            text += self._stop.finish("" if self._thinks else rest)
+        return Piece(text, list(ids), self._stats(), list(logprobs), reason, error, thought)
 
     def fail(self, error: Exception) -> Piece:
         """Make the last piece of an answer that cannot go on."""

@@ -40,6 +40,7 @@ _AT_ONCE = 16  # schemas that have a process
 _REFUSED = 64  # schemas that could not be used, and are remembered as such
 _REMEMBERED_SECONDS = 60.0  # for so long: it may have been the machine that was too busy
 _UNUSABLE = "the JSON schema cannot be used"
+_PLAIN, _CALLS = "c", "f"  # frames that ask to prepare a schema, or calls
 _OURS = "x-guidance"  # options of llguidance's own: they could lift its limits
 
 
@@ -109,7 +110,10 @@ class Unconstrained(Constraint):
 
 
 class _Grammar:
-    """A schema that has a process, prepared by whoever asks first."""
+    """A schema that has a process, prepared by whoever asks first.
+
+    schema  the frame that asks for it (`m7mlx.grammar`)
+    """
 
     def __init__(self, schema: str, worker: Worker, ended: deque[tuple[_Grammar, int]]) -> None:
         self._schema, self._worker, self.ended = schema, worker, ended
@@ -125,7 +129,7 @@ class _Grammar:
                 raise ValueError(self._failure)
             if not self._ready:
                 try:
-                    self._ask(b"c" + self._schema.encode(), _PREPARE_SECONDS)
+                    self._ask(self._schema.encode(), _PREPARE_SECONDS)
                 except (WorkerError, ValueError) as error:
                     self._failure = _why(error, "to prepare") if isinstance(error, WorkerError) else str(error)
                     raise ValueError(self._failure) from None
@@ -235,12 +239,30 @@ def json_constraint(tokenizer: Tokenizer, schema: Mapping[str, Any] | None = Non
     Raises InputError for a schema that is none, asks for what cannot be enforced or takes too much
     to prepare, and without llguidance; BusyError where answers to too many others are under way.
     """
+    return _constraint(tokenizer, _PLAIN, {"type": "object"} if schema is None else schema)
+
+
+def calls_constraint(tokenizer: Tokenizer, calls: Mapping[str, Any]) -> Constraint:
+    """The beginning of an answer that goes on after [TOOL_CALLS] with calls, as v11 and later do.
+
+    calls  {"functions": {name: JSON schema of its arguments}, "parallel": whether there may be
+           several calls}
+
+    Raises InputError and BusyError, as `json_constraint` does.
+    """
+    marks = {name: tokenizer.control_id(name) for name in ("[TOOL_CALLS]", "[ARGS]")}
+    if None in marks.values():
+        raise InputError("this model's chat format does not call functions by their names")
+    return _constraint(tokenizer, _CALLS, {**calls, "marks": marks})
+
+
+def _constraint(tokenizer: Tokenizer, kind: str, wanted: Mapping[str, Any]) -> Constraint:
     try:
         import llguidance  # noqa: F401
     except ImportError:
         raise InputError("answers in JSON need llguidance: pip install 'm7mlx[server]'") from None
     try:
-        text = json.dumps({"type": "object"} if schema is None else schema)
+        text = json.dumps(wanted)
     except (RecursionError, TypeError, ValueError) as error:
         raise InputError(f"{_UNUSABLE}: it is not JSON ({type(error).__name__})") from None
     if len(text) > MAX_SCHEMA:
@@ -254,7 +276,7 @@ def json_constraint(tokenizer: Tokenizer, schema: Mapping[str, Any] | None = Non
         if grammars is None:
             grammars = _all[tokenizer] = _Grammars(tokenizer)
             weakref.finalize(tokenizer, grammars.close).atexit = False
-    return grammars.constraint(text)
+    return grammars.constraint(kind + text)
 
 
 def close_grammars() -> None:

@@ -205,7 +205,7 @@ def _pieces(
             untold.append(answer.take(token))
             if untold[-1].finish_reason is not None:
                 break
-            if untold[-1].text:
+            if answer.is_due(untold[-1]):
                 yield _joined(untold)
                 untold = []
                 if cache.user is not me:
@@ -233,6 +233,7 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
     return replace(
         pieces[-1],
         text="".join(piece.text for piece in pieces),
+        thought="".join(piece.thought for piece in pieces),
         ids=[token for piece in pieces for token in piece.ids],
         logprobs=[one for piece in pieces for one in piece.logprobs],
     )

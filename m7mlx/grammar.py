@@ -5,6 +5,7 @@ ever prepared in the process that computes. Frames, all numbers in the machine's
 
     setup                  JSON: the vocabulary (`vocabulary`)
     "c" schema             prepare it; from here on this process is of this schema
+    "f" functions          prepare calls to them, as JSON (`_lark_of_calls`), instead
     "n" [number …]         begin an answer, once the numbered ones have been forgotten; its number
     "t" number token       the answer goes on with it; as bits which ids may follow
 
@@ -23,6 +24,7 @@ MAX_SCHEMA = 200_000  # characters
 NUMBER = struct.Struct("=I")
 STEP = struct.Struct("=Ii")  # answer, token; −1 for none
 _AT_ONCE = 20_000  # places of a grammar that an answer may stand at; the clock ends most before
+_COMPACT: Any = {"whitespace_flexible": False}  # in JSON
 _TOO_MUCH = ("panic", "backtrace", "fuel", "Parser Error")  # the library's limits, in its words
 
 
@@ -46,17 +48,20 @@ class _Answers:
     def __call__(self, frame: bytes) -> bytes:
         what, data = frame[:1], frame[1:]
         try:
-            if what == b"c":
-                self._prepare(data.decode())
+            if what in (b"c", b"f"):
+                self._prepare(data.decode(), calls=what == b"f")
                 return b"+"
             return b"+" + (self._begin(data) if what == b"n" else self._step(*STEP.unpack(data)))
         except ValueError as error:
             return b"-" + _one_line(error).encode()
 
-    def _prepare(self, schema: str) -> None:
+    def _prepare(self, schema: str, calls: bool) -> None:
         from llguidance import LLMatcher, LLParserLimits
 
-        grammar = LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_flexible": False})
+        if calls:
+            grammar = LLMatcher.grammar_from_lark(_lark_of_calls(json.loads(schema)))
+        else:
+            grammar = LLMatcher.grammar_from_json_schema(schema, defaults=_COMPACT)
         limits = LLParserLimits(max_items_in_row=_AT_ONCE, step_max_items=20 * _AT_ONCE)
         matcher = LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits)
         _check(matcher)
@@ -91,7 +96,7 @@ class _Vocabulary:
     def __init__(self, told: dict[str, Any]) -> None:
         self.tokens = [bytes.fromhex(token) for token in told["tokens"]]
         self.special_token_ids, self.eos_token_id, self.bos_token_id = told["special"], told["eos"][0], told["bos"]
-        self._encode = _encoder(told["library"], base64.b85decode(told["data"]))
+        self._encode = _encoder(told["library"], base64.b85decode(told["data"]), self.tokens)
         # sentencepiece would put a space before what comes first
         self._after = "\n" if told["leading_space"] else ""
         self._before = len(self._encode(self._after)) if self._after else 0
@@ -103,16 +108,38 @@ class _Vocabulary:
         return self._encode(self._after + text)[self._before :]
 
 
-def _encoder(library: str, data: bytes) -> Callable[[str], list[int]]:
+def _encoder(library: str, data: bytes, tokens: list[bytes]) -> Callable[[str], list[int]]:
     if library == "sentencepiece":
         from sentencepiece import SentencePieceProcessor
 
         encode: Callable[[str], list[int]] = SentencePieceProcessor(model_proto=data).encode
         return encode
+    if library == "tiktoken":
+        import tiktoken
+
+        told = json.loads(data)
+        first: int = told["first"]
+        ranks = {token: rank for rank, token in enumerate(tokens[first:])}
+        encoding = tiktoken.Encoding("", pat_str=told["pattern"], mergeable_ranks=ranks, special_tokens={})
+        return lambda text: [first + rank for rank in encoding.encode_ordinary(text)]
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(data.decode())
     return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _lark_of_calls(wanted: dict[str, Any]) -> str:
+    """Return a grammar of calls: name, [ARGS], arguments; before each but the first [TOOL_CALLS].
+
+    Arguments are always an object.
+    """
+    again, args = (f"<[{wanted['marks'][name]}]>" for name in ("[TOOL_CALLS]", "[ARGS]"))
+    rules = [f"start: call ({again} call)*" if wanted["parallel"] else "start: call"]
+    rules.append("call: " + " | ".join(f"call{n}" for n in range(len(wanted["functions"]))))
+    for n, (name, parameters) in enumerate(wanted["functions"].items()):
+        schema = {**parameters, "type": "object", "x-guidance": _COMPACT}
+        rules.append(f"call{n}: {json.dumps(name)} {args} %json {json.dumps(schema)}")
+    return "\n".join(rules)
 
 
 def _check(matcher: Any) -> None:

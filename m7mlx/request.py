@@ -17,11 +17,12 @@ import mlx.core as mx
 import numpy as np
 
 from m7mlx.cache import RollingCache
-from m7mlx.constrain import Constraint, Unconstrained, json_constraint
+from m7mlx.constrain import Constraint, Unconstrained, calls_constraint, json_constraint
 from m7mlx.errors import InputError, PromptTooLongError, TokenizerError
 from m7mlx.memory import positions_that_fit
 from m7mlx.model import Mistral
 from m7mlx.sampling import LogitsProcessor, Sampling
+from m7mlx.tokens.infill import infill_ids
 from m7mlx.tokens.messages import Message
 from m7mlx.tokens.tokenizer import Tokenizer
 
@@ -51,6 +52,9 @@ class Request:
                 functions f(ids, logits) → logits (`m7mlx.sampling.LogitsProcessor`)
     constraint  a grammar that the answer follows (`m7mlx.constrain`)
     schema      a JSON schema that the answer fits: `prepare` makes a constraint of it
+    calls       functions of which the answer must call some (`m7mlx.constrain.calls_constraint`),
+                for models that write the name before the arguments; a constraint, too
+    suffix      what stands behind the answer to a text, for models that fill in the middle
 
     Raises InputError for what can be used with no model at all.
     """
@@ -67,6 +71,8 @@ class Request:
     logits_processors: Sequence[LogitsProcessor] = ()
     constraint: Constraint | None = None
     schema: Mapping[str, Any] | None = None
+    calls: Mapping[str, Any] | None = None
+    suffix: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.sampling, Sampling):
@@ -78,6 +84,8 @@ class Request:
             raise InputError("stop must be a list of texts, none of them empty")
         if not _is_list_of(self.logits_processors, Callable):
             raise InputError("logits_processors must be a list of functions f(ids, logits) that return logits")
+        if not isinstance(self.suffix, str) or (self.suffix and not isinstance(self.prompt, str)):
+            raise InputError("a suffix is a text, and goes with a prompt that is one, not ids or messages")
         if self.has_grammar and len(self.continues):
             raise InputError("an answer that follows a grammar cannot go on where it was broken off; ask for it anew")
         if self.has_grammar and _continued(self.prompt) is not None:
@@ -86,7 +94,12 @@ class Request:
     @property
     def has_grammar(self) -> bool:
         """Whether the answer follows a grammar."""
-        return self.constraint is not None or self.schema is not None
+        return self.constraint is not None or self.needs_grammar
+
+    @property
+    def needs_grammar(self) -> bool:
+        """Whether a grammar is still to be made (`with_grammar`)."""
+        return self.schema is not None or self.calls is not None
 
     @property
     def ids(self) -> Sequence[int]:
@@ -113,6 +126,8 @@ class Request:
             "is_processed": bool(self.logits_processors),
             "is_constrained": self.constraint is not None,
             "schema": self.schema,
+            "calls": self.calls,
+            "suffix": self.suffix,
         }
 
     @classmethod
@@ -146,7 +161,8 @@ def prepare(request: Request, model: Mistral, tokenizer: Tokenizer, cache: Rolli
     continues, message = request.continues, _continued(request.prompt)
     ready = replace(
         request,
-        prompt=encode_prompt(tokenizer, request.prompt),
+        prompt=encode_prompt(tokenizer, request.prompt, request.suffix),
+        suffix="",
         at_start=request.at_start and message is None and not isinstance(request.prompt, str),
         begun=request.begun if message is None else len(message.get("ids") or ()),
         continues=tokenizer.encode(continues) if isinstance(continues, str) else check_ids(continues),
@@ -160,17 +176,24 @@ def prepare(request: Request, model: Mistral, tokenizer: Tokenizer, cache: Rolli
 
 
 def with_grammar(request: Request, tokenizer: Tokenizer) -> Request:
-    """Put a grammar in the place of a request's JSON schema, which may take seconds.
+    """Put a grammar in the place of a request's JSON schema or calls, which may take seconds.
 
     Raises InputError for a schema that cannot be used, and BusyError.
     """
-    if request.schema is None:
-        return request
-    return replace(request, schema=None, constraint=json_constraint(tokenizer, request.schema))
+    if request.calls is not None:
+        return replace(request, calls=None, constraint=calls_constraint(tokenizer, request.calls))
+    if request.schema is not None:
+        return replace(request, schema=None, constraint=json_constraint(tokenizer, request.schema))
+    return request
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> Sequence[int]:
-    """Encode a prompt in any of its three forms. Raises InputError and ChatFormatError."""
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, suffix: str = "") -> Sequence[int]:
+    """Encode a prompt in any of its three forms, a text with what stands behind the answer to it.
+
+    Raises InputError and ChatFormatError.
+    """
+    if isinstance(prompt, str) and suffix:
+        return infill_ids(tokenizer, prompt, suffix)
     if isinstance(prompt, str):
         return tokenizer.encode(prompt, add_bos=tokenizer.add_bos)
     if isinstance(prompt, Mapping):

@@ -83,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--file", action="append", default=[], metavar="PATH", help="put a text file into the question; repeatable"
     )
+    parser.add_argument(
+        "--suffix", metavar="TEXT", help="print what stands between -p, or piped text, and TEXT (Codestral)"
+    )
     parser.add_argument("-i", "--interactive", action="store_true", help="answer -p in the chat, and stay there")
     parser.add_argument(
         "-c", "--continue", action="store_true", dest="go_on", help="go on with the last conversation"
@@ -147,7 +150,7 @@ def _chat(args: argparse.Namespace) -> int:
     in_terminal = environment.in_browser or bool(
         sys.stdin and sys.stdin.isatty() and sys.stdout and sys.stdout.isatty()
     )
-    asked = args.prompt is not None or bool(args.file)
+    asked = args.prompt is not None or bool(args.file) or args.suffix is not None
     shown = args.interactive or (in_terminal and not asked and not args.json)
     notes = []
     try:
@@ -189,6 +192,12 @@ def _chat(args: argparse.Namespace) -> int:
 
 def _check_together(args: argparse.Namespace, asked: bool, in_terminal: bool) -> None:
     """Raise InputError for options that exclude each other."""
+    if args.suffix is not None:
+        others = (args.interactive, args.web, args.import_file, args.go_on, args.json_schema, args.file)
+        if any(others) or is_launched():
+            raise InputError("--suffix prints what stands between two texts; it goes with -p and settings only")
+        if args.prompt is None and in_terminal:
+            raise InputError('--suffix: there is no text before it; give one with -p "…" or pipe it in')
     if args.json_schema and (args.interactive or not (asked or not in_terminal)):
         raise InputError("--json-schema is for a single answer: give the question with -p")
     if is_launched() and (args.web or args.interactive or not asked):
@@ -208,8 +217,12 @@ def _import_file(name: str, environment: Environment) -> int:
 
 def _answer(args: argparse.Namespace, settings: Settings, environment: Environment) -> int:
     """Print one answer, or be one of `mlx.launch`'s other processes; returns the exit status."""
-    from m7mlx_chat.headless import answer
-    from m7mlx_chat.question import question_of, read_schema
+    from m7mlx_chat.headless import answer, fill_in
+    from m7mlx_chat.question import piped_text, question_of, read_schema
+
+    if args.suffix is not None:
+        prefix = piped_text() if args.prompt is None else args.prompt
+        return fill_in(settings, prefix, args.suffix, as_json=args.json)
 
     world = _join(args.parallel, settings) if is_launched() else None
     if world is not None and world.rank:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from m7mlx import Request
 from m7mlx.errors import DownloadError, InputError, RunError
 from m7mlx.files.hub import DEMO, resolve
 from m7mlx.parallel.world import World
@@ -79,6 +80,37 @@ def answer(
                 session.handle(event)
             engine.close()
     return 0
+
+
+def fill_in(settings: Settings, prefix: str, suffix: str, *, as_json: bool = False) -> int:
+    """Write what stands between two texts on stdout; returns the exit status. Nothing is kept."""
+    if sys.stdout is None:
+        raise RunError("standard output is closed; there is nowhere to print the answer")
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+    folder = fetch_models(settings)
+    engine = Engine(None)
+    with _ended_by_signals():
+        engine.start()
+        try:
+            engine.load(folder, settings)
+            engine.submit(Request(prefix, settings.sampling, settings.max_tokens, settings.stop, suffix=suffix))
+            printer: Printer = JsonPrinter() if as_json else TextPrinter()
+            with printer:
+                _print_to_end(engine, printer)
+        finally:
+            engine.cancel()
+            engine.close()
+    return 0
+
+
+def _print_to_end(engine: Engine, printer: Printer) -> None:
+    while True:
+        for event in engine.drain(_WAIT):
+            printer.show(event)
+            if isinstance(event, Failed):
+                raise (InputError if event.exit_status == InputError.exit_status else RunError)(event.message)
+            if isinstance(event, Done):
+                return
 
 
 @contextmanager

@@ -141,7 +141,7 @@ def can_roll_back(cache: RollingCache, max_tokens: int | None) -> bool:
 
 def vocabulary(folder: Path) -> str:
     """A name for the meaning of ids: a hash of the tokenizer's files."""
-    files = sorted([*folder.glob("tokenizer.json"), *folder.glob("tokenizer.model*")])
+    files = sorted([*folder.glob("tokenizer.json"), *folder.glob("tokenizer.model*"), *folder.glob("tekken.json")])
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 

@@ -33,6 +33,13 @@ def question_of(prompt: str | None, files: Sequence[str] = (), *, may_be_piped: 
     return asked
 
 
+def piped_text() -> str:
+    """All of standard input, as it is. Raises InputError if there is none."""
+    if sys.stdin is None:
+        raise InputError('there is no text; give one with -p "…" or pipe it in')
+    return sys.stdin.buffer.read().decode("utf-8", "replace")
+
+
 def _is_pipe_or_file() -> bool:
     """Whether standard input may hold a question.
 

@@ -165,7 +165,7 @@ class Engine:
         return not self._thread.is_alive()
 
     async def _with_grammars(self, requests: Sequence[Request]) -> Sequence[Request]:
-        if requests[0].schema is None:
+        if not requests[0].needs_grammar:
             return requests
 
         def prepared() -> list[Request]:

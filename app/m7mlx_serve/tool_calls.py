@@ -1,4 +1,7 @@
-"""Tool calls in Mistral's v3 format: [TOOL_CALLS], then a JSON list of {"name": …, "arguments": …}.
+"""Tool calls as Mistral's models write them, behind [TOOL_CALLS].
+
+Up to v7 that is a JSON list of {"name": …, "arguments": …}. From v11 on it is the name, perhaps
+[CALL_ID] and an id, [ARGS] and the arguments; each call has a [TOOL_CALLS] of its own.
 
 A client is told of calls while they are written: of a call's name as soon as it is known, of its
 arguments letter by letter. A call that the client demands is enforced by a grammar; any other may
@@ -8,14 +11,16 @@ like any other.
 
 from __future__ import annotations
 
+import re
 import secrets
 import string
 from typing import Any
 
-from m7mlx_serve.tool_scanner import CallScanner
+from m7mlx_serve.tool_scanner import CallScanner, ObjectScanner
 
 MARK = "[TOOL_CALLS]"
 _ID = string.ascii_letters + string.digits
+_WHOLE_ID = re.compile("[A-Za-z0-9]{9}")
 
 
 def call_id() -> str:
@@ -46,6 +51,10 @@ class CallReader:
                 self._add_name(value) if kind == "name" else self._add_arguments(value)
         return self._told
 
+    def mark(self, name: str) -> list[dict[str, Any]]:
+        """The deltas that a control token makes: none, in a list."""
+        return []
+
     @property
     def has_calls(self) -> bool:
         """Whether a call has been told."""
@@ -75,8 +84,9 @@ class CallReader:
         """All of the text, if it holds no call; it is shown as it is."""
         return "" if self._heads else "".join(self._text)
 
-    def _add_name(self, name: str) -> None:
-        call = {"id": call_id(), "type": "function", "function": {"name": name, "arguments": ""}}
+    def _add_name(self, name: str, given_id: str = "") -> None:
+        own_id = given_id if _WHOLE_ID.fullmatch(given_id) else call_id()
+        call = {"id": own_id, "type": "function", "function": {"name": name, "arguments": ""}}
         self._told.append({"index": len(self._heads), **call, "function": {"name": name, "arguments": ""}})
         self._heads.append(call)
         self._arguments.append([])
@@ -89,3 +99,44 @@ class CallReader:
             last["function"]["arguments"] += text
         else:
             self._told.append({"index": index, "function": {"arguments": text}})
+
+
+class NamedCallReader(CallReader):
+    """The same for calls from v11 on, whose parts begin at control tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._where = "name"  # name, id, arguments, nowhere
+        self._parts = {"name": "", "id": ""}
+        self._object = ObjectScanner()
+
+    def add(self, text: str) -> list[dict[str, Any]]:
+        if not self._heads:
+            self._text.append(text)
+        self._told = []
+        if self._where in self._parts:
+            self._parts[self._where] += text
+        elif self._where == "arguments" and (arguments := self._object.see(text)):
+            self._add_arguments(arguments)
+        return self._told
+
+    def mark(self, name: str) -> list[dict[str, Any]]:
+        self._told = []
+        if name == MARK:
+            self._where, self._parts, self._object = "name", {"name": "", "id": ""}, ObjectScanner()
+        elif name == "[CALL_ID]" and self._where == "name":
+            self._where = "id"
+        elif name == "[ARGS]" and self._where in self._parts:
+            called = self._parts["name"].strip()
+            self._where = "arguments" if called else "nowhere"
+            if called:
+                self._add_name(called, self._parts["id"].strip())
+        return self._told
+
+    @property
+    def is_open(self) -> bool:
+        return not self._object.is_whole
+
+    @property
+    def lead(self) -> str:
+        return ""

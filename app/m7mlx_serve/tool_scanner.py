@@ -130,6 +130,36 @@ class CallScanner:
         return []
 
 
+class ObjectScanner:
+    """Finds where a JSON object ends, whatever follows it; it does not judge what is inside."""
+
+    def __init__(self) -> None:
+        self.is_whole = False
+        self._depth = 0
+        self._in_string = self._escaped = False
+
+    def see(self, text: str) -> str:
+        """The part of a text that is the object's."""
+        if self.is_whole:
+            return ""
+        text = text if self._depth else text.lstrip(_SPACE)
+        for n, letter in enumerate(text, 1):
+            if self._escaped:
+                self._escaped = False
+            elif self._in_string:
+                self._escaped, self._in_string = letter == "\\", letter != '"'
+            elif letter == '"':
+                self._in_string = True
+            elif letter in "{[":
+                self._depth += 1
+            elif letter in "}]":
+                self._depth -= 1
+                if self._depth <= 0:
+                    self.is_whole = True
+                    return text[:n]
+        return text
+
+
 def _string(literal: str) -> str | None:
     """The text of a JSON string; None for anything else."""
     try:

@@ -17,14 +17,20 @@ _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
 
 def _byte_level(use_regex: bool) -> dict[str, Any]:
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
 
 
-def _split(digits: str) -> list[dict[str, Any]]:
-    pattern = {"Regex": _SPLIT.replace("DIGITS", digits)}
-    return [{"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}, _byte_level(False)]
+def _split(pattern: str) -> list[dict[str, Any]]:
+    cut = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return [cut, _byte_level(False)]
 
 
 # tokenizer.ggml.pre → how the text is cut before the merges, as in the models' own tokenizer.json
@@ -32,9 +38,11 @@ _PRE: dict[str, list[dict[str, Any]]] = {
     "gpt-2": [_byte_level(True)],
     "default": [_byte_level(True)],
     "smollm": [{"type": "Digits", "individual_digits": True}, _byte_level(True)],
-    "llama-bpe": _split(r"\p{N}{1,3}"),
-    "qwen2": _split(r"\p{N}"),
+    "llama-bpe": _split(_SPLIT.replace("DIGITS", r"\p{N}{1,3}")),
+    "qwen2": _split(_SPLIT.replace("DIGITS", r"\p{N}")),
+    "tekken": _split(_TEKKEN),
 }
+_WHOLE_FIRST = ("llama-bpe", "tekken")  # a piece that is a token is one, whatever the merges
 
 
 def tokenizer_files(path: Path, metadata: Mapping[str, Any]) -> dict[str, Path | bytes]:
@@ -105,7 +113,7 @@ def _json_tokenizer(path: Path, values: Mapping[str, Any], tokens: list[str], ty
             "type": "BPE",
             "vocab": vocab,
             "merges": [merge.split(" ", 1) for merge in merges],
-            "ignore_merges": pre == "llama-bpe",
+            "ignore_merges": pre in _WHOLE_FIRST,
         },
     }
     return json.dumps(data, ensure_ascii=False).encode()

@@ -4,7 +4,7 @@ The template that comes with a model is the truth. Mistral's format, which also 
 refuse (several questions in a row, a system prompt later on), replaces it only where nothing is
 lost:
 
-- the folder has no template, and Mistral's own vocabulary;
+- the folder has no template, and Mistral's own vocabulary, whose version is certain;
 - the template is one that Mistral published: those models were made with mistral-common;
 - or both give the same ids, or both refuse, for each of a set of probing conversations.
 
@@ -15,21 +15,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from m7mlx.errors import ChatFormatError, TokenizerError
 from m7mlx.files.records import read_record, write_record
+from m7mlx.jsonfile import said
 from m7mlx.tokens.added_tokens import Names
 from m7mlx.tokens.messages import ChatFormat, Message
-from m7mlx.tokens.mistral_format import MistralFormat, Version, mistral_version
+from m7mlx.tokens.mistral_format import MistralFormat
 from m7mlx.tokens.template_format import TemplateFormat
 from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx.tokens.tokenizer_json import JsonTokenizer
 from m7mlx.tokens.tokenizer_sentencepiece import SentencePieceTokenizer
+from m7mlx.tokens.tokenizer_tekken import TekkenTokenizer
+from m7mlx.tokens.versions import VERSIONS, Version, number_of, possible_versions
 
 # SHA-256 of the templates that Mistral published for 7B Instruct v0.1 to v0.3, of their lines
 # without indentation.
@@ -40,9 +44,9 @@ _PUBLISHED = {
     "8be58afa35e97d75e65e750f012bcd48260514fe7e24352fca0acb8b7247d111",  # v0.3, with tools
     "304ce9c2d9ed2c50062f05910735ae4832f782a0fb2d2560e8b0644ce44625a6",  # the same, later
 }
-_SIZES = {"v1": 32000, "v2": 32768, "v3": 32768}  # of Mistral's sentencepiece vocabularies
+_SIZES = {"v1": 32000, "v2": 32768, "v3": 32768}  # of the vocabularies that those go with
 _RECORD = "chat-formats.json"
-_RULES = 1  # counts up when the rules of the choice change
+_RULES = 2  # counts up when the rules of the choice change
 _KEPT = 200  # choices that are remembered
 _CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "sum", "arguments": '{"a": [1, 2]}'}}
 _TOOL = {
@@ -55,18 +59,27 @@ _TOOL = {
 }
 
 
+Kind = Literal["model", "json", "tekken"]
+
+
 class Folder(NamedTuple):
     """A model folder, as far as the choice depends on it."""
 
     path: Path
     model: Path | None  # sentencepiece's
     json: Path | None
+    tekken: Path | None
     names: Names
     templates: Mapping[str, str]
 
+    def kinds(self) -> list[Kind]:
+        """Return the kinds of file that there are; what the first one holds counts."""
+        paths: dict[Kind, Path | None] = {"json": self.json, "tekken": self.tekken, "model": self.model}
+        return [kind for kind, path in paths.items() if path is not None]
+
 
 class _Choice(NamedTuple):
-    uses_model: bool
+    kind: Kind
     version: Version | None  # of Mistral's format; None: the folder's own template
 
 
@@ -74,54 +87,79 @@ def make_tokenizer(folder: Folder) -> Tokenizer:
     """Load a folder's tokenizer and give it its chat format. Raises TokenizerError."""
     state = _state(folder)
     choice = _remembered(state)
-    if choice is None or (choice.uses_model and not folder.model) or not (choice.uses_model or folder.json):
+    if choice is None or choice.kind not in folder.kinds():
         choice = _choose(folder)
         _remember(state, choice)
-    tokenizer = _read(folder, choice.uses_model)
+    tokenizer = _read(folder, choice.kind)
+    versions = [choice.version] if choice.version else possible_versions(tokenizer)
+    tokenizer.names_calls = bool(versions) and number_of(versions[0]) >= 11
     if choice.version:
-        tokenizer.chat = MistralFormat(tokenizer, choice.version)
+        tokenizer.chat = _mistral_format(tokenizer, choice.version)
     else:
         tokenizer.chat = TemplateFormat(tokenizer, folder.templates, folder.names.settings)
     return tokenizer
 
 
-def _read(folder: Folder, uses_model: bool) -> Tokenizer:
-    if uses_model:
-        assert folder.model is not None
-        return SentencePieceTokenizer(folder.model, folder.names)
-    assert folder.json is not None
-    return JsonTokenizer(folder.json, folder.names)
+def _read(folder: Folder, kind: Kind) -> Tokenizer:
+    path = {"model": folder.model, "json": folder.json, "tekken": folder.tekken}[kind]
+    assert path is not None
+    if kind == "tekken":
+        return TekkenTokenizer(path)
+    return SentencePieceTokenizer(path, folder.names) if kind == "model" else JsonTokenizer(path, folder.names)
+
+
+def _mistral_format(tokenizer: Tokenizer, version: Version) -> MistralFormat:
+    settings = tokenizer.settings if isinstance(tokenizer, TekkenTokenizer) else None
+    return MistralFormat(tokenizer, version, settings)
 
 
 def _choose(folder: Folder) -> _Choice:
-    own = _read(folder, uses_model=folder.json is None)
-    mistrals = own
-    if isinstance(own, JsonTokenizer) and folder.model:
+    first, *others = folder.kinds()
+    own = mistrals = _read(folder, first)
+    kind = first
+    for other in others:
         try:
-            beside = SentencePieceTokenizer(folder.model, folder.names)
-            if beside.vocabulary() == own.vocabulary():
-                mistrals = beside  # sentencepiece gives the very ids of mistral-common
+            beside = _read(folder, other)
+            if isinstance(own, JsonTokenizer) and beside.vocabulary() == own.vocabulary():
+                kind, mistrals = other, beside  # Mistral's own files give the very ids of mistral-common
+                break
         except TokenizerError:  # a damaged file, which is not needed
             pass
-    uses_model = isinstance(mistrals, SentencePieceTokenizer)
-    version = mistral_version(mistrals)
-    if version and _is_mistrals(folder, own, mistrals, version):
-        return _Choice(uses_model, version)
-    return _Choice(folder.json is None, None)
+    version = _version(folder, own, mistrals)
+    return _Choice(kind, version) if version else _Choice(first, None)
+
+
+def _version(folder: Folder, own: Tokenizer, mistrals: Tokenizer) -> Version | None:
+    """Return the version of Mistral's format that a folder's model reads, None for its template."""
+    possible = possible_versions(mistrals)
+    if mistrals.stated_version is not None and not possible:
+        warnings.warn(
+            f"{folder.path} states version {said(mistrals.stated_version)} of Mistral's format, which is not known "
+            f"here, or lacks its tokens; the model's own chat template is used",
+            stacklevel=2,
+        )
+    if not folder.templates:
+        return possible[0] if len(possible) == 1 and _is_whole(mistrals, possible[0]) else None
+    return next((version for version in possible if _is_mistrals(folder, own, mistrals, version)), None)
+
+
+def _is_whole(mistrals: Tokenizer, version: Version) -> bool:
+    return version != "v1" or mistrals.vocab_size == _SIZES[version]
 
 
 def _is_mistrals(folder: Folder, own: Tokenizer, mistrals: Tokenizer, version: Version) -> bool:
-    if not folder.templates:
-        return version != "v1" or mistrals.vocab_size == _SIZES[version]
     template = folder.templates.get("default")
     if template is None:
         return False
-    if _digest(template) in _PUBLISHED and mistrals.vocab_size == _SIZES[version]:
+    if _digest(template) in _PUBLISHED and mistrals.vocab_size == _SIZES.get(version):
         return True
     theirs = TemplateFormat(own, folder.templates, folder.names.settings)
-    ours = MistralFormat(mistrals, version)
+    ours = _mistral_format(mistrals, version)
     knows_tools = any("tool" in text for text in folder.templates.values())
-    return all(_ids(ours, *probe) == _ids(theirs, *probe) for probe in _probes(knows_tools))
+    # A template cannot read the JSON of a tool's result: it is not asked to, where the file that
+    # states the version has said already what becomes of it.
+    result = '{"sum": 3}' if mistrals.stated_version is None else "three"
+    return all(_ids(ours, *probe) == _ids(theirs, *probe) for probe in _probes(knows_tools, result))
 
 
 def _ids(chat: ChatFormat, messages: list[Message], tools: list[Any]) -> list[int] | None:
@@ -131,14 +169,14 @@ def _ids(chat: ChatFormat, messages: list[Message], tools: list[Any]) -> list[in
         return None
 
 
-def _probes(knows_tools: bool) -> list[tuple[list[Message], list[Any]]]:
+def _probes(knows_tools: bool, tool_result: str) -> list[tuple[list[Message], list[Any]]]:
     """Return conversations of all kinds, with tools where the template knows them."""
     system: Message = {"role": "system", "content": "Be brief, in two\nlines."}
     hello: Message = {"role": "user", "content": "Hello, you"}
     bye: Message = {"role": "user", "content": "1 + 2?"}
     answer: Message = {"role": "assistant", "content": "Hi there."}
     call: Message = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
-    result: Message = {"role": "tool", "tool_call_id": _CALL["id"], "name": "sum", "content": '{"sum": 3}'}
+    result: Message = {"role": "tool", "tool_call_id": _CALL["id"], "name": "sum", "content": tool_result}
     plain: list[list[Message]] = [[hello], [hello, answer, bye], [system, hello], [system, hello, answer, bye]]
     probes: list[tuple[list[Message], list[Any]]] = [(messages, []) for messages in plain]
     if knows_tools:
@@ -163,7 +201,7 @@ def _state(folder: Folder) -> str:
         ours = ""
     told = hashlib.sha256(f"{_RULES} {ours} {folder.names.rows}".encode())
     names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-    for path in (folder.model, folder.json, *(folder.path / name for name in names)):
+    for path in (folder.model, folder.json, folder.tekken, *(folder.path / name for name in names)):
         data = path.read_bytes() if path and path.is_file() else b""
         told.update(f"{path.name if path else None} {len(data)} ".encode() + data)
     told.update(json.dumps(dict(folder.templates)).encode())
@@ -172,8 +210,8 @@ def _state(folder: Folder) -> str:
 
 def _remembered(state: str) -> _Choice | None:
     match read_record(_RECORD).get(state):
-        case [bool() as uses_model, None | "v1" | "v2" | "v3" as version]:
-            return _Choice(uses_model, version)
+        case [kind, version] if kind in get_args(Kind) and (version is None or version in VERSIONS):
+            return _Choice(kind, version)
     return None
 
 

@@ -11,6 +11,7 @@ from m7mlx.jsonfile import read_bytes, token_ids
 from m7mlx.tokens.added_tokens import optional_json, read_names, tokenizer_errors
 from m7mlx.tokens.choice import Folder, make_tokenizer
 from m7mlx.tokens.tokenizer import Tokenizer
+from m7mlx.tokens.tokenizer_sentencepiece import stated_version
 
 _MOST_TEMPLATE = 1 << 20  # bytes
 
@@ -24,12 +25,11 @@ def load_tokenizer(folder: Path, embedding_size: int | None = None) -> Tokenizer
     """
     templates = _chat_templates(folder)
     names = read_names(folder, templates.values(), embedding_size)
-    models = [folder / f"tokenizer.model{suffix}" for suffix in (".v3", ".v2", ".v1", "")]
-    model = next((m for m in models if m.is_file()), None)
-    json_file = folder / "tokenizer.json"
-    if model is None and not json_file.is_file():
-        raise TokenizerError(f"{folder} has no tokenizer (tokenizer.model or tokenizer.json)")
-    tokenizer = make_tokenizer(Folder(folder, model, json_file if json_file.is_file() else None, names, templates))
+    json_file, tekken = (_file(folder / name) for name in ("tokenizer.json", "tekken.json"))
+    found = Folder(folder, _sentencepiece_file(folder), json_file, tekken, names, templates)
+    if not (found.model or found.json or found.tekken):
+        raise TokenizerError(f"{folder} has no tokenizer (tokenizer.json, tokenizer.model or tekken.json)")
+    tokenizer = make_tokenizer(found)
     tokenizer.eos_ids |= _eos_ids(folder)
     if embedding_size is not None:
         try:
@@ -37,6 +37,19 @@ def load_tokenizer(folder: Path, embedding_size: int | None = None) -> Tokenizer
         except TokenizerError as error:
             raise TokenizerError(f"{folder}: {error}") from None
     return tokenizer
+
+
+def _file(path: Path) -> Path | None:
+    return path if path.is_file() else None
+
+
+def _sentencepiece_file(folder: Path) -> Path | None:
+    """Return the sentencepiece model of the newest version; one that states none comes last."""
+    named = {path: stated_version(path.name) for path in folder.glob("tokenizer.model.*") if path.is_file()}
+    newest = max(
+        (path for path in named if named[path]), key=lambda path: int((named[path] or "v0")[1:]), default=None
+    )
+    return newest or _file(folder / "tokenizer.model")
 
 
 def _eos_ids(folder: Path) -> frozenset[int]:

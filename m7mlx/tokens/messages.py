@@ -7,7 +7,11 @@ A message is a mapping, as everywhere:
 An assistant message may hold `tool_calls` and a tool message `tool_call_id` and `name`, as in
 OpenAI's API. An assistant message may hold `ids`: the ids it was generated as, without the end
 token. They are used as they are, since the same text can be tokenised in other ways, which the
-cache would not recognise.
+cache would not recognise. It may hold `reasoning_content`, what the model thought before it
+answered; a format that has no place for thoughts leaves it out.
+
+The content of a system prompt or an assistant's message may be a list of parts,
+{"type": "text", "text": …} and {"type": "thinking", "thinking": "text"}, as in Mistral's API.
 
 The last message may be an assistant's with `"prefix": True`, as in Mistral's API: the beginning of
 the answer, which the model continues.
@@ -32,10 +36,20 @@ class ChatFormat(ABC):
     """The form in which one model reads conversations."""
 
     @abstractmethod
-    def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+    def encode(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        effort: str | None = None,
+        schema: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Return the ids of a conversation, up to where the model's answer begins or goes on.
 
-        tools  functions that the model may call, as in OpenAI's API
+        tools   functions that the model may call, as in OpenAI's API
+        effort  how much the model shall think, for models that are told so ("high"); None takes
+                the model's default
+        schema  the JSON schema that the answer will follow, for models that are told so
 
         Raises ChatFormatError.
         """
@@ -53,10 +67,28 @@ def check_messages(messages: Sequence[Message]) -> None:
     for n, message in enumerate(messages, 1):
         if not isinstance(message, Mapping) or message.get("role") not in ROLES:
             raise ChatFormatError(f"message {n} has no role out of {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
-            raise ChatFormatError(f"message {n} ({message['role']}) has no text as its content")
+        name = f"message {n} ({message['role']})"
+        content = message.get("content")
+        if isinstance(content, list) and message["role"] in ("system", "assistant"):
+            _check_parts(content, name)
+        elif not isinstance(content, str) and not message.get("tool_calls") and not _is_thought(message):
+            raise ChatFormatError(f"{name} has no text as its content")
+        if not isinstance(message.get("reasoning_content"), str | None):
+            raise ChatFormatError(f"{name}: reasoning_content must be a text")
         if message.get("prefix") is not None:
-            _check_prefix(message, f"message {n} ({message['role']})", is_last=n == len(messages))
+            _check_prefix(message, name, is_last=n == len(messages))
+
+
+def _is_thought(message: Message) -> bool:
+    """Whether an answer was broken off while the model was thinking."""
+    return message["role"] == "assistant" and bool(message.get("reasoning_content"))
+
+
+def _check_parts(parts: Sequence[Any], name: str) -> None:
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind not in ("text", "thinking") or not isinstance(part.get(kind), str):
+            raise ChatFormatError(f"{name}: a part of its content is neither text nor thinking")
 
 
 def _check_prefix(message: Message, name: str, *, is_last: bool) -> None:
@@ -68,7 +100,7 @@ def _check_prefix(message: Message, name: str, *, is_last: bool) -> None:
         raise ChatFormatError(f"{name} cannot have a prefix of true: only an assistant's last message is continued")
     if message.get("tool_calls"):
         raise ChatFormatError(f"{name} calls tools, so it cannot be continued; leave out prefix")
-    if not (message["content"] or message.get("ids")):
+    if not (message.get("content") or message.get("ids") or _is_thought(message)):
         raise ChatFormatError(f"{name} is empty, so it cannot be continued; leave it out")
 
 

@@ -30,9 +30,18 @@ class TemplateFormat(ChatFormat):
     def __repr__(self) -> str:
         return f"TemplateFormat({', '.join(map(shown, self._templates))})"
 
-    def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+    def encode(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        effort: str | None = None,
+        schema: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         check_messages(messages)
         template = self._template(bool(tools))
+        if effort is not None and "reasoning_effort" not in template:
+            raise ChatFormatError("this model cannot be told how much to think; leave out reasoning_effort")
         # An answer whose ids are known goes through the template as a name that no text contains.
         # So does the place where a message ends that is to be continued.
         nonce = secrets.token_hex(8)
@@ -45,16 +54,19 @@ class TemplateFormat(ChatFormat):
         controls = self._tokenizer.control_ids()
         marker = Marker([*controls, *kept, end])
         bare = [_with_objects({k: v for k, v in m.items() if k not in ("ids", "prefix")}) for m in messages]
-        *plain, given = marker.mark([*bare, {"tools": list(tools)}])
+        *plain, given = marker.mark([*bare, {"tools": list(tools), "effort": effort}])
         for name in kept:
             plain[int(name.rpartition(":")[2][:-1])]["content"] = name
-        continued = plain[-1]["content"] if is_continued(messages) else None
+        continued = plain[-1].get("content") if is_continued(messages) else None
+        if is_continued(messages) and not isinstance(continued, str):
+            raise ChatFormatError("the model's chat template continues a text only, not parts or thoughts")
         if continued is not None:
             plain[-1]["content"] = f"{continued}{end} "
         context = {
             "messages": plain,
             "tools": given["tools"] or None,
             "add_generation_prompt": continued is None,
+            **({} if effort is None else {"reasoning_effort": given["effort"]}),
             **{k: _token_name(self._settings.get(k)) for k in ("bos_token", "eos_token", "unk_token", "pad_token")},
         }
         rendered = render(template, context)

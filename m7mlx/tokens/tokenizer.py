@@ -10,11 +10,13 @@ from __future__ import annotations
 import codecs
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 
 from m7mlx.errors import TokenizerError
 from m7mlx.tokens.messages import ChatFormat
 
 MOST_BYTES = 64 << 20  # of a tokenizer's file
+_MARKS = ("[THINK]", "[/THINK]", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
 SPACE = "▁"  # how sentencepiece writes a space inside a piece
 
 
@@ -60,6 +62,8 @@ class Tokenizer(ABC):
     eos_ids             ids that end an answer
     add_bos             whether the model expects `bos_id` before a text
     adds_leading_space  whether encoding puts a space before a text, which decoding drops again
+    stated_version      the version of Mistral's format that its file states, such as "v7"
+    names_calls         whether the model calls a tool by name and [ARGS], not in a JSON list
     chat                the model's chat format: messages → ids
     """
 
@@ -68,9 +72,13 @@ class Tokenizer(ABC):
     eos_ids: frozenset[int]
     add_bos: bool
     adds_leading_space: bool
+    stated_version: str | None
+    names_calls: bool
     chat: ChatFormat
 
     def __init__(self) -> None:
+        self.stated_version = None
+        self.names_calls = False
         self._bytes: dict[int, bytes] = {}
         self._without_row: dict[int, str] = {}
 
@@ -135,13 +143,17 @@ class Tokenizer(ABC):
         """Return name → id of all control tokens."""
 
     @abstractmethod
+    def vocabulary(self) -> dict[str, int]:
+        """Return piece → id of all tokens."""
+
+    @abstractmethod
     def _token_bytes(self, token: int) -> bytes: ...
 
     @abstractmethod
     def library(self) -> tuple[str, bytes]:
-        """Return the library that encodes texts ("sentencepiece" or "tokenizers") and its model.
+        """Return the library that encodes texts, and its model.
 
-        Another process can load it from these.
+        That is "sentencepiece", "tokenizers" or "tiktoken". Another process can load it from these.
         """
 
     @abstractmethod
@@ -175,6 +187,11 @@ class Tokenizer(ABC):
     def control_id(self, name: str) -> int | None:
         """Return the id of the control token called `name`, if there is one."""
         return self.control_ids().get(name)
+
+    @cached_property
+    def marks(self) -> Mapping[int, str]:
+        """Id → name of the control tokens that part an answer: into thoughts, calls, arguments."""
+        return {token: name for name in _MARKS if (token := self.control_id(name)) is not None}
 
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes that `token` stands for.

@@ -112,7 +112,6 @@ class JsonTokenizer(Tokenizer):
         return self._added
 
     def vocabulary(self) -> dict[str, int]:
-        """Return piece → id of all tokens."""
         names = {new: name for name, new in self._renamed.items()}
         return {names.get(piece, piece): i for piece, i in self._library.get_vocab(with_added_tokens=True).items()}
 
@@ -200,3 +199,9 @@ def _byte_alphabet() -> dict[str, bytes]:
 
 
 _BYTE_OF = _byte_alphabet()
+_NAME_OF = {data[0]: char for char, data in _BYTE_OF.items()}
+
+
+def byte_level_name(data: bytes) -> str:
+    """Return how byte-level vocabularies write bytes."""
+    return "".join([_NAME_OF[byte] for byte in data])

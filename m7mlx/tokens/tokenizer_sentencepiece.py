@@ -18,8 +18,14 @@ if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 
+def stated_version(name: str) -> str | None:
+    """Return the version of Mistral's format that the name of a model's file states, as "v7"."""
+    found = re.search(r"\.model\.(v\d+)(?:m\d+)?$", name)
+    return found[1] if found else None
+
+
 class SentencePieceTokenizer(Tokenizer):
-    """Mistral's tokenizer.model (v1, v2, v3) and its like, with tokens that fine-tunes add."""
+    """Mistral's tokenizer.model (v1 to v7) and its like, with tokens that fine-tunes add."""
 
     def __init__(self, path: Path, names: Names | None = None) -> None:
         # Here, for 50 ms: many models have a tokenizer.json alone.
@@ -41,7 +47,7 @@ class SentencePieceTokenizer(Tokenizer):
                 self._model.id_to_piece(token)
         except UnicodeDecodeError:
             raise TokenizerError(f"{path} is damaged: token {token} is not text; fetch it again") from None
-        self.path = path
+        self.stated_version = stated_version(path.name)
         self.vocab_size = self._model.get_piece_size()
         self._pieces = pieces
         self._words = re.compile(f"({'|'.join(map(re.escape, sorted(pieces.words, key=len, reverse=True)))})")
@@ -125,7 +131,6 @@ class SentencePieceTokenizer(Tokenizer):
         return self._pieces.ids
 
     def vocabulary(self) -> dict[str, int]:
-        """Return piece → id of all tokens."""
         return {self._model.id_to_piece(i): i for i in range(self._model.get_piece_size())}
 
     def _token_bytes(self, token: int) -> bytes:

@@ -20,7 +20,9 @@ from m7mlx_chat.settings import Settings
 from m7mlx_chat.store import Store
 from processes import piped, running
 
+from m7mlx import load, stream_generate
 from m7mlx.errors import InputError, M7Error, RunError
+from m7mlx.tokens.infill import infill_ids
 
 CHAT = str(Path(sys.executable).parent / "m7mlx-chat")
 CAPITAL = "What is the capital of France?"
@@ -75,6 +77,27 @@ def test_the_answer_with_other_memory_and_other_speed(demo_model: Path, options:
     assert done.returncode == 0, done.stderr
     assert b"Paris" in done.stdout
     assert done.stderr == b""
+
+
+# --- a small model: the text between two ----------------------------------------------------------
+
+
+def test_a_text_between_two(model_folder: Path) -> None:
+    model, tokenizer = load(model_folder)
+    ids = infill_ids(tokenizer, "def f(", "\nreturn [/INST]")
+    pieces = stream_generate(model, tokenizer, ids, max_tokens=5)
+    expected = tokenizer.detokenizer(at_start=False)
+    text = "".join([expected.add(i) for piece in pieces for i in piece.ids] + [expected.finish()])
+    options: list[str | Path] = ["--model", model_folder, "--suffix", "\nreturn [/INST]", "--max-tokens", "5"]
+    for done in (chat(*options, "-p", "def f("), chat(*options, stdin=b"def f(")):
+        assert (done.returncode, done.stdout.decode()) == (0, text + "\n"), done.stderr
+    assert not read_environment().database.exists()  # nothing is kept
+
+
+def test_what_does_not_go_with_a_suffix(tmp_path: Path) -> None:
+    for others in (["--continue"], ["--file", "x"], ["--interactive"], ["--json-schema", "x"]):
+        done = chat("--suffix", "x", "-p", "y", *others)
+        assert done.returncode == 2 and b"--suffix prints what stands between two texts" in done.stderr
 
 
 # --- a small model: what goes wrong ---------------------------------------------------------------

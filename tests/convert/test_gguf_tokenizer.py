@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conversations import assistant, system, user
 from gguf_files import tokenizer_metadata, unpack_tokenizer
+from mistral_common.integrations.chat_templates.chat_templates import convert_tokenizer_to_chat_template
 from models import mistral_file
 from sentencepiece import SentencePieceProcessor
+from tekken_files import N_SPECIAL, byte_level_json_of, ids_by, mistral_common_of, tekken_data, write_tekken
+from tokenizer_folders import HARD
 
 TEXTS = [
     "Hello, world!",
@@ -69,7 +73,35 @@ def test_sentencepiece_without_the_space_in_front(tmp_path: Path) -> None:
     assert unpack_tokenizer(tmp_path, metadata).encode("Hello") == [22557]
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "default", "smollm", "llama-bpe", "qwen2"])
+@pytest.mark.parametrize("version", ["v3", "v7", "v13"])
+def test_tekken_ids_are_those_of_mistral_common(tmp_path: Path, version: str) -> None:
+    """A GGUF states no version: its chat template tells which of Mistral's formats it is."""
+    theirs = mistral_common_of(write_tekken(tmp_path / "tekken", version))
+    data = byte_level_json_of(tekken_data(version))
+    pieces = list(data["model"]["vocab"])
+    template = convert_tokenizer_to_chat_template(tmp_path / "tekken" / "tekken.json")
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "tekken",
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.token_type": [3 if i < N_SPECIAL else 1 for i in range(len(pieces))],
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in data["model"]["merges"]],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.chat_template": template,
+    }
+    ours = unpack_tokenizer(tmp_path, metadata)
+    tekken = theirs.instruct_tokenizer.tokenizer
+    for text in [*TEXTS, *HARD, "camelCaseHTTPServer snake_case 12345 Ǆʰ한국어 path/to//file\r\n"]:
+        assert ours.encode(text) == tekken.encode(text, bos=False, eos=False)
+        assert ours.decode(ours.encode(text)) == text
+    assert ours.control_ids() == {token: i for i, token in enumerate(pieces[:N_SPECIAL])}
+    for messages in ([system("Be brief"), user("a [INST]"), assistant("b"), user("c")], [user("x")]):
+        assert ours.chat.encode(messages) == ids_by(theirs, messages)
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "default", "smollm", "llama-bpe", "qwen2", "tekken"])
 def test_byte_level_round_trip(tmp_path: Path, pre: str) -> None:
     tokenizer = unpack_tokenizer(tmp_path, tokenizer_metadata() | {"tokenizer.ggml.pre": pre})
     for text in TEXTS:

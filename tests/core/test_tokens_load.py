@@ -186,10 +186,10 @@ def test_nothing_typed_becomes_a_command_of_theirs(v7: Tokenizer) -> None:
     assert [i for i in typed if v7.is_control(i)] == [i for i in plain if v7.is_control(i)]
 
 
-def test_without_a_template_they_are_refused(tmp_path: Path) -> None:
+def test_without_a_template_their_tokens_tell_the_version(tmp_path: Path) -> None:
     shutil.copy(V7, tmp_path / "tokenizer.model")
-    with pytest.raises(ChatFormatError, match="no chat template"):
-        load_tokenizer(tmp_path).chat.encode(ASKED[0])
+    chat = load_tokenizer(tmp_path).chat
+    assert isinstance(chat, MistralFormat) and chat.version == "v7"
 
 
 # --- tokenizer.json beside tokenizer.model --------------------------------------------------------

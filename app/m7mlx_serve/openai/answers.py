@@ -83,6 +83,7 @@ class OpenAIAnswers:
     def _requests(self) -> list[Request]:
         """What the engine is asked for: one request for each answer."""
         body = self._body
+        calls = body.demanded_calls if self._answerer.tokenizer.names_calls else None
         request = Request(
             self._ids,
             max_tokens=self._answerer.token_limit(body.token_limit),
@@ -90,7 +91,8 @@ class OpenAIAnswers:
             at_start=body.starts_message,
             logit_bias={int(token): value for token, value in (body.logit_bias or {}).items()},
             logprobs=body.logprob_count,
-            schema=body.answer_schema,
+            schema=body.answer_schema if calls is None else None,
+            calls=calls,
         )
         return [replace(request, sampling=_sampling(body, index)) for index in range(body.n)]
 

@@ -49,6 +49,7 @@ class ChatMessage(Strict):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    reasoning_content: Text | None = None  # what the model thought before it answered
     name: Name | None = None
     refusal: None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=128, fail_fast=True)] | None = None
@@ -62,7 +63,7 @@ class ChatMessage(Strict):
         texts = [content] if isinstance(content, str) else [part.text for part in content]
         for call in self.tool_calls or []:
             texts += (call.id, call.function.name, call.function.arguments)
-        return sum(map(len, [*texts, self.name or "", self.tool_call_id or ""]))
+        return sum(map(len, [*texts, self.reasoning_content or "", self.name or "", self.tool_call_id or ""]))
 
     def plain(self) -> dict[str, Any]:
         """The message as `m7mlx.tokens.messages` takes it."""
@@ -71,7 +72,8 @@ class ChatMessage(Strict):
         found: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
         if self.tool_calls:
             found["tool_calls"] = [call.model_dump(exclude={"index"}) for call in self.tool_calls]
-        return found | {k: v for k in ("name", "tool_call_id", "prefix") if (v := getattr(self, k)) is not None}
+        others = ("reasoning_content", "name", "tool_call_id", "prefix")
+        return found | {k: v for k in others if (v := getattr(self, k)) is not None}
 
 
 class Function(Strict):
@@ -137,15 +139,18 @@ class ChatShape(Shape):
         """The role, which comes before any text."""
         return {"delta": {"role": "assistant", "content": ""}}
 
-    def delta(self, text: str = "", call: Fields | None = None) -> Fields:
-        """More of the message's text, or of a call."""
+    def delta(self, text: str = "", thought: str = "", call: Fields | None = None) -> Fields:
+        """More of the message's text, of what the model thinks, or of a call."""
         if call is not None:
             return {"delta": {"tool_calls": [call]}}
-        return {"delta": {"content": text} if text else {}}
+        told = {"reasoning_content": thought, "content": text}
+        return {"delta": {field: value for field, value in told.items() if value}}
 
-    def whole(self, text: str, calls: Sequence[Fields]) -> Fields:
+    def whole(self, text: str, calls: Sequence[Fields], thought: str) -> Fields:
         """The whole message."""
         message: Fields = {"role": "assistant", "content": text, "refusal": None}
+        if thought:
+            message["reasoning_content"] = thought
         if calls:
             message |= {"content": text or None, "tool_calls": list(calls)}
         return {"message": message}
@@ -163,6 +168,7 @@ class ChatRequest(Generation):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
+    reasoning_effort: Name | None = None  # how much to think, for models that are told so
     tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
@@ -205,6 +211,14 @@ class ChatRequest(Generation):
         return wanted.schema_ if wanted else {"type": "object"}
 
     @property
+    def demanded_calls(self) -> Mapping[str, Any] | None:
+        """The calls that are demanded, for models that write names before arguments."""
+        if (tools := self.required_tools) is None:
+            return None
+        functions = {tool.function.name: tool.function.parameters for tool in tools}
+        return {"functions": functions, "parallel": self.parallel_tool_calls is not False}
+
+    @property
     def token_limit(self) -> int | None:
         """The most tokens that the client wants."""
         return self.max_completion_tokens or self.max_tokens
@@ -237,7 +251,9 @@ class ChatRequest(Generation):
         if tools and mark is None:
             raise InputError("this model's chat format has no tools; leave out tools")
         messages = [message.plain() for message in self.messages]
-        ids = array("i", tokenizer.chat.encode(messages, [tool.model_dump(exclude_none=True) for tool in tools]))
+        told = [tool.model_dump(exclude_none=True) for tool in tools]
+        schema = None if self.required_tools else self.answer_schema
+        ids = array("i", tokenizer.chat.encode(messages, told, effort=self.reasoning_effort, schema=schema))
         if self.required_tools is not None and mark is not None:
             ids.append(mark)
         return ids

@@ -13,7 +13,7 @@ from typing import Any
 from m7mlx import Piece, TokenLogprobs
 from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx_serve.openai.shape import Fields, Shape
-from m7mlx_serve.tool_calls import CallReader
+from m7mlx_serve.tool_calls import CallReader, NamedCallReader
 
 _AT_ONCE = 16  # tokens whose log probabilities are sent in one piece
 
@@ -36,10 +36,12 @@ class Choice:
         streamed: bool,
     ) -> None:
         self.index, self._tokenizer, self._shape, self._streamed = index, tokenizer, shape, streamed
-        self._mark, self._calling, self._reader = mark, calling, CallReader()
+        self._mark, self._calling = mark, calling
+        self._reader = NamedCallReader() if tokenizer.names_calls else CallReader()
         self._lead_told = False  # the text before the calls
         self._characters = 0  # of text told so far
         self._texts: list[str] = []
+        self._thoughts: list[str] = []
         self._logprobs = LogprobsJson(shape)
         self.reason: str | None = None
 
@@ -47,29 +49,43 @@ class Choice:
         """Take a piece; return the choices of the chunks that it makes, none without a stream."""
         scored = [_scored(self._tokenizer, one) for one in piece.logprobs]
         offset = self._characters
-        text, calls = piece.text, []
-        self._calling = self._calling or (self._mark is not None and self._mark in piece.ids)
-        if self._calling:
-            calls, text = self._reader.add(text), ""
-            if calls and not self._lead_told:
-                self._lead_told, text = True, self._reader.lead
-            if piece.finish_reason is not None and not self._reader.has_calls:
-                text = self._reader.rest
+        text, calls = self._parted(piece)
         self._characters += len(text)
         if piece.finish_reason is not None:
             called = piece.finish_reason == "stop" and self._reader.has_calls and not self._reader.is_open
             self.reason = "tool_calls" if called else piece.finish_reason
         if not self._streamed:
             self._texts.append(text)
+            self._thoughts.append(piece.thought)
             self._logprobs.add(scored, offset)
             return []
         chunks = []
-        if text or scored:
-            chunks.append(self._chunk(self._shape.delta(text), scored, offset))
+        if text or piece.thought or scored:
+            chunks.append(self._chunk(self._shape.delta(text, piece.thought), scored, offset))
         chunks += [self._chunk(self._shape.delta(call=call)) for call in calls]
         if piece.finish_reason is not None:
             chunks.append(self._chunk(self._shape.delta(), reason=self.reason))
         return chunks
+
+    def _parted(self, piece: Piece) -> tuple[str, list[Fields]]:
+        """The text of a piece that is shown, and the deltas of calls in it.
+
+        A control token stands behind the text of its piece.
+        """
+        text, calls = piece.text, list[Fields]()
+        if self._calling:
+            calls, text = list(self._reader.add(text)), ""
+        for token in piece.ids:
+            name = self._tokenizer.marks.get(token)
+            if self._calling and name is not None:
+                calls += self._reader.mark(name)
+            elif token == self._mark:
+                self._calling = True
+        if calls and not self._lead_told:
+            self._lead_told, text = True, text + self._reader.lead
+        if self._calling and piece.finish_reason is not None and not self._reader.has_calls:
+            text += self._reader.rest
+        return text, calls
 
     def opening(self) -> Fields | None:
         """The choice of a stream's first chunk; None where a stream begins with text."""
@@ -78,7 +94,7 @@ class Choice:
 
     def whole(self) -> Fields:
         """The whole choice, for `write`."""
-        content = self._shape.whole("".join(self._texts), self._reader.calls)
+        content = self._shape.whole("".join(self._texts), self._reader.calls, "".join(self._thoughts))
         return {"index": self.index, **content, "finish_reason": self.reason, "logprobs": self._logprobs}
 
     def _chunk(

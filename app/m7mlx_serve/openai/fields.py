@@ -75,6 +75,11 @@ class Generation(Body):
         return None
 
     @property
+    def demanded_calls(self) -> Mapping[str, Any] | None:
+        """The calls that are demanded (`m7mlx.constrain.calls_constraint`), if any."""
+        return None
+
+    @property
     @abstractmethod
     def token_limit(self) -> int | None:
         """The most tokens that the client wants."""

@@ -65,6 +65,7 @@ class ChatChoice(_Reply):
     class Message(_Reply):
         role: Literal["assistant"]
         content: str | None
+        reasoning_content: str | None = None
         refusal: None
         tool_calls: list[CallReply] = Field(default_factory=list)
 
@@ -113,6 +114,7 @@ class ChatDelta(_Reply):
     class Delta(_Reply):
         role: Literal["assistant"] | None = None
         content: str | None = None
+        reasoning_content: str | None = None
         tool_calls: list[CallDelta] | None = None
 
     index: Count

@@ -27,11 +27,11 @@ class Shape(ABC):
         """The content of a stream's first chunk, before any text; None where there is none."""
 
     @abstractmethod
-    def delta(self, text: str = "", call: Fields | None = None) -> Fields:
-        """The content of a chunk: more text, or more of a tool call."""
+    def delta(self, text: str = "", thought: str = "", call: Fields | None = None) -> Fields:
+        """The content of a chunk: more of the text, of what the model thinks, or of a tool call."""
 
     @abstractmethod
-    def whole(self, text: str, calls: Sequence[Fields]) -> Fields:
+    def whole(self, text: str, calls: Sequence[Fields], thought: str) -> Fields:
         """The content of a whole answer."""
 
     @abstractmethod

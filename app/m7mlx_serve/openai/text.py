@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
-from m7mlx.errors import TokenizerError
+from m7mlx.errors import InputError, TokenizerError
+from m7mlx.tokens.infill import infill_ids
 from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx_serve.endpoint import Endpoint
 from m7mlx_serve.openai.fields import Generation
@@ -30,13 +31,13 @@ class TextShape(Shape):
         """Nothing: the first chunk has the first text."""
         return None
 
-    def delta(self, text: str = "", call: Fields | None = None) -> Fields:
-        """More text."""
-        return {"text": text}
+    def delta(self, text: str = "", thought: str = "", call: Fields | None = None) -> Fields:
+        """More text. A text that is gone on with has no other place for thoughts."""
+        return {"text": thought + text}
 
-    def whole(self, text: str, calls: Sequence[Fields]) -> Fields:
+    def whole(self, text: str, calls: Sequence[Fields], thought: str) -> Fields:
         """The whole text."""
-        return {"text": text}
+        return {"text": thought + text}
 
     def logprobs(self, scored: Sequence[Fields], offset: int) -> dict[str, list[Any]]:
         """One list for each field of a token."""
@@ -52,6 +53,7 @@ class CompletionRequest(Generation):
     """The body of POST /v1/completions."""
 
     prompt: Text | Annotated[list[int], Field(min_length=1, max_length=MAX_TEXT, fail_fast=True)]
+    suffix: Text | None = None  # what stands behind the answer, for models that fill in the middle
     echo: Literal[False] = False
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     shape: ClassVar[Shape] = TextShape()
@@ -67,10 +69,14 @@ class CompletionRequest(Generation):
         return self.logprobs
 
     def without_texts(self) -> Self:
-        """Leave out the prompt."""
-        return self.model_copy(update={"prompt": ""})
+        """Leave out the prompt, and what stands behind the answer."""
+        return self.model_copy(update={"prompt": "", "suffix": None})
 
     def _encode_prompt(self, tokenizer: Tokenizer) -> array[int]:
+        if self.suffix and not isinstance(self.prompt, str):
+            raise InputError("a suffix goes with a prompt that is a text, not ids")
+        if self.suffix and isinstance(self.prompt, str):
+            return array("i", infill_ids(tokenizer, self.prompt, self.suffix))
         if isinstance(self.prompt, str):
             return array("i", tokenizer.encode(self.prompt, add_bos=tokenizer.add_bos))
         if beyond := next((token for token in self.prompt if not 0 <= token <= _LARGEST_ID), None):
