@@ -28,7 +28,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,6 +47,7 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
 NANOBIND = {20: ">=2.13,<2.15", 21: "==2.15.*", 22: ">=3.0.1,<3.2"}  # by the version of its internals
 TOOLS = "on Debian and Ubuntu: apt install g++ python3-dev; on Fedora: dnf install gcc-c++ python3-devel"
 AGAIN = "then install m7mlx again"
+GCC = 12  # the least: the kernels use its vectors' shuffles, which Clang lacks
 
 
 class NotBuiltError(Exception):
@@ -76,6 +77,7 @@ class KernelsHook(BuildHookInterface[BuilderConfig]):
             build_data["pure_python"], build_data["infer_tag"] = False, True
         except NotBuiltError as error:
             if _setting() == "require":
+                _remove(folder)
                 sys.exit(f"M7MLX_NATIVE=require: {error}")
             self.app.display_warning(f"installed without kernels in C++: {error}")
         if not editable:
@@ -85,8 +87,13 @@ class KernelsHook(BuildHookInterface[BuilderConfig]):
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         """Remove what is in the wheel now."""
         for path in build_data["force_include"]:
-            if Path(path).name in (EXTENSION, RECORD):
-                shutil.rmtree(Path(path).parent, ignore_errors=True)
+            if Path(path).name == RECORD:
+                _remove(Path(path).parent)
+
+
+def _remove(folder: Path) -> None:
+    if folder != ROOT / PACKAGE:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def build(folder: Path) -> Path:
@@ -112,9 +119,21 @@ def _build(extension: Path) -> None:
         raise NotBuiltError("M7MLX_NATIVE=off was set")
     mlx, compiler = _find_mlx(), _find_compiler()
     nanobind = _find_nanobind(mlx)
-    objects = ROOT / "build" / "native" / "objects"
-    objects.mkdir(parents=True, exist_ok=True)
-    _link(_compile(_units(mlx, nanobind), compiler, objects), compiler, mlx, extension)
+    with _objects_folder() as objects:
+        _link(_compile(_units(mlx, nanobind), compiler, objects), compiler, mlx, extension)
+
+
+@contextlib.contextmanager
+def _objects_folder() -> Iterator[Path]:
+    """Give the folder where objects are kept; a passing one where the tree is not ours to write."""
+    kept = ROOT / "build" / "native" / "objects"
+    with contextlib.suppress(OSError):
+        kept.mkdir(parents=True, exist_ok=True)
+    if os.access(kept, os.W_OK | os.X_OK):
+        yield kept
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
 
 
 class _Compiler(NamedTuple):
@@ -171,7 +190,7 @@ def _compile(units: list[_Unit], compiler: _Compiler, folder: Path) -> list[Path
         if not made.exists():
             print(f"compiling {unit.source.name} {' '.join(f for f in flags if 'M7_ISA' in f)}", flush=True)
             part = made.with_suffix(f".{os.getpid()}")
-            _run([*compiler.command, *flags, *unit.includes, "-c", str(unit.source), "-o", str(part)])
+            _run(compiler, [*flags, *unit.includes, "-c", str(unit.source), "-o", str(part)])
             part.replace(made)
         return made
 
@@ -193,38 +212,44 @@ def _link(objects: list[Path], compiler: _Compiler, mlx: Path, extension: Path) 
     options = ["-shared", "-pthread", "-Wl,--gc-sections", *strip, *compiler.flags]
     libraries = [f"-L{mlx / 'lib'}", "-lmlx", *shlex.split(os.environ.get("LDFLAGS", ""))]
     try:
-        _run([*compiler.command, *options, *map(str, objects), *libraries, "-o", str(part)])
+        _run(compiler, [*options, *map(str, objects), *libraries, "-o", str(part)])
         part.replace(extension)  # a running process keeps the one that it has loaded
     finally:
         part.unlink(missing_ok=True)
 
 
-def _run(command: list[str]) -> None:
-    """Run a compiler, and show what it says; NotBuiltError, with its first error, if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+def _run(compiler: _Compiler, arguments: list[str]) -> None:
+    """Run the compiler and show what it says; NotBuiltError, with its first error, if it fails."""
+    done = subprocess.run(
+        [*compiler.command, *arguments], capture_output=True, text=True, errors="replace", check=False
+    )
     if done.stderr:
         print(done.stderr, end="", file=sys.stderr, flush=True)
     if done.returncode:
         lines = done.stderr.splitlines() or ["no message"]
         error = next((line for line in lines if "error" in line), lines[0])
-        raise NotBuiltError(f"{Path(command[0]).name} fails: {error.strip()}")
+        raise NotBuiltError(f"{compiler.version} fails: {error.strip()}")
 
 
 def _find_compiler() -> _Compiler:
     chosen = shlex.split(os.environ.get("CXX", ""))
-    names = [chosen[0]] if chosen else ["c++", "g++", "clang++"]
+    names = [chosen[0]] if chosen else ["g++", "c++"]
     path = next((found for name in names if (found := shutil.which(name))), None)
     if not path:
         raise NotBuiltError(f"{chosen[0] if chosen else 'a C++ compiler'} was not found; {TOOLS}; {AGAIN}")
     if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
         raise NotBuiltError(f"Python's headers are missing; {TOOLS}; {AGAIN}")
     command = [path, *chosen[1:]]
-    asked = subprocess.run([*command, "--version"], capture_output=True, text=True, errors="replace", check=False)
-    version = (asked.stdout.splitlines() or [path])[0]
-    empty = [*command, "-std=c++20", "-E", "-xc++", os.devnull]
-    if subprocess.run(empty, capture_output=True, check=False).returncode:
-        raise NotBuiltError(f"{version} does not know C++20: GCC 11 or Clang 14 does")
+    version = (_ask([*command, "--version"]).splitlines() or [path])[0]
+    macros = _ask([*command, "-dM", "-E", "-xc++", os.devnull])
+    number = re.search(r"#define __GNUC__ (\d+)", macros)
+    if "#define __clang__" in macros or not number or int(number[1]) < GCC:
+        raise NotBuiltError(f"{version} does not compile them, GCC {GCC} or later does (CXX=g++-{GCC}); {AGAIN}")
     return _Compiler(command, version, shlex.split(os.environ.get("CXXFLAGS", "")))
+
+
+def _ask(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False).stdout
 
 
 def _find_mlx() -> Path:

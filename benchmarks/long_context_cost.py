@@ -14,7 +14,7 @@ import mlx.core as mx
 from m7mlx_bench.models import SMALL
 from m7mlx_bench.ours import M7
 from m7mlx_bench.peers import MlxLm
-from m7mlx_bench.worker import prompt, step_ms
+from m7mlx_bench.worker import WARM_UP, prompt, step_ms
 
 from m7mlx.decode import default_chunk, prefill
 
@@ -22,8 +22,8 @@ from m7mlx.decode import default_chunk, prefill
 class ReadsOn(M7):
     """m7mlx in one sequence that goes on from `read` to `tokens` to `read`, now at `position`."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, length: int) -> None:
+        super().__init__(folder, length)
         self._cache = self._model.new_cache()
 
     @property
@@ -38,8 +38,8 @@ class ReadsOn(M7):
 class MlxLmReadsOn(MlxLm):
     """mlx-lm as shipped, the same."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, length: int) -> None:
+        super().__init__(folder, length)
         self._kept = super()._new_cache()
 
     def _new_cache(self) -> list[Any]:
@@ -55,14 +55,14 @@ ENGINES: dict[str, type[ReadsOn] | type[MlxLmReadsOn]] = {"m7mlx": ReadsOn, "mlx
 
 def measure(engine: str, folder: Path, positions: Sequence[int], tokens: int) -> list[dict[str, float]]:
     """Measure a token at each position; all before it has been read or decoded."""
-    reader = ENGINES[engine](folder)
+    reader = ENGINES[engine](folder, max(positions) + len(positions) * (tokens + WARM_UP))
     found = []
     for position in positions:
         mx.reset_peak_memory()
         count, began = position - reader.position, time.perf_counter()
         reader.read(prompt(count, SMALL.vocab_size))
         read_s = time.perf_counter() - began
-        ms = step_ms(reader, tokens)
+        ms, _ = step_ms(reader, tokens)
         found.append(
             {
                 "position": position,

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from m7mlx.cpu import native
 from m7mlx.quantization import Quantization
 
+_CPU = mx.Device(mx.cpu)
 _PIECE = 1 << 18  # numbers, which fit into a processor's cache
 _COLUMNS = 1024  # of the matrix that a tensor's words are summed over
 _SLOW_EXP = sys.platform == "linux"
@@ -31,12 +32,12 @@ _EXPONENTS = {mx.float32: 0x7F800000, mx.float16: 0x7C00, mx.bfloat16: 0x7F80}  
 
 def on_cpu() -> bool:
     """Tell whether MLX computes on the processor, where 16-bit arithmetic is emulated and slow."""
-    return mx.default_device() == mx.Device(mx.cpu)
+    return mx.default_device() == _CPU
 
 
 def has_kernels() -> bool:
-    """Tell whether kernels of ours compute (m7mlx.cpu): on Linux's CPU backend, if they are built."""
-    return native.usable() and on_cpu()
+    """Tell whether kernels of ours compute: on Linux's CPU backend, if they are built."""
+    return on_cpu() and native.usable()
 
 
 def softmax(x: mx.array) -> tuple[mx.array, mx.array | None]:

@@ -210,7 +210,9 @@ class RollingCache(KVCache):
             rope_theta=config.rope_theta,
             head_dim=config.head_dim,
         )
-        super().__init__(config, positions, _check_format(config, KVFormat(None if kv_bits == 32 else kv_bits, kv_group_size)))
+        super().__init__(
+            config, positions, _check_format(config, KVFormat(None if kv_bits == 32 else kv_bits, kv_group_size))
+        )
         self.ids: list[int] = []
         self.user: object | None = None
 

@@ -12,8 +12,9 @@ import mlx.nn as nn
 
 from m7mlx.arrays import dequantize, has_kernels, is_finite, on_cpu
 from m7mlx.config import ModelConfig
+from m7mlx.cpu import native
 from m7mlx.errors import InputError, RunError, WeightsError
-from m7mlx.files.checksums import check_folder
+from m7mlx.files.checksums import check_folder, is_known_finite, remember_finite
 from m7mlx.files.hub import resolve
 from m7mlx.files.weights import (
     DTYPES,
@@ -27,7 +28,16 @@ from m7mlx.files.weights import (
 )
 from m7mlx.fuse import fuse
 from m7mlx.lora import open_adapter, put_on
-from m7mlx.memory import budget, cache_bytes, expands, loaded_bytes, machine_memory, planned_length, settle
+from m7mlx.memory import (
+    budget,
+    cache_bytes,
+    default_kv_bits,
+    expands,
+    loaded_bytes,
+    machine_memory,
+    planned_length,
+    settle,
+)
 from m7mlx.model import Mistral
 from m7mlx.shard import Shard
 from m7mlx.tokens.load import load_tokenizer
@@ -72,7 +82,7 @@ def load(
         raise InputError("a shard of a model takes no adapter; merge it first: m7mlx-convert MODEL --adapter")
     tokenizer = load_tokenizer(folder, config.vocab_size)
     if shard is None:
-        model = build(config, _read(_files(headers), progress), dtype)
+        model = build(config, _read(headers, progress, maps=_maps(dtype)), dtype)
         if adapter is not None:
             put_on(model, adapter, str(adapter_path))
     else:
@@ -85,7 +95,7 @@ def load(
 def load_model(name: str | Path, *, dtype: mx.Dtype | str | None = None) -> Mistral:
     """Load a model without its tokenizer, which its folder may lack; arguments as for `load`."""
     _, config, headers = _checked(name, dtype)
-    model = build(config, _read(_files(headers)), dtype)
+    model = build(config, _read(headers, maps=_maps(dtype)), dtype)
     model.compiles_steps = _wants_compiled_steps()
     return model
 
@@ -151,7 +161,7 @@ def build(
     model.eval()
     fuse(model)
     if has_kernels() and any(array.dtype != mx.float32 for array in loaded.values()):
-        model.kv_bits = 16  # no model of 16 bits or less needs more
+        model.kv_bits = 16  # as a model of 16 bits or less has on a GPU
     settle()
     return model
 
@@ -205,7 +215,10 @@ def _check_memory(folder: Path, config: ModelConfig, stored: int, dtype: mx.Dtyp
     """
     weights = loaded_bytes(config, stored) if dtype is None or dtype == mx.float32 else stored
     positions = planned_length(config)
-    cache = cache_bytes(config, positions, 8 * (dtype or mx.float16).size)
+    bits = 8 * (dtype or mx.float16).size
+    cache = cache_bytes(
+        config, positions, min(bits, default_kv_bits(config, stored)) if dtype == mx.float32 else bits
+    )
     if weights + cache > budget():
         whose = "this machine has" if budget() == machine_memory() else "the limit is"
         raise RunError(
@@ -214,8 +227,24 @@ def _check_memory(folder: Path, config: ModelConfig, stored: int, dtype: mx.Dtyp
         )
 
 
-def _read(files: list[Path], progress: Callable[[int, int], None] | None = None) -> dict[str, mx.array]:
-    """Read all tensors of a folder, file by file. Raises WeightsError if one is not finite."""
+def _maps(dtype: mx.Dtype | str | None) -> bool:
+    """Tell whether weights are computed with as they lie, and so can be mapped into memory."""
+    return has_kernels() and _compute_dtype(dtype) == mx.float32
+
+
+def _read(
+    headers: dict[str, StoredTensor],
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    maps: bool = False,
+) -> dict[str, mx.array]:
+    """Read all tensors of a folder, file by file. Raises WeightsError if one is not finite.
+
+    maps  map the files instead: a page of them is read when it is computed with, and memory that
+          others need is taken from what was read. That all is finite is remembered for each state
+          of a file.
+    """
+    files = _files(headers)
     total = sum(path.stat().st_size for path in files)
     done = 0
     weights: dict[str, mx.array] = {}
@@ -223,18 +252,29 @@ def _read(files: list[Path], progress: Callable[[int, int], None] | None = None)
     progress(0, total)
     for path in files:
         try:
-            arrays = mx.load(str(path))
-        except RuntimeError as error:
+            arrays = _mapped(path, headers) if maps else mx.load(str(path))
+        except (RuntimeError, OSError, ValueError) as error:
             raise WeightsError(f"{path} cannot be read: {error}") from None
         assert isinstance(arrays, dict)
+        known = maps and is_known_finite(path)
         for name in arrays:
             array = arrays[name]
-            _check_finite(path, name, array)
+            if not known:
+                _check_finite(path, name, array)
             done += array.nbytes
             progress(min(done, total), total)
+        if maps and not known:
+            remember_finite(path)
         weights |= arrays
     progress(total, total)
     return weights
+
+
+def _mapped(path: Path, headers: dict[str, StoredTensor]) -> dict[str, mx.array]:
+    starts = data_starts(path)
+    names = [name for name, stored in headers.items() if stored.path == path]
+    parts = [(starts[name], headers[name].shape, DTYPES[headers[name].dtype]) for name in names]
+    return dict(zip(names, native.kernels().map_file(str(path), parts), strict=True))
 
 
 def _read_shard(

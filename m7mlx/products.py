@@ -1,4 +1,4 @@
-"""Products with the model's matrices: a step of the kernels of ours where they are, of MLX's where not.
+"""Products with the model's matrices: one step of our kernels where there are any, or MLX's steps.
 
 On Linux's CPU backend a matrix is met as it lies in its file, packed or in 16 bits, and what stands
 beside the product (the norm before it, the sum after it, SwiGLU between gate and up) is done in the
@@ -8,7 +8,7 @@ same step. Everywhere else these are MLX's operations, one by one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,9 +17,21 @@ from m7mlx.arrays import has_kernels, swiglu
 from m7mlx.cpu import native
 
 if TYPE_CHECKING:
-    from m7mlx.cpu._native import Weight
+    from m7mlx.cpu import _native
 
 _KNOWN = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
+
+
+class _Kept(NamedTuple):
+    """A module's matrix as the kernels take it, and what it was made of.
+
+    weight  None where they do not take it
+    kind    how it is stored
+    """
+
+    codes: mx.array | None
+    weight: _native.Weight | None
+    kind: tuple[object, ...]
 
 
 def project(
@@ -32,10 +44,12 @@ def project(
 
     An embedding counts as the matrix of a tied head.
     """
-    weights = _weights(x, matrices)
-    if weights is not None:
-        gain, eps = (None, 0.0) if norm is None else (norm["weight"], norm.eps)
-        return native.kernels().product(x, weights, gain, eps, residual)
+    if _can_run(x, norm) and (residual is None or residual.dtype == mx.float32):
+        weights = [_keep(matrix).weight for matrix in matrices]
+        if None not in weights:
+            gain, eps = (None, 0.0) if norm is None else (norm["weight"], norm.eps)
+            product: mx.array = native.kernels().product(x, weights, gain, eps, residual)
+            return product
     if norm is not None:
         x = norm(x)
     products = [m.as_linear(x) if hasattr(m, "as_linear") else m(x) for m in matrices]
@@ -45,66 +59,48 @@ def project(
 
 def project_gated(x: mx.array, matrices: Sequence[nn.Module], norm: nn.RMSNorm) -> mx.array:
     """Return silu(gate) · up for norm(x) [..., in]: of two matrices, or of one that holds both."""
-    weights = _weights(x, matrices) if len(matrices) == 2 else None
-    if weights is not None and _is_alike(*matrices):
-        return native.kernels().product(x, weights, norm["weight"], norm.eps, None, True)
-    if len(matrices) == 2:
-        x = norm(x)
-        return swiglu(*(project(x, (matrix,)) for matrix in matrices))
-    gate, up = mx.split(project(x, matrices, norm), 2, axis=-1)
-    return swiglu(gate, up)
+    if len(matrices) == 1:
+        gate, up = mx.split(project(x, matrices, norm), 2, axis=-1)
+        return swiglu(gate, up)
+    if _can_run(x, norm):
+        one, other = map(_keep, matrices)
+        if one.weight is not None and other.weight is not None and one.kind == other.kind:
+            weights = [one.weight, other.weight]
+            product: mx.array = native.kernels().product(x, weights, norm["weight"], norm.eps, None, True)
+            return product
+    x = norm(x)
+    return swiglu(*(project(x, (matrix,)) for matrix in matrices))
 
 
 def look_up(ids: mx.array, embedding: nn.Module, dtype: mx.Dtype) -> mx.array:
-    """Return the rows [..., hidden_size] of an embedding for ids, in the type of the activations."""
-    weight = _weight(embedding) if dtype == mx.float32 and has_kernels() else None
-    if weight is not None:
-        return native.kernels().lookup(ids, weight)
+    """Return the rows [..., hidden_size] of an embedding for ids, in the activations' type."""
+    if dtype == mx.float32 and has_kernels() and (weight := _keep(embedding).weight) is not None:
+        found: mx.array = native.kernels().lookup(ids, weight)
+        return found
     rows: mx.array = embedding(ids)
     return rows
 
 
-def _weights(x: mx.array, matrices: Sequence[nn.Module]) -> list[Weight] | None:
-    """Return the matrices as the kernels take them; None where they do not, or have no float32."""
-    if x.dtype != mx.float32 or not has_kernels():
-        return None
-    found = []
-    for matrix in matrices:
-        weight = _weight(matrix)
-        if weight is None:
-            return None
-        found.append(weight)
-    return found
+def _can_run(x: mx.array, norm: nn.RMSNorm | None) -> bool:
+    """Tell whether the kernels take these: they compute in float32 alone."""
+    return x.dtype == mx.float32 and has_kernels() and (norm is None or norm["weight"].dtype == mx.float32)
 
 
-def _weight(module: nn.Module) -> Weight | None:
+def _keep(module: nn.Module) -> _Kept:
     """Return a module's matrix as the kernels take it, made once for the arrays that it has now."""
-    if type(module) not in _KNOWN:  # an adapter's, or one whose product is summed with others'
-        return None
-    codes = module["weight"]
-    known: tuple[Any, Weight | None] | None = vars(module).get("_kernel_weight")
-    if known is None or known[0] is not codes:
-        known = codes, _make_weight(module)
-        object.__setattr__(module, "_kernel_weight", known)
-    return known[1]
+    kept: _Kept | None = vars(module).get("_kept")
+    if kept is None or kept.codes is not module.get("weight"):
+        kept = _make(module)
+        object.__setattr__(module, "_kept", kept)
+    return kept
 
 
-def _make_weight(module: nn.Module) -> Weight | None:
-    make = native.kernels().Weight
-    if "bias" in module or module["weight"].dtype not in (mx.uint32, mx.float32, mx.float16, mx.bfloat16):
-        return None
-    if "scales" not in module:
-        return make(module["weight"])
-    return make(
-        module["weight"], module["scales"], module.get("biases"), module.group_size, module.bits, module.mode
-    )
-
-
-def _is_alike(gate: Any, up: Any) -> bool:
-    """Tell whether two matrices are stored alike: mixed recipes may differ."""
-    kinds = [
-        (type(m), *(getattr(m, k, None) for k in ("group_size", "bits", "mode")), m["weight"].dtype) for m in (gate, up)
-    ]
-    return kinds[0] == kinds[1] and all(
-        gate.get(k) is None or gate[k].dtype == up[k].dtype for k in ("scales", "biases")
-    )
+def _make(module: nn.Module) -> _Kept:
+    # An adapter's modules, and those whose products are added up by several processes, do more.
+    codes = module.get("weight")
+    if codes is None or type(module) not in _KNOWN or "bias" in module:
+        return _Kept(codes, None, ())
+    scales, biases = module.get("scales"), module.get("biases")
+    scheme = () if scales is None else (module.group_size, module.bits, module.mode)
+    weight = native.kernels().Weight(codes, scales, biases, *scheme)
+    return _Kept(codes, weight, (*scheme, codes.dtype, None if scales is None else scales.dtype))

@@ -7,6 +7,7 @@ import m7mlx  # noqa: F401  first: it loads a fast BLAS, before anybody imports 
 # isort: split
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -29,6 +30,35 @@ def pytest_configure() -> None:
         os.environ["M7MLX_BLAS"] = "off"
     if not native.usable():
         os.environ["M7MLX_NATIVE"] = "off"
+
+
+@pytest.fixture(scope="module", params=["kernels", "MLX"])
+def computed_by(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run a module's tests with our kernels and again with MLX's operations, as on a Mac."""
+    if request.param == "kernels":
+        if not native.usable():
+            pytest.skip("there are no kernels here")
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        without(patch)
+        yield
+    native._find.cache_clear()
+
+
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let MLX's operations compute, as where no kernels are built."""
+    without(monkeypatch)
+    yield
+    monkeypatch.undo()
+    native._find.cache_clear()
+
+
+def without(patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("M7MLX_NATIVE", "off")
+    native._find.cache_clear()
+    assert not native.usable()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from m7mlx.command import EXIT_FAILED, ArgumentParser, add_json, positive, run
-from m7mlx.errors import ConfigError, InputError, RunError
+from m7mlx.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from m7mlx.config import ModelConfig
-    from m7mlx_bench.report import Results
+    from m7mlx_bench.progress import Show
 
 PROG = "m7mlx-bench"
 _DESCRIPTION = """\
@@ -33,14 +33,18 @@ _EPILOG = """\
 examples:
   m7mlx-bench demo                                    the demo model, every engine that is installed
   m7mlx-bench --shape small --positions 1024 32768    4 layers, far into a conversation
-  m7mlx-bench --shape 7b --q-bits 4 --engines m7mlx   Mistral 7B's size, without its weights
+  m7mlx-bench --shape 7b --q-bits 4                   Mistral 7B's size, without its weights
+  m7mlx-bench --shape 7b --q-bits 4 --engines m7mlx,llama.cpp --against llama.cpp --prompt 34 512
   m7mlx-bench ~/models/Mistral-7B-Instruct-v0.3-4bit --gguf ~/models/mistral-7b.Q4_K_M.gguf
   m7mlx-bench demo --rounds 5 --save demo.json --plot demo.svg
 
 Ratios are medians of rounds, since a machine's speed drifts. "Of the limit": the bytes that a token
-must move (weights, keys and values), over the memory bandwidth measured in the same run. Peers:
-mlx-lm (which ignores the window), its rotating cache put in by hand, transformers (float32,
-bfloat16), llama.cpp (with --gguf and llama-cpp-python).
+must move (weights, keys and values), over the memory bandwidth measured in the same run. Every start
+is a second one: the files are in memory. Memory counts mapped files, as far as they were read.
+
+Peers: mlx-lm and llama.cpp (llama-cpp-python), which both ignore the window; mlx-lm's rotating cache
+put in by hand; transformers (float32, bfloat16). llama.cpp reads the GGUF file that the model comes
+from, or a copy of the same numbers, which is written for it.
 Exit status: 0 done, 1 failed on the way, 2 bad usage or input, 130 Ctrl-C."""
 
 
@@ -74,7 +78,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="which, of: m7mlx, m7mlx compiled, m7mlx kv8, m7mlx kv4, mlx-lm, mlx-lm rotating, transformers, "
         "transformers bf16, llama.cpp (default: those that are installed)",
     )
-    what.add_argument("--gguf", type=Path, metavar="FILE", help="the same model for llama.cpp")
+    what.add_argument("--gguf", type=Path, metavar="FILE", help="the same model for llama.cpp (default: a copy)")
     what.add_argument(
         "--prompt", type=positive, nargs="+", default=[34, 256], metavar="N", help="tokens to read (34 256)"
     )
@@ -88,8 +92,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     what.add_argument("--tokens", type=positive, default=24, metavar="N", help="tokens to decode at each (24)")
     what.add_argument("--rounds", type=positive, default=3, metavar="N", help="how often, in turn (3)")
+    what.add_argument(
+        "--seconds",
+        type=positive,
+        default=30,
+        metavar="N",
+        help="that one measurement may take; a slow engine is measured once, with fewer tokens (30)",
+    )
     out = parser.add_argument_group("results")
+    out.add_argument("--against", metavar="ENGINE", default="mlx-lm", help="ratios are to this engine (mlx-lm)")
     out.add_argument("--save", type=Path, metavar="FILE", help="keep all figures of all runs, as JSON")
+    out.add_argument("-q", "--quiet", action="store_true", help="do not show what is being done")
     add_json(out)
     out.add_argument("--plot", type=Path, metavar="FILE", action="append", default=[], help="a .png or .svg")
     return parser.parse_args(argv)
@@ -103,6 +116,9 @@ def _bench(args: argparse.Namespace) -> int:
     from m7mlx.files.disk import write_whole
     from m7mlx.terminal import console, print_event
     from m7mlx_bench import report
+    from m7mlx_bench.progress import show_progress
+    from m7mlx_bench.rounds import Turns
+    from m7mlx_bench.worker import Job
 
     for path in args.plot:
         _check_plot(path)
@@ -110,17 +126,33 @@ def _bench(args: argparse.Namespace) -> int:
         if not path.absolute().parent.is_dir():
             raise InputError(f"{path}: there is no folder {path.absolute().parent}")
     engines = _engines(args)
-    with tempfile.TemporaryDirectory(prefix="m7mlx-bench-") as made:
+    with (
+        tempfile.TemporaryDirectory(prefix="m7mlx-bench-") as made,
+        show_progress(PROG, not (args.quiet or args.json)) as show,
+    ):
         scratch = Path(made)
-        folder, name, config = _model(args, scratch)
+        folder, name, config = _model(args, scratch, show)
         results = report.Results(
             model={"name": name, "window": config.sliding_window, "config": config.to_dict()},
             machine=report.machine_facts(),
             prompts=sorted(set(args.prompt)),
             positions=sorted(set(args.positions)),
             tokens=args.tokens,
+            against=args.against,
         )
-        _measure(args, results, engines, folder, scratch, config.vocab_size)
+        job = Job(
+            engine="",
+            folder="",
+            prompts=results.prompts,
+            positions=results.positions,
+            tokens=args.tokens,
+            vocab=config.vocab_size,
+            seconds=args.seconds,
+        )
+        turns = Turns(results, job, show)
+        for engine in engines:
+            turns.add(engine, partial(_find_file, args, engine, folder, scratch, show))
+        turns.measure(args.rounds)
     if args.json:
         print_event("result", **results.to_dict())
     else:
@@ -153,20 +185,52 @@ def _engines(args: argparse.Namespace) -> list[str]:
 
     if args.gguf and not args.gguf.is_file():
         raise InputError(f"{args.gguf} is not a file")
+    if args.against not in ENGINES:
+        raise InputError(f"there is no engine {args.against!r}; there are {', '.join(ENGINES)}")
     if args.engines is None:
-        return [e for e in DEFAULT if is_available(e) and (e != "llama.cpp" or args.gguf)]
+        return [engine for engine in DEFAULT if is_available(engine)]
     asked = [name.strip() for name in args.engines.split(",")]
     for name in asked:
         if name not in ENGINES:
             raise InputError(f"there is no engine {name!r}; there are {', '.join(ENGINES)}")
         if not is_available(name):
             raise InputError(f"{name} is not installed: pip install {needed_packages(name)}")
-    if "llama.cpp" in asked and not args.gguf:
-        raise InputError("llama.cpp reads GGUF files only; give one with --gguf")
     return list(dict.fromkeys(asked))
 
 
-def _model(args: argparse.Namespace, scratch: Path) -> tuple[Path, str, ModelConfig]:
+def _find_file(
+    args: argparse.Namespace,
+    engine: str,
+    folder: Path,
+    scratch: Path,
+    show: Show,
+) -> tuple[Path, str]:
+    """Return what an engine is to read, and a note on it. Raises an M7Error if there is nothing."""
+    from m7mlx_bench.models import find_gguf, find_readable
+
+    def advance(share: float) -> None:
+        show(f"{engine}: writing its copy of the weights, {share:.0%}")
+
+    if engine == "llama.cpp":
+        return find_gguf(_given_gguf(args, show), folder, scratch, advance)
+    return find_readable(engine, folder, scratch, advance)
+
+
+def _given_gguf(args: argparse.Namespace, show: Show) -> Path | None:
+    """Return the GGUF file that the model is or comes from; None if there is none."""
+    if args.gguf:
+        return Path(args.gguf)
+    if args.shape or _changes(args):
+        return None
+    if (args.model or "demo") == "demo":
+        from m7mlx.files.demo import fetch_demo_gguf
+
+        show("llama.cpp: finding the demo model's GGUF file")
+        return fetch_demo_gguf()
+    return Path(args.model) if Path(args.model).is_file() else None
+
+
+def _model(args: argparse.Namespace, scratch: Path, show: Show) -> tuple[Path, str, ModelConfig]:
     """Return the folder to measure, its name and its configuration."""
     from m7mlx.config import ModelConfig
     from m7mlx.files.hub import resolve
@@ -186,7 +250,7 @@ def _model(args: argparse.Namespace, scratch: Path) -> tuple[Path, str, ModelCon
     except ConfigError as error:
         raise InputError(str(error)) from None
     folder = scratch / "random"
-    write_random(folder, config)
+    write_random(folder, config, lambda share: show(f"writing random weights, {share:.0%}"))
     bits = f", {args.q_bits} bits" if args.q_bits else ""
     return folder, f"random weights, {shape}{bits}, {config.n_layers} layers of {config.hidden_size}", config
 
@@ -209,58 +273,3 @@ def _changes(args: argparse.Namespace) -> dict[str, Any]:
     if args.q_bits:
         changes["quantization"] = Quantization(64, args.q_bits)
     return changes
-
-
-def _measure(
-    args: argparse.Namespace,
-    results: Results,
-    engines: list[str],
-    folder: Path,
-    scratch: Path,
-    vocab: int,
-) -> None:
-    """Let the engines take turns; leave out and note what fails."""
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from m7mlx.terminal import console
-    from m7mlx_bench.models import find_readable
-    from m7mlx_bench.worker import Job
-
-    columns = (TextColumn("{task.description}", markup=False), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console(stderr=True), transient=True, disable=args.json) as progress:
-        task = progress.add_task("preparing", total=args.rounds * len(engines))
-        jobs: dict[str, Job] = {}
-        for engine in engines:
-            try:
-                place, note = (args.gguf, "") if engine == "llama.cpp" else find_readable(engine, folder, scratch)
-            except InputError as error:
-                results.notes.append(f"{engine} left out: {error}")
-                continue
-            if note:
-                results.notes.append(f"{engine} {note}")
-            jobs[engine] = Job(engine, str(place), results.prompts, results.positions, args.tokens, vocab)
-        for _ in range(args.rounds):
-            results.bandwidth.append(float(_run_worker("null")))
-            for engine, job in list(jobs.items()):
-                progress.update(task, description=engine)
-                try:
-                    found = json.loads(_run_worker(job.dumps()))
-                except RunError as error:
-                    results.notes.append(f"{engine} failed: {error}")
-                    results.runs.pop(engine, None)
-                    del jobs[engine]
-                else:
-                    results.runs.setdefault(engine, []).append(found)
-                progress.advance(task)
-    if "mlx-lm" in results.runs and results.model["window"]:
-        results.notes.append("mlx-lm attends to the whole sequence: it ignores the window")
-
-
-def _run_worker(job: str) -> str:
-    """Return the last line that a worker prints. Raises RunError with its last complaint."""
-    command = [sys.executable, "-m", "m7mlx_bench.worker", job]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise RunError(said[-1])
-    return done.stdout.splitlines()[-1]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,15 @@ from m7mlx.errors import InputError
 from m7mlx.files.weights import folder_weights
 from m7mlx.memory import budget
 from m7mlx.quantization import Quantization
+from m7mlx.units import in_gigabytes
+from m7mlx_bench.gguf_copy import write_gguf
+
+Advance = Callable[[float], None]  # takes the share of a file or folder that is written
+
+
+def _ignore(share: float) -> None:
+    """Take a share of what is written where nobody looks."""
+
 
 SMALL = ModelConfig(
     model_type="mistral",
@@ -59,8 +69,14 @@ SHAPES = {
 _FILE_BYTES = 1 << 30
 
 
-def write_random(folder: Path, config: ModelConfig) -> None:
-    """Write random weights, in float32 or quantised as the config says, 1 GB a file."""
+def write_random(folder: Path, config: ModelConfig, advance: Advance = _ignore) -> None:
+    """Write random weights, in float32 or quantised as the config says, 1 GB a file.
+
+    Raises InputError where the disk has no room for them.
+    """
+    scheme = config.quantization
+    bits = scheme.bits + 32 / scheme.group_size if scheme else 32
+    _check_room(folder.parent, config.n_weights * bits / 8)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     mx.random.seed(0)
@@ -74,12 +90,25 @@ def write_random(folder: Path, config: ModelConfig) -> None:
         arrays.clear()
         mx.clear_cache()
 
+    done = 0
     for name, shape in config.weight_shapes().items():
         arrays |= _random(name, shape, config.quantization)
+        done += math.prod(shape)
+        advance(done / config.n_weights)
         if sum(array.nbytes for array in arrays.values()) > _FILE_BYTES:
             save()
     save()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+
+
+def _check_room(place: Path, nbytes: float) -> None:
+    """Raise InputError where the disk has no room for so many bytes of weights."""
+    free = shutil.disk_usage(place).free
+    if nbytes > free:
+        raise InputError(
+            f"{in_gigabytes(nbytes)} of weights are to be written, and {place.parent} has room for "
+            f"{in_gigabytes(free)}; name a folder with more in TMPDIR"
+        )
 
 
 def _random(name: str, shape: tuple[int, ...], scheme: Quantization | None) -> dict[str, mx.array]:
@@ -100,11 +129,16 @@ def _random(name: str, shape: tuple[int, ...], scheme: Quantization | None) -> d
     return {name: words, f"{path}scales": scales, f"{path}biases": biases}
 
 
-def find_readable(engine: str, folder: Path, scratch: Path) -> tuple[Path, str]:
-    """Return the folder that an engine is to read, and a note on it.
+def find_readable(
+    engine: str,
+    folder: Path,
+    scratch: Path,
+    advance: Advance = _ignore,
+) -> tuple[Path, str]:
+    """Return what an engine is to read, and a note on it.
 
-    That is a copy where it cannot or should not read this one. Raises InputError for a model that
-    it cannot read at all.
+    That is a copy where it cannot or should not read this folder. Raises InputError for a model
+    that it cannot read at all.
     """
     config = ModelConfig.from_folder(folder)
     if engine == "mlx-lm rotating" and config.sliding_window is None:
@@ -112,22 +146,57 @@ def find_readable(engine: str, folder: Path, scratch: Path) -> tuple[Path, str]:
     if engine.startswith("transformers") and config.quantization:
         if config.n_weights * 4 > budget() // 2:
             raise InputError("its weights in float32 take more than half of this machine's memory")
-        return _copy(folder, scratch / "float32", expand=True), "reads the same weights expanded to float32"
+        note = "reads the same weights expanded to float32"
+        return _copy(folder, scratch / "float32", True, advance), note
     if engine.startswith("mlx-lm") and config.quantization and on_cpu():
         note = "reads the same codes with float32 scales: 16-bit arithmetic is emulated on this backend"
-        return _copy(folder, scratch / "wide", expand=False), note
+        return _copy(folder, scratch / "wide", False, advance), note
     return folder, ""
 
 
-def _copy(folder: Path, target: Path, expand: bool) -> Path:
+def find_gguf(
+    given: Path | None,
+    folder: Path,
+    scratch: Path,
+    advance: Advance = _ignore,
+) -> tuple[Path, str]:
+    """Return the GGUF file that llama.cpp is to read, and a note: the one given, or a copy.
+
+    Raises InputError where no type of GGUF holds the folder's numbers, or no memory or disk a copy.
+    """
+    rounds = "it rounds the inputs of products to 8 bits, and keys and values to 16"
+    if given:
+        return given, f"reads {given.name}; {rounds}"
+    stored = _stored_bytes(folder)
+    if stored > budget():
+        raise InputError(f"its copy would take {in_gigabytes(stored)}, more than this machine's memory")
+    _check_room(scratch, stored * 1.2)  # Q4_1 has 5 bits a weight, MLX 4.25 at the least
+    file = scratch / "model.gguf"
+    kinds = write_gguf(folder, file, advance)
+    weights = ModelConfig.from_folder(folder).n_weights
+    theirs = 8 * file.stat().st_size / weights
+    ours = 8 * sum(stored.stat().st_size for stored in folder.glob("*.safetensors")) / weights
+    return (
+        file,
+        f"reads the same numbers as {kinds}, {theirs:.2f} bits a weight (the folder has {ours:.2f}); {rounds}",
+    )
+
+
+def _stored_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _copy(folder: Path, target: Path, expand: bool, advance: Advance) -> Path:
     """Copy a folder with its floats in float32, and with `expand` the quantised numbers too."""
     if target.exists():
         return target
-    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors*", "SHA256SUMS"))
     config = ModelConfig.from_folder(folder)
+    _check_room(target.parent, config.n_weights * 4 if expand else 1.2 * _stored_bytes(folder))
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors*", "SHA256SUMS"))
     files = sorted({stored.path for stored in folder_weights(folder).values()})
     names: dict[str, str] = {}
-    for file in files:
+    for number, file in enumerate(files):
+        advance(number / len(files))
         arrays = mx.load(str(file))
         assert isinstance(arrays, dict)
         made = _expanded(arrays, config) if expand else {name: _wide(array) for name, array in arrays.items()}

@@ -18,7 +18,7 @@ class M7:
     compiled = False
     kv_bits: int | None = None
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, length: int) -> None:
         from m7mlx.arrays import nbytes
         from m7mlx.loading import load_model
 

@@ -19,7 +19,7 @@ class MlxLm:
 
     rotating = False
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, length: int) -> None:
         from m7mlx.arrays import nbytes  # first: its BLAS, before MLX is imported
 
         # isort: split
@@ -88,7 +88,7 @@ class Transformers:
 
     dtype = "float32"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, length: int) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -151,15 +151,24 @@ class TransformersHalf(Transformers):
 
 
 class LlamaCpp:
-    """llama.cpp through llama-cpp-python, on a GGUF file; only reading fills its caches."""
+    """llama.cpp through llama-cpp-python, on a GGUF file; only reading fills its cache."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, length: int) -> None:
         import llama_cpp
 
+        self._file, self._library = folder, llama_cpp
+        threads = os.cpu_count()
+        # Flash attention is llama.cpp's own default, and not that of llama-cpp-python.
         self._llm = llama_cpp.Llama(
-            str(folder), n_ctx=0, n_threads=os.cpu_count(), n_threads_batch=os.cpu_count(), verbose=False
+            str(folder), n_ctx=length, n_threads=threads, n_threads_batch=threads, flash_attn=True, verbose=False
         )
-        self.moved_bytes = folder.stat().st_size
+
+    @property
+    def moved_bytes(self) -> int:
+        from gguf import GGUFReader
+
+        sizes = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(self._file).tensors}
+        return sum(sizes.values()) - (sizes["token_embd.weight"] if "output.weight" in sizes else 0)
 
     def read(self, ids: Sequence[int]) -> None:
         self._llm.reset()
@@ -175,4 +184,11 @@ class LlamaCpp:
             yield token
 
     def kv_bytes(self) -> int:
-        raise NotImplementedError
+        """Return the bytes of the tokens held, in float16; room for `length` is made at once."""
+        library, model = self._library, self._llm.model
+        heads, layers = library.llama_model_n_head_kv(model), library.llama_model_n_layer(model)
+        dim = int(
+            self._llm.metadata.get("llama.attention.key_length")
+            or library.llama_model_n_embd(model) // library.llama_model_n_head(model)
+        )
+        return 2 * 2 * int(self._llm.n_tokens * layers * heads) * dim

@@ -53,7 +53,8 @@ def draw_plot(results: Results, path: Path) -> None:
 
 
 def _line(axis: Any, runs: list[dict[str, Any]], key: str, engine: str) -> None:
-    places = sorted(int(place) for place in runs[0][key])
+    # Where an engine has to read its way, not every round may have got as far as the others.
+    places = sorted(int(place) for place in runs[0][key] if all(place in run[key] for run in runs))
     values = [[run[key][str(place)] / (1e6 if key == "kv" else 1) for run in runs] for place in places]
     middle = [statistics.median(each) for each in values]
     ours = engine == "m7mlx"

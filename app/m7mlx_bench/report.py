@@ -16,11 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from m7mlx.arrays import on_cpu
-from m7mlx.cpu import blas
+from m7mlx.cpu import blas, native
 from m7mlx.memory import machine_memory
 from m7mlx.units import in_gigabytes
 
-BASE = "mlx-lm"  # ratios are to this engine, where it ran
 _PACKAGES = ("mlx", "mlx-lm", "torch", "transformers", "llama-cpp-python")
 
 
@@ -30,6 +29,7 @@ class Results:
 
     runs       engine → one dictionary of figures (`m7mlx_bench.worker.measure`) per round
     bandwidth  bytes per second, per round
+    against    ratios are to this engine, where it ran
     notes      what makes engines hard to compare, or why one is missing
     """
 
@@ -41,6 +41,7 @@ class Results:
     runs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     bandwidth: list[float] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    against: str = "mlx-lm"
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as JSON has it."""
@@ -49,7 +50,10 @@ class Results:
 
 @dataclass(frozen=True)
 class Figure:
-    """One row of a table: how to read it from a run, how to print it, which side is better."""
+    """One row of a table: how to read it from a run, how to print it, which side is better.
+
+    better  "high" or "low"; "" where neither is, so that there is no ratio
+    """
 
     name: str
     read: Callable[[Mapping[str, Any]], float | None]
@@ -66,6 +70,7 @@ def figures(results: Results) -> list[Figure]:
     found += [Figure(f"keys and values at {n:,}, MB", _reading("kv", n, _mega), 2, "low") for n in results.positions]
     found.append(Figure("most memory while starting, MB", lambda run: _mega(run["start_rss"]), 0, "low"))
     found.append(Figure("most memory of the process, MB", lambda run: _mega(run["rss"]), 0, "low"))
+    found.append(Figure("mapped files in it, MB", lambda run: _mega(run["mapped"]), 0, ""))
     return found
 
 
@@ -82,7 +87,9 @@ def show(results: Results, console: Console) -> None:
     """Print the table, with ratios to mlx-lm in the same round, and the notes."""
     console.print(Text.assemble((results.model["name"], "bold"), " · ", machine_line(results.machine)))
     rounds = max((len(runs) for runs in results.runs.values()), default=0)
-    title = f"median (lowest–highest) of {rounds} rounds · × is the ratio to {BASE}, better when above 1"
+    title = f"median (lowest–highest) of {rounds} rounds"
+    if results.against in results.runs:
+        title += f" · × is the ratio to {results.against}, better when above 1"
     table = Table(title=title, title_justify="left", title_style="dim", highlight=False)
     table.add_column("")
     for engine in results.runs:
@@ -105,16 +112,16 @@ def cell(results: Results, figure: Figure, engine: str) -> str:
         return "–"
     text = spread(values, figure.digits)
     by = ratio(results, figure, engine)
-    return text if by is None or engine == BASE else f"{text} {by:.2f}×"
+    return text if by is None or engine == results.against else f"{text} {by:.2f}×"
 
 
-def ratio(results: Results, figure: Figure, engine: str, base: str = BASE) -> float | None:
-    """Return how many times better than `base` an engine is, the median of the rounds."""
-    pairs = zip(results.runs.get(engine, []), results.runs.get(base, []), strict=False)
+def ratio(results: Results, figure: Figure, engine: str) -> float | None:
+    """Return how many times better an engine is than the one compared with: median of rounds."""
+    pairs = zip(results.runs.get(engine, []), results.runs.get(results.against, []), strict=False)
     found = []
     for ours, theirs in pairs:
         a, b = figure.read(ours), figure.read(theirs)
-        if a and b:
+        if a and b and figure.better:
             found.append(a / b if figure.better == "high" else b / a)
     return statistics.median(found) if found else None
 
@@ -141,13 +148,14 @@ def roofline(results: Results) -> list[list[str]]:
 
 
 def agreement(results: Results) -> list[str]:
-    """Write a note on whether all engines chose the same tokens."""
-    chosen = {engine: runs[0]["tokens"] for engine, runs in results.runs.items() if runs}
+    """Write a note on whether all engines chose the same tokens, as far as all have come."""
+    chosen = {engine: tokens for engine, runs in results.runs.items() if runs and (tokens := runs[0]["tokens"])}
     if len(chosen) < 2:
         return []
-    first = next(iter(chosen.values()))
-    other = [engine for engine, tokens in chosen.items() if tokens != first]
-    text = f"the first {len(first)} greedy tokens are the same"
+    count = min(map(len, chosen.values()))
+    first = next(iter(chosen.values()))[:count]
+    other = [engine for engine, tokens in chosen.items() if tokens[:count] != first]
+    text = f"the first {count} greedy tokens are the same"
     return [f"{text} in all engines" if not other else f"{text}, but for {', '.join(other)}"]
 
 
@@ -171,6 +179,7 @@ def machine_facts() -> dict[str, Any]:
         "memory": machine_memory(),
         "device": "CPU" if on_cpu() else str(mx.device_info().get("device_name", mx.default_device())),
         "blas": blas.library or "MLX's own",
+        "kernels": native.instruction_set() or "MLX's own",
         "python": platform.python_version(),
         "versions": versions,
     }
@@ -179,7 +188,7 @@ def machine_facts() -> dict[str, Any]:
 def machine_line(machine: Mapping[str, Any]) -> str:
     """Write what `machine_facts` found in one line."""
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-    library = f", BLAS {machine['blas']}" if machine["device"] == "CPU" else ""
+    library = f", kernels {machine['kernels']}, BLAS {machine['blas']}" if machine["device"] == "CPU" else ""
     return f"{machine['system']}, {machine['cores']} cores, {machine['device']}{library} · {versions}"
 
 

@@ -69,7 +69,7 @@ def attend(
 ) -> tuple[mx.array, mx.array]:
     """Write the new keys and values into a ring's buffers, IN PLACE, and attend to it.
 
-    heads     [batch, length, (heads + 2 KV heads) * head_dim]: queries, keys and values, not rotated
+    heads     [batch, length, (heads + 2 KV heads) * head_dim]: queries, keys, values, not rotated
     rotation  [batch or 1, length, head_dim]: cosines, then sines
     written   what the last pass through these buffers returned: the order of both
     buffers   as `LayerRing` has them, evaluated
@@ -77,4 +77,11 @@ def attend(
     starts    for each row, the position at which it began
 
     Returns (the result [batch, length, heads * head_dim], `written` of this pass).
+    """
+
+def map_file(path: str, tensors: Sequence[tuple[int, Sequence[int], mx.Dtype]]) -> list[mx.array]:
+    """Return arrays that are parts of a file in memory; each part is (offset, shape, dtype).
+
+    The file must not be shortened while they live. Raises OSError; ValueError for a part that lies
+    beyond the file's end.
     """

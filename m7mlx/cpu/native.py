@@ -28,25 +28,26 @@ from m7mlx.paths import cache_dir
 _RECORD = Path(__file__).with_name("_build.json")  # what hatch_build.py says of them
 _OFF = "M7MLX_NATIVE=off"
 _AGAIN = "install m7mlx again"
-_extension: ModuleType | None = None  # once it is found usable
 
 
 class _Kernels(NamedTuple):
-    """What there is: an instruction set, or a reason."""
+    """What there is: an instruction set and the extension, or a reason."""
 
     instruction_set: str
     why_not: str
+    extension: ModuleType | None = None
 
 
 def usable() -> bool:
     """Tell whether the kernels can be used; InputError if the environment asks for what is not."""
-    return bool(_find().instruction_set)
+    return _find().extension is not None
 
 
 def kernels() -> ModuleType:
     """Return the extension; only where the kernels are usable."""
-    assert _extension is not None
-    return _extension
+    extension = _find().extension
+    assert extension is not None
+    return extension
 
 
 def instruction_set() -> str:
@@ -90,7 +91,6 @@ def _find() -> _Kernels:
 
 
 def _try(wanted: str) -> _Kernels:
-    global _extension
     built_for, missing = _read_record()
     if missing:
         return _Kernels("", f"they were not built when m7mlx was installed: {missing}")
@@ -114,8 +114,7 @@ def _try(wanted: str) -> _Kernels:
     if not passed:
         return _Kernels("", f"they compute something else than MLX; {_AGAIN}")
     _native.set_threads(count_cores())
-    _extension = _native
-    return _Kernels(chosen, "")
+    return _Kernels(chosen, "", _native)
 
 
 def _read_record() -> tuple[str, str]:

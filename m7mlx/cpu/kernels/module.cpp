@@ -237,6 +237,59 @@ class AttentionNode : public Node {
   Layout layout_;
 };
 
+// A file in memory: its pages come when they are read, and go when others need them.
+class Mapping {
+ public:
+  explicit Mapping(const std::string& path) {
+    const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    struct stat status {};
+    const bool opened = file >= 0 && fstat(file, &status) == 0;
+    size_ = opened ? static_cast<size_t>(status.st_size) : 0;
+    // Private and writable: whoever writes to an array of it changes a page of its own.
+    void* begin = opened ? mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, file, 0) : MAP_FAILED;
+    const int error = errno;
+    if (file >= 0) close(file);
+    if (begin == MAP_FAILED) throw std::system_error(error, std::generic_category(), path);
+    begin_ = static_cast<char*>(begin);
+  }
+  Mapping(const Mapping&) = delete;
+  ~Mapping() { munmap(begin_, size_); }
+  char* at(size_t offset) const { return begin_ + offset; }
+  size_t size() const { return size_; }
+
+ private:
+  char* begin_;
+  size_t size_;
+};
+
+// Where MLX's buffers keep their data, counted from where they say they begin.
+std::ptrdiff_t data_offset() {
+  static const std::ptrdiff_t offset = [] {
+    mx::allocator::Buffer buffer = mx::allocator::allocator().malloc(64);
+    const std::ptrdiff_t found = static_cast<char*>(buffer.raw_ptr()) - static_cast<char*>(buffer.ptr());
+    mx::allocator::allocator().free(buffer);
+    return found;
+  }();
+  return offset;
+}
+
+std::vector<mx::array> map_file(const std::string& path, const std::vector<std::tuple<size_t, std::vector<int>, mx::Dtype>>& tensors) {
+  auto mapping = std::make_shared<Mapping>(path);
+  std::vector<mx::array> arrays;
+  for (const auto& [offset, dims, type] : tensors) {
+    size_t bytes = mx::size_of(type);
+    for (int n : dims) bytes *= static_cast<size_t>(n);
+    if (offset > mapping->size() || bytes > mapping->size() - offset) refuse("a tensor lies beyond the end of " + path);
+    char* data = mapping->at(offset);
+    mx::Shape shape(dims.begin(), dims.end());
+    // MLX pads no headers, so numbers may begin anywhere: the kernels read them all the same, and so
+    // does MLX, on the processors that there are kernels for.
+    mx::allocator::Data mapped(mx::allocator::Buffer(data - data_offset()), [mapping](mx::allocator::Buffer) {});
+    arrays.emplace_back(std::move(mapped), std::move(shape), type);
+  }
+  return arrays;
+}
+
 mx::array as_rows(const mx::array& x, mx::Stream stream) { return mx::contiguous(x, false, stream); }
 
 mx::array product(
@@ -320,6 +373,7 @@ NB_MODULE(_native, module) {
   module.def("product", &m7::product, nb::arg("x"), nb::arg("weights"), nb::arg("norm") = nb::none(), nb::arg("eps") = 0.0f,
              nb::arg("residual") = nb::none(), nb::arg("gated") = false);
   module.def("lookup", &m7::lookup, nb::arg("ids"), nb::arg("weight"));
+  module.def("map_file", &m7::map_file, nb::arg("path"), nb::arg("tensors"));
   module.def("attend", &m7::attend, nb::arg("heads"), nb::arg("rotation"), nb::arg("written"), nb::arg("buffers"), nb::arg("n_kv_heads"),
              nb::arg("offset"), nb::arg("capacity"), nb::arg("window"), nb::arg("starts"), nb::arg("group"), nb::arg("turned"));
 }

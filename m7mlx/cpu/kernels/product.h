@@ -54,11 +54,15 @@ struct RowScales {
       for (int i = 0; i < W; ++i) pattern[i] = i >> shift;
     }
   }
+  // Write the scales (or biases) of some rows as float32, and a vector of finite numbers behind them.
+  void read(const Matrix& a, const uint8_t* from, int64_t row, int64_t rows, float* to) const {
+    scales_to_floats(from + row * groups * scale_bytes(a.scale), a.scale, rows * groups, (a.rows - row) * groups, to, W);
+  }
   bool alike() const { return !S::kGroups || 1 << shift >= W; }  // a block has one scale, or none
   template <bool kAlike>
   inline V block(const float* scales, int64_t t) const {
     if constexpr (kAlike) return splat(scales[t * W >> shift]);
-    return __builtin_shuffle(load<V>(scales + (t * W >> shift)), pattern);
+    return spread(scales + (t * W >> shift), pattern);
   }
 };
 
@@ -84,6 +88,23 @@ template <class S, class F, int... j>
 
 // --- few tokens ---------------------------------------------------------------------------------
 
+// Write what W words' codes meet in the order of the codes: code j's W numbers at to + j · stride.
+template <class S>
+inline void order_block(const float* block, float* to, int64_t stride) {
+  constexpr int C = S::kCodes;
+  if constexpr (C > W) {
+    for (int i = 0; i < W; ++i)
+      for (int j = 0; j < C; ++j) to[j * stride + i] = block[i * C + j] * S::factor(j);
+  } else {
+    V v[C];
+    for (int j = 0; j < C; ++j) v[j] = load<V>(block + j * W);
+    swap<C / 2, C>(v);
+    I words;  // lanes now count words in steps of W / C
+    for (int i = 0; i < W; ++i) words[i] = i % (W / C) * C + i / (W / C);
+    for (int j = 0; j < C; ++j) store(to + j * stride, (C < W && C > 1 ? __builtin_shuffle(v[j], words) : v[j]) * S::factor(j));
+  }
+}
+
 // The tokens, in the order of the codes: [block][code][token][lane]; and the sums of their groups.
 template <class S>
 void order_few(const Product& p, const float* x, int64_t tokens, int64_t blocks, float* ordered, float* group_sums, int64_t group_stride) {
@@ -101,8 +122,7 @@ void order_few(const Product& p, const float* x, int64_t tokens, int64_t blocks,
         std::memcpy(rest, block, static_cast<size_t>(K - t * W * C) * 4);
         block = rest;
       }
-      for (int i = 0; i < W; ++i)
-        for (int j = 0; j < C; ++j) to[j * tokens * W + i] = block[i * C + j] * S::factor(j);
+      order_block<S>(block, to, tokens * W);
     }
     if constexpr (S::kBiases) {
       float* sums_of = group_sums + m * group_stride;
@@ -116,9 +136,7 @@ void order_few(const Product& p, const float* x, int64_t tokens, int64_t blocks,
   }
 }
 
-// Rows whose scales are turned into float32 together: what was stored last is read back late.
-constexpr int64_t kScaledRows = 8;
-// How far ahead of what is read memory is asked for; the processor itself stops at each page.
+// How far ahead of what is read memory is asked for, at least; the processor itself stops at each page.
 constexpr int64_t kAhead = 2048;
 
 // Add what blocks [t0, t1) of one row (or two, `kRows`) give to the sums of their tokens.
@@ -146,12 +164,13 @@ template <class S, int kTokens, int kRows, bool kAlike>
       }
     }
   };
+  const int64_t ahead = max(kAhead, kRows * row_bytes);  // the rows that are met next
   int64_t t = t0;
   Words w[kRows];
   for (; t < t1 && is_whole<S>(words, t); ++t) {
     for (int r = 0; r < kRows; ++r) {
       const uint8_t* p = codes + r * row_bytes + t * W * S::kBytes;
-      __builtin_prefetch(p + kAhead);
+      __builtin_prefetch(p + ahead);
       w[r] = S::words(p);
     }
     block(t, w);
@@ -164,59 +183,38 @@ template <class S, int kTokens, int kRows, bool kAlike>
     for (int m = 0; m < kTokens; ++m) sums[r][m] = total[r][m];
 }
 
-// Add the products of a row's biases with the sums of the tokens' groups.
-template <int kTokens>
-inline void add_biases(const uint8_t* biases, Scale type, int64_t groups, int64_t readable, const float* group_sums, int64_t stride, V* total) {
-  V other[kTokens] = {};  // a second sum, beside the first: two multiplications at a time
-  int64_t g = 0;
-  const auto add = [&](V b, V* to) [[gnu::always_inline]] {
-    for (int m = 0; m < kTokens; ++m) to[m] += b * load<V>(group_sums + m * stride + g);
-  };
-  if (type == Scale::f16) {
-    for (; g < groups && g + W <= readable; g += W) add(from_half(load<H>(biases + 2 * g)), g / W % 2 ? other : total);
-  }
-  for (; g < groups; g += W) {
-    float some[W];
-    const int64_t n = min(W, groups - g);
-    scales_to_floats(biases + g * scale_bytes(type), type, n, n, some, W - n);
-    add(load<V>(some), total);
-  }
-  for (int m = 0; m < kTokens; ++m) total[m] += other[m];
-}
-
 template <class S, int kTokens, bool kAlike>
 void few_rows(const Matrix& a, const RowScales<S>& row_scales, int64_t first, int64_t last, const float* ordered, const float* group_sums, int64_t group_stride, float* out, int64_t out_stride) {
   constexpr int kRows = kTokens == 1 || (kTokens <= 4 && !S::kGroups) ? 2 : 1;
-  const int64_t words = a.columns / S::kCodes, blocks = (words + W - 1) / W;
-  const int64_t width = scale_bytes(a.scale), groups = row_scales.groups, padded = up(groups, W) + W;
+  const int64_t words = a.columns / S::kCodes, blocks = (words + W - 1) / W, groups = row_scales.groups;
   // The part of the tokens that all rows of a batch meet before the next: half of the first cache.
   const int64_t span = max(1, 4096 / (kTokens * S::kCodes * W));
-  float* scales = scratch(0, kScaledRows * padded);
-  for (int64_t some = first; some < last; some += kScaledRows) {
-    const int64_t end = min(last, some + kScaledRows);
-    V sums[kScaledRows][kTokens] = {};
-    for (int64_t row = some; row < end; ++row) {
-      if constexpr (S::kGroups) scales_to_floats(a.scales + row * groups * width, a.scale, groups, (a.rows - row) * groups, scales + (row - some) * padded, padded - groups);
-    }
+  float* scales = scratch(0, 2 * (W * groups + 2 * W));
+  float* biases = scales + W * groups + 2 * W;
+  for (int64_t some = first; some < last; some += W) {
+    const int64_t rows = min(W, last - some);
+    V sums_of[W][kTokens] = {};
+    // What was stored last is read back late: the scales of all rows are turned into float32 first.
+    if constexpr (S::kGroups) row_scales.read(a, a.scales, some, rows, scales);
+    if constexpr (S::kBiases) row_scales.read(a, a.biases, some, rows, biases);
     for (int64_t t = 0; t < blocks; t += span) {
-      for (int64_t row = some; row < end;) {
-        const uint8_t* codes = a.codes + row * a.row_bytes;
-        const float* scale = scales + (row - some) * padded;
-        if (row + kRows <= end) {
-          add_blocks<S, kTokens, kRows, kAlike>(row_scales, codes, a.row_bytes, words, t, min(blocks, t + span), scale, padded, ordered, sums + (row - some));
-          row += kRows;
-        } else {
-          add_blocks<S, kTokens, 1, kAlike>(row_scales, codes, a.row_bytes, words, t, min(blocks, t + span), scale, padded, ordered, sums + (row - some));
-          row += 1;
-        }
-      }
+      const int64_t t1 = min(blocks, t + span);
+      int64_t r = 0;
+      for (; r + kRows <= rows; r += kRows)
+        add_blocks<S, kTokens, kRows, kAlike>(row_scales, a.codes + (some + r) * a.row_bytes, a.row_bytes, words, t, t1, scales + r * groups, groups, ordered, sums_of + r);
+      for (; r < rows; ++r)
+        add_blocks<S, kTokens, 1, kAlike>(row_scales, a.codes + (some + r) * a.row_bytes, a.row_bytes, words, t, t1, scales + r * groups, groups, ordered, sums_of + r);
     }
-    for (int64_t row = some; row < end; ++row) {
-      V* total = sums[row - some];
-      if constexpr (S::kBiases) {
-        add_biases<kTokens>(a.biases + row * groups * width, a.scale, groups, (a.rows - row) * groups, group_sums, group_stride, total);
-      }
-      for (int m = 0; m < kTokens; ++m) out[m * out_stride + row - first] = sum(total[m]);
+    if constexpr (S::kBiases) {
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t g = 0; g < groups; g += W)
+          for (int m = 0; m < kTokens; ++m) sums_of[r][m] += load<V>(biases + r * groups + g) * load<V>(group_sums + m * group_stride + g);
+    }
+    for (int m = 0; m < kTokens; ++m) {
+      V of_rows[W];
+      for (int r = 0; r < W; ++r) of_rows[r] = sums_of[r][m];
+      const V result = sums(of_rows);
+      std::memcpy(out + m * out_stride + some - first, &result, static_cast<size_t>(rows) * 4);
     }
   }
 }
@@ -306,23 +304,18 @@ void many_rows(const Matrix& a, int64_t first, int64_t last, const float* panels
   const int64_t step = max(1, kDepth / (W * S::kCodes)), deep = step * W * S::kCodes;
   const int64_t c_stride = n_panels * kWide, height = up(last - first, kTileRows);
   const RowScales<S> row_scales(a);
-  const int64_t groups = row_scales.groups, padded = up(groups, W) + 2 * W, width = scale_bytes(a.scale);
+  const int64_t groups = row_scales.groups, n_scales = (last - first) * groups + 2 * W;
   zero(c, height * c_stride);
   float* tile = scratch(1, height * deep);
-  float* scales = scratch(2, 2 * height * padded);
-  float* biases = scales + height * padded;
-  if constexpr (S::kGroups) {
-    for (int64_t row = first; row < last; ++row) {
-      scales_to_floats(a.scales + row * groups * width, a.scale, groups, (a.rows - row) * groups, scales + (row - first) * padded, W);
-      if constexpr (S::kBiases)
-        scales_to_floats(a.biases + row * groups * width, a.scale, groups, (a.rows - row) * groups, biases + (row - first) * padded, W);
-    }
-  }
+  float* scales = scratch(2, 2 * n_scales);
+  float* biases = scales + n_scales;
+  if constexpr (S::kGroups) row_scales.read(a, a.scales, first, last - first, scales);
+  if constexpr (S::kBiases) row_scales.read(a, a.biases, first, last - first, biases);
   zero(tile + (last - first) * deep, (height - (last - first)) * deep);
   for (int64_t t0 = 0; t0 < blocks; t0 += step) {
     const int64_t t1 = min(blocks, t0 + step);
     for (int64_t row = first; row < last; ++row)
-      unpack<S>(a, row_scales, row, t0, t1, scales + (row - first) * padded, biases + (row - first) * padded, tile + (row - first) * deep);
+      unpack<S>(a, row_scales, row, t0, t1, scales + (row - first) * groups, biases + (row - first) * groups, tile + (row - first) * deep);
     for (int64_t panel = 0; panel < n_panels; ++panel) {
       const float* x = panels + (panel * depth + t0 * W * S::kCodes) * kWide;
       for (int64_t r = 0; r < height; r += kTileRows)
@@ -478,9 +471,9 @@ void lookup(const Lookup& l) {
     using S = decltype(scheme);
     const int64_t words = a.columns / S::kCodes, blocks = (words + W - 1) / W;
     const RowScales<S> row_scales(a);
-    const int64_t groups = row_scales.groups, padded = up(groups, W) + 2 * W, width = scale_bytes(a.scale);
-    float* scales = scratch(0, 2 * padded);
-    float* biases = scales + padded;
+    const int64_t groups = row_scales.groups;
+    float* scales = scratch(0, 2 * (groups + 2 * W));
+    float* biases = scales + groups + 2 * W;
     float* ordered = scratch(1, blocks * W * S::kCodes);
     for (int64_t m = 0; m < l.tokens; ++m) {
       const int64_t row = l.ids[m];
@@ -488,8 +481,8 @@ void lookup(const Lookup& l) {
         zero(l.y + m * a.columns, a.columns);
         continue;
       }
-      if constexpr (S::kGroups) scales_to_floats(a.scales + row * groups * width, a.scale, groups, (a.rows - row) * groups, scales, W);
-      if constexpr (S::kBiases) scales_to_floats(a.biases + row * groups * width, a.scale, groups, (a.rows - row) * groups, biases, W);
+      if constexpr (S::kGroups) row_scales.read(a, a.scales, row, 1, scales);
+      if constexpr (S::kBiases) row_scales.read(a, a.biases, row, 1, biases);
       unpack<S>(a, row_scales, row, 0, blocks, scales, biases, ordered);
       float* y = l.y + m * a.columns;
       for (int64_t k = 0; k < a.columns; ++k) {

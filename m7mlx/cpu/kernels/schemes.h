@@ -161,6 +161,7 @@ inline void scales_to_floats(const uint8_t* from, Scale type, int64_t n, int64_t
       for (; i < n; ++i) to[i] = half_to_float(load<uint16_t>(from + 2 * i));
       break;
     case Scale::bf16:
+      for (; i < n && i + W <= readable; i += W) store(to + i, from_bfloat(load<H>(from + 2 * i)));
       for (; i < n; ++i) to[i] = bfloat_to_float(load<uint16_t>(from + 2 * i));
       break;
     case Scale::e8m0:

@@ -61,7 +61,7 @@ class Pool {
     take();
     state_.fetch_and(~kOpen, std::memory_order_acq_rel);
     for (int tries = 0; state_.load(std::memory_order_acquire) & kInside; ++tries) {
-      tries < 2000 ? pause() : static_cast<void>(sched_yield());  // a worker may have lost its core
+      tries < 500 ? pause() : static_cast<void>(sched_yield());  // a worker may have lost its core
     }
   }
 
@@ -98,6 +98,8 @@ class Pool {
         if (may_enter(state, last)) return state;
         pause();
       }
+      // Whoever wants this core takes it now, while nobody waits for a task that is half done.
+      sched_yield();
     } while (std::chrono::steady_clock::now() < until);
     std::unique_lock lock(mutex_);
     sleeping_.fetch_add(1, std::memory_order_seq_cst);

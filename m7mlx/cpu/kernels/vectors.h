@@ -57,6 +57,14 @@ inline V number(U codes) { return __builtin_convertvector(reinterpret_cast<I>(co
 inline V as_float(U bits) { return reinterpret_cast<V>(bits); }
 inline U as_bits(V x) { return reinterpret_cast<U>(x); }
 inline V choose(I mask, V yes, V no) { return as_float((reinterpret_cast<U>(mask) & as_bits(yes)) | (~reinterpret_cast<U>(mask) & as_bits(no))); }
+// The numbers at p that a pattern names for each lane; it names none beyond the fourth, or W.
+inline V spread(const float* p, I pattern) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return reinterpret_cast<V>(_mm256_permutevar_ps(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)), reinterpret_cast<__m256i>(pattern)));
+#else
+  return __builtin_shuffle(load<V>(p), pattern);
+#endif
+}
 inline V greater(V a, V b) { return choose(a > b, a, b); }
 
 template <int n>
@@ -83,6 +91,21 @@ inline void halve(V* v) {
   const I first = lanes<half>(false), second = lanes<half>(true);
   for (int i = 0; i < half; ++i) v[i] = __builtin_shuffle(v[i], v[i + half], first) + __builtin_shuffle(v[i], v[i + half], second);
   if constexpr (half > 1) halve<half / 2>(v);
+}
+
+// Exchange the bits `bit`, bit / 2, … 1 of the lanes' numbers with those of the numbers of n vectors.
+template <int bit, int n>
+inline void swap(V* v) {
+  if constexpr (bit > 0) {
+    const I first = lanes<bit>(false), second = lanes<bit>(true);
+    for (int i = 0; i < n; ++i) {
+      if (i & bit) continue;
+      const V a = v[i], b = v[i + bit];
+      v[i] = __builtin_shuffle(a, b, first);
+      v[i + bit] = __builtin_shuffle(a, b, second);
+    }
+    swap<bit / 2, n>(v);
+  }
 }
 
 // The sums of W vectors, one in each lane; the vectors are used up.
