@@ -36,7 +36,7 @@ def on_cpu() -> bool:
 
 
 def has_kernels() -> bool:
-    """Tell whether kernels of ours compute (m7mlx.cpu): on Linux's CPU backend, if they are built."""
+    """Tell whether kernels of ours compute: on Linux's CPU backend, if they are built."""
     return on_cpu() and native.usable()
 
 

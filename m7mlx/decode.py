@@ -20,10 +20,9 @@ _COMPARED = 4096  # ids at a time
 def default_chunk(model: Mistral) -> int:
     """Tokens of a prompt to read at a time, by what was measured (docs/performance.md).
 
-    Nothing is cancelled within a chunk. With kernels of ours, 256 amortise the unpacking of weights.
-    On the CPU backend without them, 128 keep most of what is computed
-    within the cache; where weights stay quantised there, a row costs the same in any company, and
-    in a large model seconds.
+    Nothing is cancelled within a chunk. With kernels of ours, 256 pay for the unpacking of weights.
+    On the CPU backend without them, 128 keep most of what is computed within the cache; where
+    weights stay quantised there, a row costs the same in any company, and in a large model seconds.
     """
     if not on_cpu():
         return 512

@@ -28,7 +28,16 @@ from m7mlx.files.weights import (
 )
 from m7mlx.fuse import fuse
 from m7mlx.lora import open_adapter, put_on
-from m7mlx.memory import budget, cache_bytes, expands, loaded_bytes, machine_memory, planned_length, settle
+from m7mlx.memory import (
+    budget,
+    cache_bytes,
+    default_kv_bits,
+    expands,
+    loaded_bytes,
+    machine_memory,
+    planned_length,
+    settle,
+)
 from m7mlx.model import Mistral
 from m7mlx.shard import Shard
 from m7mlx.tokens.load import load_tokenizer
@@ -152,7 +161,7 @@ def build(
     model.eval()
     fuse(model)
     if has_kernels() and any(array.dtype != mx.float32 for array in loaded.values()):
-        model.kv_bits = 16  # no model of 16 bits or less needs more
+        model.kv_bits = 16  # as a model of 16 bits or less has on a GPU
     settle()
     return model
 
@@ -206,7 +215,10 @@ def _check_memory(folder: Path, config: ModelConfig, stored: int, dtype: mx.Dtyp
     """
     weights = loaded_bytes(config, stored) if dtype is None or dtype == mx.float32 else stored
     positions = planned_length(config)
-    cache = cache_bytes(config, positions, 8 * (dtype or mx.float16).size)
+    bits = 8 * (dtype or mx.float16).size
+    cache = cache_bytes(
+        config, positions, min(bits, default_kv_bits(config, stored)) if dtype == mx.float32 else bits
+    )
     if weights + cache > budget():
         whose = "this machine has" if budget() == machine_memory() else "the limit is"
         raise RunError(

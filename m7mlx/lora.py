@@ -22,6 +22,7 @@ from m7mlx.files.adapters import EMBEDDING, HEAD, Adapter, Changes, find_adapter
 from m7mlx.files.hub import resolve
 from m7mlx.fuse import FUSED
 from m7mlx.model import Mistral
+from m7mlx.products import look_up, project
 from m7mlx.quantization import Quantization
 from m7mlx.terminal import shown
 
@@ -102,7 +103,7 @@ class ChangedLinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:  # [B, L, in] → [B, L, out]
         change = self.change
-        out: mx.array = x @ change["weight"].T if "weight" in change else self.base(x)
+        out = x @ change["weight"].T if "weight" in change else project(x, (self.base,))
         if "up" in change:
             out = out + x @ change["down"] @ change["up"]
         return out * change["gain"] if "gain" in change else out
@@ -122,7 +123,7 @@ class ChangedEmbedding(nn.Module):
 
     def __call__(self, ids: mx.array) -> mx.array:  # [B, L] → [B, L, hidden]
         change = self.reading
-        read: mx.array = change["weight"][ids] if "weight" in change else self.base(ids)
+        read = change["weight"][ids] if "weight" in change else look_up(ids, self.base, mx.float32)
         if "rows" in change:
             read = read + change["rows"][ids] @ change["columns"]
         if "gain" not in change:
@@ -134,7 +135,7 @@ class ChangedEmbedding(nn.Module):
         change = self.writing
         if "gain" in change and change["gain"].shape[0] == 1:
             x = x * change["gain"][0]
-        out: mx.array = x @ change["weight"].T if "weight" in change else self.base.as_linear(x)
+        out = x @ change["weight"].T if "weight" in change else project(x, (self.base,))
         if "rows" in change:
             out = out + x @ change["columns"].T @ change["rows"].T
         return out * change["gain"][:, 0] if "gain" in change and change["gain"].shape[0] > 1 else out

@@ -93,6 +93,16 @@ def cache_bytes(config: ModelConfig, positions: int, bits: float = 16) -> int:
     return int(2 * config.n_layers * config.n_kv_heads * config.head_dim * positions * bits / 8)
 
 
+def default_kv_bits(config: ModelConfig, stored: int) -> int:
+    """Return the bits of keys and values in a cache that is not told otherwise.
+
+    stored  bytes of the weights in files: kernels of ours keep 16 bits but for float32 models
+    """
+    if not on_cpu():
+        return 16
+    return 16 if has_kernels() and stored < config.n_weights * 3 else 32
+
+
 def positions_that_fit(config: ModelConfig, weights: int, bits: float) -> int:
     """Return how many positions fit into the budget.
 
@@ -148,14 +158,14 @@ def footprints(config: ModelConfig, stored: int, slack: int) -> list[Footprint]:
     """
     is_window = config.sliding_window is not None
     lengths = {planned_length(config)} if is_window else {planned_length(config), config.max_position_embeddings}
-    computed = 32 if on_cpu() else 16
+    computed = default_kv_bits(config, stored)
     found = []
     for tokens in sorted(lengths):
         positions = tokens + (slack if is_window else 0)
         # 4.5 bits with scales and biases.
         bits = {f"{computed} bits": float(computed), "4 bits": 4.5}
         caches = {name: cache_bytes(config, positions, size) for name, size in bits.items()}
-        # The scores of a prompt's chunk, and what is made of them; Metal's kernel keeps none.
-        scores = 3 * 4 * 128 * config.n_heads * positions if on_cpu() else 0
+        # The scores of a prompt's chunk, and what is made of them; kernels keep none.
+        scores = 3 * 4 * 128 * config.n_heads * positions if on_cpu() and not has_kernels() else 0
         found.append(Footprint(tokens, is_window, loaded_bytes(config, stored), caches, _AROUND + scores))
     return found

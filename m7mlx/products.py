@@ -1,4 +1,4 @@
-"""Products with the model's matrices: a step of the kernels of ours where they are, of MLX's where not.
+"""Products with the model's matrices: one step of our kernels where there are any, or MLX's steps.
 
 On Linux's CPU backend a matrix is met as it lies in its file, packed or in 16 bits, and what stands
 beside the product (the norm before it, the sum after it, SwiGLU between gate and up) is done in the
@@ -17,7 +17,7 @@ from m7mlx.arrays import has_kernels, swiglu
 from m7mlx.cpu import native
 
 if TYPE_CHECKING:
-    from m7mlx.cpu._native import Weight
+    from m7mlx.cpu import _native
 
 _KNOWN = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
 
@@ -29,8 +29,8 @@ class _Kept(NamedTuple):
     kind    how it is stored
     """
 
-    codes: mx.array
-    weight: Weight | None
+    codes: mx.array | None
+    weight: _native.Weight | None
     kind: tuple[object, ...]
 
 
@@ -44,12 +44,12 @@ def project(
 
     An embedding counts as the matrix of a tied head.
     """
-    if x.dtype == mx.float32 and has_kernels() and (residual is None or residual.dtype == mx.float32):
+    if _can_run(x, norm) and (residual is None or residual.dtype == mx.float32):
         weights = [_keep(matrix).weight for matrix in matrices]
         if None not in weights:
-            if norm is None:
-                return native.kernels().product(x, weights, None, 0.0, residual)
-            return native.kernels().product(x, weights, norm["weight"], norm.eps, residual)
+            gain, eps = (None, 0.0) if norm is None else (norm["weight"], norm.eps)
+            product: mx.array = native.kernels().product(x, weights, gain, eps, residual)
+            return product
     if norm is not None:
         x = norm(x)
     products = [m.as_linear(x) if hasattr(m, "as_linear") else m(x) for m in matrices]
@@ -62,20 +62,28 @@ def project_gated(x: mx.array, matrices: Sequence[nn.Module], norm: nn.RMSNorm) 
     if len(matrices) == 1:
         gate, up = mx.split(project(x, matrices, norm), 2, axis=-1)
         return swiglu(gate, up)
-    if x.dtype == mx.float32 and has_kernels():
+    if _can_run(x, norm):
         one, other = map(_keep, matrices)
         if one.weight is not None and other.weight is not None and one.kind == other.kind:
-            return native.kernels().product(x, [one.weight, other.weight], norm["weight"], norm.eps, None, True)
+            weights = [one.weight, other.weight]
+            product: mx.array = native.kernels().product(x, weights, norm["weight"], norm.eps, None, True)
+            return product
     x = norm(x)
     return swiglu(*(project(x, (matrix,)) for matrix in matrices))
 
 
 def look_up(ids: mx.array, embedding: nn.Module, dtype: mx.Dtype) -> mx.array:
-    """Return the rows [..., hidden_size] of an embedding for ids, in the type of the activations."""
+    """Return the rows [..., hidden_size] of an embedding for ids, in the activations' type."""
     if dtype == mx.float32 and has_kernels() and (weight := _keep(embedding).weight) is not None:
-        return native.kernels().lookup(ids, weight)
+        found: mx.array = native.kernels().lookup(ids, weight)
+        return found
     rows: mx.array = embedding(ids)
     return rows
+
+
+def _can_run(x: mx.array, norm: nn.RMSNorm | None) -> bool:
+    """Tell whether the kernels take these: they compute in float32 alone."""
+    return x.dtype == mx.float32 and has_kernels() and (norm is None or norm["weight"].dtype == mx.float32)
 
 
 def _keep(module: nn.Module) -> _Kept:
@@ -89,9 +97,10 @@ def _keep(module: nn.Module) -> _Kept:
 
 def _make(module: nn.Module) -> _Kept:
     # An adapter's modules, and those whose products are added up by several processes, do more.
-    if type(module) not in _KNOWN or "bias" in module:
-        return _Kept(module.get("weight"), None, ())
-    codes, scales, biases = (module.get(name) for name in ("weight", "scales", "biases"))
+    codes = module.get("weight")
+    if codes is None or type(module) not in _KNOWN or "bias" in module:
+        return _Kept(codes, None, ())
+    scales, biases = module.get("scales"), module.get("biases")
     scheme = () if scales is None else (module.group_size, module.bits, module.mode)
     weight = native.kernels().Weight(codes, scales, biases, *scheme)
     return _Kept(codes, weight, (*scheme, codes.dtype, None if scales is None else scales.dtype))

@@ -31,7 +31,7 @@ class KVFormat:
 
     bits  4 or 8; 16 for float16, whatever they are computed in; None stores them as computed
 
-    Packed ones are those of 4 and 8 bits. Scales and biases take 16 bits: at 4 bits in groups of 64, a number takes 4.5. Quantised keys,
+    Scales and biases take 16 bits: at 4 bits in groups of 64, a number takes 4.5. Quantised keys,
     and the queries that meet them, go through a Hadamard transform first: products stay what they
     are, and the few large channels that keys have are spread over all (QuaRot, arXiv 2404.00456),
     which more than halves the error.
@@ -212,6 +212,7 @@ class LayerRing:
             mx.eval(stored)
             self.buffers = stored
             self._written = mx.zeros((1,))
+        out: mx.array
         out, self._written = native.kernels().attend(
             heads,
             forward.angles,

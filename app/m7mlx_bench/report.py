@@ -87,7 +87,9 @@ def show(results: Results, console: Console) -> None:
     """Print the table, with ratios to mlx-lm in the same round, and the notes."""
     console.print(Text.assemble((results.model["name"], "bold"), " · ", machine_line(results.machine)))
     rounds = max((len(runs) for runs in results.runs.values()), default=0)
-    title = f"median (lowest–highest) of {rounds} rounds · × is the ratio to {results.against}, better when above 1"
+    title = f"median (lowest–highest) of {rounds} rounds"
+    if results.against in results.runs:
+        title += f" · × is the ratio to {results.against}, better when above 1"
     table = Table(title=title, title_justify="left", title_style="dim", highlight=False)
     table.add_column("")
     for engine in results.runs:

@@ -69,7 +69,7 @@ def attend(
 ) -> tuple[mx.array, mx.array]:
     """Write the new keys and values into a ring's buffers, IN PLACE, and attend to it.
 
-    heads     [batch, length, (heads + 2 KV heads) * head_dim]: queries, keys and values, not rotated
+    heads     [batch, length, (heads + 2 KV heads) * head_dim]: queries, keys, values, not rotated
     rotation  [batch or 1, length, head_dim]: cosines, then sines
     written   what the last pass through these buffers returned: the order of both
     buffers   as `LayerRing` has them, evaluated

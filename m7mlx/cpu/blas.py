@@ -48,13 +48,18 @@ def interpose() -> None:
             return
 
 
-def note() -> str:
-    """Return a line if the library asked for cannot be used or, once, on how to get one."""
+def note(advise: bool = True) -> str:
+    """Return a line if the library asked for cannot be used or, once, on how to get one.
+
+    advise  whether one would help: not where our own kernels compute
+    """
     chosen = _setting()
     if library or chosen == "off" or not is_linux_cpu():
         return ""
     if chosen:
         return f"M7MLX_BLAS: {chosen} cannot be loaded, or has no cblas_sgemm; MLX's own is used"
+    if not advise:
+        return ""
     told = cache_dir() / "blas-told"
     try:
         told.parent.mkdir(parents=True, exist_ok=True)

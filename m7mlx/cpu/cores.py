@@ -28,7 +28,7 @@ def count_cores() -> int:
 
 
 def _whole_cores(processors: set[int]) -> int:
-    """Return how many cores these processors are; each counts as one where nothing says otherwise."""
+    """Return how many cores these processors are; one each where nothing says otherwise."""
     cores = set()
     for number in processors:
         try:

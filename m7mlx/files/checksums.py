@@ -59,12 +59,12 @@ def remember(path: Path, checksum: str) -> None:
 
 
 def is_known_finite(path: Path) -> bool:
-    """Whether it is remembered that a file, as it is now, holds neither NaN nor infinite numbers."""
+    """Whether it is remembered that all numbers of a file, as it is now, are finite."""
     return _is_known(path, "finite", _FINITE)
 
 
 def remember_finite(path: Path) -> None:
-    """Remember that a file, as it is now, holds neither NaN nor infinite numbers."""
+    """Remember that all numbers of a file, as it is now, are finite."""
     _remember(path, "finite", _FINITE)
 
 

@@ -26,5 +26,5 @@ class Summed(nn.Module):
 def sum_products(model: Mistral, group: mx.distributed.Group) -> None:
     """Make `o_proj` and `down_proj` of a shard give what those of the whole model give."""
     for block in model.model.layers:
-        block.self_attn.o_proj = Summed(block.self_attn.o_proj, group)
-        block.mlp.down_proj = Summed(block.mlp.down_proj, group)
+        for parent, name in ((block.self_attn, "o_proj"), (block.mlp, "down_proj")):
+            parent[name] = Summed(parent[name], group)

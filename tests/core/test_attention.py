@@ -10,6 +10,8 @@ from m7mlx.attention import attend
 from m7mlx.positions import window_mask
 from m7mlx.ring import KeysValues, KVFormat, Sinks
 
+pytestmark = pytest.mark.usefixtures("computed_by")
+
 
 @pytest.mark.parametrize("kv_format", [KVFormat(), KVFormat(8, 32), KVFormat(4, 32)], ids=str)
 @pytest.mark.parametrize("batch", [1, 3])

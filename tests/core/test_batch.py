@@ -17,6 +17,8 @@ from m7mlx.errors import InputError, RollbackError
 from m7mlx.model import Mistral
 from m7mlx.sampling import Sampler, Sampling
 
+pytestmark = pytest.mark.usefixtures("computed_by")
+
 MODELS = {window: small_model(small_config(sliding_window=window, head_dim=32)) for window in (7, None)}
 PROMPTS = [[(i * i + k) % 97 for i in range(length)] for k, length in enumerate((3, 40, 11, 25))]
 

@@ -100,6 +100,7 @@ def test_how_to_get_one_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("M7MLX_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("M7MLX_BLAS", raising=False)
+    assert blas.note(advise=False) == ""
     assert "libopenblas0-pthread" in blas.note()
     assert blas.note() == ""
     monkeypatch.setenv("M7MLX_CACHE", "/dev/null/nowhere")  # cannot be remembered: not said each time

@@ -14,6 +14,8 @@ import m7mlx.embedding
 from m7mlx import Mistral, PromptTooLongError, Tokenizer, TokenizerError, embed, load
 from m7mlx.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("computed_by")
+
 TEXTS = [
     "Hello",
     "",

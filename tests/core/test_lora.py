@@ -75,6 +75,7 @@ def two_models(tmp_path: Path, is_packed: bool, monkeypatch: pytest.MonkeyPatch)
     return model, base
 
 
+@pytest.mark.usefixtures("without_kernels")
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}])
 @pytest.mark.parametrize("is_packed", [True, False])
 def test_a_quantised_base_keeps_its_bits(

@@ -65,6 +65,7 @@ def test_a_chat_takes_what_was_planned(demo_model: Path) -> None:
     assert abs(plan.total / measured - 1) < 0.1
 
 
+@pytest.mark.usefixtures("without_kernels")
 def test_weights_that_are_not_expanded_are_planned_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU quantised weights have float32 scales where they do not fit expanded."""
     monkeypatch.setattr(m7mlx.memory, "expands", lambda config: False)

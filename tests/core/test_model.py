@@ -21,6 +21,8 @@ from m7mlx.loading import build
 from m7mlx.positions import window_mask
 from m7mlx.sampling import Sampler, Sampling
 
+pytestmark = pytest.mark.usefixtures("computed_by")
+
 GOLDEN = Path(__file__).parent / "golden"
 SHAPES: list[dict[str, Any]] = [
     {"n_kv_heads": 1},

@@ -35,7 +35,7 @@ def python(code: str, cwd: Path | None = None, **environment: str) -> subprocess
 
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Let each test find the kernels anew, on a machine that has been told nothing."""
+    """Let each test begin with nothing found, on a machine that has been told nothing."""
     for name in ("M7MLX_NATIVE", "M7MLX_ISA"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("M7MLX_CACHE", str(tmp_path / "cache"))

@@ -26,6 +26,7 @@ from m7mlx.decode import decode, prefill  # noqa: E402
 from m7mlx.sampling import Sampler, Sampling  # noqa: E402
 
 pytestmark = [
+    pytest.mark.usefixtures("computed_by"),
     pytest.mark.oracle,
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
 ]

@@ -16,6 +16,8 @@ from m7mlx.decode import prefill
 from m7mlx.errors import InputError
 from m7mlx.ring import KVFormat, LayerRing
 
+pytestmark = pytest.mark.usefixtures("computed_by")
+
 
 @given(st.integers(1, 20), st.integers(0, 5), st.integers(0, 100), st.data())
 def test_slots_are_positions_modulo_capacity(window: int, slack: int, start: int, data: st.DataObject) -> None:

@@ -32,6 +32,8 @@ from m7mlx.speculative import Drafter, DraftModel, PromptLookup, load_draft_mode
 from m7mlx.tokens.load import load_tokenizer
 from m7mlx.tokens.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.usefixtures("computed_by")
+
 MODELS = {window: small_model(small_config(sliding_window=window, head_dim=32)) for window in (4, 7, 16, None)}
 OTHER = small_model(small_config(sliding_window=5, n_layers=1), seed=0)
 PADDED = small_model(small_config(vocab_size=128, n_layers=1), seed=3)
