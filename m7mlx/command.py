@@ -114,7 +114,7 @@ def run(
     make_streams_safe()
     try:
         try:
-            for told in filter(None, (blas.note(advises=not native.usable()), native.note())):
+            for told in filter(None, (native.note(), blas.note(advise=not native.usable()))):
                 say(f"{prog}: note: {one_line(told)}")
             return body(args) or 0
         except (M7Error, OSError, MemoryError) as error:

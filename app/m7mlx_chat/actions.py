@@ -72,6 +72,7 @@ ACTIONS = (
     Action("edit_message", "e", "e", "edit the question and ask again", place="message"),
     Action("retry_message", "r", "r", "answer again", place="message"),
     Action("fork_message", "f", "f", "copy all up to here into a new conversation", place="message"),
+    Action("thoughts", "t", "t", "show or hide what the model thought", place="message"),
     Action("sibling(-1)", "left_square_bracket", "[", "show the version before", place="message"),
     Action("sibling(1)", "right_square_bracket", "]", "show the next version", place="message"),
     Action("rename_chosen", "r", "r", "give it a title", place="sidebar"),

@@ -10,7 +10,7 @@ from typing import Any
 
 from m7mlx import Request
 from m7mlx.errors import InputError, M7Error
-from m7mlx_chat.events import AnyEngine, Done, Event, Failed, Ready, Seen, Text
+from m7mlx_chat.events import AnyEngine, Done, Event, Failed, Ready, Seen, Text, Thought
 from m7mlx_chat.history import history
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.store import Store
@@ -31,6 +31,7 @@ class UnderWay:
 
     begun           what it said before it was broken off: a text, and its token ids where known
     earlier_tokens  how many tokens that took
+    thought         what the model has thought by now
     submitted       the engine has been asked; before, the model is still being loaded
     saved           when it was last saved
     """
@@ -42,6 +43,7 @@ class UnderWay:
     text: str = ""
     begun: tuple[str, list[int] | None] | None = None
     earlier_tokens: int = 0
+    thought: str = ""
     submitted: bool = False
     saved: float = 0.0
 
@@ -95,6 +97,9 @@ class Answering:
                 self.seen = seen or self.seen
                 if self.under_way is not None:
                     self._grow(self.under_way, text)
+            case Thought(text):
+                if self.under_way is not None:
+                    self.under_way.thought += text
             case Done():
                 self.seen = event.seen
                 if self.under_way is not None:
@@ -161,5 +166,7 @@ class Answering:
     def _finish(self, status: Ending, statistics: dict[str, Any], ids: list[int] | None = None) -> None:
         assert self.under_way is not None
         ended, self.under_way = self.under_way, None
+        if ended.thought:
+            statistics |= {"thought": ended.thought}
         self._unsaved.append(lambda: self.store.finish(ended.answer, status, ended.text, statistics, ids))
         self.save_again()

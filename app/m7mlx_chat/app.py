@@ -16,7 +16,7 @@ from m7mlx_chat.commands.looking import LookCommands
 from m7mlx_chat.commands.settings import SettingsCommands
 from m7mlx_chat.commands.unsent_text import UnsentTextCommands
 from m7mlx_chat.commands.versions import VersionCommands
-from m7mlx_chat.events import Done, Event, Failed, Loading, Prefill, Ready, Text
+from m7mlx_chat.events import Done, Event, Failed, Loading, Prefill, Ready, Text, Thought
 from m7mlx_chat.view import Parts
 from m7mlx_chat.widgets.messages import Answer
 
@@ -136,6 +136,8 @@ class ChatApp(
                 self._show_prefill(event, answer)
             case Text():
                 await self._show_text(event, answer)
+            case Thought():
+                self._show_thought(event, answer)
             case Done() | Failed():
                 await self._show_end(event, answer)
             case _:
@@ -156,6 +158,12 @@ class ChatApp(
         seconds = time.monotonic() - self.first_text
         speed = f" · {(event.count - 1) / seconds:.1f} tok/s" if event.count > 1 and seconds > 0.5 else ""
         self.show_state(f"answering · {event.count:,} tokens{speed} · Esc stops")
+
+    def _show_thought(self, event: Thought, answer: Answer | None) -> None:
+        if answer is not None:
+            answer.show_progress("")
+            answer.think(event.text)
+        self.show_state(f"thinking · {event.count:,} tokens · Esc stops")
 
     async def _show_end(self, event: Done | Failed, answer: Answer | None) -> None:
         """Show how an answer, or an attempt to load a model, has ended."""

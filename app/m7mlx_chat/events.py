@@ -67,6 +67,14 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Thought:
+    """More of what the model thinks, which is not part of the answer; `count` as for Text."""
+
+    text: str
+    count: int = 0
+
+
+@dataclass(frozen=True)
 class Done:
     """The answer has ended, and everything up to here is in the cache.
 
@@ -89,7 +97,7 @@ class Failed:
     exit_status: int = 1
 
 
-Event = Loading | Ready | Prefill | Text | Done | Failed
+Event = Loading | Ready | Prefill | Text | Thought | Done | Failed
 
 
 class AnyEngine(Protocol):

@@ -19,7 +19,7 @@ from m7mlx.errors import DownloadError, InputError, RunError
 from m7mlx.files.hub import DEMO, resolve
 from m7mlx.parallel.world import World
 from m7mlx_chat.engine import Engine
-from m7mlx_chat.events import Done, Event, Failed, Text
+from m7mlx_chat.events import Done, Event, Failed, Text, Thought
 from m7mlx_chat.printers import JsonPrinter, Printer, TextPrinter
 from m7mlx_chat.session import Session
 from m7mlx_chat.settings import Settings
@@ -139,7 +139,7 @@ def _print(session: Session, engine: Engine, printer: Printer) -> None:
     for event in _until_done(session, engine):
         session.handle(event)
         printer.show(event)
-        begun = begun or isinstance(event, Text)
+        begun = begun or isinstance(event, Text | Thought)
         if isinstance(event, Failed):
             # What fails on the way, though it be for the schema's sake, is a run that failed.
             error = InputError if event.exit_status == InputError.exit_status and not begun else RunError

@@ -16,7 +16,7 @@ from m7mlx.parallel.world import World
 from m7mlx.request import prepare
 from m7mlx.speculative import Drafter, PromptLookup, load_draft_model
 from m7mlx_chat.branches import Branches
-from m7mlx_chat.events import Done, Event, Prefill, Ready, Seen, Text
+from m7mlx_chat.events import Done, Event, Prefill, Ready, Seen, Text, Thought
 from m7mlx_chat.settings import Settings
 
 _BRANCHES = 0.1  # of the machine's memory, for caches of branches that were left
@@ -104,6 +104,8 @@ class LoadedModel:
             ids += piece.ids
             now = time.perf_counter()
             seen, looked = (self._seen(), now) if now - looked > _TOLD_SECONDS else (None, looked)
+            if piece.thought:
+                emit(Thought(piece.thought, len(ids)))
             if piece.text:
                 emit(Text(piece.text, len(ids), seen))
         if ids and ids[-1] in self.tokenizer.eos_ids:

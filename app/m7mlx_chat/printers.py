@@ -9,7 +9,7 @@ from typing import Protocol
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from m7mlx.terminal import console, print_event, visible
-from m7mlx_chat.events import Done, Event, Loading, Prefill, Text
+from m7mlx_chat.events import Done, Event, Loading, Prefill, Text, Thought
 
 
 class Printer(Protocol):
@@ -96,6 +96,8 @@ class JsonPrinter:
                 print_event("reading", done=done, total=total, reused=reused)
             case Text(text):
                 print_event("text", text=text)
+            case Thought(text):
+                print_event("thought", text=text)
             case Done(reason, text, _, statistics):
                 print_event("done", reason=reason, text=text, statistics=asdict(statistics))
             case _:

@@ -84,7 +84,9 @@ class Session(Answering):
         """A message as it stands: the answer under way comes with all that it says by now."""
         found = self.store.message(message)
         under_way = self.under_way
-        return replace(found, text=under_way.text) if under_way and under_way.answer == message else found
+        if under_way is None or under_way.answer != message:
+            return found
+        return replace(found, text=under_way.text, statistics=found.statistics | {"thought": under_way.thought})
 
     def configure(self, settings: Settings) -> None:
         """Make the next answers with other settings; they are kept with the conversation."""
@@ -128,6 +130,7 @@ class Session(Answering):
         under_way = UnderWay(last.conversation, last.parent, last.id, settings, last.text)
         under_way.begun = (last.text, ids_for(last, self.vocabulary)) if last.text else None
         under_way.earlier_tokens = int(last.statistics.get("generated_tokens", 0))
+        under_way.thought = last.thought if last.text else ""
         return self._begin(under_way)
 
     def _ask(self, text: str, parent: int | None) -> UnderWay:

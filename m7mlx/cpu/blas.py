@@ -51,17 +51,17 @@ def interpose() -> None:
             return
 
 
-def note(*, advises: bool) -> str:
-    """Return a line if the library asked for cannot be used.
+def note(advise: bool = True) -> str:
+    """Return a line if the library asked for cannot be used or, once, on how to get one.
 
-    advises  say, once on a machine, how to get one: where the kernels of ours cannot be used
+    advise  whether one would help: not where our own kernels compute
     """
     chosen = _setting()
     if library or chosen == "off" or not is_linux_cpu():
         return ""
     if chosen:
         return f"M7MLX_BLAS: {chosen} cannot be loaded, or has no cblas_sgemm; MLX's own is used"
-    if not advises:
+    if not advise:
         return ""
     told = cache_dir() / "blas-told"
     try:

@@ -102,11 +102,11 @@ def test_how_to_get_one_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("M7MLX_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("M7MLX_BLAS", raising=False)
-    assert blas.note(advises=False) == ""  # and is not remembered as said
-    assert "libopenblas0-pthread" in blas.note(advises=True)
-    assert blas.note(advises=True) == ""
+    assert blas.note(advise=False) == ""
+    assert "libopenblas0-pthread" in blas.note()
+    assert blas.note() == ""
     monkeypatch.setenv("M7MLX_CACHE", "/dev/null/nowhere")  # cannot be remembered: not said each time
-    assert blas.note(advises=True) == ""
+    assert blas.note(advise=True) == ""
 
 
 @pytest.mark.parametrize("reason", ["macOS", "CUDA", "off", "there"])
@@ -122,7 +122,7 @@ def test_nothing_is_done_or_said_where_there_is_no_need(reason: str, monkeypatch
     monkeypatch.setattr(backend, "version", missing if reason == "CUDA" else lambda _: "0.32.4")
     monkeypatch.setenv("M7MLX_BLAS", "off" if reason == "off" else "")
     monkeypatch.setattr(ctypes, "CDLL", refuse)
-    assert blas.note(advises=True) == ""
+    assert blas.note(advise=True) == ""
     blas.interpose()
 
 

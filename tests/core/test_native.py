@@ -33,19 +33,13 @@ def python(code: str, cwd: Path | None = None, **environment: str) -> subprocess
     return subprocess.run(command, env=settings, cwd=cwd, capture_output=True, text=True, check=False)
 
 
-def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the kernels be found anew."""
-    monkeypatch.setattr(native, "_extension", None)
-    native._find.cache_clear()
-
-
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Let each test begin with nothing found, on a machine that has been told nothing."""
     for name in ("M7MLX_NATIVE", "M7MLX_ISA"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("M7MLX_CACHE", str(tmp_path / "cache"))
-    forget(monkeypatch)
+    native._find.cache_clear()
     yield
     native._find.cache_clear()
 
@@ -148,7 +142,7 @@ def test_an_extension_that_fails_its_test_is_not_used(
 ) -> None:
     put_in_place(monkeypatch)
     assert native.usable()
-    forget(monkeypatch)
+    native._find.cache_clear()
     put_in_place(monkeypatch, product=product)
     assert not native.usable() and "install m7mlx again" in native.why_not()
 
@@ -171,7 +165,7 @@ def test_the_best_set_is_the_default_and_another_can_be_chosen(monkeypatch: pyte
     used: list[str] = []
     put_in_place(monkeypatch, use_instruction_set=used.append)
     assert native.instruction_set() == "avx2"
-    forget(monkeypatch)
+    native._find.cache_clear()
     monkeypatch.setenv("M7MLX_ISA", "base")
     assert native.instruction_set() == "base"
     assert used == ["avx2", "base"]
@@ -180,7 +174,7 @@ def test_the_best_set_is_the_default_and_another_can_be_chosen(monkeypatch: pyte
 def test_each_reason_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for built_for in ("0.32.3", "0.32.5"):
         put_in_place(monkeypatch, built_for)
-        forget(monkeypatch)
+        native._find.cache_clear()
         assert built_for in native.note() and native.note() == ""
     monkeypatch.setenv("M7MLX_CACHE", "/dev/null/nowhere")  # cannot be remembered: not said each time
     assert native.note() == ""

@@ -13,6 +13,7 @@ from m7mlx.units import in_gigabytes
 from m7mlx_chat.screens.dialogs import Figures, Help
 from m7mlx_chat.store.rows import Message
 from m7mlx_chat.view import ChatView
+from m7mlx_chat.widgets.messages import Answer
 from m7mlx_chat.widgets.ring import RingPicture
 
 _LISTED = 200  # answers, of which figures are shown
@@ -52,6 +53,11 @@ class LookCommands(ChatView):
             self.set_focus(views[at + direction])  # at once: the next key may be under way already
         elif direction > 0:
             self.set_focus(self.composer)
+
+    def action_thoughts(self) -> None:
+        """Show what the model thought before the selected answer, or hide it again."""
+        if isinstance(self.selected, Answer):
+            self.selected.toggle_thoughts()
 
     async def action_scroll(self, direction: int) -> None:
         """Scroll the conversation by a page, down (1) or up (-1)."""

@@ -48,6 +48,12 @@ class Node:
     packed_ids: bytes | None = field(default=None, repr=False)
 
     @property
+    def thought(self) -> str:
+        """What the model thought before, or while, it answered."""
+        thought = self.statistics.get("thought")
+        return thought if isinstance(thought, str) else ""
+
+    @property
     def ids(self) -> list[int] | None:
         """The token ids of an answer, if they are known."""
         try:

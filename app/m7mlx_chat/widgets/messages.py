@@ -74,6 +74,48 @@ class Question(MessageView):
         yield Static(shown, markup=False, classes="body")
 
 
+class Thoughts(Vertical):
+    """What a model thought, folded into a line; a click on that shows or hides it."""
+
+    DEFAULT_CSS = """
+    Thoughts { height: auto; color: $text-muted; }
+    Thoughts Static { height: auto; }
+    Thoughts .thought { display: none; padding: 0 0 1 2; }
+    Thoughts.-shown .thought { display: block; }
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = ""
+        self._title = Static("", classes="fold", markup=False)
+        self._body = Static("", classes="thought", markup=False)
+        self.add(text)
+
+    def compose(self) -> ComposeResult:
+        yield self._title
+        yield self._body
+
+    def add(self, text: str) -> None:
+        """Add more of it. There is nothing to see while it is empty."""
+        self.text += text
+        self.display = bool(self.text)
+        self._show()
+
+    def toggle(self) -> None:
+        """Show the thoughts, or hide them again."""
+        self.toggle_class("-shown")
+        self._show()
+
+    def on_click(self) -> None:
+        self.toggle()
+
+    def _show(self) -> None:
+        is_shown = self.has_class("-shown")
+        self._title.update(f"{'▾' if is_shown else '▸'} thinking · {len(self.text):,} characters")
+        if is_shown:
+            self._body.update(visible(self.text[:_SHOWN]))
+
+
 class Answer(MessageView):
     """An answer: Markdown or plain parts, of which the last grows, and a line with what it cost."""
 
@@ -91,6 +133,7 @@ class Answer(MessageView):
         self._text = ""  # what has been written, or waits to be
         self._part = Part("")  # the last part; those before it are finished
         self._fence = ""
+        self._thoughts = Thoughts(message.thought)
         self._parts = Vertical(classes="parts")
         self._last: Markdown | None = None
         self._error = Static("", classes="error", markup=False)
@@ -103,6 +146,7 @@ class Answer(MessageView):
     def compose(self) -> ComposeResult:
         if self.message.siblings > 1:
             yield Versions(self.message)
+        yield self._thoughts
         yield self._parts
         yield self._error
         yield self._footer
@@ -112,6 +156,14 @@ class Answer(MessageView):
         await self.write(self.message.text)
         if not self._live:
             self._show_end(self.message)
+
+    def think(self, text: str) -> None:
+        """Show more of what the model thinks."""
+        self._thoughts.add(text)
+
+    def toggle_thoughts(self) -> None:
+        """Show the thoughts, or hide them again."""
+        self._thoughts.toggle()
 
     async def write(self, text: str) -> None:
         """Show more of the answer."""
@@ -156,6 +208,8 @@ class Answer(MessageView):
             await self.write(message.text[len(self._text) :])
         if self._last is not None:
             await self._last.update(self._part.text)
+        if message.thought.startswith(self._thoughts.text):
+            self._thoughts.add(message.thought[len(self._thoughts.text) :])
         self._show_end(message)
 
     def go_on(self) -> None:

@@ -15,9 +15,7 @@ bool has_f16c() {  // a name that __builtin_cpu_supports does not know in every 
   return __get_cpuid(1, &a, &b, &c, &d) && (c & (1u << 29));
 }
 
-bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
-}
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
 #endif
 
 #ifdef M7_HAS_AVX512

@@ -136,7 +136,7 @@ void order_few(const Product& p, const float* x, int64_t tokens, int64_t blocks,
   }
 }
 
-// How far ahead of what is read memory is asked for; the processor itself stops at each page.
+// How far ahead of what is read memory is asked for, at least; the processor itself stops at each page.
 constexpr int64_t kAhead = 2048;
 
 // Add what blocks [t0, t1) of one row (or two, `kRows`) give to the sums of their tokens.
@@ -164,12 +164,13 @@ template <class S, int kTokens, int kRows, bool kAlike>
       }
     }
   };
+  const int64_t ahead = max(kAhead, kRows * row_bytes);  // the rows that are met next
   int64_t t = t0;
   Words w[kRows];
   for (; t < t1 && is_whole<S>(words, t); ++t) {
     for (int r = 0; r < kRows; ++r) {
       const uint8_t* p = codes + r * row_bytes + t * W * S::kBytes;
-      __builtin_prefetch(p + kAhead);
+      __builtin_prefetch(p + ahead);
       w[r] = S::words(p);
     }
     block(t, w);
