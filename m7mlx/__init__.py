@@ -35,11 +35,12 @@ from m7mlx.errors import (
 )
 from m7mlx.generation import generate, stream_generate
 from m7mlx.loading import load
+from m7mlx.logprobs import TokenLogprobs
 from m7mlx.lora import set_adapter
 from m7mlx.model import Mistral
 from m7mlx.quantization import Quantization
 from m7mlx.request import Request
-from m7mlx.sampling import LogitsProcessor, Sampling, TokenLogprobs
+from m7mlx.sampling import LogitsProcessor, Sampling
 from m7mlx.speculative import DraftModel, PromptLookup, load_draft_model
 from m7mlx.tokens.messages import Message
 from m7mlx.tokens.tokenizer import Tokenizer

@@ -12,9 +12,10 @@ import mlx.core as mx
 from m7mlx.cache import RollingCache
 from m7mlx.constrain import CUT
 from m7mlx.errors import InputError
+from m7mlx.logprobs import TokenLogprobs, score_given
 from m7mlx.model import Mistral
 from m7mlx.request import Request
-from m7mlx.sampling import Sampler, TokenLogprobs
+from m7mlx.sampling import Sampler
 from m7mlx.tokens.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "cancelled", "failed"]
@@ -55,6 +56,9 @@ class Piece:
     ids            the tokens generated since the piece before
     stats          what the answer cost; only the last piece has it
     logprobs       log probabilities of `ids`, where the request asks for them
+    prompt         log probabilities of the prompt's next tokens, from its second on, where the
+                   request asks for them
+    stop           of the last piece: the stop text that ended the answer, if one did
     finish_reason  of the last piece. "stop": an end token or a stop text; "length": max_tokens or
                    the context; "cancelled": nobody wants it any more; "failed": `error` says why
     """
@@ -63,6 +67,8 @@ class Piece:
     ids: list[int] = field(default_factory=list)
     stats: Stats | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt: list[TokenLogprobs] = field(default_factory=list)
+    stop: str | None = None
     finish_reason: FinishReason | None = None
     error: Exception | None = None
     thought: str = ""
@@ -109,6 +115,11 @@ class Answer:
         """Note that the prompt has been read."""
         self._read = time.perf_counter()
 
+    def score(self, logits: mx.array, position: int) -> list[TokenLogprobs]:
+        """Score what follows in the prompt, by logits [L, vocab_size] of L positions of it."""
+        following = self.ids[position + 1 : position + 1 + logits.shape[0]]
+        return score_given(logits, following, self.request.prompt_logprobs or 0) if len(following) else []
+
     def take(self, token: int) -> Piece:
         """Make a piece of one more token; its text is empty where nothing can be shown yet."""
         self._count += 1
@@ -119,7 +130,7 @@ class Answer:
         thought, text = self._told(token)
         if self._stop.found:
             constraint = self.request.constraint
-            if constraint is not None and constraint.enforced:
+            if constraint is not None and constraint.is_whole:
                 return self.fail(InputError(CUT))
             return self.end("stop", text, [token], logprobs)
         if self._count == self.request.max_tokens:
@@ -169,7 +180,16 @@ class Answer:
             rest = "" if reason == "cancelled" else self._text.finish()
             thought += rest if self._thinks else ""
             text += self._stop.finish("" if self._thinks else rest)
-        return Piece(text, list(ids), self._stats(), list(logprobs), reason, error, thought)
+        return Piece(
+            text,
+            list(ids),
+            self._stats(),
+            list(logprobs),
+            stop=self._stop.found_text,
+            finish_reason=reason,
+            error=error,
+            thought=thought,
+        )
 
     def fail(self, error: Exception) -> Piece:
         """Make the last piece of an answer that cannot go on."""
@@ -201,15 +221,16 @@ class StopFilter:
         self._searches = [_Search(stop) for stop in stops]
         self._held = ""  # could be the beginning of a stop text
         self.found = False
+        self.found_text: str | None = None  # the longest of those that were whole at once
 
     def add(self, text: str) -> str:
         """Take more of the stream; return what of it can be shown now."""
         before, self._held = len(self._held), self._held + text
         for end, letter in enumerate(text, before + 1):
-            whole = [search.length for search in self._searches if search.see(letter)]
+            whole = [search.text for search in self._searches if search.see(letter)]
             if whole:
-                self.found = True
-                shown, self._held = self._held[: end - max(whole)], ""
+                self.found, self.found_text = True, max(whole, key=len)
+                shown, self._held = self._held[: end - len(self.found_text)], ""
                 return shown
         unsure = max((search.begun for search in self._searches), default=0)
         shown_to = len(self._held) - unsure
@@ -225,7 +246,7 @@ class _Search:
     """Looks for one text letter by letter; `begun` of its letters are the last that were seen."""
 
     def __init__(self, text: str) -> None:
-        self._text, self.length, self.begun = text, len(text), 0
+        self.text, self.begun = text, 0
         # By letters seen: the longest beginning of the text that they also end with.
         self._shorter = [0]
         for letter in text[1:]:
@@ -234,9 +255,9 @@ class _Search:
     def see(self, letter: str) -> bool:
         """Take one more letter; return whether it makes the text whole."""
         self.begun = self._longer(self.begun, letter)
-        return self.begun == self.length
+        return self.begun == len(self.text)
 
     def _longer(self, begun: int, letter: str) -> int:
-        while begun and self._text[begun] != letter:
+        while begun and self.text[begun] != letter:
             begun = self._shorter[begun - 1]
-        return begun + (self._text[begun] == letter)
+        return begun + (self.text[begun] == letter)

@@ -24,7 +24,7 @@ import mlx.core as mx
 import numpy as np
 
 from m7mlx.errors import BusyError, InputError, WorkerDiedError, WorkerError, WorkerMemoryError, WorkerTimeError
-from m7mlx.grammar import MAX_SCHEMA, NUMBER, STEP
+from m7mlx.grammar import NUMBER, STEP, UNUSABLE, Grammar, schema_text
 from m7mlx.worker import Worker
 
 if TYPE_CHECKING:
@@ -39,17 +39,16 @@ _SPENT_SECONDS, _SPENT_EACH = 2.0, 0.05  # for all masks of an answer: so much, 
 _AT_ONCE = 16  # schemas that have a process
 _REFUSED = 64  # schemas that could not be used, and are remembered as such
 _REMEMBERED_SECONDS = 60.0  # for so long: it may have been the machine that was too busy
-_UNUSABLE = "the JSON schema cannot be used"
-_PLAIN, _CALLS = "c", "f"  # frames that ask to prepare a schema, or calls
-_OURS = "x-guidance"  # options of llguidance's own: they could lift its limits
 
 
 class Constraint:
-    """Where one answer stands in its grammar."""
+    """Where one answer stands in its grammar.
 
-    enforced = True
+    is_whole  whether the answer is of no use if a stop text cuts it
+    """
 
-    def __init__(self, grammar: _Grammar, number: int, vocab_size: int) -> None:
+    def __init__(self, grammar: _Grammar, number: int, vocab_size: int, is_whole: bool) -> None:
+        self.is_whole = is_whole
         self._grammar, self._number, self._vocab_size = grammar, number, vocab_size
         self._token = -1  # chosen, and not yet told to the grammar
         self._tokens, self._spent = 0, 0.0
@@ -63,9 +62,9 @@ class Constraint:
             try:
                 return self._mask(vocab_size)
             except WorkerError as error:
-                self._error = InputError(f"{_UNUSABLE}: {_why(error, 'to follow')}")
+                self._error = InputError(f"{UNUSABLE}: {_why(error, 'to follow')}")
             except ValueError as error:
-                self._error = InputError(f"{_UNUSABLE} for this answer: {error}")
+                self._error = InputError(f"{UNUSABLE} for this answer: {error}")
         raise self._error
 
     def accept(self, token: int) -> None:
@@ -94,10 +93,8 @@ class Constraint:
 class Unconstrained(Constraint):
     """Stands in for a grammar that another process enforces, whose tokens are taken here."""
 
-    enforced = False
-
     def __init__(self) -> None:
-        pass  # there is nothing to begin
+        self.is_whole = False
 
     def mask(self, vocab_size: int) -> mx.array:
         return mx.ones((vocab_size,), mx.bool_)
@@ -112,11 +109,11 @@ class Unconstrained(Constraint):
 class _Grammar:
     """A schema that has a process, prepared by whoever asks first.
 
-    schema  the frame that asks for it (`m7mlx.grammar`)
+    text  the frame that prepares it (`m7mlx.grammar`)
     """
 
-    def __init__(self, schema: str, worker: Worker, ended: deque[tuple[_Grammar, int]]) -> None:
-        self._schema, self._worker, self.ended = schema, worker, ended
+    def __init__(self, text: str, worker: Worker, ended: deque[tuple[_Grammar, int]]) -> None:
+        self._text, self._worker, self.ended = text, worker, ended
         self._lock = threading.Lock()
         self._ready, self._failure = False, ""
         self.forgotten: deque[int] = deque()  # numbers of answers that are no more
@@ -129,7 +126,7 @@ class _Grammar:
                 raise ValueError(self._failure)
             if not self._ready:
                 try:
-                    self._ask(self._schema.encode(), _PREPARE_SECONDS)
+                    self._ask(self._text.encode(), _PREPARE_SECONDS)
                 except (WorkerError, ValueError) as error:
                     self._failure = _why(error, "to prepare") if isinstance(error, WorkerError) else str(error)
                     raise ValueError(self._failure) from None
@@ -162,18 +159,21 @@ class _Grammars:
         self._refused: OrderedDict[str, tuple[float, str]] = OrderedDict()  # until when, and why
         self._ended: deque[tuple[_Grammar, int]] = deque()  # by finalizers, which may take no lock
 
-    def constraint(self, schema: str) -> Constraint:
-        """Begin an answer. Raises InputError for a schema that cannot be used, and BusyError."""
+    def constraint(self, schema: str, is_whole: bool) -> Constraint:
+        """Begin an answer that follows what a frame prepares (`m7mlx.grammar`).
+
+        Raises InputError for a schema that cannot be used, and BusyError.
+        """
         try:
-            return self._begun(schema)
+            return self._begun(schema, is_whole)
         except WorkerDiedError:  # another answer's fault, or from outside: it is not the schema's
             pass
         try:
-            return self._begun(schema)
+            return self._begun(schema, is_whole)
         except WorkerError as error:
-            raise InputError(f"{_UNUSABLE}: {_why(error, 'to prepare')}") from None
+            raise InputError(f"{UNUSABLE}: {_why(error, 'to prepare')}") from None
 
-    def _begun(self, schema: str) -> Constraint:
+    def _begun(self, schema: str, is_whole: bool) -> Constraint:
         grammar = self._grammar(schema)
         try:
             number = grammar.begin()
@@ -190,8 +190,8 @@ class _Grammars:
             grammar.close()
             if is_lost:
                 raise
-            raise InputError(f"{_UNUSABLE}: {why}") from None
-        return Constraint(grammar, number, self._vocab_size)
+            raise InputError(f"{UNUSABLE}: {why}") from None
+        return Constraint(grammar, number, self._vocab_size, is_whole)
 
     def _grammar(self, schema: str) -> _Grammar:
         until = time.monotonic() + _PREPARE_SECONDS * _BUSY
@@ -199,7 +199,7 @@ class _Grammars:
             with self._lock:
                 refused_until, why = self._refused.get(schema, (0.0, ""))
                 if time.monotonic() < refused_until:
-                    raise InputError(f"{_UNUSABLE}: {why}")
+                    raise InputError(f"{UNUSABLE}: {why}")
                 self._let_go()
                 found = self._held.get(schema)
                 if found is None and len(self._held) < _AT_ONCE:
@@ -239,36 +239,19 @@ def json_constraint(tokenizer: Tokenizer, schema: Mapping[str, Any] | None = Non
     Raises InputError for a schema that is none, asks for what cannot be enforced or takes too much
     to prepare, and without llguidance; BusyError where answers to too many others are under way.
     """
-    return _constraint(tokenizer, _PLAIN, {"type": "object"} if schema is None else schema)
+    return _begin(tokenizer, "c" + schema_text({"type": "object"} if schema is None else schema), True)
 
 
-def calls_constraint(tokenizer: Tokenizer, calls: Mapping[str, Any]) -> Constraint:
-    """The beginning of an answer that goes on after [TOOL_CALLS] with calls, as v11 and later do.
-
-    calls  {"functions": {name: JSON schema of its arguments}, "parallel": whether there may be
-           several calls}
-
-    Raises InputError and BusyError, as `json_constraint` does.
-    """
-    marks = {name: tokenizer.control_id(name) for name in ("[TOOL_CALLS]", "[ARGS]")}
-    if None in marks.values():
-        raise InputError("this model's chat format does not call functions by their names")
-    return _constraint(tokenizer, _CALLS, {**calls, "marks": marks})
+def grammar_constraint(tokenizer: Tokenizer, grammar: Grammar) -> Constraint:
+    """The beginning of an answer that follows a grammar. Raises as `json_constraint`."""
+    return _begin(tokenizer, "g" + grammar.text, grammar.is_whole)
 
 
-def _constraint(tokenizer: Tokenizer, kind: str, wanted: Mapping[str, Any]) -> Constraint:
+def _begin(tokenizer: Tokenizer, frame: str, is_whole: bool) -> Constraint:
     try:
         import llguidance  # noqa: F401
     except ImportError:
         raise InputError("answers in JSON need llguidance: pip install 'm7mlx[server]'") from None
-    try:
-        text = json.dumps(wanted)
-    except (RecursionError, TypeError, ValueError) as error:
-        raise InputError(f"{_UNUSABLE}: it is not JSON ({type(error).__name__})") from None
-    if len(text) > MAX_SCHEMA:
-        raise InputError(f"the JSON schema is longer than {MAX_SCHEMA:,} characters")
-    if f'"{_OURS}"' in text:
-        raise InputError(f"{_UNUSABLE}: leave out {_OURS!r}, which is no JSON schema's")
     if not _ends(tokenizer):
         raise InputError("the model has no token that ends an answer, so no grammar can end one")
     with _all_lock:
@@ -276,7 +259,7 @@ def _constraint(tokenizer: Tokenizer, kind: str, wanted: Mapping[str, Any]) -> C
         if grammars is None:
             grammars = _all[tokenizer] = _Grammars(tokenizer)
             weakref.finalize(tokenizer, grammars.close).atexit = False
-    return grammars.constraint(kind + text)
+    return grammars.constraint(frame, is_whole)
 
 
 def close_grammars() -> None:

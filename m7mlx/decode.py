@@ -102,9 +102,13 @@ def prefill(
     return model.head(hidden)[:, -1]
 
 
-def read_chunk(model: Mistral, ids: list[int], cache: RollingCache) -> mx.array:
-    """Read one chunk into the cache; return its last token's hidden state [1, 1, hidden_size]."""
-    hidden = model.hidden(mx.array([ids]), cache)[:, -1:]
+def read_chunk(model: Mistral, ids: list[int], cache: RollingCache, *, every: bool = False) -> mx.array:
+    """Read one chunk into the cache; return its last token's hidden state [1, 1, hidden_size].
+
+    every  return those of all of its tokens
+    """
+    hidden = model.hidden(mx.array([ids]), cache)
+    hidden = hidden if every else hidden[:, -1:]
     mx.eval(hidden, *cache.arrays)
     cache.ids += ids
     mx.clear_cache()  # the chunk's temporaries would stay in MLX's pool

@@ -5,7 +5,7 @@ ever prepared in the process that computes. Frames, all numbers in the machine's
 
     setup                  JSON: the vocabulary (`vocabulary`)
     "c" schema             prepare it; from here on this process is of this schema
-    "f" functions          prepare calls to them, as JSON (`_lark_of_calls`), instead
+    "g" grammar            the same for a grammar in Lark's form (`Grammar`)
     "n" [number …]         begin an answer, once the numbered ones have been forgotten; its number
     "t" number token       the answer goes on with it; as bits which ids may follow
 
@@ -17,15 +17,55 @@ from __future__ import annotations
 import base64
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
+
+from m7mlx.errors import InputError
 
 MAX_SCHEMA = 200_000  # characters
 NUMBER = struct.Struct("=I")
 STEP = struct.Struct("=Ii")  # answer, token; −1 for none
+UNUSABLE = "the JSON schema cannot be used"
+_OWN = "x-guidance"  # options of llguidance's own: they could lift its limits
+_STYLE: Any = {"whitespace_flexible": False}
+# As Python writes JSON, and so the calls that models were trained on.
+_SPACED = {**_STYLE, "item_separator": ", ", "key_separator": ": "}
 _AT_ONCE = 20_000  # places of a grammar that an answer may stand at; the clock ends most before
-_COMPACT: Any = {"whitespace_flexible": False}  # in JSON
 _TOO_MUCH = ("panic", "backtrace", "fuel", "Parser Error")  # the library's limits, in its words
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """A grammar in the form of Lark that llguidance reads; JSON schemas in it come by `json_rule`.
+
+    is_whole  whether an answer that is cut by a stop text is of no use
+    """
+
+    text: str
+    is_whole: bool = True
+
+
+def schema_text(schema: Mapping[str, Any]) -> str:
+    """A JSON schema as JSON. Raises InputError for one that is none, or is too long."""
+    try:
+        text = json.dumps(schema)
+    except (RecursionError, TypeError, ValueError) as error:
+        raise InputError(f"{UNUSABLE}: it is not JSON ({type(error).__name__})") from None
+    if len(text) > MAX_SCHEMA:
+        raise InputError(f"the JSON schema is longer than {MAX_SCHEMA:,} characters")
+    if f'"{_OWN}"' in text:
+        raise InputError(f"{UNUSABLE}: leave out {_OWN!r}, which is no JSON schema's")
+    return text
+
+
+def json_rule(schema: Mapping[str, Any], is_lenient: bool = False) -> str:
+    """A JSON value of a schema, as a part of a `Grammar`. Raises as `schema_text`.
+
+    is_lenient  leave out what cannot be enforced, instead of refusing it
+    """
+    schema_text(schema)
+    return f"%json {json.dumps({**schema, _OWN: {**_SPACED, 'lenient': is_lenient}})}"
 
 
 def handler(setup: bytes) -> Callable[[bytes], bytes]:
@@ -48,20 +88,20 @@ class _Answers:
     def __call__(self, frame: bytes) -> bytes:
         what, data = frame[:1], frame[1:]
         try:
-            if what in (b"c", b"f"):
-                self._prepare(data.decode(), calls=what == b"f")
+            if what in (b"c", b"g"):
+                self._prepare(what, data.decode())
                 return b"+"
             return b"+" + (self._begin(data) if what == b"n" else self._step(*STEP.unpack(data)))
         except ValueError as error:
             return b"-" + _one_line(error).encode()
 
-    def _prepare(self, schema: str, calls: bool) -> None:
+    def _prepare(self, what: bytes, text: str) -> None:
         from llguidance import LLMatcher, LLParserLimits
 
-        if calls:
-            grammar = LLMatcher.grammar_from_lark(_lark_of_calls(json.loads(schema)))
+        if what == b"c":
+            grammar = LLMatcher.grammar_from_json_schema(text, defaults=_STYLE)
         else:
-            grammar = LLMatcher.grammar_from_json_schema(schema, defaults=_COMPACT)
+            grammar = LLMatcher.grammar_from_lark(text)
         limits = LLParserLimits(max_items_in_row=_AT_ONCE, step_max_items=20 * _AT_ONCE)
         matcher = LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits)
         _check(matcher)
@@ -126,20 +166,6 @@ def _encoder(library: str, data: bytes, tokens: list[bytes]) -> Callable[[str], 
 
     tokenizer = Tokenizer.from_str(data.decode())
     return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
-
-
-def _lark_of_calls(wanted: dict[str, Any]) -> str:
-    """Return a grammar of calls: name, [ARGS], arguments; before each but the first [TOOL_CALLS].
-
-    Arguments are always an object.
-    """
-    again, args = (f"<[{wanted['marks'][name]}]>" for name in ("[TOOL_CALLS]", "[ARGS]"))
-    rules = [f"start: call ({again} call)*" if wanted["parallel"] else "start: call"]
-    rules.append("call: " + " | ".join(f"call{n}" for n in range(len(wanted["functions"]))))
-    for n, (name, parameters) in enumerate(wanted["functions"].items()):
-        schema = {**parameters, "type": "object", "x-guidance": _COMPACT}
-        rules.append(f"call{n}: {json.dumps(name)} {args} %json {json.dumps(schema)}")
-    return "\n".join(rules)
 
 
 def _check(matcher: Any) -> None:

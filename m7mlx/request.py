@@ -17,8 +17,9 @@ import mlx.core as mx
 import numpy as np
 
 from m7mlx.cache import RollingCache
-from m7mlx.constrain import Constraint, Unconstrained, calls_constraint, json_constraint
+from m7mlx.constrain import Constraint, Unconstrained, grammar_constraint, json_constraint
 from m7mlx.errors import InputError, PromptTooLongError, TokenizerError
+from m7mlx.grammar import Grammar
 from m7mlx.memory import positions_that_fit
 from m7mlx.model import Mistral
 from m7mlx.sampling import LogitsProcessor, Sampling
@@ -48,12 +49,13 @@ class Request:
     logit_bias  numbers added to the logits of some ids
     logprobs    tell the log probability of each token, and of this many of the likeliest in its
                 place; None for neither
+    prompt_logprobs
+                the same for the tokens of the prompt, which a `Scheduler` tells; then max_tokens
+                may be 0
     logits_processors
                 functions f(ids, logits) → logits (`m7mlx.sampling.LogitsProcessor`)
     constraint  a grammar that the answer follows (`m7mlx.constrain`)
-    schema      a JSON schema that the answer fits: `prepare` makes a constraint of it
-    calls       functions of which the answer must call some (`m7mlx.constrain.calls_constraint`),
-                for models that write the name before the arguments; a constraint, too
+    schema      a JSON schema that the answer fits, or a grammar: `prepare` makes a constraint of it
     suffix      what stands behind the answer to a text, for models that fill in the middle
 
     Raises InputError for what can be used with no model at all.
@@ -68,16 +70,17 @@ class Request:
     continues: Sequence[int] | str = ()
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     logits_processors: Sequence[LogitsProcessor] = ()
     constraint: Constraint | None = None
-    schema: Mapping[str, Any] | None = None
-    calls: Mapping[str, Any] | None = None
+    schema: Mapping[str, Any] | Grammar | None = None
     suffix: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.sampling, Sampling):
             raise InputError(f"sampling must be a Sampling, not {kind_of(self.sampling)}")
-        for name, value in (("max_tokens", self.max_tokens), ("logprobs", self.logprobs)):
+        for name in ("max_tokens", "logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 0):
                 raise InputError(f"{name} must be a whole number that is not negative, or None, not {value!r:.100}")
         if not _is_list_of(self.stop, str) or not all(self.stop):
@@ -99,7 +102,7 @@ class Request:
     @property
     def needs_grammar(self) -> bool:
         """Whether a grammar is still to be made (`with_grammar`)."""
-        return self.schema is not None or self.calls is not None
+        return self.schema is not None
 
     @property
     def ids(self) -> Sequence[int]:
@@ -123,10 +126,11 @@ class Request:
             "continues": self.continues if isinstance(self.continues, str) else check_ids(self.continues),
             "logit_bias": list(self.logit_bias.items()),
             "logprobs": self.logprobs,
+            "prompt_logprobs": self.prompt_logprobs,
             "is_processed": bool(self.logits_processors),
             "is_constrained": self.constraint is not None,
-            "schema": self.schema,
-            "calls": self.calls,
+            "schema": asdict(self.schema) if isinstance(self.schema, Grammar) else self.schema,
+            "is_grammar": isinstance(self.schema, Grammar),
             "suffix": self.suffix,
         }
 
@@ -137,6 +141,8 @@ class Request:
             values = dict(told)
             is_processed, is_constrained = values.pop("is_processed", False), values.pop("is_constrained", False)
             values["sampling"] = Sampling(**values.get("sampling", {}))
+            if values.pop("is_grammar", False):
+                values["schema"] = Grammar(**values["schema"])
             values["logit_bias"] = dict(values.get("logit_bias", ()))
             return cls(
                 **values,
@@ -176,15 +182,15 @@ def prepare(request: Request, model: Mistral, tokenizer: Tokenizer, cache: Rolli
 
 
 def with_grammar(request: Request, tokenizer: Tokenizer) -> Request:
-    """Put a grammar in the place of a request's JSON schema or calls, which may take seconds.
+    """Put a grammar in the place of a request's JSON schema, which may take seconds.
 
     Raises InputError for a schema that cannot be used, and BusyError.
     """
-    if request.calls is not None:
-        return replace(request, calls=None, constraint=calls_constraint(tokenizer, request.calls))
-    if request.schema is not None:
-        return replace(request, schema=None, constraint=json_constraint(tokenizer, request.schema))
-    return request
+    if request.schema is None:
+        return request
+    if isinstance(request.schema, Grammar):
+        return replace(request, schema=None, constraint=grammar_constraint(tokenizer, request.schema))
+    return replace(request, schema=None, constraint=json_constraint(tokenizer, request.schema))
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, suffix: str = "") -> Sequence[int]:

@@ -14,12 +14,13 @@ import secrets
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
 from m7mlx.errors import InputError
+from m7mlx.logprobs import Scored, score_token
 
 if TYPE_CHECKING:
     from m7mlx.constrain import Constraint
@@ -38,6 +39,8 @@ class Sampling:
     repetition_penalty  divide (or multiply, if negative) the logits of recent tokens by this; 1
                         changes nothing
     repetition_context  how many of the last tokens, prompt included, count as recent
+    presence_penalty    subtract this from the logits of ids that the answer holds already
+    frequency_penalty   subtract this from the logit of an id for each time that the answer holds it
     seed                makes sampling repeatable; None draws a new one
 
     Raises InputError for values out of range.
@@ -49,6 +52,8 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     repetition_context: int = 64
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -59,6 +64,8 @@ class Sampling:
             "min_p": (self.min_p, 0, 1),
             "repetition_penalty": (self.repetition_penalty, 0.01, 100),
             "repetition_context": (self.repetition_context, 0, 1 << 30),
+            "presence_penalty": (self.presence_penalty, -100, 100),
+            "frequency_penalty": (self.frequency_penalty, -100, 100),
             "seed": (self.seed or 0, 0, (1 << 64) - 1),
         }
         for name, (value, low, high) in bounds.items():
@@ -73,35 +80,6 @@ It is called once for each token, in order, with all ids before it: those of the
 however much of it was in a cache already, and those of the answer. It may write into the logits.
 A `Scheduler` asks once more than the answer has tokens, and drops what comes of it.
 """
-
-
-class TokenLogprobs(NamedTuple):
-    """How likely the model itself found a token, before anything changes its logits.
-
-    id       the token
-    logprob  its log probability, natural
-    top      (id, log probability) of the likeliest tokens, best first
-    """
-
-    id: int
-    logprob: float
-    top: list[tuple[int, float]]
-
-
-class Scored(NamedTuple):
-    """`TokenLogprobs` on the device: of a token [1], and of the likeliest ids [n], best first."""
-
-    token: mx.array
-    logprob: mx.array
-    ids: mx.array
-    values: mx.array
-
-    def read(self) -> TokenLogprobs:
-        """Wait for the device, and read the log probabilities."""
-        ids: list[int] = self.ids.tolist()  # type: ignore[assignment]
-        values: list[float] = self.values.tolist()  # type: ignore[assignment]
-        top = list(zip(ids, values, strict=True))
-        return TokenLogprobs(self.token.item(), self.logprob.item(), top)  # type: ignore[arg-type]
 
 
 class Sampler:
@@ -144,13 +122,14 @@ class Sampler:
         self._seed = random.Random(seed).getrandbits(64)  # far apart for neighbouring seeds
         self._count = 0  # tokens chosen
         self._recent: mx.array | None = None  # ids [≤ repetition_context], the latest last
+        self._chosen: mx.array | None = None  # ids [n] of the answer, where a penalty asks for them
         self._ids = mx.array([], mx.int32)  # all of them, where processors want them
 
     @property
     def is_greedy(self) -> bool:
         """Whether it takes the most probable token, and needs to know nothing else."""
         plain = not self._bias and self.looks_ahead and self._logprobs is None
-        return plain and self.sampling.temperature == 0 and self._recent is None
+        return plain and self.sampling.temperature == 0 and self._recent is None and self._chosen is None
 
     @property
     def looks_ahead(self) -> bool:
@@ -168,6 +147,8 @@ class Sampler:
         context = self.sampling.repetition_context
         if self.sampling.repetition_penalty != 1.0 and context:
             self._recent = mx.array(list(ids[-context:]), dtype=mx.int32)
+        if self.sampling.presence_penalty or self.sampling.frequency_penalty:
+            self._chosen = mx.array(list(ids[len(ids) - chosen :]), dtype=mx.int32)
 
     def __call__(self, logits: mx.array) -> mx.array:  # [B, vocab_size] → ids [B], with B = 1
         s, unchanged = self.sampling, logits
@@ -178,6 +159,8 @@ class Sampler:
             logits[:, ids] += values
         if self._recent is not None:
             logits = penalize(logits, self._recent, s.repetition_penalty)
+        if self._chosen is not None and self._chosen.size:
+            logits = penalize_chosen(logits, self._chosen, s.presence_penalty, s.frequency_penalty)
         if self._processors:
             logits = self._processed(logits)
         if self.constraint is not None:
@@ -191,7 +174,7 @@ class Sampler:
         if self.constraint is not None:
             self._last = token
         if self._logprobs is not None:
-            self.scored.append(_scored(unchanged, token, self._logprobs))
+            self.scored.append(score_token(unchanged, token, self._logprobs))
         self._advance(token, 1)
         return token
 
@@ -222,7 +205,7 @@ class Sampler:
             chosen.append(after.fork()(logits[:, i]))
             after.accept(draft[i : i + 1])
         if self._logprobs is not None:
-            self._previewed = [_scored(logits[:, i], token, self._logprobs) for i, token in enumerate(chosen)]
+            self._previewed = [score_token(logits[:, i], token, self._logprobs) for i, token in enumerate(chosen)]
         return mx.concatenate(chosen)
 
     def accept(self, ids: Sequence[int]) -> None:
@@ -242,6 +225,8 @@ class Sampler:
         if self._recent is not None:
             context = self.sampling.repetition_context
             self._recent = mx.concatenate([self._recent, tokens.astype(mx.int32)])[-context:]
+        if self._chosen is not None:
+            self._chosen = mx.concatenate([self._chosen, tokens.astype(mx.int32)])
         if self._processors:
             self._ids = mx.concatenate([self._ids, tokens.astype(mx.int32)])
 
@@ -249,15 +234,6 @@ class Sampler:
 def known(logits: mx.array, vocab_size: int | None) -> mx.array:
     """Logits [..., ids] of the ids that a tokenizer of this size has; None keeps all."""
     return logits if vocab_size is None or vocab_size >= logits.shape[-1] else logits[..., :vocab_size]
-
-
-def _scored(logits: mx.array, token: mx.array, n: int) -> Scored:
-    logits = logits[0].astype(mx.float32)
-    logprobs = logits - mx.logsumexp(logits)
-    best = mx.argsort(-logprobs)[:n]
-    scored = Scored(token, logprobs[token], best, logprobs[best])
-    mx.async_eval(*scored)  # before the next pass, or whoever reads it would wait for that
-    return scored
 
 
 def filtered_logprobs(logits: mx.array, sampling: Sampling) -> mx.array:
@@ -294,3 +270,13 @@ def penalize(logits: mx.array, recent: mx.array, penalty: float) -> mx.array:
     out = mx.array(logits)
     out[:, recent] = chosen
     return out
+
+
+def penalize_chosen(logits: mx.array, chosen: mx.array, presence: float, frequency: float) -> mx.array:
+    """Make ids less likely that an answer holds already: the penalties of OpenAI's API.
+
+    chosen     the ids [n] of the answer so far
+    presence   is subtracted from the logits of all of them; frequency, once for each time
+    """
+    counts = mx.zeros(logits.shape[-1]).at[chosen].add(1.0)
+    return logits - (presence * (counts > 0) + frequency * counts).astype(logits.dtype)

@@ -24,6 +24,7 @@ from m7mlx.request import Request, prepare
 from m7mlx.sampling import known
 from m7mlx.tokens.tokenizer import Tokenizer
 
+_SCORED = 128  # positions of a prompt whose logits are held at one time
 _TURNS = 4  # prompts of which a chunk is read between two steps: more would stall the answers
 
 Told = list[tuple[int, Piece]]
@@ -96,10 +97,11 @@ class Scheduler:
 
     def prepare(self, request: Request) -> Request:
         """The request as it will be answered; raises as `add`."""
-        if request.max_tokens is not None and request.max_tokens < 1:
+        scored_only = request.max_tokens == 0 and request.prompt_logprobs is not None
+        if request.max_tokens is not None and request.max_tokens < 1 and not scored_only:
             raise InputError(f"max_tokens must be at least 1, got {request.max_tokens}")
         ready = prepare(request, self._model, self._tokenizer, self._new)
-        if ready.max_tokens == 0:
+        if ready.max_tokens == 0 and not scored_only:
             raise PromptTooLongError(
                 f"the prompt has {len(ready.ids)} tokens and leaves no room for an answer; "
                 "shorten it, or start a new conversation"
@@ -109,11 +111,11 @@ class Scheduler:
     def admit(self, request: Request) -> int:
         """Queue a request that is prepared; return its number.
 
-        One that wants no token ends with the next step.
+        One that wants no token, nor to know of its prompt's, ends with the next step.
         """
         self._count += 1
         answer = _Numbered(self._count, request, self._model, self._tokenizer)
-        if request.max_tokens == 0:
+        if request.max_tokens == 0 and request.prompt_logprobs is None:
             self._late.append((answer.number, answer.end("length")))
         else:
             self._waiting.append(answer)
@@ -166,9 +168,11 @@ class Scheduler:
                 continue
             turns += 1
             try:
-                logits = self._chunk(answer)
+                logits = self._chunk(answer, told)
                 if logits is None:
                     self._reading.append(answer)
+                elif answer.request.max_tokens == 0:
+                    told.append((answer.number, answer.end("length")))
                 else:
                     self._join(answer, self._token(answer, logits))
             except Exception as error:  # of this request alone
@@ -182,17 +186,22 @@ class Scheduler:
 
         The wait ends one chunk before they part: a ring that has turned could not go back to there.
         """
-        if answer.cache is not None:
+        if answer.cache is not None or answer.request.prompt_logprobs is not None:
             return False
         chunk = default_chunk(self._model)
         reading = [a for a in self._reading if a.cache is not None]
         soon = [answer.shares(a) for a in reading if a.cache and answer.shares(a) >= a.cache.offset + chunk]
         return bool(soon) and max(soon) >= self._source(answer)[0] + chunk
 
-    def _chunk(self, answer: _Numbered) -> mx.array | None:
-        """Read a chunk of a prompt; return the logits [1, vocab_size] once all of it is read."""
+    def _chunk(self, answer: _Numbered, told: Told) -> mx.array | None:
+        """Read a chunk of a prompt; return the logits [1, vocab_size] once all of it is read.
+
+        What is asked of the prompt's own tokens is added to `told`.
+        """
+        is_scored = answer.request.prompt_logprobs is not None
         if answer.cache is None:
-            cache = self._longest_start(answer)
+            # What was held already would have no logits.
+            cache = self._new.like() if is_scored else self._longest_start(answer)
             answer.begin(cache, cache.offset)
         else:
             cache = answer.cache
@@ -200,11 +209,16 @@ class Scheduler:
         end = cache.offset + chunk
         if len(answer.ids) - end < chunk // 2:  # so few would cost nearly as much as a whole chunk
             end = len(answer.ids)
-        hidden = read_chunk(self._model, list(answer.ids[cache.offset : end]), cache)
+        begin = cache.offset
+        hidden = read_chunk(self._model, list(answer.ids[begin:end]), cache, every=is_scored)
+        for position in range(0, hidden.shape[1] if is_scored else 0, _SCORED):
+            logits = self._model.head(hidden[:, position : position + _SCORED])[0]
+            if scores := answer.score(logits, begin + position):
+                told.append((answer.number, Piece(prompt=scores)))
         if cache.offset < len(answer.ids):
             return None
         answer.read()
-        return self._model.head(hidden)[:, -1]
+        return self._model.head(hidden[:, -1:])[:, -1]
 
     def _longest_start(self, answer: _Numbered) -> RollingCache:
         """Make a cache that holds as much of a prompt's start as any conversation that is here."""

@@ -12,24 +12,28 @@ import re
 from collections.abc import Collection
 
 from starlette.datastructures import Headers
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from m7mlx_serve.bodies import MAX_BODY, SCOPE_KEY, Body, BodyRoom, too_large
+from m7mlx_serve.endpoints import error_response
 from m7mlx_serve.errors import ApiError
 
 MAX_HEADERS, MAX_HEADER_BYTES = 100, 16 << 10
-_ONCE = ("authorization", "content-type", "host", "origin")  # h11 sees to lengths
+_ONCE = ("authorization", "content-encoding", "content-type", "host", "origin", "x-api-key")  # h11 sees to lengths
 _SCHEMES = ("http", "https")
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::([0-9]{1,5}))?")
+_HEADER_NAME = re.compile(r"[A-Za-z0-9-]{1,64}")
 _OPEN = ("/", "/page.js", "/page.css", "/health")  # without a key
 
 
 class Admission:
     """ASGI middleware that checks Host, Origin, key, content type and the body's size and time.
 
-    posts  paths that bodies are sent to
-    hosts  names that this server answers to, lower-case, without a port
-    key    what `Authorization: Bearer …` must carry; None admits everybody
+    posts    paths that bodies are sent to
+    hosts    names that this server answers to, lower-case, without a port
+    origins  pages that may ask, besides the server's own, lower-case
+    key      what `Authorization: Bearer …` must carry; None admits everybody
     """
 
     def __init__(
@@ -38,8 +42,10 @@ class Admission:
         posts: Collection[str],
         hosts: Collection[str],
         key: str | None,
+        origins: Collection[str] = (),
     ) -> None:
         self._app, self._posts, self._hosts, self._key = app, frozenset(posts), frozenset(hosts), key
+        self._origins = frozenset(origins)
         self._room = BodyRoom()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,18 +54,29 @@ class Admission:
             await self._app(scope, receive, send)
             return
         body: Body | None = None
+        headers = Headers(scope=scope)
+        origin = headers.get("origin")
+        if origin is not None and origin.lower() in self._origins:
+            send = _allowing(origin, send)
         try:
-            headers = Headers(scope=scope)
             _check_headers(scope, headers)
-            self._check_caller(scope["path"], headers)
+            if scope["path"] != "/":  # some clients put a slash behind every address
+                scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
+            self._check_origin(headers)
+            if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
+                await _preflight(headers)(scope, receive, send)
+                return
+            self._check_key(scope["path"], headers)
             if scope["method"] == "POST" and scope["path"] in self._posts:
                 scope[SCOPE_KEY] = body = Body(self._room)
                 await body.receive(receive, _largest_body(headers))
+                if _is_compressed(headers):
+                    await body.decompress()
                 receive = _replay(body, receive)
         except ApiError as error:
             if body is not None:
                 body.drop()
-            await error.response()(scope, receive, send)
+            await error_response(scope["path"], error)(scope, receive, send)
             return
         try:
             await self._app(scope, receive, send)
@@ -67,16 +84,21 @@ class Admission:
             if body is not None:
                 body.drop()
 
-    def _check_caller(self, path: str, headers: Headers) -> None:
+    def _check_origin(self, headers: Headers) -> None:
         if _host_name(headers.get("host", "")) not in self._hosts:
             raise ApiError(403, "this server does not answer to that Host", "forbidden_host")
         own = [f"{scheme}://{headers.get('host', '').lower()}" for scheme in _SCHEMES]
         origin = headers.get("origin")
-        if origin is not None and origin.lower() not in own:
-            raise ApiError(403, "pages of other sites are not answered", "forbidden_origin")
+        if origin is not None and origin.lower() not in (*own, *self._origins):
+            reason = f"pages of other sites are not answered; --allow-origin {origin[:100]!r} would let this one in"
+            raise ApiError(403, reason, "forbidden_origin")
+
+    def _check_key(self, path: str, headers: Headers) -> None:
         if self._key is not None and path not in _OPEN:
             scheme, _, given = headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._key.encode()):
+            if scheme.lower() != "bearer":
+                given = headers.get("x-api-key", "")  # Anthropic's clients
+            if not given or not hmac.compare_digest(given.strip().encode(), self._key.encode()):
                 raise ApiError(401, "a valid API key is needed: Authorization: Bearer …", "invalid_api_key")
 
 
@@ -84,14 +106,43 @@ def _largest_body(headers: Headers) -> int:
     """The most bytes that the body may have. Raises ApiError for a body that cannot be read."""
     if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "the body must be JSON: Content-Type: application/json", "unsupported_media_type")
-    if "transfer-encoding" in headers:
-        return MAX_BODY
+    if "transfer-encoding" in headers or _is_compressed(headers):
+        return MAX_BODY  # room for what comes of it
     length = headers.get("content-length", "0")
     if not length.isascii() or not length.isdigit():
         raise ApiError(400, "Content-Length is not a number")
     if int(length) > MAX_BODY:
         raise too_large()
     return int(length)
+
+
+def _is_compressed(headers: Headers) -> bool:
+    """Whether the body is compressed by gzip. Raises ApiError for any other encoding."""
+    coding = headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("identity", "gzip", "x-gzip"):
+        raise ApiError(415, "Content-Encoding must be gzip, or left out", "unsupported_media_type")
+    return coding != "identity"
+
+
+def _preflight(headers: Headers) -> Response:
+    """The answer to a browser that asks, for a page of another origin, what it may send."""
+    asked = headers.get("access-control-request-headers", "")
+    names = [name.strip() for name in asked.split(",")]
+    allowed = ", ".join(name for name in names if _HEADER_NAME.fullmatch(name))
+    told = {"Access-Control-Allow-Methods": "GET, POST", "Access-Control-Max-Age": "600"}
+    return Response(status_code=204, headers=told | ({"Access-Control-Allow-Headers": allowed} if allowed else {}))
+
+
+def _allowing(origin: str, send: Send) -> Send:
+    """A `send` that lets a page of `origin` read what is answered."""
+
+    async def allowing(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            told = [(b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"Origin")]
+            message = {**message, "headers": [*message.get("headers", ()), *told]}
+        await send(message)
+
+    return allowing
 
 
 def _check_headers(scope: Scope, headers: Headers) -> None:

@@ -4,35 +4,76 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
-from m7mlx import Piece, Request
+from m7mlx import Piece, Request, Sampling
 from m7mlx.errors import BusyError, InputError
 from m7mlx.tokens.tokenizer import Tokenizer
+from m7mlx_serve.endpoint import ReadRequest
 from m7mlx_serve.engine import LateError
 from m7mlx_serve.errors import ApiError, refusal, report
 
 _RETRY_SECONDS = 5
+_TEMPERATURE = 0.7  # OpenAI's default is 1, which is too wild for models of this size
 
 
 @dataclass(frozen=True)
 class Answerer:
     """What answers requests, and the bounds of each answer.
 
+    model       the name of the model that answers
+    context     the most tokens of a conversation
     ask         the engine's, which yields (number of the answer, piece)
     max_tokens  most tokens of an answer
     seconds     most time for all answers to a request
     """
 
+    model: str
+    context: int
     tokenizer: Tokenizer
     ask: Callable[[Sequence[Request], float], AsyncGenerator[tuple[int, Piece], None]]
     max_tokens: int | None
     seconds: float
 
-    def token_limit(self, wanted: int | None) -> int | None:
-        """The most tokens of an answer, of which a client wants so many."""
-        return min((limit for limit in (wanted, self.max_tokens) if limit is not None), default=None)
+    def answers(self, read: ReadRequest) -> AsyncGenerator[tuple[int, Piece], None]:
+        """Yield (number of the answer, piece), `n` answers to each prompt. Raises as `pieces`."""
+        return self.pieces(self.requests(read))
+
+    def requests(self, read: ReadRequest) -> list[Request]:
+        """What the engine is asked for: one request for each answer.
+
+        With a seed each answer differs from the others, and is the same every time.
+        """
+        wanted, prompts = read.body.wanted(), read.prompts
+        limits = [limit for limit in (wanted.max_tokens, self.max_tokens) if limit is not None]
+        sampling = Sampling(
+            temperature=_TEMPERATURE if wanted.temperature is None else wanted.temperature,
+            top_p=1.0 if wanted.top_p is None else wanted.top_p,
+            top_k=wanted.top_k or 0,
+            min_p=wanted.min_p or 0.0,
+            repetition_penalty=wanted.repetition_penalty or 1.0,
+            presence_penalty=wanted.presence_penalty or 0.0,
+            frequency_penalty=wanted.frequency_penalty or 0.0,
+            seed=wanted.seed,
+        )
+        one = Request(
+            (),
+            sampling,
+            max_tokens=min(limits, default=None),
+            stop=wanted.stop,
+            at_start=prompts.at_start,
+            logit_bias=wanted.logit_bias,
+            logprobs=wanted.logprobs,
+            prompt_logprobs=wanted.prompt_logprobs,
+            schema=prompts.schema,
+        )
+        numbered = [(ids, index) for ids in prompts.ids for index in range(wanted.n)]
+        seeds = [None if wanted.seed is None else (wanted.seed + index) % (1 << 64) for _, index in numbered]
+        return [
+            replace(one, prompt=ids, sampling=replace(sampling, seed=seed))
+            for (ids, _), seed in zip(numbered, seeds, strict=True)
+        ]
 
     async def pieces(self, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, Piece], None]:
         """Yield (number of the answer, piece) of all answers as they come.

@@ -19,12 +19,18 @@ from starlette.routing import Route
 from m7mlx.errors import InputError
 from m7mlx_serve.admission import Admission
 from m7mlx_serve.answering import Answerer, Answers
+from m7mlx_serve.anthropic import count, messages
+from m7mlx_serve.anthropic.answers import CountAnswers, MessageAnswers
 from m7mlx_serve.bodies import SCOPE_KEY
 from m7mlx_serve.endpoint import ReadRequest
-from m7mlx_serve.endpoints import ENDPOINTS
+from m7mlx_serve.endpoints import ENDPOINTS, error_response
 from m7mlx_serve.engine import Engine
 from m7mlx_serve.errors import ApiError, refusal, report
 from m7mlx_serve.metrics import Counted, Metrics
+from m7mlx_serve.ollama import chat as ollama_chat
+from m7mlx_serve.ollama import generate, show
+from m7mlx_serve.ollama.answers import OllamaAnswers, ShowAnswers
+from m7mlx_serve.ollama.models import ollama_routes
 from m7mlx_serve.openai import chat, text
 from m7mlx_serve.openai.answers import OpenAIAnswers
 from m7mlx_serve.openai.models import model_routes
@@ -35,6 +41,11 @@ from m7mlx_serve.readers import Readers
 _Found = TypeVar("_Found")
 # What answers each endpoint. Unlike `m7mlx_serve.endpoints`, it needs MLX.
 _ANSWERS: Mapping[str, Callable[[Answerer, ReadRequest], Answers]] = {
+    messages.ENDPOINT.path: MessageAnswers,
+    count.ENDPOINT.path: CountAnswers,
+    ollama_chat.ENDPOINT.path: OllamaAnswers,
+    generate.ENDPOINT.path: OllamaAnswers,
+    show.ENDPOINT.path: ShowAnswers,
     chat.ENDPOINT.path: OpenAIAnswers,
     text.ENDPOINT.path: OpenAIAnswers,
 }
@@ -64,13 +75,15 @@ class Server:
         served: Served,
         hosts: Collection[str],
         key: str | None,
+        origins: Collection[str] = (),
     ) -> None:
         self._engine, self._readers, self._served = engine, readers, served
         self._metrics = Metrics(engine)
         with_key = key is not None
         routes = [
             *(Route(path, self._answer, methods=["POST"]) for path in ENDPOINTS),
-            *model_routes(served.model),
+            *model_routes(served.model, engine),
+            *ollama_routes(served.model, engine),
             Route("/health", self._show_health),
             Route("/metrics", self._show_metrics),
             Route("/openapi.json", lambda request: JSONResponse(document(served.model, with_key))),
@@ -78,7 +91,7 @@ class Server:
         ]
         app = Starlette(
             routes=routes,
-            middleware=[Middleware(Admission, posts=ENDPOINTS, hosts=hosts, key=key)],
+            middleware=[Middleware(Admission, posts=ENDPOINTS, hosts=hosts, key=key, origins=origins)],
             exception_handlers={
                 ApiError: _api_error,
                 InputError: _input_error,
@@ -100,7 +113,7 @@ class Server:
 
     async def _answer(self, request: Request) -> Response:
         """Answer what was sent to an endpoint of an API."""
-        path = request.url.path
+        path = request.scope["path"]
         data = (await request.receive())["body"]  # and no copy of it stays
         reading = self._readers.read(path, data, self._engine.tokenizer)
         del data
@@ -108,7 +121,14 @@ class Server:
         del reading
         request.scope[SCOPE_KEY].drop()
         served = self._served
-        answerer = Answerer(self._engine.tokenizer, self._metrics.ask, served.max_tokens, served.seconds)
+        answerer = Answerer(
+            served.model,
+            self._engine.context,
+            self._engine.tokenizer,
+            self._metrics.ask,
+            served.max_tokens,
+            served.seconds,
+        )
         answers = _ANSWERS[path](answerer, read)
         if not read.body.stream:
             return _send_whole(await _unless_gone(request, answers.whole()))
@@ -170,12 +190,12 @@ async def _joined(first: str, rest: AsyncGenerator[str, None]) -> AsyncIterator[
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error.response()
+    return error_response(request.scope["path"], error)
 
 
 async def _input_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, InputError)
-    return refusal(error).response()
+    return error_response(request.scope["path"], refusal(error))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -184,9 +204,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _too_deep(request: Request, error: Exception) -> Response:
-    return ApiError(400, "the request nests too deep").response()
+    return error_response(request.scope["path"], ApiError(400, "the request nests too deep"))
 
 
 async def _unforeseen(request: Request, error: Exception) -> Response:
     report(error)
-    return ApiError(500, "the request failed on the way").response()
+    return error_response(request.scope["path"], ApiError(500, "the request failed on the way"))

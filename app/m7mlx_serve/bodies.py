@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import zlib
 
 from starlette.types import Receive
 
@@ -88,6 +89,10 @@ class Body:
             raise ApiError(408, f"the body did not come within {BODY_SECONDS:.0f} seconds") from None
         self.arriving_since = math.inf
 
+    async def decompress(self) -> None:
+        """Put what gzip has made of the body in its place. Raises ApiError."""
+        self._chunks = [await asyncio.to_thread(_decompressed, self._chunks)]
+
     def take(self) -> bytes:
         """Hand over all of it, once."""
         data = b"".join(self._chunks)
@@ -105,6 +110,21 @@ class Body:
         self.drop()
         assert self._clock is not None
         self._clock.reschedule(0)
+
+
+def _decompressed(chunks: list[bytes]) -> bytes:
+    unpacking, found, size = zlib.decompressobj(wbits=31), [], 0
+    try:
+        for chunk in chunks:
+            found.append(unpacking.decompress(chunk, MAX_BODY - size + 1))
+            size += len(found[-1])
+            if size > MAX_BODY:
+                raise too_large()
+    except zlib.error:
+        raise ApiError(400, "the body is not what gzip writes") from None
+    if not unpacking.eof or unpacking.unused_data:
+        raise ApiError(400, "the body is not what gzip writes: one stream, with its end")
+    return b"".join(found)
 
 
 def too_large() -> ApiError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -69,6 +70,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[],
         metavar="NAME",
         help="a further name that clients reach this server by; repeatable",
+    )
+    net.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="pages that may ask besides the server's own, as app://obsidian.md; repeatable",
     )
     limits = parser.add_argument_group("limits")
     limits.add_argument("--rows", type=int, default=8, metavar="N", help="answers at a time (%(default)s)")
@@ -151,7 +159,7 @@ def _serve(args: argparse.Namespace) -> int | None:
         _leave(EXIT_INTERRUPTED, "stopped while loading")
     try:
         most = rows_memory(engine.model, limits)
-        server = Server(engine, readers, served, hosts, key)
+        server = Server(engine, readers, served, hosts, key, _origins(args.allow_origin))
         gc.collect()
         gc.freeze()  # what exists now stays: each look through it would take a tenth of a second
         listen(bound, BACKLOG)
@@ -209,6 +217,14 @@ def _read_key(path: Path | None) -> str | None:
     if len(key) < 16 or not key.isascii() or not key.isprintable():
         raise InputError(f"--api-key-file: the first line of {path} must be a key of at least 16 ASCII characters")
     return key
+
+
+def _origins(allowed: Sequence[str]) -> set[str]:
+    """The origins of pages that may ask. Raises InputError for what is none."""
+    for origin in allowed:
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#\s]+", origin):
+            raise InputError(f"--allow-origin {origin}: an origin is a scheme and a host, as https://example.org")
+    return {origin.lower() for origin in allowed}
 
 
 def _host_names(host: str, allowed: Sequence[str], key: str | None) -> set[str]:

@@ -7,28 +7,81 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from array import array
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel
 
+from m7mlx.grammar import Grammar
 from m7mlx.tokens.tokenizer import Tokenizer
+from m7mlx_serve.errors import ApiError
 from m7mlx_serve.strict import Strict
+
+ToolUse = Literal["none", "allowed", "required"]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What the model reads, and what its answers must keep to.
+
+    ids       the ids of each prompt
+    schema    a JSON schema, or a grammar, that every answer follows
+    tool_use  whether answers may, or must, call tools
+    at_start  whether an answer begins a message, not amid a text
+    """
+
+    ids: Sequence[array[int]]
+    schema: Mapping[str, Any] | Grammar | None = None
+    tool_use: ToolUse = "none"
+    at_start: bool = False
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How a client wants its answers, whatever its API calls it; None leaves it to the server.
+
+    n                answers to each prompt
+    logprobs         tell the log probability of each token, and of so many of the likeliest
+    prompt_logprobs  the same of the prompt's tokens
+    """
+
+    n: int = 1
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
 
 class Body(Strict, ABC):
-    """What a client sends: JSON with at least these fields."""
+    """What a client sends: JSON with these fields and more.
 
-    model: str
+    model  which model is to answer; "" is the one that is served
+    """
+
+    model: str = ""
     stream: bool = False
 
     @abstractmethod
-    def encode(self, tokenizer: Tokenizer) -> array[int]:
-        """The ids of the prompt. Raises InputError for what the model cannot do."""
+    def prompts(self, tokenizer: Tokenizer) -> Prompts:
+        """What the model reads. Raises InputError for what it cannot do."""
+
+    @abstractmethod
+    def wanted(self) -> Wanted:
+        """How the answers are wanted; still known once texts are left out."""
 
     @abstractmethod
     def without_texts(self) -> Self:
-        """The body as it stays once its prompt is encoded: options, and schemas of the answer."""
+        """The body as it stays once its prompts are encoded: no messages, tools and schemas."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +92,7 @@ class Endpoint:
     body     the shape of what clients send
     reply    the shape of a whole answer
     chunk    the shape of one event of a stream
+    error    an error as the API's clients read it, and its shape
     """
 
     path: str
@@ -46,11 +100,13 @@ class Endpoint:
     body: type[Body]
     reply: type[BaseModel]
     chunk: type[BaseModel]
+    error: Callable[[ApiError], dict[str, Any]]
+    error_reply: type[BaseModel]
 
 
 @dataclass(frozen=True)
 class ReadRequest:
-    """A request that has been read: its body without texts, and the ids of its prompt."""
+    """A request that has been read: its body without texts, and its prompts."""
 
     body: Body
-    ids: array[int]
+    prompts: Prompts

@@ -4,7 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from starlette.responses import Response
+
+from m7mlx_serve.anthropic import count, messages
 from m7mlx_serve.endpoint import Endpoint
+from m7mlx_serve.errors import ApiError
+from m7mlx_serve.ollama import chat as ollama_chat
+from m7mlx_serve.ollama import generate, show
 from m7mlx_serve.openai import chat, text
 
-ENDPOINTS: Mapping[str, Endpoint] = {endpoint.path: endpoint for endpoint in (chat.ENDPOINT, text.ENDPOINT)}
+ENDPOINTS: Mapping[str, Endpoint] = {
+    endpoint.path: endpoint
+    for endpoint in (
+        *(chat.ENDPOINT, text.ENDPOINT),
+        *(messages.ENDPOINT, count.ENDPOINT),
+        *(ollama_chat.ENDPOINT, generate.ENDPOINT, show.ENDPOINT),
+    )
+}
+
+
+def error_response(path: str, error: ApiError) -> Response:
+    """The response that tells a client of `path` what is wrong, in the words of its API."""
+    endpoint = ENDPOINTS.get(path)
+    return error.response() if endpoint is None else error.response(endpoint.error(error))

@@ -61,6 +61,7 @@ class Engine:
         self._model: Mistral | None = None
         self._tokenizer: Tokenizer | None = None
         self._scheduler: Scheduler | Leader | None = None
+        self._context = self._weights = 0
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._recipients: dict[int, Recipient] = {}  # by number; the engine's thread alone
         self._schemas = 0  # requests that wait for one; event loops alone
@@ -89,6 +90,16 @@ class Engine:
         """The model's tokenizer, once the engine has started."""
         assert self._tokenizer is not None
         return self._tokenizer
+
+    @property
+    def context(self) -> int:
+        """The most tokens of a conversation, once the engine has started; kept when it ends."""
+        return self._context
+
+    @property
+    def weights(self) -> int:
+        """The bytes of the model's weights, once the engine has started; kept when it ends."""
+        return self._weights
 
     @property
     def alive(self) -> bool:
@@ -209,6 +220,7 @@ class Engine:
     def _load(self) -> None:
         read = load if self._world is None else self._world.load
         self._model, self._tokenizer = read(self._folder)
+        self._context, self._weights = self._model.config.max_position_embeddings, self._model.nbytes
         limits = self._limits
         scheduler = Scheduler(
             self._model, self._tokenizer, rows=limits.rows, kept=limits.kept, kv_bits=limits.kv_bits

@@ -29,9 +29,9 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.code, self.headers = status, code, headers or {}
 
-    def response(self) -> JSONResponse:
-        """The whole response."""
-        return JSONResponse(self.body(), self.status, self.headers)
+    def response(self, body: dict[str, Any] | None = None) -> JSONResponse:
+        """The whole response, with `body` or the one of OpenAI's API."""
+        return JSONResponse(self.body() if body is None else body, self.status, self.headers)
 
     def body(self) -> dict[str, Any]:
         """The JSON object that says what is wrong."""

@@ -11,14 +11,19 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from m7mlx_serve.endpoint import Endpoint
 from m7mlx_serve.endpoints import ENDPOINTS
+from m7mlx_serve.ollama import replies as ollama
 from m7mlx_serve.openai import replies
-from m7mlx_serve.openai.fields import MEANINGLESS, NEUTRAL
+from m7mlx_serve.strict import Strict
 
 _Model = type[BaseModel]
 _GETS: dict[str, tuple[_Model | None, str]] = {
     "/v1/models": (replies.ModelList, "The model that is served"),
     "/v1/models/{name}": (replies.ModelCard, "The model by its name"),
+    "/api/tags": (ollama.TagList, "The model that is served, by Ollama's API"),
+    "/api/ps": (ollama.TagList, "The same: it is loaded"),
+    "/api/version": (ollama.OllamaVersion, "The version of Ollama whose API this is"),
     "/health": (replies.Health, "Whether requests can be answered"),
     "/metrics": (None, "Figures for Prometheus"),
 }
@@ -48,15 +53,20 @@ def document(model: str, with_key: bool) -> dict[str, Any]:
     bodies = [(endpoint.body, "validation") for endpoint in ENDPOINTS.values()]
     answers = [shape for endpoint in ENDPOINTS.values() for shape in (endpoint.reply, endpoint.chunk)]
     answers += [shape for shape, _ in _GETS.values() if shape]
-    pairs = [*bodies, *((shape, "serialization") for shape in (*answers, replies.ErrorReply))]
+    errors = {endpoint.error_reply for endpoint in ENDPOINTS.values()}
+    answers += [replies.ErrorReply, *sorted(errors - {replies.ErrorReply}, key=lambda shape: shape.__name__)]
+    pairs = [*bodies, *((shape, "serialization") for shape in dict.fromkeys(answers))]
     _, schemas = models_json_schema(pairs, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     paths: dict[str, Any] = {}
     for path, endpoint in ENDPOINTS.items():
-        _complete(schemas["$defs"][endpoint.body.__name__], model)
+        _complete(schemas["$defs"][endpoint.body.__name__], endpoint.body, model)
         answer = _answer(endpoint.reply, f"The answers. {_EVENTS}")
-        answer["content"]["text/event-stream"] = {"schema": _event(endpoint.chunk)}
+        if path.startswith("/api/"):
+            answer["content"]["application/x-ndjson"] = {"schema": {"type": "string"}}
+        else:
+            answer["content"]["text/event-stream"] = {"schema": _event(endpoint)}
         request = {"required": True, "content": {"application/json": {"schema": _ref(endpoint.body)}}}
-        responses = {"200": answer} | _errors(_EVERYWHERE | _ANSWERING)
+        responses = {"200": answer} | _errors(_EVERYWHERE | _ANSWERING, endpoint.error_reply)
         paths[path] = {"post": {"summary": endpoint.summary, "requestBody": request, "responses": responses}}
     for path, (found, summary) in _GETS.items():
         responses = {"200": _answer(found, summary)} | _errors(_EVERYWHERE)
@@ -98,30 +108,31 @@ def page(model: str, with_key: bool) -> str:
         told = html.escape(json.dumps(schema, indent=2, ensure_ascii=False))
         parts.append(f"<details><summary><code>{name}</code></summary><pre>{told}</pre></details>")
     links = '<link rel="icon" href="data:,"><link rel="stylesheet" href="page.css">'
-    about = 'What is served of OpenAI’s API; for programs: <a href="openapi.json">openapi.json</a>.'
+    about = "What is served of OpenAI’s API, of Anthropic’s and of Ollama’s; for programs:"
+    about += ' <a href="openapi.json">openapi.json</a>.'
     body = f'<body class="docs"><h1>m7mlx-serve</h1><p>{about}</p>{"".join(parts)}</body>'
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     return f'<!doctype html><html lang="en">{head}<title>m7mlx-serve: API</title>{links}{body}</html>'
 
 
-def _complete(schema: dict[str, Any], model: str) -> None:
-    """Add what `Generation` accepts before it checks fields: null, and fields that mean nothing."""
+def _complete(schema: dict[str, Any], body: type[Strict], model: str) -> None:
+    """Add what `Strict` accepts before it checks fields: null, and fields that mean nothing."""
     properties = schema["properties"]
     for name, value in properties.items():
-        if name not in schema["required"] and {"type": "null"} not in value.get("anyOf", ()):
+        if name not in schema.get("required", ()) and {"type": "null"} not in value.get("anyOf", ()):
             properties[name] = {"anyOf": [value, {"type": "null"}]}
-    properties["model"]["enum"] = [model]
-    properties |= {name: {"description": "Accepted; it has no meaning here"} for name in MEANINGLESS}
-    properties |= {name: {"enum": [value, None]} for name, value in NEUTRAL.items()}
+    properties["model"] = {"enum": [model, "", None], "description": "May be left out"}
+    properties |= {name: {"description": "Accepted; it has no meaning here"} for name in sorted(body.ignored)}
+    properties |= {name: {"enum": [*values, None]} for name, values in body.neutral.items()}
 
 
 def _ref(model: _Model) -> dict[str, Any]:
     return {"$ref": f"#/components/schemas/{model.__name__}"}
 
 
-def _event(chunk: _Model) -> dict[str, Any]:
+def _event(endpoint: Endpoint) -> dict[str, Any]:
     """One event of a stream."""
-    said = {"anyOf": [_ref(chunk), _ref(replies.ErrorReply)]}
+    said = {"anyOf": [_ref(endpoint.chunk), _ref(endpoint.error_reply)]}
     chunked = {"contentMediaType": "application/json", "contentSchema": said}
     data = {"type": "string", "anyOf": [{"const": "[DONE]"}, chunked]}
     return {"type": "object", "required": ["data"], "properties": {"data": data}}
@@ -135,5 +146,5 @@ def _answer(model: _Model | None, about: str) -> dict[str, Any]:
     return {"description": about, "content": content}
 
 
-def _errors(reasons: dict[str, str]) -> dict[str, Any]:
-    return {status: _answer(replies.ErrorReply, reason) for status, reason in reasons.items()}
+def _errors(reasons: dict[str, str], shape: _Model = replies.ErrorReply) -> dict[str, Any]:
+    return {status: _answer(shape, reason) for status, reason in reasons.items()}

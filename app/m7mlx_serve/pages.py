@@ -38,6 +38,6 @@ def page_routes(model: str, with_key: bool) -> list[Route]:
 
 
 async def _show_file(request: Request) -> Response:
-    name, kind = _FILES[request.url.path]
+    name, kind = _FILES[request.scope["path"]]
     text = (files("m7mlx_serve") / name).read_text(encoding="utf-8")
     return HTMLResponse(text, media_type=kind, headers=_HEADERS)

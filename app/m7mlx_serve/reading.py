@@ -18,8 +18,10 @@ from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx_serve.endpoint import Body, ReadRequest
 from m7mlx_serve.endpoints import ENDPOINTS
 from m7mlx_serve.errors import ApiError
+from m7mlx_serve.refusals import describe
 
 _Shape = TypeVar("_Shape", bound=Body)
+_NO_MODEL = ("", "dummy", "tgi")  # the last two: huggingface_hub, where no model is given
 _SURROGATES = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -29,19 +31,23 @@ def read(path: str, data: bytes, model: str, tokenizer: Tokenizer) -> ReadReques
     Raises ApiError, and InputError for what the model cannot do.
     """
     body = parse(data, ENDPOINTS[path].body)
-    if body.model != model:
-        raise ApiError(404, f"the model {body.model[:100]!r} is not served here", "model_not_found")
+    if body.model not in (*_NO_MODEL, model):
+        raise ApiError(
+            404,
+            f"the model {body.model[:100]!r} is not served here; use {model!r}, or leave it out",
+            "model_not_found",
+        )
     try:
-        ids = body.encode(tokenizer)
+        prompts = body.prompts(tokenizer)
     except RecursionError:
         raise ApiError(400, f"the request nests deeper than {MAX_DEPTH} levels") from None
-    return ReadRequest(body.without_texts(), ids)
+    return ReadRequest(body.without_texts(), prompts)
 
 
 def parse(data: bytes, shape: type[_Shape]) -> _Shape:
     """The JSON of a body in its shape. Raises ApiError with what is wrong first, and where."""
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
+        value = json.loads(data.decode("utf-8-sig"), parse_constant=_refuse_constant, parse_float=_finite)
         if nests_deeper(value, MAX_DEPTH):
             raise RecursionError
         if _SURROGATES.search(data):
@@ -53,11 +59,7 @@ def parse(data: bytes, shape: type[_Shape]) -> _Shape:
     try:
         return shape.model_validate(value)
     except ValidationError as error:
-        wrong = [
-            f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg'].removeprefix('Value error, ')}"[:300]
-            for e in error.errors(include_url=False, include_context=False, include_input=False)[:5]
-        ]
-        raise ApiError(400, "; ".join(wrong)) from None
+        raise ApiError(400, describe(error)) from None
 
 
 def _refuse_constant(name: str) -> Any:

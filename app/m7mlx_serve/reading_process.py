@@ -5,7 +5,7 @@ the setup, frames are:
 
     question   path, model and body, each but the last ended by a line feed
     reply      a line: an error as JSON, or the size of the options; then the options as JSON, and
-               the ids in four bytes each
+               the ids of all prompts in four bytes each
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import json
 import os
 from array import array
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from m7mlx.config import ModelConfig
 from m7mlx.errors import InputError
+from m7mlx.grammar import Grammar
 from m7mlx.tokens.load import load_tokenizer
-from m7mlx_serve.endpoint import ReadRequest
+from m7mlx_serve.endpoint import Prompts, ReadRequest
 from m7mlx_serve.endpoints import ENDPOINTS
 from m7mlx_serve.errors import ApiError, refusal
 from m7mlx_serve.reading import read
@@ -42,8 +44,7 @@ def handler(setup: bytes) -> Callable[[bytes], bytes]:
             return _pack_error(refusal(error))
         except ApiError as error:
             return _pack_error(error)
-        options = request.body.model_dump_json(by_alias=True, exclude_none=True).encode()
-        return b"%d\n" % len(options) + options + request.ids.tobytes()
+        return pack_reply(request)
 
     return answer
 
@@ -53,16 +54,40 @@ def pack_question(path: str, data: bytes, model: str) -> bytes:
     return path.encode() + b"\n" + json.dumps(model).encode() + b"\n" + data
 
 
+def pack_reply(request: ReadRequest) -> bytes:
+    """The frame that answers with a request."""
+    prompts = request.prompts
+    told = {
+        "body": request.body.model_dump(mode="json", by_alias=True, exclude_none=True),
+        "lengths": [len(ids) for ids in prompts.ids],
+        "schema": asdict(prompts.schema) if isinstance(prompts.schema, Grammar) else prompts.schema,
+        "is_grammar": isinstance(prompts.schema, Grammar),
+        "tool_use": prompts.tool_use,
+        "at_start": prompts.at_start,
+    }
+    head = json.dumps(told).encode()
+    return b"".join([b"%d\n" % len(head), head, *(ids.tobytes() for ids in prompts.ids)])
+
+
 def unpack_reply(path: str, reply: bytes) -> ReadRequest:
     """The request that the process has read. Raises the ApiError that it refused the body with."""
-    head, _, rest = reply.partition(b"\n")
-    found = json.loads(head)
+    first, _, rest = reply.partition(b"\n")
+    found = json.loads(first)
     if isinstance(found, list):
         status, message, code = found
         raise ApiError(status, message, code)
-    ids = array("i")
-    ids.frombytes(memoryview(rest)[found:])
-    return ReadRequest(ENDPOINTS[path].body.model_validate_json(rest[:found]), ids)
+    told, data, prompts = json.loads(rest[:found]), memoryview(rest)[found:], []
+    for length in told["lengths"]:
+        ids = array("i")
+        size = length * ids.itemsize
+        ids.frombytes(data[:size])
+        prompts.append(ids)
+        data = data[size:]
+    schema = Grammar(**told["schema"]) if told["is_grammar"] else told["schema"]
+    return ReadRequest(
+        ENDPOINTS[path].body.model_validate(told["body"]),
+        Prompts(prompts, schema, told["tool_use"], told["at_start"]),
+    )
 
 
 def _pack_error(error: ApiError) -> bytes:

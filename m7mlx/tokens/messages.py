@@ -54,6 +54,11 @@ class ChatFormat(ABC):
         Raises ChatFormatError.
         """
 
+    @property
+    def takes_effort(self) -> bool:
+        """Whether the model can be told how much to think."""
+        return False
+
 
 def is_continued(messages: Sequence[Message]) -> bool:
     """Whether the model continues the last message, instead of answering it."""

@@ -74,7 +74,6 @@ class MistralFormat(ChatFormat):
         for turn in turns:
             if turn.role == "assistant":
                 turn.content = turn.content if self._thinks else [turn.text] if turn.text else []
-                self._check_answer(turn)
             elif not (turn.is_plain or self._thinks):
                 raise ChatFormatError("the model's format has no place for thoughts in a system prompt")
         if not keeps_system:
@@ -86,11 +85,9 @@ class MistralFormat(ChatFormat):
                 carrier.content = [f"{system}\n\n{carrier.text}"]
         return in_call_order(turns) if self._number >= 11 else turns
 
-    def _check_answer(self, turn: Turn) -> None:
-        if turn.calls and turn.content and self._number < 7:
-            raise ChatFormatError("an assistant message holds either text or tool calls, not both")
-        if not (turn.calls or turn.content or turn.ids):
-            raise ChatFormatError("an assistant message is empty; leave it out")
+    @property
+    def takes_effort(self) -> bool:
+        return bool(self._settings.get("reasoning_effort"))
 
     def _tools(self, tools: Sequence[Mapping[str, Any]]) -> list[int]:
         if not tools:

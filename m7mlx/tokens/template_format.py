@@ -30,6 +30,15 @@ class TemplateFormat(ChatFormat):
     def __repr__(self) -> str:
         return f"TemplateFormat({', '.join(map(shown, self._templates))})"
 
+    def mentions(self, word: str) -> bool:
+        """Whether the template for conversations with tools has this word in its source."""
+        template = self._templates.get("tool_use") or self._templates.get("default") or ""
+        return word in template
+
+    @property
+    def takes_effort(self) -> bool:
+        return "reasoning_effort" in (self._templates.get("default") or "")
+
     def encode(
         self,
         messages: Sequence[Message],

@@ -54,7 +54,7 @@ def test_what_decides_here_is_only_told_of() -> None:
     """Another process takes the tokens of this one, in the same passes."""
     mine = Request([1], constraint=Unconstrained(), logits_processors=[lambda ids, logits: logits * 0])
     theirs = Request.from_dict(json.loads(json.dumps(mine.to_dict())))
-    assert theirs.constraint is not None and not theirs.constraint.enforced
+    assert theirs.constraint is not None and not theirs.constraint.is_whole
     (process,) = theirs.logits_processors
     logits = mx.array([[1.0, 2.0]])
     assert process(mx.array([1]), logits) is logits

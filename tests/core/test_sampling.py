@@ -18,7 +18,7 @@ from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logi
 from values import number
 
 from m7mlx.errors import InputError
-from m7mlx.sampling import Sampler, Sampling, filtered_logprobs, penalize
+from m7mlx.sampling import Sampler, Sampling, filtered_logprobs, penalize, penalize_chosen
 
 logit_lists = st.lists(st.integers(-400, 400), min_size=8, max_size=8, unique=True).map(
     lambda xs: [x / 40 for x in xs]
@@ -121,3 +121,21 @@ def test_the_penalty_sees_the_prompt_and_what_was_generated_and_forgets() -> Non
 def test_values_out_of_range_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(bad))):
         Sampling(**bad)
+
+
+def test_what_the_answer_holds_is_made_less_likely() -> None:
+    """By OpenAI's formula: μ − c · frequency − (c > 0) · presence, c counted in the answer."""
+    logits = mx.array([[1.0, 2.0, 3.0, 4.0]])
+    found = penalize_chosen(logits, mx.array([3, 1, 3]), 0.5, 0.25)
+    assert np.allclose(np.array(found), [[1.0, 2.0 - 0.75, 3.0, 4.0 - 1.0]])
+    for presence, frequency, wanted in ((0.0, 0.6, [3, 3, 2, 3, 2, 3]), (1.5, 0.0, [3, 2, 3, 3, 3, 3])):
+        sampler = Sampler(Sampling(presence_penalty=presence, frequency_penalty=frequency))
+        sampler.see([3, 3, 3, 3])  # a prompt is not counted
+        assert not sampler.is_greedy
+        assert [sampler(logits).item() for _ in wanted] == wanted
+        ahead = Sampler(Sampling(presence_penalty=presence, frequency_penalty=frequency))
+        ahead.see([3])
+        assert ahead.preview(mx.stack([logits] * 3, axis=1), wanted[:2]).tolist() == wanted[:3]
+        gone_on = Sampler(Sampling(presence_penalty=presence, frequency_penalty=frequency))
+        gone_on.see([3, 3, *wanted[:2]], chosen=2)
+        assert gone_on(logits).item() == wanted[2]

@@ -23,6 +23,7 @@ from m7mlx.errors import InputError, PromptTooLongError, RunError, TokenizerErro
 from m7mlx.loading import build
 from m7mlx.sampling import Sampling
 from m7mlx.scheduler import Scheduler, Told
+from m7mlx.scoring import score
 from m7mlx.tokens.tokenizer import Tokenizer
 
 MODELS = {window: small_model(small_config(vocab_size=32000, sliding_window=window)) for window in (7, None)}
@@ -297,6 +298,30 @@ def test_no_token_is_made_where_none_is_wanted(tokenizer: Tokenizer) -> None:
     none = clients.scheduler.admit(Request(prompt(1, 5), max_tokens=0))
     assert not clients.step()
     assert clients.answer(none) == ("", [], "length")
+
+
+@pytest.mark.parametrize("window", [7, None])
+def test_prompts_are_scored_as_texts_are(tokenizer: Tokenizer, window: int | None) -> None:
+    """Whatever the chunks, and beside others: the log probabilities of `m7mlx.scoring`."""
+    model = MODELS[window]
+    clients = Clients(Scheduler(model, tokenizer, rows=3))
+    clients.scheduler.add(Request(prompt(4, 20), max_tokens=30))
+    lengths = {1: 0, 2: 0, 150: 3, 401: 0}
+    asked = {
+        clients.scheduler.add(Request(prompt(4, n), max_tokens=wanted, prompt_logprobs=2)): (n, wanted)
+        for n, wanted in lengths.items()
+    }
+    clients.run()
+    for number, (n, wanted) in asked.items():
+        scored = [one for piece in clients.pieces[number] for one in piece.prompt]
+        assert [one.id for one in scored] == prompt(4, n)[1:]
+        assert len([i for piece in clients.pieces[number] for i in piece.ids]) == wanted
+        assert clients.pieces[number][-1].finish_reason == "length"
+        if n > 1:
+            expected = score(model, prompt(4, n))
+            assert [one.logprob for one in scored] == pytest.approx(expected.logprobs.tolist(), abs=1e-4)
+            assert all(len(one.top) == 2 and one.top[0][1] >= one.top[1][1] for one in scored)
+            assert [one.top[0][0] == one.id for one in scored] == expected.greedy.tolist()
 
 
 def test_a_grammar_that_fails_fails_its_own_answer(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from m7mlx_serve.answer_reader import AnswerReader
+from m7mlx_serve.endpoint import ToolUse
 from m7mlx_serve.openai.chat import ChatShape
 from m7mlx_serve.openai.choices import Choice
 from m7mlx_serve.tool_calls import MARK, NamedCallReader
@@ -105,8 +107,8 @@ def test_the_id_that_the_model_gave(tokenizers: dict[str, Tokenizer]) -> None:
 
 def fed(tokenizer: Tokenizer, parts: list[str], tools: bool = True) -> tuple[list[Any], Any]:
     """The chunks and the whole of an answer; a part that is the name of a control token is that."""
-    mark = tokenizer.control_id(MARK) if tools else None
-    both = [Choice(0, tokenizer, ChatShape(), mark, False, streamed) for streamed in (True, False)]
+    use: ToolUse = "allowed" if tools else "none"
+    both = [Choice(0, tokenizer, ChatShape(), AnswerReader(tokenizer, use), streamed) for streamed in (True, False)]
     pieces = []
     for part in parts:
         token = tokenizer.control_id(part)
@@ -204,10 +206,14 @@ def test_demanded_calls_make_a_round_trip(client: openai.OpenAI, stream: bool) -
 
 
 def test_a_model_that_is_not_told_how_much_to_think(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="cannot be told how much to think"):
+    """Agents say so to every model: it makes no difference to one that cannot be told."""
+    answers = [
         client.chat.completions.create(
-            model=NAME, messages=[{"role": "user", "content": "x"}], reasoning_effort="high"
+            model=NAME, messages=[{"role": "user", "content": "x"}], temperature=0, max_tokens=5, extra_body=extra
         )
+        for extra in ({}, {"reasoning_effort": "high"})
+    ]
+    assert answers[0].choices[0].message == answers[1].choices[0].message
 
 
 def test_the_text_between_two(client: openai.OpenAI, tokenizers: dict[str, Tokenizer]) -> None:

@@ -111,7 +111,7 @@ def test_depth_is_bounded_wherever_json_may_stand(mistral_tokenizers: dict[str, 
     ]
     for data in bodies:
         if depth == 64:
-            assert read(PATH, data, "m", mistral_tokenizers["v3"]).ids
+            assert read(PATH, data, "m", mistral_tokenizers["v3"]).prompts.ids
         else:
             with pytest.raises((ApiError, InputError), match="deeper than 64 levels"):
                 read(PATH, data, "m", mistral_tokenizers["v3"])
@@ -124,18 +124,17 @@ def test_what_has_been_read_keeps_no_texts(mistral_tokenizers: dict[str, Tokeniz
         for name in ("f", "g")
     ]
     asked = read(PATH, json.dumps(BODY | {"tools": tools}).encode(), "m", tokenizer)
-    assert isinstance(asked.body, ChatRequest) and asked.body.tools
-    assert list(asked.ids) == tokenizer.chat.encode(BODY["messages"], tools)
+    assert list(asked.prompts.ids[0]) == tokenizer.chat.encode(BODY["messages"], tools)
+    assert isinstance(asked.body, ChatRequest) and asked.body.tools is None
     assert [message.content for message in asked.body.messages] == [""]
-    assert asked.body.tools[0].function.parameters == {}
     named = {"tools": tools, "tool_choice": {"type": "function", "function": {"name": "g"}}}
     asked = read(PATH, json.dumps(BODY | named).encode(), "m", tokenizer)
-    assert isinstance(asked.body, ChatRequest) and asked.body.tools
-    assert [tool.function.parameters for tool in asked.body.tools] == [{}, {"type": "object"}]
-    assert asked.ids[-1] == tokenizer.control_id("[TOOL_CALLS]")
+    assert asked.prompts.tool_use == "required" and '"const": "g"' in json.dumps(asked.prompts.schema)
+    assert '"const": "f"' not in json.dumps(asked.prompts.schema)
+    assert asked.prompts.ids[0][-1] == tokenizer.control_id("[TOOL_CALLS]")
     for prompt, ids in (("Hi", tokenizer.encode("Hi", add_bos=True)), ([5, 6], [5, 6])):
         found = read("/v1/completions", json.dumps({"model": "m", "prompt": prompt}).encode(), "m", tokenizer)
-        assert list(found.ids) == ids
+        assert list(found.prompts.ids[0]) == ids
     schema = {"type": "json_schema", "json_schema": {"schema": {"enum": ["x" * 200_000]}}}
     with pytest.raises(InputError, match="longer than 200,000"):
         read(PATH, json.dumps(BODY | {"response_format": schema}).encode(), "m", tokenizer)
@@ -145,22 +144,24 @@ def test_a_message_that_is_continued(mistral_tokenizers: dict[str, Tokenizer]) -
     tokenizer = mistral_tokenizers["v3"]
     messages = [*BODY["messages"], {"role": "assistant", "content": "The answer is", "prefix": True}]
     asked = read(PATH, json.dumps(BODY | {"messages": messages}).encode(), "m", tokenizer)
-    assert isinstance(asked.body, ChatRequest) and asked.body.is_continued
-    assert list(asked.ids) == [*tokenizer.chat.encode(BODY["messages"]), *tokenizer.encode("The answer is")]
+    assert not asked.prompts.at_start
+    assert list(asked.prompts.ids[0]) == [
+        *tokenizer.chat.encode(BODY["messages"]),
+        *tokenizer.encode("The answer is"),
+    ]
     for wrong in ([*messages, *BODY["messages"]], [{"role": "user", "content": "x", "prefix": True}]):
         with pytest.raises(InputError, match="only an assistant's last message is continued"):
             read(PATH, json.dumps(BODY | {"messages": wrong}).encode(), "m", tokenizer)
     tool = {"type": "function", "function": {"name": "f"}}
     schema = {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}
     for wanted in ({"type": "json_object"}, schema):
-        with pytest.raises(ApiError, match="an answer in JSON has no prefix"):
-            parse(json.dumps(BODY | {"messages": messages, "response_format": wanted}).encode(), ChatRequest)
-    parse(json.dumps(BODY | {"messages": messages, "response_format": {"type": "text"}}).encode(), ChatRequest)
-    with pytest.raises(ApiError, match="must call a tool has no prefix"):
-        parse(
-            json.dumps(BODY | {"messages": messages, "tools": [tool], "tool_choice": "required"}).encode(),
-            ChatRequest,
-        )
+        with pytest.raises(InputError, match="an answer in JSON has no prefix"):
+            read(PATH, json.dumps(BODY | {"messages": messages, "response_format": wanted}).encode(), "m", tokenizer)
+    in_text = BODY | {"messages": messages, "response_format": {"type": "text"}}
+    assert read(PATH, json.dumps(in_text).encode(), "m", tokenizer).prompts.ids == asked.prompts.ids
+    required = {"messages": messages, "tools": [tool], "tool_choice": "required"}
+    with pytest.raises(InputError, match="must call a tool has no prefix"):
+        read(PATH, json.dumps(BODY | required).encode(), "m", tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +220,7 @@ def test_reading_is_bounded_by_the_system(readers: Readers, model_folder: Path, 
     small = Readers(model_folder, "m")
     assert "too much memory" in str(unread(small, b"[" + b"[],[[]]," * 1_000_000 + b"0]", tokenizer))
     small.close()
-    assert len(asyncio.run(readers.read(PATH, large, tokenizer)).ids) > 400_000  # and it reads on
+    assert len(asyncio.run(readers.read(PATH, large, tokenizer)).prompts.ids[0]) > 400_000  # and it reads on
 
 
 def test_who_leaves_gives_up_the_place_in_the_line(readers: Readers, model_folder: Path) -> None:
@@ -231,7 +232,7 @@ def test_who_leaves_gives_up_the_place_in_the_line(readers: Readers, model_folde
             task = asyncio.ensure_future(readers.read(PATH, large, tokenizer))
             await asyncio.sleep(0)
             task.cancel()
-        return len((await readers.read(PATH, large, tokenizer)).ids)
+        return len((await readers.read(PATH, large, tokenizer)).prompts.ids[0])
 
     assert asyncio.run(asyncio.wait_for(leave(), 60)) > 400_000
 
@@ -253,9 +254,11 @@ def test_nothing_typed_is_a_control_token(mistral_tokenizers: dict[str, Tokenize
         ]
         function = {"name": "f", "description": word, "parameters": {"type": "object", "properties": inner}}
         body = {"model": "m", "messages": messages, "tools": [{"type": "function", "function": function}]}
-        ids = [i for i in read(PATH, json.dumps(body).encode(), "m", tokenizer).ids if i in controls]
+        ids = [i for i in read(PATH, json.dumps(body).encode(), "m", tokenizer).prompts.ids[0] if i in controls]
         prompt = json.dumps({"model": "m", "prompt": word}).encode()
-        assert [i for i in read("/v1/completions", prompt, "m", tokenizer).ids if i in controls] == [tokenizer.bos_id]
+        assert [i for i in read("/v1/completions", prompt, "m", tokenizer).prompts.ids[0] if i in controls] == [
+            tokenizer.bos_id
+        ]
         return ids
 
     plain = used("word")

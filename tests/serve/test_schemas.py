@@ -34,7 +34,7 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "logprobs": ({"top_logprobs": 3}, 400, "logprobs"),
     "too many logprobs": ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
     "a word to bias": ({"logit_bias": {"cat": 5}}, 400, "logit_bias"),
-    "penalty": ({"presence_penalty": 0.5}, 400, "presence_penalty"),
+    "penalty": ({"presence_penalty": 2.5}, 400, "presence_penalty: must be at most 2"),
     "empty stop": ({"stop": ""}, 400, "stop"),
     "unknown field": ({"temprature": 1}, 400, "temprature"),
     "a picture": (
@@ -60,7 +60,6 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
         400,
         "cannot be used",
     ),
-    "a schema and tools": (schema({}) | {"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools"),
     "true for a number": ({"max_tokens": True}, 400, "max_tokens"),
     "a number for true": ({"logprobs": 1}, 400, "logprobs"),
     "a fraction for a number": ({"n": 1.0}, 400, "n: "),

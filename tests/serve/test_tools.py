@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from m7mlx_serve.answer_reader import AnswerReader
 from m7mlx_serve.openai.chat import ChatShape
 from m7mlx_serve.openai.choices import Choice, write
 from m7mlx_serve.openai.text import TextShape
@@ -100,7 +101,7 @@ def test_what_models_write_besides(text: str, calls: list[tuple[str, str]], is_o
 def choice(tokenizer: Tokenizer, pieces: list[str | int], reason: Any) -> tuple[list[Any], Any]:
     """The chunks and the whole of an answer; numbers are ids."""
     both = [
-        Choice(0, tokenizer, ChatShape(), tokenizer.control_id(MARK), False, streamed) for streamed in (True, False)
+        Choice(0, tokenizer, ChatShape(), AnswerReader(tokenizer, "allowed"), streamed) for streamed in (True, False)
     ]
     chunks = []
     for piece in pieces:
@@ -116,7 +117,8 @@ def test_scores_are_kept_for_whole_answers_only(mistral_tokenizers: dict[str, To
     piece = Piece("é", [900], logprobs=[TokenLogprobs(900, -0.5, [(900, -0.5), (901, -2.0)])])
     sizes = {}
     for streamed in (True, False):
-        told = Choice(0, tokenizer, ChatShape() if is_chat else TextShape(), None, False, streamed)
+        shape = ChatShape() if is_chat else TextShape()
+        told = Choice(0, tokenizer, shape, AnswerReader(tokenizer, "none"), streamed)
         told.feed(piece)
         tracemalloc.start()
         for _ in range(3000):

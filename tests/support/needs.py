@@ -65,6 +65,11 @@ NEEDS = {
         "PEFT, torch and transformers", "pip install -e '.[oracle]'", _importable("torch", "transformers", "peft")
     ),
     "eval": Need("lm_eval", "pip install -e '.[eval]'", _importable("lm_eval", "datasets", "pyarrow")),
+    "clients": Need(
+        "other programs' clients",
+        "pip install -e '.[clients]'",
+        _importable("agents", "anthropic", "langchain_openai", "litellm", "mistralai", "ollama"),
+    ),
     "llama": Need("llama_cpp", "pip install llama-cpp-python", _importable("llama_cpp")),
     "docs": Need(
         "zensical and mkdocstrings",

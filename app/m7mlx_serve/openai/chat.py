@@ -2,78 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from array import array
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from m7mlx.errors import InputError
-from m7mlx.grammar import MAX_SCHEMA
 from m7mlx.tokens.tokenizer import Tokenizer
-from m7mlx_serve.endpoint import Endpoint
-from m7mlx_serve.openai.fields import Generation
-from m7mlx_serve.openai.replies import ChatChunk, ChatCompletion
-from m7mlx_serve.openai.shape import Fields, Shape
-from m7mlx_serve.strict import MAX_TEXT, Name, Strict, Text
-from m7mlx_serve.tool_calls import MARK
-from m7mlx_serve.tool_schema import calls_schema
+from m7mlx_serve.conversation import Conversation
+from m7mlx_serve.endpoint import Endpoint, Prompts
+from m7mlx_serve.errors import ApiError
+from m7mlx_serve.openai.fields import MEANINGLESS, NEUTRAL, Generation
+from m7mlx_serve.openai.messages import ChatMessage, TextPart
+from m7mlx_serve.openai.replies import ChatChunk, ChatCompletion, ErrorReply
+from m7mlx_serve.openai.shape import Fields, Scored, Shape
+from m7mlx_serve.strict import Name, Strict, Text
 
-
-class TextPart(Strict):
-    """A part of a message. Pictures and sound are refused; nothing is ever fetched."""
-
-    type: Literal["text"]
-    text: Text
-
-
-class CalledFunction(Strict):
-    """The name and arguments of a call."""
-
-    name: Annotated[str, Field(min_length=1, max_length=200)]
-    arguments: Text = "{}"
-
-
-class ToolCall(Strict):
-    """A call in a message of the assistant."""
-
-    id: Annotated[str, Field(max_length=100)]
-    type: Literal["function"] = "function"
-    function: CalledFunction
-    index: int | None = None  # some clients send back what they were streamed
-
-
-class ChatMessage(Strict):
-    """One message of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
-    reasoning_content: Text | None = None  # what the model thought before it answered
-    name: Name | None = None
-    refusal: None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=128, fail_fast=True)] | None = None
-    tool_call_id: Annotated[str, Field(max_length=100)] | None = None
-    prefix: bool | None = None  # Mistral's: the last message is the beginning of the answer
-
-    @property
-    def size(self) -> int:
-        """Its length in characters."""
-        content = self.content or ""
-        texts = [content] if isinstance(content, str) else [part.text for part in content]
-        for call in self.tool_calls or []:
-            texts += (call.id, call.function.name, call.function.arguments)
-        return sum(map(len, [*texts, self.reasoning_content or "", self.name or "", self.tool_call_id or ""]))
-
-    def plain(self) -> dict[str, Any]:
-        """The message as `m7mlx.tokens.messages` takes it."""
-        content = self.content or ""
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
-        found: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
-        if self.tool_calls:
-            found["tool_calls"] = [call.model_dump(exclude={"index"}) for call in self.tool_calls]
-        others = ("reasoning_content", "name", "tool_call_id", "prefix")
-        return found | {k: v for k in others if (v := getattr(self, k)) is not None}
+# What Mistral's own API puts before a conversation that asks for it.
+_SAFE = (
+    "Always assist with care, respect, and truth. Respond with utmost utility yet securely. Avoid harmful, "
+    "unethical, prejudiced, or negative content. Ensure replies promote fairness and positivity."
+)
 
 
 class Function(Strict):
@@ -88,8 +36,9 @@ class Function(Strict):
 class Tool(Strict):
     """A function that the model may call."""
 
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: Function
+    ignored = frozenset({"cache_control"})
 
 
 class NamedFunction(Strict):
@@ -101,7 +50,7 @@ class NamedFunction(Strict):
 class NamedTool(Strict):
     """A demand to call this function and no other."""
 
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: NamedFunction
 
 
@@ -110,21 +59,45 @@ class JsonSchema(Strict):
 
     name: Name = "answer"
     description: Text | None = None
-    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")] = Field(default_factory=lambda: {"type": "object"})
     strict: bool | None = None
 
 
 class ResponseFormat(Strict):
-    """Text, any JSON object, or JSON that fits a schema. It is enforced, not merely asked for."""
+    """Text, any JSON object, or JSON that fits a schema. It is enforced, not merely asked for.
 
-    type: Literal["text", "json_object", "json_schema"]
+    Some clients give the schema as `value` or `schema`, beside the type.
+    """
+
+    type: Literal["text", "json", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    value: dict[str, Any] | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
 
     @model_validator(mode="after")
-    def _has_its_schema(self) -> ResponseFormat:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema comes with type json_schema, and with no other")
+    def _has_one_schema(self) -> ResponseFormat:
+        given = [one for one in (self.json_schema, self.value, self.schema_) if one is not None]
+        if len(given) > 1 or (given and self.type == "text"):
+            raise ValueError("one schema is given, in json_schema, and none with type text")
+        if not given and self.type == "json_schema":
+            raise ValueError("json_schema is missing, which type json_schema asks for")
         return self
+
+    @property
+    def wanted(self) -> dict[str, Any] | None:
+        """The schema of the answer, if it has to be JSON."""
+        if self.type == "text":
+            return None
+        if self.json_schema is not None:
+            return self.json_schema.schema_
+        return self.value or self.schema_ or {"type": "object"}
+
+
+class Prediction(Strict):
+    """What the answer will be like. It makes no difference to what comes out."""
+
+    type: Literal["content"] = "content"
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True)]
 
 
 class ChatShape(Shape):
@@ -155,9 +128,9 @@ class ChatShape(Shape):
             message |= {"content": text or None, "tool_calls": list(calls)}
         return {"message": message}
 
-    def logprobs(self, scored: Sequence[Fields], offset: int) -> dict[str, list[Any]]:
+    def logprobs(self, scored: Sequence[Scored]) -> dict[str, list[Any]]:
         """One list of tokens."""
-        return {"content": list(scored)}
+        return {"content": [token for token, _ in scored]}
 
 
 class ChatRequest(Generation):
@@ -168,55 +141,34 @@ class ChatRequest(Generation):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    reasoning_effort: Name | None = None  # how much to think, for models that are told so
-    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tools: Annotated[list[Tool], Field(max_length=512, fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required", "any"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    prediction: Prediction | None = None
+    reasoning_effort: Name | None = None  # how much to think, for models that are told so
+    safe_prompt: bool = False  # Mistral's
+    ignored = MEANINGLESS
+    neutral: ClassVar[Mapping[str, Sequence[Any]]] = {
+        **NEUTRAL,
+        "modalities": [["text"]],
+        "verbosity": ["medium"],
+        "functions": [[]],
+        "function_call": ["none"],
+        "echo": [False],
+        "best_of": [1],
+        "add_generation_prompt": [True],
+        "continue_final_message": [False],
+        "ignore_eos": [False],
+        "use_beam_search": [False],
+    }
+    advice: ClassVar[Mapping[str, str]] = {
+        "functions": "this old field is not read; give the functions in tools",
+        "function_call": "this old field is not read; use tool_choice",
+        "modalities": 'the model answers with text alone; leave it out, or give ["text"]',
+        "audio": "the model answers with text alone; leave it out",
+        "web_search_options": "the server fetches nothing; give the model a tool that searches",
+    }
     shape: ClassVar[Shape] = ChatShape()
-
-    @property
-    def is_continued(self) -> bool:
-        """Whether the model continues the last message, instead of answering it."""
-        return bool(self.messages[-1].prefix)
-
-    @property
-    def required_tools(self) -> list[Tool] | None:
-        """The tools one of which must be called; None where the model may answer otherwise."""
-        if isinstance(self.tool_choice, NamedTool):
-            name = self.tool_choice.function.name
-            return [tool for tool in self.tools or [] if tool.function.name == name]
-        return self.tools if self.tool_choice == "required" else None
-
-    @property
-    def starts_message(self) -> bool:
-        """Whether the answer begins a message: it does, unless one is continued."""
-        return not self.is_continued
-
-    @property
-    def tool_use(self) -> Literal["none", "allowed", "required"]:
-        """Whether the answer may, or must, call tools."""
-        if not self.tools or self.tool_choice == "none":
-            return "none"
-        return "allowed" if self.required_tools is None else "required"
-
-    @property
-    def answer_schema(self) -> Mapping[str, Any] | None:
-        """The JSON schema of the calls that are demanded, or of the answer."""
-        if (tools := self.required_tools) is not None:
-            functions = [tool.function.model_dump() for tool in tools]
-            return calls_schema(functions, self.parallel_tool_calls is not False)
-        if self.response_format is None or self.response_format.type == "text":
-            return None
-        wanted = self.response_format.json_schema
-        return wanted.schema_ if wanted else {"type": "object"}
-
-    @property
-    def demanded_calls(self) -> Mapping[str, Any] | None:
-        """The calls that are demanded, for models that write names before arguments."""
-        if (tools := self.required_tools) is None:
-            return None
-        functions = {tool.function.name: tool.function.parameters for tool in tools}
-        return {"functions": functions, "parallel": self.parallel_tool_calls is not False}
 
     @property
     def token_limit(self) -> int | None:
@@ -228,60 +180,43 @@ class ChatRequest(Generation):
         """How many of the likeliest tokens to tell the log probability of; None for none."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def without_texts(self) -> Self:
-        """Leave out messages and tools, save for the schemas that the answer must follow."""
-        required = self.required_tools or []
-        schemas = [tool.function.parameters for tool in required]
-        if self.response_format and self.response_format.json_schema:
-            schemas.append(self.response_format.json_schema.schema_)
-        if sum(len(json.dumps(schema)) for schema in schemas) > MAX_SCHEMA:
-            raise InputError(f"the JSON schema is longer than {MAX_SCHEMA:,} characters")
-        parameters = {tool.function.name: tool.function.parameters for tool in required}
-        names = [tool.function.name for tool in self.tools or []]
-        tools = [
-            Tool(type="function", function=Function(name=name, parameters=parameters.get(name, {}))) for name in names
-        ]
-        last = self.messages[-1]
-        empty = [ChatMessage(role=last.role, content="", prefix=last.prefix)]
-        return self.model_copy(update={"messages": empty, "tools": tools or None})
-
-    def _encode_prompt(self, tokenizer: Tokenizer) -> array[int]:
-        tools = self.tools or [] if self.tool_choice != "none" else []
-        mark = tokenizer.control_id(MARK)
-        if tools and mark is None:
-            raise InputError("this model's chat format has no tools; leave out tools")
+    def conversation(self) -> Conversation:
+        """What is to be answered."""
+        given = self.tool_choice
+        named = given.function.name if isinstance(given, NamedTool) else None
         messages = [message.plain() for message in self.messages]
-        told = [tool.model_dump(exclude_none=True) for tool in tools]
-        schema = None if self.required_tools else self.answer_schema
-        ids = array("i", tokenizer.chat.encode(messages, told, effort=self.reasoning_effort, schema=schema))
-        if self.required_tools is not None and mark is not None:
-            ids.append(mark)
-        return ids
+        return Conversation(
+            [{"role": "system", "content": _SAFE}, *messages] if self.safe_prompt else messages,
+            [tool.function.model_dump(exclude={"strict"}) for tool in self.tools or []],
+            "required" if named is not None or given == "any" else given or "auto",  # type: ignore[arg-type]
+            named,
+            self.parallel_tool_calls is not False,
+            self.response_format.wanted if self.response_format else None,
+            self.reasoning_effort,
+        )
+
+    def prompts(self, tokenizer: Tokenizer) -> Prompts:
+        """The ids of the conversation, and what the answer follows."""
+        return self.conversation().prompts(tokenizer)
+
+    def without_texts(self) -> Self:
+        """Leave out messages, tools and schemas."""
+        nothing = {"tools": None, "tool_choice": None, "response_format": None, "prediction": None}
+        return self.model_copy(update={"messages": [ChatMessage(role="user", content="")], **nothing})
 
     @model_validator(mode="after")
     def _fits_together(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs is for logprobs: set it")
-        size = sum(message.size for message in self.messages)
-        if self.tools and size <= MAX_TEXT:
-            size += len(json.dumps([tool.model_dump() for tool in self.tools]))
-        if size > MAX_TEXT:
-            raise ValueError(f"messages: with tools, {size:,} characters are more than {MAX_TEXT:,}")
-        names = [tool.function.name for tool in self.tools or []]
-        if len(set(names)) < len(names):
-            raise ValueError("tools: two of them have the same name")
-        if self.tool_choice == "required" and not names:
-            raise ValueError("tool_choice: there are no tools")
-        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-            raise ValueError("tool_choice: there is no tool of that name")
-        if self.is_continued and self.tool_choice not in (None, "none", "auto"):
-            raise ValueError("tool_choice: an answer that must call a tool has no prefix")
-        in_json = self.response_format is not None and self.response_format.type != "text"
-        if in_json and names and self.tool_choice != "none":
-            raise ValueError("response_format: an answer in JSON cannot call tools")
-        if in_json and self.is_continued:
-            raise ValueError("response_format: an answer in JSON has no prefix")
         return self
 
 
-ENDPOINT = Endpoint("/v1/chat/completions", "Answer a conversation", ChatRequest, ChatCompletion, ChatChunk)
+ENDPOINT = Endpoint(
+    "/v1/chat/completions",
+    "Answer a conversation",
+    ChatRequest,
+    ChatCompletion,
+    ChatChunk,
+    ApiError.body,
+    ErrorReply,
+)

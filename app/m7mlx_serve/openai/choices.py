@@ -12,8 +12,8 @@ from typing import Any
 
 from m7mlx import Piece, TokenLogprobs
 from m7mlx.tokens.tokenizer import Tokenizer
-from m7mlx_serve.openai.shape import Fields, Shape
-from m7mlx_serve.tool_calls import CallReader, NamedCallReader
+from m7mlx_serve.answer_reader import AnswerReader
+from m7mlx_serve.openai.shape import Fields, Scored, Shape
 
 _AT_ONCE = 16  # tokens whose log probabilities are sent in one piece
 
@@ -21,9 +21,10 @@ _AT_ONCE = 16  # tokens whose log probabilities are sent in one piece
 class Choice:
     """Takes the pieces of one answer and makes chunks of them, or one whole choice at the end.
 
-    mark      the id after which tool calls are written; None where none may be
-    calling   whether the answer begins with tool calls
+    reader    reads the pieces
     streamed  whether the client reads chunks
+    echoed    the ids of the prompt, if they are told before the answer; with log probabilities
+              (`is_scored`) as these come
     """
 
     def __init__(
@@ -31,14 +32,14 @@ class Choice:
         index: int,
         tokenizer: Tokenizer,
         shape: Shape,
-        mark: int | None,
-        calling: bool,
+        reader: AnswerReader,
         streamed: bool,
+        echoed: Sequence[int] = (),
+        is_scored: bool = False,
     ) -> None:
         self.index, self._tokenizer, self._shape, self._streamed = index, tokenizer, shape, streamed
-        self._mark, self._calling = mark, calling
-        self._reader = NamedCallReader() if tokenizer.names_calls else CallReader()
-        self._lead_told = False  # the text before the calls
+        self._reader, self._echoed, self._is_scored = reader, echoed, is_scored
+        self._echo, self._echo_begun = tokenizer.detokenizer(), False
         self._characters = 0  # of text told so far
         self._texts: list[str] = []
         self._thoughts: list[str] = []
@@ -47,45 +48,25 @@ class Choice:
 
     def feed(self, piece: Piece) -> list[Fields]:
         """Take a piece; return the choices of the chunks that it makes, none without a stream."""
-        scored = [_scored(self._tokenizer, one) for one in piece.logprobs]
-        offset = self._characters
-        text, calls = self._parted(piece)
+        before, scored = self._read_prompt(piece) if self._echoed else ("", [])
+        scored += [(_scored(self._tokenizer, one), self._characters) for one in piece.logprobs]
+        text, calls, thought = self._reader.read(piece)
         self._characters += len(text)
+        text = before + text
         if piece.finish_reason is not None:
-            called = piece.finish_reason == "stop" and self._reader.has_calls and not self._reader.is_open
-            self.reason = "tool_calls" if called else piece.finish_reason
+            self.reason = self._reader.reason
         if not self._streamed:
             self._texts.append(text)
-            self._thoughts.append(piece.thought)
-            self._logprobs.add(scored, offset)
+            self._thoughts.append(thought)
+            self._logprobs.add(scored)
             return []
         chunks = []
-        if text or piece.thought or scored:
-            chunks.append(self._chunk(self._shape.delta(text, piece.thought), scored, offset))
+        if text or thought or scored:
+            chunks.append(self._chunk(self._shape.delta(text, thought), scored))
         chunks += [self._chunk(self._shape.delta(call=call)) for call in calls]
         if piece.finish_reason is not None:
             chunks.append(self._chunk(self._shape.delta(), reason=self.reason))
         return chunks
-
-    def _parted(self, piece: Piece) -> tuple[str, list[Fields]]:
-        """The text of a piece that is shown, and the deltas of calls in it.
-
-        A control token stands behind the text of its piece.
-        """
-        text, calls = piece.text, list[Fields]()
-        if self._calling:
-            calls, text = list(self._reader.add(text)), ""
-        for token in piece.ids:
-            name = self._tokenizer.marks.get(token)
-            if self._calling and name is not None:
-                calls += self._reader.mark(name)
-            elif token == self._mark:
-                self._calling = True
-        if calls and not self._lead_told:
-            self._lead_told, text = True, text + self._reader.lead
-        if self._calling and piece.finish_reason is not None and not self._reader.has_calls:
-            text += self._reader.rest
-        return text, calls
 
     def opening(self) -> Fields | None:
         """The choice of a stream's first chunk; None where a stream begins with text."""
@@ -97,15 +78,33 @@ class Choice:
         content = self._shape.whole("".join(self._texts), self._reader.calls, "".join(self._thoughts))
         return {"index": self.index, **content, "finish_reason": self.reason, "logprobs": self._logprobs}
 
+    def _read_prompt(self, piece: Piece) -> tuple[str, list[Scored]]:
+        """The text of the prompt that is told with a piece, and how likely its tokens were.
+
+        A piece of an answer is told behind all of its prompt.
+        """
+        count = len(piece.prompt) + (not self._echo_begun) if piece.prompt else len(self._echoed)
+        ids, self._echoed, self._echo_begun = self._echoed[:count], self._echoed[count:], True
+        scores = [*[None] * (count - len(piece.prompt)), *piece.prompt]
+        text, scored = "", list[Scored]()
+        for token, score in zip(ids, scores, strict=True):
+            if self._is_scored:
+                told = _unscored(self._tokenizer, token) if score is None else _scored(self._tokenizer, score)
+                scored.append((told, self._characters + len(text)))
+            text += self._echo.add(token)
+        if not self._echoed:
+            text += self._echo.finish()
+        self._characters += len(text)
+        return text, scored
+
     def _chunk(
         self,
         content: Fields,
-        scored: Sequence[Fields] = (),
-        offset: int = 0,
+        scored: Sequence[Scored] = (),
         reason: str | None = None,
     ) -> Fields:
         shape = self._shape
-        logprobs = {**shape.logprobs(scored, offset), **shape.logprobs_end} if scored else None
+        logprobs = {**shape.logprobs(scored), **shape.logprobs_end} if scored else None
         return {"index": self.index, **content, "logprobs": logprobs, "finish_reason": reason}
 
 
@@ -116,9 +115,9 @@ class LogprobsJson:
         self._shape = shape
         self._items: dict[str, list[str]] = {}  # of each list, in JSON
 
-    def add(self, scored: Sequence[Fields], offset: int) -> None:
-        """Add tokens that stand after `offset` characters."""
-        for field, values in self._shape.logprobs(scored, offset).items() if scored else ():
+    def add(self, scored: Sequence[Scored]) -> None:
+        """Add tokens."""
+        for field, values in self._shape.logprobs(scored).items() if scored else ():
             self._items.setdefault(field, []).extend(map(_json, values))
 
     def write(self) -> Iterator[str]:
@@ -153,6 +152,11 @@ def _scored(tokenizer: Tokenizer, one: TokenLogprobs) -> Fields:
     """A token with its log probability and those of the likeliest in its place."""
     top = [_token(tokenizer, other, logprob) for other, logprob in one.top]
     return _token(tokenizer, one.id, one.logprob) | {"top_logprobs": top}
+
+
+def _unscored(tokenizer: Tokenizer, token: int) -> Fields:
+    """The first token of a prompt, which nothing stands before."""
+    return _token(tokenizer, token, 0.0) | {"logprob": None, "top_logprobs": []}
 
 
 def _token(tokenizer: Tokenizer, token: int, logprob: float) -> Fields:

@@ -7,22 +7,30 @@ describes the client (`user`, `metadata`, `store`) is let through.
 from __future__ import annotations
 
 from abc import abstractmethod
-from array import array
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
-from m7mlx.errors import InputError
-from m7mlx.tokens.tokenizer import Tokenizer
-from m7mlx_serve.endpoint import Body
+from m7mlx_serve.endpoint import Body, Wanted
 from m7mlx_serve.openai.shape import Shape
 from m7mlx_serve.strict import Finite, Strict
 
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
-MEANINGLESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
-NEUTRAL = {"presence_penalty": 0, "frequency_penalty": 0}  # other values are not served
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+Penalty = Annotated[Finite, Field(ge=-2, le=2)]
+MEANINGLESS = frozenset(
+    {
+        *("user", "metadata", "store", "service_tier", "safety_identifier"),
+        *("prompt_cache_key", "prompt_cache_retention"),
+    }
+)
+NEUTRAL: Mapping[str, Sequence[Any]] = {
+    "min_tokens": [0],
+    "prompt_logprobs": [False],
+    "guardrails": [[]],
+}
 _MOST_BIASED = 1024
 
 
@@ -30,49 +38,50 @@ class StreamOptions(Strict):
     """What a stream tells besides the answer."""
 
     include_usage: bool = False
+    ignored = frozenset({"include_obfuscation"})
 
 
 class Generation(Body):
     """How to answer, whatever the prompt."""
 
-    model: str
     temperature: Annotated[Finite, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Finite, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=1 << 30)] | None = None
     min_p: Annotated[Finite, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[Finite, Field(ge=0.01, le=100)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    seed: Seed | None = None
+    random_seed: Seed | None = None  # Mistral's name for it
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=64, fail_fast=True)] | None = None
     n: Annotated[int, Field(ge=1, le=8)] = 1
-    stream: bool = False
     stream_options: StreamOptions | None = None
     logit_bias: (
         Annotated[dict[TokenId, Annotated[Finite, Field(ge=-100, le=100)]], Field(max_length=_MOST_BIASED)] | None
     ) = None
-    ignored: ClassVar[frozenset[str]] = frozenset({*MEANINGLESS, *NEUTRAL})
+    ignored = MEANINGLESS
+    neutral = NEUTRAL
     shape: ClassVar[Shape]
 
-    def encode(self, tokenizer: Tokenizer) -> array[int]:
-        """The ids of the prompt. Raises InputError for what the model cannot do."""
-        if self.stream_options and not self.stream:
-            raise InputError("stream_options is for streams: set stream")
-        return self._encode_prompt(tokenizer)
-
-    @property
-    def starts_message(self) -> bool:
-        """Whether the answer begins a message, not amid a text."""
-        return False
-
-    @property
-    def tool_use(self) -> Literal["none", "allowed", "required"]:
-        """Whether the answer may, or must, call tools."""
-        return "none"
-
-    @property
-    def answer_schema(self) -> Mapping[str, Any] | None:
-        """The JSON schema that the answer follows, if any."""
-        return None
+    def wanted(self) -> Wanted:
+        """How the answers are wanted."""
+        return Wanted(
+            n=self.n,
+            max_tokens=self.token_limit,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            seed=self.random_seed if self.seed is None else self.seed,
+            stop=[self.stop] if isinstance(self.stop, str) else self.stop or [],
+            logit_bias={int(token): value for token, value in (self.logit_bias or {}).items()},
+            logprobs=self.logprob_count,
+            prompt_logprobs=self.prompt_logprob_count,
+        )
 
     @property
     def demanded_calls(self) -> Mapping[str, Any] | None:
@@ -89,8 +98,15 @@ class Generation(Body):
     def logprob_count(self) -> int | None:
         """How many of the likeliest tokens to tell the log probability of; None for none."""
 
-    @abstractmethod
-    def _encode_prompt(self, tokenizer: Tokenizer) -> array[int]: ...
+    @property
+    def prompt_logprob_count(self) -> int | None:
+        """The same for the tokens of the prompt."""
+        return None
+
+    @property
+    def echoes(self) -> bool:
+        """Whether each answer is told behind its prompt."""
+        return False
 
     @field_validator("logit_bias", mode="before")
     @classmethod
@@ -100,14 +116,10 @@ class Generation(Body):
             raise ValueError(f"at most {_MOST_BIASED:,} ids can be biased")
         return data
 
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_what_means_nothing(cls, data: Any) -> Any:
-        """Drop fields that mean nothing here, and what asks for nothing: null, penalties of 0."""
-        if not isinstance(data, dict):
-            return data
-        return {
-            key: value
-            for key, value in data.items()
-            if value is not None and key not in MEANINGLESS and not (key in NEUTRAL and value == NEUTRAL[key])
-        }
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> Generation:
+        if self.stream_options and self.stream_options.include_usage and not self.stream:
+            raise ValueError("stream_options is for streams: set stream")
+        if None not in (self.seed, self.random_seed) and self.seed != self.random_seed:
+            raise ValueError("seed and random_seed are two names of one field; give one of them")
+        return self

@@ -46,8 +46,8 @@ class ChatScores(_Reply):
 
 class TextScores(_Reply):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]  # the first of a prompt has none
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -155,6 +155,9 @@ class ModelCard(_Reply):
     object: Literal["model"]
     created: int
     owned_by: Literal["m7mlx"]
+    type: Literal["base"]
+    capabilities: dict[str, bool]
+    max_context_length: Count
 
 
 class ModelList(_Reply):

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 Fields = dict[str, Any]
+Scored = tuple[Fields, int]
+"""A token with its log probabilities, and how many characters stand before it."""
 
 
 class Shape(ABC):
@@ -35,5 +37,5 @@ class Shape(ABC):
         """The content of a whole answer."""
 
     @abstractmethod
-    def logprobs(self, scored: Sequence[Fields], offset: int) -> dict[str, list[Any]]:
-        """The lists in the field `logprobs` for tokens that stand after `offset` characters."""
+    def logprobs(self, scored: Sequence[Scored]) -> dict[str, list[Any]]:
+        """The lists in the field `logprobs`."""

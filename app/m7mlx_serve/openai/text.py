@@ -1,23 +1,25 @@
-"""POST /v1/completions: a text, or ids, to go on with."""
+"""POST /v1/completions: texts, or ids, to go on with."""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field
 
 from m7mlx.errors import InputError, TokenizerError
 from m7mlx.tokens.infill import infill_ids
 from m7mlx.tokens.tokenizer import Tokenizer
-from m7mlx_serve.endpoint import Endpoint
-from m7mlx_serve.openai.fields import Generation
-from m7mlx_serve.openai.replies import TextChunk, TextCompletion
-from m7mlx_serve.openai.shape import Fields, Shape
+from m7mlx_serve.endpoint import Endpoint, Prompts
+from m7mlx_serve.errors import ApiError
+from m7mlx_serve.openai.fields import NEUTRAL, Generation
+from m7mlx_serve.openai.replies import ErrorReply, TextChunk, TextCompletion
+from m7mlx_serve.openai.shape import Fields, Scored, Shape
 from m7mlx_serve.strict import MAX_TEXT, Text
 
 _DEFAULT_TOKENS = 16  # OpenAI's
+_MOST_PROMPTS = 1024
 _LARGEST_ID = (1 << 31) - 1  # beyond the ids of any vocabulary
 
 
@@ -39,49 +41,92 @@ class TextShape(Shape):
         """The whole text."""
         return {"text": thought + text}
 
-    def logprobs(self, scored: Sequence[Fields], offset: int) -> dict[str, list[Any]]:
-        """One list for each field of a token."""
+    def logprobs(self, scored: Sequence[Scored]) -> dict[str, list[Any]]:
+        """One list for each field of a token; the first of a prompt has no log probability."""
+        tokens = [token for token, _ in scored]
         return {
-            "tokens": [token["token"] for token in scored],
-            "token_logprobs": [token["logprob"] for token in scored],
-            "top_logprobs": [{top["token"]: top["logprob"] for top in token["top_logprobs"]} for token in scored],
-            "text_offset": [offset] * len(scored),
+            "tokens": [token["token"] for token in tokens],
+            "token_logprobs": [token["logprob"] for token in tokens],
+            "top_logprobs": [
+                None if token["logprob"] is None else {top["token"]: top["logprob"] for top in token["top_logprobs"]}
+                for token in tokens
+            ],
+            "text_offset": [offset for _, offset in scored],
         }
 
 
 class CompletionRequest(Generation):
     """The body of POST /v1/completions."""
 
-    prompt: Text | Annotated[list[int], Field(min_length=1, max_length=MAX_TEXT, fail_fast=True)]
+    prompt: (
+        Text
+        | Annotated[list[int], Field(min_length=1, max_length=MAX_TEXT, fail_fast=True)]
+        | Annotated[list[Text], Field(min_length=1, max_length=_MOST_PROMPTS, fail_fast=True)]
+        | Annotated[
+            list[Annotated[list[int], Field(min_length=1, max_length=MAX_TEXT, fail_fast=True)]],
+            Field(min_length=1, max_length=_MOST_PROMPTS, fail_fast=True),
+        ]
+    )
     suffix: Text | None = None  # what stands behind the answer, for models that fill in the middle
-    echo: Literal[False] = False
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    neutral: ClassVar[Mapping[str, Sequence[Any]]] = {**NEUTRAL, "best_of": [1]}
     shape: ClassVar[Shape] = TextShape()
 
     @property
     def token_limit(self) -> int | None:
         """The most tokens that the client wants."""
-        return self.max_tokens or _DEFAULT_TOKENS
+        return _DEFAULT_TOKENS if self.max_tokens is None else self.max_tokens
 
     @property
     def logprob_count(self) -> int | None:
         """How many of the likeliest tokens to tell the log probability of; None for none."""
         return self.logprobs
 
+    @property
+    def prompt_logprob_count(self) -> int | None:
+        """The same for the prompt; where no token is wanted, nothing else is to be done."""
+        wanted = self.logprobs if self.echo else None
+        return 0 if wanted is None and self.max_tokens == 0 else wanted
+
+    @property
+    def echoes(self) -> bool:
+        """Whether each answer is told behind its prompt."""
+        return self.echo
+
+    def prompts(self, tokenizer: Tokenizer) -> Prompts:
+        """The ids of all prompts."""
+        if self.suffix:
+            if not isinstance(self.prompt, str):
+                raise InputError("a suffix goes with a prompt that is a text, not ids or a list")
+            return Prompts([array("i", infill_ids(tokenizer, self.prompt, self.suffix))])
+        many: list[Any] = self.prompt if isinstance(self.prompt, list) else [self.prompt]
+        if isinstance(many[0], int):
+            many = [many]
+        if sum(map(len, many)) > MAX_TEXT:
+            raise InputError(f"prompt: all together are longer than {MAX_TEXT:,}; send fewer at a time")
+        return Prompts([_encode(tokenizer, one) for one in many])
+
     def without_texts(self) -> Self:
         """Leave out the prompt, and what stands behind the answer."""
         return self.model_copy(update={"prompt": "", "suffix": None})
 
-    def _encode_prompt(self, tokenizer: Tokenizer) -> array[int]:
-        if self.suffix and not isinstance(self.prompt, str):
-            raise InputError("a suffix goes with a prompt that is a text, not ids")
-        if self.suffix and isinstance(self.prompt, str):
-            return array("i", infill_ids(tokenizer, self.prompt, self.suffix))
-        if isinstance(self.prompt, str):
-            return array("i", tokenizer.encode(self.prompt, add_bos=tokenizer.add_bos))
-        if beyond := next((token for token in self.prompt if not 0 <= token <= _LARGEST_ID), None):
-            raise TokenizerError(f"token id {beyond} is outside the model's vocabulary")
-        return array("i", self.prompt)
+
+def _encode(tokenizer: Tokenizer, prompt: str | list[int]) -> array[int]:
+    if isinstance(prompt, str):
+        return array("i", tokenizer.encode(prompt, add_bos=tokenizer.add_bos))
+    if beyond := next((token for token in prompt if not 0 <= token <= _LARGEST_ID), None):
+        raise TokenizerError(f"token id {beyond} is outside the model's vocabulary")
+    return array("i", prompt)
 
 
-ENDPOINT = Endpoint("/v1/completions", "Go on from a text or from ids", CompletionRequest, TextCompletion, TextChunk)
+ENDPOINT = Endpoint(
+    "/v1/completions",
+    "Go on from texts or from ids",
+    CompletionRequest,
+    TextCompletion,
+    TextChunk,
+    ApiError.body,
+    ErrorReply,
+)

@@ -1,0 +1,42 @@
+"""POST /api/generate: the answer to one prompt, or, raw, how it goes on."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any, Self
+
+from m7mlx.tokens.tokenizer import Tokenizer
+from m7mlx_serve.conversation import Conversation
+from m7mlx_serve.endpoint import Endpoint, Prompts
+from m7mlx_serve.ollama.fields import Generation, error_body
+from m7mlx_serve.ollama.replies import OllamaError, TextLine
+from m7mlx_serve.strict import Text
+
+
+class GenerateRequest(Generation):
+    """The body of POST /api/generate.
+
+    raw  read the prompt as it is, not as a message
+    """
+
+    prompt: Text = ""
+    system: Text = ""
+    raw: bool = False
+
+    def prompts(self, tokenizer: Tokenizer) -> Prompts:
+        """The ids of the prompt, and what the answer follows."""
+        if self.raw:
+            return Prompts([array("i", tokenizer.encode(self.prompt, tokenizer.add_bos))], self.schema_wanted)
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        messages = [*system, {"role": "user", "content": self.prompt}]
+        return Conversation(messages, schema=self.schema_wanted).prompts(tokenizer)
+
+    def without_texts(self) -> Self:
+        """Leave out the prompt and the schema."""
+        nothing: dict[str, Any] = {"prompt": "", "system": "", "format": ""}
+        return self.model_copy(update=nothing)
+
+
+ENDPOINT = Endpoint(
+    "/api/generate", "Answer a prompt, by Ollama's API", GenerateRequest, TextLine, TextLine, error_body, OllamaError
+)

@@ -1,0 +1,94 @@
+"""Ollama's API: the answers of the library in its words, read by its own client."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from serving import NAME, settle, user
+
+from m7mlx import load, stream_generate
+
+DIGIT = {"type": "integer", "minimum": 0, "maximum": 9}
+PARAMETERS = {"type": "object", "properties": {"a": DIGIT}, "required": ["a"], "additionalProperties": False}
+ADD: dict[str, Any] = {"type": "function", "function": {"name": "add", "description": "", "parameters": PARAMETERS}}
+
+
+@pytest.mark.clients
+@pytest.mark.filterwarnings("ignore")  # of Ollama's client
+def test_answers_are_those_of_the_library(url: str, model_folder: Path) -> None:
+    api = import_module("ollama").Client(host=url)
+    model, tokenizer = load(model_folder)
+    expected = "".join(p.text for p in stream_generate(model, tokenizer, user("Hello"), max_tokens=9))
+    (tag,) = api.list().models
+    shown = api.show(tag.model)
+    assert "tools" in shown.capabilities and shown.modelinfo["llama.context_length"] > 0
+    options = {"temperature": 0, "num_predict": 9, "num_ctx": 4096}
+    for name in (NAME, tag.model):
+        found = api.chat(name, user("Hello"), options=options)
+        assert found.message.content == expected and found.done_reason in ("length", "stop")
+    assert found.prompt_eval_count == len(tokenizer.chat.encode(user("Hello"))) and found.eval_count <= 9
+    lines = list(api.chat(NAME, user("Hello"), options=options, stream=True, keep_alive="5m", think=False))
+    assert "".join(line.message.content for line in lines) == expected
+    assert [line.done for line in lines] == [False] * (len(lines) - 1) + [True]
+    assert api.generate(NAME, "Hello", options=options).response == expected
+    raw = "".join(p.text for p in stream_generate(model, tokenizer, "Hello", max_tokens=9))
+    assert (
+        "".join(line.response for line in api.generate(NAME, "Hello", raw=True, options=options, stream=True)) == raw
+    )
+    assert api.chat(NAME, user("?"), format={"const": 7}, options=options).message.content == "7"
+    history = [*user("Hello"), found.message, *user("And?")]
+    assert api.chat(NAME, history, options=options).done
+    wrong = import_module("ollama").ResponseError
+    with pytest.raises(wrong, match="not served here"):
+        api.chat("llama3", user("Hi"))
+
+
+@pytest.mark.clients
+@pytest.mark.filterwarnings("ignore")
+def test_calls_and_their_results_go_back(chatml_url: str) -> None:
+    api = import_module("ollama").Client(host=chatml_url)
+    call = {"function": {"name": "add", "arguments": {"a": 1}}}
+    history: list[Any] = [
+        *user("1?"),
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_name": "add"},
+    ]
+    assert api.chat(NAME, history, tools=[ADD], options={"num_predict": 3}).done
+    for stream in (False, True):
+        for seed in range(8):  # it knows nothing, and may call or not; what it calls is there
+            found = api.chat(NAME, history, tools=[ADD], options={"num_predict": 60, "seed": seed}, stream=stream)
+            for line in found if stream else [found]:
+                for made in line.message.tool_calls or []:
+                    assert made.function.name == "add"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "said"),
+    [
+        ("/api/chat", {"messages": []}, 400, "messages: must have at least 1 item"),
+        ("/api/chat", {"messages": [{"role": "user", "content": "a", "images": ["x"]}]}, 400, "reads text alone"),
+        ("/api/generate", {"prompt": "a", "template": "x"}, 400, "own chat format"),
+        ("/api/generate", {"prompt": "a", "options": {"mirostat": 2}}, 400, "mirostat can only be 0"),
+        ("/api/show", {"model": "other"}, 404, "not served here"),
+        ("/api/chat", {"messages": user("x" * 1_000_001)}, 400, "1,000,000"),
+    ],
+)
+def test_refusals_are_ollamas(url: str, path: str, body: dict[str, Any], status: int, said: str) -> None:
+    found = httpx.post(url + path, json=body, timeout=30)
+    assert found.status_code == status and said in found.json()["error"]
+    assert set(found.json()) == {"error"}
+
+
+def test_a_stream_is_a_line_a_piece_and_can_be_left(url: str) -> None:
+    body = {"messages": user("Hi"), "options": {"num_predict": -1}}
+    with httpx.stream("POST", f"{url}/api/chat", json=body, timeout=30) as stream:
+        assert stream.headers["content-type"].startswith("application/x-ndjson")
+        assert json.loads(next(stream.iter_lines()))["done"] is False
+    settle(url, 0)
+    assert httpx.post(f"{url}/api/show", json={"name": NAME}, timeout=30).json()["details"]["format"] == "mlx"
+    assert httpx.get(f"{url}/api/version").json()["version"]
