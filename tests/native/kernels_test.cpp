@@ -1,4 +1,5 @@
-// Compares the kernels of one instruction set with plain loops in double precision.
+// Compares the kernels of one instruction set with plain loops in double precision, and runs the
+// threads that share their work.
 //
 //   kernels_test [--isa base|avx2|avx512] [--seed N] [--rounds N] [--threads N]
 //
@@ -9,21 +10,19 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <random>
 #include <string>
 #include <vector>
 
 #include "../../m7mlx/cpu/kernels/isa.h"
 #include "../../m7mlx/cpu/kernels/kernels.h"
 #include "../../m7mlx/cpu/kernels/threads.h"
+#include "attention_test.h"
+#include "support.h"
+#include "threads_test.h"
 
 using namespace m7;
 
 namespace {
-
-std::mt19937 rng;
-int64_t draw(int64_t least, int64_t most) { return std::uniform_int_distribution<int64_t>(least, most)(rng); }
-float normal() { return std::normal_distribution<float>()(rng); }
 
 struct Format {
   const char* name;
@@ -40,17 +39,6 @@ const Format kFormats[] = {
     {"mxfp8", Scheme::mxfp8, 8, true, false},      {"nvfp4", Scheme::nvfp4, 4, true, false},
 };
 
-double half_value(uint16_t h) {
-  const int e = h >> 10 & 31, m = h & 1023;
-  const double x = e ? std::ldexp(1024 + m, e - 25) : std::ldexp(m, -24);
-  return h & 0x8000 ? -x : x;
-}
-double bfloat_value(uint16_t h) {
-  uint32_t bits = static_cast<uint32_t>(h) << 16;
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
 double e4m3_value(uint8_t c) {
   const int e = c >> 3 & 15, m = c & 7;
   const double x = e ? std::ldexp(8 + m, e - 10) : std::ldexp(m, -9);
@@ -69,16 +57,16 @@ uint16_t random_half(float scale) {  // a finite one, near `scale`
 // A matrix in memory that ends where its last byte does, and its numbers.
 struct Stored2D {
   Matrix a;
-  std::vector<uint8_t> codes, scales, biases;
+  Bytes codes, scales, biases;
   std::vector<double> numbers;
 };
 
 template <class T>
-void put(std::vector<uint8_t>& to, size_t index, T value) {
+void put(Bytes& to, size_t index, T value) {
   std::memcpy(to.data() + index * sizeof value, &value, sizeof value);
 }
 
-double random_scale(std::vector<uint8_t>& to, size_t i, Scale type) {
+double random_scale(Bytes& to, size_t i, Scale type) {
   switch (type) {
     case Scale::f32: { const float x = normal(); put(to, i, x); return x; }
     case Scale::f16: { const uint16_t h = random_half(1); put(to, i, h); return half_value(h); }
@@ -90,11 +78,13 @@ double random_scale(std::vector<uint8_t>& to, size_t i, Scale type) {
 
 void fill(Stored2D& s, const Format& format, int64_t rows, int64_t columns, int64_t group, Scale scale) {
   const int64_t row_bytes = columns * format.bits / 8, groups = format.groups ? columns / group : 0;
-  s.codes.assign(static_cast<size_t>(rows * row_bytes), 0);
+  // In a file numbers begin anywhere.
+  const size_t shift = draw(0, 1) ? 0 : static_cast<size_t>(draw(1, 15));
+  s.codes.assign(static_cast<size_t>(rows * row_bytes), 0, shift);
   s.numbers.assign(static_cast<size_t>(rows * columns), 0);
   const int64_t width = scale == Scale::f32 ? 4 : scale == Scale::f16 || scale == Scale::bf16 ? 2 : 1;
-  s.scales.assign(static_cast<size_t>(rows * groups * width), 0);
-  s.biases.assign(format.biases ? s.scales.size() : 0, 0);
+  s.scales.assign(static_cast<size_t>(rows * groups * width), 0, shift);
+  s.biases.assign(format.biases ? s.scales.size() : 0, 0, shift);
   for (int64_t r = 0; r < rows; ++r) {
     double scale_value = 1, bias_value = 0;
     for (int64_t k = 0; k < columns; ++k) {
@@ -122,16 +112,6 @@ void fill(Stored2D& s, const Format& format, int64_t rows, int64_t columns, int6
   s.a = {format.scheme, scale, s.codes.data(), format.groups ? s.scales.data() : nullptr, format.biases ? s.biases.data() : nullptr, rows, columns, group, row_bytes};
 }
 
-bool close(const char* what, const std::vector<float>& got, const std::vector<double>& wanted, const std::vector<double>& size) {
-  for (size_t i = 0; i < got.size(); ++i) {
-    if (!(std::abs(got[i] - wanted[i]) <= 2e-6 * size[i] + 1e-30)) {
-      std::printf("FAIL %s: number %zu is %.9g, not %.9g (of terms that sum up to %.3g)\n", what, i, got[i], wanted[i], size[i]);
-      return false;
-    }
-  }
-  return true;
-}
-
 bool test_product(const Kernels& kernels) {
   const Format& format = kFormats[draw(0, 11)];
   int64_t group = 1;
@@ -145,7 +125,7 @@ bool test_product(const Kernels& kernels) {
     scale = format.scheme == Scheme::nvfp4 ? Scale::e4m3 : Scale::e8m0;
   }
   const int64_t columns = format.groups ? std::max<int64_t>(32, group) * draw(1, 12) : draw(1, 700);
-  const int64_t tokens = draw(0, 3) ? draw(1, 20) : draw(9, 300);
+  const int64_t tokens = draw(0, 3) ? draw(0, 20) : draw(9, 300);
   const bool gated = draw(0, 3) == 0;
   const int n = gated ? 2 : static_cast<int>(draw(1, 3));
   const int64_t rows0 = draw(1, 130);
@@ -159,7 +139,7 @@ bool test_product(const Kernels& kernels) {
     outputs += rows;
   }
   if (gated) outputs = rows0;
-  std::vector<float> x(static_cast<size_t>(tokens * columns)), norm(static_cast<size_t>(columns)), residual(static_cast<size_t>(tokens * outputs)), y(residual.size(), NAN);
+  Floats x(static_cast<size_t>(tokens * columns)), norm(static_cast<size_t>(columns)), residual(static_cast<size_t>(tokens * outputs)), y(residual.size());
   for (float& v : x) v = normal();
   for (float& v : norm) v = 1 + 0.1f * normal();
   for (float& v : residual) v = normal();
@@ -204,10 +184,13 @@ bool test_product(const Kernels& kernels) {
   std::snprintf(what, sizeof what, "product %s group %lld scales %d tokens %lld columns %lld rows %lld matrices %d gated %d norm %d residual %d", format.name,
                 (long long)group, int(scale), (long long)tokens, (long long)columns, (long long)rows0, n, gated, normed, added);
   if (!close(what, y, wanted, size)) return false;
+  bool intact = x.intact() && norm.intact() && residual.intact() && y.intact();
+  for (const Stored2D& s : matrices) intact = intact && s.codes.intact() && s.scales.intact() && s.biases.intact();
+  if (!intact) return fail(what, "bytes beside a buffer were written");
 
   std::vector<int32_t> ids(size_t(draw(1, 9)));
   for (int32_t& id : ids) id = int32_t(draw(0, matrices[0].a.rows - 1));
-  std::vector<float> rows(ids.size() * size_t(columns), NAN);
+  Floats rows(ids.size() * size_t(columns));
   Lookup l{matrices[0].a, ids.data(), int64_t(ids.size()), rows.data()};
   kernels.lookup(l);
   std::vector<double> exact(rows.size()), exact_size(rows.size());
@@ -215,6 +198,7 @@ bool test_product(const Kernels& kernels) {
     exact[i] = matrices[0].numbers[size_t(ids[i / size_t(columns)]) * size_t(columns) + i % size_t(columns)];
     exact_size[i] = std::abs(exact[i]) + 8;
   }
+  if (!rows.intact()) return fail("lookup", "bytes beside the rows were written");
   return close("lookup", rows, exact, exact_size);
 }
 
@@ -240,8 +224,10 @@ int main(int argc, char** argv) {
   set_threads(n_threads);
   for (int round = 0; round < rounds; ++round) {
     rng.seed(static_cast<unsigned>(seed * 100003 + round));
-    if (!test_product(kernels())) { std::printf("seed %d, round %d\n", seed, round); return 1; }
+    if (!test_product(kernels()) || !test_attention(kernels())) { std::printf("seed %d, round %d\n", seed, round); return 1; }
   }
+  set_threads(n_threads);
+  if (!test_threads(n_threads, 10 * rounds)) return 1;
   std::printf("OK %s, %d rounds\n", isa.c_str(), rounds);
   return 0;
 }

@@ -321,6 +321,7 @@ inline void take_in(const Work& w, float* queries, int64_t b, int64_t token) {
 inline int64_t padded_bytes(int64_t n) { return up(n, 64); }
 
 void attend(const Attention& a) {
+  if (a.batch * a.length == 0) return;
   const int64_t D = a.head_dim, lines = a.batch * a.n_kv_heads, end = a.offset + a.length;
   Work w{a, nullptr, {}, {}, a.n_heads / a.n_kv_heads, 0, 0, 1, 0};
   float* queries = scratch(3, a.batch * a.length * a.n_heads * D);

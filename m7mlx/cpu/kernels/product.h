@@ -426,6 +426,7 @@ void product_many(const Product& p, const float* x, int64_t tokens, float* y, co
 inline bool alike(const Matrix& a, const Matrix& b) { return a.scheme == b.scheme && a.group == b.group; }
 
 void product(const Product& p) {
+  if (p.tokens == 0) return;
   for (int i = 1; i < p.n_matrices; ++i) {
     if (alike(p.matrices[0], p.matrices[i])) continue;
     // Mixed recipes: one after the other. Gate and up were compared by the caller.
