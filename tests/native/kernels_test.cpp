@@ -6,6 +6,8 @@
 // Needs neither MLX nor Python, so that it runs under sanitizers and emulators. Exit status 1 at
 // the first difference.
 
+#include "../../m7mlx/cpu/kernels/kernels.h"
+
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -14,7 +16,6 @@
 #include <vector>
 
 #include "../../m7mlx/cpu/kernels/isa.h"
-#include "../../m7mlx/cpu/kernels/kernels.h"
 #include "../../m7mlx/cpu/kernels/threads.h"
 #include "attention_test.h"
 #include "support.h"
@@ -31,12 +32,12 @@ struct Format {
   bool groups, biases;
 };
 const Format kFormats[] = {
-    {"f32", Scheme::f32, 32, false, false},        {"f16", Scheme::f16, 16, false, false},
-    {"bf16", Scheme::bf16, 16, false, false},      {"affine2", Scheme::affine2, 2, true, true},
-    {"affine3", Scheme::affine3, 3, true, true},   {"affine4", Scheme::affine4, 4, true, true},
-    {"affine5", Scheme::affine5, 5, true, true},   {"affine6", Scheme::affine6, 6, true, true},
-    {"affine8", Scheme::affine8, 8, true, true},   {"mxfp4", Scheme::mxfp4, 4, true, false},
-    {"mxfp8", Scheme::mxfp8, 8, true, false},      {"nvfp4", Scheme::nvfp4, 4, true, false},
+    {"f32", Scheme::f32, 32, false, false},      {"f16", Scheme::f16, 16, false, false},
+    {"bf16", Scheme::bf16, 16, false, false},    {"affine2", Scheme::affine2, 2, true, true},
+    {"affine3", Scheme::affine3, 3, true, true}, {"affine4", Scheme::affine4, 4, true, true},
+    {"affine5", Scheme::affine5, 5, true, true}, {"affine6", Scheme::affine6, 6, true, true},
+    {"affine8", Scheme::affine8, 8, true, true}, {"mxfp4", Scheme::mxfp4, 4, true, false},
+    {"mxfp8", Scheme::mxfp8, 8, true, false},    {"nvfp4", Scheme::nvfp4, 4, true, false},
 };
 
 double e4m3_value(uint8_t c) {
@@ -68,11 +69,34 @@ void put(Bytes& to, size_t index, T value) {
 
 double random_scale(Bytes& to, size_t i, Scale type) {
   switch (type) {
-    case Scale::f32: { const float x = normal(); put(to, i, x); return x; }
-    case Scale::f16: { const uint16_t h = random_half(1); put(to, i, h); return half_value(h); }
-    case Scale::bf16: { float x = normal(); uint32_t b; std::memcpy(&b, &x, 4); const uint16_t h = static_cast<uint16_t>(b >> 16); put(to, i, h); return bfloat_value(h); }
-    case Scale::e8m0: { const uint8_t e = static_cast<uint8_t>(draw(120, 132)); to[i] = e; return std::ldexp(1.0, e - 127); }
-    default: { const uint8_t c = static_cast<uint8_t>(draw(0, 0x77)); to[i] = c; return e4m3_value(c); }
+    case Scale::f32: {
+      const float x = normal();
+      put(to, i, x);
+      return x;
+    }
+    case Scale::f16: {
+      const uint16_t h = random_half(1);
+      put(to, i, h);
+      return half_value(h);
+    }
+    case Scale::bf16: {
+      float x = normal();
+      uint32_t b;
+      std::memcpy(&b, &x, 4);
+      const uint16_t h = static_cast<uint16_t>(b >> 16);
+      put(to, i, h);
+      return bfloat_value(h);
+    }
+    case Scale::e8m0: {
+      const uint8_t e = static_cast<uint8_t>(draw(120, 132));
+      to[i] = e;
+      return std::ldexp(1.0, e - 127);
+    }
+    default: {
+      const uint8_t c = static_cast<uint8_t>(draw(0, 0x77));
+      to[i] = c;
+      return e4m3_value(c);
+    }
   }
 }
 
@@ -95,21 +119,39 @@ void fill(Stored2D& s, const Format& format, int64_t rows, int64_t columns, int6
         if (format.biases) bias_value = random_scale(s.biases, g, scale);
       }
       double value = 0;
-      if (format.scheme == Scheme::f32) { const float x = normal(); put(s.codes, i, x); value = x; }
-      else if (format.scheme == Scheme::f16) { const uint16_t h = random_half(1); put(s.codes, i, h); value = half_value(h); }
-      else if (format.scheme == Scheme::bf16) { const uint16_t h = static_cast<uint16_t>(draw(0x3c00, 0x4000)); put(s.codes, i, h); value = bfloat_value(h); }
-      else {
+      if (format.scheme == Scheme::f32) {
+        const float x = normal();
+        put(s.codes, i, x);
+        value = x;
+      } else if (format.scheme == Scheme::f16) {
+        const uint16_t h = random_half(1);
+        put(s.codes, i, h);
+        value = half_value(h);
+      } else if (format.scheme == Scheme::bf16) {
+        const uint16_t h = static_cast<uint16_t>(draw(0x3c00, 0x4000));
+        put(s.codes, i, h);
+        value = bfloat_value(h);
+      } else {
         int code = static_cast<int>(draw(0, (1 << format.bits) - 1));
         if (format.scheme == Scheme::mxfp8 && (code & 0x7f) == 0x7f) code ^= 1;  // a NaN
         const int64_t bit = k * format.bits;
         for (int b = 0; b < format.bits; ++b)
-          if (code >> b & 1) s.codes[static_cast<size_t>(r * row_bytes + (bit + b) / 8)] |= static_cast<uint8_t>(1 << (bit + b) % 8);
+          if (code >> b & 1)
+            s.codes[static_cast<size_t>(r * row_bytes + (bit + b) / 8)] |= static_cast<uint8_t>(1 << (bit + b) % 8);
         value = format.biases ? code : format.bits == 8 ? e4m3_value(static_cast<uint8_t>(code)) : e2m1_value(code);
       }
       s.numbers[i] = value * scale_value + bias_value;
     }
   }
-  s.a = {format.scheme, scale, s.codes.data(), format.groups ? s.scales.data() : nullptr, format.biases ? s.biases.data() : nullptr, rows, columns, group, row_bytes};
+  s.a = {format.scheme,
+         scale,
+         s.codes.data(),
+         format.groups ? s.scales.data() : nullptr,
+         format.biases ? s.biases.data() : nullptr,
+         rows,
+         columns,
+         group,
+         row_bytes};
 }
 
 bool test_product(const Kernels& kernels) {
@@ -139,13 +181,20 @@ bool test_product(const Kernels& kernels) {
     outputs += rows;
   }
   if (gated) outputs = rows0;
-  Floats x(static_cast<size_t>(tokens * columns)), norm(static_cast<size_t>(columns)), residual(static_cast<size_t>(tokens * outputs)), y(residual.size());
+  Floats x(static_cast<size_t>(tokens * columns)), norm(static_cast<size_t>(columns)),
+      residual(static_cast<size_t>(tokens * outputs)), y(residual.size());
   for (float& v : x) v = normal();
   for (float& v : norm) v = 1 + 0.1f * normal();
   for (float& v : residual) v = normal();
   const bool normed = draw(0, 1), added = !gated && draw(0, 1);
-  p.x = x.data(); p.tokens = tokens; p.norm = normed ? norm.data() : nullptr; p.norm_eps = 1e-5f;
-  p.n_matrices = n; p.gated = gated; p.residual = added ? residual.data() : nullptr; p.y = y.data();
+  p.x = x.data();
+  p.tokens = tokens;
+  p.norm = normed ? norm.data() : nullptr;
+  p.norm_eps = 1e-5f;
+  p.n_matrices = n;
+  p.gated = gated;
+  p.residual = added ? residual.data() : nullptr;
+  p.y = y.data();
   kernels.product(p);
   std::vector<double> wanted(y.size()), size(y.size());
   for (int64_t m = 0; m < tokens; ++m) {
@@ -159,19 +208,23 @@ bool test_product(const Kernels& kernels) {
       for (int64_t r = 0; r < s.a.rows; ++r) {
         double total = 0, total_size = 0;
         for (int64_t k = 0; k < columns; ++k) {
-          const double v = s.numbers[size_t(r * columns + k)] * x[size_t(m * columns + k)] * (normed ? inverse * norm[size_t(k)] : 1);
-          total += v; total_size += std::abs(v);
+          const double v = s.numbers[size_t(r * columns + k)] * x[size_t(m * columns + k)] *
+                           (normed ? inverse * norm[size_t(k)] : 1);
+          total += v;
+          total_size += std::abs(v);
         }
         // Codes and biases are summed apart: what counts is the size of both.
         if (format.biases) total_size *= 8;
-        sums.push_back(total); sizes.push_back(total_size);
+        sums.push_back(total);
+        sizes.push_back(total_size);
       }
       column += s.a.rows;
     }
     for (int64_t r = 0; r < outputs; ++r) {
       const size_t i = size_t(m * outputs + r);
       if (gated) {
-        const double g = sums[size_t(r)], u = sums[size_t(outputs + r)], sg = sizes[size_t(r)], su = sizes[size_t(outputs + r)];
+        const double g = sums[size_t(r)], u = sums[size_t(outputs + r)], sg = sizes[size_t(r)],
+                     su = sizes[size_t(outputs + r)];
         wanted[i] = g / (1 + std::exp(-g)) * u;
         size[i] = (std::abs(g) + sg) * su + sg * std::abs(u) + std::abs(wanted[i]);
       } else {
@@ -181,8 +234,11 @@ bool test_product(const Kernels& kernels) {
     }
   }
   char what[200];
-  std::snprintf(what, sizeof what, "product %s group %lld scales %d tokens %lld columns %lld rows %lld matrices %d gated %d norm %d residual %d", format.name,
-                (long long)group, int(scale), (long long)tokens, (long long)columns, (long long)rows0, n, gated, normed, added);
+  std::snprintf(
+      what, sizeof what,
+      "product %s group %lld scales %d tokens %lld columns %lld rows %lld matrices %d gated %d norm %d residual %d",
+      format.name, (long long)group, int(scale), (long long)tokens, (long long)columns, (long long)rows0, n, gated,
+      normed, added);
   if (!close(what, y, wanted, size)) return false;
   bool intact = x.intact() && norm.intact() && residual.intact() && y.intact();
   for (const Stored2D& s : matrices) intact = intact && s.codes.intact() && s.scales.intact() && s.biases.intact();
@@ -209,11 +265,18 @@ int main(int argc, char** argv) {
   int seed = 0, rounds = 200, n_threads = 2;
   for (int i = 1; i + 1 < argc; i += 2) {
     const std::string option = argv[i];
-    if (option == "--isa") isa = argv[i + 1];
-    else if (option == "--seed") seed = std::atoi(argv[i + 1]);
-    else if (option == "--rounds") rounds = std::atoi(argv[i + 1]);
-    else if (option == "--threads") n_threads = std::atoi(argv[i + 1]);
-    else { std::printf("unknown option %s\n", argv[i]); return 2; }
+    if (option == "--isa")
+      isa = argv[i + 1];
+    else if (option == "--seed")
+      seed = std::atoi(argv[i + 1]);
+    else if (option == "--rounds")
+      rounds = std::atoi(argv[i + 1]);
+    else if (option == "--threads")
+      n_threads = std::atoi(argv[i + 1]);
+    else {
+      std::printf("unknown option %s\n", argv[i]);
+      return 2;
+    }
   }
   try {
     use_instruction_set(isa);
@@ -224,7 +287,10 @@ int main(int argc, char** argv) {
   set_threads(n_threads);
   for (int round = 0; round < rounds; ++round) {
     rng.seed(static_cast<unsigned>(seed * 100003 + round));
-    if (!test_product(kernels()) || !test_attention(kernels())) { std::printf("seed %d, round %d\n", seed, round); return 1; }
+    if (!test_product(kernels()) || !test_attention(kernels())) {
+      std::printf("seed %d, round %d\n", seed, round);
+      return 1;
+    }
   }
   set_threads(n_threads);
   if (!test_threads(n_threads, 10 * rounds)) return 1;
