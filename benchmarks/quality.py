@@ -34,12 +34,12 @@ def perplexity(logprobs: np.ndarray) -> float:
 
 def in_fewer_bits(model: Mistral, ids: list[int]) -> None:
     rows = []
-    for bits in (None, 8, 4):
+    for bits in (32, 16, 8, 4):
         cache = model.new_cache(kv_bits=bits)
-        found = compare(model, model, ids, caches=(cache, model.new_cache()))
+        found = compare(model, model, ids, caches=(cache, model.new_cache(kv_bits=32)))
         per_number = cache.nbytes / 2 / model.config.n_layers / model.config.n_kv_heads / model.config.head_dim
         per_number *= 8 / cache.rings[0].n_slots
-        name = "as computed" if bits is None else f"{bits} bits"
+        name = "as computed" if bits == 32 else f"{bits} bits"
         loss, kl, same = perplexity(found.logprobs), found.kl.mean(), found.agrees.mean()
         rows.append([name, f"{per_number:.2f}", f"{loss:.3f}", f"{kl:.5f}", f"{same:.1%}"])
     table(["keys and values", "bits a number", "perplexity", "KL", "top-1"], rows)

@@ -192,8 +192,9 @@ class RollingCache(KVCache):
         """Make an empty cache.
 
         slack          tokens that `rollback` can undo
-        kv_bits        store keys and values in 4 or 8 bits, in groups of `kv_group_size`; None
-                       stores them as computed
+        kv_bits        store keys and values in 4 or 8 bits, in groups of `kv_group_size`; in
+                       16, as float16; 32 or None stores them as computed (`Mistral.new_cache`
+                       takes the model's default for None)
         max_kv_size    for full attention: keep this many keys, the first `sinks` of the sequence
                        among them, and never end; None keeps all
 
@@ -210,9 +211,8 @@ class RollingCache(KVCache):
             rope_theta=config.rope_theta,
             head_dim=config.head_dim,
         )
-        super().__init__(
-            config, positions, _check_format(config, KVFormat(None if kv_bits == 32 else kv_bits, kv_group_size))
-        )
+        kv_format = KVFormat(None if kv_bits == 32 else kv_bits, kv_group_size)
+        super().__init__(config, positions, _check_format(config, kv_format))
         self.ids: list[int] = []
         self.user: object | None = None
 
@@ -257,7 +257,7 @@ class RollingCache(KVCache):
             ring.sinks = sinks
 
     def quantize(self, kv_bits: int, kv_group_size: int = 64) -> None:
-        """Store keys and values in 4 or 8 bits from now on, those already here included.
+        """Store keys and values in 4, 8 or 16 bits from now on, those already here included.
 
         Raises InputError if they are quantised otherwise already, or the groups do not divide
         head_dim.

@@ -19,6 +19,8 @@ from m7mlx.files.disk import why
 from m7mlx.terminal import make_streams_safe, one_line, print_event
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+KV_BITS = (4, 8, 16, 32)
+KV_BITS_HELP = "bits of a key or value: 4, 8, 16 or 32 (default: 16, or 32 where weights are held in 32)"
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -86,6 +88,11 @@ def add_json(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--json", action="store_true", help="one JSON object a line on stdout, and nothing else there"
     )
+
+
+def add_kv_bits(parser: argparse._ActionsContainer) -> None:
+    """Add --kv-bits; what is not given is None, the model's own default (`Mistral.kv_bits`)."""
+    parser.add_argument("--kv-bits", type=int, choices=KV_BITS, help=KV_BITS_HELP)
 
 
 def add_parallel(parser: argparse.ArgumentParser) -> None:

@@ -62,9 +62,9 @@ def load(
                   into the cache folder
     dtype         type of activations and unquantised weights, or its name ("float16", "bfloat16",
                   "float32"); None keeps the file's, except on the CPU backend, which emulates
-                  16-bit arithmetic: there it is float32 for activations, and weights stay as
-                  they lie (without m7mlx's kernels, quantised weights are expanded to float32 if
-                  they fit into half of the memory)
+                  16-bit arithmetic: there activations are float32. Weights stay as they lie;
+                  without m7mlx's kernels they become float32, quantised ones if they fit into
+                  half of the memory
     progress      called with (bytes read, bytes to read)
     shard         read this shard of the model only, for processes that divide it
                   (`m7mlx.parallel.world.World.load`)
@@ -215,10 +215,10 @@ def _check_memory(folder: Path, config: ModelConfig, stored: int, dtype: mx.Dtyp
     """
     weights = loaded_bytes(config, stored) if dtype is None or dtype == mx.float32 else stored
     positions = planned_length(config)
-    bits = 8 * (dtype or mx.float16).size
-    cache = cache_bytes(
-        config, positions, min(bits, default_kv_bits(config, stored)) if dtype == mx.float32 else bits
-    )
+    bits = default_kv_bits(config, stored)
+    if dtype is not None and not (dtype == mx.float32 and on_cpu()):  # asked for
+        bits = 8 * dtype.size
+    cache = cache_bytes(config, positions, bits)
     if weights + cache > budget():
         whose = "this machine has" if budget() == machine_memory() else "the limit is"
         raise RunError(

@@ -96,11 +96,13 @@ def cache_bytes(config: ModelConfig, positions: int, bits: float = 16) -> int:
 def default_kv_bits(config: ModelConfig, stored: int) -> int:
     """Return the bits of keys and values in a cache that is not told otherwise.
 
-    stored  bytes of the weights in files: kernels of ours keep 16 bits but for float32 models
+    They are 16, but 32 for files in float32, and on a CPU without kernels of ours.
+
+    stored  bytes of the weights in files
     """
-    if not on_cpu():
-        return 16
-    return 16 if has_kernels() and stored < config.n_weights * 3 else 32
+    if on_cpu() and not has_kernels():
+        return 32
+    return 16 if stored < config.n_weights * 3 else 32
 
 
 def positions_that_fit(config: ModelConfig, weights: int, bits: float) -> int:

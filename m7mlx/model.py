@@ -74,7 +74,8 @@ class Mistral(nn.Module):
     model.identity          what a cache knows its model by
     model.adapter           name of the LoRA adapter on it (`m7mlx.set_adapter`); None for none
     model.exchange          set where other processes hold shards of it; all of them run each pass
-    model.kv_bits           bits of keys and values in a new cache that is not told otherwise
+    model.kv_bits           bits of keys and values in a new cache that is not told otherwise; None
+                            stores them as computed
     model.compiles_steps    whether a token is decoded by a compiled function (`m7mlx.compiled`)
     """
 
@@ -143,7 +144,10 @@ class Mistral(nn.Module):
         return tokens if self.exchange is None else self.exchange.agree(tokens)
 
     def new_cache(self, **options: Unpack[CacheOptions]) -> RollingCache:
-        """Return an empty cache for this model; options as for `RollingCache`."""
+        """Return an empty cache for this model; options as for `RollingCache`.
+
+        A `kv_bits` of None takes the model's default, `model.kv_bits`.
+        """
         if options.get("kv_bits") is None:
             options["kv_bits"] = self.kv_bits
         cache = RollingCache(self.config, **options)

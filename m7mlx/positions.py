@@ -326,7 +326,9 @@ class Positions:
     def turned_to(self, offset: int) -> Positions:
         """Let the clock go on to `offset` or later, by whole turns: every slot stays right."""
         turns = -(-max(0, offset - self.offset) // self.capacity) * self.capacity
-        return self.at(self.offset + turns, self.written + turns, [start + turns for start in self.starts])
+        offset = self.offset + turns
+        # What a rollback left in a ring that had not turned was no loss, and is none now.
+        return self.at(offset, offset + self.lost, [start + turns for start in self.starts])
 
 
 def _held(last: int | mx.array, rows: int, capacity: int) -> mx.array:

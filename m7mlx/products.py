@@ -83,7 +83,9 @@ def look_up(ids: mx.array, embedding: nn.Module, dtype: mx.Dtype) -> mx.array:
 
 def _can_run(x: mx.array, norm: nn.RMSNorm | None) -> bool:
     """Tell whether the kernels take these: they compute in float32 alone."""
-    return x.dtype == mx.float32 and has_kernels() and (norm is None or norm["weight"].dtype == mx.float32)
+    if x.dtype != mx.float32 or not has_kernels():
+        return False
+    return norm is None or (type(norm) is nn.RMSNorm and norm["weight"].dtype == mx.float32)
 
 
 def _keep(module: nn.Module) -> _Kept:

@@ -43,7 +43,7 @@ class KVFormat:
     def __post_init__(self) -> None:
         if self.bits is not None and (self.bits not in _BITS or self.group_size not in _GROUPS):
             raise InputError(
-                f"keys and values can be stored in 4, 8 or 16 bits, in groups of 32, 64 or 128; "
+                "keys and values can be stored as computed (32), or in 4, 8 or 16 bits, in groups of 32, 64 or 128; "
                 f"not in {self.bits} bits in groups of {self.group_size}"
             )
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m7mlx.command import EXIT_FAILED, ArgumentParser, add_json, add_parallel, gigabytes, run
+from m7mlx.command import EXIT_FAILED, ArgumentParser, add_json, add_kv_bits, add_parallel, gigabytes, run
 from m7mlx.errors import InputError
 from m7mlx.parallel.launch import is_launched
 from m7mlx.paths import user_path
@@ -115,8 +115,10 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     memory.add_argument(
         "--max-memory", type=gigabytes, metavar="GB", help="load no model, and let no conversation grow, beyond it"
     )
-    memory.add_argument("--kv-bits", type=int, choices=(4, 8), help="store keys and values in 4 or 8 bits")
-    memory.add_argument("--kv-group-size", type=int, choices=(32, 64, 128), help="in groups of (default: 64)")
+    add_kv_bits(memory)
+    memory.add_argument(
+        "--kv-group-size", type=int, choices=(32, 64, 128), help="in 4 or 8 bits: in groups of (default: 64)"
+    )
     memory.add_argument(
         "--max-kv-size",
         type=int,

@@ -122,7 +122,6 @@ class LoadedModel:
 
 def _described(model: Mistral, cache: RollingCache, folder: Path) -> Ready:
     config = model.config
-    bits = 8 * model.dtype.size if cache.format.bits is None else cache.format.bits + 0.5
     return Ready(
         window=cache.max_kv_size or cache.window,
         capacity=cache.window + cache.slack if cache.window else None,
@@ -130,7 +129,7 @@ def _described(model: Mistral, cache: RollingCache, folder: Path) -> Ready:
         nbytes=model.nbytes,
         sinks=cache.n_sinks,
         vocabulary=vocabulary(folder),
-        token_bytes=cache_bytes(config, 1, bits),
+        token_bytes=cache_bytes(config, 1, cache.format.stored_bits(model.dtype)),
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, NamedTuple
 
 from m7mlx.cache import UNDO_SLACK, CacheOptions
+from m7mlx.command import KV_BITS, KV_BITS_HELP
 from m7mlx.errors import InputError
 from m7mlx.sampling import Sampling
 
@@ -37,8 +38,8 @@ ANSWER: dict[str, Field] = {
 # What the engine is set up with; a change starts a new cache.
 ENGINE: dict[str, Field] = {
     "speculate": Field("text", "the same answer, sooner: lookup, or a small model of the same family; off"),
-    "kv_bits": Field("whole", "bits of a key or value: 4, 8, or off for 16", optional=True, choices=(None, 4, 8)),
-    "kv_group_size": Field("whole", "they are stored in groups of 32, 64 or 128", choices=(32, 64, 128)),
+    "kv_bits": Field("whole", KV_BITS_HELP, optional=True, choices=(None, *KV_BITS)),
+    "kv_group_size": Field("whole", "in 4 or 8 bits: in groups of 32, 64 or 128", choices=(32, 64, 128)),
     "max_kv_size": Field("whole", "models without a window: keep so many tokens, and go on for ever", optional=True),
 }
 FIELDS = {"model": Field("text", "folder, Hub repository (org/name) or alias"), **ANSWER, **ENGINE}

@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from m7mlx.command import ArgumentParser, add_json, gigabytes, positive, run
+from m7mlx.command import ArgumentParser, add_json, add_kv_bits, gigabytes, positive, run
 from m7mlx.errors import InputError
 from m7mlx.paths import user_path
 from m7mlx.terminal import one_line, print_event
@@ -94,7 +94,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     both.add_argument(
         "--context", type=positive, metavar="N", help="tokens that are read at once at most (what the model allows)"
     )
-    both.add_argument("--kv-bits", type=int, choices=(4, 8), help="store MODEL's keys and values in 4 or 8 bits")
+    add_kv_bits(both)
     both.add_argument("--save", type=Path, metavar="FILE", help="keep the figures, as JSON")
     add_json(both)
     both.add_argument("--max-memory", type=gigabytes, metavar="GB", help="load no model beyond it")

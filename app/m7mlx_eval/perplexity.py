@@ -26,7 +26,7 @@ class Reading:
     stride      tokens that spans advance by; None takes half a span, so that each token is scored
                 after at least so many
     max_tokens  tokens of all texts together
-    kv_bits     of the model's keys and values; a reference keeps its own as computed
+    kv_bits     of the model's keys and values, not of a reference's; None takes the default
     """
 
     context: int | None = None

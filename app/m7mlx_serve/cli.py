@@ -10,7 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from m7mlx.command import EXIT_FAILED, EXIT_INTERRUPTED, ArgumentParser, add_parallel, gigabytes, run, say
+from m7mlx.command import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    ArgumentParser,
+    add_kv_bits,
+    add_parallel,
+    gigabytes,
+    run,
+    say,
+)
 from m7mlx.errors import InputError, RunError
 from m7mlx.parallel.launch import is_launched
 from m7mlx.units import in_gigabytes
@@ -85,7 +94,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="ended conversations that are kept for those that begin alike (%(default)s)",
     )
-    limits.add_argument("--kv-bits", type=int, choices=(4, 8), help="store keys and values in 4 or 8 bits")
+    add_kv_bits(limits)
     limits.add_argument("--max-tokens", type=int, metavar="N", help="most tokens in an answer")
     limits.add_argument(
         "--max-seconds",

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from m7mlx.cache import UNDO_SLACK
 from m7mlx.memory import cache_bytes
 from m7mlx.model import Mistral
-from m7mlx.ring import KVFormat
 
 
 @dataclass(frozen=True)
@@ -17,7 +16,7 @@ class Limits:
     rows     answers at a time
     queue    requests that may wait besides
     kept     ended conversations that are kept for those that begin alike
-    kv_bits  store keys and values in 4 or 8 bits
+    kv_bits  of keys and values; None takes the model's default
     """
 
     rows: int = 8
@@ -30,5 +29,5 @@ def rows_memory(model: Mistral, limits: Limits) -> int:
     """The most bytes that keys and values take: those of every row and every conversation kept."""
     config = model.config
     positions = (config.sliding_window or config.max_position_embeddings) + UNDO_SLACK
-    bits = KVFormat(limits.kv_bits).stored_bits(model.dtype)
+    bits = model.new_cache(kv_bits=limits.kv_bits).format.stored_bits(model.dtype)
     return (limits.rows + limits.kept) * cache_bytes(config, positions, bits)

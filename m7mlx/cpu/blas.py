@@ -1,10 +1,13 @@
 """A fast BLAS for Linux's CPU backend, in place of the one that MLX brings.
 
 The wheel mlx-cpu is linked against Netlib's reference BLAS, whose `cblas_sgemm` does 2 GFLOP/s
-where OpenBLAS does 80. The dynamic linker looks a symbol up in the program's global scope first, so
-a library that is loaded there before mlx.core is imported is the one that MLX calls. That is why
-this module acts when it is imported, and reads its setting itself. macOS (Accelerate, Metal) and
-CUDA are left alone.
+where OpenBLAS does 80. Where kernels of ours are usable (`m7mlx.cpu.native`), a model's products do
+not go through it, and it is left for what other operations of MLX compute, calibration for one.
+
+The dynamic linker looks a symbol up in the program's global scope first, so a library that is
+loaded there before mlx.core is imported is the one that MLX calls. That is why this module acts
+when it is imported, and reads its setting itself. macOS (Accelerate, Metal) and CUDA are left
+alone.
 
 M7MLX_BLAS   "off" leaves MLX's own; otherwise the name or path of a library to use
 """

@@ -29,7 +29,7 @@ values = st.fixed_dictionaries(
         "max_tokens": st.integers(1, 10**6),
         "stop": st.lists(st.text("abc[]", min_size=1), max_size=3),
         "speculate": st.sampled_from(["off", "lookup", "org/name"]),
-        "kv_bits": st.sampled_from([None, 4, 8]),
+        "kv_bits": st.sampled_from([None, 4, 8, 16, 32]),
         "max_kv_size": st.none() | st.integers(1, 10**6),
     },
 )
@@ -58,7 +58,7 @@ def test_what_is_shown_can_be_typed(changes: dict[str, Any]) -> None:
         ("temperature", "-1", "temperature must lie between"),
         ("temperature", "nan", "temperature must lie between"),
         ("top_k", "1.5", "top_k must be a whole number"),
-        ("kv_bits", "5", "kv_bits must be off, 4, 8"),
+        ("kv_bits", "5", "kv_bits must be off, 4, 8, 16, 32, not 5"),
         ("max_tokens", "0", "max_tokens must be at least 1"),
         ("max_tokens", "off", "max_tokens must be a whole number"),
         ("max_kv_size", "-3", "max_kv_size must be at least 1"),

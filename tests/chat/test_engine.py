@@ -15,9 +15,11 @@ from m7mlx_chat.branches import Branches
 from m7mlx_chat.engine import Engine
 from m7mlx_chat.events import Done, Event, Failed, Loading, Prefill, Ready, Text
 from m7mlx_chat.settings import Settings
-from models import small_config, write_folder
+from models import random_weights, small_config, write_folder
 
 from m7mlx import Request, Sampling, load
+from m7mlx.decode import prefill
+from m7mlx.loading import build
 
 LONG = 100_000
 
@@ -314,3 +316,14 @@ def test_the_gauge_shows_the_bound_of_a_stream(start: Callable[..., Asking], tmp
     done = wait(engine, ended)[-1]
     assert isinstance(done, Done)
     assert done.seen.tokens > 200
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8, 16, 32])
+def test_the_bytes_of_a_token_are_those_that_its_keys_and_values_take(bits: int | None, tmp_path: Path) -> None:
+    config = small_config(sliding_window=300, n_layers=1, head_dim=64)
+    model = build(config, {name: mx.array(a).astype(mx.float16) for name, a in random_weights(config).items()})
+    cache = model.new_cache(**Settings(kv_bits=bits, kv_group_size=32).cache)
+    prefill(model, [i % 97 for i in range(400)], cache)
+    ready = loaded._described(model, cache, tmp_path)
+    assert ready.capacity is not None
+    assert ready.token_bytes * ready.capacity == cache.nbytes

@@ -113,7 +113,7 @@ def test_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_memory_of_a_chat_is_that_of_its_cache(bits: str, kv_bits: int | None) -> None:
     """What is planned is what a cache takes that has turned."""
     config = small_config(sliding_window=1000, n_heads=2, n_kv_heads=2, head_dim=64, hidden_size=64)
-    (chat,) = footprints(config, 1000, UNDO_SLACK)
+    (chat,) = footprints(config, 4 * config.n_weights, UNDO_SLACK)
     model = small_model(config)
     cache = model.new_cache(kv_bits=kv_bits)
     for _ in range(3):

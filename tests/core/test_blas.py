@@ -5,6 +5,7 @@ The libraries are real ones where this machine has them.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import os
 import subprocess
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from m7mlx.cpu import backend, blas
+from m7mlx.command import run
+from m7mlx.cpu import backend, blas, native
 
 PRODUCT = """
 import sys
@@ -104,7 +106,7 @@ def test_how_to_get_one_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "libopenblas0-pthread" in blas.note()
     assert blas.note() == ""
     monkeypatch.setenv("M7MLX_CACHE", "/dev/null/nowhere")  # cannot be remembered: not said each time
-    assert blas.note() == ""
+    assert blas.note(advise=True) == ""
 
 
 @pytest.mark.parametrize("reason", ["macOS", "CUDA", "off", "there"])
@@ -120,5 +122,23 @@ def test_nothing_is_done_or_said_where_there_is_no_need(reason: str, monkeypatch
     monkeypatch.setattr(backend, "version", missing if reason == "CUDA" else lambda _: "0.32.4")
     monkeypatch.setenv("M7MLX_BLAS", "off" if reason == "off" else "")
     monkeypatch.setattr(ctypes, "CDLL", refuse)
-    assert blas.note() == ""
+    assert blas.note(advise=True) == ""
     blas.interpose()
+
+
+@pytest.mark.parametrize("usable", [True, False])
+def test_a_command_advises_one_only_where_kernels_are_missing(
+    usable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(blas, "library", "")
+    monkeypatch.setattr(backend, "version", lambda _: "0.32.4")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(native, "usable", lambda: usable)
+    monkeypatch.setattr(native, "note", lambda: "")
+    monkeypatch.setenv("M7MLX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("M7MLX_BLAS", raising=False)
+    assert run(lambda args: None, argparse.Namespace(debug=False), "tool") == 0
+    assert capsys.readouterr().err.startswith("tool: note: without OpenBLAS") != usable
+    monkeypatch.setenv("M7MLX_BLAS", "/no/such/lib.so")  # asked for: told in any case
+    assert run(lambda args: None, argparse.Namespace(debug=False), "tool") == 0
+    assert "M7MLX_BLAS: /no/such/lib.so cannot be loaded" in capsys.readouterr().err

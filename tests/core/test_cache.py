@@ -308,3 +308,17 @@ def test_quantising_twice() -> None:
         model.new_cache(kv_bits=8, kv_group_size=64)
     with pytest.raises(InputError, match="4, 8 or 16 bits"):
         model.new_cache(kv_bits=3)
+
+
+def test_the_bits_of_a_new_cache_are_the_models_unless_others_are_asked_for() -> None:
+    model = small_model(small_config())
+    sizes = {}
+    for default in (None, 16):
+        model.kv_bits = default
+        for bits in (None, 16, 32):
+            cache = model.new_cache(kv_bits=bits)
+            prefill(model, IDS, cache)
+            assert cache.like().format == cache.format
+            sizes[default, bits] = cache.nbytes
+    assert sizes[None, None] == sizes[None, 32] == sizes[16, 32]
+    assert sizes[16, None] == sizes[None, 16] == sizes[16, 16] == sizes[None, 32] / 2

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import errno
+from collections.abc import Callable
 
 import pytest
+from m7mlx_chat.cli import main as chat
+from m7mlx_eval.cli import main as evaluate
+from m7mlx_serve.cli import main as serve
 
-from m7mlx.command import ArgumentParser, run
+from m7mlx.command import KV_BITS, KV_BITS_HELP, ArgumentParser, run
 from m7mlx.errors import DownloadError, InputError
 
 
@@ -54,3 +58,20 @@ def test_usage_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         ArgumentParser("tool", "does things", "examples:").parse_args(["--wrong"])
     assert left.value.code == 2
     assert capsys.readouterr().err == "tool: error: unrecognized arguments: --wrong (see tool --help)\n"
+
+
+@pytest.mark.parametrize("command", [chat, serve, evaluate])
+def test_bits_of_keys_and_values_are_the_same_choice_everywhere(
+    command: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ["demo", "--text", "x"] if command is evaluate else []
+    for bits in KV_BITS:
+        with pytest.raises(SystemExit):
+            command([*model, "--kv-bits", str(bits), "--wrong"])
+        assert "unrecognized arguments: --wrong" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command([*model, "--kv-bits", "5"])
+    assert "--kv-bits: invalid choice: 5 (choose from 4, 8, 16, 32)" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command(["--help"])
+    assert KV_BITS_HELP in " ".join(capsys.readouterr().out.split())

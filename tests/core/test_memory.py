@@ -10,16 +10,26 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from models import small_config, small_model, write_folder
+from models import random_weights, small_config, small_model, write_folder
 
 import m7mlx.memory
 from m7mlx import load
 from m7mlx.cache import UNDO_SLACK
 from m7mlx.config import ModelConfig
+from m7mlx.cpu import native
 from m7mlx.errors import InputError, PromptTooLongError, RunError
 from m7mlx.files.weights import folder_weights
 from m7mlx.generation import stream_generate
-from m7mlx.memory import budget, cache_bytes, footprints, limit_memory, loaded_bytes, machine_memory
+from m7mlx.loading import build
+from m7mlx.memory import (
+    budget,
+    cache_bytes,
+    default_kv_bits,
+    footprints,
+    limit_memory,
+    loaded_bytes,
+    machine_memory,
+)
 from m7mlx.quantization import Quantization
 from m7mlx.tokens.tokenizer import Tokenizer
 
@@ -142,3 +152,27 @@ def test_the_chat_keeps_to_a_limit(demo_model: Path) -> None:
     done = subprocess.run([*command, "--max-tokens", "3", "--json", "--no-save"], capture_output=True, check=False)
     assert done.returncode == 0  # 0.54 GB expanded do not fit into half of that: the weights stay quantised
     assert json.loads(done.stdout.splitlines()[-1])["event"] == "done"
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_cache_has_the_bits_that_are_planned(
+    kernels: bool, dtype: mx.Dtype, request: pytest.FixtureRequest
+) -> None:
+    if not kernels:
+        request.getfixturevalue("without_kernels")
+    elif not native.usable():
+        pytest.skip("there are no kernels here")
+    config = small_config()
+    weights = {name: mx.array(array).astype(dtype) for name, array in random_weights(config).items()}
+    stored = sum(array.nbytes for array in weights.values())
+    model = build(config, weights)
+    assert default_kv_bits(config, stored) == model.new_cache().format.stored_bits(model.dtype)
+    assert default_kv_bits(config, stored) == (16 if kernels and dtype != mx.float32 else 32)
+
+
+def test_on_a_gpu_keys_and_values_have_the_bits_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(m7mlx.memory, "on_cpu", lambda: False)
+    monkeypatch.setattr(m7mlx.memory, "has_kernels", lambda: False)
+    config = small_config()
+    assert [default_kv_bits(config, config.n_weights * size) for size in (1, 2, 4)] == [16, 16, 32]

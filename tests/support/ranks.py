@@ -28,13 +28,13 @@ STEPS = [5, 80, 2, 9, 41, 77, 13, 60, 8, 33]
 def passes(model: Mistral) -> dict[str, np.ndarray]:
     """Chunks, single tokens across the wrap, a rollback, two rows at once: logits of each."""
     found = {}
-    cache = model.new_cache(slack=3)
+    cache = model.new_cache(slack=3, kv_bits=32)
     found["prompt"] = np.array(prefill(model, PROMPT, cache, 9))
     for i, token in enumerate(STEPS):
         found[f"token {i}"] = np.array(model(mx.array([[token]]), cache))
     cache.rollback(2)
     found["again"] = np.array(model(mx.array([STEPS[-2:]]), cache))
-    other = model.new_cache(slack=3)
+    other = model.new_cache(slack=3, kv_bits=32)
     prefill(model, PROMPT[:5], other, 9)
     found["rows"] = np.array(model(mx.array([[1], [2]]), BatchCache([cache, other])))
     return found

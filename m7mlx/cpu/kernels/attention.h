@@ -16,16 +16,20 @@
 namespace m7 {
 namespace {
 
-constexpr int64_t kKeys = 64;      // in a tile
-constexpr int64_t kQueries = 32;   // rows of queries that meet a tile together, about
-constexpr int64_t kPiece = 512;    // keys that one task attends to, at least, where tasks are few
+constexpr int64_t kKeys = 64;     // in a tile
+constexpr int64_t kQueries = 32;  // rows of queries that meet a tile together, about
+constexpr int64_t kPiece = 512;   // keys that one task attends to, at least, where tasks are few
 
 inline int64_t row_bytes(Stored stored, int64_t n) {
   switch (stored) {
-    case Stored::f32: return 4 * n;
-    case Stored::packed8: return n;
-    case Stored::packed4: return n / 2;
-    default: return 2 * n;
+    case Stored::f32:
+      return 4 * n;
+    case Stored::packed8:
+      return n;
+    case Stored::packed4:
+      return n / 2;
+    default:
+      return 2 * n;
   }
 }
 
@@ -41,7 +45,9 @@ inline void read_rows(const Attention& a, const Place& p, int64_t count, float* 
   const uint8_t* from = p.rows.codes + p.row * row_bytes(p.rows.stored, D);
   int64_t i = 0;
   switch (p.rows.stored) {
-    case Stored::f32: std::memcpy(to, from, static_cast<size_t>(n) * 4); return;
+    case Stored::f32:
+      std::memcpy(to, from, static_cast<size_t>(n) * 4);
+      return;
     case Stored::f16:
       for (; i + W <= n; i += W) store(to + i, from_half(load<H>(from + 2 * i)));
       for (; i < n; ++i) to[i] = half_to_float(load<uint16_t>(from + 2 * i));
@@ -51,7 +57,8 @@ inline void read_rows(const Attention& a, const Place& p, int64_t count, float* 
       for (; i < n; ++i) to[i] = bfloat_to_float(load<uint16_t>(from + 2 * i));
       return;
     case Stored::packed8:
-    case Stored::packed4: break;
+    case Stored::packed4:
+      break;
   }
   const bool eight = p.rows.stored == Stored::packed8;
   const int64_t groups = D / a.group;
@@ -77,7 +84,9 @@ inline void write_row(const Attention& a, const Place& p, const float* x) {
   const int64_t D = a.head_dim;
   uint8_t* to = p.rows.codes + p.row * row_bytes(p.rows.stored, D);
   switch (p.rows.stored) {
-    case Stored::f32: std::memcpy(to, x, static_cast<size_t>(D) * 4); return;
+    case Stored::f32:
+      std::memcpy(to, x, static_cast<size_t>(D) * 4);
+      return;
     case Stored::f16:
       for (int64_t i = 0; i < D; ++i) store(to + 2 * i, float_to_half(x[i]));
       return;
@@ -85,7 +94,8 @@ inline void write_row(const Attention& a, const Place& p, const float* x) {
       for (int64_t i = 0; i < D; ++i) store(to + 2 * i, float_to_bfloat(x[i]));
       return;
     case Stored::packed8:
-    case Stored::packed4: break;
+    case Stored::packed4:
+      break;
   }
   const bool eight = p.rows.stored == Stored::packed8;
   const float most = eight ? 255 : 15;
@@ -219,12 +229,14 @@ struct Softmax {
 
 struct Work {
   const Attention& a;
-  const float* queries;  // [batch, n_kv_heads, length, queries of a KV head, head_dim], rotated and scaled
+  const float* queries;       // [batch, n_kv_heads, length, queries of a KV head, head_dim], rotated and scaled
   Rows new_keys, new_values;  // [batch, n_kv_heads, length, head_dim]; no codes where all lie in the ring
   int64_t shared, tokens, blocks, pieces, piece;  // queries of a KV head; tokens of a block; keys of a piece
 
   int64_t stride() const { return shared * tokens; }  // rows of a block
-  int64_t first_seen(int64_t b, int64_t position) const { return max(a.starts[b], a.window ? position - a.window + 1 : 0); }
+  int64_t first_seen(int64_t b, int64_t position) const {
+    return max(a.starts[b], a.window ? position - a.window + 1 : 0);
+  }
 
   // Where the keys (or values) of a position lie, and how many follow it there.
   Place find(bool values, int64_t b, int64_t head, int64_t position, int64_t* run) const {
@@ -242,7 +254,8 @@ struct Work {
 };
 
 // Attend to positions [from, to) with a block of queries.
-inline void attend_block(const Work& w, int64_t b, int64_t head, int64_t token, int64_t from, int64_t to, Softmax* state, float* out) {
+inline void attend_block(const Work& w, int64_t b, int64_t head, int64_t token, int64_t from, int64_t to,
+                         Softmax* state, float* out) {
   const Attention& a = w.a;
   const int64_t D = a.head_dim, tokens = min(w.tokens, a.length - token), rows = tokens * w.shared;
   const float* queries = w.queries + ((b * a.n_kv_heads + head) * a.length + token) * w.shared * D;
@@ -321,6 +334,7 @@ inline void take_in(const Work& w, float* queries, int64_t b, int64_t token) {
 inline int64_t padded_bytes(int64_t n) { return up(n, 64); }
 
 void attend(const Attention& a) {
+  if (a.batch * a.length == 0) return;
   const int64_t D = a.head_dim, lines = a.batch * a.n_kv_heads, end = a.offset + a.length;
   Work w{a, nullptr, {}, {}, a.n_heads / a.n_kv_heads, 0, 0, 1, 0};
   float* queries = scratch(3, a.batch * a.length * a.n_heads * D);
@@ -328,7 +342,8 @@ void attend(const Attention& a) {
   // The new keys may be written first where they take no slot that an earlier token still sees.
   const bool in_place = end <= a.capacity || (a.window && a.length <= a.capacity - a.window + 1);
   if (!in_place) {
-    const int64_t n = lines * a.length, bytes = row_bytes(a.keys.stored, D), of_scales = a.keys.scales ? D / a.group * 2 : 0;
+    const int64_t n = lines * a.length, bytes = row_bytes(a.keys.stored, D),
+                  of_scales = a.keys.scales ? D / a.group * 2 : 0;
     const int64_t codes = padded_bytes(n * bytes), scales = padded_bytes(n * of_scales);
     uint8_t* memory = reinterpret_cast<uint8_t*>(scratch(5, (codes + 2 * scales) / 2));
     Rows* const fresh[] = {&w.new_keys, &w.new_values};
@@ -341,7 +356,8 @@ void attend(const Attention& a) {
   const int64_t tasks = a.batch * ((a.length + together - 1) / together);
   const auto take = [&](int64_t task) {
     const int64_t b = task % a.batch;
-    for (int64_t t = task / a.batch * together; t < min(a.length, (task / a.batch + 1) * together); ++t) take_in(w, queries, b, t);
+    for (int64_t t = task / a.batch * together; t < min(a.length, (task / a.batch + 1) * together); ++t)
+      take_in(w, queries, b, t);
   };
   if (a.batch * a.length <= 4) {
     for (int64_t task = 0; task < tasks; ++task) take(task);
@@ -362,8 +378,8 @@ void attend(const Attention& a) {
     const int64_t last = a.offset + min(a.length, token + w.tokens), first = w.first_seen(b, a.offset + token);
     const int64_t step = (last - first + w.pieces - 1) / w.pieces;
     float* part = parts + task * size;
-    attend_block(w, b, line % a.n_kv_heads, token, min(last, first + piece * step), min(last, first + (piece + 1) * step),
-                 reinterpret_cast<Softmax*>(part + rows * D), part);
+    attend_block(w, b, line % a.n_kv_heads, token, min(last, first + piece * step),
+                 min(last, first + (piece + 1) * step), reinterpret_cast<Softmax*>(part + rows * D), part);
   });
   for (int64_t line = 0; line < lines; ++line) {
     const int64_t b = line / a.n_kv_heads, head = line % a.n_kv_heads;
@@ -400,8 +416,10 @@ void attend(const Attention& a) {
         for (auto& pair : pairs) {
           std::memcpy(pair[1]->codes + to * bytes, pair[0]->codes + from * bytes, static_cast<size_t>(bytes));
           if (!of_scales) continue;
-          std::memcpy(pair[1]->scales + to * of_scales, pair[0]->scales + from * of_scales, static_cast<size_t>(of_scales));
-          std::memcpy(pair[1]->biases + to * of_scales, pair[0]->biases + from * of_scales, static_cast<size_t>(of_scales));
+          std::memcpy(pair[1]->scales + to * of_scales, pair[0]->scales + from * of_scales,
+                      static_cast<size_t>(of_scales));
+          std::memcpy(pair[1]->biases + to * of_scales, pair[0]->biases + from * of_scales,
+                      static_cast<size_t>(of_scales));
         }
       }
     }

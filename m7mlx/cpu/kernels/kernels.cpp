@@ -15,4 +15,4 @@
 namespace m7::M7_ISA {
 extern const Kernels kernels;
 const Kernels kernels = {M7_NAME(M7_ISA), product, lookup, attend};
-}
+}  // namespace m7::M7_ISA

@@ -32,9 +32,9 @@ constexpr int kMostMatrices = 3;
 
 // y = norm(x) · [matrices]ᵀ + residual, or silu(x · gateᵀ) · (x · upᵀ) of two matrices.
 struct Product {
-  const float* x;         // [tokens, columns]
+  const float* x;  // [tokens, columns]
   int64_t tokens;
-  const float* norm;      // [columns], the weight of an RMSNorm on x; null for none
+  const float* norm;  // [columns], the weight of an RMSNorm on x; null for none
   float norm_eps;
   Matrix matrices[kMostMatrices];
   int n_matrices;

@@ -51,7 +51,8 @@ mx::array laid_out(mx::array a) {
 // A weight as it lies in its file, and what it means.
 class Weight {
  public:
-  Weight(mx::array codes, std::optional<mx::array> scales, std::optional<mx::array> biases, int group, int bits, const std::string& mode)
+  Weight(mx::array codes, std::optional<mx::array> scales, std::optional<mx::array> biases, int group, int bits,
+         const std::string& mode)
       : arrays_{laid_out(std::move(codes))} {
     const mx::array& c = arrays_[0];
     if (c.ndim() != 2) refuse("a weight has rows and columns");
@@ -73,7 +74,8 @@ class Weight {
   int64_t rows() const { return matrix_.rows; }
   int64_t columns() const { return matrix_.columns; }
   bool alike(const Weight& other) const {
-    return matrix_.scheme == other.matrix_.scheme && matrix_.group == other.matrix_.group && matrix_.scale == other.matrix_.scale;
+    return matrix_.scheme == other.matrix_.scheme && matrix_.group == other.matrix_.group &&
+           matrix_.scale == other.matrix_.scale;
   }
   // The matrix of a primitive's inputs, which begin with this weight's arrays at `at`.
   Matrix matrix(const std::vector<mx::array>& inputs, size_t at) const {
@@ -95,14 +97,17 @@ class Weight {
   void packed(int group, int bits, const std::string& mode, bool has_biases) {
     const mx::array &c = arrays_[0], &s = arrays_[1];
     const bool affine = mode == "affine";
-    if (c.dtype() != mx::uint32 || affine != has_biases) refuse("packed codes are uint32, and only affine ones have biases");
+    if (c.dtype() != mx::uint32 || affine != has_biases)
+      refuse("packed codes are uint32, and only affine ones have biases");
     if (affine) {
-      const Scheme schemes[] = {Scheme::affine2, Scheme::affine3, Scheme::affine4, Scheme::affine5, Scheme::affine6, Scheme::affine8, Scheme::affine8};
+      const Scheme schemes[] = {Scheme::affine2, Scheme::affine3, Scheme::affine4, Scheme::affine5,
+                                Scheme::affine6, Scheme::affine8, Scheme::affine8};
       if (bits < 2 || bits > 8 || bits == 7) refuse("affine codes have 2, 3, 4, 5, 6 or 8 bits");
       if (group != 32 && group != 64 && group != 128) refuse("groups have 32, 64 or 128 numbers");
       matrix_.scheme = schemes[bits == 8 ? 5 : bits - 2];
       matrix_.scale = s.dtype() == mx::float32 ? Scale::f32 : s.dtype() == mx::float16 ? Scale::f16 : Scale::bf16;
-      if (s.dtype() != mx::float32 && s.dtype() != mx::float16 && s.dtype() != mx::bfloat16) refuse("scales are float32, float16 or bfloat16");
+      if (s.dtype() != mx::float32 && s.dtype() != mx::float16 && s.dtype() != mx::bfloat16)
+        refuse("scales are float32, float16 or bfloat16");
       if (arrays_[2].dtype() != s.dtype() || arrays_[2].shape() != s.shape()) refuse("biases are like scales");
     } else {
       if (mode == "nvfp4" ? group != 16 : group != 32) refuse("groups of this mode have another size");
@@ -114,7 +119,8 @@ class Weight {
     matrix_.group = group;
     matrix_.row_bytes = static_cast<int64_t>(c.shape(1)) * 4;
     matrix_.columns = matrix_.row_bytes * 8 / bits;
-    if (s.ndim() != 2 || s.shape(0) != matrix_.rows || static_cast<int64_t>(s.shape(1)) * group != matrix_.columns) refuse("scales do not fit the codes");
+    if (s.ndim() != 2 || s.shape(0) != matrix_.rows || static_cast<int64_t>(s.shape(1)) * group != matrix_.columns)
+      refuse("scales do not fit the codes");
   }
 
   std::vector<mx::array> arrays_;
@@ -126,7 +132,9 @@ class Weight {
 class Node : public mx::Primitive {
  public:
   explicit Node(mx::Stream stream) : Primitive(stream) {}
-  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override { throw std::runtime_error("m7mlx's kernels run on the CPU"); }
+  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
+    throw std::runtime_error("m7mlx's kernels run on the CPU");
+  }
 
  protected:
   template <class T>
@@ -142,7 +150,8 @@ class Node : public mx::Primitive {
 
 class ProductNode : public Node {
  public:
-  ProductNode(mx::Stream stream, std::vector<std::shared_ptr<Weight>> weights, bool normed, float eps, bool added, bool gated)
+  ProductNode(mx::Stream stream, std::vector<std::shared_ptr<Weight>> weights, bool normed, float eps, bool added,
+              bool gated)
       : Node(stream), weights_(std::move(weights)), normed_(normed), added_(added), gated_(gated), eps_(eps) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
@@ -174,7 +183,8 @@ class LookupNode : public Node {
   LookupNode(mx::Stream stream, std::shared_ptr<Weight> weight) : Node(stream), weight_(std::move(weight)) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    Lookup l{weight_->matrix(inputs, 1), inputs[0].data<int32_t>(), static_cast<int64_t>(inputs[0].size()), make<float>(outputs[0])};
+    Lookup l{weight_->matrix(inputs, 1), inputs[0].data<int32_t>(), static_cast<int64_t>(inputs[0].size()),
+             make<float>(outputs[0])};
     later([l] { kernels().lookup(l); });
   }
   const char* name() const override { return "m7::Lookup"; }
@@ -229,7 +239,11 @@ class AttentionNode : public Node {
   static Rows rows(const std::vector<mx::array>& inputs, size_t at, size_t n, int64_t head_dim) {
     auto data = [&](size_t i) { return const_cast<uint8_t*>(inputs[i].data<uint8_t>()); };
     const mx::Dtype type = inputs[at].dtype();
-    if (n == 1) return {type == mx::float32 ? Stored::f32 : type == mx::float16 ? Stored::f16 : Stored::bf16, data(at), nullptr, nullptr};
+    if (n == 1)
+      return {type == mx::float32   ? Stored::f32
+              : type == mx::float16 ? Stored::f16
+                                    : Stored::bf16,
+              data(at), nullptr, nullptr};
     const int64_t bits = inputs[at].shape(3) * 32 / head_dim;
     return {bits == 8 ? Stored::packed8 : Stored::packed4, data(at), data(at + 1), data(at + 2)};
   }
@@ -242,11 +256,12 @@ class Mapping {
  public:
   explicit Mapping(const std::string& path) {
     const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-    struct stat status {};
+    struct stat status{};
     const bool opened = file >= 0 && fstat(file, &status) == 0;
     size_ = opened ? static_cast<size_t>(status.st_size) : 0;
     // Private and writable: whoever writes to an array of it changes a page of its own.
-    void* begin = opened ? mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, file, 0) : MAP_FAILED;
+    void* begin =
+        opened ? mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, file, 0) : MAP_FAILED;
     const int error = errno;
     if (file >= 0) close(file);
     if (begin == MAP_FAILED) throw std::system_error(error, std::generic_category(), path);
@@ -273,13 +288,15 @@ std::ptrdiff_t data_offset() {
   return offset;
 }
 
-std::vector<mx::array> map_file(const std::string& path, const std::vector<std::tuple<size_t, std::vector<int>, mx::Dtype>>& tensors) {
+std::vector<mx::array> map_file(const std::string& path,
+                                const std::vector<std::tuple<size_t, std::vector<int>, mx::Dtype>>& tensors) {
   auto mapping = std::make_shared<Mapping>(path);
   std::vector<mx::array> arrays;
   for (const auto& [offset, dims, type] : tensors) {
     size_t bytes = mx::size_of(type);
     for (int n : dims) bytes *= static_cast<size_t>(n);
-    if (offset > mapping->size() || bytes > mapping->size() - offset) refuse("a tensor lies beyond the end of " + path);
+    if (offset > mapping->size() || bytes > mapping->size() - offset)
+      refuse("a tensor lies beyond the end of " + path);
     char* data = mapping->at(offset);
     mx::Shape shape(dims.begin(), dims.end());
     // MLX pads no headers, so numbers may begin anywhere: the kernels read them all the same, and so
@@ -292,10 +309,11 @@ std::vector<mx::array> map_file(const std::string& path, const std::vector<std::
 
 mx::array as_rows(const mx::array& x, mx::Stream stream) { return mx::contiguous(x, false, stream); }
 
-mx::array product(
-    const mx::array& x, const std::vector<std::shared_ptr<Weight>>& weights, const std::optional<mx::array>& norm, float eps,
-    const std::optional<mx::array>& residual, bool gated) {
-  if (weights.empty() || weights.size() > kMostMatrices || (gated && (weights.size() != 2 || residual))) refuse("a product takes one to three weights, a gated one takes two");
+mx::array product(const mx::array& x, const std::vector<std::shared_ptr<Weight>>& weights,
+                  const std::optional<mx::array>& norm, float eps, const std::optional<mx::array>& residual,
+                  bool gated) {
+  if (weights.empty() || weights.size() > kMostMatrices || (gated && (weights.size() != 2 || residual)))
+    refuse("a product takes one to three weights, a gated one takes two");
   const int64_t columns = weights[0]->columns();
   int64_t rows = 0;
   for (const auto& w : weights) {
@@ -306,13 +324,15 @@ mx::array product(
     if (weights[0]->rows() != weights[1]->rows() || !weights[0]->alike(*weights[1])) refuse("gate and up differ");
     rows /= 2;
   }
-  if (x.ndim() == 0 || x.shape(-1) != columns || x.dtype() != mx::float32) refuse("this product takes float32 […, " + std::to_string(columns) + "]");
+  if (x.ndim() == 0 || x.shape(-1) != columns || x.dtype() != mx::float32)
+    refuse("this product takes float32 […, " + std::to_string(columns) + "]");
   mx::Shape shape = x.shape();
   shape.back() = static_cast<int>(rows);
   mx::Stream stream = cpu();
   std::vector<mx::array> inputs = {as_rows(x, stream)};
   if (norm) {
-    if (norm->dtype() != mx::float32 || static_cast<int64_t>(norm->size()) != columns) refuse("the norm's weight does not fit");
+    if (norm->dtype() != mx::float32 || static_cast<int64_t>(norm->size()) != columns)
+      refuse("the norm's weight does not fit");
     inputs.push_back(as_rows(*norm, stream));
   }
   if (residual) {
@@ -333,27 +353,36 @@ mx::array lookup(const mx::array& ids, const std::shared_ptr<Weight>& weight) {
   return mx::array(std::move(shape), mx::float32, std::make_shared<LookupNode>(stream, weight), std::move(inputs));
 }
 
-std::tuple<mx::array, mx::array> attend(
-    const mx::array& heads, const mx::array& rotation, const mx::array& written, const std::vector<mx::array>& buffers, int64_t n_kv_heads,
-    int64_t offset, int64_t capacity, int64_t window, std::vector<int64_t> starts, int64_t group, bool turned) {
-  if (heads.ndim() != 3 || rotation.ndim() != 3 || heads.dtype() != mx::float32 || rotation.dtype() != mx::float32) refuse("heads and rotation are float32 of three dimensions");
-  const int64_t batch = heads.shape(0), length = heads.shape(1), dim = rotation.shape(2), n_heads = heads.shape(2) / dim - 2 * n_kv_heads;
+std::tuple<mx::array, mx::array> attend(const mx::array& heads, const mx::array& rotation, const mx::array& written,
+                                        const std::vector<mx::array>& buffers, int64_t n_kv_heads, int64_t offset,
+                                        int64_t capacity, int64_t window, std::vector<int64_t> starts, int64_t group,
+                                        bool turned) {
+  if (heads.ndim() != 3 || rotation.ndim() != 3 || heads.dtype() != mx::float32 || rotation.dtype() != mx::float32)
+    refuse("heads and rotation are float32 of three dimensions");
+  const int64_t batch = heads.shape(0), length = heads.shape(1), dim = rotation.shape(2),
+                n_heads = heads.shape(2) / dim - 2 * n_kv_heads;
   if (heads.shape(2) % dim || n_heads < 1 || n_heads % n_kv_heads || dim % 2) refuse("heads do not divide");
-  if (rotation.shape(1) != length || (rotation.shape(0) != 1 && rotation.shape(0) != batch)) refuse("the rotation does not fit the tokens");
+  if (rotation.shape(1) != length || (rotation.shape(0) != 1 && rotation.shape(0) != batch))
+    refuse("the rotation does not fit the tokens");
   if (static_cast<int64_t>(starts.size()) != batch) refuse("every row has a start");
   if (buffers.size() != 2 && buffers.size() != 6) refuse("keys and values are one array each, or three");
   for (const mx::array& b : buffers) {
-    if (b.ndim() != 4 || b.shape(0) != batch || b.shape(1) != n_kv_heads || b.shape(2) != buffers[0].shape(2)) refuse("these buffers are not this pass's");
-    if (!b.flags().row_contiguous || b.status() == mx::array::Status::unscheduled) refuse("buffers are evaluated and lie row by row");
+    if (b.ndim() != 4 || b.shape(0) != batch || b.shape(1) != n_kv_heads || b.shape(2) != buffers[0].shape(2))
+      refuse("these buffers are not this pass's");
+    if (!b.flags().row_contiguous || b.status() == mx::array::Status::unscheduled)
+      refuse("buffers are evaluated and lie row by row");
   }
-  if (buffers.size() == 2 && (buffers[0].shape(3) != dim || buffers[1].shape(3) != dim)) refuse("these buffers have another head_dim");
+  if (buffers.size() == 2 && (buffers[0].shape(3) != dim || buffers[1].shape(3) != dim))
+    refuse("these buffers have another head_dim");
   if (std::min<int64_t>(offset + length, capacity) > buffers[0].shape(2)) refuse("the ring has too few slots");
   mx::Stream stream = cpu();
   std::vector<mx::array> inputs = {as_rows(heads, stream), as_rows(rotation, stream), written};
   inputs.insert(inputs.end(), buffers.begin(), buffers.end());
-  auto node = std::make_shared<AttentionNode>(stream, Layout{n_kv_heads, capacity, window, offset, group, std::move(starts), turned});
+  auto node = std::make_shared<AttentionNode>(
+      stream, Layout{n_kv_heads, capacity, window, offset, group, std::move(starts), turned});
   std::vector<mx::array> out = mx::array::make_arrays(
-      {{static_cast<int>(batch), static_cast<int>(length), static_cast<int>(n_heads * dim)}, {1}}, {mx::float32, mx::float32}, node, inputs);
+      {{static_cast<int>(batch), static_cast<int>(length), static_cast<int>(n_heads * dim)}, {1}},
+      {mx::float32, mx::float32}, node, inputs);
   return {out[0], out[1]};
 }
 
@@ -362,18 +391,20 @@ std::tuple<mx::array, mx::array> attend(
 
 NB_MODULE(_native, module) {
   nb::class_<m7::Weight>(module, "Weight")
-      .def(nb::init<mx::array, std::optional<mx::array>, std::optional<mx::array>, int, int, const std::string&>(), nb::arg("codes"),
-           nb::arg("scales") = nb::none(), nb::arg("biases") = nb::none(), nb::arg("group_size") = 1, nb::arg("bits") = 0, nb::arg("mode") = "")
+      .def(nb::init<mx::array, std::optional<mx::array>, std::optional<mx::array>, int, int, const std::string&>(),
+           nb::arg("codes"), nb::arg("scales") = nb::none(), nb::arg("biases") = nb::none(),
+           nb::arg("group_size") = 1, nb::arg("bits") = 0, nb::arg("mode") = "")
       .def_prop_ro("rows", &m7::Weight::rows)
       .def_prop_ro("columns", &m7::Weight::columns);
   module.def("instruction_sets", &m7::instruction_sets);
   module.def("use_instruction_set", &m7::use_instruction_set, nb::arg("name"));
   module.def("threads", &m7::threads);
   module.def("set_threads", &m7::set_threads, nb::arg("n"));
-  module.def("product", &m7::product, nb::arg("x"), nb::arg("weights"), nb::arg("norm") = nb::none(), nb::arg("eps") = 0.0f,
-             nb::arg("residual") = nb::none(), nb::arg("gated") = false);
+  module.def("product", &m7::product, nb::arg("x"), nb::arg("weights"), nb::arg("norm") = nb::none(),
+             nb::arg("eps") = 0.0f, nb::arg("residual") = nb::none(), nb::arg("gated") = false);
   module.def("lookup", &m7::lookup, nb::arg("ids"), nb::arg("weight"));
   module.def("map_file", &m7::map_file, nb::arg("path"), nb::arg("tensors"));
-  module.def("attend", &m7::attend, nb::arg("heads"), nb::arg("rotation"), nb::arg("written"), nb::arg("buffers"), nb::arg("n_kv_heads"),
-             nb::arg("offset"), nb::arg("capacity"), nb::arg("window"), nb::arg("starts"), nb::arg("group"), nb::arg("turned"));
+  module.def("attend", &m7::attend, nb::arg("heads"), nb::arg("rotation"), nb::arg("written"), nb::arg("buffers"),
+             nb::arg("n_kv_heads"), nb::arg("offset"), nb::arg("capacity"), nb::arg("window"), nb::arg("starts"),
+             nb::arg("group"), nb::arg("turned"));
 }

@@ -18,9 +18,9 @@ namespace m7 {
 namespace {
 
 constexpr int kFew = 8;
-constexpr int64_t kManyTokens = 256;         // in panels at a time
-constexpr int kWide = kPanel * W;            // tokens in a panel
-constexpr int64_t kDepth = 256;              // numbers of a row in a tile, about
+constexpr int64_t kManyTokens = 256;  // in panels at a time
+constexpr int kWide = kPanel * W;     // tokens in a panel
+constexpr int64_t kDepth = 256;       // numbers of a row in a tile, about
 constexpr int64_t kTileHeight = 48 / kTileRows * kTileRows;
 
 // 1 / the root of the mean square, for RMSNorm.
@@ -56,7 +56,8 @@ struct RowScales {
   }
   // Write the scales (or biases) of some rows as float32, and a vector of finite numbers behind them.
   void read(const Matrix& a, const uint8_t* from, int64_t row, int64_t rows, float* to) const {
-    scales_to_floats(from + row * groups * scale_bytes(a.scale), a.scale, rows * groups, (a.rows - row) * groups, to, W);
+    scales_to_floats(from + row * groups * scale_bytes(a.scale), a.scale, rows * groups, (a.rows - row) * groups, to,
+                     W);
   }
   bool alike() const { return !S::kGroups || 1 << shift >= W; }  // a block has one scale, or none
   template <bool kAlike>
@@ -101,13 +102,15 @@ inline void order_block(const float* block, float* to, int64_t stride) {
     swap<C / 2, C>(v);
     I words;  // lanes now count words in steps of W / C
     for (int i = 0; i < W; ++i) words[i] = i % (W / C) * C + i / (W / C);
-    for (int j = 0; j < C; ++j) store(to + j * stride, (C < W && C > 1 ? __builtin_shuffle(v[j], words) : v[j]) * S::factor(j));
+    for (int j = 0; j < C; ++j)
+      store(to + j * stride, (C < W && C > 1 ? __builtin_shuffle(v[j], words) : v[j]) * S::factor(j));
   }
 }
 
 // The tokens, in the order of the codes: [block][code][token][lane]; and the sums of their groups.
 template <class S>
-void order_few(const Product& p, const float* x, int64_t tokens, int64_t blocks, float* ordered, float* group_sums, int64_t group_stride) {
+void order_few(const Product& p, const float* x, int64_t tokens, int64_t blocks, float* ordered, float* group_sums,
+               int64_t group_stride) {
   const Matrix& a = p.matrices[0];
   const int64_t K = a.columns;
   constexpr int C = S::kCodes;
@@ -141,7 +144,9 @@ constexpr int64_t kAhead = 2048;
 
 // Add what blocks [t0, t1) of one row (or two, `kRows`) give to the sums of their tokens.
 template <class S, int kTokens, int kRows, bool kAlike>
-[[gnu::always_inline]] inline void add_blocks(const RowScales<S>& row_scales, const uint8_t* codes, int64_t row_bytes, int64_t words, int64_t t0, int64_t t1, const float* scales, int64_t scale_stride, const float* ordered, V (*sums)[kTokens]) {
+[[gnu::always_inline]] inline void add_blocks(const RowScales<S>& row_scales, const uint8_t* codes, int64_t row_bytes,
+                                              int64_t words, int64_t t0, int64_t t1, const float* scales,
+                                              int64_t scale_stride, const float* ordered, V (*sums)[kTokens]) {
   using Codes = std::make_integer_sequence<int, S::kCodes>;
   // As many sums are kept apart as hide a multiplication's latency, and fit into registers.
   constexpr int kParts = kTokens <= 4 ? 2 : 1;
@@ -156,11 +161,15 @@ template <class S, int kTokens, int kRows, bool kAlike>
     } else {
       for (int r = 0; r < kRows; ++r) {  // the scale is multiplied once for all codes
         V part[kParts][kTokens] = {};
-        each_code<S>(w[r], [&](auto j, V v) [[gnu::always_inline]] {
-          for (int m = 0; m < kTokens; ++m) part[j % kParts][m] += v * load<V>(x + (j * kTokens + m) * W);
-        }, Codes{});
+        each_code<S>(
+            w[r],
+            [&](auto j, V v) [[gnu::always_inline]] {
+              for (int m = 0; m < kTokens; ++m) part[j % kParts][m] += v * load<V>(x + (j * kTokens + m) * W);
+            },
+            Codes{});
         const V s = row_scales.template block<kAlike>(scales + r * scale_stride, t);
-        for (int m = 0; m < kTokens; ++m) total[r][m] += (kParts == 2 ? part[0][m] + part[kParts - 1][m] : part[0][m]) * s;
+        for (int m = 0; m < kTokens; ++m)
+          total[r][m] += (kParts == 2 ? part[0][m] + part[kParts - 1][m] : part[0][m]) * s;
       }
     }
   };
@@ -184,7 +193,8 @@ template <class S, int kTokens, int kRows, bool kAlike>
 }
 
 template <class S, int kTokens, bool kAlike>
-void few_rows(const Matrix& a, const RowScales<S>& row_scales, int64_t first, int64_t last, const float* ordered, const float* group_sums, int64_t group_stride, float* out, int64_t out_stride) {
+void few_rows(const Matrix& a, const RowScales<S>& row_scales, int64_t first, int64_t last, const float* ordered,
+              const float* group_sums, int64_t group_stride, float* out, int64_t out_stride) {
   constexpr int kRows = kTokens == 1 || (kTokens <= 4 && !S::kGroups) ? 2 : 1;
   const int64_t words = a.columns / S::kCodes, blocks = (words + W - 1) / W, groups = row_scales.groups;
   // The part of the tokens that all rows of a batch meet before the next: half of the first cache.
@@ -201,14 +211,17 @@ void few_rows(const Matrix& a, const RowScales<S>& row_scales, int64_t first, in
       const int64_t t1 = min(blocks, t + span);
       int64_t r = 0;
       for (; r + kRows <= rows; r += kRows)
-        add_blocks<S, kTokens, kRows, kAlike>(row_scales, a.codes + (some + r) * a.row_bytes, a.row_bytes, words, t, t1, scales + r * groups, groups, ordered, sums_of + r);
+        add_blocks<S, kTokens, kRows, kAlike>(row_scales, a.codes + (some + r) * a.row_bytes, a.row_bytes, words, t,
+                                              t1, scales + r * groups, groups, ordered, sums_of + r);
       for (; r < rows; ++r)
-        add_blocks<S, kTokens, 1, kAlike>(row_scales, a.codes + (some + r) * a.row_bytes, a.row_bytes, words, t, t1, scales + r * groups, groups, ordered, sums_of + r);
+        add_blocks<S, kTokens, 1, kAlike>(row_scales, a.codes + (some + r) * a.row_bytes, a.row_bytes, words, t, t1,
+                                          scales + r * groups, groups, ordered, sums_of + r);
     }
     if constexpr (S::kBiases) {
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t g = 0; g < groups; g += W)
-          for (int m = 0; m < kTokens; ++m) sums_of[r][m] += load<V>(biases + r * groups + g) * load<V>(group_sums + m * group_stride + g);
+          for (int m = 0; m < kTokens; ++m)
+            sums_of[r][m] += load<V>(biases + r * groups + g) * load<V>(group_sums + m * group_stride + g);
     }
     for (int m = 0; m < kTokens; ++m) {
       V of_rows[W];
@@ -220,23 +233,35 @@ void few_rows(const Matrix& a, const RowScales<S>& row_scales, int64_t first, in
 }
 
 template <class S, int kTokens>
-void few_rows(const Matrix& a, int64_t first, int64_t last, const float* ordered, const float* group_sums, int64_t group_stride, float* out, int64_t out_stride) {
+void few_rows(const Matrix& a, int64_t first, int64_t last, const float* ordered, const float* group_sums,
+              int64_t group_stride, float* out, int64_t out_stride) {
   const RowScales<S> row_scales(a);
-  if (row_scales.alike()) return few_rows<S, kTokens, true>(a, row_scales, first, last, ordered, group_sums, group_stride, out, out_stride);
-  if constexpr (S::kGroups) few_rows<S, kTokens, false>(a, row_scales, first, last, ordered, group_sums, group_stride, out, out_stride);
+  if (row_scales.alike())
+    return few_rows<S, kTokens, true>(a, row_scales, first, last, ordered, group_sums, group_stride, out, out_stride);
+  if constexpr (S::kGroups)
+    few_rows<S, kTokens, false>(a, row_scales, first, last, ordered, group_sums, group_stride, out, out_stride);
 }
 
 template <class S>
-void few_rows(int64_t tokens, const Matrix& a, int64_t first, int64_t last, const float* ordered, const float* group_sums, int64_t group_stride, float* out, int64_t out_stride) {
+void few_rows(int64_t tokens, const Matrix& a, int64_t first, int64_t last, const float* ordered,
+              const float* group_sums, int64_t group_stride, float* out, int64_t out_stride) {
   switch (tokens) {
-    case 1: return few_rows<S, 1>(a, first, last, ordered, group_sums, group_stride, out, out_stride);
-    case 2: return few_rows<S, 2>(a, first, last, ordered, group_sums, group_stride, out, out_stride);
-    case 3: return few_rows<S, 3>(a, first, last, ordered, group_sums, group_stride, out, out_stride);
-    case 4: return few_rows<S, 4>(a, first, last, ordered, group_sums, group_stride, out, out_stride);
-    case 5: return few_rows<S, 5>(a, first, last, ordered, group_sums, group_stride, out, out_stride);
-    case 6: return few_rows<S, 6>(a, first, last, ordered, group_sums, group_stride, out, out_stride);
-    case 7: return few_rows<S, 7>(a, first, last, ordered, group_sums, group_stride, out, out_stride);
-    default: return few_rows<S, 8>(a, first, last, ordered, group_sums, group_stride, out, out_stride);
+    case 1:
+      return few_rows<S, 1>(a, first, last, ordered, group_sums, group_stride, out, out_stride);
+    case 2:
+      return few_rows<S, 2>(a, first, last, ordered, group_sums, group_stride, out, out_stride);
+    case 3:
+      return few_rows<S, 3>(a, first, last, ordered, group_sums, group_stride, out, out_stride);
+    case 4:
+      return few_rows<S, 4>(a, first, last, ordered, group_sums, group_stride, out, out_stride);
+    case 5:
+      return few_rows<S, 5>(a, first, last, ordered, group_sums, group_stride, out, out_stride);
+    case 6:
+      return few_rows<S, 6>(a, first, last, ordered, group_sums, group_stride, out, out_stride);
+    case 7:
+      return few_rows<S, 7>(a, first, last, ordered, group_sums, group_stride, out, out_stride);
+    default:
+      return few_rows<S, 8>(a, first, last, ordered, group_sums, group_stride, out, out_stride);
   }
 }
 
@@ -263,7 +288,8 @@ void order_many(const float* x, int64_t tokens, int64_t K, int64_t stride, int64
 
 // Unpack blocks [t0, t1) of a row into a tile.
 template <class S>
-inline void unpack(const Matrix& a, const RowScales<S>& row_scales, int64_t row, int64_t t0, int64_t t1, const float* scales, const float* biases, float* to) {
+inline void unpack(const Matrix& a, const RowScales<S>& row_scales, int64_t row, int64_t t0, int64_t t1,
+                   const float* scales, const float* biases, float* to) {
   using Codes = std::make_integer_sequence<int, S::kCodes>;
   const int64_t words = a.columns / S::kCodes;
   const uint8_t* codes = a.codes + row * a.row_bytes;
@@ -274,13 +300,16 @@ inline void unpack(const Matrix& a, const RowScales<S>& row_scales, int64_t row,
     } else {
       const V scale = row_scales.template block<false>(scales, t);
       const V bias = S::kBiases ? row_scales.template block<false>(biases, t) : V{};
-      each_code<S>(w, [&](auto j, V v) [[gnu::always_inline]] { store(to + j * W, v * (scale * S::factor(j)) + bias); }, Codes{});
+      each_code<S>(
+          w, [&](auto j, V v) [[gnu::always_inline]] { store(to + j * W, v * (scale * S::factor(j)) + bias); },
+          Codes{});
     }
   }
 }
 
 // Add the products of kTileRows rows of a tile with a panel to c: [row][token of the panel].
-inline void meet(const float* tile, int64_t tile_stride, const float* panel, int64_t depth, float* c, int64_t c_stride) {
+inline void meet(const float* tile, int64_t tile_stride, const float* panel, int64_t depth, float* c,
+                 int64_t c_stride) {
   V total[kTileRows][kPanel];
   for (int r = 0; r < kTileRows; ++r)
     for (int v = 0; v < kPanel; ++v) total[r][v] = load<V>(c + r * c_stride + v * W);
@@ -315,7 +344,8 @@ void many_rows(const Matrix& a, int64_t first, int64_t last, const float* panels
   for (int64_t t0 = 0; t0 < blocks; t0 += step) {
     const int64_t t1 = min(blocks, t0 + step);
     for (int64_t row = first; row < last; ++row)
-      unpack<S>(a, row_scales, row, t0, t1, scales + (row - first) * groups, biases + (row - first) * groups, tile + (row - first) * deep);
+      unpack<S>(a, row_scales, row, t0, t1, scales + (row - first) * groups, biases + (row - first) * groups,
+                tile + (row - first) * deep);
     for (int64_t panel = 0; panel < n_panels; ++panel) {
       const float* x = panels + (panel * depth + t0 * W * S::kCodes) * kWide;
       for (int64_t r = 0; r < height; r += kTileRows)
@@ -404,7 +434,9 @@ void product_many(const Product& p, const float* x, int64_t tokens, float* y, co
   const int64_t words = a.columns / S::kCodes, blocks = (words + W - 1) / W, depth = blocks * W * S::kCodes;
   const int64_t n_panels = (tokens + kWide - 1) / kWide, n = outputs(p);
   float* panels = scratch(3, n_panels * depth * kWide);
-  parallel(n_panels, [&](int64_t panel) { order_many<S>(x, tokens, a.columns, a.columns, panel, blocks, panels + panel * depth * kWide); });
+  parallel(n_panels, [&](int64_t panel) {
+    order_many<S>(x, tokens, a.columns, a.columns, panel, blocks, panels + panel * depth * kWide);
+  });
   parallel(shares(p, kTileHeight), [&](int64_t task) {
     const Share s = share_of(p, task, kTileHeight);
     const int64_t rows = s.last - s.first, height = up(rows, kTileRows), stride = n_panels * kWide;
@@ -426,6 +458,7 @@ void product_many(const Product& p, const float* x, int64_t tokens, float* y, co
 inline bool alike(const Matrix& a, const Matrix& b) { return a.scheme == b.scheme && a.group == b.group; }
 
 void product(const Product& p) {
+  if (p.tokens == 0) return;
   for (int i = 1; i < p.n_matrices; ++i) {
     if (alike(p.matrices[0], p.matrices[i])) continue;
     // Mixed recipes: one after the other. Gate and up were compared by the caller.
@@ -441,7 +474,8 @@ void product(const Product& p) {
       one.y = part;
       product(one);
       for (int64_t m = 0; m < p.tokens; ++m)
-        for (int64_t r = 0; r < rows; ++r) p.y[m * n + column + r] = part[m * rows + r] + (p.residual ? p.residual[m * n + column + r] : 0.0f);
+        for (int64_t r = 0; r < rows; ++r)
+          p.y[m * n + column + r] = part[m * rows + r] + (p.residual ? p.residual[m * n + column + r] : 0.0f);
       column += rows;
     }
     return;
@@ -461,7 +495,8 @@ void product(const Product& p) {
     using S = decltype(scheme);
     if (p.tokens <= kFew) return product_few<S>(p, x, p.tokens, p.y, p.residual);
     for (int64_t m = 0; m < p.tokens; m += kManyTokens)
-      product_many<S>(p, x + m * K, min(kManyTokens, p.tokens - m), p.y + m * n, p.residual ? p.residual + m * n : nullptr);
+      product_many<S>(p, x + m * K, min(kManyTokens, p.tokens - m), p.y + m * n,
+                      p.residual ? p.residual + m * n : nullptr);
   });
 }
 

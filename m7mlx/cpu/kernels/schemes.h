@@ -127,29 +127,43 @@ struct Plain {
 template <class F>
 inline void with_scheme(Scheme scheme, F&& f) {
   switch (scheme) {
-    case Scheme::f32: return f(Plain<Scheme::f32>{});
-    case Scheme::f16: return f(Plain<Scheme::f16>{});
-    case Scheme::bf16: return f(Plain<Scheme::bf16>{});
-    case Scheme::affine2: return f(Affine<2>{});
-    case Scheme::affine3: return f(Affine<3>{});
-    case Scheme::affine4: return f(Affine<4>{});
-    case Scheme::affine5: return f(Affine<5>{});
-    case Scheme::affine6: return f(Affine<6>{});
-    case Scheme::affine8: return f(Affine<8>{});
-    case Scheme::mxfp4: case Scheme::nvfp4: return f(Four{});
-    case Scheme::mxfp8: return f(Eight{});
+    case Scheme::f32:
+      return f(Plain<Scheme::f32>{});
+    case Scheme::f16:
+      return f(Plain<Scheme::f16>{});
+    case Scheme::bf16:
+      return f(Plain<Scheme::bf16>{});
+    case Scheme::affine2:
+      return f(Affine<2>{});
+    case Scheme::affine3:
+      return f(Affine<3>{});
+    case Scheme::affine4:
+      return f(Affine<4>{});
+    case Scheme::affine5:
+      return f(Affine<5>{});
+    case Scheme::affine6:
+      return f(Affine<6>{});
+    case Scheme::affine8:
+      return f(Affine<8>{});
+    case Scheme::mxfp4:
+    case Scheme::nvfp4:
+      return f(Four{});
+    case Scheme::mxfp8:
+      return f(Eight{});
   }
 }
 
 inline float e4m3_to_float(uint8_t c) {
   const uint32_t magnitude = c & 0x7f, sign = (c & 0x80u) << 24;
-  const float x = magnitude < 8 ? static_cast<float>(magnitude) * 0x1p-9f : __builtin_bit_cast(float, (magnitude << 20) + (120u << 23));
+  const float x = magnitude < 8 ? static_cast<float>(magnitude) * 0x1p-9f
+                                : __builtin_bit_cast(float, (magnitude << 20) + (120u << 23));
   return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, x) | sign);
 }
 
 // Write n scales or biases as float32, and `padding` numbers behind them: zeros, or those that follow
 // in the matrix, of which `readable` lie from here on.
-inline void scales_to_floats(const uint8_t* from, Scale type, int64_t n, int64_t readable, float* to, int64_t padding) {
+inline void scales_to_floats(const uint8_t* from, Scale type, int64_t n, int64_t readable, float* to,
+                             int64_t padding) {
   int64_t i = 0;
   switch (type) {
     case Scale::f32:
@@ -165,7 +179,8 @@ inline void scales_to_floats(const uint8_t* from, Scale type, int64_t n, int64_t
       for (; i < n; ++i) to[i] = bfloat_to_float(load<uint16_t>(from + 2 * i));
       break;
     case Scale::e8m0:
-      for (; i < n; ++i) to[i] = __builtin_bit_cast(float, from[i] ? static_cast<uint32_t>(from[i]) << 23 : 0x400000u);
+      for (; i < n; ++i)
+        to[i] = __builtin_bit_cast(float, from[i] ? static_cast<uint32_t>(from[i]) << 23 : 0x400000u);
       break;
     case Scale::e4m3:
       for (; i < n; ++i) to[i] = e4m3_to_float(from[i]);
@@ -174,7 +189,9 @@ inline void scales_to_floats(const uint8_t* from, Scale type, int64_t n, int64_t
   for (; i < n + padding; ++i) to[i] = 0;
 }
 
-inline int64_t scale_bytes(Scale type) { return type == Scale::f32 ? 4 : type == Scale::f16 || type == Scale::bf16 ? 2 : 1; }
+inline int64_t scale_bytes(Scale type) {
+  return type == Scale::f32 ? 4 : type == Scale::f16 || type == Scale::bf16 ? 2 : 1;
+}
 
 }  // namespace
 }  // namespace m7

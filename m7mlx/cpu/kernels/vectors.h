@@ -56,11 +56,14 @@ inline U splat_bits(uint32_t x) { return x - U{}; }
 inline V number(U codes) { return __builtin_convertvector(reinterpret_cast<I>(codes), V); }
 inline V as_float(U bits) { return reinterpret_cast<V>(bits); }
 inline U as_bits(V x) { return reinterpret_cast<U>(x); }
-inline V choose(I mask, V yes, V no) { return as_float((reinterpret_cast<U>(mask) & as_bits(yes)) | (~reinterpret_cast<U>(mask) & as_bits(no))); }
+inline V choose(I mask, V yes, V no) {
+  return as_float((reinterpret_cast<U>(mask) & as_bits(yes)) | (~reinterpret_cast<U>(mask) & as_bits(no)));
+}
 // The numbers at p that a pattern names for each lane; it names none beyond the fourth, or W.
 inline V spread(const float* p, I pattern) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
-  return reinterpret_cast<V>(_mm256_permutevar_ps(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)), reinterpret_cast<__m256i>(pattern)));
+  return reinterpret_cast<V>(_mm256_permutevar_ps(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)),
+                                                  reinterpret_cast<__m256i>(pattern)));
 #else
   return __builtin_shuffle(load<V>(p), pattern);
 #endif
@@ -89,7 +92,8 @@ inline I lanes(bool second) {
 template <int half>
 inline void halve(V* v) {
   const I first = lanes<half>(false), second = lanes<half>(true);
-  for (int i = 0; i < half; ++i) v[i] = __builtin_shuffle(v[i], v[i + half], first) + __builtin_shuffle(v[i], v[i + half], second);
+  for (int i = 0; i < half; ++i)
+    v[i] = __builtin_shuffle(v[i], v[i + half], first) + __builtin_shuffle(v[i], v[i + half], second);
   if constexpr (half > 1) halve<half / 2>(v);
 }
 
@@ -124,7 +128,8 @@ inline U join(const B16* v) {
     typedef uint64_t L4 __attribute__((vector_size(32)));
     L4 halves[n / 8];
     for (int i = 0; i < n / 8; ++i)
-      halves[i] = __builtin_shufflevector(reinterpret_cast<L2>(v[2 * i]), reinterpret_cast<L2>(v[2 * i + 1]), 0, 1, 2, 3);
+      halves[i] =
+          __builtin_shufflevector(reinterpret_cast<L2>(v[2 * i]), reinterpret_cast<L2>(v[2 * i + 1]), 0, 1, 2, 3);
     if constexpr (n == 8) {
       return reinterpret_cast<U>(halves[0]);
     } else {
