@@ -14,7 +14,7 @@ from m7mlx_serve.answer_reader import AnswerReader, read_arguments
 from m7mlx_serve.answering import Answerer
 from m7mlx_serve.endpoint import ReadRequest
 from m7mlx_serve.errors import ApiError
-from m7mlx_serve.ollama.chat import ChatRequest
+from m7mlx_serve.ollama.chat import OllamaChatRequest
 from m7mlx_serve.ollama.fields import error_body
 
 _Fields = dict[str, Any]
@@ -28,7 +28,7 @@ class OllamaAnswers:
 
     def __init__(self, answerer: Answerer, read: ReadRequest) -> None:
         self._answerer, self._read, self._began = answerer, read, time.perf_counter()
-        self._is_chat = isinstance(read.body, ChatRequest)
+        self._is_chat = isinstance(read.body, OllamaChatRequest)
         self._reader = AnswerReader(answerer.tokenizer, read.prompts.tool_use)
         self._stats = Stats()
 

@@ -59,7 +59,7 @@ class Tool(Strict):
     function: Function
 
 
-class ChatRequest(Generation):
+class OllamaChatRequest(Generation):
     """The body of POST /api/chat."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000, fail_fast=True)]
@@ -100,5 +100,11 @@ def _call(id: str, function: CalledFunction) -> dict[str, Any]:
 
 
 ENDPOINT = Endpoint(
-    "/api/chat", "Answer a conversation, by Ollama's API", ChatRequest, ChatLine, ChatLine, error_body, OllamaError
+    "/api/chat",
+    "Answer a conversation, by Ollama's API",
+    OllamaChatRequest,
+    ChatLine,
+    ChatLine,
+    error_body,
+    OllamaError,
 )
