@@ -56,7 +56,7 @@ def test_blocks_become_messages() -> None:
     assert found == [
         {"role": "system", "content": "S\n\nT"},
         {"role": "user", "content": "a\n\nb"},
-        {"role": "assistant", "content": "c", "tool_calls": [call]},
+        {"role": "assistant", "content": "c", "reasoning_content": "hm", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "abc", "content": "2"},
         {"role": "user", "content": "d"},
         {"role": "assistant", "content": "The answer", "prefix": True},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,16 @@ PARAMETERS = {"type": "object", "properties": {"a": DIGIT}, "required": ["a"], "
 ADD: dict[str, Any] = {"type": "function", "function": {"name": "add", "description": "", "parameters": PARAMETERS}}
 
 
+@pytest.fixture
+def api(request: pytest.FixtureRequest) -> Iterator[Any]:
+    with import_module("ollama").Client(host=request.getfixturevalue(request.param)) as client:
+        yield client
+
+
 @pytest.mark.clients
 @pytest.mark.filterwarnings("ignore")  # of Ollama's client
-def test_answers_are_those_of_the_library(url: str, model_folder: Path) -> None:
-    api = import_module("ollama").Client(host=url)
+@pytest.mark.parametrize("api", ["url"], indirect=True)
+def test_answers_are_those_of_the_library(api: Any, model_folder: Path) -> None:
     model, tokenizer = load(model_folder)
     expected = "".join(p.text for p in stream_generate(model, tokenizer, user("Hello"), max_tokens=9))
     (tag,) = api.list().models
@@ -50,8 +57,8 @@ def test_answers_are_those_of_the_library(url: str, model_folder: Path) -> None:
 
 @pytest.mark.clients
 @pytest.mark.filterwarnings("ignore")
-def test_calls_and_their_results_go_back(chatml_url: str) -> None:
-    api = import_module("ollama").Client(host=chatml_url)
+@pytest.mark.parametrize("api", ["chatml_url"], indirect=True)
+def test_calls_and_their_results_go_back(api: Any) -> None:
     call = {"function": {"name": "add", "arguments": {"a": 1}}}
     history: list[Any] = [
         *user("1?"),
