@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import small_config, small_model
-from values import number
 
 import m7mlx.ring
-from m7mlx import load, load_cache, save_cache
+from m7mlx import load_cache, save_cache
 from m7mlx.cache import RollingCache
 
 pytestmark = pytest.mark.usefixtures("forced_instruction_set")
@@ -129,20 +128,3 @@ def test_whatever_is_done_to_a_cache_the_logits_are_those_of_mlx(
         tolerance = max(tolerance, 3e-2)
     for one, other in zip(found, expected, strict=True):
         assert (np.linalg.norm(one - other, axis=-1) <= tolerance * np.linalg.norm(other, axis=-1)).all()
-
-
-@pytest.mark.demo
-def test_the_demo_model_says_the_same_packed_and_expanded(demo_model: Path, request: pytest.FixtureRequest) -> None:
-    def tokens() -> list[int]:
-        model, tokenizer = load(demo_model)
-        cache = model.new_cache(kv_bits=32)  # as computed, as the expanded model's
-        logits = model(mx.array([tokenizer.encode("Once upon a time there was")]), cache)
-        found = []
-        for _ in range(200):  # the end of a text is a token as any other
-            found.append(int(number(logits[0, -1].argmax())))
-            logits = model(mx.array([found[-1:]]), cache)
-        return found
-
-    packed = tokens()
-    request.getfixturevalue("without_kernels")
-    assert tokens() == packed

@@ -47,10 +47,11 @@ class Case(NamedTuple):
         if self.scheme is None:
             return x @ self.numbers.T
         mode, bits, group = self.scheme
-        codes, *scales = self.packed
-        if mode == "affine":
-            scales = [a.astype(mx.float32) for a in scales]
-        return mx.quantized_matmul(x, codes, *scales, transpose=True, group_size=group, bits=bits, mode=mode)
+        codes, scales, *biases = self.packed
+        if mode != "affine":
+            return mx.quantized_matmul(x, codes, scales, group_size=group, bits=bits, mode=mode)
+        scales, bias = scales.astype(mx.float32), biases[0].astype(mx.float32)
+        return mx.quantized_matmul(x, codes, scales, bias, group_size=group, bits=bits)
 
 
 def plain(rows: int, columns: int, dtype: mx.Dtype, seed: int) -> Case:
@@ -71,7 +72,7 @@ def packed(rows: int, columns: int, scheme: tuple[str, int, int], dtype: mx.Dtyp
         numbers = mx.dequantize(codes, s, b, group, bits)
         terms = mx.abs(mx.dequantize(codes, s, mx.zeros_like(b), group, bits)) + mx.repeat(mx.abs(b), group, axis=1)
     else:
-        numbers = mx.dequantize(codes, *scales, group_size=group, bits=bits, mode=mode, dtype=mx.float32)
+        numbers = mx.dequantize(codes, scales[0], group_size=group, bits=bits, mode=mode, dtype=mx.float32)
         terms = mx.abs(numbers)
     return Case(weight, numbers, terms, (codes, *scales), scheme)
 
