@@ -55,6 +55,19 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     native._find.cache_clear()
 
 
+@pytest.fixture(scope="module", params=["base", "avx2", "avx512"])
+def forced_instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run a module's tests with the kernels of each instruction set that this processor has."""
+    if not native.usable():
+        pytest.skip("there are no kernels here")
+    kernels = native.kernels()
+    if request.param not in kernels.instruction_sets():
+        pytest.skip(f"this processor has no {request.param}")
+    kernels.use_instruction_set(request.param)
+    yield
+    kernels.use_instruction_set(native.instruction_set())
+
+
 def without(patch: pytest.MonkeyPatch) -> None:
     patch.setenv("M7MLX_NATIVE", "off")
     native._find.cache_clear()

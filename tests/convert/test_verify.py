@@ -74,7 +74,9 @@ def test_the_figures_are_those_of_both_models_run_whole(
 
 def log_probabilities(folder: Path, ids: list[int]) -> np.ndarray:
     """Return those of what follows each id but the last: float64 [positions, vocabulary]."""
-    logits = np.array(load(folder)[0](mx.array([ids])))[0, :-1].astype(np.float64)
+    model, _ = load(folder)
+    cache = model.new_cache(kv_bits=32)  # as the comparison computes
+    logits = np.array(model(mx.array([ids]), cache))[0, :-1].astype(np.float64)
     logits -= logits.max(-1, keepdims=True)
     found: np.ndarray = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     return found

@@ -14,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from m7mlx.arrays import dequantize
 from m7mlx.config import ModelConfig
 from m7mlx.loading import build
 from m7mlx.model import Mistral
@@ -68,8 +69,17 @@ def named_arrays(module: nn.Module) -> dict[str, mx.array]:
 
 
 def weights_on_disk(model: Mistral) -> dict[str, np.ndarray]:
-    """The unquantised weights of a loaded model by their names on disk: `m7mlx.fuse` undone."""
-    loaded = {name: np.array(array) for name, array in named_arrays(model).items()}
+    """The weights of a loaded model in float32 by their names on disk: `m7mlx.fuse` undone."""
+    arrays = named_arrays(model)
+    loaded = {}
+    for name in (name for name in arrays if name.endswith(".weight")):
+        path = name.removesuffix(".weight")
+        scheme = model.config.quantization.for_module(path) if model.config.quantization else None
+        kinds = [kind for kind in ("weight", "scales", "biases") if f"{path}.{kind}" in arrays]
+        parts = {kind: arrays[f"{path}.{kind}"] for kind in kinds}
+        loaded[name] = np.array(
+            dequantize(parts, scheme) if scheme and "scales" in parts else arrays[name].astype(mx.float32)
+        )
     found: dict[str, np.ndarray] = {}
     taken: dict[str, int] = {}
     for name, shape in model.config.weight_shapes().items():
