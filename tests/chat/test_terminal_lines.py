@@ -36,8 +36,8 @@ def test_json_is_the_same_value_and_holds_nothing_that_a_terminal_obeys(value: o
 def test_what_rich_draws_takes_the_cells_that_it_took(text: str) -> None:
     drawn = make_safe([Segment(text, Style(bold=True, link="http://evil.example"))])
     assert sum(cell_len(segment.text) for segment in drawn) == cell_len(text)
-    # rich ends its lines so
-    assert not UNSAFE.search("".join(segment.text for segment in drawn).replace("\n", ""))
+    # rich ends its lines so, and makes spaces of tabs itself
+    assert not UNSAFE.search("".join(segment.text for segment in drawn).replace("\n", "").replace("\t", ""))
     assert all(segment.style is None or segment.style.link is None for segment in drawn)
 
 

@@ -277,7 +277,7 @@ TOO_MANY_TOKENS: dict[str, Any] = {
         ({"tokenizer.ggml.eos_token_id": 320}, ConfigError, "token id 320 is not one of its 320 tokens"),
         ({"tokenizer.ggml.bos_token_id": "x"}, ConfigError, "token id x is not one of"),
         ({"split.count": 3}, ConfigError, "one of several parts"),
-        ({"tokenizer.ggml.pre": "tekken"}, TokenizerError, "tekken of cutting text .* is not supported"),
+        ({"tokenizer.ggml.pre": "viking"}, TokenizerError, "viking of cutting text .* is not supported"),
         ({"tokenizer.ggml.pre": None}, TokenizerError, "None of cutting text"),
         ({"tokenizer.ggml.model": "rwkv"}, TokenizerError, "tokenizer rwkv is not supported"),
         ({"tokenizer.ggml.tokens": None}, TokenizerError, "holds no tokenizer"),

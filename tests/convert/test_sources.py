@@ -84,7 +84,8 @@ def test_an_mlx_folder_gives_the_same_logits_expanded(tmp_path: Path) -> None:
     write_folder(tmp_path / "plain", LLAMA)
     quantised = convert(str(tmp_path / "plain"), tmp_path / "q", recipe=Recipe(Quantization(32, 5)))
     floats = convert(str(quantised), tmp_path / "f", recipe=Recipe(dequantize=True), dtype="float32")
-    assert mx.array_equal(load(floats)[0](IDS), load(quantised)[0](IDS)).item()
+    both = [model(IDS, model.new_cache(kv_bits=32)) for model in (load(floats)[0], load(quantised)[0])]
+    assert (mx.abs(both[0] - both[1]).max() / mx.abs(both[1]).max()).item() < 1e-5
 
 
 # --- AWQ and GPTQ -----------------------------------------------------------------------------

@@ -382,7 +382,7 @@ def test_two_generators_over_one_cache_do_not_mix(loaded: tuple[Mistral, Tokeniz
 
 def test_a_failed_answer_keeps_nothing_in_memory(loaded: tuple[Mistral, Tokenizer]) -> None:
     class Enforced(Unconstrained):
-        enforced = True
+        is_whole = True
 
     model, tokenizer = loaded
     text = generate(model, tokenizer, [1, 5, 900], max_tokens=8)

@@ -125,7 +125,7 @@ def test_standard_streams_that_are_closed(model_folder: Path, closed: str) -> No
 import sys, m7mlx_serve.reading_process
 from m7mlx_serve.openai import answers
 def breaks(*_): raise KeyError("unforeseen")
-answers._sampling = breaks
+answers.write = breaks
 from m7mlx_serve.cli import main
 sys.exit(main(["--model", {str(model_folder)!r}, "--name", {NAME!r}, "--port", "{port}"]))
 """
