@@ -15,7 +15,8 @@
 
 namespace {
 
-constexpr m7::Stored kStored[] = {m7::Stored::f32, m7::Stored::f16, m7::Stored::bf16, m7::Stored::packed8, m7::Stored::packed4};
+constexpr m7::Stored kStored[] = {m7::Stored::f32, m7::Stored::f16, m7::Stored::bf16, m7::Stored::packed8,
+                                  m7::Stored::packed4};
 
 // The shapes of a test, and how keys and values are stored.
 struct Shape {
@@ -27,7 +28,10 @@ struct Shape {
   bool packed() const { return stored == m7::Stored::packed8 || stored == m7::Stored::packed4; }
   size_t row_bytes() const {
     const auto n = static_cast<size_t>(head_dim);
-    return stored == m7::Stored::f32 ? 4 * n : stored == m7::Stored::packed8 ? n : stored == m7::Stored::packed4 ? n / 2 : 2 * n;
+    return stored == m7::Stored::f32       ? 4 * n
+           : stored == m7::Stored::packed8 ? n
+           : stored == m7::Stored::packed4 ? n / 2
+                                           : 2 * n;
   }
   size_t groups() const { return packed() ? static_cast<size_t>(head_dim / group) : 0; }
 };
@@ -51,8 +55,11 @@ class Half {
   }
   bool same(size_t row, const Half& other, size_t other_row) const {
     const size_t bytes = shape_.row_bytes(), of_scales = 2 * shape_.groups();
-    const auto equal = [&](const Bytes& a, const Bytes& b, size_t n) { return n == 0 || !std::memcmp(a.data() + row * n, b.data() + other_row * n, n); };
-    return equal(codes_, other.codes_, bytes) && equal(scales_, other.scales_, of_scales) && equal(biases_, other.biases_, of_scales);
+    const auto equal = [&](const Bytes& a, const Bytes& b, size_t n) {
+      return n == 0 || !std::memcmp(a.data() + row * n, b.data() + other_row * n, n);
+    };
+    return equal(codes_, other.codes_, bytes) && equal(scales_, other.scales_, of_scales) &&
+           equal(biases_, other.biases_, of_scales);
   }
   // The numbers of a row, and how far each may be from what was stored.
   void read(size_t row, std::vector<double>& numbers, std::vector<double>& steps) const {
@@ -126,17 +133,27 @@ inline std::vector<double> rotated(const float* x, const float* rotation, const 
 
 class AttentionTest {
  public:
-  AttentionTest(const m7::Kernels& kernels, const Shape& shape, int64_t first, int64_t total, std::vector<int64_t> starts)
-      : kernels_(kernels), shape_(shape), position_(first), starts_(std::move(starts)), slots_(shape.window ? shape.capacity : total),
-        total_(total), keys_(shape, slots_), values_(shape, slots_), all_keys_(shape, total), all_values_(shape, total),
-        numbers_(static_cast<size_t>(shape.head_dim)), steps_(numbers_.size()) {}
+  AttentionTest(const m7::Kernels& kernels, const Shape& shape, int64_t first, int64_t total,
+                std::vector<int64_t> starts)
+      : kernels_(kernels),
+        shape_(shape),
+        position_(first),
+        starts_(std::move(starts)),
+        slots_(shape.window ? shape.capacity : total),
+        total_(total),
+        keys_(shape, slots_),
+        values_(shape, slots_),
+        all_keys_(shape, total),
+        all_values_(shape, total),
+        numbers_(static_cast<size_t>(shape.head_dim)),
+        steps_(numbers_.size()) {}
 
   // Feed some tokens, and look at the results of `looked_at` of them.
   bool feed(int64_t length, int64_t looked_at, float size) {
     const int64_t D = shape_.head_dim, wide = (shape_.n_heads + 2 * shape_.n_kv_heads) * D;
     const int64_t rotations = draw(0, 1) ? shape_.batch : 1;
-    Floats heads(size_t(shape_.batch * length * wide)), rotation(size_t(rotations * length * D)), out(size_t(shape_.batch * length * shape_.n_heads * D)),
-        forgets_nothing(out.size());
+    Floats heads(size_t(shape_.batch * length * wide)), rotation(size_t(rotations * length * D)),
+        out(size_t(shape_.batch * length * shape_.n_heads * D)), forgets_nothing(out.size());
     for (float& x : heads) x = size * normal();
     for (size_t i = 0; i < rotation.size(); ++i) {
       if (i / size_t(D / 2) % 2) continue;  // a cosine; its sine lies half a row further on
@@ -145,26 +162,49 @@ class AttentionTest {
       rotation[i + size_t(D / 2)] = static_cast<float>(std::sin(angle));
     }
     m7::Attention a{};
-    a.heads = heads.data(); a.rotation = rotation.data(); a.rotations = rotations;
-    a.batch = shape_.batch; a.length = length; a.n_heads = shape_.n_heads; a.n_kv_heads = shape_.n_kv_heads; a.head_dim = D;
-    a.offset = position_; a.starts = starts_.data(); a.group = shape_.packed() ? shape_.group : 1; a.turned = shape_.turned;
+    a.heads = heads.data();
+    a.rotation = rotation.data();
+    a.rotations = rotations;
+    a.batch = shape_.batch;
+    a.length = length;
+    a.n_heads = shape_.n_heads;
+    a.n_kv_heads = shape_.n_kv_heads;
+    a.head_dim = D;
+    a.offset = position_;
+    a.starts = starts_.data();
+    a.group = shape_.packed() ? shape_.group : 1;
+    a.turned = shape_.turned;
     m7::Attention all = a;
-    a.keys = keys_.rows(); a.values = values_.rows(); a.slots = slots_;
-    a.capacity = shape_.window ? shape_.capacity : int64_t{1} << 40; a.window = shape_.window; a.out = out.data();
+    a.keys = keys_.rows();
+    a.values = values_.rows();
+    a.slots = slots_;
+    a.capacity = shape_.window ? shape_.capacity : int64_t{1} << 40;
+    a.window = shape_.window;
+    a.out = out.data();
     kernels_.attend(a);
-    all.keys = all_keys_.rows(); all.values = all_values_.rows(); all.slots = total_;
-    all.capacity = total_; all.window = 0; all.out = forgets_nothing.data();
+    all.keys = all_keys_.rows();
+    all.values = all_values_.rows();
+    all.slots = total_;
+    all.capacity = total_;
+    all.window = 0;
+    all.out = forgets_nothing.data();
     kernels_.attend(all);
 
-    what_ = "attention stored " + std::to_string(int(shape_.stored)) + " turned " + std::to_string(shape_.turned) + " batch " + std::to_string(shape_.batch) +
-            " heads " + std::to_string(shape_.n_heads) + "/" + std::to_string(shape_.n_kv_heads) + " of " + std::to_string(D) + " window " +
-            std::to_string(shape_.window) + " capacity " + std::to_string(shape_.capacity) + " position " + std::to_string(position_) + " length " + std::to_string(length);
-    if (!(keys_.intact() && values_.intact() && all_keys_.intact() && all_values_.intact() && heads.intact() && rotation.intact() && out.intact() && forgets_nothing.intact()))
+    what_ = "attention stored " + std::to_string(int(shape_.stored)) + " turned " + std::to_string(shape_.turned) +
+            " batch " + std::to_string(shape_.batch) + " heads " + std::to_string(shape_.n_heads) + "/" +
+            std::to_string(shape_.n_kv_heads) + " of " + std::to_string(D) + " window " +
+            std::to_string(shape_.window) + " capacity " + std::to_string(shape_.capacity) + " position " +
+            std::to_string(position_) + " length " + std::to_string(length);
+    if (!(keys_.intact() && values_.intact() && all_keys_.intact() && all_values_.intact() && heads.intact() &&
+          rotation.intact() && out.intact() && forgets_nothing.intact()))
       return fail(what_.c_str(), "bytes beside a buffer were written");
     if (!is_stored(a)) return false;
     position_ += length;
     for (int64_t i = 0; i < looked_at; ++i) {
-      const int64_t token = i == 0 ? length - 1 : i == 1 ? 0 : draw(0, length - 1), b = draw(0, shape_.batch - 1), head = draw(0, shape_.n_heads - 1);
+      const int64_t token = i == 0   ? length - 1
+                            : i == 1 ? 0
+                                     : draw(0, length - 1),
+                    b = draw(0, shape_.batch - 1), head = draw(0, shape_.n_heads - 1);
       if (!is_right(a, b, token, head, out) || !is_right(all, b, token, head, forgets_nothing)) return false;
     }
     return true;
@@ -181,7 +221,8 @@ class AttentionTest {
           const float* rotation = a.rotation + ((a.rotations == 1 ? 0 : b) * a.length + token) * D;
           const float* v = x + a.n_kv_heads * D;
           const size_t row = all_keys_.row(b, head, a.offset + token);
-          if (!near(all_keys_, row, rotated(x, rotation, shape_)) || !near(all_values_, row, std::vector<double>(v, v + D)))
+          if (!near(all_keys_, row, rotated(x, rotation, shape_)) ||
+              !near(all_values_, row, std::vector<double>(v, v + D)))
             return fail(what_.c_str(), "what is stored is further from the exact numbers than by rounding");
         }
         for (int64_t p = std::max<int64_t>(first_, end - std::min(slots_, a.capacity)); p < end; ++p) {
@@ -209,7 +250,8 @@ class AttentionTest {
     const int64_t D = a.head_dim, own = a.offset + token, kv_head = head / shape_.shared();
     const int64_t low = std::max(starts_[size_t(b)], a.window ? own - a.window + 1 : 0);
     const float* x = a.heads + ((b * a.length + token) * (a.n_heads + 2 * a.n_kv_heads) + head) * D;
-    const std::vector<double> query = rotated(x, a.rotation + ((a.rotations == 1 ? 0 : b) * a.length + token) * D, shape_);
+    const std::vector<double> query =
+        rotated(x, a.rotation + ((a.rotations == 1 ? 0 : b) * a.length + token) * D, shape_);
     std::vector<double> scores, wanted(query.size(), 0), size(query.size(), 0);
     double largest = -INFINITY, terms = 0, total = 0;
     for (int64_t p = low; p <= own; ++p) {
@@ -237,7 +279,10 @@ class AttentionTest {
       got[i] = out[size_t(((b * a.length + token) * a.n_heads + head) * D) + i];
       size[i] *= 2 + terms;  // a score that is off by 1e-6 of its terms moves the weights by as much
     }
-    return close((what_ + " token " + std::to_string(token) + " row " + std::to_string(b) + " head " + std::to_string(head) + " seen from " + std::to_string(low)).c_str(), got, wanted, size);
+    return close((what_ + " token " + std::to_string(token) + " row " + std::to_string(b) + " head " +
+                  std::to_string(head) + " seen from " + std::to_string(low))
+                     .c_str(),
+                 got, wanted, size);
   }
 
   const m7::Kernels& kernels_;
@@ -255,13 +300,19 @@ inline bool test_attention(const m7::Kernels& kernels) {
   Shape s{};
   s.stored = kStored[draw(0, 4)];
   s.head_dim = s.packed() ? packed_dims[draw(0, 3)] : dims[draw(0, 7)];
-  do s.group = 32 << draw(0, 2); while (s.packed() && s.head_dim % s.group);
+  do s.group = 32 << draw(0, 2);
+  while (s.packed() && s.head_dim % s.group);
   s.turned = s.packed() && s.head_dim != 96 && draw(0, 3);
   s.batch = draw(0, 1) ? 1 : draw(2, 4);
   s.n_kv_heads = draw(1, 3);
   s.n_heads = s.n_kv_heads * draw(1, 8);
   const bool is_long = draw(0, 7) == 0;  // enough keys that several threads share one query's
-  if (is_long) s.batch = 1, s.n_kv_heads = 1, s.n_heads = draw(1, 3), s.head_dim = s.packed() ? 32 : draw(0, 1) ? 16 : 20, s.group = 32;
+  if (is_long)
+    s.batch = 1, s.n_kv_heads = 1, s.n_heads = draw(1, 3),
+    s.head_dim = s.packed()   ? 32
+                 : draw(0, 1) ? 16
+                              : 20,
+    s.group = 32;
   s.window = draw(0, 2) ? is_long ? draw(1000, 1400) : draw(1, 90) : 0;
   s.capacity = s.window + draw(0, 1) * draw(0, 70);
   // A ring that has turned many times, of rows that began late.
@@ -269,8 +320,10 @@ inline bool test_attention(const m7::Kernels& kernels) {
   std::vector<int64_t> starts;
   for (int64_t b = 0; b < s.batch; ++b) starts.push_back(first + (draw(0, 1) ? 0 : draw(0, 40)));
   std::vector<int64_t> lengths;
-  if (is_long) lengths = {draw(900, 1500), 1, draw(2, 9), draw(1, 200), 1};
-  else for (int64_t i = draw(2, 9); i > 0; --i) lengths.push_back(draw(0, 2) ? draw(1, 3) : draw(4, 70));
+  if (is_long)
+    lengths = {draw(900, 1500), 1, draw(2, 9), draw(1, 200), 1};
+  else
+    for (int64_t i = draw(2, 9); i > 0; --i) lengths.push_back(draw(0, 2) ? draw(1, 3) : draw(4, 70));
   int64_t total = first;
   for (const int64_t length : lengths) total += length;
   const float sizes[] = {1, 1, 3, 30};

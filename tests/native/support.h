@@ -86,10 +86,12 @@ inline bool fail(const char* what, const char* why) {
   return false;
 }
 
-inline bool close(const char* what, const Floats& got, const std::vector<double>& wanted, const std::vector<double>& size) {
+inline bool close(const char* what, const Floats& got, const std::vector<double>& wanted,
+                  const std::vector<double>& size) {
   for (size_t i = 0; i < got.size(); ++i) {
     if (!(std::abs(got[i] - wanted[i]) <= 2e-6 * size[i] + 1e-30)) {
-      std::printf("FAIL %s: number %zu is %.9g, not %.9g (of terms that sum up to %.3g)\n", what, i, got[i], wanted[i], size[i]);
+      std::printf("FAIL %s: number %zu is %.9g, not %.9g (of terms that sum up to %.3g)\n", what, i, got[i],
+                  wanted[i], size[i]);
       return false;
     }
   }

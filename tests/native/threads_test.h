@@ -68,7 +68,8 @@ inline bool test_threads(int64_t n_threads, int rounds) {
 
   for (int64_t n = 0; n < 20; ++n) {
     m7::set_threads(1 + n % 4);
-    if (!runs_each_once(30)) return fail("threads", "a task ran not at all, or twice, after another number of threads");
+    if (!runs_each_once(30))
+      return fail("threads", "a task ran not at all, or twice, after another number of threads");
   }
   if (!goes_on_in_a_child()) return fail("threads", "a child's tasks did not run, after threads were replaced");
   return true;
