@@ -21,7 +21,10 @@ SETS = {"base": [], "avx2": AVX2, "avx512": AVX512}
 FLAGS = ["-O1", "-g1", "-std=c++20", "-ffp-contract=fast", "-fno-math-errno", "-pthread", "-Wall", "-Wextra"]
 SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux" or not COMPILER, reason="needs Linux and g++")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux" or not COMPILER, reason="needs Linux and g++"),
+    pytest.mark.timeout(1200),  # what runs first is compiled for minutes
+]
 
 
 def sets_here() -> list[str]:

@@ -14,6 +14,8 @@ from values import number
 from m7mlx import load
 from m7mlx.cpu import native
 
+pytestmark = pytest.mark.timeout(1200)  # what runs first is compiled, or computed without a BLAS
+
 HERE = Path(__file__).parent
 
 
