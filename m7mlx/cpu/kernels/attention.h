@@ -39,23 +39,22 @@ struct Place {
   int64_t row;  // of head_dim numbers, counted from the beginning of `rows`
 };
 
-// Write rows of a ring as float32.
-inline void read_rows(const Attention& a, const Place& p, int64_t count, float* to) {
+// Rows of a ring as float32: where they lie, or written into a tile.
+inline const float* read_rows(const Attention& a, const Place& p, int64_t count, float* tile) {
   const int64_t D = a.head_dim, n = count * D;
   const uint8_t* from = p.rows.codes + p.row * row_bytes(p.rows.stored, D);
   int64_t i = 0;
   switch (p.rows.stored) {
     case Stored::f32:
-      std::memcpy(to, from, static_cast<size_t>(n) * 4);
-      return;
+      return reinterpret_cast<const float*>(from);
     case Stored::f16:
-      for (; i + W <= n; i += W) store(to + i, from_half(load<H>(from + 2 * i)));
-      for (; i < n; ++i) to[i] = half_to_float(load<uint16_t>(from + 2 * i));
-      return;
+      for (; i + W <= n; i += W) store(tile + i, from_half(load<H>(from + 2 * i)));
+      for (; i < n; ++i) tile[i] = half_to_float(load<uint16_t>(from + 2 * i));
+      return tile;
     case Stored::bf16:
-      for (; i + W <= n; i += W) store(to + i, from_bfloat(load<H>(from + 2 * i)));
-      for (; i < n; ++i) to[i] = bfloat_to_float(load<uint16_t>(from + 2 * i));
-      return;
+      for (; i + W <= n; i += W) store(tile + i, from_bfloat(load<H>(from + 2 * i)));
+      for (; i < n; ++i) tile[i] = bfloat_to_float(load<uint16_t>(from + 2 * i));
+      return tile;
     case Stored::packed8:
     case Stored::packed4:
       break;
@@ -65,7 +64,7 @@ inline void read_rows(const Attention& a, const Place& p, int64_t count, float* 
   for (int64_t g = 0; g < count * groups; ++g) {
     const float scale = half_to_float(load<uint16_t>(p.rows.scales + 2 * (p.row * groups + g)));
     const float bias = half_to_float(load<uint16_t>(p.rows.biases + 2 * (p.row * groups + g)));
-    float* out = to + g * a.group;
+    float* out = tile + g * a.group;
     if (eight) {
       const uint8_t* codes = from + g * a.group;
       for (i = 0; i < a.group; ++i) out[i] = static_cast<float>(codes[i]) * scale + bias;
@@ -77,6 +76,7 @@ inline void read_rows(const Attention& a, const Place& p, int64_t count, float* 
       }
     }
   }
+  return tile;
 }
 
 // Store one row; packed codes as MLX's `quantize` makes them.
@@ -222,7 +222,7 @@ inline void weigh(const float* weights, int64_t rows, const float* tile, int64_t
 constexpr float kNothing = -__builtin_huge_valf();
 
 // What a row of queries has attended to so far: its largest score, the sum of the powers, and the
-// weighted sum of the values, which `heads` of numbers follow.
+// weighted sum of the values, which lies apart.
 struct Softmax {
   float largest, total;
 };
@@ -231,9 +231,10 @@ struct Work {
   const Attention& a;
   const float* queries;       // [batch, n_kv_heads, length, queries of a KV head, head_dim], rotated and scaled
   Rows new_keys, new_values;  // [batch, n_kv_heads, length, head_dim]; no codes where all lie in the ring
-  int64_t shared, tokens, blocks, pieces, piece;  // queries of a KV head; tokens of a block; keys of a piece
+  int64_t shared, tokens, blocks, pieces;  // queries of a KV head; tokens of a block; parts of its keys
 
-  int64_t stride() const { return shared * tokens; }  // rows of a block
+  int64_t stride() const { return shared * tokens; }                 // rows of a block
+  int64_t part_size() const { return stride() * (a.head_dim + 2); }  // floats of a block's piece
   int64_t first_seen(int64_t b, int64_t position) const {
     return max(a.starts[b], a.window ? position - a.window + 1 : 0);
   }
@@ -266,12 +267,7 @@ inline void attend_block(const Work& w, int64_t b, int64_t head, int64_t token, 
   for (int64_t position = from, count; position < to; position += count) {
     count = min(kKeys, to - position);
     const Place keys = w.find(false, b, head, position, &count), values = w.find(true, b, head, position, &count);
-    if (keys.rows.stored == Stored::f32) {
-      score(queries, rows, reinterpret_cast<const float*>(keys.rows.codes) + keys.row * D, count, D, scores);
-    } else {
-      read_rows(a, keys, count, tile);
-      score(queries, rows, tile, count, D, scores);
-    }
+    score(queries, rows, read_rows(a, keys, count, tile), count, D, scores);
     for (int64_t r = 0; r < rows; ++r) {
       float* s = scores + r * kKeys;
       const int64_t own = a.offset + token + r / w.shared;
@@ -300,12 +296,7 @@ inline void attend_block(const Work& w, int64_t b, int64_t head, int64_t token, 
       }
       state[r].total += sum(total);
     }
-    if (values.rows.stored == Stored::f32) {
-      weigh(scores, rows, reinterpret_cast<const float*>(values.rows.codes) + values.row * D, count, D, out);
-    } else {
-      read_rows(a, values, count, tile);
-      weigh(scores, rows, tile, count, D, out);
-    }
+    weigh(scores, rows, read_rows(a, values, count, tile), count, D, out);
   }
 }
 
@@ -331,20 +322,69 @@ inline void take_in(const Work& w, float* queries, int64_t b, int64_t token) {
   }
 }
 
-inline int64_t padded_bytes(int64_t n) { return up(n, 64); }
+// Bytes of the scales, or of the biases, of a row of the ring.
+inline int64_t scale_bytes(const Attention& a) { return a.keys.scales ? a.head_dim / a.group * 2 : 0; }
+
+// Make the result of the pieces: [line][block][piece] of rows of numbers, with a `Softmax` for each
+// row behind them.
+inline void join_pieces(const Work& w, const float* parts) {
+  const Attention& a = w.a;
+  const int64_t D = a.head_dim, rows = w.stride(), size = w.part_size();
+  for (int64_t line = 0; line < a.batch * a.n_kv_heads; ++line) {
+    const int64_t b = line / a.n_kv_heads, head = line % a.n_kv_heads;
+    for (int64_t token = 0; token < a.length; ++token) {
+      const int64_t block = token / w.tokens;
+      const float* first = parts + (line * w.blocks + block) * w.pieces * size;
+      for (int64_t q = 0; q < w.shared; ++q) {
+        const int64_t r = (token - block * w.tokens) * w.shared + q;
+        const auto state = [&](int64_t p) {
+          return reinterpret_cast<const Softmax*>(first + p * size + rows * D)[r];
+        };
+        float* out = a.out + ((b * a.length + token) * a.n_heads + head * w.shared + q) * D;
+        float largest = kNothing, total = 0;
+        for (int64_t p = 0; p < w.pieces; ++p) largest = state(p).largest > largest ? state(p).largest : largest;
+        for (int64_t p = 0; p < w.pieces; ++p) {
+          const float share = state(p).total == 0 ? 0 : __builtin_expf(state(p).largest - largest);
+          total += share * state(p).total;
+          const float* from = first + p * size + r * D;
+          for (int64_t i = 0; i < D; ++i) out[i] = (p ? out[i] : 0) + share * from[i];
+        }
+        const float inverse = total > 0 ? 1 / total : 0;
+        for (int64_t i = 0; i < D; ++i) out[i] *= inverse;
+      }
+    }
+  }
+}
+
+// Copy the last of the new keys and values, as many as the ring holds, into it.
+inline void keep_new(const Work& w) {
+  const Attention& a = w.a;
+  const int64_t bytes = row_bytes(a.keys.stored, a.head_dim), of_scales = scale_bytes(a);
+  const Rows* const pairs[2][2] = {{&w.new_keys, &a.keys}, {&w.new_values, &a.values}};
+  for (int64_t line = 0; line < a.batch * a.n_kv_heads; ++line) {
+    for (int64_t token = max(0, a.length - a.capacity); token < a.length; ++token) {
+      const int64_t from = line * a.length + token, to = line * a.slots + (a.offset + token) % a.capacity;
+      for (const auto& [fresh, ring] : pairs) {
+        std::memcpy(ring->codes + to * bytes, fresh->codes + from * bytes, static_cast<size_t>(bytes));
+        if (!of_scales) continue;
+        std::memcpy(ring->scales + to * of_scales, fresh->scales + from * of_scales, static_cast<size_t>(of_scales));
+        std::memcpy(ring->biases + to * of_scales, fresh->biases + from * of_scales, static_cast<size_t>(of_scales));
+      }
+    }
+  }
+}
 
 void attend(const Attention& a) {
   if (a.batch * a.length == 0) return;
   const int64_t D = a.head_dim, lines = a.batch * a.n_kv_heads, end = a.offset + a.length;
-  Work w{a, nullptr, {}, {}, a.n_heads / a.n_kv_heads, 0, 0, 1, 0};
+  Work w{a, nullptr, {}, {}, a.n_heads / a.n_kv_heads, 0, 0, 1};
   float* queries = scratch(3, a.batch * a.length * a.n_heads * D);
   w.queries = queries;
   // The new keys may be written first where they take no slot that an earlier token still sees.
   const bool in_place = end <= a.capacity || (a.window && a.length <= a.capacity - a.window + 1);
   if (!in_place) {
-    const int64_t n = lines * a.length, bytes = row_bytes(a.keys.stored, D),
-                  of_scales = a.keys.scales ? D / a.group * 2 : 0;
-    const int64_t codes = padded_bytes(n * bytes), scales = padded_bytes(n * of_scales);
+    const int64_t n = lines * a.length;
+    const int64_t codes = up(n * row_bytes(a.keys.stored, D), 64), scales = up(n * scale_bytes(a), 64);
     uint8_t* memory = reinterpret_cast<uint8_t*>(scratch(5, (codes + 2 * scales) / 2));
     Rows* const fresh[] = {&w.new_keys, &w.new_values};
     for (Rows* rows : fresh) {
@@ -370,7 +410,7 @@ void attend(const Attention& a) {
   int64_t seen = end;
   if (a.window) seen = min(seen, a.window + w.tokens - 1);
   if (lines * w.blocks < 2 * threads()) w.pieces = max(1, min(2 * threads() / (lines * w.blocks), seen / kPiece));
-  const int64_t rows = w.stride(), size = rows * (D + 2);
+  const int64_t rows = w.stride(), size = w.part_size();
   float* parts = scratch(4, lines * w.blocks * w.pieces * size);
   parallel(lines * w.blocks * w.pieces, [&](int64_t task) {
     const int64_t piece = task % w.pieces, block = task / w.pieces % w.blocks, line = task / w.pieces / w.blocks;
@@ -381,49 +421,8 @@ void attend(const Attention& a) {
     attend_block(w, b, line % a.n_kv_heads, token, min(last, first + piece * step),
                  min(last, first + (piece + 1) * step), reinterpret_cast<Softmax*>(part + rows * D), part);
   });
-  for (int64_t line = 0; line < lines; ++line) {
-    const int64_t b = line / a.n_kv_heads, head = line % a.n_kv_heads;
-    for (int64_t token = 0; token < a.length; ++token) {
-      const int64_t block = token / w.tokens;
-      const float* first = parts + (line * w.blocks + block) * w.pieces * size;
-      for (int64_t q = 0; q < w.shared; ++q) {
-        const int64_t r = (token - block * w.tokens) * w.shared + q;
-        float* out = a.out + ((b * a.length + token) * a.n_heads + head * w.shared + q) * D;
-        float largest = kNothing, total = 0;
-        for (int64_t p = 0; p < w.pieces; ++p) {
-          const auto* state = reinterpret_cast<const Softmax*>(first + p * size + rows * D) + r;
-          largest = state->largest > largest ? state->largest : largest;
-        }
-        for (int64_t p = 0; p < w.pieces; ++p) {
-          const auto* state = reinterpret_cast<const Softmax*>(first + p * size + rows * D) + r;
-          const float share = state->total == 0 ? 0 : __builtin_expf(state->largest - largest);
-          total += share * state->total;
-          const float* from = first + p * size + r * D;
-          for (int64_t i = 0; i < D; ++i) out[i] = (p ? out[i] : 0) + share * from[i];
-        }
-        const float inverse = total > 0 ? 1 / total : 0;
-        for (int64_t i = 0; i < D; ++i) out[i] *= inverse;
-      }
-    }
-  }
-
-  if (!in_place) {  // the last of the new keys that the ring holds
-    const int64_t bytes = row_bytes(a.keys.stored, D), of_scales = a.keys.scales ? D / a.group * 2 : 0;
-    for (int64_t line = 0; line < lines; ++line) {
-      for (int64_t token = max(0, a.length - a.capacity); token < a.length; ++token) {
-        const int64_t from = line * a.length + token, to = line * a.slots + (a.offset + token) % a.capacity;
-        const Rows* pairs[2][2] = {{&w.new_keys, &a.keys}, {&w.new_values, &a.values}};
-        for (auto& pair : pairs) {
-          std::memcpy(pair[1]->codes + to * bytes, pair[0]->codes + from * bytes, static_cast<size_t>(bytes));
-          if (!of_scales) continue;
-          std::memcpy(pair[1]->scales + to * of_scales, pair[0]->scales + from * of_scales,
-                      static_cast<size_t>(of_scales));
-          std::memcpy(pair[1]->biases + to * of_scales, pair[0]->biases + from * of_scales,
-                      static_cast<size_t>(of_scales));
-        }
-      }
-    }
-  }
+  join_pieces(w, parts);
+  if (!in_place) keep_new(w);
 }
 
 }  // namespace

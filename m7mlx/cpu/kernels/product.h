@@ -232,46 +232,34 @@ void few_rows(const Matrix& a, const RowScales<S>& row_scales, int64_t first, in
   }
 }
 
-template <class S, int kTokens>
-void few_rows(const Matrix& a, int64_t first, int64_t last, const float* ordered, const float* group_sums,
-              int64_t group_stride, float* out, int64_t out_stride) {
-  const RowScales<S> row_scales(a);
-  if (row_scales.alike())
-    return few_rows<S, kTokens, true>(a, row_scales, first, last, ordered, group_sums, group_stride, out, out_stride);
-  if constexpr (S::kGroups)
-    few_rows<S, kTokens, false>(a, row_scales, first, last, ordered, group_sums, group_stride, out, out_stride);
+// Call f with the number of tokens, 1 … kFew, as a type.
+template <int n = 1, class F>
+inline void with_tokens(int64_t tokens, const F& f) {
+  if constexpr (n < kFew) {
+    if (tokens != n) return with_tokens<n + 1>(tokens, f);
+  }
+  f(std::integral_constant<int, n>{});
 }
 
 template <class S>
 void few_rows(int64_t tokens, const Matrix& a, int64_t first, int64_t last, const float* ordered,
               const float* group_sums, int64_t group_stride, float* out, int64_t out_stride) {
-  switch (tokens) {
-    case 1:
-      return few_rows<S, 1>(a, first, last, ordered, group_sums, group_stride, out, out_stride);
-    case 2:
-      return few_rows<S, 2>(a, first, last, ordered, group_sums, group_stride, out, out_stride);
-    case 3:
-      return few_rows<S, 3>(a, first, last, ordered, group_sums, group_stride, out, out_stride);
-    case 4:
-      return few_rows<S, 4>(a, first, last, ordered, group_sums, group_stride, out, out_stride);
-    case 5:
-      return few_rows<S, 5>(a, first, last, ordered, group_sums, group_stride, out, out_stride);
-    case 6:
-      return few_rows<S, 6>(a, first, last, ordered, group_sums, group_stride, out, out_stride);
-    case 7:
-      return few_rows<S, 7>(a, first, last, ordered, group_sums, group_stride, out, out_stride);
-    default:
-      return few_rows<S, 8>(a, first, last, ordered, group_sums, group_stride, out, out_stride);
-  }
+  const RowScales<S> row_scales(a);
+  with_tokens(tokens, [&](auto n) {
+    if (row_scales.alike())
+      few_rows<S, n, true>(a, row_scales, first, last, ordered, group_sums, group_stride, out, out_stride);
+    else if constexpr (S::kGroups)
+      few_rows<S, n, false>(a, row_scales, first, last, ordered, group_sums, group_stride, out, out_stride);
+  });
 }
 
 // --- many tokens --------------------------------------------------------------------------------
 
 // Panels of tokens: [panel][number, in the order of the codes][token]. The numbers of one tile.
 template <class S>
-void order_many(const float* x, int64_t tokens, int64_t K, int64_t stride, int64_t panel, int64_t blocks, float* to) {
+void order_many(const float* x, int64_t tokens, int64_t K, int64_t panel, int64_t blocks, float* to) {
   const float* rows[kWide];
-  for (int i = 0; i < kWide; ++i) rows[i] = panel * kWide + i < tokens ? x + (panel * kWide + i) * stride : nullptr;
+  for (int i = 0; i < kWide; ++i) rows[i] = panel * kWide + i < tokens ? x + (panel * kWide + i) * K : nullptr;
   for (int64_t t = 0; t < blocks; ++t) {
     for (int j = 0; j < S::kCodes; ++j) {
       for (int lane = 0; lane < W; ++lane, to += kWide) {
@@ -398,6 +386,16 @@ inline int64_t outputs(const Product& p) {
   return rows;
 }
 
+// Write some rows' results into y [tokens, n] from a column on, where the residual is added.
+inline void write_out(const float* from, int64_t token_stride, int64_t row_stride, int64_t tokens, int64_t rows,
+                      int64_t n, int64_t column, const float* residual, float* y) {
+  for (int64_t m = 0; m < tokens; ++m) {
+    float* to = y + m * n + column;
+    const float* add = residual ? residual + m * n + column : nullptr;
+    for (int64_t i = 0; i < rows; ++i) to[i] = from[m * token_stride + i * row_stride] + (add ? add[i] : 0.0f);
+  }
+}
+
 // All matrices share a scheme here: they are met by the tokens in the same order.
 template <class S>
 void product_few(const Product& p, const float* x, int64_t tokens, float* y, const float* residual) {
@@ -420,11 +418,7 @@ void product_few(const Product& p, const float* x, int64_t tokens, float* y, con
       few_rows<S>(tokens, p.matrices[1], s.first, s.last, ordered, group_sums, group_stride, more, rows);
       gate_with(out, more, tokens * rows);
     }
-    for (int64_t m = 0; m < tokens; ++m) {
-      float* to = y + m * n + s.column;
-      const float* add = residual ? residual + m * n + s.column : nullptr;
-      for (int64_t i = 0; i < rows; ++i) to[i] = out[m * rows + i] + (add ? add[i] : 0.0f);
-    }
+    write_out(out, rows, 1, tokens, rows, n, s.column, residual, y);
   });
 }
 
@@ -435,7 +429,7 @@ void product_many(const Product& p, const float* x, int64_t tokens, float* y, co
   const int64_t n_panels = (tokens + kWide - 1) / kWide, n = outputs(p);
   float* panels = scratch(3, n_panels * depth * kWide);
   parallel(n_panels, [&](int64_t panel) {
-    order_many<S>(x, tokens, a.columns, a.columns, panel, blocks, panels + panel * depth * kWide);
+    order_many<S>(x, tokens, a.columns, panel, blocks, panels + panel * depth * kWide);
   });
   parallel(shares(p, kTileHeight), [&](int64_t task) {
     const Share s = share_of(p, task, kTileHeight);
@@ -447,57 +441,55 @@ void product_many(const Product& p, const float* x, int64_t tokens, float* y, co
       many_rows<S>(p.matrices[1], s.first, s.last, panels, n_panels, more);
       gate_with(c, more, rows * stride);
     }
-    for (int64_t m = 0; m < tokens; ++m) {
-      float* to = y + m * n + s.column;
-      const float* add = residual ? residual + m * n + s.column : nullptr;
-      for (int64_t i = 0; i < rows; ++i) to[i] = c[i * stride + m] + (add ? add[i] : 0.0f);
-    }
+    write_out(c, 1, stride, tokens, rows, n, s.column, residual, y);
   });
 }
 
-inline bool alike(const Matrix& a, const Matrix& b) { return a.scheme == b.scheme && a.group == b.group; }
+inline bool alike(const Product& p) {
+  for (int i = 1; i < p.n_matrices; ++i)
+    if (p.matrices[i].scheme != p.matrices[0].scheme || p.matrices[i].group != p.matrices[0].group) return false;
+  return true;
+}
 
-void product(const Product& p) {
-  if (p.tokens == 0) return;
-  for (int i = 1; i < p.n_matrices; ++i) {
-    if (alike(p.matrices[0], p.matrices[i])) continue;
-    // Mixed recipes: one after the other. Gate and up were compared by the caller.
-    Product one = p;
-    const int64_t n = outputs(p);
-    int64_t column = 0;
-    for (int k = 0; k < p.n_matrices; ++k) {
-      one.matrices[0] = p.matrices[k];
-      one.n_matrices = 1;
-      one.residual = nullptr;
-      const int64_t rows = p.matrices[k].rows;
-      float* part = scratch(6, p.tokens * rows);
-      one.y = part;
-      product(one);
-      for (int64_t m = 0; m < p.tokens; ++m)
-        for (int64_t r = 0; r < rows; ++r)
-          p.y[m * n + column + r] = part[m * rows + r] + (p.residual ? p.residual[m * n + column + r] : 0.0f);
-      column += rows;
-    }
-    return;
-  }
+// A product whose matrices share a scheme, of tokens that are normalised.
+void product_alike(const Product& p) {
   const int64_t K = p.matrices[0].columns, n = outputs(p);
-  const float* x = p.x;
-  if (p.norm) {
-    float* to = scratch(5, p.tokens * K);
-    if (p.tokens <= kFew) {
-      for (int64_t m = 0; m < p.tokens; ++m) normalised(p, m, to + m * K);
-    } else {
-      parallel(p.tokens, [&](int64_t m) { normalised(p, m, to + m * K); });
-    }
-    x = to;
-  }
   with_scheme(p.matrices[0].scheme, [&](auto scheme) {
     using S = decltype(scheme);
-    if (p.tokens <= kFew) return product_few<S>(p, x, p.tokens, p.y, p.residual);
+    if (p.tokens <= kFew) return product_few<S>(p, p.x, p.tokens, p.y, p.residual);
     for (int64_t m = 0; m < p.tokens; m += kManyTokens)
-      product_many<S>(p, x + m * K, min(kManyTokens, p.tokens - m), p.y + m * n,
+      product_many<S>(p, p.x + m * K, min(kManyTokens, p.tokens - m), p.y + m * n,
                       p.residual ? p.residual + m * n : nullptr);
   });
+}
+
+void product(const Product& given) {
+  if (given.tokens == 0) return;
+  Product p = given;
+  if (p.norm) {
+    const int64_t K = p.matrices[0].columns;
+    float* to = scratch(5, p.tokens * K);
+    if (p.tokens <= kFew) {
+      for (int64_t m = 0; m < p.tokens; ++m) normalised(given, m, to + m * K);
+    } else {
+      parallel(p.tokens, [&](int64_t m) { normalised(given, m, to + m * K); });
+    }
+    p.x = to;
+  }
+  if (alike(p)) return product_alike(p);
+  // Mixed recipes: one after the other. Gate and up were compared by the caller.
+  Product one = p;
+  one.n_matrices = 1;
+  one.residual = nullptr;
+  int64_t column = 0;
+  for (int k = 0; k < p.n_matrices; ++k) {
+    const int64_t rows = p.matrices[k].rows;
+    one.matrices[0] = p.matrices[k];
+    one.y = scratch(6, p.tokens * rows);
+    product_alike(one);
+    write_out(one.y, rows, 1, p.tokens, rows, outputs(p), column, p.residual, p.y);
+    column += rows;
+  }
 }
 
 void lookup(const Lookup& l) {

@@ -52,7 +52,6 @@ inline void store(void* p, T v) {
   std::memcpy(p, &v, sizeof v);
 }
 inline V splat(float x) { return x - V{}; }
-inline U splat_bits(uint32_t x) { return x - U{}; }
 inline V number(U codes) { return __builtin_convertvector(reinterpret_cast<I>(codes), V); }
 inline V as_float(U bits) { return reinterpret_cast<V>(bits); }
 inline U as_bits(V x) { return reinterpret_cast<U>(x); }
