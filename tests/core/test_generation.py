@@ -381,9 +381,8 @@ def test_two_generators_over_one_cache_do_not_mix(loaded: tuple[Mistral, Tokeniz
 
 
 def test_a_failed_answer_keeps_nothing_in_memory(loaded: tuple[Mistral, Tokenizer]) -> None:
-    class Enforced(Unconstrained):
-        is_whole = True
-
+    enforced = Unconstrained()
+    enforced.is_whole = True
     model, tokenizer = loaded
     text = generate(model, tokenizer, [1, 5, 900], max_tokens=8)
     cache = model.new_cache()
@@ -399,7 +398,7 @@ def test_a_failed_answer_keeps_nothing_in_memory(loaded: tuple[Mistral, Tokenize
                 cache=cache,
                 max_tokens=8,
                 stop=[text.strip()[0]],
-                constraint=Enforced(),
+                constraint=enforced,
             )
         del cache
         assert kept() is None
