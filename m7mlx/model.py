@@ -15,7 +15,7 @@ from m7mlx.arrays import nbytes
 from m7mlx.attention import Attention
 from m7mlx.cache import CacheOptions, KVCache, RollingCache
 from m7mlx.config import ModelConfig
-from m7mlx.errors import InputError, TokenizerError
+from m7mlx.errors import ConfigError, InputError, TokenizerError
 from m7mlx.exchange import Exchange
 from m7mlx.positions import ForwardPass
 from m7mlx.products import look_up, project, project_gated
@@ -81,6 +81,8 @@ class Mistral(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        if config.layer_types or config.rope_scaling:
+            raise ConfigError("layers with and without a window, YaRN and llama_4_scaling are not computed yet")
         self.config = config
         self.identity = self._own_identity = object()
         self.adapter: str | None = None
