@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +170,10 @@ class ModelConfig:
     def window(self) -> int | None:
         """The window that bounds all layers; None where any has full attention."""
         return None if self.layer_types else self.sliding_window
+
+    def of_layers(self, layers: range) -> ModelConfig:
+        """Return the config of some of the layers, one behind the other."""
+        return replace(self, n_layers=len(layers), layer_types=self.layer_types[layers.start : layers.stop])
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return every parameter of the unquantised model: its name on disk → its shape."""

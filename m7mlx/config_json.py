@@ -153,7 +153,7 @@ def _unwrapped(data: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("bos_token_id", "eos_token_id"):
         if data.get(key) is not None:
             text.setdefault(key, data[key])
-    # In transformers the wrapper decides, and ties where nothing is said; mlx-lm asks the text's part.
+    # In transformers the wrapper decides, and ties where nothing is said; mlx-lm asks the text.
     tied = data.get("tie_word_embeddings")
     text["tie_word_embeddings"] = text.get("tie_word_embeddings", True) if tied is None else tied
     for key in ("quantization", "quantization_config"):

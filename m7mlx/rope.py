@@ -113,21 +113,23 @@ class Rope:
     def angles(self, positions: npt.NDArray[np.int64]) -> Floats:  # [rows, L]
         """Return cosines, then sines of the rotation to positions: [rows, L, head_dim]."""
         angles = positions[..., None].astype(np.float32) * self.frequencies
-        return np.concatenate([np.cos(angles), np.sin(angles)], axis=-1) * np.float32(self.factor)
+        turned: Floats = np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
+        return turned if self.factor == 1 else turned * np.float32(self.factor)
 
     def query_factors(self, positions: npt.NDArray[np.int64]) -> Floats | None:
         """Return what queries of these positions are multiplied by besides; None for nothing."""
         if self.scaling is None or not self.scaling.query_beta:
             return None
         contexts = (positions // self.scaling.original_context).astype(np.float32)
-        return (1 + np.float32(self.scaling.query_beta) * np.log(1 + contexts)).astype(np.float32)
+        factors: Floats = 1 + np.float32(self.scaling.query_beta) * np.log1p(contexts)
+        return factors
 
 
 @cache
 def _frequencies(rope: Rope) -> Floats:
     dim, yarn = rope.head_dim, rope.scaling
     powers = rope.theta ** (np.arange(0, dim, 2, dtype=np.float32) / dim)
-    kept = (1 / powers).astype(np.float32)
+    kept: Floats = (1 / powers).astype(np.float32)
     if yarn is None or yarn.factor is None:
         return kept
     stretched = 1 / (np.float32(yarn.factor) * powers)
@@ -138,7 +140,8 @@ def _frequencies(rope: Rope) -> Floats:
     high += 0.001 if low == high else 0
     ramp = (np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
     share = 1 - np.clip(ramp, 0, 1)
-    return (stretched * (1 - share) + kept * share).astype(np.float32)
+    frequencies: Floats = (stretched * (1 - share) + kept * share).astype(np.float32)
+    return frequencies
 
 
 def _turning(rope: Rope, turns: float, context: int) -> float:
