@@ -129,7 +129,7 @@ def _preflight(headers: Headers) -> Response:
     asked = headers.get("access-control-request-headers", "")
     names = [name.strip() for name in asked.split(",")]
     allowed = ", ".join(name for name in names if _HEADER_NAME.fullmatch(name))
-    told = {"Access-Control-Allow-Methods": "GET, POST", "Access-Control-Max-Age": "600"}
+    told = {"Access-Control-Allow-Methods": "GET, POST, DELETE", "Access-Control-Max-Age": "600"}
     return Response(status_code=204, headers=told | ({"Access-Control-Allow-Headers": allowed} if allowed else {}))
 
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -28,15 +29,20 @@ from m7mlx_serve.engine import Engine
 from m7mlx_serve.errors import ApiError, refusal, report
 from m7mlx_serve.metrics import Counted, Metrics
 from m7mlx_serve.ollama import chat as ollama_chat
-from m7mlx_serve.ollama import generate, show
-from m7mlx_serve.ollama.answers import OllamaAnswers, ShowAnswers
+from m7mlx_serve.ollama import embed, generate, show
+from m7mlx_serve.ollama.answers import EmbedAnswers, OllamaAnswers, ShowAnswers
 from m7mlx_serve.ollama.models import ollama_routes
-from m7mlx_serve.openai import chat, text
+from m7mlx_serve.openai import chat, embeddings, text
 from m7mlx_serve.openai.answers import OpenAIAnswers
+from m7mlx_serve.openai.embedding_answers import EmbeddingAnswers
 from m7mlx_serve.openai.models import model_routes
 from m7mlx_serve.openapi import PATHS, document
 from m7mlx_serve.pages import page_routes
 from m7mlx_serve.readers import Readers
+from m7mlx_serve.responses import create
+from m7mlx_serve.responses.answers import ResponseAnswers
+from m7mlx_serve.responses.held import HeldResponses
+from m7mlx_serve.responses.routes import response_routes
 
 _Found = TypeVar("_Found")
 # What answers each endpoint. Unlike `m7mlx_serve.endpoints`, it needs MLX.
@@ -45,9 +51,11 @@ _ANSWERS: Mapping[str, Callable[[Answerer, ReadRequest], Answers]] = {
     count.ENDPOINT.path: CountAnswers,
     ollama_chat.ENDPOINT.path: OllamaAnswers,
     generate.ENDPOINT.path: OllamaAnswers,
+    embed.ENDPOINT.path: EmbedAnswers,
     show.ENDPOINT.path: ShowAnswers,
     chat.ENDPOINT.path: OpenAIAnswers,
     text.ENDPOINT.path: OpenAIAnswers,
+    embeddings.ENDPOINT.path: EmbeddingAnswers,
 }
 
 
@@ -78,12 +86,17 @@ class Server:
         origins: Collection[str] = (),
     ) -> None:
         self._engine, self._readers, self._served = engine, readers, served
-        self._metrics = Metrics(engine)
+        self._metrics, self._held = Metrics(engine), HeldResponses()
+        self._answers: Mapping[str, Callable[[Answerer, ReadRequest], Answers]] = {
+            **_ANSWERS,
+            create.ENDPOINT.path: partial(ResponseAnswers, self._held),
+        }
         with_key = key is not None
         routes = [
             *(Route(path, self._answer, methods=["POST"]) for path in ENDPOINTS),
             *model_routes(served.model, engine),
             *ollama_routes(served.model, engine),
+            *response_routes(self._held),
             Route("/health", self._show_health),
             Route("/metrics", self._show_metrics),
             Route("/openapi.json", lambda request: JSONResponse(document(served.model, with_key))),
@@ -115,7 +128,8 @@ class Server:
         """Answer what was sent to an endpoint of an API."""
         path = request.scope["path"]
         data = (await request.receive())["body"]  # and no copy of it stays
-        reading = self._readers.read(path, data, self._engine.tokenizer)
+        held = self._held.mentioned("", data) if path == create.ENDPOINT.path else {}
+        reading = self._readers.read(path, data, self._engine.tokenizer, held)
         del data
         read = await _unless_gone(request, reading)
         del reading
@@ -128,8 +142,10 @@ class Server:
             self._metrics.ask,
             served.max_tokens,
             served.seconds,
+            embed=self._metrics.embed,
+            width=self._engine.width,
         )
-        answers = _ANSWERS[path](answerer, read)
+        answers = self._answers[path](answerer, read)
         if not read.body.stream:
             return _send_whole(await _unless_gone(request, answers.whole()))
         events = answers.stream()

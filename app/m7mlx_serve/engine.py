@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,6 +20,7 @@ import mlx.core as mx
 
 from m7mlx import Piece, Request, load
 from m7mlx.constrain import close_grammars
+from m7mlx.embedding import Pooling
 from m7mlx.errors import BusyError, InputError, RunError
 from m7mlx.model import Mistral
 from m7mlx.parallel.channel import die
@@ -26,6 +28,7 @@ from m7mlx.parallel.world import Leader, World
 from m7mlx.request import with_grammar
 from m7mlx.scheduler import Scheduler, Told
 from m7mlx.tokens.tokenizer import Tokenizer
+from m7mlx_serve.embedding_job import EmbeddingJob
 from m7mlx_serve.errors import report
 from m7mlx_serve.limits import Limits
 from m7mlx_serve.recipient import Recipient, send
@@ -36,6 +39,10 @@ _LATE = "the answer took too long; ask for fewer tokens"
 
 class LateError(RunError):
     """An answer took longer than it may."""
+
+
+class EndedError(RunError):
+    """The engine answers nothing any more."""
 
 
 class Engine:
@@ -61,9 +68,10 @@ class Engine:
         self._model: Mistral | None = None
         self._tokenizer: Tokenizer | None = None
         self._scheduler: Scheduler | Leader | None = None
-        self._context = self._weights = 0
+        self._context = self._weights = self._width = 0
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._recipients: dict[int, Recipient] = {}  # by number; the engine's thread alone
+        self._jobs: deque[EmbeddingJob] = deque()  # the engine's thread alone
         self._schemas = 0  # requests that wait for one; event loops alone
         self._open = 0  # requests asked and not ended; event loops alone, under the lock
         self._lock = threading.Lock()
@@ -95,6 +103,11 @@ class Engine:
     def context(self) -> int:
         """The most tokens of a conversation, once the engine has started; kept when it ends."""
         return self._context
+
+    @property
+    def width(self) -> int:
+        """The numbers of an embedding, once the engine has started; kept when it ends."""
+        return self._width
 
     @property
     def weights(self) -> int:
@@ -129,13 +142,8 @@ class Engine:
 
         Raises BusyError at once, and LateError; what grammar and scheduler refuse comes as a piece.
         """
-        n, places = len(requests), self._limits.rows + self._limits.queue
-        if n > places:
-            raise InputError(f"n: {n} answers at a time are more than the {places} that this server has places for")
-        with self._lock:
-            if self._open + n > places:
-                raise BusyError("too many requests are waiting; try again later")
-            self._open += n
+        n = len(requests)
+        self._take_places(n)
         pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         loop, until = asyncio.get_running_loop(), time.monotonic() + seconds
         recipients = [Recipient(loop, pieces, index, until) for index in range(n)]
@@ -162,8 +170,47 @@ class Engine:
         finally:
             for recipient in recipients:
                 self._commands.put(partial(self._drop, recipient))
+            self._give_places(n)
+
+    async def embed(
+        self,
+        prompts: Sequence[Sequence[int]],
+        pooling: Pooling,
+        normalize: bool,
+        seconds: float = float("inf"),
+    ) -> list[bytes]:
+        """The vectors of prompts, each as float32 numbers; a pass at a time, between tokens.
+
+        Raises BusyError at once, LateError, InputError; EndedError once the engine has ended.
+        """
+        self._take_places(1)
+        job = EmbeddingJob(asyncio.get_running_loop(), prompts, pooling, normalize)
+        try:
             with self._lock:
-                self._open -= n
+                if self._closing:
+                    raise EndedError("the server is shutting down")
+                self._commands.put(partial(self._jobs.append, job))
+            async with asyncio.timeout(None if seconds == float("inf") else seconds):
+                return await job.vectors
+        except TimeoutError:
+            raise LateError("the vectors took too long; send fewer texts") from None
+        finally:
+            job.is_wanted = False
+            self._give_places(1)
+
+    def _take_places(self, n: int) -> None:
+        """Take places for `n` answers. Raises BusyError."""
+        places = self._limits.rows + self._limits.queue
+        if n > places:
+            raise InputError(f"n: {n} answers at a time are more than the {places} that this server has places for")
+        with self._lock:
+            if self._open + n > places:
+                raise BusyError("too many requests are waiting; try again later")
+            self._open += n
+
+    def _give_places(self, n: int) -> None:
+        with self._lock:
+            self._open -= n
 
     def close(self, timeout: float = 10.0) -> bool:
         """Cancel all and end the thread; return whether it ends within `timeout` seconds."""
@@ -220,7 +267,9 @@ class Engine:
     def _load(self) -> None:
         read = load if self._world is None else self._world.load
         self._model, self._tokenizer = read(self._folder)
-        self._context, self._weights = self._model.config.max_position_embeddings, self._model.nbytes
+        config = self._model.config
+        self._context, self._width = config.max_position_embeddings, config.hidden_size
+        self._weights = self._model.nbytes
         limits = self._limits
         scheduler = Scheduler(
             self._model, self._tokenizer, rows=limits.rows, kept=limits.kept, kv_bits=limits.kv_bits
@@ -236,12 +285,20 @@ class Engine:
             try:
                 while not self._closing:
                     self._do(self._commands.get(block=not more))
-                    more = more or any(self._scheduler.running_and_waiting)
+                    more = more or any(self._scheduler.running_and_waiting) or bool(self._jobs)
             except Empty:
                 pass
             told, more = self._scheduler.step()
             self._tell(told)
             self._end_late_answers()
+            more = self._embed_some() or more
+
+    def _embed_some(self) -> bool:
+        """Take a pass of one of the jobs, in turns; return whether there are more."""
+        job = self._jobs.popleft() if self._jobs else None
+        if job is not None and not job.advance(self.model):
+            self._jobs.append(job)
+        return bool(self._jobs)
 
     def _end(self) -> None:
         """Tell everybody that nothing goes on, and free the model."""
@@ -251,6 +308,9 @@ class Engine:
             self._do(self._commands.get())
         send((recipient, Piece(finish_reason="cancelled")) for recipient in self._recipients.values())
         self._recipients.clear()
+        for job in self._jobs:
+            job.fail(EndedError("the server is shutting down"))
+        self._jobs.clear()
         if self.failure is not None:
             self._failed()
         if self._world is not None:

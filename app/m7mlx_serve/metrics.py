@@ -11,11 +11,14 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from m7mlx import Piece, Request
+from m7mlx.embedding import Pooling
 from m7mlx.errors import BusyError, InputError
 from m7mlx_serve.engine import Engine
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
+
+_NAMED = ("/v1/models/", "/v1/responses/")  # paths behind which a name or an id follows
 
 
 class Metrics:
@@ -33,11 +36,11 @@ class Metrics:
         )
         tokens = Counter(
             "m7mlx_tokens",
-            "Tokens of prompts, and generated",
+            "Tokens of prompts, generated, and embedded",
             ("kind",),
             registry=registry,
         )
-        self._prompt, self._generated = map(tokens.labels, ("prompt", "generated"))
+        self._prompt, self._generated, self._embedded = map(tokens.labels, ("prompt", "generated", "embedded"))
         reasons = ("stop", "length", "cancelled", "failed", "left", "refused")
         ended = Counter("m7mlx_answers", "Answers by how they ended", ("reason",), registry=registry)
         self._ended = {reason: ended.labels(reason) for reason in reasons}
@@ -77,6 +80,18 @@ class Metrics:
         finally:
             for answer in answers:
                 self._ends(answer)
+
+    async def embed(
+        self,
+        prompts: Sequence[Sequence[int]],
+        pooling: Pooling,
+        normalize: bool,
+        seconds: float,
+    ) -> list[bytes]:
+        """What `Engine.embed` gives, measured."""
+        found = await self._engine.embed(prompts, pooling, normalize, seconds)
+        self._embedded.inc(sum(map(len, prompts)))
+        return found
 
     def _seen(self, answer: _Measured, piece: Piece) -> None:
         answer.generated += len(piece.ids)
@@ -119,7 +134,8 @@ class Counted:
             await self._app(scope, receive, send)
             return
         path: str = scope["path"]
-        label = path if path in self._known else "/v1/models/…" if path.startswith("/v1/models/") else "other"
+        named = next((start for start in _NAMED if path.startswith(start)), None)
+        label = path if path in self._known else f"{named}…" if named else "other"
 
         async def counting(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -15,10 +15,12 @@ from m7mlx_serve.endpoint import Endpoint
 from m7mlx_serve.endpoints import ENDPOINTS
 from m7mlx_serve.ollama import replies as ollama
 from m7mlx_serve.openai import replies
+from m7mlx_serve.responses import replies as response_replies
 from m7mlx_serve.strict import Strict
 
 _Model = type[BaseModel]
 _GETS: dict[str, tuple[_Model | None, str]] = {
+    "/v1/responses/{id}": (response_replies.ResponseReply, "A response that is held"),
     "/v1/models": (replies.ModelList, "The model that is served"),
     "/v1/models/{name}": (replies.ModelCard, "The model by its name"),
     "/api/tags": (ollama.TagList, "The model that is served, by Ollama's API"),
@@ -52,7 +54,7 @@ def document(model: str, with_key: bool) -> dict[str, Any]:
     """The OpenAPI document of a server of `model`; `with_key` if requests must carry one."""
     bodies = [(endpoint.body, "validation") for endpoint in ENDPOINTS.values()]
     answers = [shape for endpoint in ENDPOINTS.values() for shape in (endpoint.reply, endpoint.chunk)]
-    answers += [shape for shape, _ in _GETS.values() if shape]
+    answers += [shape for shape, _ in _GETS.values() if shape] + [response_replies.DroppedResponse]
     errors = {endpoint.error_reply for endpoint in ENDPOINTS.values()}
     answers += [replies.ErrorReply, *sorted(errors - {replies.ErrorReply}, key=lambda shape: shape.__name__)]
     pairs = [*bodies, *((shape, "serialization") for shape in dict.fromkeys(answers))]
@@ -72,15 +74,21 @@ def document(model: str, with_key: bool) -> dict[str, Any]:
         responses = {"200": _answer(found, summary)} | _errors(_EVERYWHERE)
         operation: dict[str, Any] = {"summary": summary, "responses": responses}
         if "{name}" in path:
-            schema = {"type": "string", "enum": [model]}
-            operation["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": schema}]
+            operation |= _parameter("name", {"type": "string", "enum": [model]})
             operation["responses"] |= _errors({"404": _ANSWERING["404"]})
+        if "{id}" in path:
+            operation |= _parameter("id", {"type": "string", "pattern": "^resp_[0-9a-f]{32}$"})
+            operation["responses"] |= _errors({"404": "No such response is held, or not any longer"})
         if found is replies.Health:
             operation["responses"]["503"] = _answer(found, "It ends; or an error, as everywhere")
             either = [_ref(found), _ref(replies.ErrorReply)]
             operation["responses"]["503"]["content"]["application/json"]["schema"] = {"anyOf": either}
             operation["security"] = []
         paths[path] = {"get": operation}
+        if "{id}" in path:
+            dropped = {"200": _answer(response_replies.DroppedResponse, "It is held no longer")}
+            told = {"summary": "Hold a response no longer", "responses": operation["responses"] | dropped}
+            paths[path]["delete"] = operation | told
     described: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "m7mlx-serve", "version": version("m7mlx")},
@@ -124,6 +132,11 @@ def _complete(schema: dict[str, Any], body: type[Strict], model: str) -> None:
     properties["model"] = {"enum": [model, "", None], "description": "May be left out"}
     properties |= {name: {"description": "Accepted; it has no meaning here"} for name in sorted(body.ignored)}
     properties |= {name: {"enum": [*values, None]} for name, values in body.neutral.items()}
+
+
+def _parameter(name: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """A part of a path."""
+    return {"parameters": [{"name": name, "in": "path", "required": True, "schema": schema}]}
 
 
 def _ref(model: _Model) -> dict[str, Any]:

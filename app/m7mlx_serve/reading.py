@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -25,8 +27,16 @@ _NO_MODEL = ("", "dummy", "tgi")  # the last two: huggingface_hub, where no mode
 _SURROGATES = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-def read(path: str, data: bytes, model: str, tokenizer: Tokenizer) -> ReadRequest:
+def read(
+    path: str,
+    data: bytes,
+    model: str,
+    tokenizer: Tokenizer,
+    held: Mapping[str, bytes] = MappingProxyType({}),
+) -> ReadRequest:
     """Read a body that came for `path`, of a server of `model`.
+
+    held  conversations that the body may go on from, by id (`Prompts.held`)
 
     Raises ApiError, and InputError for what the model cannot do.
     """
@@ -38,7 +48,7 @@ def read(path: str, data: bytes, model: str, tokenizer: Tokenizer) -> ReadReques
             "model_not_found",
         )
     try:
-        prompts = body.prompts(tokenizer)
+        prompts = body.following(held).prompts(tokenizer)
     except RecursionError:
         raise ApiError(400, f"the request nests deeper than {MAX_DEPTH} levels") from None
     return ReadRequest(body.without_texts(), prompts)

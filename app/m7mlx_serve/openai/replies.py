@@ -150,6 +150,24 @@ class TextChunk(_Reply):
     usage: UsageReply | None = None
 
 
+class EmbeddingList(_Reply):
+    """A vector for each text: numbers, or their bytes as float32 in Base64."""
+
+    class Embedding(_Reply):
+        object: Literal["embedding"]
+        index: Count
+        embedding: list[float] | str
+
+    class Usage(_Reply):
+        prompt_tokens: Count
+        total_tokens: Count
+
+    object: Literal["list"]
+    model: str
+    data: list[Embedding]
+    usage: Usage
+
+
 class ModelCard(_Reply):
     id: str
     object: Literal["model"]
