@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
-from m7mlx import Piece, Request, Sampling
+from m7mlx import Piece, Request, Sampling, Stats
 from m7mlx.embedding import Pooling
 from m7mlx.errors import BusyError, InputError
 from m7mlx.tokens.tokenizer import Tokenizer
@@ -30,6 +30,7 @@ class Answerer:
     max_tokens  most tokens of an answer
     seconds     most time for all answers to a request
     space       whose clients they are: nothing that is held for one space is used for another
+    tells_reuse whether they may know how much of a prompt was held: with a key, it was their own
     embed       the engine's, which makes vectors of prompts
     width       the numbers of a vector
     """
@@ -41,8 +42,13 @@ class Answerer:
     max_tokens: int | None
     seconds: float
     space: str = ""
+    tells_reuse: bool = False
     embed: Callable[[Sequence[Sequence[int]], Pooling, bool, float], Awaitable[list[bytes]]] | None = None
     width: int = 0
+
+    def reused(self, *costs: Stats) -> int:
+        """How many tokens of a prompt its clients are told were held when its answers came."""
+        return min((cost.reused_tokens for cost in costs), default=0) if self.tells_reuse else 0
 
     async def vectors(
         self,
@@ -98,6 +104,7 @@ class Answerer:
             logprobs=wanted.logprobs,
             prompt_logprobs=wanted.prompt_logprobs,
             schema=prompts.schema,
+            space=self.space,
         )
         numbered = [(ids, index) for ids in prompts.ids for index in range(wanted.n)]
         seeds = [None if wanted.seed is None else (wanted.seed + index) % (1 << 64) for _, index in numbered]

@@ -21,10 +21,10 @@ from m7mlx_serve.strict import Strict
 _Model = type[BaseModel]
 _GETS: dict[str, tuple[_Model | None, str]] = {
     "/v1/responses/{id}": (response_replies.ResponseReply, "A response that is held"),
-    "/v1/models": (replies.ModelList, "The model that is served"),
-    "/v1/models/{name}": (replies.ModelCard, "The model by its name"),
-    "/api/tags": (ollama.TagList, "The model that is served, by Ollama's API"),
-    "/api/ps": (ollama.TagList, "The same: it is loaded"),
+    "/v1/models": (replies.ModelList, "The models that are served, loaded or not"),
+    "/v1/models/{name}": (replies.ModelCard, "A model by its name"),
+    "/api/tags": (ollama.TagList, "The models that are served, by Ollama's API"),
+    "/api/ps": (ollama.TagList, "Those that are loaded, by Ollama's API"),
     "/api/version": (ollama.OllamaVersion, "The version of Ollama whose API this is"),
     "/health": (replies.Health, "Whether requests can be answered"),
     "/metrics": (None, "Figures for Prometheus"),
@@ -37,7 +37,7 @@ _EVERYWHERE = {
     "403": "Another Host or Origin than this server's",
     "431": "Too many headers, or too large ones",
     "500": "The request failed on the way",
-    "503": "The server is shutting down, or too many connections are open",
+    "503": "The server is shutting down, the model cannot be loaded, or too many connections are open",
 }
 _ANSWERING = {
     "404": "The model is not served here",
@@ -50,8 +50,8 @@ _ANSWERING = {
 
 
 @lru_cache(maxsize=4)
-def document(model: str, with_key: bool) -> dict[str, Any]:
-    """The OpenAPI document of a server of `model`; `with_key` if requests must carry one."""
+def document(models: tuple[str, ...], with_key: bool) -> dict[str, Any]:
+    """The OpenAPI document of a server of `models`; `with_key` if requests must carry a key."""
     bodies = [(endpoint.body, "validation") for endpoint in ENDPOINTS.values()]
     answers = [shape for endpoint in ENDPOINTS.values() for shape in (endpoint.reply, endpoint.chunk)]
     answers += [shape for shape, _ in _GETS.values() if shape] + [response_replies.DroppedResponse]
@@ -61,7 +61,7 @@ def document(model: str, with_key: bool) -> dict[str, Any]:
     _, schemas = models_json_schema(pairs, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     paths: dict[str, Any] = {}
     for path, endpoint in ENDPOINTS.items():
-        _complete(schemas["$defs"][endpoint.body.__name__], endpoint.body, model)
+        _complete(schemas["$defs"][endpoint.body.__name__], endpoint.body, models)
         answer = _answer(endpoint.reply, f"The answers. {_EVENTS}")
         if path.startswith("/api/"):
             answer["content"]["application/x-ndjson"] = {"schema": {"type": "string"}}
@@ -74,7 +74,7 @@ def document(model: str, with_key: bool) -> dict[str, Any]:
         responses = {"200": _answer(found, summary)} | _errors(_EVERYWHERE)
         operation: dict[str, Any] = {"summary": summary, "responses": responses}
         if "{name}" in path:
-            operation |= _parameter("name", {"type": "string", "enum": [model]})
+            operation |= _parameter("name", {"type": "string", "enum": list(models)})
             operation["responses"] |= _errors({"404": _ANSWERING["404"]})
         if "{id}" in path:
             operation |= _parameter("id", {"type": "string", "pattern": "^resp_[0-9a-f]{32}$"})
@@ -101,10 +101,10 @@ def document(model: str, with_key: bool) -> dict[str, Any]:
     return described
 
 
-def page(model: str, with_key: bool) -> str:
+def page(models: tuple[str, ...], with_key: bool) -> str:
     """The document as a page to read, without a script."""
     parts = []
-    data = document(model, with_key)
+    data = document(models, with_key)
     for path, methods in data["paths"].items():
         for method, what in methods.items():
             parts.append(f"<h2><code>{method.upper()} {path}</code></h2><p>{html.escape(what['summary'])}.</p>")
@@ -123,13 +123,13 @@ def page(model: str, with_key: bool) -> str:
     return f'<!doctype html><html lang="en">{head}<title>m7mlx-serve: API</title>{links}{body}</html>'
 
 
-def _complete(schema: dict[str, Any], body: type[Strict], model: str) -> None:
+def _complete(schema: dict[str, Any], body: type[Strict], models: tuple[str, ...]) -> None:
     """Add what `Strict` accepts before it checks fields: null, and fields that mean nothing."""
     properties = schema["properties"]
     for name, value in properties.items():
         if name not in schema.get("required", ()) and {"type": "null"} not in value.get("anyOf", ()):
             properties[name] = {"anyOf": [value, {"type": "null"}]}
-    properties["model"] = {"enum": [model, "", None], "description": "May be left out"}
+    properties["model"] = {"enum": [*models, "", None], "description": "May be left out"}
     properties |= {name: {"description": "Accepted; it has no meaning here"} for name in sorted(body.ignored)}
     properties |= {name: {"enum": [*values, None]} for name, values in body.neutral.items()}
 

@@ -20,10 +20,10 @@ from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx_serve.endpoint import Body, ReadRequest
 from m7mlx_serve.endpoints import ENDPOINTS
 from m7mlx_serve.errors import ApiError
+from m7mlx_serve.named import NO_MODEL, unknown_model
 from m7mlx_serve.refusals import describe
 
 _Shape = TypeVar("_Shape", bound=Body)
-_NO_MODEL = ("", "dummy", "tgi")  # the last two: huggingface_hub, where no model is given
 _SURROGATES = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -41,12 +41,8 @@ def read(
     Raises ApiError, and InputError for what the model cannot do.
     """
     body = parse(data, ENDPOINTS[path].body)
-    if body.model not in (*_NO_MODEL, model):
-        raise ApiError(
-            404,
-            f"the model {body.model[:100]!r} is not served here; use {model!r}, or leave it out",
-            "model_not_found",
-        )
+    if body.model not in (*NO_MODEL, model):
+        raise unknown_model(body.model, [model])
     try:
         prompts = body.following(held).prompts(tokenizer)
     except RecursionError:

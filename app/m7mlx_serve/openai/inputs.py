@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from m7mlx.errors import InputError, TokenizerError
 from m7mlx.tokens.tokenizer import Tokenizer
@@ -16,12 +16,21 @@ _MOST = 2048  # OpenAI's
 _LARGEST_ID = (1 << 31) - 1  # beyond the ids of any vocabulary
 _Ids = Annotated[list[int], Field(min_length=1, max_length=MAX_TEXT, fail_fast=True)]
 
-Inputs = (
+
+def _check_number(given: Any) -> Any:
+    """Count before each is looked at. Raises ValueError for too many."""
+    if isinstance(given, list) and len(given) > _MOST and not isinstance(given[0], int):
+        raise ValueError(f"at most {_MOST:,} texts are taken at a time; send fewer")
+    return given
+
+
+Inputs = Annotated[
     Text
     | _Ids
-    | Annotated[list[Text], Field(min_length=1, max_length=_MOST, fail_fast=True)]
-    | Annotated[list[_Ids], Field(min_length=1, max_length=_MOST, fail_fast=True)]
-)
+    | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
+    | Annotated[list[_Ids], Field(min_length=1, fail_fast=True)],
+    BeforeValidator(_check_number),
+]
 
 
 def encode_inputs(tokenizer: Tokenizer, given: str | Sequence[Any], name: str) -> list[array[int]]:

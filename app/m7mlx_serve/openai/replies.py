@@ -15,9 +15,9 @@ class _Reply(BaseModel):
 
 
 class Cached(_Reply):
-    """Always 0: it does not tell how other clients' conversations begin."""
+    """0 without keys: it does not tell how other clients' conversations begin."""
 
-    cached_tokens: Literal[0]
+    cached_tokens: Count
 
 
 class UsageReply(_Reply):
@@ -176,6 +176,7 @@ class ModelCard(_Reply):
     type: Literal["base"]
     capabilities: dict[str, bool]
     max_context_length: Count
+    loaded: bool
 
 
 class ModelList(_Reply):

@@ -118,7 +118,7 @@ class ResponseAnswers:
         prompt, generated = len(self._read.prompts.ids[0]), self._output.generated
         return {
             "input_tokens": prompt,
-            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "input_tokens_details": {"cached_tokens": self._answerer.reused(self._stats), "cache_write_tokens": 0},
             "output_tokens": generated,
             "output_tokens_details": {"reasoning_tokens": self._output.thought_tokens},
             "total_tokens": prompt + generated,

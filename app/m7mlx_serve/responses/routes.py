@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -10,18 +12,18 @@ from m7mlx_serve.errors import ApiError
 from m7mlx_serve.responses.held import HeldResponses
 
 
-def response_routes(held: HeldResponses) -> list[Route]:
-    """The routes that tell of responses, and drop them."""
+def response_routes(held: HeldResponses, space_of: Callable[[Request], str]) -> list[Route]:
+    """The routes that tell of responses, and drop them; `space_of` says whose a request is."""
 
     async def show(request: Request) -> Response:
-        found = held.find("", request.path_params["id"])
+        found = held.find(space_of(request), request.path_params["id"])
         if found is None:
             raise _unknown(request.path_params["id"])
         return Response(found.reply, media_type="application/json")
 
     async def drop(request: Request) -> Response:
         id = request.path_params["id"]
-        if not held.drop("", id):
+        if not held.drop(space_of(request), id):
             raise _unknown(id)
         return JSONResponse({"id": id, "object": "response", "deleted": True})
 
