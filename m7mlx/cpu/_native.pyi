@@ -43,12 +43,15 @@ def product(
     eps: float = 0.0,
     residual: mx.array | None = None,
     gated: bool = False,
+    rounded: bool = False,
 ) -> mx.array:
     """Return the products of x [..., columns] with one to three weights, side by side, in float32.
 
     norm      weight of an RMSNorm on x, with its eps
     residual  added to the result
     gated     the weights are gate and up of a SwiGLU: return silu(gate) · up
+    rounded   eight tokens or fewer may meet codes of 2, 4 or 8 bits as integers of 16 bits: each
+              number to within 1/65,534 of the largest in its group
     """
 
 def lookup(ids: mx.array, weight: Weight) -> mx.array:

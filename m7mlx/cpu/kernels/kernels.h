@@ -1,7 +1,7 @@
 // What the kernels take: plain structures, so that they know nothing of MLX and can be tested alone.
 //
 // kernels.cpp is compiled once for each instruction set, in a namespace of its own; `kernels_for`
-// chooses the set at run time. All arithmetic is in float32.
+// chooses the set at run time. All arithmetic is in float32, but for `Product::rounded`.
 
 #pragma once
 
@@ -39,6 +39,7 @@ struct Product {
   Matrix matrices[kMostMatrices];
   int n_matrices;
   bool gated;             // the matrices are gate and up of a SwiGLU
+  bool rounded;           // few tokens may meet packed matrices as 16-bit integers, scaled group by group
   const float* residual;  // as y; null for none
   float* y;               // [tokens, the rows of all matrices], or [tokens, rows] where gated
 };

@@ -151,8 +151,14 @@ class Node : public mx::Primitive {
 class ProductNode : public Node {
  public:
   ProductNode(mx::Stream stream, std::vector<std::shared_ptr<Weight>> weights, bool normed, float eps, bool added,
-              bool gated)
-      : Node(stream), weights_(std::move(weights)), normed_(normed), added_(added), gated_(gated), eps_(eps) {}
+              bool gated, bool rounded)
+      : Node(stream),
+        weights_(std::move(weights)),
+        normed_(normed),
+        added_(added),
+        gated_(gated),
+        rounded_(rounded),
+        eps_(eps) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     Product p{};
@@ -167,6 +173,7 @@ class ProductNode : public Node {
     }
     p.norm_eps = eps_;
     p.gated = gated_;
+    p.rounded = rounded_;
     p.y = make<float>(outputs[0]);
     later([p] { kernels().product(p); });
   }
@@ -174,7 +181,7 @@ class ProductNode : public Node {
 
  private:
   std::vector<std::shared_ptr<Weight>> weights_;
-  bool normed_, added_, gated_;
+  bool normed_, added_, gated_, rounded_;
   float eps_;
 };
 
@@ -311,7 +318,7 @@ mx::array as_rows(const mx::array& x, mx::Stream stream) { return mx::contiguous
 
 mx::array product(const mx::array& x, const std::vector<std::shared_ptr<Weight>>& weights,
                   const std::optional<mx::array>& norm, float eps, const std::optional<mx::array>& residual,
-                  bool gated) {
+                  bool gated, bool rounded) {
   if (weights.empty() || weights.size() > kMostMatrices || (gated && (weights.size() != 2 || residual)))
     refuse("a product takes one to three weights, a gated one takes two");
   const int64_t columns = weights[0]->columns();
@@ -340,7 +347,8 @@ mx::array product(const mx::array& x, const std::vector<std::shared_ptr<Weight>>
     inputs.push_back(as_rows(*residual, stream));
   }
   for (const auto& w : weights) inputs.insert(inputs.end(), w->arrays().begin(), w->arrays().end());
-  auto node = std::make_shared<ProductNode>(stream, weights, norm.has_value(), eps, residual.has_value(), gated);
+  auto node =
+      std::make_shared<ProductNode>(stream, weights, norm.has_value(), eps, residual.has_value(), gated, rounded);
   return mx::array(std::move(shape), mx::float32, std::move(node), std::move(inputs));
 }
 
@@ -401,7 +409,8 @@ NB_MODULE(_native, module) {
   module.def("threads", &m7::threads);
   module.def("set_threads", &m7::set_threads, nb::arg("n"));
   module.def("product", &m7::product, nb::arg("x"), nb::arg("weights"), nb::arg("norm") = nb::none(),
-             nb::arg("eps") = 0.0f, nb::arg("residual") = nb::none(), nb::arg("gated") = false);
+             nb::arg("eps") = 0.0f, nb::arg("residual") = nb::none(), nb::arg("gated") = false,
+             nb::arg("rounded") = false);
   module.def("lookup", &m7::lookup, nb::arg("ids"), nb::arg("weight"));
   module.def("map_file", &m7::map_file, nb::arg("path"), nb::arg("tensors"));
   module.def("attend", &m7::attend, nb::arg("heads"), nb::arg("rotation"), nb::arg("written"), nb::arg("buffers"),
