@@ -128,6 +128,7 @@ def find_servers(args: argparse.Namespace, scratch: Path) -> list[Server]:
     found = []
     for name in args.servers or [*("m7mlx", "mlx-lm"), *(["llama.cpp"] if args.llama_server else [])]:
         command, model = [sys.executable, "-m", "m7mlx_serve", "--model", str(folder), "--name", "model"], "model"
+        command += ["--prefix-disk", "0"]
         if name == "mlx-lm":
             model = str(find_readable("mlx-lm", folder, scratch)[0])
             command = [sys.executable, "-c", _PEER, "--model", model, "--log-level", "ERROR"]
