@@ -248,16 +248,16 @@ def _names(cache: RollingCache, layer: int) -> list[str]:
 
 def _expected(cache: RollingCache, model: Mistral) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return the type and shape that every tensor but the ids must have."""
-    config, ring = cache.config, cache.rings[0]
-    rows = min(ring.slots_for(cache.positions.written), cache.positions.written)
+    config, written = cache.config, cache.positions.written
     # What one row of this model looks like when it is stored.
     like = cache.format.encode(mx.zeros((1, config.n_kv_heads, 1, config.head_dim), model.dtype)) * 2
     expected: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for i in range(config.n_layers):
+    for i, ring in enumerate(cache.rings):
+        rows = min(ring.slots_for(written), written)
         for name, array in zip(_names(cache, i), like, strict=True):
             expected[name] = (_TYPES[array.dtype], (1, config.n_kv_heads, rows, array.shape[3]))
-        if cache.n_sinks:
-            shape = (1, config.n_kv_heads, cache.n_sinks, config.head_dim)
+        if n_sinks := cache.positions.spans[ring.kind].n_sinks:
+            shape = (1, config.n_kv_heads, n_sinks, config.head_dim)
             expected |= {f"layers.{i}.sinks.{n}": (_TYPES[model.dtype], shape) for n in Sinks._fields}
     return expected
 
@@ -298,7 +298,7 @@ def _fill(path: Path, cache: RollingCache, arrays: Mapping[str, mx.array]) -> No
     for i, ring in enumerate(cache.rings):
         ring.buffers = tuple(arrays[name] for name in _names(cache, i))
         ring.reserve(cache.positions.written, ring.buffers)
-        if cache.n_sinks:
+        if cache.positions.spans[ring.kind].n_sinks:
             ring.sinks = Sinks(*(arrays[f"layers.{i}.sinks.{n}"] for n in Sinks._fields))
     cache.ids = arrays["ids"].tolist()  # type: ignore[assignment]
     mx.eval(cache.arrays)

@@ -16,10 +16,11 @@ import mlx.core as mx
 
 from m7mlx.answer import Answer, Piece
 from m7mlx.batch import BatchCache
-from m7mlx.cache import UNDO_SLACK, RollingCache
+from m7mlx.cache import RollingCache
 from m7mlx.compiled import step_of
 from m7mlx.decode import default_chunk, read_chunk, reusable, reuse, shared_start
 from m7mlx.errors import InputError, PromptTooLongError
+from m7mlx.memory import UNDO_SLACK
 from m7mlx.model import Mistral
 from m7mlx.request import Request, prepare
 from m7mlx.sampling import known

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from m7mlx.cache import UNDO_SLACK
 from m7mlx.config import ModelConfig
 from m7mlx.errors import M7Error
 from m7mlx.files.demo import find_demo
 from m7mlx.files.hub import ALIASES, DEMO, find_local
 from m7mlx.files.weights import folder_weights, parameters
-from m7mlx.memory import budget, footprints
+from m7mlx.memory import UNDO_SLACK, budget, footprints
 
 Fit = Literal["fits", "tight", "too big"]
 _TIGHT = 0.7  # of the machine's memory: beyond it, other programs have to make room
@@ -99,7 +98,7 @@ def describe(name: str, folder: Path) -> Entry:
         nbytes,
         memory=memory,
         bits=_bits(config, nbytes),
-        window=config.sliding_window,
+        window=config.window,
         context=config.max_position_embeddings,
     )
 

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from m7mlx.cache import UNDO_SLACK
 from m7mlx.config import ModelConfig
 from m7mlx.errors import InputError
-from m7mlx.memory import cache_bytes, default_kv_bits, loaded_bytes, planned_length
+from m7mlx.memory import UNDO_SLACK, cache_bytes, default_kv_bits, loaded_bytes, planned_length
 from m7mlx_serve.limits import Limits
 
 _MOST = 1000  # models of a folder

@@ -5,9 +5,8 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
-from m7mlx.cache import UNDO_SLACK
 from m7mlx.errors import BusyError, InputError
-from m7mlx.memory import cache_bytes
+from m7mlx.memory import UNDO_SLACK, cache_bytes
 from m7mlx.model import Mistral
 
 
@@ -54,6 +53,6 @@ class Places:
 def rows_memory(model: Mistral, limits: Limits) -> int:
     """The most bytes that keys and values take: those of every row and every conversation kept."""
     config = model.config
-    positions = (config.sliding_window or config.max_position_embeddings) + UNDO_SLACK
+    positions = (config.window or config.max_position_embeddings) + UNDO_SLACK
     bits = model.new_cache(kv_bits=limits.kv_bits).format.stored_bits(model.dtype)
     return (limits.rows + limits.kept) * cache_bytes(config, positions, bits)

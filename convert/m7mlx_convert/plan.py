@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from m7mlx.arrays import is_finite, on_cpu
-from m7mlx.cache import UNDO_SLACK
 from m7mlx.errors import InputError, WeightsError
 from m7mlx.files.patterns import match_patterns
-from m7mlx.memory import footprints
+from m7mlx.memory import UNDO_SLACK, footprints
 from m7mlx.quantization import Quantization
 from m7mlx.units import in_bytes
 from m7mlx_convert.scheme import Recipe

@@ -70,6 +70,7 @@ struct Attention {
   const float* heads;     // [batch, length, (n_heads + 2 n_kv_heads) · head_dim]: not rotated yet
   const float* rotation;  // [rotations, length, head_dim]: cosines, then sines
   int64_t rotations;      // batch, or 1 for all rows
+  const float* factors;   // [rotations, length]: what queries are multiplied by besides; null for nothing
   int64_t batch, length, n_heads, n_kv_heads, head_dim;
   Rows keys, values;
   int64_t slots;          // that are allocated

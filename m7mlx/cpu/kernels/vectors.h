@@ -66,7 +66,7 @@ inline I times(Pairs a, Pairs b) {
 }
 #else
 constexpr bool kHasPairs = false;
-inline I times(Pairs, Pairs) { return {}; }
+inline I times(Pairs, Pairs) { return I{}; }
 #endif
 
 inline V splat(float x) { return x - V{}; }
