@@ -33,8 +33,8 @@ from m7mlx_serve.metrics import Counted, Metrics
 from m7mlx_serve.models import Loaded, Models
 from m7mlx_serve.named import named_model
 from m7mlx_serve.ollama import chat as ollama_chat
-from m7mlx_serve.ollama import embed, generate, show
-from m7mlx_serve.ollama.answers import EmbedAnswers, OllamaAnswers, ShowAnswers
+from m7mlx_serve.ollama import embed, generate
+from m7mlx_serve.ollama.answers import EmbedAnswers, OllamaAnswers
 from m7mlx_serve.openai import chat, embeddings, text
 from m7mlx_serve.openai.answers import OpenAIAnswers
 from m7mlx_serve.openai.embedding_answers import EmbeddingAnswers
@@ -54,7 +54,6 @@ _ANSWERS: Mapping[str, Callable[[Answerer, ReadRequest], Answers]] = {
     ollama_chat.ENDPOINT.path: OllamaAnswers,
     generate.ENDPOINT.path: OllamaAnswers,
     embed.ENDPOINT.path: EmbedAnswers,
-    show.ENDPOINT.path: ShowAnswers,
     chat.ENDPOINT.path: OpenAIAnswers,
     text.ENDPOINT.path: OpenAIAnswers,
     embeddings.ENDPOINT.path: EmbeddingAnswers,
@@ -93,7 +92,7 @@ class Server:
         self._naming = ThreadPoolExecutor(1, "m7mlx-name")  # large bodies one by one: it holds the interpreter
         self._tells_reuse = with_key = bool(keys)
         routes = [
-            *(Route(path, self._answer, methods=["POST"]) for path in ENDPOINTS),
+            *(Route(path, self._answer, methods=["POST"]) for path in self._answers),
             *openai_routes(models),
             *ollama_routes(models),
             *response_routes(self._held, lambda request: request.scope[SPACE_KEY]),

@@ -12,7 +12,12 @@ from starlette.routing import Route
 
 from m7mlx_serve.errors import ApiError
 from m7mlx_serve.models import Models
+from m7mlx_serve.named import NO_MODEL
+from m7mlx_serve.ollama import show
 from m7mlx_serve.ollama.answers import describe, now
+from m7mlx_serve.ollama.show import ShowRequest
+from m7mlx_serve.readers import SMALL
+from m7mlx_serve.reading import parse
 
 _Told = TypeVar("_Told")
 _VERSION = "0.12.0"  # of Ollama, whose API this is
@@ -45,7 +50,7 @@ def openai_routes(models: Models) -> list[Route]:
 
 
 def ollama_routes(models: Models) -> list[Route]:
-    """GET /api/tags, /api/ps (those that are loaded) and /api/version."""
+    """GET /api/tags, /api/ps (those that are loaded) and /api/version; POST /api/show."""
     since = now()
 
     def tag(name: str, size: int) -> dict[str, Any]:
@@ -59,10 +64,33 @@ def ollama_routes(models: Models) -> list[Route]:
     async def list_loaded(request: Request) -> Response:
         return JSONResponse({"models": [tag(slot.name, slot.engine.weights) for slot in models.loaded]})
 
+    async def show_model(request: Request) -> Response:
+        """What a model is; it is not loaded for that, since clients ask of all."""
+        data = (await request.receive())["body"]
+        if len(data) > SMALL:
+            raise ApiError(400, f"the body must not exceed {SMALL:,} bytes here: it names a model, no more")
+        name = parse(data, ShowRequest).model
+        found = models.about(models.catalog.default if name in NO_MODEL else name)
+        shown = {
+            "modelfile": "",
+            "parameters": "",
+            "template": "",
+            "details": describe(),
+            "model_info": {"general.architecture": "llama", "llama.context_length": found.context},
+            "capabilities": ["completion", "tools", "embedding"],
+            "modified_at": now(),
+        }
+        return JSONResponse(shown)
+
     async def show_version(request: Request) -> Response:
         return JSONResponse({"version": _VERSION})
 
-    return [Route("/api/tags", list_tags), Route("/api/ps", list_loaded), Route("/api/version", show_version)]
+    return [
+        Route("/api/tags", list_tags),
+        Route("/api/ps", list_loaded),
+        Route("/api/version", show_version),
+        Route(show.ENDPOINT.path, show_model, methods=["POST"]),
+    ]
 
 
 def _of_each(models: Models, tell: Callable[[str], _Told]) -> list[_Told]:

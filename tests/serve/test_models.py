@@ -75,7 +75,11 @@ def test_all_are_listed_and_five_take_turns(url: str) -> None:
         assert (found.status_code, found.json()["model"]) == (200, name)
         assert name in loaded(url) and len(loaded(url)) <= 2
     assert ask(url, "").json()["model"] == "small"
-    assert httpx.post(f"{url}/api/show", json={"name": "m1:latest"}, timeout=60).status_code == 200
+    before = loaded(url)
+    for name in (*NAMES, "owner/m5:latest", ""):
+        assert httpx.post(f"{url}/api/show", json={"name": name}, timeout=60).status_code == 200
+    assert httpx.post(f"{url}/api/show", json={"model": "none"}).status_code == 404
+    assert loaded(url) == before  # clients ask of all
     unknown = ask(url, "none")
     assert (unknown.status_code, "use one of 'small', " in unknown.text) == (404, True)
 

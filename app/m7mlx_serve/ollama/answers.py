@@ -129,33 +129,6 @@ class EmbedAnswers:
         return [json.dumps(told).removesuffix("}"), ', "embeddings": [', *numbers, "]}"]
 
 
-class ShowAnswers:
-    """What the model is."""
-
-    stream_type: ClassVar[str] = "application/x-ndjson"
-
-    def __init__(self, answerer: Answerer, read: ReadRequest) -> None:
-        self._answerer = answerer
-
-    async def whole(self) -> Iterator[str]:
-        """The JSON of the description."""
-        shown = {
-            "modelfile": "",
-            "parameters": "",
-            "template": "",
-            "details": describe(),
-            "model_info": {"general.architecture": "llama", "llama.context_length": self._answerer.context},
-            "capabilities": ["completion", "tools"],
-            "modified_at": now(),
-        }
-        return iter([json.dumps(shown)])
-
-    async def stream(self) -> AsyncGenerator[str, None]:
-        """The same: there is nothing to wait for."""
-        for text in await self.whole():
-            yield text
-
-
 def describe() -> _Fields:
     """The details of a model that clients look for."""
     return {

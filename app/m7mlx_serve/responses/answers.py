@@ -31,7 +31,7 @@ class ResponseAnswers:
         assert isinstance(read.body, ResponseRequest)
         self._held, self._answerer, self._read, self._body = held, answerer, read, read.body
         reader = AnswerReader(answerer.tokenizer, read.prompts.tool_use)
-        self._output = Output(reader, self._body.custom_names, self._body.seals_thoughts)
+        self._output = Output(reader, self._body.called, self._body.seals_thoughts)
         self._id, self._created = f"resp_{secrets.token_hex(16)}", int(time.time())
         self._stats = Stats()
         self._number = 0  # of the next event

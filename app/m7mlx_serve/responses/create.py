@@ -16,7 +16,17 @@ from m7mlx_serve.errors import ApiError
 from m7mlx_serve.openai.replies import ErrorReply
 from m7mlx_serve.responses.items import Item, MessageItem, check_kind, plain
 from m7mlx_serve.responses.replies import ResponseEvent, ResponseReply
-from m7mlx_serve.responses.tools import AllowedTools, Choice, CustomTool, NamedTool, Tool, without_hosted
+from m7mlx_serve.responses.tools import (
+    AllowedTools,
+    Called,
+    Choice,
+    NamedTool,
+    Tool,
+    called_names,
+    names_only,
+    told_tools,
+    without_hosted,
+)
 from m7mlx_serve.strict import Finite, Name, Strict, Text
 
 _ENCRYPTED = "reasoning.encrypted_content"
@@ -123,9 +133,9 @@ class ResponseRequest(Body):
         return _ENCRYPTED in self.include
 
     @property
-    def custom_names(self) -> frozenset[str]:
-        """The names of tools that take a text."""
-        return frozenset(tool.name for tool in self.tools if isinstance(tool, CustomTool))
+    def called(self) -> Mapping[str, Called]:
+        """How the client knows what the model calls, where that differs."""
+        return called_names(self.tools)
 
     def following(self, held: Mapping[str, bytes]) -> Self:
         """The body behind the conversation that it goes on from, one of those `held`, by id."""
@@ -153,7 +163,7 @@ class ResponseRequest(Body):
         format = self.text.format if self.text else None
         return Conversation(
             [*system, *self.messages()],
-            [tool.told() for tool in tools],
+            told_tools(tools),
             "required" if isinstance(choice, NamedTool) else choice,
             choice.name if isinstance(choice, NamedTool) else None,
             self.parallel_tool_calls,
@@ -178,12 +188,11 @@ class ResponseRequest(Body):
         )
 
     def without_texts(self) -> Self:
-        """Leave out items, tools but the names of those that take a text, and schemas."""
-        custom = [CustomTool(type="custom", name=name) for name in sorted(self.custom_names)]
+        """Leave out items, schemas, and of tools all but names that calls are told by."""
         nothing: dict[str, Any] = {
             "input": "",
             "instructions": "",
-            "tools": custom,
+            "tools": names_only(self.tools),
             "tool_choice": None,
             "text": None,
         }

@@ -13,7 +13,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from m7mlx_serve.strict import MAX_TEXT, Name, Strict, Text
 
 CallId = Annotated[str, Field(max_length=100)]
-_STATUS = frozenset({"id", "status", "namespace", "caller", "async", "created_by", "agent", "phase"})
+_STATUS = frozenset({"id", "status", "caller", "async", "created_by", "agent", "phase"})
 _TEXTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
 # Calls that OpenAI's own servers have run: what they gave is in the answer that follows.
 _HOSTED = ("web_search_call", "file_search_call", "code_interpreter_call", "image_generation_call", "mcp_list_tools")
@@ -50,11 +50,12 @@ class MessageItem(Strict):
 
 
 class CallItem(Strict):
-    """A call of a function."""
+    """A call of a function, perhaps of a namespace."""
 
     type: Literal["function_call"]
     call_id: CallId
     name: Annotated[str, Field(min_length=1, max_length=200)]
+    namespace: Name = ""
     arguments: Text = "{}"
     ignored = _STATUS | {"parsed_arguments"}
 
@@ -66,7 +67,7 @@ class CustomCallItem(Strict):
     call_id: CallId
     name: Annotated[str, Field(min_length=1, max_length=200)]
     input: Text = ""
-    ignored = _STATUS
+    ignored = _STATUS | {"namespace"}
 
 
 class ResultItem(Strict):
@@ -175,9 +176,19 @@ def text_of(content: str | Sequence[Part]) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
+def full_name(namespace: str, name: str) -> str:
+    """The name by which a model knows a function of a namespace."""
+    if not namespace:
+        return name
+    return f"{namespace}{name}" if namespace.endswith("__") else f"{namespace}__{name}"
+
+
 def _call(item: CallItem | CustomCallItem) -> dict[str, Any]:
-    given = item.arguments if isinstance(item, CallItem) else json.dumps({"input": item.input}, ensure_ascii=False)
-    return {"id": item.call_id, "type": "function", "function": {"name": item.name, "arguments": given}}
+    if isinstance(item, CallItem):
+        name, given = full_name(item.namespace, item.name), item.arguments
+    else:
+        name, given = item.name, json.dumps({"input": item.input}, ensure_ascii=False)
+    return {"id": item.call_id, "type": "function", "function": {"name": name, "arguments": given}}
 
 
 def sealed(thought: str) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from m7mlx import Piece
 from m7mlx_serve.answer_reader import AnswerReader, Told, read_arguments
 from m7mlx_serve.responses.items import custom_input, sealed
+from m7mlx_serve.responses.tools import Called
 
 _Fields = dict[str, Any]
 _TEXT, _THOUGHT, _CALL, _CUSTOM = "message", "reasoning", "function_call", "custom_tool_call"
@@ -21,8 +22,8 @@ class Output:
     messages  the same as messages (`m7mlx.tokens.messages`), once all of it has come
     """
 
-    def __init__(self, reader: AnswerReader, custom_names: Collection[str], seals_thoughts: bool) -> None:
-        self._reader, self._custom, self._seals = reader, frozenset(custom_names), seals_thoughts
+    def __init__(self, reader: AnswerReader, called: Mapping[str, Called], seals_thoughts: bool) -> None:
+        self._reader, self._called, self._seals = reader, called, seals_thoughts
         self.items: list[_Fields] = []
         self._kind = ""  # of the item that is open, which is the last
         self._pieces: list[str] = []  # of its text
@@ -68,10 +69,11 @@ class Output:
         for call in told.calls:
             function = call["function"]
             if "id" in call:
-                is_custom = function["name"] in self._custom
-                given = {"input": ""} if is_custom else {"arguments": ""}
-                head = {"call_id": call["id"], "name": function["name"], **given}
-                yield from self._begin(_CUSTOM if is_custom else _CALL, head)
+                called = self._called.get(function["name"], Called("", function["name"], is_custom=False))
+                head = {"call_id": call["id"], "name": called.name}
+                head |= {"namespace": called.namespace} if called.namespace else {}
+                kind, given = (_CUSTOM, "input") if called.is_custom else (_CALL, "arguments")
+                yield from self._begin(kind, head | {given: ""})
             if arguments := function["arguments"]:
                 self._pieces.append(arguments)
                 if self._kind == _CALL:

@@ -51,6 +51,7 @@ class OutputCall(_Reply):
     status: ItemStatus
     call_id: str
     name: str
+    namespace: str | None = None
     arguments: str
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Discriminator, Field, Tag
 
+from m7mlx_serve.responses.items import full_name
 from m7mlx_serve.strict import Name, Strict, Text
 
 _HOSTED = ("file_search", "code_interpreter", "image_generation", "mcp", "tool_search", "programmatic_tool_calling")
@@ -20,9 +22,19 @@ class FunctionTool(Strict):
     parameters: dict[str, Any] = Field(default_factory=lambda: {"type": "object", "properties": {}})
     ignored = frozenset({"strict", "defer_loading", "output_schema", "allowed_callers", "cache_control"})
 
-    def told(self) -> dict[str, Any]:
+    def told(self, namespace: str = "") -> dict[str, Any]:
         """The function as the model is told of it."""
-        return {"name": self.name, "description": self.description, "parameters": self.parameters}
+        name = full_name(namespace, self.name)
+        return {"name": name, "description": self.description, "parameters": self.parameters}
+
+
+class Namespace(Strict):
+    """Functions with a name in common, as those of one MCP server that the client asks."""
+
+    type: Literal["namespace"]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    tools: Annotated[list[FunctionTool], Field(max_length=512, fail_fast=True)] = Field(default_factory=list)
+    ignored = frozenset({"description"})
 
 
 class TextFormat(Strict):
@@ -54,13 +66,55 @@ class CustomTool(Strict):
 
 def _tag(tool: Any) -> str:
     kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", "")
-    return "Custom" if kind == "custom" else "Function"
+    return {"custom": "Custom", "namespace": "Namespace"}.get(str(kind), "Function")
 
 
 Tool = Annotated[
-    Annotated[FunctionTool, Tag("Function")] | Annotated[CustomTool, Tag("Custom")],
+    Annotated[FunctionTool, Tag("Function")]
+    | Annotated[CustomTool, Tag("Custom")]
+    | Annotated[Namespace, Tag("Namespace")],
     Discriminator(_tag),
 ]
+
+
+def told_tools(tools: Sequence[FunctionTool | CustomTool | Namespace]) -> list[dict[str, Any]]:
+    """All functions as the model is told of them."""
+    told = []
+    for tool in tools:
+        told += [one.told(tool.name) for one in tool.tools] if isinstance(tool, Namespace) else [tool.told()]
+    return told
+
+
+class Called(NamedTuple):
+    """How a client knows what a model calls."""
+
+    namespace: str
+    name: str
+    is_custom: bool
+
+
+def called_names(tools: Sequence[FunctionTool | CustomTool | Namespace]) -> dict[str, Called]:
+    """How clients know what models call, by the names that models know, where that differs."""
+    found = {}
+    for tool in tools:
+        if isinstance(tool, CustomTool):
+            found[tool.name] = Called("", tool.name, is_custom=True)
+        elif isinstance(tool, Namespace):
+            for one in tool.tools:
+                found[full_name(tool.name, one.name)] = Called(tool.name, one.name, is_custom=False)
+    return found
+
+
+def names_only(tools: Sequence[FunctionTool | CustomTool | Namespace]) -> list[CustomTool | Namespace]:
+    """The tools for `called_names`, without descriptions and schemas."""
+    kept: list[CustomTool | Namespace] = []
+    for tool in tools:
+        if isinstance(tool, CustomTool):
+            kept.append(CustomTool(type="custom", name=tool.name))
+        elif isinstance(tool, Namespace):
+            inner = [FunctionTool(type="function", name=one.name) for one in tool.tools]
+            kept.append(Namespace(type="namespace", name=tool.name, tools=inner))
+    return kept
 
 
 def without_hosted(tools: Any) -> Any:
@@ -75,7 +129,7 @@ def without_hosted(tools: Any) -> Any:
     kept = []
     for tool in tools:
         kind = tool.get("type") if isinstance(tool, dict) else None
-        if isinstance(kind, str) and kind not in ("function", "custom"):
+        if isinstance(kind, str) and kind not in ("function", "custom", "namespace"):
             if kind in _HOSTED or kind.startswith("web_search"):
                 continue
             raise ValueError(
