@@ -12,9 +12,6 @@ from m7mlx.errors import ConfigError
 from m7mlx.jsonfile import given, number, said, whole
 from m7mlx.rope import RopeScaling, read_rope, yarn_factor
 
-# What params.json calls YaRN's numbers → what they are here.
-_YARN = {"factor": "factor", "beta": "beta_fast", "alpha": "beta_slow"}
-
 
 def read_params(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a `ModelConfig`. Raises ConfigError."""
@@ -100,14 +97,19 @@ def _scaling(data: Mapping[str, Any], context: int) -> RopeScaling | None:
 
 def _read_yarn(yarn: Mapping[str, Any]) -> RopeScaling:
     _check_part("yarn", yarn, ("factor", "original_max_position_embeddings"), ("beta", "alpha", "apply_scale"))
-    numbers = {ours: float(number(yarn[name], f"yarn: {name}")) for name, ours in _YARN.items() if name in yarn}
+    factor, fast, slow = (
+        float(number(yarn.get(name, default), f"yarn: {name}"))
+        for name, default in (("factor", None), ("beta", 32.0), ("alpha", 1.0))
+    )
     applies = yarn.get("apply_scale", True)
     if not isinstance(applies, bool):
         raise ConfigError(f"yarn: apply_scale must be true or false, not {said(applies)}")
     return RopeScaling(
         whole(yarn["original_max_position_embeddings"], "yarn: original_max_position_embeddings"),
-        attention_factor=yarn_factor(numbers["factor"]) if applies else 1.0,
-        **numbers,
+        factor=factor,
+        beta_fast=fast,
+        beta_slow=slow,
+        attention_factor=yarn_factor(factor) if applies else 1.0,
     )
 
 

@@ -19,7 +19,7 @@ PROG = "m7mlx-plan"
 _DESCRIPTION = """\
 How a model would lie on several machines: memory of each, bytes and exchanges a token, and about how
 fast that is. Weights are taken as they are stored, keys and values in 16 bits. Nothing is fetched;
-the aliases of Mistral 7B (mistral, …) need not be here."""
+a model with an alias (mistral, ministral-8b, …) need not be here."""
 _EPILOG = """\
 examples:
   m7mlx-plan mistral                       1, 2, 4 and 8 Macs, over Thunderbolt with RDMA

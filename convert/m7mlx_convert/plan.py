@@ -61,7 +61,7 @@ class PlannedParameter:
     @property
     def memory(self) -> int:
         """Bytes that `arrays` takes, about; what changes passes through float32 or its own type."""
-        is_read_plain = self.tensor.scheme is None
+        is_read_plain = self.tensor.scheme is None and not self.tensor.is_widened
         around = self.tensor.size * (self.tensor.dtype.size if is_read_plain else 4 + 1)
         if self.scheme != self.tensor.scheme and (table := _table(self.scheme)):
             around += self.nbytes + min(self.tensor.size, _SLICE) * table

@@ -60,6 +60,7 @@ def lookup(ids: mx.array, weight: Weight) -> mx.array:
 def attend(
     heads: mx.array,
     rotation: mx.array,
+    factors: mx.array | None,
     written: mx.array,
     buffers: Sequence[mx.array],
     n_kv_heads: int,
@@ -74,6 +75,7 @@ def attend(
 
     heads     [batch, length, (heads + 2 KV heads) * head_dim]: queries, keys, values, not rotated
     rotation  [batch or 1, length, head_dim]: cosines, then sines
+    factors   [batch or 1, length]: what queries are multiplied by besides
     written   what the last pass through these buffers returned: the order of both
     buffers   as `LayerRing` has them, evaluated
     window    0 for full attention
