@@ -60,6 +60,7 @@ class Prefixes:
         A folder that cannot be used is reported, and nothing is kept.
         """
         self._scheduler = scheduler
+        mx.eval(model.parameters())  # what is still to be computed is this thread's
         self._reading.submit(self._open, model, scheduler.new_cache)
 
     def _open(self, model: Mistral, like: RollingCache) -> None:
