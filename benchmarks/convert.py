@@ -98,7 +98,7 @@ def same_bits(a: Path, b: Path) -> bool:
     for name in found:
         files = mx.load(str(found[name].path)), mx.load(str(other[name].path))
         assert isinstance(files[0], dict) and isinstance(files[1], dict)
-        if not mx.array_equal(files[0][name], files[1][name]).item():
+        if not mx.array_equal(files[0][found[name].name], files[1][other[name].name]).item():
             return False
         mx.clear_cache()
     return True

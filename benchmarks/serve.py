@@ -128,6 +128,7 @@ def find_servers(args: argparse.Namespace, scratch: Path) -> list[Server]:
     found = []
     for name in args.servers or [*("m7mlx", "mlx-lm"), *(["llama.cpp"] if args.llama_server else [])]:
         command, model = [sys.executable, "-m", "m7mlx_serve", "--model", str(folder), "--name", "model"], "model"
+        command += ["--prefix-disk", "0"]
         if name == "mlx-lm":
             model = str(find_readable("mlx-lm", folder, scratch)[0])
             command = [sys.executable, "-c", _PEER, "--model", model, "--log-level", "ERROR"]
@@ -183,7 +184,10 @@ async def ask(session: aiohttp.ClientSession, url: str, model: str, text: str, t
 async def drive(url: str, model: str, scenario: Scenario, round_: int) -> tuple[float, float]:
     """Tokens per second of all clients together, p95 of the seconds to a first token."""
     timeout = aiohttp.ClientTimeout(total=3600)
-    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+    # A new connection each time: llama-server closes a kept one while the next question comes.
+    async with aiohttp.ClientSession(
+        timeout=timeout, connector=aiohttp.TCPConnector(limit=0, force_close=True)
+    ) as session:
 
         async def client(number: int) -> list[tuple[int, float]]:
             texts = [prompt(f"{scenario} {round_} {number} {i}", scenario) for i in range(scenario.requests)]

@@ -51,9 +51,9 @@ def attend_to_ring(heads: mx.array, ring: LayerRing, forward: ForwardPass, n_kv_
     values_at, keys_at = heads.shape[1] - n_kv_heads, heads.shape[1] - 2 * n_kv_heads
     rotated = ring.format.turn(forward.rotate(heads[:, :values_at]))
     kv = ring.update(rotated[:, keys_at:], heads[:, values_at:], forward)
-    q, scale = rotated[:, :keys_at], heads.shape[-1] ** -0.5
+    q, scale = forward.rotation.scale_queries(rotated[:, :keys_at]), heads.shape[-1] ** -0.5
     if forward.sinks is not None and ring.sinks is not None:
-        to_sinks = ring.format.turn(forward.sinks.rotate(heads[:, :keys_at]))
+        to_sinks = ring.format.turn(forward.rotation.scale_queries(forward.sinks.rotate(heads[:, :keys_at])))
         return attend(q * scale, kv, forward.mask, (to_sinks * scale, ring.sinks, forward.sinks.visible))
     if kv.format.is_packed or on_cpu():  # there, MLX makes the fused operation one product per query head
         return attend(q * scale, kv, forward.mask)

@@ -133,8 +133,9 @@ class BatchCache(KVCache):
         Rows that take the place of others begin at the time of the clock, which never goes back by
         itself.
         """
-        need, longest = self.rings[0].slots_for, max(self.offsets[i] for i in rows)
-        return self.window is None and need(self.positions.offset + 1) > need(longest + GROWTH // 4)
+        full = next((ring for ring in self.rings if ring.window is None), None)
+        longest = max(self.offsets[i] for i in rows)
+        return full is not None and full.slots_for(self.positions.offset + 1) > full.slots_for(longest + GROWTH // 4)
 
     def row(self, row: int) -> RollingCache:
         """Return one row as a cache of its own, a copy."""
@@ -153,13 +154,15 @@ class BatchCache(KVCache):
     def _must_be_turned(self, cache: RollingCache) -> bool:
         """Tell whether all rows have to be laid out anew for one that joins.
 
-        They are empty, or too short for one that forgets nothing.
+        They are empty, or too short for one that forgets nothing, or whose rings turn together at
+        no time that is near.
         """
         if cache.settings != self.settings:
             raise InputError("the rows of a batch must share model, window, slack and precision")
-        longer = self.window is None and cache.offset > self.positions.offset
-        own, new = self.rings[0], cache.rings[0]
-        return longer or not own.buffers or (new.sinks is None) != (own.sinks is None)
+        turns_as_one = self.window is not None and len(self.positions.spans) == 1
+        longer = not turns_as_one and cache.offset > self.positions.offset
+        pairs = list(zip(self.rings, cache.rings, strict=True))
+        return longer or not self.rings[0].buffers or any((a.sinks is None) != (b.sinks is None) for a, b in pairs)
 
     def _become(self, caches: Sequence[RollingCache]) -> None:
         """Hold these conversations instead."""
@@ -188,7 +191,7 @@ def _turn_into(
         return
     turned = []
     for source, row, start in zip(sources, rows, clock.starts, strict=True):
-        one = LayerRing(clock.window, clock.slack, target.format)
+        one = target.emptied()
         one.reserve(clock.written, like.buffers)
         if source.buffers:
             _copy(source, one, 0, max(0, row.written - source.capacity), row.offset, start)

@@ -5,9 +5,10 @@ small slack, and its memory never grows with the conversation. The slack is what
 undo, and what lets a few tokens be written first and attended to in place. Which position lies in
 which slot is decided in `m7mlx.positions`, which has a drawing.
 
-A model with full attention keeps everything, in a buffer that grows; or, with `max_kv_size`, the
-last keys and a few attention sinks (arXiv 2309.17453): the sequence's first keys, which heads
-attend to when they need nothing else.
+Layers with full attention keep everything, in a buffer that grows; or, with `max_kv_size`, the last
+keys and a few attention sinks (arXiv 2309.17453): the sequence's first keys, which heads attend to
+when they need nothing else. A model may have layers of both kinds: its cache can undo what all of
+them can.
 """
 
 from __future__ import annotations
@@ -19,11 +20,10 @@ import mlx.core as mx
 
 from m7mlx.config import ModelConfig
 from m7mlx.errors import InputError
-from m7mlx.positions import Positions
+from m7mlx.positions import Positions, Span
 from m7mlx.ring import KVFormat, LayerRing, Sinks, Stored
 
 DEFAULT_SLACK = 8  # 0.2 % of a window of 4,096
-UNDO_SLACK = 64  # where a stop text, a draft or an answer that was broken off may have to be undone
 DEFAULT_SINKS = 4
 
 
@@ -73,12 +73,20 @@ class KVCache:
         self.positions = positions
         self.format = kv_format
         self.owner: object | None = None
-        self.rings = [LayerRing(positions.window, positions.slack, kv_format) for _ in range(config.n_layers)]
+        self.rings = [self._new_ring(window) for window in config.windows]
+
+    def _new_ring(self, window: int | None) -> LayerRing:
+        kind = 1 if self.config.layer_types and window is not None else 0
+        span = self.positions.spans[kind]
+        return LayerRing(span.window, span.slack, self.format, kind)
 
     def __repr__(self) -> str:
         kept = "all tokens" if self.window is None else f"window {self.window:,} + slack {self.slack}"
         sinks = f" + {self.n_sinks} sinks" if self.n_sinks else ""
         bits = "" if self.format.bits is None else f" in {self.format.bits} bits"
+        if len(self.positions.spans) > 1:
+            n_sliding = sum(ring.kind for ring in self.rings)
+            kept += f", in {n_sliding} layers window {self.positions.spans[1].window:,} + slack {self.slack}"
         layers = f"{len(self.rings)} layers of {self.config.n_kv_heads} × {self.config.head_dim}"
         return f"{type(self).__name__}({self._tokens}, {kept}{sinks}, {layers}{bits}, {self.nbytes / 1e6:.1f} MB)"
 
@@ -102,8 +110,13 @@ class KVCache:
 
     @property
     def window(self) -> int | None:
-        """Keys that a token sees, itself included; None for full attention."""
-        return self.positions.window
+        """Keys that a token sees in the layers that see furthest, itself included; None for all."""
+        return self.positions.spans[0].window
+
+    @property
+    def turns_at(self) -> int | None:
+        """Tokens after which no more than the slack can be undone; None where all can, always."""
+        return self.positions.turns_at
 
     @property
     def slack(self) -> int:
@@ -113,12 +126,12 @@ class KVCache:
     @property
     def n_sinks(self) -> int:
         """First tokens of the sequence that are kept besides the window."""
-        return self.positions.n_sinks
+        return self.positions.spans[0].n_sinks
 
     @property
     def max_kv_size(self) -> int | None:
         """Keys that a bounded stream keeps, its sinks included; None for any other cache."""
-        if self.window is None or self.config.sliding_window is not None:
+        if self.window is None or self.config.window is not None:
             return None
         return self.window + self.n_sinks
 
@@ -130,7 +143,7 @@ class KVCache:
     @property
     def settings(self) -> tuple[object, ...]:
         """What two caches must share for their rows to be exchanged."""
-        return (self.owner, self.config, self.window, self.n_sinks, self.slack, self.format)
+        return (self.owner, self.config, self.positions.spans, self.format)
 
     def like(self) -> RollingCache:
         """Return an empty cache of one conversation with the same options."""
@@ -159,7 +172,7 @@ class KVCache:
     def begin(self, length: int) -> None:
         """Begin a forward pass over `length` tokens; `advance` ends it.
 
-        `self.positions.forward_pass(length)` describes it.
+        `self.positions.forward_passes(length)` describes it.
 
         Raises RollbackError if an earlier one was broken off.
         """
@@ -195,8 +208,8 @@ class RollingCache(KVCache):
         kv_bits        store keys and values in 4 or 8 bits, in groups of `kv_group_size`; in
                        16, as float16; 32 or None stores them as computed (`Mistral.new_cache`
                        takes the model's default for None)
-        max_kv_size    for full attention: keep this many keys, the first `sinks` of the sequence
-                       among them, and never end; None keeps all
+        max_kv_size    for layers with full attention: keep this many keys, the first `sinks` of the
+                       sequence among them, and never end; None keeps all
 
         Raises InputError for what does not fit together.
         """
@@ -204,13 +217,7 @@ class RollingCache(KVCache):
             raise InputError(f"slack must not be negative, got {slack}")
         if max_kv_size is not None:
             _check_stream(config, max_kv_size, sinks)
-        positions = Positions(
-            window=config.sliding_window if max_kv_size is None else max_kv_size - sinks,
-            slack=slack,
-            n_sinks=0 if max_kv_size is None else sinks,
-            rope_theta=config.rope_theta,
-            head_dim=config.head_dim,
-        )
+        positions = Positions(_spans(config, slack, max_kv_size, sinks), config.rope)
         kv_format = KVFormat(None if kv_bits == 32 else kv_bits, kv_group_size)
         super().__init__(config, positions, _check_format(config, kv_format))
         self.ids: list[int] = []
@@ -277,11 +284,18 @@ class RollingCache(KVCache):
         self.ids = []
 
 
+def _spans(config: ModelConfig, slack: int, max_kv_size: int | None, sinks: int) -> tuple[Span, ...]:
+    """Return what each kind of layer keeps; full attention comes first."""
+    full = Span(None, slack) if max_kv_size is None else Span(max_kv_size - sinks, slack, sinks)
+    sliding = Span(config.sliding_window, slack)
+    if config.layer_types:
+        return full, sliding
+    return (full if config.sliding_window is None else sliding,)
+
+
 def _check_stream(config: ModelConfig, max_kv_size: int, sinks: int) -> None:
-    if config.sliding_window is not None:
-        raise InputError(
-            f"this model's own window bounds its cache to {config.sliding_window} keys; leave out max_kv_size"
-        )
+    if config.window is not None:
+        raise InputError(f"this model's own window bounds its cache to {config.window} keys; leave out max_kv_size")
     if sinks < 0 or max_kv_size <= sinks:
         raise InputError(f"max_kv_size must be above the number of sinks, not {max_kv_size} with {sinks} sinks")
     if max_kv_size > config.max_position_embeddings:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from array import array as int_array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,12 +66,32 @@ class CacheHeader:
     metadata: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class SavedCache:
+    """What a saved cache holds, without its keys and values.
+
+    ids           its tokens; none where whoever saved it did not know them
+    max_rollback  how many tokens it can be cut back by, once loaded
+    metadata      the texts that `save_cache` was given
+    """
+
+    ids: Sequence[int]
+    max_rollback: int
+    metadata: Mapping[str, str]
+
+
 def save_cache(
-    path: str | Path, cache: RollingCache, model: Mistral, metadata: Mapping[str, str] | None = None
+    path: str | Path,
+    cache: RollingCache,
+    model: Mistral,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    weight_hash: str | None = None,
 ) -> None:
     """Write `cache` to one safetensors file, to be opened by `load_cache` with the same model.
 
-    metadata  texts of your own, kept in the file's header
+    metadata     texts of your own, kept in the file's header
+    weight_hash  as `hash_weights` makes it, if that has been done: it reads all weights
 
     The file appears under its name only when it is whole, and replaces one that is there already.
     Raises InputError for a cache that is another model's, empty or broken off; DiskError.
@@ -88,7 +109,7 @@ def save_cache(
     if not all(isinstance(text, str) for item in metadata.items() for text in item):
         raise InputError("metadata must be texts by name")
     arrays = _arrays(cache)
-    header = json.dumps(asdict(_header(cache, model, metadata)))
+    header = json.dumps(asdict(_header(cache, model, metadata, weight_hash or hash_weights(model))))
     about = {"format": _FORMAT, "version": str(_VERSION), "header": header, "sha256": _checksum(header, arrays)}
     partial = path.with_name(f".{path.name}.partial.safetensors")  # one that a kill left is overwritten
     try:
@@ -107,17 +128,43 @@ def save_cache(
             partial.unlink()
 
 
-def load_cache(path: str | Path, model: Mistral) -> RollingCache:
+def load_cache(path: str | Path, model: Mistral, *, weight_hash: str | None = None) -> RollingCache:
     """Open a saved cache: generation continues where it stopped, with nothing to prefill.
+
+    weight_hash  as `hash_weights` makes it, if that has been done: it reads all weights
 
     Raises NotFoundError; CacheFileError for a file that is damaged, was not saved by m7mlx or by a
     newer one, or belongs to another model.
     """
     path = Path(path)
     about, header = _read_header(path)
+    cache = _empty_cache(path, model, header, weight_hash or hash_weights(model))
+    _fill(path, cache, _read_arrays(path, cache, model, header, about))
+    return cache
+
+
+def peek_cache(path: str | Path, model: Mistral, *, weight_hash: str | None = None) -> SavedCache:
+    """Look at a saved cache without reading its keys and values. Raises as `load_cache`."""
+    path = Path(path)
+    _, header = _read_header(path)
+    cache = _empty_cache(path, model, header, weight_hash or hash_weights(model))
+    if _tensors(path).get("ids") is None:
+        raise CacheFileError(f"{path} is damaged: it holds no ids for its {header.offset} tokens")
+    with safe_open(str(path), framework="np") as file:
+        ids = file.get_tensor("ids")
+    return SavedCache(int_array("i", ids.astype("i4").tobytes()), cache.max_rollback, header.metadata)
+
+
+def hash_weights(model: Mistral) -> str:
+    """Hash sums over all weights, to which a saved cache is bound."""
+    return fingerprint(dict(tree_flatten(model.parameters())))
+
+
+def _empty_cache(path: Path, model: Mistral, header: CacheHeader, weight_hash: str) -> RollingCache:
+    """A cache with the options of a saved one, and its length. Raises CacheFileError."""
     if header.config_hash != _config_hash(model):
         raise CacheFileError(f"{path} was saved with a model of another shape; open it with its own model")
-    if header.weight_hash != _weight_hash(model):
+    if header.weight_hash != weight_hash:
         raise CacheFileError(f"{path} was saved with other weights of the same shape; open it with its own model")
     try:
         cache = RollingCache(
@@ -134,17 +181,21 @@ def load_cache(path: str | Path, model: Mistral) -> RollingCache:
     cache.positions = cache.positions.at(header.offset, header.written)
     if header.window != cache.window or not cache.intact:
         raise CacheFileError(f"{path} is damaged: its header contradicts itself")
-    _fill(path, cache, _read_arrays(path, cache, model, header, about))
     return cache
 
 
 # --- what a file is bound to ----------------------------------------------------------------------
 
 
-def _header(cache: RollingCache, model: Mistral, metadata: Mapping[str, str]) -> CacheHeader:
+def _header(
+    cache: RollingCache,
+    model: Mistral,
+    metadata: Mapping[str, str],
+    weight_hash: str,
+) -> CacheHeader:
     return CacheHeader(
         config_hash=_config_hash(model),
-        weight_hash=_weight_hash(model),
+        weight_hash=weight_hash,
         dtype=_dtype_name(model),
         window=cache.window,
         slack=cache.slack,
@@ -160,10 +211,6 @@ def _header(cache: RollingCache, model: Mistral, metadata: Mapping[str, str]) ->
 
 def _config_hash(model: Mistral) -> str:
     return hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode()).hexdigest()
-
-
-def _weight_hash(model: Mistral) -> str:
-    return fingerprint(dict(tree_flatten(model.parameters())))
 
 
 def _dtype_name(model: Mistral) -> str:
@@ -201,16 +248,16 @@ def _names(cache: RollingCache, layer: int) -> list[str]:
 
 def _expected(cache: RollingCache, model: Mistral) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return the type and shape that every tensor but the ids must have."""
-    config, ring = cache.config, cache.rings[0]
-    rows = min(ring.slots_for(cache.positions.written), cache.positions.written)
+    config, written = cache.config, cache.positions.written
     # What one row of this model looks like when it is stored.
     like = cache.format.encode(mx.zeros((1, config.n_kv_heads, 1, config.head_dim), model.dtype)) * 2
     expected: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for i in range(config.n_layers):
+    for i, ring in enumerate(cache.rings):
+        rows = min(ring.slots_for(written), written)
         for name, array in zip(_names(cache, i), like, strict=True):
             expected[name] = (_TYPES[array.dtype], (1, config.n_kv_heads, rows, array.shape[3]))
-        if cache.n_sinks:
-            shape = (1, config.n_kv_heads, cache.n_sinks, config.head_dim)
+        if n_sinks := cache.positions.spans[ring.kind].n_sinks:
+            shape = (1, config.n_kv_heads, n_sinks, config.head_dim)
             expected |= {f"layers.{i}.sinks.{n}": (_TYPES[model.dtype], shape) for n in Sinks._fields}
     return expected
 
@@ -251,7 +298,7 @@ def _fill(path: Path, cache: RollingCache, arrays: Mapping[str, mx.array]) -> No
     for i, ring in enumerate(cache.rings):
         ring.buffers = tuple(arrays[name] for name in _names(cache, i))
         ring.reserve(cache.positions.written, ring.buffers)
-        if cache.n_sinks:
+        if cache.positions.spans[ring.kind].n_sinks:
             ring.sinks = Sinks(*(arrays[f"layers.{i}.sinks.{n}"] for n in Sinks._fields))
     cache.ids = arrays["ids"].tolist()  # type: ignore[assignment]
     mx.eval(cache.arrays)

@@ -59,7 +59,8 @@ def describe_backend() -> str:
         device = "Metal" if mx.metal.is_available() else "CUDA" if mx.cuda.is_available() else "CPU"
         return f"MLX {version('mlx')}, {device}"
     reason = native.why_not()
-    kernels = f"MLX's own: {reason}" if reason else f"m7mlx's, {native.instruction_set()}"
+    inputs = f"products with inputs of {16 if native.rounds_inputs() else 32} bits"
+    kernels = f"MLX's own: {reason}" if reason else f"m7mlx's, {native.instruction_set()}, {inputs}"
     return f"MLX {version('mlx')}, CPU\nkernels: {kernels}\nBLAS: {blas.library or 'MLX’s own'}"
 
 

@@ -17,8 +17,9 @@ from m7mlx.cache import KVCache
 from m7mlx.model import Mistral
 from m7mlx.positions import Positions
 from m7mlx.ring import KVFormat, LayerRing, Stored
+from m7mlx.rotation import Tables
 
-_Function = Callable[[mx.array, mx.array, mx.array, list[Stored]], tuple[mx.array, list[Stored]]]
+_Function = Callable[[mx.array, mx.array, mx.array, list[mx.array], list[Stored]], tuple[mx.array, list[Stored]]]
 
 
 def step_of(model: Mistral) -> Callable[[mx.array, KVCache], mx.array]:
@@ -31,7 +32,7 @@ class CompiledStep:
 
     def __init__(self, model: Mistral) -> None:
         self._model = model
-        self._functions: dict[tuple[object, Positions, KVFormat], _Function] = {}
+        self._functions: dict[tuple[object, Positions, KVFormat, bool], _Function] = {}
 
     def __call__(self, ids: mx.array, cache: KVCache) -> mx.array:
         if ids.shape[1] != 1 or cache.n_sinks or not cache.rings[0].buffers:
@@ -41,30 +42,38 @@ class CompiledStep:
         here = cache.positions
         for ring in cache.rings:
             ring.reserve(here.offset + 1, ring.buffers)
-        kind = (self._model.identity, here.at(0), cache.format)
+        rotation = here.rotation(1)
+        tables = [array for array in rotation.tables if array is not None] if rotation.needs_tables else []
+        kind = (self._model.identity, here.at(0), cache.format, bool(tables))
         if kind not in self._functions:
-            self._functions[kind] = mx.compile(self._traced(*kind[1:]))
+            self._functions[kind] = mx.compile(self._traced(here.at(0), [ring.emptied() for ring in cache.rings]))
         buffers = [ring.buffers for ring in cache.rings]
         starts = mx.array(here.starts)[:, None]
-        logits, written = self._functions[kind](ids, mx.array([here.offset]), starts, buffers)
+        logits, written = self._functions[kind](ids, mx.array([here.offset]), starts, tables, buffers)
         # From here on nobody holds the old names of the buffers: the rows are written in place.
         for ring, stored in zip(cache.rings, written, strict=True):
             ring.buffers = stored
         cache.advance(1)
         return logits
 
-    def _traced(self, positions: Positions, kv_format: KVFormat) -> _Function:
+    def _traced(self, positions: Positions, empty: list[LayerRing]) -> _Function:
         def function(
             ids: mx.array,
             offset: mx.array,
             starts: mx.array,
+            arrays: list[mx.array],
             buffers: list[Stored],
         ) -> tuple[mx.array, list[Stored]]:
-            rings = [LayerRing(positions.window, positions.slack, kv_format) for _ in buffers]
+            rings = [ring.emptied() for ring in empty]
             for ring, stored in zip(rings, buffers, strict=True):
                 ring.buffers = tuple(stored)
-            forward = positions.traced_pass(offset, starts, rings[0].n_slots)
-            logits = self._model.head(self._model.through(ids, rings, forward))
+            tables = Tables(arrays[0], arrays[1] if len(arrays) > 1 else None) if arrays else None
+            slots = {ring.kind: ring.n_slots for ring in rings}
+            forwards = [
+                positions.traced_pass(offset, starts, slots.get(kind, 1), span, tables)
+                for kind, span in enumerate(positions.spans)
+            ]
+            logits = self._model.head(self._model.through(ids, rings, forwards))
             return logits, [ring.buffers for ring in rings]
 
         return function

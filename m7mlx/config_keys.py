@@ -145,6 +145,31 @@ _WITHOUT_EFFECT = frozenset(
     ]
 )
 
+# The config.json of a model that sees pictures: what is read of it, and what is left out.
+_WRAPPER_READ = frozenset(
+    [
+        "architectures",
+        "model_type",
+        "text_config",
+        "tie_word_embeddings",
+        "bos_token_id",
+        "eos_token_id",
+        "quantization",
+        "quantization_config",
+    ]
+)
+_PICTURES = frozenset(
+    [
+        "image_token_id",
+        "image_token_index",
+        "multimodal_projector_bias",
+        "projector_hidden_act",
+        "spatial_merge_size",
+        "vision_config",
+        "vision_feature_layer",
+    ]
+)
+
 # params.json: what `ModelConfig.from_params` reads.
 _PARAMS_READ = frozenset(
     [
@@ -160,25 +185,38 @@ _PARAMS_READ = frozenset(
         "max_seq_len",
         "max_position_embeddings",
         "sliding_window",
+        "_sliding_window",
+        "yarn",
+        "llama_4_scaling",
+        "rope_scaling",
         "tied_embeddings",
         "moe",
-        "vision_encoder",
+        "multimodal",
     ]
 )
 # The same two groups for params.json.
 _PARAMS_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "activation": ("silu",),
     "causal": (True,),
     "model_type": ("transformer", "mistral"),
     "use_biases": (False,),
-    **dict.fromkeys(("_sliding_window", "llama_4_scaling", "lora", "quantization", "rope_scaling", "yarn"), ()),
+    **dict.fromkeys(("lora", "quantization"), ()),
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), ()),
 }
-_PARAMS_WITHOUT_EFFECT = frozenset(["max_batch_size", "dtype"])
+_PARAMS_WITHOUT_EFFECT = frozenset(["max_batch_size", "dtype", "vision_encoder"])  # pictures are left out
 
 
 def check_keys(data: Mapping[str, Any]) -> None:
     """Raise ConfigError for a key or a value of a config.json that is not understood."""
     _check(data, _READ | _WITHOUT_EFFECT, _NEUTRAL)
+
+
+def check_wrapper_keys(data: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a key beside `text_config` that is not understood.
+
+    What concerns pictures is left out.
+    """
+    _check(data, _WRAPPER_READ | _PICTURES | _WITHOUT_EFFECT, _NEUTRAL)
 
 
 def check_params_keys(data: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import mlx.core as mx
@@ -50,14 +50,36 @@ def embed(
     for ids in prompts:
         check_prompt(model, ids, empty)
     vectors: dict[int, mx.array] = {}
-    for numbers in _groups(prompts, default_chunk(model)):
-        pooled = _pooled(model, [prompts[i] for i in numbers], pooling)
-        mx.eval(pooled)
-        vectors |= dict(zip(numbers, pooled, strict=True))
+    for pooled in passes(model, prompts, pooling=pooling, normalize=normalize):
+        vectors |= pooled
     if not vectors:
         return mx.zeros((0, model.config.hidden_size))
-    found = mx.stack([vectors[i] for i in range(len(prompts))])
-    return found / mx.maximum(mx.linalg.norm(found, axis=1, keepdims=True), _TINY) if normalize else found
+    return mx.stack([vectors[i] for i in range(len(prompts))])
+
+
+def passes(
+    model: Mistral,
+    prompts: Sequence[Sequence[int]],
+    *,
+    pooling: Pooling,
+    normalize: bool,
+) -> Iterator[Mapping[int, mx.array]]:
+    """Yield after each pass the vectors that it has completed, by the number of their prompt.
+
+    What else a program has to do can be done between passes, none of which takes longer than that
+    of a chunk of a prompt. The prompts have been checked (`m7mlx.request.check_prompt`).
+    """
+    for numbers in _groups(prompts, default_chunk(model)):
+        sums = mx.zeros(())
+        for so_far in _sums(model, [prompts[i] for i in numbers], pooling):
+            sums = so_far
+            yield {}
+        lengths = mx.array([len(prompts[i]) for i in numbers])[:, None]
+        found = sums / lengths if pooling == "mean" else sums
+        if normalize:
+            found = found / mx.maximum(mx.linalg.norm(found, axis=1, keepdims=True), _TINY)
+        mx.eval(found)
+        yield dict(zip(numbers, found, strict=True))
 
 
 def _is_text(text: object) -> bool:
@@ -78,8 +100,8 @@ def _groups(prompts: Sequence[Sequence[int]], chunk: int) -> list[list[int]]:
     return groups
 
 
-def _pooled(model: Mistral, prompts: Sequence[list[int]], pooling: Pooling) -> mx.array:
-    """The vectors [rows, hidden_size] of texts that are read together, a chunk at a time.
+def _sums(model: Mistral, prompts: Sequence[Sequence[int]], pooling: Pooling) -> Iterator[mx.array]:
+    """Yield the sums [rows, hidden_size] of what is pooled of texts read together, chunk by chunk.
 
     Shorter ones are filled up behind their end, where no token of theirs looks.
     """
@@ -94,4 +116,4 @@ def _pooled(model: Mistral, prompts: Sequence[list[int]], pooling: Pooling) -> m
         total = total + (wanted[:, :, None] * hidden).sum(axis=1)
         mx.eval(total, *cache.arrays)
         mx.clear_cache()  # the chunk's temporaries would stay in MLX's pool
-    return total / lengths if pooling == "mean" else total
+        yield total

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,12 +16,12 @@ from m7mlx.cpu import native
 from m7mlx.errors import InputError, RunError, WeightsError
 from m7mlx.files.checksums import check_folder, is_known_finite, remember_finite
 from m7mlx.files.hub import resolve
+from m7mlx.files.tied_head import head_as_stored
 from m7mlx.files.weights import (
     DTYPES,
     StoredTensor,
     data_starts,
     folder_weights,
-    head_as_stored,
     is_left_out,
     parameters,
     read_slices,
@@ -40,6 +40,7 @@ from m7mlx.memory import (
 )
 from m7mlx.model import Mistral
 from m7mlx.shard import Shard
+from m7mlx.text_tower import VISION_LEFT_OUT, is_vision
 from m7mlx.tokens.load import load_tokenizer
 from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx.units import in_gigabytes
@@ -117,14 +118,20 @@ def _checked(
     check_folder(folder)
     config = head_as_stored(folder, config, headers)
     parameters(folder, config, headers)
+    _tell_of_vision(folder, headers)
     headers = {name: stored for name, stored in headers.items() if not is_left_out(name, config)}
-    stored = sum(path.stat().st_size for path in _files(headers))
+    stored = sum(tensor.nbytes for tensor in headers.values())
     if shard is None:
         _check_memory(folder, config, stored, computed)
     else:
-        sizes = {n: (t.shape, math.prod(t.shape) * DTYPES[t.dtype].size) for n, t in headers.items()}
+        sizes = {n: (t.shape, t.nbytes) for n, t in headers.items()}
         _check_memory(folder, shard.config(config), shard.nbytes(sizes, config), computed)
     return folder, config, headers
+
+
+def _tell_of_vision(folder: Path, headers: dict[str, StoredTensor]) -> None:
+    if any(is_vision(name) for name in headers):
+        warnings.warn(f"{folder} {VISION_LEFT_OUT}", stacklevel=4)
 
 
 def _files(headers: dict[str, StoredTensor]) -> list[Path]:
@@ -245,17 +252,17 @@ def _read(
           of a file.
     """
     files = _files(headers)
-    total = sum(path.stat().st_size for path in files)
+    total = sum(tensor.nbytes for tensor in headers.values())
     done = 0
     weights: dict[str, mx.array] = {}
     progress = progress or (lambda done, total: None)
     progress(0, total)
     for path in files:
+        names = {name: stored for name, stored in headers.items() if stored.path == path}
         try:
-            arrays = _mapped(path, headers) if maps else mx.load(str(path))
+            arrays = _mapped(path, names) if maps else _opened(path, names)
         except (RuntimeError, OSError, ValueError) as error:
             raise WeightsError(f"{path} cannot be read: {error}") from None
-        assert isinstance(arrays, dict)
         known = maps and is_known_finite(path)
         for name in arrays:
             array = arrays[name]
@@ -270,11 +277,16 @@ def _read(
     return weights
 
 
-def _mapped(path: Path, headers: dict[str, StoredTensor]) -> dict[str, mx.array]:
+def _mapped(path: Path, tensors: dict[str, StoredTensor]) -> dict[str, mx.array]:
     starts = data_starts(path)
-    names = [name for name, stored in headers.items() if stored.path == path]
-    parts = [(starts[name], headers[name].shape, DTYPES[headers[name].dtype]) for name in names]
-    return dict(zip(names, native.kernels().map_file(str(path), parts), strict=True))
+    parts = [(starts[stored.name], stored.shape, DTYPES[stored.dtype]) for stored in tensors.values()]
+    return dict(zip(tensors, native.kernels().map_file(str(path), parts), strict=True))
+
+
+def _opened(path: Path, tensors: dict[str, StoredTensor]) -> dict[str, mx.array]:
+    arrays = mx.load(str(path))
+    assert isinstance(arrays, dict)
+    return {name: arrays[stored.name] for name, stored in tensors.items()}
 
 
 def _read_shard(
@@ -294,7 +306,7 @@ def _read_shard(
         if progress:
             progress(done, len(names))
         stored = headers[name]
-        weights[own] = read_slices(stored, starts[stored.path][name], shard.slices(name, stored.shape))
+        weights[own] = read_slices(stored, starts[stored.path][stored.name], shard.slices(name, stored.shape))
         _check_finite(stored.path, name, weights[own])
     if progress:
         progress(len(names), len(names))

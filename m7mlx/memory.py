@@ -19,11 +19,14 @@ from m7mlx.config import ModelConfig
 from m7mlx.errors import InputError
 from m7mlx.units import in_gigabytes
 
+_NO_END = 1 << 40  # positions
 _UNBOUNDED = 4096  # tokens to plan for where no window bounds them
 # Python, MLX, the tokenizer and the layers' activations, as measured (docs/performance.md).
 _AROUND = 150_000_000
 _FREED = 1 << 26  # bytes of freed buffers that MLX may keep; more is no faster
 _MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
+
+UNDO_SLACK = 64  # tokens of a cache that a stop text, a draft or a broken-off answer may have undone
 
 _limit: int | None = None  # set by `limit_memory`
 
@@ -88,9 +91,17 @@ def loaded_bytes(config: ModelConfig, stored: int) -> int:
 def cache_bytes(config: ModelConfig, positions: int, bits: float = 16) -> int:
     """Return the bytes of keys and values, of so many bits a number.
 
-    They are 2 · layers · KV heads · head_dim · positions numbers.
+    They are 2 · KV heads · head_dim numbers for each position and layer. Where a part of the layers
+    has a window, those keep no more than that and `UNDO_SLACK`.
     """
-    return int(2 * config.n_layers * config.n_kv_heads * config.head_dim * positions * bits / 8)
+    return int(2 * config.n_kv_heads * config.head_dim * bits / 8 * _kept(config, positions))
+
+
+def _kept(config: ModelConfig, positions: int) -> int:
+    """Return the positions that all layers keep together."""
+    if not config.layer_types:
+        return config.n_layers * positions
+    return sum(positions if w is None else min(positions, w + UNDO_SLACK) for w in config.windows)
 
 
 def default_kv_bits(config: ModelConfig, stored: int) -> int:
@@ -111,12 +122,21 @@ def positions_that_fit(config: ModelConfig, weights: int, bits: float) -> int:
     weights  bytes that are taken already
     bits     of each number of keys and values
     """
-    return max(0, budget() - weights - _AROUND) // cache_bytes(config, 1, bits)
+    free = max(0, budget() - weights - _AROUND)
+    fit = free // cache_bytes(config, 1, bits)
+    if not config.layer_types or config.sliding_window is None:
+        return fit
+    filled = config.sliding_window + UNDO_SLACK
+    if fit < filled:
+        return fit
+    # From there on the layers without a window grow alone.
+    growing = cache_bytes(config, filled + 1, bits) - cache_bytes(config, filled, bits)
+    return filled + (free - cache_bytes(config, filled, bits)) // growing if growing else _NO_END
 
 
 def planned_length(config: ModelConfig) -> int:
     """Return the tokens that memory is planned for: the window, or 4,096 where there is none."""
-    return config.sliding_window or min(_UNBOUNDED, config.max_position_embeddings)
+    return config.window or min(_UNBOUNDED, config.max_position_embeddings)
 
 
 @dataclass(frozen=True)
@@ -158,7 +178,7 @@ def footprints(config: ModelConfig, stored: int, slack: int) -> list[Footprint]:
     stored  bytes of its weights in files
     slack   positions that a cache keeps beside a window
     """
-    is_window = config.sliding_window is not None
+    is_window = config.window is not None
     lengths = {planned_length(config)} if is_window else {planned_length(config), config.max_position_embeddings}
     computed = default_kv_bits(config, stored)
     found = []

@@ -115,19 +115,22 @@ class Mistral(nn.Module):
         cache = self.new_cache() if cache is None else cache
         cache.bind(self.identity, self.config)
         cache.begin(ids.shape[1])
-        hidden = self.through(ids, cache.rings, cache.positions.forward_pass(ids.shape[1]))
+        hidden = self.through(ids, cache.rings, cache.positions.forward_passes(ids.shape[1]))
         cache.advance(ids.shape[1])
         return hidden
 
-    def through(self, ids: mx.array, rings: Sequence[LayerRing], forward: ForwardPass) -> mx.array:
-        """Run a forward pass, as described, over ids [B, L] and a ring for each layer."""
+    def through(self, ids: mx.array, rings: Sequence[LayerRing], forwards: Sequence[ForwardPass]) -> mx.array:
+        """Run a forward pass over ids [B, L] and a ring for each layer.
+
+        forwards  its description, for each kind of layer
+        """
         x: mx.array
         if self.exchange is None or self.exchange.is_first:
             x = look_up(ids, self.model.embed_tokens, self.dtype)
         else:
             x = self.exchange.receive((*ids.shape, self.config.hidden_size), self.dtype)
         for block, ring in zip(self.model.layers, rings, strict=True):
-            x = block(x, ring, forward)
+            x = block(x, ring, forwards[ring.kind])
         if self.exchange is not None and not self.exchange.is_last:
             return self.exchange.send(x)
         normed: mx.array = self.model.norm(x)
@@ -163,6 +166,8 @@ class Mistral(nn.Module):
         config, scheme = self.config, self.config.quantization
         bits = "" if scheme is None else f" in {scheme.bits} bits" + (" and others" if scheme.overrides else "")
         window = "no window" if config.sliding_window is None else f"window {config.sliding_window:,}"
+        if config.layer_types:
+            window += f" in {config.n_layers - config.windows.count(None)} of them"
         adapter = "" if self.adapter is None else f", adapter {self.adapter!r}"
         return (
             f"Mistral({config.n_weights:,} parameters{bits}, {config.n_layers} layers of {config.hidden_size:,}, "

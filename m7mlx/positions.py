@@ -8,22 +8,25 @@ that a token can see, and the slack is what `rollback` can undo:
         slot      0  1  2  3  4
         position  5  6  2  3  4      the next token, 7, goes to slot 2 and sees 4 5 6 7
 
-Nothing here holds keys or values: `Positions` is a value, and `ForwardPass` is what it makes of it
-for the layers. All layers with the same window share one of each.
+Layers with full attention keep all, in a buffer that grows; a model may have layers of both kinds.
+All share how far a conversation has come, `Positions`, and the rotation of its tokens. What a pass
+is besides, `ForwardPass`, is shared by the layers with the same window. Nothing here holds keys or
+values.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 
-from m7mlx.arrays import on_cpu
 from m7mlx.errors import RollbackError
+from m7mlx.rope import Rope
+from m7mlx.rotation import Rotation, Tables
 
 _UNBOUNDED = 1 << 30  # capacity for full attention: slot = position
 
@@ -53,36 +56,6 @@ def window_mask(query_positions: mx.array, key_positions: mx.array, window: int 
     return mask if window is None else mask & (distance < window)
 
 
-def rope(x: mx.array, offset: int | mx.array, theta: float) -> mx.array:
-    """Rotate x [B, heads, L, head_dim] to the L positions from `offset` (or offset[row]) on."""
-    return mx.fast.rope(x, x.shape[-1], traditional=False, base=theta, scale=1.0, offset=offset)
-
-
-def rope_each(x: mx.array, positions: mx.array, theta: float) -> mx.array:
-    """Rotate x [B, heads, L, head_dim] to any positions [B or 1, L]."""
-    B, heads, L, D = x.shape
-    tokens = x.swapaxes(1, 2).reshape(B * L, heads, 1, D)
-    offsets = mx.broadcast_to(positions, (B, L)).reshape(-1)
-    return rope(tokens, offsets, theta).reshape(B, L, heads, D).swapaxes(1, 2)
-
-
-@cache
-def _frequencies(theta: float, head_dim: int) -> npt.NDArray[np.float32]:
-    """Return by how much a position turns each pair of numbers: float32 [head_dim / 2]."""
-    return (1 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)).astype(np.float32)
-
-
-def rotation_matrices(offset: int | mx.array, rows: int, theta: float, head_dim: int) -> mx.array:
-    """Return what `rope` does to one token, as matrices [rows, 1, head_dim, head_dim].
-
-    The token stands at `offset`, or offset[row]. A rotation is linear: its matrix is the unit
-    vectors, rotated. All layers share it. On a CPU `rope` is a dozen operations, and a product with
-    so small a matrix takes less than one of them.
-    """
-    units = mx.broadcast_to(mx.eye(head_dim)[None, :, None], (rows, head_dim, 1, head_dim))
-    return rope(units, offset, theta).swapaxes(1, 2)
-
-
 @dataclass(frozen=True)
 class SinkView:
     """How queries see the sinks that the window has left behind.
@@ -90,36 +63,33 @@ class SinkView:
     Key i of the sinks stays rotated as at position i; instead the query is rotated to a position
     that is never further than max_kv_size − 1: rotary scores depend on the difference alone.
 
-    positions  [B or 1, L], of the queries, relative to the sinks
-    visible    bool [B or 1, 1, L, sinks]
+    rotation  of the queries, to their positions relative to the sinks
+    visible   bool [B or 1, 1, L, sinks]
     """
 
-    positions: mx.array
+    rotation: Rotation
     visible: mx.array
-    rope_theta: float
 
     def rotate(self, queries: mx.array) -> mx.array:  # [B, heads, L, head_dim]
         """Rotate queries for the scores of the sinks."""
-        return rope_each(queries, self.positions, self.rope_theta)
+        return self.rotation.rotate_by_tables(queries)
 
 
 @dataclass(frozen=True)
 class ForwardPass:
     """What all layers with the same window share in one forward pass over L new tokens.
 
-    offset       position of the first new token; in a batch, the time on the rows' clock
-    length       L
-    first        oldest position that any of the new tokens sees
-    in_place     write first and attend to the ring as it lies; otherwise to the keys from `first`
-                 on, gathered in order, with the new ones behind them
-    starts       when each row began; one for all where they began together
-    head_dim     the numbers that are rotated
-    make_mask    makes `mask`, which not everything needs
-    rope_offset  each row's own position of the first new token: one for all, or [B]
-    rope_theta   base of the rotation
-    slot         [1], where a compiled pass writes its token, whatever it was traced with
-    new_sinks    [B or 1, sinks]: which new token is to be kept as sink i; −1 for none of them
-    sinks        how to attend to the sinks; None while they are within the window
+    offset     position of the first new token; in a batch, the time on the rows' clock
+    length     L
+    first      oldest position that any of the new tokens sees
+    in_place   write first and attend to the ring as it lies; otherwise to the keys from `first` on,
+               gathered in order, with the new ones behind them
+    starts     when each row began; one for all where they began together
+    make_mask  makes `mask`, which not everything needs
+    rotation   of the new queries and keys, by each row's own positions; all layers share it
+    slot       [1], where a compiled pass writes its token, whatever it was traced with
+    new_sinks  [B or 1, sinks]: which new token is to be kept as sink i; −1 for none of them
+    sinks      how to attend to the sinks; None while they are within the window
     """
 
     offset: int
@@ -127,9 +97,7 @@ class ForwardPass:
     first: int
     in_place: bool
     make_mask: Callable[[], mx.array | str]
-    rope_offset: int | mx.array
-    rope_theta: float
-    head_dim: int
+    rotation: Rotation
     starts: tuple[int, ...] = (0,)
     slot: mx.array | None = None
     new_sinks: mx.array | None = None
@@ -140,132 +108,148 @@ class ForwardPass:
         """Which query sees which of the keys: "causal", bool [L, keys] or [B, 1, L, keys]."""
         return self.make_mask()
 
-    @cached_property
-    def angles(self) -> mx.array:
-        """Cosines, then sines of the rotation of each token: float32 [rows, L, head_dim].
-
-        The angles are rounded to float32 as Hugging Face's are: far on, that is what counts.
-        """
-        rows = np.array(self.starts if any(self.starts) else (0,))
-        positions = self.offset - rows[:, None, None] + np.arange(self.length)[:, None]
-        angles = positions.astype(np.float32) * _frequencies(self.rope_theta, self.head_dim)
-        return mx.array(np.concatenate([np.cos(angles), np.sin(angles)], axis=-1))
-
-    @cached_property
-    def rotation(self) -> mx.array | None:
-        """What rotates a single token as a matrix, where that is faster (`rotation_matrices`)."""
-        if self.length > 1 or not on_cpu():
-            return None
-        rows = self.rope_offset.size if isinstance(self.rope_offset, mx.array) else 1
-        return rotation_matrices(self.rope_offset, rows, self.rope_theta, self.head_dim)
-
     def rotate(self, x: mx.array) -> mx.array:  # [B, heads, L, head_dim]
         """Rotate queries or keys to their positions."""
-        if self.rotation is None:
-            return rope(x, self.rope_offset, self.rope_theta)
-        return (x.swapaxes(1, 2) @ self.rotation).swapaxes(1, 2)  # one product for all heads
+        return self.rotation.rotate(x)
 
 
 @dataclass(frozen=True)
-class Positions:
-    """How far the rows of a cache have come, for the layers of one window.
+class Span:
+    """What the layers of one kind keep of a conversation.
 
-    Every change makes a new value.
-
-    window      keys a token sees, itself included; None for full attention
-    slack       tokens that can be undone once the ring has turned
-    n_sinks     first tokens of the sequence that are kept besides the window
-    rope_theta  base of the rotation; head_dim, the numbers it rotates
-    offset      tokens seen; the next token has this position
-    written     highest position ever written + 1: beyond the offset lies what a rollback has left
-    starts      the rows of a batch share one clock, and `offset` is its time: a row that began at
-                time s has its position p at time p + s. One for each row, or one for all
+    window   keys a token sees, itself included; None for full attention
+    slack    tokens that can be undone once the ring has turned
+    n_sinks  first tokens of the sequence that are kept besides the window
     """
 
     window: int | None
     slack: int
-    n_sinks: int
-    rope_theta: float
-    head_dim: int
-    offset: int = 0
-    written: int = 0
-    starts: tuple[int, ...] = (0,)
+    n_sinks: int = 0
 
     @property
     def capacity(self) -> int:
         """Slots of the ring."""
         return capacity_of(self.window, self.slack)
 
+
+@dataclass(frozen=True)
+class Positions:
+    """How far the rows of a cache have come, in all layers.
+
+    Every change makes a new value.
+
+    spans    one for each kind of layer; a model whose layers have a window in part has two: first
+             that of the layers which see further
+    rope     how positions rotate queries and keys
+    offset   tokens seen; the next token has this position
+    written  highest position ever written + 1: beyond the offset lies what a rollback has left
+    starts   the rows of a batch share one clock, and `offset` is its time: a row that began at time
+             s has its position p at time p + s. One for each row, or one for all
+    """
+
+    spans: tuple[Span, ...]
+    rope: Rope
+    offset: int = 0
+    written: int = 0
+    starts: tuple[int, ...] = (0,)
+
+    @property
+    def slack(self) -> int:
+        """Tokens that can be undone once a ring has turned."""
+        return self.spans[0].slack
+
+    @property
+    def turns_at(self) -> int | None:
+        """Tokens after which the smallest ring begins anew; None where all grow."""
+        return min((span.capacity for span in self.spans if span.window is not None), default=None)
+
     # --- a forward pass ---------------------------------------------------------------------------
 
-    def forward_pass(self, length: int) -> ForwardPass:
-        """Describe a pass over the next `length` tokens."""
-        # Where all rows began at 0, as a single conversation has, numbers are faster than arrays.
-        starts: int | mx.array = 0
-        rope_offset: int | mx.array = self.offset
-        if any(self.starts):
-            starts = mx.array(self.starts)[:, None]
-            rope_offset = self.offset - starts[:, 0]
-        in_place = length <= self.slack + 1
-        first = 0 if self.window is None else max(0, self.offset - self.window + 1)
+    def rotation(self, length: int) -> Rotation:
+        """Return the rotation of the next `length` tokens."""
+        rows = np.array(self.starts if any(self.starts) else (0,))
+        positions = self.offset - rows[:, None] + np.arange(length)
+        # Where all rows began at 0, as a single conversation has, a number is faster than an array.
+        return Rotation(self.rope, mx.array(positions[:, 0]) if any(self.starts) else self.offset, positions)
+
+    def forward_passes(self, length: int) -> tuple[ForwardPass, ...]:
+        """Describe a pass over the next `length` tokens, for each kind of layer."""
+        rotation = self.rotation(length)
+        return tuple(self.forward_pass(length, span, rotation) for span in self.spans)
+
+    def forward_pass(self, length: int, span: Span, rotation: Rotation) -> ForwardPass:
+        """Describe a pass over the next `length` tokens, for the layers of one kind."""
+        starts: int | mx.array = mx.array(self.starts)[:, None] if any(self.starts) else 0
+        in_place = length <= span.slack + 1
+        first = 0 if span.window is None else max(0, self.offset - span.window + 1)
         return ForwardPass(
             offset=self.offset,
             length=length,
             first=first,
             in_place=in_place,
-            make_mask=lambda: self._mask(length, starts, first, in_place),
-            rope_offset=rope_offset,
-            rope_theta=self.rope_theta,
-            head_dim=self.head_dim,
+            make_mask=lambda: self._mask(span, length, starts, first, in_place),
+            rotation=rotation,
             starts=self.starts,
-            new_sinks=self._new_sinks(length, starts),
-            sinks=self._sink_view(length, starts),
+            new_sinks=self._new_sinks(span, length, starts),
+            sinks=self._sink_view(span, length, rotation),
         )
 
-    def traced_pass(self, offset: mx.array, starts: mx.array, rows: int) -> ForwardPass:
+    def traced_pass(
+        self,
+        offset: mx.array,
+        starts: mx.array,
+        rows: int,
+        span: Span,
+        tables: Tables | None,
+    ) -> ForwardPass:
         """Describe a pass over one token at any offset [1], for a function that is traced once.
 
-        All that changes from token to token is an array. Takes starts [B, 1]; the buffers have
-        `rows` slots, that of the token included.
+        All that changes from token to token is an array. Takes starts [B, 1]; the buffers of this
+        kind of layer have `rows` slots, that of the token included.
         """
-        keys = _held(offset, rows, self.capacity)
-        position = (offset - starts)[:, 0]
+        keys = _held(offset, rows, span.capacity)
         return ForwardPass(
             offset=0,
             length=1,
             first=0,
             in_place=True,
-            make_mask=lambda: window_mask(offset - starts, keys - starts, self.window)[:, None],
-            rope_offset=position,
-            rope_theta=self.rope_theta,
-            head_dim=self.head_dim,
-            slot=offset % self.capacity,
+            make_mask=lambda: window_mask(offset - starts, keys - starts, span.window)[:, None],
+            rotation=Rotation(self.rope, (offset - starts)[:, 0], given=tables),
+            slot=offset % span.capacity,
         )
 
-    def _mask(self, length: int, starts: int | mx.array, first: int, in_place: bool) -> mx.array | str:
-        end = self.offset + length
+    def _mask(
+        self,
+        span: Span,
+        length: int,
+        starts: int | mx.array,
+        first: int,
+        in_place: bool,
+    ) -> mx.array | str:
+        end, capacity = self.offset + length, span.capacity
         together = not any(self.starts)
-        if together and (self.window is None or end <= self.window):
+        if together and (span.window is None or end <= span.window):
             return "causal"
         queries = mx.arange(self.offset, end)
-        keys = _held(end - 1, min(end, self.capacity), self.capacity) if in_place else mx.arange(first, end)
+        keys = _held(end - 1, min(end, capacity), capacity) if in_place else mx.arange(first, end)
         if together:
-            return window_mask(queries, keys, self.window)
-        return window_mask(queries - starts, keys - starts, self.window)[:, None]
+            return window_mask(queries, keys, span.window)
+        return window_mask(queries - starts, keys - starts, span.window)[:, None]
 
-    def _new_sinks(self, length: int, starts: int | mx.array) -> mx.array | None:
-        if not self.n_sinks or self.offset - max(self.starts) >= self.n_sinks:
+    def _new_sinks(self, span: Span, length: int, starts: int | mx.array) -> mx.array | None:
+        if not span.n_sinks or self.offset - max(self.starts) >= span.n_sinks:
             return None
-        source = mx.arange(self.n_sinks)[None] - (self.offset - starts)
+        source = mx.arange(span.n_sinks)[None] - (self.offset - starts)
         return mx.where((source >= 0) & (source < length), source, -1)
 
-    def _sink_view(self, length: int, starts: int | mx.array) -> SinkView | None:
-        if not self.n_sinks or self.window is None or self.offset + length <= self.window:
+    def _sink_view(self, span: Span, length: int, rotation: Rotation) -> SinkView | None:
+        if not span.n_sinks or span.window is None or self.offset + length <= span.window:
             return None
-        queries = mx.arange(self.offset, self.offset + length)[None] - starts
-        behind = queries[:, None, :, None] - mx.arange(self.n_sinks) >= self.window
-        nearest = mx.minimum(queries, self.window + self.n_sinks - 1)
-        return SinkView(nearest, behind, self.rope_theta)
+        assert rotation.positions is not None
+        queries = rotation.positions
+        behind = queries[:, None, :, None] - np.arange(span.n_sinks) >= span.window
+        nearest = np.minimum(queries, span.window + span.n_sinks - 1)
+        return SinkView(Rotation(self.rope, 0, nearest), mx.array(behind))
 
     def begun(self, length: int) -> Positions:
         """Count `length` tokens as written, before any layer writes: a broken pass must show.
@@ -283,8 +267,8 @@ class Positions:
 
     @property
     def unturned(self) -> bool:
-        """Whether no slot has been written for two different positions yet."""
-        return self.window is None or self.written <= self.capacity
+        """Whether no slot of any layer has been written for two different positions yet."""
+        return self.turns_at is None or self.written <= self.turns_at
 
     @property
     def lost(self) -> int:
@@ -324,8 +308,9 @@ class Positions:
         return replace(self, offset=offset, written=offset if written is None else written, starts=tuple(starts))
 
     def turned_to(self, offset: int) -> Positions:
-        """Let the clock go on to `offset` or later, by whole turns: every slot stays right."""
-        turns = -(-max(0, offset - self.offset) // self.capacity) * self.capacity
+        """Let the clock go on to `offset` or later, by whole turns of all rings."""
+        turn = math.lcm(*(span.capacity for span in self.spans))
+        turns = -(-max(0, offset - self.offset) // turn) * turn
         offset = self.offset + turns
         # What a rollback left in a ring that had not turned was no loss, and is none now.
         return self.at(offset, offset + self.lost, [start + turns for start in self.starts])

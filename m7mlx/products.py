@@ -48,7 +48,9 @@ def project(
         weights = [_keep(matrix).weight for matrix in matrices]
         if None not in weights:
             gain, eps = (None, 0.0) if norm is None else (norm["weight"], norm.eps)
-            product: mx.array = native.kernels().product(x, weights, gain, eps, residual)
+            product: mx.array = native.kernels().product(
+                x, weights, gain, eps, residual, rounded=native.rounds_inputs()
+            )
             return product
     if norm is not None:
         x = norm(x)
@@ -66,7 +68,9 @@ def project_gated(x: mx.array, matrices: Sequence[nn.Module], norm: nn.RMSNorm) 
         one, other = map(_keep, matrices)
         if one.weight is not None and other.weight is not None and one.kind == other.kind:
             weights = [one.weight, other.weight]
-            product: mx.array = native.kernels().product(x, weights, norm["weight"], norm.eps, None, True)
+            product: mx.array = native.kernels().product(
+                x, weights, norm["weight"], norm.eps, gated=True, rounded=native.rounds_inputs()
+            )
             return product
     x = norm(x)
     return swiglu(*(project(x, (matrix,)) for matrix in matrices))

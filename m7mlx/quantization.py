@@ -8,6 +8,7 @@ from typing import Any
 
 from m7mlx.errors import ConfigError
 from m7mlx.jsonfile import said, whole
+from m7mlx.text_tower import text_name
 
 _MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # mode → bits, group sizes
     "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
@@ -48,13 +49,16 @@ class Quantization:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Quantization:
-        """Read mlx-lm's form: {"group_size": 64, "bits": 4, "mode": …, "<path>": {…} | false}."""
+        """Read mlx-lm's form: {"group_size": 64, "bits": 4, "mode": …, "<path>": {…} | false}.
+
+        Paths are those of the text model, also where mlx-lm wrote those of a model that wraps it.
+        """
         overrides: dict[str, Quantization | None] = {}
         for path, value in data.items():
             if isinstance(value, Mapping):
-                overrides[path] = cls._one(value)
+                overrides[text_name(path)] = cls._one(value)
             elif isinstance(value, bool):
-                overrides[path] = None
+                overrides[text_name(path)] = None
         return replace(cls._one(data), overrides=overrides)
 
     @classmethod

@@ -57,6 +57,8 @@ class Request:
     constraint  a grammar that the answer follows (`m7mlx.constrain`)
     schema      a JSON schema that the answer fits, or a grammar: `prepare` makes a constraint of it
     suffix      what stands behind the answer to a text, for models that fill in the middle
+    space       whose request it is: a `Scheduler` goes on from what it holds of the same space
+                alone, so that nobody can find out how others' conversations begin
 
     Raises InputError for what can be used with no model at all.
     """
@@ -75,6 +77,7 @@ class Request:
     constraint: Constraint | None = None
     schema: Mapping[str, Any] | Grammar | None = None
     suffix: str = ""
+    space: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.sampling, Sampling):
@@ -132,6 +135,7 @@ class Request:
             "schema": asdict(self.schema) if isinstance(self.schema, Grammar) else self.schema,
             "is_grammar": isinstance(self.schema, Grammar),
             "suffix": self.suffix,
+            "space": self.space,
         }
 
     @classmethod

@@ -115,10 +115,13 @@ class LayerRing:
 
     buffers  the stored arrays, those of the keys first; slots lie along axis 2
     sinks    kept besides, as computed, where a bounded stream needs them (see `RollingCache`)
+    kind     which of the cache's `spans` it keeps
     """
 
-    def __init__(self, window: int | None, slack: int, kv_format: KVFormat | None = None) -> None:
+    def __init__(self, window: int | None, slack: int, kv_format: KVFormat | None = None, kind: int = 0) -> None:
         self.window = window
+        self.slack = slack
+        self.kind = kind
         self.capacity = capacity_of(window, slack)
         self.format = kv_format or KVFormat()
         self._buffers: Stored = ()
@@ -189,7 +192,7 @@ class LayerRing:
 
     def has_kernel(self, heads: mx.array, forward: ForwardPass) -> bool:
         """Tell whether `attend` can be called: for all but sinks and passes that are traced."""
-        dim = forward.head_dim
+        dim = forward.rotation.rope.head_dim
         turns = not self.format.is_packed or dim & (dim - 1) == 0  # the kernel's Hadamard transform
         plain = forward.slot is None and forward.sinks is None and forward.new_sinks is None
         return plain and turns and dim % 2 == 0 and heads.dtype == mx.float32 and has_kernels()
@@ -201,7 +204,7 @@ class LayerRing:
         Returns [B, L, H * head_dim]. The kernel writes into the buffers where they lie, so what was
         lent is copied first; `written` keeps the passes in order.
         """
-        B, dim = heads.shape[0], forward.head_dim
+        B, dim = heads.shape[0], forward.rotation.rope.head_dim
         if not self._buffers or self.slots_for(forward.offset + forward.length) > self.n_slots:
             like = mx.zeros((B, n_kv_heads, 0, dim), heads.dtype)
             self.reserve(forward.offset + forward.length, self.format.shaped(like) * 2)
@@ -215,7 +218,7 @@ class LayerRing:
         out: mx.array
         out, self._written = native.kernels().attend(
             heads,
-            forward.angles,
+            *forward.rotation.tables,
             self._written,
             self._buffers,
             n_kv_heads,
@@ -227,6 +230,10 @@ class LayerRing:
             self.format.is_packed,
         )
         return out
+
+    def emptied(self) -> LayerRing:
+        """Return an empty ring of the same kind."""
+        return LayerRing(self.window, self.slack, self.format, self.kind)
 
     def quantize(self, kv_format: KVFormat) -> None:
         """Store in fewer bits what is here already, and all that follows."""

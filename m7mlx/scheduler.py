@@ -9,16 +9,18 @@ reads only what is new.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 
 from m7mlx.answer import Answer, Piece
 from m7mlx.batch import BatchCache
-from m7mlx.cache import UNDO_SLACK, RollingCache
+from m7mlx.cache import RollingCache
 from m7mlx.compiled import step_of
 from m7mlx.decode import default_chunk, read_chunk, reusable, reuse, shared_start
 from m7mlx.errors import InputError, PromptTooLongError
+from m7mlx.memory import UNDO_SLACK
 from m7mlx.model import Mistral
 from m7mlx.request import Request, prepare
 from m7mlx.sampling import known
@@ -39,16 +41,31 @@ class _Numbered(Answer):
         self.number = number
         self.error: Exception | None = None  # the next token could not be chosen
         self.chosen = 0  # tokens that were chosen before that
-        self._alike: WeakKeyDictionary[_Numbered | RollingCache, int] = WeakKeyDictionary()
+        self.space = request.space
+        self._alike: WeakKeyDictionary[_Numbered | Ended, int] = WeakKeyDictionary()
 
-    def shares(self, other: _Numbered | RollingCache) -> int:
+    def shares(self, other: _Numbered | Ended) -> int:
         """How many ids its prompt and another, or a conversation that has ended, begin with alike.
 
-        It is asked before each step, and neither changes: a million ids are compared once.
+        It is asked before each step, and neither changes: a million ids are compared once. What is
+        of another space has nothing in common.
         """
+        if other.space != self.space:
+            return 0
         if other not in self._alike:
             self._alike[other] = shared_start(self.ids, other.ids)
         return self._alike[other]
+
+
+class Ended:
+    """A conversation that has ended, and is kept for those of its space that begin alike."""
+
+    def __init__(self, cache: RollingCache, space: str) -> None:
+        self.cache, self.space = cache, space
+
+    @property
+    def ids(self) -> Sequence[int]:
+        return self.cache.ids
 
 
 class Scheduler:
@@ -82,7 +99,7 @@ class Scheduler:
         self._batch: BatchCache | None = None
         self._answers: list[_Numbered | None] = []  # by row of the batch; None where one has ended
         self._tokens = mx.array([0])  # chosen for each row, not yet read, nor in the batch
-        self._kept: deque[RollingCache] = deque(maxlen=kept)
+        self._kept: deque[Ended] = deque(maxlen=kept)  # what is of use is given up last
         self._late: Told = []  # of answers that ended outside of a step
         self._count = 0
 
@@ -139,6 +156,31 @@ class Scheduler:
     def broken(self) -> list[int]:
         """Return the numbers of failed answers that other processes go on with until told."""
         return [a.number for a in self._answers if a is not None and a.error] if self._shared else []
+
+    @property
+    def new_cache(self) -> RollingCache:
+        """An empty cache with the options that all answers' have."""
+        return self._new
+
+    @property
+    def kept(self) -> list[Ended]:
+        """Conversations that have ended and are kept; the one to be given up next comes first."""
+        return list(self._kept)
+
+    def keep(self, ended: Ended) -> None:
+        """Keep a conversation that has ended, in the place of those that it goes on from."""
+        self._kept = deque([*(k for k in self._kept if not _goes_on(k, ended)), ended], self._kept.maxlen)
+
+    def held(self, request: Request) -> int:
+        """How many tokens of the start of a prompt are held for its space."""
+        known = [
+            reusable(
+                shared_start(request.ids, kept.ids), kept.cache.offset, kept.cache.max_rollback, len(request.ids)
+            )
+            for kept in self._kept
+            if kept.space == request.space
+        ]
+        return max(known, default=0)
 
     def step(self) -> tuple[Told, bool]:
         """Read some of the prompts and decode a token of every answer.
@@ -235,7 +277,7 @@ class Scheduler:
     def _source(self, answer: _Numbered) -> tuple[int, RollingCache | None]:
         """How much of the start of a prompt is held, and by whom."""
         best, source = 0, None
-        held = [(answer.shares(kept), kept) for kept in self._kept]
+        held = [(answer.shares(kept), kept.cache) for kept in self._kept]
         held += [(min(answer.shares(a), a.cache.offset), a.cache) for a in self._reading if a.cache is not None]
         for shared, cache in held:
             known = reusable(shared, cache.offset, cache.max_rollback, len(answer.ids))
@@ -335,13 +377,13 @@ class Scheduler:
 
     def _retire(self, row: int) -> None:
         """End the answer of a row; its conversation replaces those that it goes on from."""
-        assert self._batch is not None
+        answer = self._answers[row]
+        assert self._batch is not None and answer is not None
         self._answers[row] = None
         if not self._kept.maxlen:
             return
         try:
-            ended = self._batch.row(row)
-            self._kept = deque([*(k for k in self._kept if not _goes_on(k, ended)), ended], self._kept.maxlen)
+            self.keep(Ended(self._batch.row(row), answer.space))
         except Exception:  # it would have saved some reading, no more
             if self._shared:
                 raise
@@ -363,9 +405,11 @@ class Scheduler:
         return not self._waiting and not self._reading and len(going) <= len(self._answers) * 3 // 4
 
 
-def _goes_on(cache: RollingCache, later: RollingCache) -> bool:
-    """Whether `later` goes on from `cache`, and can go back to there."""
-    length = len(cache.ids)
+def _goes_on(ended: Ended, other: Ended) -> bool:
+    """Whether `other` goes on from a conversation of its space, and can go back to there."""
+    if ended.space != other.space:
+        return False
+    cache, later, length = ended.cache, other.cache, len(ended.ids)
     if later.offset - cache.offset > later.max_rollback or cache.ids[-1:] != later.ids[max(length - 1, 0) : length]:
         return False
     return shared_start(cache.ids, later.ids) == length

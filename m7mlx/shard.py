@@ -44,9 +44,8 @@ class Shard:
             if self.size > whole.n_layers:
                 raise ConfigError(f"{whole.n_layers} layers cannot be divided among {self.size} processes")
             scheme = whole.quantization
-            return replace(
-                whole, n_layers=len(self._layers(whole)), quantization=scheme and self._renumbered(scheme, whole)
-            )
+            mine = whole.of_layers(self._layers(whole))
+            return replace(mine, quantization=scheme and self._renumbered(scheme, whole))
         for what, count in (("KV heads", whole.n_kv_heads), ("feed-forward columns", whole.intermediate_size)):
             if count % self.size:
                 raise ConfigError(

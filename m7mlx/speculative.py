@@ -125,7 +125,7 @@ class DraftModel:
         """Take the `vocab_size` of the model to draft for: embeddings may be padded differently."""
         self.pace = Pace()
         self._model, self._vocab_size = model, vocab_size
-        size = None if model.config.sliding_window else planned_length(model.config)
+        size = None if model.config.window else planned_length(model.config)
         self._cache = model.new_cache(slack=DRAFT_SLACK, max_kv_size=size)
         self._synced = 0  # tokens in its cache that are known to be the conversation's
 

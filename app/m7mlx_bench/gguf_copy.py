@@ -137,7 +137,7 @@ class _Weights:
 
     def _read(self, module: str, part: str) -> mx.array:
         stored = self._parameter(module).parts[part]
-        return read_slices(stored, self._starts[stored.path][f"{module}.{part}"], (slice(None),))
+        return read_slices(stored, self._starts[stored.path][stored.name], (slice(None),))
 
 
 def _interleave(rows: Any, heads: int) -> Any:

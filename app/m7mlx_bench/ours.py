@@ -43,8 +43,8 @@ class M7:
 
         config = self._model.config
         self._cache = self._model.new_cache(kv_bits=self.kv_bits)
-        held = min(position, config.sliding_window or position)
         for ring in self._cache.rings:
+            held = min(position, ring.window or position)
             for start in range(position - held, position, FILL):
                 shape = (1, config.n_kv_heads, min(FILL, position - start), config.head_dim)
                 k, v = (mx.random.normal(shape, dtype=self._model.dtype) for _ in range(2))

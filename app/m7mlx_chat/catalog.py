@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from m7mlx.cache import UNDO_SLACK
 from m7mlx.config import ModelConfig
 from m7mlx.errors import M7Error
 from m7mlx.files.demo import find_demo
 from m7mlx.files.hub import ALIASES, DEMO, find_local
-from m7mlx.files.weights import folder_weights, parameters
-from m7mlx.memory import budget, footprints
+from m7mlx.files.published import PUBLISHED, Published
+from m7mlx.files.weights import folder_weights, is_left_out, parameters
+from m7mlx.memory import UNDO_SLACK, budget, cache_bytes, footprints, planned_length
 
 Fit = Literal["fits", "tight", "too big"]
 _TIGHT = 0.7  # of the machine's memory: beyond it, other programs have to make room
@@ -48,16 +48,38 @@ class Entry:
         return "fits" if share <= _TIGHT else "tight" if share <= 1 else "too big"
 
 
-# What the first start offers where nothing is here: sizes of the downloads, and of a chat at 4,096
-# tokens.
-SUGGESTED = (
-    Entry("mistral", None, 4_080_000_000, 4_620_000_000, "4 bits", None, 32768, "Mistral-7B-Instruct-v0.3"),
-    Entry(DEMO, None, 93_000_000, 400_000_000, "4 bits", None, 8192, "SmolLM2-135M-Instruct: small, quick, simple"),
+# Bytes that the demo model takes, and what it is.
+_DEMO = Entry(
+    DEMO, None, 93_000_000, 400_000_000, "4 bits", None, 8192, "SmolLM2-135M-Instruct: small, quick, simple"
+)
+
+
+def _suggest(alias: str, model: Published) -> Entry:
+    """Describe a model that may be fetched, with the memory of a chat at 4,096 tokens."""
+    config = model.config
+    return Entry(
+        alias,
+        None,
+        model.nbytes,
+        memory=model.weights + cache_bytes(config, planned_length(config)),
+        bits="4 bits",
+        window=config.window,
+        context=config.max_position_embeddings,
+        about=f"{model.repo.rpartition('/')[2].removesuffix('-4bit')}: {', '.join(model.can) or 'no tools'}",
+    )
+
+
+# What is worth fetching, the smallest first; of two aliases for one model the first.
+SUGGESTED = tuple(
+    sorted(
+        [_DEMO, *(_suggest(a, m) for a, m in PUBLISHED.items() if a not in ("mistral-v0.3", "mistral-v0.2"))],
+        key=lambda entry: entry.nbytes,
+    )
 )
 
 
 def models(others: Sequence[str] = (), own: Path | None = None) -> list[Entry]:
-    """Every model here, then what may be fetched, then what cannot be used.
+    """Every model here, then what may be fetched and fits, then what cannot be used.
 
     The demo model comes first, then the folders in `own`, where the chat puts what it converts, the
     Hub's cache, and those of `others` (names used before) that are folders elsewhere.
@@ -69,6 +91,7 @@ def models(others: Sequence[str] = (), own: Path | None = None) -> list[Entry]:
             found[real] = describe(name, folder)
     known = {entry.name for entry in found.values()}
     missing = [entry for entry in SUGGESTED if entry.name not in known and ALIASES.get(entry.name) not in known]
+    missing = [entry for entry in missing if entry.fit != "too big" or entry.name == "mistral"]
     return sorted([*found.values(), *missing], key=lambda entry: bool(entry.problem))
 
 
@@ -97,7 +120,7 @@ def describe(name: str, folder: Path) -> Entry:
         config = ModelConfig.from_folder(folder)
         stored = folder_weights(folder)
         parameters(folder, config, stored)
-        nbytes = sum(path.stat().st_size for path in {tensor.path for tensor in stored.values()})
+        nbytes = sum(tensor.nbytes for name, tensor in stored.items() if not is_left_out(name, config))
         memory = footprints(config, nbytes, UNDO_SLACK)[0].total
     except Exception as error:  # whatever it holds, the others are shown
         return Entry(name, folder, 0, problem=" ".join(str(error).split()) or type(error).__name__)
@@ -107,8 +130,9 @@ def describe(name: str, folder: Path) -> Entry:
         nbytes,
         memory=memory,
         bits=_bits(config, nbytes),
-        window=config.sliding_window,
+        window=config.window,
         context=config.max_position_embeddings,
+        about=", ".join(PUBLISHED[name].can) if name in PUBLISHED else "",
     )
 
 

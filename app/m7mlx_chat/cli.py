@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model",
         metavar="NAME",
-        help="folder, Hub repository (org/name) or alias: mistral (default), mistral-v0.2, demo",
+        help="folder, Hub repository (org/name) or alias: mistral (default), ministral-8b, demo, …",
     )
     parser.add_argument("-p", "--prompt", metavar="QUESTION", help="answer this and leave")
     parser.add_argument(

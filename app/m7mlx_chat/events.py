@@ -24,10 +24,12 @@ class Ready:
 
     window      keys a token sees; None means full attention over `context` tokens
     capacity    slots of the rolling buffer: window and slack; None where the buffer grows
+    sliding     window and capacity of the other layers, where a part of them rolls
     sinks       first tokens that stay in view for ever
     nbytes      bytes of weights
     vocabulary  names the tokenizer: ids of another one mean other texts
     token_bytes bytes of keys and values for one token
+    most_bytes  bytes of keys and values for the whole context
     """
 
     window: int | None
@@ -37,6 +39,8 @@ class Ready:
     sinks: int = 0
     vocabulary: str = ""
     token_bytes: int = 0
+    most_bytes: int = 0
+    sliding: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

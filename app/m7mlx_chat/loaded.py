@@ -124,7 +124,8 @@ class LoadedModel:
 
 
 def _described(model: Mistral, cache: RollingCache, folder: Path) -> Ready:
-    config = model.config
+    config, bits = model.config, cache.format.stored_bits(model.dtype)
+    rolling = [(ring.window, ring.capacity) for ring in cache.rings if ring.kind and ring.window is not None]
     return Ready(
         window=cache.max_kv_size or cache.window,
         capacity=cache.window + cache.slack if cache.window else None,
@@ -132,15 +133,17 @@ def _described(model: Mistral, cache: RollingCache, folder: Path) -> Ready:
         nbytes=model.nbytes,
         sinks=cache.n_sinks,
         vocabulary=vocabulary(folder),
-        token_bytes=cache_bytes(config, 1, cache.format.stored_bits(model.dtype)),
+        token_bytes=cache_bytes(config, 1, bits),
+        most_bytes=cache_bytes(config, config.max_position_embeddings, bits),
+        sliding=rolling[0] if rolling else None,
     )
 
 
 def can_roll_back(cache: RollingCache, max_tokens: int | None) -> bool:
     """Whether the tokens of an answer could be undone one by one when it has ended."""
-    if cache.window is None:
+    if cache.turns_at is None:
         return True
-    return max_tokens is not None and cache.offset + max_tokens <= cache.window + cache.slack
+    return max_tokens is not None and cache.offset + max_tokens <= cache.turns_at
 
 
 def vocabulary(folder: Path) -> str:

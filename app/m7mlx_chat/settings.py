@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, NamedTuple
 
-from m7mlx.cache import UNDO_SLACK, CacheOptions
+from m7mlx.cache import CacheOptions
 from m7mlx.command import KV_BITS, KV_BITS_HELP
 from m7mlx.errors import InputError
+from m7mlx.memory import UNDO_SLACK
 from m7mlx.sampling import Sampling
 
 Kind = Literal["text", "number", "whole", "texts"]

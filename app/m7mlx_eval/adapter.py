@@ -69,7 +69,7 @@ class M7LM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         self._model, self._m7_tokenizer, self._batch_size = model, tokenizer, batch_size
         self._kv_bits, self._journal = kv_bits, journal
         self._new = model.new_cache(kv_bits=kv_bits)
-        self._rolls = max_length is None and model.config.sliding_window is not None
+        self._rolls = max_length is None and model.config.window is not None
         self.max_length = max_length or positions
         bits = self._new.format.stored_bits(model.dtype)
         self._fit = positions_that_fit(model.config, model.nbytes, bits)

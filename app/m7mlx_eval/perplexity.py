@@ -207,7 +207,7 @@ def _choose_context(both: Sequence[Mistral], reading: Reading, length: int) -> t
 
 def longest(model: Mistral, reading: Reading) -> int | None:
     """Return the tokens that can be read at once; None where a window lets a text go on."""
-    if model.config.sliding_window is not None:
+    if model.config.window is not None:
         return None
     bits = reading.cache(model).format.stored_bits(model.dtype)
     return min(model.config.max_position_embeddings, positions_that_fit(model.config, model.nbytes, bits))

@@ -6,10 +6,9 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from m7mlx.cache import UNDO_SLACK
 from m7mlx.command import ArgumentParser, add_json, gigabytes, run
 from m7mlx.errors import ConfigError, InputError
-from m7mlx.memory import planned_length
+from m7mlx.memory import UNDO_SLACK, planned_length
 from m7mlx.shard import MODES
 from m7mlx.terminal import print_event
 from m7mlx.units import in_gigabytes
@@ -20,7 +19,7 @@ PROG = "m7mlx-plan"
 _DESCRIPTION = """\
 How a model would lie on several machines: memory of each, bytes and exchanges a token, and about how
 fast that is. Weights are taken as they are stored, keys and values in 16 bits. Nothing is fetched;
-the aliases of Mistral 7B (mistral, …) need not be here."""
+a model with an alias (mistral, ministral-8b, …) need not be here."""
 _EPILOG = """\
 examples:
   m7mlx-plan mistral                       1, 2, 4 and 8 Macs, over Thunderbolt with RDMA
@@ -59,7 +58,7 @@ def _plan(args: argparse.Namespace) -> None:
         raise InputError("--ranks: a number of machines lies between 1 and 1,024")
     config, tensors = list_weights(args.model, args.bits)
     tokens = args.tokens or planned_length(config)
-    window = config.sliding_window
+    window = config.window
     positions = min(window + UNDO_SLACK, tokens) if window else tokens
     if not args.json:
         print(f"{args.model}: {tokens:,} tokens, {args.rows} at a time, over {args.link}; tok/s are an estimate\n")

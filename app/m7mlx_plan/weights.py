@@ -7,8 +7,10 @@ import shlex
 
 from m7mlx.config import ModelConfig
 from m7mlx.errors import NotFoundError
-from m7mlx.files.hub import ALIASES, find_local, is_gguf
-from m7mlx.files.weights import DTYPES, folder_weights, head_as_stored, is_left_out, parameters, refuse_adapter
+from m7mlx.files.hub import find_local, is_gguf
+from m7mlx.files.published import PUBLISHED
+from m7mlx.files.tied_head import head_as_stored
+from m7mlx.files.weights import folder_weights, is_left_out, parameters, refuse_adapter
 from m7mlx.jsonfile import said
 from m7mlx.terminal import one_line
 
@@ -16,7 +18,7 @@ Tensors = dict[str, tuple[tuple[int, ...], int]]  # name → shape, bytes
 
 
 def list_weights(name: str, bits: int | None) -> tuple[ModelConfig, Tensors]:
-    """Return the configuration and the tensors of a model on this machine, or of Mistral 7B.
+    """Return the configuration and the tensors of a model on this machine, or of one with an alias.
 
     bits  of each weight, whatever the files hold; None takes the files' own
 
@@ -31,14 +33,14 @@ def list_weights(name: str, bits: int | None) -> tuple[ModelConfig, Tensors]:
             config = head_as_stored(folder, config, found)
             parameters(folder, config, found)
             headers = {n: t for n, t in found.items() if not is_left_out(n, config)}
-            return config, {n: (t.shape, math.prod(t.shape) * DTYPES[t.dtype].size) for n, t in headers.items()}
+            return config, {n: (t.shape, t.nbytes) for n, t in headers.items()}
     elif folder is not None or is_gguf(name):
         raise NotFoundError(
             f"{said(name)} is no model folder, which a plan reads; make one of a GGUF file: "
             f"m7mlx-convert {shlex.quote(one_line(name))}"
         )
-    elif name in ALIASES:
-        config = ModelConfig.from_dict({"model_type": "mistral", "vocab_size": 32768, "sliding_window": None})
+    elif name in PUBLISHED:
+        config = PUBLISHED[name].config
     else:
         raise NotFoundError(
             f"{said(name)} is not on this machine, and a plan fetches nothing; take a folder, or mistral"

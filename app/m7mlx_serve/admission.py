@@ -7,6 +7,7 @@ browser sends without asking (hence the checks of Origin and of the content type
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import re
 from collections.abc import Collection
@@ -19,6 +20,7 @@ from m7mlx_serve.bodies import MAX_BODY, SCOPE_KEY, Body, BodyRoom, too_large
 from m7mlx_serve.endpoints import error_response
 from m7mlx_serve.errors import ApiError
 
+SPACE_KEY = "m7mlx.space"  # where a request's scope says whose it is; "" on a server without keys
 MAX_HEADERS, MAX_HEADER_BYTES = 100, 16 << 10
 _ONCE = ("authorization", "content-encoding", "content-type", "host", "origin", "x-api-key")  # h11 sees to lengths
 _SCHEMES = ("http", "https")
@@ -33,7 +35,7 @@ class Admission:
     posts    paths that bodies are sent to
     hosts    names that this server answers to, lower-case, without a port
     origins  pages that may ask, besides the server's own, lower-case
-    key      what `Authorization: Bearer …` must carry; None admits everybody
+    keys     one of which `Authorization: Bearer …` must carry; without any, everybody is admitted
     """
 
     def __init__(
@@ -41,10 +43,11 @@ class Admission:
         app: ASGIApp,
         posts: Collection[str],
         hosts: Collection[str],
-        key: str | None,
+        keys: Collection[str],
         origins: Collection[str] = (),
     ) -> None:
-        self._app, self._posts, self._hosts, self._key = app, frozenset(posts), frozenset(hosts), key
+        self._app, self._posts, self._hosts = app, frozenset(posts), frozenset(hosts)
+        self._spaces = {key: _space(key) for key in keys}
         self._origins = frozenset(origins)
         self._room = BodyRoom()
 
@@ -66,7 +69,7 @@ class Admission:
             if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
                 await _preflight(headers)(scope, receive, send)
                 return
-            self._check_key(scope["path"], headers)
+            scope[SPACE_KEY] = self._check_key(scope["path"], headers)
             if scope["method"] == "POST" and scope["path"] in self._posts:
                 scope[SCOPE_KEY] = body = Body(self._room)
                 await body.receive(receive, _largest_body(headers))
@@ -93,13 +96,22 @@ class Admission:
             reason = f"pages of other sites are not answered; --allow-origin {origin[:100]!r} would let this one in"
             raise ApiError(403, reason, "forbidden_origin")
 
-    def _check_key(self, path: str, headers: Headers) -> None:
-        if self._key is not None and path not in _OPEN:
-            scheme, _, given = headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer":
-                given = headers.get("x-api-key", "")  # Anthropic's clients
-            if not given or not hmac.compare_digest(given.strip().encode(), self._key.encode()):
-                raise ApiError(401, "a valid API key is needed: Authorization: Bearer …", "invalid_api_key")
+    def _check_key(self, path: str, headers: Headers) -> str:
+        """The space of the key that a request carries. Raises ApiError for one without."""
+        if not self._spaces or path in _OPEN:
+            return ""
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            given = headers.get("x-api-key", "")  # Anthropic's clients
+        known = [key for key in self._spaces if hmac.compare_digest(given.strip().encode(), key.encode())]
+        if not known:
+            raise ApiError(401, "a valid API key is needed: Authorization: Bearer …", "invalid_api_key")
+        return self._spaces[known[0]]
+
+
+def _space(key: str) -> str:
+    """What the requests of a key have in common, and tells nothing of it."""
+    return hashlib.sha256(b"m7mlx-space" + key.encode()).hexdigest()[:32]
 
 
 def _largest_body(headers: Headers) -> int:
@@ -129,7 +141,7 @@ def _preflight(headers: Headers) -> Response:
     asked = headers.get("access-control-request-headers", "")
     names = [name.strip() for name in asked.split(",")]
     allowed = ", ".join(name for name in names if _HEADER_NAME.fullmatch(name))
-    told = {"Access-Control-Allow-Methods": "GET, POST", "Access-Control-Max-Age": "600"}
+    told = {"Access-Control-Allow-Methods": "GET, POST, DELETE", "Access-Control-Max-Age": "600"}
     return Response(status_code=204, headers=told | ({"Access-Control-Allow-Headers": allowed} if allowed else {}))
 
 

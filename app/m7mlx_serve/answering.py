@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from array import array
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
-from m7mlx import Piece, Request, Sampling
+from m7mlx import Piece, Request, Sampling, Stats
+from m7mlx.embedding import Pooling
 from m7mlx.errors import BusyError, InputError
 from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx_serve.endpoint import ReadRequest
-from m7mlx_serve.engine import LateError
+from m7mlx_serve.engine import EndedError, LateError
 from m7mlx_serve.errors import ApiError, refusal, report
 
 _RETRY_SECONDS = 5
@@ -27,6 +29,10 @@ class Answerer:
     ask         the engine's, which yields (number of the answer, piece)
     max_tokens  most tokens of an answer
     seconds     most time for all answers to a request
+    space       whose clients they are: nothing that is held for one space is used for another
+    tells_reuse whether they may know how much of a prompt was held: with a key, it was their own
+    embed       the engine's, which makes vectors of prompts
+    width       the numbers of a vector
     """
 
     model: str
@@ -35,6 +41,37 @@ class Answerer:
     ask: Callable[[Sequence[Request], float], AsyncGenerator[tuple[int, Piece], None]]
     max_tokens: int | None
     seconds: float
+    space: str = ""
+    tells_reuse: bool = False
+    embed: Callable[[Sequence[Sequence[int]], Pooling, bool, float], Awaitable[list[bytes]]] | None = None
+    width: int = 0
+
+    def reused(self, *costs: Stats) -> int:
+        """How many tokens of a prompt its clients are told were held when its answers came."""
+        return min((cost.reused_tokens for cost in costs), default=0) if self.tells_reuse else 0
+
+    async def vectors(
+        self,
+        read: ReadRequest,
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+        dimensions: int | None = None,
+    ) -> list[bytes]:
+        """The vectors of all prompts, each as float32 numbers. Raises ApiError."""
+        if dimensions not in (None, self.width):
+            reason = f"the vectors of this model have {self.width} numbers, and a part of them says nothing"
+            raise ApiError(400, f"dimensions: {reason}; leave it out")
+        assert self.embed is not None
+        try:
+            return await self.embed(read.prompts.ids, pooling, normalize, self.seconds)
+        except BusyError as error:
+            raise _busy(error) from None
+        except LateError as error:
+            raise ApiError(504, str(error)) from None
+        except EndedError as error:
+            raise ApiError(503, str(error), "shutting_down") from None
+        except InputError as error:
+            raise refusal(error) from None
 
     def answers(self, read: ReadRequest) -> AsyncGenerator[tuple[int, Piece], None]:
         """Yield (number of the answer, piece), `n` answers to each prompt. Raises as `pieces`."""
@@ -67,6 +104,7 @@ class Answerer:
             logprobs=wanted.logprobs,
             prompt_logprobs=wanted.prompt_logprobs,
             schema=prompts.schema,
+            space=self.space,
         )
         numbered = [(ids, index) for ids in prompts.ids for index in range(wanted.n)]
         seeds = [None if wanted.seed is None else (wanted.seed + index) % (1 << 64) for _, index in numbered]
@@ -87,11 +125,16 @@ class Answerer:
                         raise _failure(piece)
                     yield index, piece
         except BusyError as error:
-            raise ApiError(429, str(error), "rate_limit_exceeded", {"Retry-After": str(_RETRY_SECONDS)}) from None
+            raise _busy(error) from None
         except LateError as error:
             raise ApiError(504, str(error)) from None
         except InputError as error:
             raise ApiError(400, str(error)) from None
+
+
+def numbers_in_json(vector: bytes) -> str:
+    """A vector of float32 numbers as JSON, with as many digits as they have."""
+    return f"[{', '.join(map('{:.9g}'.format, array('f', vector)))}]"
 
 
 class Answers(Protocol):
@@ -110,6 +153,10 @@ class Answers(Protocol):
 
         What fails before the first token raises ApiError; later, it is an event of its own.
         """
+
+
+def _busy(error: BusyError) -> ApiError:
+    return ApiError(429, str(error), "rate_limit_exceeded", {"Retry-After": str(_RETRY_SECONDS)})
 
 
 def _failure(piece: Piece) -> ApiError:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
-from contextlib import asynccontextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -15,28 +17,34 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from m7mlx.errors import InputError
-from m7mlx_serve.admission import Admission
+from m7mlx_serve.admission import SPACE_KEY, Admission
 from m7mlx_serve.answering import Answerer, Answers
 from m7mlx_serve.anthropic import count, messages
 from m7mlx_serve.anthropic.answers import CountAnswers, MessageAnswers
 from m7mlx_serve.bodies import SCOPE_KEY
 from m7mlx_serve.endpoint import ReadRequest
 from m7mlx_serve.endpoints import ENDPOINTS, error_response
-from m7mlx_serve.engine import Engine
 from m7mlx_serve.errors import ApiError, refusal, report
+from m7mlx_serve.listing import ollama_routes, openai_routes
 from m7mlx_serve.metrics import Counted, Metrics
+from m7mlx_serve.models import Loaded, Models
+from m7mlx_serve.named import named_model
 from m7mlx_serve.ollama import chat as ollama_chat
-from m7mlx_serve.ollama import generate, show
-from m7mlx_serve.ollama.answers import OllamaAnswers, ShowAnswers
-from m7mlx_serve.ollama.models import ollama_routes
-from m7mlx_serve.openai import chat, text
+from m7mlx_serve.ollama import embed, generate
+from m7mlx_serve.ollama.answers import EmbedAnswers, OllamaAnswers
+from m7mlx_serve.openai import chat, embeddings, text
 from m7mlx_serve.openai.answers import OpenAIAnswers
-from m7mlx_serve.openai.models import model_routes
+from m7mlx_serve.openai.embedding_answers import EmbeddingAnswers
 from m7mlx_serve.openapi import PATHS, document
 from m7mlx_serve.pages import page_routes
-from m7mlx_serve.readers import Readers
+from m7mlx_serve.readers import SMALL
+from m7mlx_serve.responses import create
+from m7mlx_serve.responses.answers import ResponseAnswers
+from m7mlx_serve.responses.held import HeldResponses
+from m7mlx_serve.responses.routes import response_routes
 
 _Found = TypeVar("_Found")
 # What answers each endpoint. Unlike `m7mlx_serve.endpoints`, it needs MLX.
@@ -45,53 +53,57 @@ _ANSWERS: Mapping[str, Callable[[Answerer, ReadRequest], Answers]] = {
     count.ENDPOINT.path: CountAnswers,
     ollama_chat.ENDPOINT.path: OllamaAnswers,
     generate.ENDPOINT.path: OllamaAnswers,
-    show.ENDPOINT.path: ShowAnswers,
+    embed.ENDPOINT.path: EmbedAnswers,
     chat.ENDPOINT.path: OpenAIAnswers,
     text.ENDPOINT.path: OpenAIAnswers,
+    embeddings.ENDPOINT.path: EmbeddingAnswers,
 }
 
 
 @dataclass(frozen=True)
 class Served:
-    """What is served.
+    """How long answers may be.
 
-    model       the name that clients use
     max_tokens  most tokens of an answer
     seconds     most time for the answers to a request
     """
 
-    model: str
     max_tokens: int | None = None
     seconds: float = 600.0
 
 
 class Server:
-    """An ASGI application over an engine that has started."""
+    """An ASGI application over models."""
 
     def __init__(
         self,
-        engine: Engine,
-        readers: Readers,
+        models: Models,
         served: Served,
         hosts: Collection[str],
-        key: str | None,
+        keys: Collection[str] = (),
         origins: Collection[str] = (),
     ) -> None:
-        self._engine, self._readers, self._served = engine, readers, served
-        self._metrics = Metrics(engine)
-        with_key = key is not None
+        self._models, self._served = models, served
+        self._metrics, self._held = Metrics(models), HeldResponses()
+        self._answers: Mapping[str, Callable[[Answerer, ReadRequest], Answers]] = {
+            **_ANSWERS,
+            create.ENDPOINT.path: partial(ResponseAnswers, self._held),
+        }
+        self._naming = ThreadPoolExecutor(1, "m7mlx-name")  # large bodies one by one: it holds the interpreter
+        self._tells_reuse = with_key = bool(keys)
         routes = [
-            *(Route(path, self._answer, methods=["POST"]) for path in ENDPOINTS),
-            *model_routes(served.model, engine),
-            *ollama_routes(served.model, engine),
+            *(Route(path, self._answer, methods=["POST"]) for path in self._answers),
+            *openai_routes(models),
+            *ollama_routes(models),
+            *response_routes(self._held, lambda request: request.scope[SPACE_KEY]),
             Route("/health", self._show_health),
             Route("/metrics", self._show_metrics),
-            Route("/openapi.json", lambda request: JSONResponse(document(served.model, with_key))),
-            *page_routes(served.model, with_key),
+            Route("/openapi.json", lambda request: JSONResponse(document(tuple(models.catalog.names), with_key))),
+            *page_routes(models.catalog, with_key),
         ]
         app = Starlette(
             routes=routes,
-            middleware=[Middleware(Admission, posts=ENDPOINTS, hosts=hosts, key=key, origins=origins)],
+            middleware=[Middleware(Admission, posts=ENDPOINTS, hosts=hosts, keys=keys, origins=origins)],
             exception_handlers={
                 ApiError: _api_error,
                 InputError: _input_error,
@@ -105,9 +117,11 @@ class Server:
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        unloading = asyncio.create_task(self._models.unload_idle())
         yield
-        self._engine.close()
-        self._readers.close()
+        unloading.cancel()
+        self._models.close()
+        self._naming.shutdown(wait=False, cancel_futures=True)
 
     # --- answers ----------------------------------------------------------------------------------
 
@@ -115,34 +129,53 @@ class Server:
         """Answer what was sent to an endpoint of an API."""
         path = request.scope["path"]
         data = (await request.receive())["body"]  # and no copy of it stays
-        reading = self._readers.read(path, data, self._engine.tokenizer)
-        del data
-        read = await _unless_gone(request, reading)
-        del reading
-        request.scope[SCOPE_KEY].drop()
-        served = self._served
-        answerer = Answerer(
-            served.model,
-            self._engine.context,
-            self._engine.tokenizer,
-            self._metrics.ask,
-            served.max_tokens,
-            served.seconds,
-        )
-        answers = _ANSWERS[path](answerer, read)
-        if not read.body.stream:
-            return _send_whole(await _unless_gone(request, answers.whole()))
-        events = answers.stream()
-        # The first event is awaited here, so that a refusal has a status of its own.
-        first = await _unless_gone(request, anext(events))
-        return StreamingResponse(
-            _joined(first, events), media_type=answers.stream_type, headers={"Cache-Control": "no-store"}
+        async with AsyncExitStack() as using:
+            use = self._models.use(await self._named(path, data))
+            model = await _unless_gone(request, using.enter_async_context(use))
+            space: str = request.scope[SPACE_KEY]
+            held = self._held.mentioned(space, data) if path == create.ENDPOINT.path else {}
+            reading = model.readers.read(path, data, model.engine.tokenizer, held)
+            del data
+            read = await _unless_gone(request, reading)
+            del reading
+            request.scope[SCOPE_KEY].drop()
+            answers = self._answers[path](self._answerer(model, space), read)
+            if not read.body.stream:
+                return _send_whole(await _unless_gone(request, answers.whole()))
+            events = answers.stream()
+            # The first event is awaited here, so that a refusal has a status of its own.
+            first = await _unless_gone(request, anext(events))
+            return _Stream(first, events, answers.stream_type, using.pop_all())
+
+    async def _named(self, path: str, data: bytes) -> str:
+        """The model that a body names; "" where there is but one, which whoever reads it checks."""
+        if len(self._models.catalog.names) == 1:
+            return ""
+        is_ollamas = path.startswith("/api/")
+        if len(data) <= SMALL:
+            return named_model(data, is_ollamas)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._naming, named_model, data, is_ollamas)
+
+    def _answerer(self, model: Loaded, space: str) -> Answerer:
+        engine = model.engine
+        return Answerer(
+            model.name,
+            engine.context,
+            engine.tokenizer,
+            partial(self._metrics.ask, engine),
+            self._served.max_tokens,
+            self._served.seconds,
+            space,
+            self._tells_reuse,
+            embed=partial(self._metrics.embed, engine),
+            width=engine.width,
         )
 
     # --- everything else --------------------------------------------------------------------------
 
     async def _show_health(self, request: Request) -> Response:
-        alive = self._engine.alive
+        alive = self._models.alive
         return JSONResponse({"status": "ok" if alive else "stopping"}, 200 if alive else 503)
 
     async def _show_metrics(self, request: Request) -> Response:
@@ -177,6 +210,21 @@ def _send_whole(answer: Iterator[str]) -> Response:
 
     size = {"Content-Length": str(sum(map(len, pieces)))}
     return StreamingResponse(sent(), media_type="application/json", headers=size)
+
+
+class _Stream(StreamingResponse):
+    """The events of answers; what they use is given back however it ends."""
+
+    def __init__(self, first: str, events: AsyncGenerator[str, None], kind: str, using: AsyncExitStack) -> None:
+        super().__init__(_joined(first, events), media_type=kind, headers={"Cache-Control": "no-store"})
+        self._events, self._using = events, using
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._events.aclose()
+            await self._using.aclose()
 
 
 async def _joined(first: str, rest: AsyncGenerator[str, None]) -> AsyncIterator[str]:

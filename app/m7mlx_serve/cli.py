@@ -22,6 +22,7 @@ from m7mlx.command import (
 )
 from m7mlx.errors import InputError, RunError
 from m7mlx.parallel.launch import is_launched
+from m7mlx.paths import cache_dir
 from m7mlx.units import in_gigabytes
 from m7mlx_serve.address import bind, in_url, is_loopback, listen
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from m7mlx.parallel.world import World  # what it imports takes longer than --help
 
 PROG = "m7mlx-serve"
+_MOST_KEYS = 1000
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _DESCRIPTION = """\
 Serve a model to many programs at once, by OpenAI's API, and a chat page to a browser on this machine.
@@ -39,6 +41,7 @@ _EPILOG = """\
 examples:
   m7mlx-serve --model demo                                     http://127.0.0.1:8080/v1, and a page at /
   m7mlx-serve --model mistral --rows 16 --kv-bits 8            sixteen answers at a time, in half the memory
+  m7mlx-serve --models-dir ~/models --idle-unload 10m          many models, loaded when they are asked for
   m7mlx-serve --host 0.0.0.0 --api-key-file ~/.config/m7mlx/key --allow-host studio.local
   mlx.launch --hostfile macs.json -- "$(which m7mlx-serve)" --model mistral      one model over several Macs
 
@@ -53,17 +56,44 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(PROG, _DESCRIPTION, _EPILOG)
-    parser.add_argument(
+    models = parser.add_argument_group("models")
+    models.add_argument(
         "--model",
-        default="mistral",
+        action="append",
+        default=[],
         metavar="MODEL",
-        help="a folder, a Hub repository or an alias (%(default)s)",
+        help="a folder, a Hub repository or an alias (mistral); repeatable: the first is loaded at the start",
     )
-    parser.add_argument("--name", metavar="NAME", help="what clients call the model (default: MODEL)")
+    models.add_argument(
+        "--name",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="what clients call the model (default: MODEL); repeatable, one for each --model",
+    )
+    models.add_argument(
+        "--models-dir",
+        type=Path,
+        metavar="DIR",
+        help="serve all models in this folder, too, each loaded when it is asked for",
+    )
+    models.add_argument(
+        "--idle-unload",
+        type=duration,
+        metavar="TIME",
+        help="unload a model that nobody has used for so long, as 30s, 10m or 2h",
+    )
+    models.add_argument(
+        "--pin",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="load this model at the start and never unload it; repeatable",
+    )
     net = parser.add_argument_group("network")
     net.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on (%(default)s)")
     net.add_argument("--port", type=int, default=8080, metavar="N", help="port (%(default)s); 0 takes a free one")
-    net.add_argument("--api-key-file", type=Path, metavar="FILE", help="a file with a key in its first line")
+    net.add_argument("--api-key-file", type=Path, metavar="FILE", help="a file with keys, one a line")
     net.add_argument(
         "--allow-host",
         action="append",
@@ -94,6 +124,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="ended conversations that are kept for those that begin alike (%(default)s)",
     )
+    limits.add_argument(
+        "--prefix-dir",
+        type=Path,
+        metavar="DIR",
+        help="where ended conversations are kept on disk (prefixes in the user's cache)",
+    )
+    limits.add_argument(
+        "--prefix-disk",
+        type=gigabytes,
+        default=8 * 10**9,
+        metavar="GB",
+        help="how much they may take there (8); 0 keeps none",
+    )
     add_kv_bits(limits)
     limits.add_argument("--max-tokens", type=int, metavar="N", help="most tokens in an answer")
     limits.add_argument(
@@ -107,7 +150,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--max-memory",
         type=gigabytes,
         metavar="GB",
-        help="refuse to load a model that needs more memory",
+        help="refuse to load a model that needs more memory; of several, those used last stay within it",
     )
     add_parallel(parser)
     return parser.parse_args(argv)
@@ -118,30 +161,35 @@ def _serve(args: argparse.Namespace) -> int | None:
     try:
         from m7mlx_serve.app import Served, Server
         from m7mlx_serve.listener import BACKLOG, Listener
-        from m7mlx_serve.readers import Readers
     except ImportError as error:
         raise InputError(f"{PROG} needs the extra server ({error.name}): pip install 'm7mlx[server]'") from None
     from m7mlx.config import ModelConfig
     from m7mlx.files.hub import resolve
     from m7mlx.memory import limit_memory
     from m7mlx.parallel.world import join, run_rank
-    from m7mlx_serve.engine import Engine
+    from m7mlx_serve.catalog import Catalog
     from m7mlx_serve.errors import report
     from m7mlx_serve.limits import Limits, rows_memory
+    from m7mlx_serve.models import Keeping, Models
+    from m7mlx_serve.prefixes import PrefixFolder
 
     _check_numbers(args)
-    key = _read_key(args.api_key_file)
-    hosts = _host_names(args.host, args.allow_host, key)
+    keys = _read_keys(args.api_key_file)
+    hosts = _host_names(args.host, args.allow_host, keys)
     if args.max_memory is not None:
         limit_memory(args.max_memory)
     limits = Limits(args.rows, args.queue, args.keep, args.kv_bits)
     # A port that is taken is told before the model loads, which may take minutes. Of several
     # processes, only the first opens it.
     bound = None if is_launched() else bind(args.host, args.port)
-    folder = resolve(args.model)
-    world = join(args.parallel, lambda: ModelConfig.from_folder(folder))
-    if world is not None and world.rank:
-        return run_rank(world, folder)
+    given = {name: resolve(model) for name, model in _named_models(args).items()}
+    folder = next(iter(given.values()), None)
+    world = None if folder is None else join(args.parallel, lambda: ModelConfig.from_folder(folder))
+    if world is not None and folder is not None:
+        if len(given) > 1 or args.models_dir is not None:
+            raise InputError("several processes share one model: give one --model, and no --models-dir")
+        if world.rank:
+            return run_rank(world, folder)
     bound = bound or bind(args.host, args.port)
     listener: Listener | None = None
 
@@ -149,33 +197,61 @@ def _serve(args: argparse.Namespace) -> int | None:
         if listener is not None:
             listener.should_exit = True
 
-    served = Served(args.name or args.model, args.max_tokens, args.max_seconds)
-    engine, readers = Engine(folder, limits, world, failed=stop), Readers(folder, served.model)
-    readers.start()
-    say(f"loading {args.model} …")
+    catalog = Catalog(given, args.models_dir)
+    for name in args.pin:
+        if catalog.folder(name) is None:
+            raise InputError(f"--pin {name}: there is no such model; there are {', '.join(catalog.names[:10])}")
+    keeping = Keeping(args.pin, args.idle_unload, args.max_seconds)
+    place = PrefixFolder(args.prefix_dir or cache_dir() / "prefixes", args.prefix_disk)
+    models = Models(catalog, limits, keeping, world, stop, place if args.prefix_disk else None)
+    first = list(dict.fromkeys([*list(given)[:1], *args.pin]))
+    if first:
+        say(f"loading {', '.join(first)} …")
     try:
-        engine.start()
+        models.start(first)
     except KeyboardInterrupt:  # loading goes on, and would abort a process that ends as usual
         _leave(EXIT_INTERRUPTED, "stopped while loading")
     try:
-        most = rows_memory(engine.model, limits)
-        server = Server(engine, readers, served, hosts, key, _origins(args.allow_origin))
+        served = Served(args.max_tokens, args.max_seconds)
+        server = Server(models, served, hosts, keys, _origins(args.allow_origin))
         gc.collect()
         gc.freeze()  # what exists now stays: each look through it would take a tenth of a second
         listen(bound, BACKLOG)
         url = f"http://{in_url(args.host)}:{bound.getsockname()[1]}"
-        say(f"m7mlx is at {url} · {_describe_memory(engine.model.nbytes, most, world)} · Ctrl-C ends it")
-        listener = Listener(server.app, engine.close)
-        if engine.alive:
+        weights = sum(slot.engine.weights for slot in models.loaded)
+        most = sum(rows_memory(slot.engine.model, limits) for slot in models.loaded)
+        others = len(catalog.names) - len(models.loaded)
+        more = f" · {others} more to be loaded when asked for" if others else ""
+        say(f"m7mlx is at {url} · {_describe_memory(weights, most, world)}{more} · Ctrl-C ends it")
+        listener = Listener(server.app, models.cancel)
+        if models.alive:
             listener.run(sockets=[bound])
     finally:
-        readers.close()
-        if not engine.close():
+        if not models.close():
             _leave(EXIT_FAILED, "ended in the middle of a forward pass that took too long")
-    if engine.failure is not None:
-        report(engine.failure)
+    if models.failure is not None:
+        report(models.failure)
         raise RunError("the thread that computes has ended, which must not happen; start the server again")
     return None
+
+
+def _named_models(args: argparse.Namespace) -> dict[str, str]:
+    """The models that are given, by the names that clients use. Raises InputError."""
+    models = args.model or ([] if args.models_dir is not None else ["mistral"])
+    if len(args.name) > len(models):
+        raise InputError(f"--name {args.name[len(models)]}: there is no --model that it could name")
+    names = [*args.name, *models[len(args.name) :]]
+    if len(set(names)) < len(names):
+        raise InputError("two models have the same name; give each a --name of its own")
+    return dict(zip(names, models, strict=True))
+
+
+def duration(text: str) -> float:
+    """The seconds of a time like 30s, 10m or 2h. Raises argparse.ArgumentTypeError."""
+    found = re.fullmatch(r"([0-9]{1,6})([smh]?)", text)
+    if not found or not int(found[1]):
+        raise argparse.ArgumentTypeError(f"a time is a number and s, m or h, as 10m: not {text!r}")
+    return int(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
 
 
 def _describe_memory(weights: int, keys: int, world: World | None) -> str:
@@ -205,18 +281,21 @@ def _leave(status: int, why: str) -> NoReturn:
     os._exit(status)
 
 
-def _read_key(path: Path | None) -> str | None:
-    """The key in the file's first line, or None without a file."""
+def _read_keys(path: Path | None) -> list[str]:
+    """The keys in the file, one a line; empty lines, and those that begin with #, hold none."""
     if path is None:
-        return None
+        return []
     try:
         lines = path.expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--api-key-file: {path} cannot be read ({error})") from None
-    key = lines[0].strip() if lines else ""
-    if len(key) < 16 or not key.isascii() or not key.isprintable():
-        raise InputError(f"--api-key-file: the first line of {path} must be a key of at least 16 ASCII characters")
-    return key
+    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    for key in keys or [""]:
+        if len(key) < 16 or not key.isascii() or not key.isprintable():
+            raise InputError(f"--api-key-file: each line of {path} must be a key of at least 16 ASCII characters")
+    if len(keys) > _MOST_KEYS:
+        raise InputError(f"--api-key-file: {path} has more than {_MOST_KEYS} keys")
+    return keys
 
 
 def _origins(allowed: Sequence[str]) -> set[str]:
@@ -227,9 +306,9 @@ def _origins(allowed: Sequence[str]) -> set[str]:
     return {origin.lower() for origin in allowed}
 
 
-def _host_names(host: str, allowed: Sequence[str], key: str | None) -> set[str]:
+def _host_names(host: str, allowed: Sequence[str], keys: Sequence[str]) -> set[str]:
     """The names that Host headers may have. Raises InputError if `host` needs a key."""
-    if key is None and not is_loopback(host):
+    if not keys and not is_loopback(host):
         raise InputError(f"--host {host} can be reached from other machines: give a key with --api-key-file")
     names = {*_LOOPBACK, "[::1]", host.lower(), f"[{host.lower()}]"} - {"0.0.0.0", "::", "[::]"}
     return names | {name.lower() for name in allowed}

@@ -29,12 +29,14 @@ class Prompts:
     schema    a JSON schema, or a grammar, that every answer follows
     tool_use  whether answers may, or must, call tools
     at_start  whether an answer begins a message, not amid a text
+    held      the conversation as JSON, if its API holds it for requests that go on from it
     """
 
     ids: Sequence[array[int]]
     schema: Mapping[str, Any] | Grammar | None = None
     tool_use: ToolUse = "none"
     at_start: bool = False
+    held: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,13 @@ class Body(Strict, ABC):
 
     model: str = ""
     stream: bool = False
+
+    def following(self, held: Mapping[str, bytes]) -> Self:
+        """The body behind the conversation that it goes on from, one of those `held`, by id.
+
+        Raises ApiError for one that is not held.
+        """
+        return self
 
     @abstractmethod
     def prompts(self, tokenizer: Tokenizer) -> Prompts:

@@ -10,15 +10,16 @@ from m7mlx_serve.anthropic import count, messages
 from m7mlx_serve.endpoint import Endpoint
 from m7mlx_serve.errors import ApiError
 from m7mlx_serve.ollama import chat as ollama_chat
-from m7mlx_serve.ollama import generate, show
-from m7mlx_serve.openai import chat, text
+from m7mlx_serve.ollama import embed, generate, show
+from m7mlx_serve.openai import chat, embeddings, text
+from m7mlx_serve.responses import create
 
 ENDPOINTS: Mapping[str, Endpoint] = {
     endpoint.path: endpoint
     for endpoint in (
-        *(chat.ENDPOINT, text.ENDPOINT),
+        *(chat.ENDPOINT, text.ENDPOINT, create.ENDPOINT, embeddings.ENDPOINT),
         *(messages.ENDPOINT, count.ENDPOINT),
-        *(ollama_chat.ENDPOINT, generate.ENDPOINT, show.ENDPOINT),
+        *(ollama_chat.ENDPOINT, generate.ENDPOINT, embed.ENDPOINT, show.ENDPOINT),
     )
 }
 

@@ -7,10 +7,11 @@ scheduler. It shares nothing but numbers and pieces.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -18,24 +19,32 @@ from queue import Empty, SimpleQueue
 import mlx.core as mx
 
 from m7mlx import Piece, Request, load
-from m7mlx.constrain import close_grammars
-from m7mlx.errors import BusyError, InputError, RunError
+from m7mlx.cache_folder import FolderFigures
+from m7mlx.embedding import Pooling
+from m7mlx.errors import BusyError, RunError
 from m7mlx.model import Mistral
 from m7mlx.parallel.channel import die
 from m7mlx.parallel.world import Leader, World
-from m7mlx.request import with_grammar
 from m7mlx.scheduler import Scheduler, Told
 from m7mlx.tokens.tokenizer import Tokenizer
+from m7mlx_serve.embedding_job import EmbeddingJob
 from m7mlx_serve.errors import report
-from m7mlx_serve.limits import Limits
+from m7mlx_serve.grammars import Grammars
+from m7mlx_serve.limits import Limits, Places
+from m7mlx_serve.prefixes import Prefixes, PrefixFolder
 from m7mlx_serve.recipient import Recipient, send
 
-_SCHEMAS = 8  # requests whose schemas are being prepared or wait for it, so that others find places
+_QUIET_SECONDS = 2.0  # without anything to do, after which ended conversations are saved, one by one
+_LAST_SECONDS = 6.0  # for saving them when the engine ends
 _LATE = "the answer took too long; ask for fewer tokens"
 
 
 class LateError(RunError):
     """An answer took longer than it may."""
+
+
+class EndedError(RunError):
+    """The engine answers nothing any more."""
 
 
 class Engine:
@@ -50,26 +59,29 @@ class Engine:
         limits: Limits,
         world: World | None = None,
         failed: Callable[[], None] = lambda: None,
+        prefixes: PrefixFolder | None = None,
     ) -> None:
         """Prepare to load the model in `folder`.
 
-        world   the processes that share the model, of which this is the first
-        failed  called on the engine's thread if it ends without being told to; see `failure`
+        world     the processes that share the model, of which this is the first
+        failed    called on the engine's thread if it ends without being told to; see `failure`
+        prefixes  where ended conversations are kept; they are not where several processes share the
+                  model
         """
+        self._prefixes = None if prefixes is None or world is not None else Prefixes(prefixes)
         self._folder, self._limits, self._world, self._failed = folder, limits, world, failed
         self.failure: Exception | None = None
         self._model: Mistral | None = None
         self._tokenizer: Tokenizer | None = None
         self._scheduler: Scheduler | Leader | None = None
-        self._context = self._weights = 0
+        self._context = self._weights = self._width = 0
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._recipients: dict[int, Recipient] = {}  # by number; the engine's thread alone
-        self._schemas = 0  # requests that wait for one; event loops alone
-        self._open = 0  # requests asked and not ended; event loops alone, under the lock
+        self._jobs: deque[EmbeddingJob] = deque()  # the engine's thread alone
+        self._grammars, self._places = Grammars(), Places(limits.rows + limits.queue)
         self._lock = threading.Lock()
         self._ready = threading.Event()
         self._closing = False
-        self._preparing = ThreadPoolExecutor(4, "m7mlx-grammar")  # of grammars; others do not wait for it
         self._thread = threading.Thread(target=self._run, name="m7mlx-engine", daemon=True)
 
     def start(self) -> None:
@@ -97,6 +109,11 @@ class Engine:
         return self._context
 
     @property
+    def width(self) -> int:
+        """The numbers of an embedding, once the engine has started; kept when it ends."""
+        return self._width
+
+    @property
     def weights(self) -> int:
         """The bytes of the model's weights, once the engine has started; kept when it ends."""
         return self._weights
@@ -107,9 +124,14 @@ class Engine:
         return self._thread.is_alive() and not self._closing
 
     @property
+    def prefixes(self) -> FolderFigures:
+        """What is on disk of ended conversations."""
+        return FolderFigures() if self._prefixes is None else self._prefixes.figures
+
+    @property
     def open_requests(self) -> int:
         """Requests that have not ended."""
-        return self._open
+        return self._places.taken
 
     @property
     def running(self) -> int:
@@ -129,25 +151,22 @@ class Engine:
 
         Raises BusyError at once, and LateError; what grammar and scheduler refuse comes as a piece.
         """
-        n, places = len(requests), self._limits.rows + self._limits.queue
-        if n > places:
-            raise InputError(f"n: {n} answers at a time are more than the {places} that this server has places for")
-        with self._lock:
-            if self._open + n > places:
-                raise BusyError("too many requests are waiting; try again later")
-            self._open += n
+        n = len(requests)
+        self._places.take(n)
         pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         loop, until = asyncio.get_running_loop(), time.monotonic() + seconds
         recipients = [Recipient(loop, pieces, index, until) for index in range(n)]
         try:
             async with asyncio.timeout(None if seconds == float("inf") else seconds) as clock:
                 try:
-                    requests = await self._with_grammars(requests)
+                    requests = await self._grammars.prepared(requests, self.tokenizer)
                 except BusyError:
                     raise
                 except Exception as error:
                     yield 0, Piece(finish_reason="cancelled" if self._closing else "failed", error=error)
                     return
+                if n == 1:  # else they would wait for each other
+                    await self._fetch_prefix(requests[0])
                 for recipient, request in zip(recipients, requests, strict=True):
                     self._put(recipient, request)
                 going = n
@@ -162,33 +181,71 @@ class Engine:
         finally:
             for recipient in recipients:
                 self._commands.put(partial(self._drop, recipient))
+            self._places.give(n)
+
+    async def embed(
+        self,
+        prompts: Sequence[Sequence[int]],
+        pooling: Pooling,
+        normalize: bool,
+        seconds: float = float("inf"),
+    ) -> list[bytes]:
+        """The vectors of prompts, each as float32 numbers; a pass at a time, between tokens.
+
+        Raises BusyError at once, LateError, InputError; EndedError once the engine has ended.
+        """
+        self._places.take(1)
+        job = EmbeddingJob(asyncio.get_running_loop(), prompts, pooling, normalize)
+        try:
             with self._lock:
-                self._open -= n
+                if self._closing:
+                    raise EndedError("the server is shutting down")
+                self._commands.put(partial(self._jobs.append, job))
+            async with asyncio.timeout(None if seconds == float("inf") else seconds):
+                return await job.vectors
+        except TimeoutError:
+            raise LateError("the vectors took too long; send fewer texts") from None
+        finally:
+            job.is_wanted = False
+            self._places.give(1)
 
     def close(self, timeout: float = 10.0) -> bool:
         """Cancel all and end the thread; return whether it ends within `timeout` seconds."""
         with self._lock:
             self._closing = True
         self._commands.put(lambda: None)
-        self._preparing.shutdown(wait=False, cancel_futures=True)
-        self._thread.join(timeout)
-        close_grammars()
+        self._grammars.close()
+        if self._thread.ident is not None:  # it has been started
+            self._thread.join(timeout)
         return not self._thread.is_alive()
 
-    async def _with_grammars(self, requests: Sequence[Request]) -> Sequence[Request]:
-        if not requests[0].needs_grammar:
-            return requests
+    async def _fetch_prefix(self, request: Request) -> None:
+        """Bring back from the disk what is of use of the start of a prompt."""
+        prefixes = self._prefixes
+        if prefixes is not None:
+            ended = await prefixes.fetch(request, lambda: self._held(request))
+            if ended is not None:
+                self._commands.put(lambda: prefixes.keep(self._own_scheduler, ended))
 
-        def prepared() -> list[Request]:
-            return [with_grammar(request, self.tokenizer) for request in requests]
+    async def _held(self, request: Request) -> int:
+        """How many tokens of the start of a prompt are in memory."""
+        loop = asyncio.get_running_loop()
+        found: asyncio.Future[int] = loop.create_future()
 
-        if self._schemas >= _SCHEMAS:
-            raise BusyError("too many JSON schemas are being prepared; try again later")
-        self._schemas += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._preparing, prepared)
-        finally:
-            self._schemas -= 1
+        def tell(held: int) -> None:
+            if not found.done():
+                found.set_result(held)
+
+        def look() -> None:
+            held = self._own_scheduler.held(request)
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(tell, held)
+
+        with self._lock:
+            if self._closing:
+                return len(request.ids)
+            self._commands.put(look)
+        return await found
 
     def _put(self, recipient: Recipient, request: Request) -> None:
         """Hand a request to the engine's thread; once that has ended, the request has ended too."""
@@ -220,12 +277,16 @@ class Engine:
     def _load(self) -> None:
         read = load if self._world is None else self._world.load
         self._model, self._tokenizer = read(self._folder)
-        self._context, self._weights = self._model.config.max_position_embeddings, self._model.nbytes
+        config = self._model.config
+        self._context, self._width = config.max_position_embeddings, config.hidden_size
+        self._weights = self._model.nbytes
         limits = self._limits
         scheduler = Scheduler(
             self._model, self._tokenizer, rows=limits.rows, kept=limits.kept, kv_bits=limits.kv_bits
         )
         self._scheduler = scheduler if self._world is None else Leader(scheduler, self._world)
+        if self._prefixes is not None:
+            self._prefixes.open(self._model, scheduler.new_cache)
 
     def _serve(self) -> None:
         # No local variable holds the scheduler: `_end` frees its arrays while this thread's streams
@@ -235,13 +296,40 @@ class Engine:
         while not self._closing:
             try:
                 while not self._closing:
-                    self._do(self._commands.get(block=not more))
-                    more = more or any(self._scheduler.running_and_waiting)
+                    self._do(self._commands.get(not more, self._quiet_seconds))
+                    more = more or any(self._scheduler.running_and_waiting) or bool(self._jobs)
             except Empty:
-                pass
+                if not more:
+                    self._save_prefix(is_quiet=True)
+                    continue
             told, more = self._scheduler.step()
             self._tell(told)
             self._end_late_answers()
+            self._save_prefix(is_quiet=False)
+            more = self._embed_some() or more
+
+    @property
+    def _own_scheduler(self) -> Scheduler:
+        """The scheduler of an engine that shares its model with no other process."""
+        assert isinstance(self._scheduler, Scheduler)
+        return self._scheduler
+
+    @property
+    def _quiet_seconds(self) -> float | None:
+        """How long to wait for a command before a conversation is saved; None if there is none."""
+        unsaved = self._prefixes is not None and self._prefixes.has_unsaved(self._own_scheduler)
+        return _QUIET_SECONDS if unsaved else None
+
+    def _save_prefix(self, is_quiet: bool) -> None:
+        if self._prefixes is not None:
+            self._prefixes.save_next(self._own_scheduler, is_quiet)
+
+    def _embed_some(self) -> bool:
+        """Take a pass of one of the jobs, in turns; return whether there are more."""
+        job = self._jobs.popleft() if self._jobs else None
+        if job is not None and not job.advance(self.model):
+            self._jobs.append(job)
+        return bool(self._jobs)
 
     def _end(self) -> None:
         """Tell everybody that nothing goes on, and free the model."""
@@ -251,10 +339,15 @@ class Engine:
             self._do(self._commands.get())
         send((recipient, Piece(finish_reason="cancelled")) for recipient in self._recipients.values())
         self._recipients.clear()
+        for job in self._jobs:
+            job.fail(EndedError("the server is shutting down"))
+        self._jobs.clear()
         if self.failure is not None:
             self._failed()
         if self._world is not None:
             self._world.close()
+        if self._prefixes is not None and self._scheduler is not None:
+            self._prefixes.close(self._own_scheduler, _LAST_SECONDS)
         self._model = self._scheduler = None
         # Left to the end of the thread, streams abort the process every third time (MLX 0.32).
         mx.clear_streams()

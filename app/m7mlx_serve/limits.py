@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
-from m7mlx.cache import UNDO_SLACK
-from m7mlx.memory import cache_bytes
+from m7mlx.errors import BusyError, InputError
+from m7mlx.memory import UNDO_SLACK, cache_bytes
 from m7mlx.model import Mistral
 
 
@@ -25,9 +26,33 @@ class Limits:
     kv_bits: int | None = None
 
 
+class Places:
+    """Places for answers, those that wait included; event loops alone."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._lock = most, threading.Lock()
+        self.taken = 0
+
+    def take(self, n: int) -> None:
+        """Take places for `n` answers. Raises InputError for more than there are, and BusyError."""
+        if n > self._most:
+            raise InputError(
+                f"n: {n} answers at a time are more than the {self._most} that this server has places for"
+            )
+        with self._lock:
+            if self.taken + n > self._most:
+                raise BusyError("too many requests are waiting; try again later")
+            self.taken += n
+
+    def give(self, n: int) -> None:
+        """Give places back."""
+        with self._lock:
+            self.taken -= n
+
+
 def rows_memory(model: Mistral, limits: Limits) -> int:
     """The most bytes that keys and values take: those of every row and every conversation kept."""
     config = model.config
-    positions = (config.sliding_window or config.max_position_embeddings) + UNDO_SLACK
+    positions = (config.window or config.max_position_embeddings) + UNDO_SLACK
     bits = model.new_cache(kv_bits=limits.kv_bits).format.stored_bits(model.dtype)
     return (limits.rows + limits.kept) * cache_bytes(config, positions, bits)

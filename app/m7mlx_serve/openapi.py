@@ -15,14 +15,16 @@ from m7mlx_serve.endpoint import Endpoint
 from m7mlx_serve.endpoints import ENDPOINTS
 from m7mlx_serve.ollama import replies as ollama
 from m7mlx_serve.openai import replies
+from m7mlx_serve.responses import replies as response_replies
 from m7mlx_serve.strict import Strict
 
 _Model = type[BaseModel]
 _GETS: dict[str, tuple[_Model | None, str]] = {
-    "/v1/models": (replies.ModelList, "The model that is served"),
-    "/v1/models/{name}": (replies.ModelCard, "The model by its name"),
-    "/api/tags": (ollama.TagList, "The model that is served, by Ollama's API"),
-    "/api/ps": (ollama.TagList, "The same: it is loaded"),
+    "/v1/responses/{id}": (response_replies.ResponseReply, "A response that is held"),
+    "/v1/models": (replies.ModelList, "The models that are served, loaded or not"),
+    "/v1/models/{name}": (replies.ModelCard, "A model by its name"),
+    "/api/tags": (ollama.TagList, "The models that are served, by Ollama's API"),
+    "/api/ps": (ollama.TagList, "Those that are loaded, by Ollama's API"),
     "/api/version": (ollama.OllamaVersion, "The version of Ollama whose API this is"),
     "/health": (replies.Health, "Whether requests can be answered"),
     "/metrics": (None, "Figures for Prometheus"),
@@ -35,7 +37,7 @@ _EVERYWHERE = {
     "403": "Another Host or Origin than this server's",
     "431": "Too many headers, or too large ones",
     "500": "The request failed on the way",
-    "503": "The server is shutting down, or too many connections are open",
+    "503": "The server is shutting down, the model cannot be loaded, or too many connections are open",
 }
 _ANSWERING = {
     "404": "The model is not served here",
@@ -48,18 +50,18 @@ _ANSWERING = {
 
 
 @lru_cache(maxsize=4)
-def document(model: str, with_key: bool) -> dict[str, Any]:
-    """The OpenAPI document of a server of `model`; `with_key` if requests must carry one."""
+def document(models: tuple[str, ...], with_key: bool) -> dict[str, Any]:
+    """The OpenAPI document of a server of `models`; `with_key` if requests must carry a key."""
     bodies = [(endpoint.body, "validation") for endpoint in ENDPOINTS.values()]
     answers = [shape for endpoint in ENDPOINTS.values() for shape in (endpoint.reply, endpoint.chunk)]
-    answers += [shape for shape, _ in _GETS.values() if shape]
+    answers += [shape for shape, _ in _GETS.values() if shape] + [response_replies.DroppedResponse]
     errors = {endpoint.error_reply for endpoint in ENDPOINTS.values()}
     answers += [replies.ErrorReply, *sorted(errors - {replies.ErrorReply}, key=lambda shape: shape.__name__)]
     pairs = [*bodies, *((shape, "serialization") for shape in dict.fromkeys(answers))]
     _, schemas = models_json_schema(pairs, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     paths: dict[str, Any] = {}
     for path, endpoint in ENDPOINTS.items():
-        _complete(schemas["$defs"][endpoint.body.__name__], endpoint.body, model)
+        _complete(schemas["$defs"][endpoint.body.__name__], endpoint.body, models)
         answer = _answer(endpoint.reply, f"The answers. {_EVENTS}")
         if path.startswith("/api/"):
             answer["content"]["application/x-ndjson"] = {"schema": {"type": "string"}}
@@ -72,15 +74,21 @@ def document(model: str, with_key: bool) -> dict[str, Any]:
         responses = {"200": _answer(found, summary)} | _errors(_EVERYWHERE)
         operation: dict[str, Any] = {"summary": summary, "responses": responses}
         if "{name}" in path:
-            schema = {"type": "string", "enum": [model]}
-            operation["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": schema}]
+            operation |= _parameter("name", {"type": "string", "enum": list(models)})
             operation["responses"] |= _errors({"404": _ANSWERING["404"]})
+        if "{id}" in path:
+            operation |= _parameter("id", {"type": "string", "pattern": "^resp_[0-9a-f]{32}$"})
+            operation["responses"] |= _errors({"404": "No such response is held, or not any longer"})
         if found is replies.Health:
             operation["responses"]["503"] = _answer(found, "It ends; or an error, as everywhere")
             either = [_ref(found), _ref(replies.ErrorReply)]
             operation["responses"]["503"]["content"]["application/json"]["schema"] = {"anyOf": either}
             operation["security"] = []
         paths[path] = {"get": operation}
+        if "{id}" in path:
+            dropped = {"200": _answer(response_replies.DroppedResponse, "It is held no longer")}
+            told = {"summary": "Hold a response no longer", "responses": operation["responses"] | dropped}
+            paths[path]["delete"] = operation | told
     described: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "m7mlx-serve", "version": version("m7mlx")},
@@ -93,10 +101,10 @@ def document(model: str, with_key: bool) -> dict[str, Any]:
     return described
 
 
-def page(model: str, with_key: bool) -> str:
+def page(models: tuple[str, ...], with_key: bool) -> str:
     """The document as a page to read, without a script."""
     parts = []
-    data = document(model, with_key)
+    data = document(models, with_key)
     for path, methods in data["paths"].items():
         for method, what in methods.items():
             parts.append(f"<h2><code>{method.upper()} {path}</code></h2><p>{html.escape(what['summary'])}.</p>")
@@ -115,15 +123,20 @@ def page(model: str, with_key: bool) -> str:
     return f'<!doctype html><html lang="en">{head}<title>m7mlx-serve: API</title>{links}{body}</html>'
 
 
-def _complete(schema: dict[str, Any], body: type[Strict], model: str) -> None:
+def _complete(schema: dict[str, Any], body: type[Strict], models: tuple[str, ...]) -> None:
     """Add what `Strict` accepts before it checks fields: null, and fields that mean nothing."""
     properties = schema["properties"]
     for name, value in properties.items():
         if name not in schema.get("required", ()) and {"type": "null"} not in value.get("anyOf", ()):
             properties[name] = {"anyOf": [value, {"type": "null"}]}
-    properties["model"] = {"enum": [model, "", None], "description": "May be left out"}
+    properties["model"] = {"enum": [*models, "", None], "description": "May be left out"}
     properties |= {name: {"description": "Accepted; it has no meaning here"} for name in sorted(body.ignored)}
     properties |= {name: {"enum": [*values, None]} for name, values in body.neutral.items()}
+
+
+def _parameter(name: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """A part of a path."""
+    return {"parameters": [{"name": name, "in": "path", "required": True, "schema": schema}]}
 
 
 def _ref(model: _Model) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
+from m7mlx_serve.catalog import Catalog
 from m7mlx_serve.openapi import page
 
 # The pages' own script and style, and nothing from anywhere else.
@@ -28,11 +29,11 @@ _FILES = {
 }
 
 
-def page_routes(model: str, with_key: bool) -> list[Route]:
-    """The routes of all pages, of a server of `model`; `with_key` if requests must carry one."""
+def page_routes(catalog: Catalog, with_key: bool) -> list[Route]:
+    """The routes of all pages, of a server of these models; `with_key` if it asks for a key."""
 
     def show_docs(request: Request) -> Response:  # on a thread: making it takes a while
-        return HTMLResponse(page(model, with_key), headers=_HEADERS)
+        return HTMLResponse(page(tuple(catalog.names), with_key), headers=_HEADERS)
 
     return [Route("/docs", show_docs), *(Route(path, _show_file) for path in _FILES)]
 

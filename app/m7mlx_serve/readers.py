@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 
 from m7mlx.errors import InputError, WorkerError, WorkerMemoryError, WorkerTimeError
 from m7mlx.tokens.tokenizer import Tokenizer
@@ -34,15 +36,23 @@ class Readers:
         """Start the process, and let it get ready in the background."""
         self._worker.start()
 
-    async def read(self, path: str, data: bytes, tokenizer: Tokenizer) -> ReadRequest:
+    async def read(
+        self,
+        path: str,
+        data: bytes,
+        tokenizer: Tokenizer,
+        held: Mapping[str, bytes] = MappingProxyType({}),
+    ) -> ReadRequest:
         """What a body that came for `path` asks for. Raises ApiError.
+
+        held  conversations that it may go on from, by id (`Prompts.held`)
 
         A caller that is cancelled gives up its place in the line.
         """
         loop = asyncio.get_running_loop()
-        if len(data) <= SMALL:
-            return await loop.run_in_executor(self._small_pool, self._read_small, path, data, tokenizer)
-        return await loop.run_in_executor(self._large_pool, self._read_large, path, data)
+        if len(data) + sum(map(len, held.values())) <= SMALL:
+            return await loop.run_in_executor(self._small_pool, self._read_small, path, data, tokenizer, held)
+        return await loop.run_in_executor(self._large_pool, self._read_large, path, data, held)
 
     def close(self) -> None:
         """End the process and the threads."""
@@ -50,15 +60,21 @@ class Readers:
         for pool in (self._small_pool, self._large_pool):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _read_small(self, path: str, data: bytes, tokenizer: Tokenizer) -> ReadRequest:
+    def _read_small(
+        self,
+        path: str,
+        data: bytes,
+        tokenizer: Tokenizer,
+        held: Mapping[str, bytes],
+    ) -> ReadRequest:
         try:
-            return read(path, data, self._model, tokenizer)
+            return read(path, data, self._model, tokenizer, held)
         except InputError as error:
             raise refusal(error) from None
 
-    def _read_large(self, path: str, data: bytes) -> ReadRequest:
+    def _read_large(self, path: str, data: bytes, held: Mapping[str, bytes]) -> ReadRequest:
         try:
-            reply = self._worker.ask(pack_question(path, data, self._model), _SECONDS, _CPU_SECONDS)
+            reply = self._worker.ask(pack_question(path, data, self._model, held), _SECONDS, _CPU_SECONDS)
         except WorkerTimeError:
             raise ApiError(400, "the request takes too long to read; send less") from None
         except WorkerMemoryError:

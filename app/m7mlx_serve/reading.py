@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -18,27 +20,31 @@ from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx_serve.endpoint import Body, ReadRequest
 from m7mlx_serve.endpoints import ENDPOINTS
 from m7mlx_serve.errors import ApiError
+from m7mlx_serve.named import NO_MODEL, unknown_model
 from m7mlx_serve.refusals import describe
 
 _Shape = TypeVar("_Shape", bound=Body)
-_NO_MODEL = ("", "dummy", "tgi")  # the last two: huggingface_hub, where no model is given
 _SURROGATES = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-def read(path: str, data: bytes, model: str, tokenizer: Tokenizer) -> ReadRequest:
+def read(
+    path: str,
+    data: bytes,
+    model: str,
+    tokenizer: Tokenizer,
+    held: Mapping[str, bytes] = MappingProxyType({}),
+) -> ReadRequest:
     """Read a body that came for `path`, of a server of `model`.
+
+    held  conversations that the body may go on from, by id (`Prompts.held`)
 
     Raises ApiError, and InputError for what the model cannot do.
     """
     body = parse(data, ENDPOINTS[path].body)
-    if body.model not in (*_NO_MODEL, model):
-        raise ApiError(
-            404,
-            f"the model {body.model[:100]!r} is not served here; use {model!r}, or leave it out",
-            "model_not_found",
-        )
+    if body.model not in (*NO_MODEL, model):
+        raise unknown_model(body.model, [model])
     try:
-        prompts = body.prompts(tokenizer)
+        prompts = body.following(held).prompts(tokenizer)
     except RecursionError:
         raise ApiError(400, f"the request nests deeper than {MAX_DEPTH} levels") from None
     return ReadRequest(body.without_texts(), prompts)

@@ -3,9 +3,10 @@
 The libraries that parse and tokenise hold the interpreter: for seconds, with a body of 8 MB. After
 the setup, frames are:
 
-    question   path, model and body, each but the last ended by a line feed
-    reply      a line: an error as JSON, or the size of the options; then the options as JSON, and
-               the ids of all prompts in four bytes each
+    question   path, model and conversations held (as JSON), and body, each but the last ended by a
+               line feed
+    reply      a line: an error as JSON, or the size of the options; then the options as JSON, the
+               ids of all prompts in four bytes each, and the conversation to be held
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import gc
 import json
 import os
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -37,9 +38,11 @@ def handler(setup: bytes) -> Callable[[bytes], bytes]:
 
     def answer(frame: bytes) -> bytes:
         gc.collect()
-        path, model, data = frame.split(b"\n", 2)
+        path, told, data = frame.split(b"\n", 2)
+        model, texts = json.loads(told)
+        held = {id: text.encode() for id, text in texts.items()}
         try:
-            request = read(path.decode(), data, json.loads(model), tokenizer)
+            request = read(path.decode(), data, model, tokenizer, held)
         except InputError as error:
             return _pack_error(refusal(error))
         except ApiError as error:
@@ -49,9 +52,10 @@ def handler(setup: bytes) -> Callable[[bytes], bytes]:
     return answer
 
 
-def pack_question(path: str, data: bytes, model: str) -> bytes:
+def pack_question(path: str, data: bytes, model: str, held: Mapping[str, bytes]) -> bytes:
     """The frame that asks to read a body."""
-    return path.encode() + b"\n" + json.dumps(model).encode() + b"\n" + data
+    told = [model, {id: text.decode() for id, text in held.items()}]
+    return path.encode() + b"\n" + json.dumps(told).encode() + b"\n" + data
 
 
 def pack_reply(request: ReadRequest) -> bytes:
@@ -66,7 +70,7 @@ def pack_reply(request: ReadRequest) -> bytes:
         "at_start": prompts.at_start,
     }
     head = json.dumps(told).encode()
-    return b"".join([b"%d\n" % len(head), head, *(ids.tobytes() for ids in prompts.ids)])
+    return b"".join([b"%d\n" % len(head), head, *(ids.tobytes() for ids in prompts.ids), prompts.held])
 
 
 def unpack_reply(path: str, reply: bytes) -> ReadRequest:
@@ -86,7 +90,7 @@ def unpack_reply(path: str, reply: bytes) -> ReadRequest:
     schema = Grammar(**told["schema"]) if told["is_grammar"] else told["schema"]
     return ReadRequest(
         ENDPOINTS[path].body.model_validate(told["body"]),
-        Prompts(prompts, schema, told["tool_use"], told["at_start"]),
+        Prompts(prompts, schema, told["tool_use"], told["at_start"], bytes(data)),
     )
 
 

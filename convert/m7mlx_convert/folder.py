@@ -1,4 +1,4 @@
-"""Folders of safetensors files: Hugging Face's layout, mlx-lm's, Mistral's own, AWQ and GPTQ."""
+"""Folders of safetensors files: Hugging Face's, mlx-lm's, Mistral's own layout, AWQ, GPTQ, FP8."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import mlx.core as mx
 from m7mlx.config import ModelConfig
 from m7mlx.errors import ConfigError
 from m7mlx.files.checksums import MANIFEST, check_folder
-from m7mlx.files.weights import DTYPES, StoredTensor, folder_weights, head_as_stored, parameters
+from m7mlx.files.tied_head import head_as_stored
+from m7mlx.files.weights import DTYPES, StoredTensor, folder_weights, parameters, text_tensors
 from m7mlx.jsonfile import read_json
-from m7mlx_convert import native, packed
+from m7mlx.text_tower import VISION_LEFT_OUT, is_vision
+from m7mlx_convert import float8, native, packed
 from m7mlx_convert.source import Source, Tensor, check_links, make_reader, named_dtype
 
 # By name, not by pattern: a "tokenizer.bin" may be pickle, a "tokenizer.py" is code.
@@ -55,49 +57,98 @@ def open_folder(folder: Path, name: str, headers: Mapping[str, StoredTensor] | N
     """
     check_links(folder, sorted(path for pattern in _READ for path in folder.glob(pattern)))
     is_native = native.is_native(folder, headers)
-    path = folder / "config.json"
+    path = _settings(folder)
     given = read_json(path) if path.is_file() else {}
-    packing = None if is_native else packed.find_packing(path, given)
-    plain = {k: v for k, v in given.items() if k not in _QUANTISED_KEYS}
+    packing = _find_packing(path, given)
     try:
-        config = ModelConfig.from_dict(plain) if packing else ModelConfig.from_folder(folder)
+        config = _read_config(path, given) if packing else ModelConfig.from_folder(folder)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}" if packing else str(error)) from None
     if headers is None:
         headers = folder_weights(folder, native=is_native)
         check_folder(folder)
+    else:
+        headers = text_tensors(folder, headers)
     names = (native.NAMES["model.embed_tokens"], native.NAMES["lm_head"]) if is_native else ()
     config = head_as_stored(folder, config, headers, *names)
+    whole = _whole_config(given if path.name == "config.json" else {}, config)
+    named = named_dtype(whole) or named_dtype(given) or mx.bfloat16
     if is_native:
-        tensors = native.list_tensors(folder, config, headers)
+        tensors = native.list_tensors(folder, config, headers, named)
+    elif isinstance(packing, float8.Blocks):
+        tensors = float8.list_tensors(folder, config, headers, packing, named)
     elif packing:
         tensors = packed.list_tensors(folder, config, headers, packing)
     else:
-        tensors = _list_tensors(folder, config, headers, given)
+        tensors = _list_tensors(folder, config, headers, named)
     return Source(
         name=name,
         config=config,
-        raw_config=_whole_config(given, config),
+        raw_config=whole,
         tensors=tensors,
         files={n: _without_code(folder / n) for n in COPIED if (folder / n).is_file()},
-        settings={"quantization_config": given.get("quantization_config")} if packing else {},
+        settings={"quantization_config": _packing_settings(given)} if packing else {},
         weight_files=tuple(sorted({stored.path for stored in headers.values()})),
         licence=_licence(folder),
+        notes=_notes(headers),
     )
+
+
+def _settings(folder: Path) -> Path:
+    """Return the file that describes the model; Hugging Face's has precedence."""
+    own = folder / "params.json"
+    return own if own.is_file() and not (folder / "config.json").is_file() else folder / "config.json"
+
+
+def _packing_settings(given: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return how a config.json or params.json says that weights are packed, where not by MLX."""
+    text = given.get("text_config")
+    parts = [given, text if isinstance(text, Mapping) else {}]
+    if "dim" in given:  # a params.json
+        found = given.get("quantization") or given.get("quantization_config")
+    elif any(part.get("quantization") is not None for part in parts):
+        return None
+    else:
+        found = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
+    return found if isinstance(found, Mapping) else None
+
+
+def _find_packing(path: Path, given: Mapping[str, Any]) -> float8.Blocks | packed.Packing | None:
+    """Return how weights are packed; raises ConfigError for ways that cannot be read."""
+    settings = _packing_settings(given)
+    if settings is None:
+        return None
+    return float8.find_blocks(path, settings) or packed.find_packing(path, settings)
+
+
+def _read_config(path: Path, given: Mapping[str, Any]) -> ModelConfig:
+    """Read a model's shape without what is said of its packing."""
+    plain = _without_packing(given)
+    if isinstance(text := plain.get("text_config"), Mapping):
+        plain["text_config"] = _without_packing(text)
+    return ModelConfig.from_params(plain) if path.name == "params.json" else ModelConfig.from_dict(plain)
+
+
+def _without_packing(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in given.items() if k not in _QUANTISED_KEYS}
+
+
+def _notes(headers: Mapping[str, StoredTensor]) -> tuple[str, ...]:
+    vision = (f"the model {VISION_LEFT_OUT}",) if any(is_vision(name) for name in headers) else ()
+    return vision + float8.list_notes(headers)
 
 
 def _list_tensors(
     folder: Path,
     config: ModelConfig,
     headers: Mapping[str, StoredTensor],
-    given: Mapping[str, Any],
+    named: mx.Dtype,
 ) -> dict[str, Tensor]:
     """Return the parameters of Hugging Face's layout or mlx-lm's, by name.
 
-    given  the folder's config.json
+    named  the type that config.json names
     """
     found = {}
-    named = named_dtype(given) or mx.bfloat16
     found_parts = parameters(folder, config, headers)
     shapes = config.weight_shapes()
     for name, (scheme, parts) in found_parts.items():
@@ -113,8 +164,12 @@ def _whole_config(given: Mapping[str, Any], config: ModelConfig) -> dict[str, An
     """Return the source's config.json with defaults written out, tied as the weights are.
 
     Readers differ in their defaults: mlx-lm ties the head where tie_word_embeddings is absent, and
-    does not look for RoPE's base in rope_parameters.
+    does not look for RoPE's base in rope_parameters. Of a model that wraps a text model, the text
+    model's is returned.
     """
+    if isinstance(text := given.get("text_config"), Mapping):
+        given = {key: given[key] for key in ("torch_dtype", "dtype") if key in given} | dict(text)
+        given["architectures"] = config.to_dict()["architectures"]
     may_be_null = {"sliding_window", "bos_token_id", "eos_token_id"}
     absent = {
         k: v for k, v in config.to_dict().items() if given.get(k) is None and (k not in given or k not in may_be_null)

@@ -14,18 +14,16 @@ the rotate-half order (llama.cpp, convert_hf_to_gguf.py, `permute`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from m7mlx.config import ModelConfig
-from m7mlx.errors import ConfigError, WeightsError
-from m7mlx.files.weights import check_layer_count
+from m7mlx.errors import WeightsError
 from m7mlx.quantization import Quantization
 from m7mlx.terminal import shown
+from m7mlx_convert.gguf_config import read_config
 from m7mlx_convert.gguf_header import GGUFTensor, read_header
 from m7mlx_convert.gguf_tokenizer import tokenizer_files
 from m7mlx_convert.native import native_name, row_order
@@ -48,40 +46,12 @@ _NAMES = {  # name on disk → name in the file
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_UNDERSTOOD = {  # what follows "llama." in a key
-    "block_count",
-    "context_length",
-    "embedding_length",
-    "feed_forward_length",
-    "vocab_size",
-    "attention.head_count",
-    "attention.head_count_kv",
-    "attention.key_length",
-    "attention.value_length",
-    "attention.layer_norm_rms_epsilon",
-    "attention.sliding_window",
-    "rope.dimension_count",
-    "rope.freq_base",
-    "rope.scaling.factor",  # these three say nothing while the scaling's type is none
-    "rope.scaling.original_context_length",
-    "rope.scaling.finetuned",
-    "expert_used_count",  # nor this while there are no experts
-    "tensor_data_layout",  # the interleaved one
-}
-# Keys → values that change nothing, and what other values mean.
-_NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
-    "expert_count": ((0,), "mixtures of experts are"),
-    "rope.scaling.type": (("none",), "scaled RoPE is"),
-    "rope.scale_linear": ((1.0,), "scaled RoPE is"),
-    "attention.causal": ((True,), "attention to later tokens is"),
-    "use_parallel_residual": ((False,), "parallel residuals are"),
-}
 
 
 def open_gguf(path: Path) -> Source:
     """Open a GGUF file. Raises ConfigError, WeightsError, TokenizerError."""
     metadata, found = read_header(path)
-    config, notes = _read_config(path, metadata, found)
+    config, notes = read_config(path, metadata, {name: tensor.shape for name, tensor in found.items()})
     tensors = dict(_list_tensors(path, config, found))
     expanded = {t.kind for t in found.values()} - _KEPT.keys() - _PLAIN
     if expanded:
@@ -97,97 +67,6 @@ def open_gguf(path: Path) -> Source:
         licence=licence if isinstance(licence, str) else None,
         notes=notes,
     )
-
-
-def _read_config(
-    path: Path,
-    metadata: Mapping[str, Any],
-    tensors: Mapping[str, GGUFTensor],
-) -> tuple[ModelConfig, tuple[str, ...]]:
-    """Return the configuration, and notes on it. Raises ConfigError, WeightsError."""
-    values = _architecture_values(path, metadata)
-    embedding = tensors.get("token_embd.weight")
-    if embedding is None or len(embedding.shape) != 2:
-        raise WeightsError(f"{path}: tensor token_embd.weight is missing or no matrix")
-    vocab_size = embedding.shape[0]
-    try:
-        heads, hidden = values["attention.head_count"], values["embedding_length"]
-        config = ModelConfig(
-            model_type="llama",
-            vocab_size=vocab_size,
-            hidden_size=hidden,
-            intermediate_size=values["feed_forward_length"],
-            n_layers=values["block_count"],
-            n_heads=heads,
-            n_kv_heads=values.get("attention.head_count_kv", heads),
-            head_dim=values.get("attention.key_length") or values.get("rope.dimension_count") or hidden // heads,
-            norm_eps=_decimal(values["attention.layer_norm_rms_epsilon"]),
-            rope_theta=_decimal(values.get("rope.freq_base", 10000.0)),
-            max_position_embeddings=values["context_length"],
-            sliding_window=None,
-            tie_word_embeddings="output.weight" not in tensors,
-            bos_token_id=next(iter(_ids(path, metadata, vocab_size, "bos")), None),
-            eos_token_ids=_ids(path, metadata, vocab_size, "eos", "eot"),
-        )
-    except KeyError as error:
-        raise ConfigError(f"{path}: llama.{error.args[0]} is missing from its metadata") from None
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ConfigError(f"{path}: its metadata cannot be understood ({error})") from None
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    if values.get("rope.dimension_count", config.head_dim) != config.head_dim:
-        raise ConfigError(f"{path}: RoPE over a part of the head is not supported")
-    if values.get("attention.value_length", config.head_dim) != config.head_dim:
-        raise ConfigError(f"{path}: keys and values of different lengths are not supported")
-    check_layer_count(path, config, len(tensors), "its metadata")
-    return _with_window(config, values)
-
-
-def _architecture_values(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values under "llama.". Raises ConfigError for a key that is not understood."""
-    architecture = metadata.get("general.architecture")
-    if architecture != "llama":
-        raise ConfigError(
-            f"{path}: architecture {shown(architecture)!r} is not supported; supported is llama (Mistral included)"
-        )
-    if metadata.get("split.count", 1) not in (0, 1):
-        raise ConfigError(f"{path} is one of several parts; join them with: llama-gguf-split --merge")
-    values = {k.removeprefix("llama."): v for k, v in metadata.items() if k.startswith("llama.")}
-    for key, value in values.items():
-        neutral, meaning = _NEUTRAL.get(key, ((), "this kind of model is"))
-        if key not in _UNDERSTOOD and value not in neutral:
-            raise ConfigError(f"{path}: {meaning} not supported ({shown(f'llama.{key} = {value}')})")
-    return values
-
-
-def _decimal(number: Any) -> float:
-    """Return the decimal that a float32 was rounded from: 9.99999974e-06 → 1e-05."""
-    return float(str(np.float32(number)))
-
-
-def _ids(path: Path, metadata: Mapping[str, Any], vocab_size: int, *names: str) -> tuple[int, ...]:
-    """Return the token ids that the metadata names, each once."""
-    keys = [f"tokenizer.ggml.{name}_token_id" for name in names]
-    ids = [metadata[key] for key in keys if key in metadata]
-    for token in ids:
-        if type(token) is not int or not 0 <= token < vocab_size:
-            raise ConfigError(f"{path}: token id {shown(token)} is not one of its {vocab_size} tokens")
-    return tuple(dict.fromkeys(ids))
-
-
-def _with_window(config: ModelConfig, values: Mapping[str, Any]) -> tuple[ModelConfig, tuple[str, ...]]:
-    """Add the sliding window, which the format has no key for when the architecture is llama.
-
-    Mistral 7B v0.1 and its fine-tunes are known by their shape and RoPE base: from v0.2 on, which
-    has no window, the base is 1,000,000.
-    """
-    if window := values.get("attention.sliding_window"):
-        return replace(config, model_type="mistral", sliding_window=window), ()
-    shape = (config.hidden_size, config.intermediate_size, config.n_layers, config.n_heads, config.n_kv_heads)
-    if shape == (4096, 14336, 32, 32, 8) and config.rope_theta == 10000.0:
-        note = "this is Mistral 7B v0.1 by its shape: its sliding window of 4,096, which GGUF leaves out, is set"
-        return replace(config, model_type="mistral", sliding_window=4096), (note,)
-    return config, ()
 
 
 def _list_tensors(path: Path, config: ModelConfig, found: Mapping[str, GGUFTensor]) -> Iterator[tuple[str, Tensor]]:

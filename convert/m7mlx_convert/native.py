@@ -2,12 +2,13 @@
 
 It holds the numbers of Hugging Face's layout under other names. Query and key rows are stored for
 interleaved RoPE and are put back into the rotate-half order (transformers,
-`convert_mistral_weights_to_hf.py`, `permute_for_rope`).
+`convert_mistral_weights_to_hf.py`, `permute_for_rope`). What sees pictures is left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,8 +16,10 @@ import numpy as np
 
 from m7mlx.config import ModelConfig
 from m7mlx.errors import WeightsError
-from m7mlx.files.weights import DTYPES, StoredTensor, check_layer_count
+from m7mlx.files.weights import DTYPES, FLOATS, FP8, StoredTensor, check_layer_count
 from m7mlx.terminal import shown
+from m7mlx.text_tower import is_vision
+from m7mlx_convert.float8 import Blocks, is_scale, open_float8
 from m7mlx_convert.source import Arrays, Tensor, make_reader
 
 NAMES = {  # name on disk → name in the file
@@ -41,25 +44,37 @@ def is_native(folder: Path, headers: Mapping[str, StoredTensor] | None = None) -
     return bool(files) and all(file.name.startswith("consolidated") for file in files)
 
 
-def list_tensors(folder: Path, config: ModelConfig, headers: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
-    """Return the parameters by name. Raises WeightsError where files and config differ."""
+def list_tensors(
+    folder: Path,
+    config: ModelConfig,
+    headers: Mapping[str, StoredTensor],
+    named: mx.Dtype,
+) -> dict[str, Tensor]:
+    """Return the parameters by name. Raises WeightsError where files and config differ.
+
+    named  the type that FP8 weights expand to
+    """
     check_layer_count(folder, config, len(headers), "its configuration")
     found = {}
     names = {name: native_name(name) for name in config.weight_shapes()}
     tied = {f"{NAMES['lm_head']}.weight"} if config.tie_word_embeddings else set()
-    if extra := sorted(headers.keys() - set(names.values()) - tied):
+    extra = sorted(headers.keys() - set(names.values()) - tied)
+    if extra := [name for name in extra if not (is_vision(name) or is_scale(name))]:
         raise WeightsError(f"{folder}: tensor {shown(extra[0])} is not a part of a plain Mistral model")
     for name, shape in config.weight_shapes().items():
         stored = headers.get(names[name])
         if stored is None:
             raise WeightsError(f"{folder}: tensor {names[name]} is missing")
-        if stored.shape != shape or stored.dtype not in DTYPES or stored.dtype.startswith("U"):
+        if stored.dtype == FP8:
+            tensor = open_float8(folder, names[name], shape, headers, Blocks(), named)
+        elif stored.shape == shape and stored.dtype in FLOATS:
+            tensor = Tensor(shape, DTYPES[stored.dtype], make_reader(headers, {"weight": names[name]}))
+        else:
             raise WeightsError(
                 f"{folder}: {names[name]} is {stored.dtype} {list(stored.shape)}, its config says {list(shape)}"
             )
-        read = make_reader(headers, {"weight": names[name]})
         order = row_order(config, name)
-        found[name] = Tensor(shape, DTYPES[stored.dtype], read if order is None else _ordered(read, order))
+        found[name] = tensor if order is None else replace(tensor, read=_ordered(tensor.read, order))
     return found
 
 

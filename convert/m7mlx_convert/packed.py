@@ -39,20 +39,19 @@ class Packing(NamedTuple):
     zero_offset: int  # what GPTQ's layout adds to a stored zero
 
 
-def find_packing(path: Path, config: Mapping[str, Any]) -> Packing | None:
-    """Return how the weights beside the config.json at `path` are packed; None if they are not.
+def find_packing(path: Path, given: Mapping[str, Any]) -> Packing:
+    """Return how the weights beside the config.json at `path` are packed.
+
+    given  its quantization_config
 
     Raises ConfigError for other methods than AWQ and GPTQ.
     """
-    given = config.get("quantization_config")
-    if config.get("quantization") is not None or not isinstance(given, Mapping):
-        return None
     name: Any = given.get("quant_method")
     bits: Any = given.get("bits")
     group: Any = given.get("group_size")
     if name not in ("awq", "gptq"):
         raise ConfigError(
-            f"{path}: weights quantised by {shown(name)} cannot be read (AWQ, GPTQ and MLX's can); "
+            f"{path}: weights quantised by {shown(name)} cannot be read (AWQ, GPTQ, FP8 and MLX's can); "
             "convert the unquantised model"
         )
     if bits not in ((4,) if name == "awq" else (2, 4, 8)) or group not in (32, 64, 128):

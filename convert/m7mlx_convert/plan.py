@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from m7mlx.arrays import is_finite, on_cpu
-from m7mlx.cache import UNDO_SLACK
 from m7mlx.errors import InputError, WeightsError
 from m7mlx.files.patterns import match_patterns
-from m7mlx.memory import footprints
+from m7mlx.memory import UNDO_SLACK, footprints
 from m7mlx.quantization import Quantization
 from m7mlx.units import in_bytes
 from m7mlx_convert.scheme import Recipe
@@ -62,7 +61,7 @@ class PlannedParameter:
     @property
     def memory(self) -> int:
         """Bytes that `arrays` takes, about; what changes passes through float32 or its own type."""
-        is_read_plain = self.tensor.scheme is None
+        is_read_plain = self.tensor.scheme is None and not self.tensor.is_widened
         around = self.tensor.size * (self.tensor.dtype.size if is_read_plain else 4 + 1)
         if self.scheme != self.tensor.scheme and (table := _table(self.scheme)):
             around += self.nbytes + min(self.tensor.size, _SLICE) * table

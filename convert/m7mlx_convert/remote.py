@@ -61,7 +61,9 @@ def _read_header(repo: str, name: str, revision: str | None, size: int, folder: 
         start = _fetch_start(repo, name, revision, 8 + length)
     with _sparse_file(name, start[: 8 + length], size) as path:
         try:
-            return {tensor: StoredTensor(folder / name, *info) for tensor, info in validate_header(path).items()}
+            return {
+                tensor: StoredTensor(folder / name, *info, tensor) for tensor, info in validate_header(path).items()
+            }
         except WeightsError as error:
             raise WeightsError(f"{repo}/{name} is damaged: {shown(error)}") from None
 

@@ -26,12 +26,13 @@ Arrays = dict[str, mx.array]  # {"weight"}, or {"weight", "scales"[, "biases"]}
 class Tensor:
     """One parameter of the model as the source holds it, read only when `read` is called.
 
-    shape    of the unquantised parameter
-    dtype    of the weight; of one that is quantised, the type it expands to
-    read     gives {"weight"}, or what `scheme` makes of it
-    scheme   how `read` gives it
-    default  the scheme of the result where the user asks for none; a weight that an adapter was
-             merged into goes back to the scheme it had
+    shape       of the unquantised parameter
+    dtype       of the weight; of one that is quantised, the type it expands to
+    read        gives {"weight"}, or what `scheme` makes of it
+    scheme      how `read` gives it
+    default     the scheme of the result where the user asks for none; a weight that an adapter was
+                merged into goes back to the scheme it had
+    is_widened  whether `read` gives float32 for a narrower type
     """
 
     shape: tuple[int, ...]
@@ -39,6 +40,7 @@ class Tensor:
     read: Callable[[], Arrays]
     scheme: Quantization | None = None
     default: Quantization | None = None
+    is_widened: bool = False
 
     @property
     def is_matrix(self) -> bool:
@@ -86,7 +88,7 @@ class Source:
 def make_reader(headers: Mapping[str, StoredTensor], names: Mapping[str, str]) -> Callable[[], Arrays]:
     """Return a `Tensor.read` for tensors of safetensors files.
 
-    names  kind ("weight", "scales", …) → the tensor's name on disk
+    names  kind ("weight", "scales", …) → the tensor's name in `headers`
     """
 
     def read() -> Arrays:
@@ -95,7 +97,7 @@ def make_reader(headers: Mapping[str, StoredTensor], names: Mapping[str, str]) -
             # Opening reads the header only; an array is read when it is evaluated.
             file = mx.load(str(headers[name].path))
             assert isinstance(file, dict)
-            arrays[kind] = file[name]
+            arrays[kind] = file[headers[name].name]
         return arrays
 
     return read

@@ -89,7 +89,7 @@ def compare(source: Source, result: Source, text: Text, reporter: Reporter) -> C
     """Compare both models on `text`. Raises InputError for unlike models, or a text too long."""
     _check_match(source, result)
     config = source.config
-    if config.sliding_window is None and len(text.ids) > config.max_position_embeddings:
+    if config.window is None and len(text.ids) > config.max_position_embeddings:
         raise InputError(
             f"{source.name} sees {config.max_position_embeddings:,} tokens at most, not {len(text.ids):,}; "
             f"give --tokens {config.max_position_embeddings}"
@@ -120,7 +120,7 @@ class _Both:
     """The layers of both models, one at a time; `errors` fills with those of the weights seen."""
 
     def __init__(self, source: Source, result: Source) -> None:
-        self._config = replace(source.config, n_layers=1, quantization=None)
+        self._config = replace(source.config, quantization=None)
         self._tensors = (source.tensors, result.tensors)
         self.errors: dict[str, float] = {}
 
@@ -139,12 +139,13 @@ class _Both:
             setattr(block.mlp, name, _Linear(self._pair(f"{prefix}mlp.{name}")))
         for name in ("input_layernorm", "post_attention_layernorm"):
             setattr(block, name, self._norm(prefix + name))
-        cache = RollingCache(self._config)
+        cache = RollingCache(self._config.of_layers(range(index, index + 1)))
+        [ring] = cache.rings
         left = []
         for chunk in chunks:
             length = chunk.shape[1]
             cache.begin(length)
-            left.append(block(chunk, cache.rings[0], cache.positions.forward_pass(length)))
+            left.append(block(chunk, ring, cache.positions.forward_passes(length)[ring.kind]))
             cache.advance(length)
             mx.eval(left, cache.arrays)
             mx.clear_cache()

@@ -43,12 +43,15 @@ def product(
     eps: float = 0.0,
     residual: mx.array | None = None,
     gated: bool = False,
+    rounded: bool = False,
 ) -> mx.array:
     """Return the products of x [..., columns] with one to three weights, side by side, in float32.
 
     norm      weight of an RMSNorm on x, with its eps
     residual  added to the result
     gated     the weights are gate and up of a SwiGLU: return silu(gate) · up
+    rounded   eight tokens or fewer may meet codes of 2, 4 or 8 bits as integers of 16 bits: each
+              number to within 1/65,534 of the largest in its group
     """
 
 def lookup(ids: mx.array, weight: Weight) -> mx.array:
@@ -57,6 +60,7 @@ def lookup(ids: mx.array, weight: Weight) -> mx.array:
 def attend(
     heads: mx.array,
     rotation: mx.array,
+    factors: mx.array | None,
     written: mx.array,
     buffers: Sequence[mx.array],
     n_kv_heads: int,
@@ -71,6 +75,7 @@ def attend(
 
     heads     [batch, length, (heads + 2 KV heads) * head_dim]: queries, keys, values, not rotated
     rotation  [batch or 1, length, head_dim]: cosines, then sines
+    factors   [batch or 1, length]: what queries are multiplied by besides
     written   what the last pass through these buffers returned: the order of both
     buffers   as `LayerRing` has them, evaluated
     window    0 for full attention

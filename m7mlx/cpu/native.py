@@ -4,8 +4,11 @@ They are built while the package is installed, where there is a compiler (hatch_
 keeps them from being used, MLX's own kernels take their place: the results are the same, later. No
 other system has them or needs them. Before m7mlx.cpu._native is imported, ask `usable`.
 
-M7MLX_NATIVE   "off" leaves everything to MLX; with "require", it is an error if they are not usable
-M7MLX_ISA      whose kernels run: an instruction set; else the best that this processor has
+M7MLX_NATIVE      "off" leaves everything to MLX; with "require", it is an error if they are not
+                  usable
+M7MLX_ISA         whose kernels run: an instruction set; else the best that this processor has
+M7MLX_INPUT_BITS  bits of the numbers that meet packed weights: 16, where few tokens meet codes of
+                  2, 4 or 8 bits (the default), or always 32
 """
 
 from __future__ import annotations
@@ -53,6 +56,18 @@ def kernels() -> ModuleType:
 def instruction_set() -> str:
     """Return the name of the set whose kernels run; "" if none do."""
     return _find().instruction_set
+
+
+@cache
+def rounds_inputs() -> bool:
+    """Tell whether the kernels may round what meets packed weights to 16 bits.
+
+    Raises InputError if the environment asks for something else.
+    """
+    bits = os.environ.get("M7MLX_INPUT_BITS", "16")
+    if bits not in ("16", "32"):
+        raise InputError(f"M7MLX_INPUT_BITS: {bits!r:.40} is neither 16 nor 32")
+    return bits == "16"
 
 
 def why_not() -> str:

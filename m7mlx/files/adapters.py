@@ -12,6 +12,9 @@ PEFT, adapter_model.safetensors:
     …embed_tokens.lora_embedding_A [r, vocabulary], lora_embedding_B [hidden, r]
     modules_to_save and resized embeddings are whole weights
 
+Modules are named as the text model names them, also where the adapter belongs to a model that wraps
+it; what such an adapter does to the vision tower is left out, as the tower is.
+
 A setting that is not understood is refused by name: each library keeps adding settings that change
 what is computed.
 """
@@ -33,9 +36,11 @@ from m7mlx.files.patterns import match_patterns
 from m7mlx.files.weights import ADAPTERS, FLOATS, StoredTensor, validate_header
 from m7mlx.jsonfile import given, number, read_json
 from m7mlx.terminal import shown
+from m7mlx.text_tower import is_vision, text_name
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 SETTINGS = "adapter_config.json"
+_PEFT_PREFIX = "base_model.model."
 _PEFT_NAME = re.compile(
     r"base_model\.model\.(.+?)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?:\.default)?(?:\.weight)?"
@@ -208,7 +213,8 @@ def read_adapter(file: Path, is_tied: bool) -> Adapter:
     folder = file.parent
     try:
         settings = read_json(folder / SETTINGS)
-        headers = {name: StoredTensor(file, *info) for name, info in validate_header(file).items()}
+        found = {name: StoredTensor(file, *info, name) for name, info in validate_header(file).items()}
+        headers = {name: t for name, t in found.items() if not is_vision(name.removeprefix(_PEFT_PREFIX))}
         is_peft = file.name == "adapter_model.safetensors"
         changes = peft_changes(settings, headers, is_tied) if is_peft else mlx_lm_changes(settings, headers)
     except (InputError, AttributeError, TypeError, ValueError) as error:
@@ -222,7 +228,7 @@ def mlx_lm_changes(settings: Mapping[str, Any], names: Iterable[str]) -> Changes
     if kind not in ("lora", "dora", "full"):
         raise ValueError(f"fine_tune_type {shown(kind)} is none of lora, dora and full")
     if kind == "full":
-        return Changes(whole={_part_of(name, "full fine-tune"): name for name in names})
+        return Changes(whole={text_name(_part_of(name, "full fine-tune")): name for name in names})
     scale = (given(settings, "lora_parameters", "an object") or {}).get("scale")
     if scale is None:
         raise ValueError("adapter_config.json names no scale in lora_parameters")
@@ -232,7 +238,7 @@ def mlx_lm_changes(settings: Mapping[str, Any], names: Iterable[str]) -> Changes
         module, _, part = name.rpartition(".")
         if part not in ("lora_a", "lora_b", "m"):
             raise ValueError(f"{shown(name)} is not a part of a LoRA adapter")
-        found.setdefault(module, {})[_KINDS[part]] = name
+        found.setdefault(text_name(module), {})[_KINDS[part]] = name
     _check_parts(found, kind == "dora", "fine_tune_type dora")
     return Changes({module: Low(kinds, scale, False, module == EMBEDDING) for module, kinds in found.items()})
 
@@ -246,24 +252,27 @@ def peft_changes(settings: Mapping[str, Any], headers: Mapping[str, StoredTensor
     found: dict[str, dict[str, str]] = {}
     whole: dict[str, str] = {}
     base: dict[str, str] = {}
+    theirs: dict[str, str] = {}  # module → what the adapter calls it
     for name in headers:
         if match := _PEFT_NAME.fullmatch(name):
-            if ("embedding" in match[2]) != (match[1] == EMBEDDING) and _KINDS[match[2]] != "m":
+            module = text_name(match[1])
+            if ("embedding" in match[2]) != (module == EMBEDDING) and _KINDS[match[2]] != "m":
                 raise ValueError(f"{shown(name)} does not belong to that kind of module")
-            found.setdefault(match[1], {})[_KINDS[match[2]]] = name
+            theirs[module] = match[1]
+            found.setdefault(module, {})[_KINDS[match[2]]] = name
         elif match := _PEFT_BASE.fullmatch(name):
-            base[match[1]] = name
+            base[text_name(match[1])] = name
         elif match := _PEFT_WHOLE.fullmatch(name):
-            whole[match[1]] = name
+            whole[text_name(match[1])] = name
         else:
             raise ValueError(f"{shown(name)} is not a part of a LoRA adapter")
     _check_parts(found, bool(settings.get("use_dora")), "use_dora")
     if both := sorted(found.keys() & whole.keys()):
         raise ValueError(f"{shown(both[0])} is there whole and as LoRA")
-    alphas = _alphas(given(settings, "alpha_pattern", "an object") or {}, list(found))
+    alphas = _alphas(given(settings, "alpha_pattern", "an object") or {}, list(theirs.values()))
     low = {}
     for module, kinds in found.items():
-        alpha = alphas.get(module, settings.get("lora_alpha"))
+        alpha = alphas.get(theirs[module], settings.get("lora_alpha"))
         rank = next(iter(headers[kinds["a"]].shape), 0)
         if alpha is None or not rank:
             raise ValueError(f"lora_alpha or lora_A is missing for {shown(module)}")

@@ -10,17 +10,14 @@ from pathlib import Path
 from m7mlx.errors import NotFoundError, WeightsError
 from m7mlx.files.converter import converted, find_converted
 from m7mlx.files.demo import fetch_demo, find_demo
+from m7mlx.files.published import PUBLISHED
 from m7mlx.files.repository import HubOutage, Layout, Progress, fetch_gguf, fetch_snapshot, find_gguf, find_snapshot
 from m7mlx.files.weights import folder_weights, refuse_adapter
 from m7mlx.jsonfile import said
 from m7mlx.paths import user_path
 
 # huggingface_hub is imported where it is used: 0.4 s, which models on this machine do not need.
-ALIASES = {
-    "mistral": "mlx-community/Mistral-7B-Instruct-v0.3-4bit",
-    "mistral-v0.3": "mlx-community/Mistral-7B-Instruct-v0.3-4bit",
-    "mistral-v0.2": "mlx-community/Mistral-7B-Instruct-v0.2-4bit",
-}
+ALIASES = {alias: model.repo for alias, model in PUBLISHED.items()}
 DEMO = "demo"
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _REPO_FILE = re.compile(r"([\w.-]+/[\w.-]+)/([^\0]+\.gguf)", re.IGNORECASE)

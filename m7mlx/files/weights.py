@@ -7,9 +7,9 @@ so every header goes through it first.
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from m7mlx.errors import ConfigError, WeightsError
 from m7mlx.jsonfile import read_json, short
 from m7mlx.quantization import Quantization
 from m7mlx.terminal import one_line
+from m7mlx.text_tower import is_vision, text_name
 
 _MOST_INDEX = 64 << 20  # bytes
 ADAPTERS = ("adapters.safetensors", "adapter_model.safetensors")  # of mlx-lm and of PEFT
@@ -34,8 +35,8 @@ DTYPES: dict[str, mx.Dtype] = {  # safetensors' names → MLX's types, of those 
     "U32": mx.uint32,
     "U8": mx.uint8,
 }
+FP8 = "F8_E4M3"  # safetensors' name of float8_e4m3fn, which MLX reads as bytes
 _IGNORED = "rotary_emb.inv_freq"  # old checkpoints carry what is computed anyway
-_ROWS = 1024  # of two matrices that are compared
 
 
 class TensorInfo(NamedTuple):
@@ -46,11 +47,21 @@ class TensorInfo(NamedTuple):
 
 
 class StoredTensor(NamedTuple):
-    """One tensor of a model folder, and the file it lies in."""
+    """One tensor of a model folder, the file it lies in, and what that file calls it.
+
+    The name differs from the model's own where the model is the text tower of another
+    (`m7mlx.text_tower`).
+    """
 
     path: Path
     dtype: str
     shape: tuple[int, ...]
+    name: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its numbers, where they have a type that weights can have."""
+        return math.prod(self.shape) * DTYPES[self.dtype].size
 
 
 class Parameter(NamedTuple):
@@ -117,9 +128,26 @@ def folder_weights(folder: Path, *, native: bool = False) -> dict[str, StoredTen
     native  take the weights in Mistral's own layout, which may lie beside the others
 
     Index, files and tensors must agree: a missing file, a tensor that the index does not name or a
-    stray file beside the indexed ones is refused, never merged or skipped in silence. Raises
-    WeightsError, for a LoRA adapter with what to do with it.
+    stray file beside the indexed ones is refused, never merged or skipped in silence. Tensors of a
+    text tower have the names that the text model itself gives them. Raises WeightsError, for a LoRA
+    adapter with what to do with it.
     """
+    return text_tensors(folder, _folder_tensors(folder, native))
+
+
+def text_tensors(folder: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Return tensors under the names of the text model; raises WeightsError where two share one."""
+    found: dict[str, StoredTensor] = {}
+    for name, stored in tensors.items():
+        own = text_name(name)
+        if own in found:
+            raise WeightsError(f"{folder} holds both {short(name)} and {short(found[own].name)}; remove one of them")
+        found[own] = stored
+    return found
+
+
+def _folder_tensors(folder: Path, native: bool) -> dict[str, StoredTensor]:
+    """Return the tensors of a folder as its files call them."""
     refuse_adapter(folder)
     files = [f for f in sorted(folder.glob("*.safetensors")) if f.name.startswith("consolidated") == native]
     index = folder / (INDEX.replace("model", "consolidated") if native else INDEX)
@@ -174,7 +202,7 @@ def adapter_advice(name: str, base: object = None) -> str:
 
 
 def _stored(file: Path) -> dict[str, StoredTensor]:
-    return {name: StoredTensor(file, *info) for name, info in validate_header(file).items()}
+    return {name: StoredTensor(file, *info, name) for name, info in validate_header(file).items()}
 
 
 def _indexed(folder: Path, index: Path, files: list[Path]) -> dict[str, StoredTensor]:
@@ -227,58 +255,13 @@ def parameters(folder: Path, config: ModelConfig, headers: Mapping[str, StoredTe
     return found
 
 
-def head_as_stored(
-    folder: Path,
-    config: ModelConfig,
-    headers: Mapping[str, StoredTensor],
-    embedding: str = "model.embed_tokens",
-    head: str = "lm_head",
-) -> ModelConfig:
-    """Return the config, untied if the files hold a head that differs from the embedding.
-
-    embedding, head  what the files call the two
-
-    Such a head is the model's own, whatever config.json says of tying; transformers reads such
-    files in the same way (`tie_weights`). A head in a file that is not on this machine counts as
-    different. Raises WeightsError where there is a head but no embedding to tie it to.
-    """
-    own = {name.removeprefix(f"{head}."): t for name, t in headers.items() if name.startswith(f"{head}.")}
-    tied = {n.removeprefix(f"{embedding}."): t for n, t in headers.items() if n.startswith(f"{embedding}.")}
-    if not config.tie_word_embeddings or not own:
-        return config
-    if not tied:
-        raise WeightsError(
-            f"{folder} has {head} but not {embedding}, which is tied to it: they were saved without the second "
-            "name; save it again with transformers' save_pretrained"
-        )
-    same = own.keys() == tied.keys() and all(
-        _is_equal(own[kind], f"{head}.{kind}", tied[kind], f"{embedding}.{kind}") for kind in own
-    )
-    return config if same else replace(config, tie_word_embeddings=False)
-
-
-def _is_equal(a: StoredTensor, a_name: str, b: StoredTensor, b_name: str) -> bool:
-    """Whether two stored tensors hold the same numbers. Reads a few rows of each at a time."""
-    if a.shape != b.shape or len(a.shape) != 2 or 0 in a.shape or {a.dtype, b.dtype} - DTYPES.keys():
-        return False
-    if not (a.path.is_file() and b.path.is_file()):
-        return False
-    starts = data_starts(a.path)[a_name], data_starts(b.path)[b_name]
-    for row in range(0, a.shape[0], _ROWS):
-        rows = (slice(row, row + _ROWS),)
-        x, y = read_slices(a, starts[0], rows), read_slices(b, starts[1], rows)
-        if not mx.array_equal(x, y if a.dtype == b.dtype else y.astype(x.dtype)).item():
-            return False
-    return True
-
-
 def is_left_out(name: str, config: ModelConfig) -> bool:
     """Whether a tensor may be in a file although the model does not use it.
 
-    That is what is computed anyway, and a head that is stored although it is tied
-    (`head_as_stored`).
+    That is what is computed anyway, what sees pictures, and a head that is stored although it is
+    tied (`m7mlx.files.tied_head`).
     """
-    return name.endswith(_IGNORED) or (config.tie_word_embeddings and name.startswith("lm_head."))
+    return name.endswith(_IGNORED) or is_vision(name) or (config.tie_word_embeddings and name.startswith("lm_head."))
 
 
 def _parameter(

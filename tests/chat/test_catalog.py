@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from chat_harness import chatting
-from m7mlx_chat import cli, launch
+from m7mlx_chat import catalog, cli, launch
 from m7mlx_chat.catalog import models, on_this_machine
 from m7mlx_chat.environment import read_environment
 from m7mlx_chat.screens.models import Models
@@ -89,6 +89,18 @@ async def test_a_conversation_that_names_no_model_is_opened(tmp_path: Path) -> N
         assert chat.session.settings == Settings(model=chat.session.settings.model)
         await chat.exchange("goes on", "indeed")
         assert chat.line() == ["q", "a", "goes on", "indeed"]
+
+
+def test_the_picker_offers_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog, "budget", lambda: 8_000_000_000)
+    offered = {entry.name: entry for entry in models()}
+    assert {"demo", "ministral-3b", "mistral", "ministral-8b"} <= offered.keys()
+    assert not {"mistral-small", "devstral-small", "ministral-14b"} & offered.keys()
+    assert "tools" in offered["ministral-3b"].about and "reasoning" not in offered["ministral-8b"].about
+    assert "reasoning" in offered["ministral-8b-reasoning"].about
+    assert offered["ministral-8b"].context == 262_144
+    sizes = [entry.nbytes for entry in offered.values()]
+    assert sizes == sorted(sizes)
 
 
 class _Shown(Exception):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from m7mlx_chat.catalog import SUGGESTED
 from m7mlx_chat.choice import Choice, choose_model
 from m7mlx_chat.config import Config
 from m7mlx_chat.headless import fetch_models
@@ -12,6 +13,7 @@ from m7mlx_chat.settings import Settings
 from m7mlx_chat.store import Store
 
 from m7mlx.errors import DownloadError, InputError
+from m7mlx.units import in_gigabytes
 
 
 @pytest.fixture
@@ -59,7 +61,8 @@ def test_a_download_is_told_before_it_begins(
 
     monkeypatch.setattr("m7mlx_chat.headless.resolve", resolve)
     monkeypatch.setattr("m7mlx_chat.headless.on_this_machine", lambda name: None)
-    for model, words in (("mistral", "it is fetched now (4.1 GB)"), ("org/name", "it is fetched now;")):
+    (size,) = (in_gigabytes(entry.nbytes) for entry in SUGGESTED if entry.name == "mistral")
+    for model, words in (("mistral", f"it is fetched now ({size})"), ("org/name", "it is fetched now;")):
         with pytest.raises(DownloadError):
             fetch_models(Settings(model=model))
         assert f"{model} is not on this machine" in told[-1] and words in told[-1]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import mlx.core as mx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from m7mlx_chat.events import Ready, Seen
+from m7mlx_chat.loaded import _described
 from m7mlx_chat.widgets import ring
 from models import small_config, small_model
 from textual.color import Color
+
+from m7mlx.memory import UNDO_SLACK
+from m7mlx.units import in_gigabytes
 
 
 @given(st.integers(1, 60), st.integers(0, 300))
@@ -72,6 +78,30 @@ def test_the_line_of_full_attention_and_of_no_model() -> None:
     assert "context" in ring.gauge(full, Seen(4096, 1_000_000)).plain
     assert "▰▰▰▰▰▰▱▱▱▱▱▱ 4,096/8,192" in ring.gauge(full, Seen(4096, 1_000_000)).plain
     assert ring.gauge(None, Seen(0, 0)).plain == ""
-    growing = ring._growing(full, Seen(4096, 1_000_000), 40, Color(0, 0, 255)).plain
+    growing = ring._growing(full, Seen(4096, 1_000_000), 40, Color(0, 0, 255), Color(0, 0, 50)).plain
     assert "4,096 of 8,192" in growing
     assert growing.splitlines()[1].count("█") == 20
+
+
+@pytest.mark.parametrize("bounded", [None, 64])
+def test_both_kinds_of_layers_are_drawn(bounded: int | None) -> None:
+    kinds = ("full_attention", "sliding_attention", "sliding_attention")
+    model = small_model(small_config(sliding_window=16, layer_types=kinds))
+    cache = model.new_cache(slack=4, max_kv_size=bounded)
+    model(mx.array([[1] * 50]), cache)
+    ready = _described(model, cache, Path())
+    assert (ready.sliding, ready.capacity) == ((16, 20), None if bounded is None else 64)
+    seen, colors = Seen(50, cache.nbytes), (Color(0, 0, 255), Color(0, 0, 50))
+    if bounded is None:
+        text = ring._growing(ready, seen, 60, *colors).plain
+        assert "every token is seen in a part of the layers: 50 of 4,096" in text
+        assert f"growing to {in_gigabytes(ready.most_bytes)}" in text
+        long = model.new_cache(slack=UNDO_SLACK)
+        for start in range(0, 4096, 512):
+            model(mx.array([[1] * 512]), long)
+            assert long.offset == start + 512
+        assert long.nbytes == ready.most_bytes
+    else:
+        assert ready.window is not None and ready.capacity is not None
+        text = ring._rolling(ready, seen, ready.window, ready.capacity, 60, *colors).plain
+    assert "20 slots · turned 2.50 times" in text

@@ -144,7 +144,8 @@ def _the_same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     here = Entry("mistral", Path("/hub/mistral"), 4_080_000_000, 4_620_000_000, "4 bits", None, 32768)
     windowed = Entry("org/mistral-v0.1", Path("/hub/v01"), 14_480_000_000, 15_020_000_000, "16 bits", 4096, 32768)
     broken = Entry("./broken", Path("broken"), 0, problem="it has no weights (model*.safetensors)")
-    monkeypatch.setattr(models_screen, "models", lambda own, used: [here, windowed, catalog.SUGGESTED[1], broken])
+    (demo,) = (entry for entry in catalog.SUGGESTED if entry.name == "demo")
+    monkeypatch.setattr(models_screen, "models", lambda own, used: [here, windowed, demo, broken])
     monkeypatch.setattr(models_screen, "machine_memory", lambda: 17_179_869_184)
     monkeypatch.setattr(catalog, "budget", lambda: 17_179_869_184)
 

@@ -127,7 +127,7 @@ def test_quantising_expanded_weights(tmp_path: Path, capfd: pytest.CaptureFixtur
 
 def test_mistral_7b_v01_gets_its_window(tmp_path: Path) -> None:
     """The format has no place for the window; the shape and RoPE's base tell."""
-    from m7mlx_convert.gguf import _with_window
+    from m7mlx_convert.gguf_config import _with_window
 
     v01 = ModelConfig.from_dict({"model_type": "llama", "intermediate_size": 14336, "num_key_value_heads": 8})
     config, notes = _with_window(v01, {})

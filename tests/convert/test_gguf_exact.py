@@ -15,8 +15,8 @@ from gguf import GGMLQuantizationType as Kind
 from gguf_files import gguf_config, gguf_name, metadata_of, stored, weights_of, write_gguf
 from m7mlx_convert.cli import main
 from m7mlx_convert.convert import convert
-from m7mlx_convert.gguf import _read_config, open_gguf, repack
-from m7mlx_convert.gguf_header import GGUFTensor
+from m7mlx_convert.gguf import open_gguf, repack
+from m7mlx_convert.gguf_config import read_config
 from sources import assert_same, permuted, read_weights
 
 from m7mlx import load
@@ -237,9 +237,8 @@ def test_mistral_7b_is_known_by_its_shape(theta: float, window: int | None) -> N
             rope_theta=theta,
         )
     ) | {"general.architecture": "llama"}
-    tensors = {str(i): GGUFTensor(Path("x"), "Q4_0", (32000, 4096), 0, 0) for i in range(291)}
-    tensors["token_embd.weight"] = tensors["0"]
-    config, notes = _read_config(Path("mistral.gguf"), values, tensors)
+    shapes = {str(i): (32000, 4096) for i in range(291)} | {"token_embd.weight": (32000, 4096)}
+    config, notes = read_config(Path("mistral.gguf"), values, shapes)
     assert config.sliding_window == window
     assert bool(notes) == bool(window)
 

@@ -14,9 +14,8 @@ from m7mlx_convert.source import Tensor
 from models import small_config, small_model, write_folder
 from sources import quantisable, write_source
 
-from m7mlx.cache import UNDO_SLACK
 from m7mlx.files.weights import folder_weights
-from m7mlx.memory import footprints
+from m7mlx.memory import UNDO_SLACK, footprints
 from m7mlx.quantization import Quantization
 from m7mlx.units import in_bytes
 

@@ -29,7 +29,7 @@ def ids_of(tokenizer: Tokenizer, parts: list[str]) -> list[int]:
     """The ids of texts and, for the names of control tokens in a list by themselves, of those."""
     ids: list[int] = []
     for part in parts:
-        token = tokenizer.control_id(part)
+        token = tokenizer.control_id(part) if part in NAMES else None  # others are text, “<s>” too
         ids += tokenizer.encode(part) if token is None else [token]
     return ids
 

@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from models import small_config, small_model
+from models import mixed_config, small_config, small_model
 from values import number
 
 from m7mlx.batch import BatchCache
@@ -19,7 +19,11 @@ from m7mlx.sampling import Sampler, Sampling
 
 pytestmark = pytest.mark.usefixtures("computed_by")
 
-MODELS = {window: small_model(small_config(sliding_window=window, head_dim=32)) for window in (7, None)}
+MODELS: dict[int | str | None, Mistral] = {
+    7: small_model(small_config(sliding_window=7, head_dim=32)),
+    None: small_model(small_config(sliding_window=None, head_dim=32)),
+    "mixed": small_model(mixed_config(sliding_window=7, head_dim=32)),
+}
 PROMPTS = [[(i * i + k) % 97 for i in range(length)] for k, length in enumerate((3, 40, 11, 25))]
 
 
@@ -51,9 +55,12 @@ def advance(model: Mistral, batch: BatchCache, tokens: list[int], answers: list[
         (None, {}),
         (None, {"kv_bits": 8, "kv_group_size": 32}),
         (None, {"max_kv_size": 12, "sinks": 3}),
+        ("mixed", {}),
+        ("mixed", {"slack": 1, "kv_bits": 8, "kv_group_size": 32}),
+        ("mixed", {"max_kv_size": 12, "sinks": 3}),
     ],
 )
-def test_rows_that_join_and_leave_answer_as_if_alone(window: int | None, options: dict[str, Any]) -> None:
+def test_rows_that_join_and_leave_answer_as_if_alone(window: int | str | None, options: dict[str, Any]) -> None:
     """The third row joins after 5 steps and the first leaves after 9; it goes on by itself."""
     model = MODELS[window]
     expected = [alone(model, prompt, 24, **options) for prompt in PROMPTS]

@@ -9,7 +9,7 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from models import random_weights, small_config, small_model
+from models import mixed_config, random_weights, small_config, small_model
 
 from m7mlx.cache import RollingCache
 from m7mlx.decode import prefill, reuse
@@ -169,6 +169,37 @@ def test_peak_memory_of_prefill_does_not_grow_with_the_prompt() -> None:
     assert long < keys_of_the_long_prompt / 4
 
 
+def test_a_long_prompt_takes_little_beside_its_keys() -> None:
+    """Layers with full attention keep all of it, and nothing is held besides but a layer's copy."""
+    config = mixed_config(sliding_window=64, n_layers=8, layer_types=("full_attention", "sliding_attention") * 4)
+    model, length = small_model(config), 64 * 100
+    cache = model.new_cache()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(prefill(model, [i % 97 for i in range(length)], cache, chunk=64))
+    layer = 2 * 2 * 16 * 4 * length
+    assert cache.nbytes < 4.3 * layer
+    assert mx.get_peak_memory() - before < cache.nbytes + 3 * layer
+
+
+def test_a_cache_of_both_kinds_can_undo_what_all_layers_can() -> None:
+    model = small_model(mixed_config())
+    cache = model.new_cache(slack=3)
+    assert cache.turns_at == 10
+    prefill(model, IDS[:10], cache)
+    assert cache.max_rollback == 10
+    prefill(model, IDS[10:30], cache)
+    assert cache.max_rollback == 3
+    with pytest.raises(RollbackError, match="only 3 can still be undone"):
+        cache.rollback(4)
+    assert model.new_cache(max_kv_size=9, sinks=2, slack=3).turns_at == 10
+    with pytest.raises(InputError, match="max_kv_size must be above the number of sinks"):
+        model.new_cache(max_kv_size=2, sinks=2)
+    assert "window 7 in 2 of them" in repr(model)
+    assert "all tokens, in 2 layers window 7 + slack 3" in repr(cache)
+
+
 @pytest.mark.parametrize("window", [4990, 8000, None])
 def test_writing_does_not_copy_the_ring(window: int | None) -> None:
     """A decode step may hold only a little more than the ring itself: MLX wrote in place."""
@@ -190,7 +221,7 @@ def test_a_broken_off_pass_is_noticed() -> None:
     model = MODELS[7]
     cache = model.new_cache(slack=2)
     prefill(model, IDS[:30], cache)
-    assert not cache.positions.forward_pass(20).in_place
+    assert not cache.positions.forward_passes(20)[0].in_place
     cache.begin(20)  # layers may have begun to write; the pass never ends
     assert not cache.intact
     with pytest.raises(RollbackError, match="reset"):

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from models import small_config, small_model
+from models import mixed_config, small_config, small_model
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -25,6 +25,7 @@ from m7mlx.sampling import Sampler, Sampling
 
 MODEL = small_model(small_config(head_dim=32))
 FULL = small_model(small_config(head_dim=32, sliding_window=None))
+MIXED = small_model(mixed_config(head_dim=32))
 IDS = [(i * i + 3 * i) % 97 for i in range(60)]
 
 
@@ -47,6 +48,8 @@ def go_on(model: Mistral, cache: RollingCache, logits: mx.array, count: int = 30
         (FULL, {"kv_bits": 8, "kv_group_size": 32}),
         (FULL, {"max_kv_size": 20}),
         (FULL, {"max_kv_size": 20, "sinks": 2, "kv_bits": 8, "kv_group_size": 32}),
+        (MIXED, {"slack": 3}),
+        (MIXED, {"max_kv_size": 20, "sinks": 2, "kv_bits": 8, "kv_group_size": 32}),
     ],
 )
 @pytest.mark.parametrize("length", [1, 5, 60])

@@ -40,9 +40,16 @@ tokens_of = st.integers(0, VOCAB - 1)
 
 
 @functools.cache
-def model(window: int | None) -> Mistral:
+def model(window: int | None, layer_types: tuple[str, ...]) -> Mistral:
     return small_model(
-        small_config(vocab_size=VOCAB, n_layers=LAYERS, n_heads=HEADS, head_dim=DIM, sliding_window=window)
+        small_config(
+            vocab_size=VOCAB,
+            n_layers=LAYERS,
+            n_heads=HEADS,
+            head_dim=DIM,
+            sliding_window=window,
+            layer_types=layer_types,
+        )
     )
 
 
@@ -74,13 +81,14 @@ def query(layer: int, token: int, position: int) -> np.ndarray:
 
 def expected(cache: RollingCache, tokens: list[int], position: int, layer: int) -> np.ndarray:
     """What the token at `position` gets from attention: [HEADS, DIM]."""
-    bits, window = cache.format.bits, cache.window
+    span = cache.positions.spans[cache.rings[layer].kind]
+    bits, window = cache.format.bits, span.window
     seen = range(0 if window is None else max(0, position - window + 1), position + 1)
     rows = [row(layer, tokens[p], p, bits) for p in seen]
     if window is not None:
-        for i in range(min(cache.n_sinks, seen.start)):
+        for i in range(min(span.n_sinks, seen.start)):
             # A sink moves along, never further away than max_kv_size − 1; it is stored as computed.
-            moved = i + max(0, position - (window + cache.n_sinks - 1))
+            moved = i + max(0, position - (window + span.n_sinks - 1))
             rows.append((row(layer, tokens[i], moved, None)[0], row(layer, tokens[i], i, None)[1]))
     q = query(layer, tokens[position], position)
     out = np.zeros((HEADS, DIM))
@@ -97,11 +105,11 @@ def forward(cache: KVCache, rows: list[list[int]]) -> list[np.ndarray]:
     ids = mx.array(rows)
     length = ids.shape[1]
     cache.begin(length)
-    described = cache.positions.forward_pass(length)
+    described = cache.positions.forward_passes(length)
     outs = []
     for layer, ring in enumerate(cache.rings):
         heads = mx.concatenate([table[layer][ids].swapaxes(1, 2) for table in (QUERIES, KEYS, VALUES)], axis=1)
-        outs.append(attend_to_ring(heads, ring, described, KV))
+        outs.append(attend_to_ring(heads, ring, described[ring.kind], KV))
     cache.advance(length)
     mx.eval(outs, cache.arrays)
     return [np.array(out) for out in outs]
@@ -131,6 +139,7 @@ class Conversation:
 class CacheMachine(RuleBasedStateMachine):
     @initialize(
         window=st.sampled_from([4, 5, 7, 16, None, None]),
+        mixed=st.sampled_from([(), (), ("full_attention", "sliding_attention")]),
         slack=st.integers(0, 6),
         stream=st.tuples(st.integers(6, 12), st.integers(0, 5)) | st.none(),
         bits=st.sampled_from([None, None, 4, 8]),
@@ -139,13 +148,15 @@ class CacheMachine(RuleBasedStateMachine):
     def start(
         self,
         window: int | None,
+        mixed: tuple[str, ...],
         slack: int,
         stream: tuple[int, int] | None,
         bits: int | None,
         prompts: tuple[list[int], list[int]],
     ) -> None:
-        size, sinks = stream if stream and window is None else (None, 0)
-        self.model = model(window)
+        mixed = mixed if window is not None else ()
+        size, sinks = stream if stream and (window is None or mixed) else (None, 0)
+        self.model = model(window, mixed)
         self.new = functools.partial(
             self.model.new_cache, slack=slack, kv_bits=bits, kv_group_size=32, max_kv_size=size, sinks=sinks
         )

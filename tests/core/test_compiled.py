@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from models import small_config, small_model, write_folder
+from models import mixed_config, small_config, small_model, write_folder
 
 from m7mlx.batch import BatchCache
 from m7mlx.cache import RollingCache
@@ -22,6 +22,7 @@ from m7mlx.sampling import Sampler, Sampling
 MODEL = small_model(small_config())  # a window of 7
 FULL = small_model(small_config(sliding_window=None))
 WIDE = small_model(small_config(head_dim=32, sliding_window=9))
+MIXED = small_model(mixed_config())
 
 
 def pair(model: Mistral, **options: Any) -> tuple[RollingCache, RollingCache]:
@@ -37,6 +38,7 @@ def pair(model: Mistral, **options: Any) -> tuple[RollingCache, RollingCache]:
         (FULL, {}),
         (WIDE, {"kv_bits": 4, "kv_group_size": 32}),
         (FULL, {"max_kv_size": 12, "sinks": 2}),
+        (MIXED, {"slack": 2}),
     ],
 )
 def test_equal_to_the_plain_step(model: Mistral, options: dict[str, int]) -> None:

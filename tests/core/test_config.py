@@ -6,6 +6,7 @@ What is not understood is refused by name.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from m7mlx import config_keys
 from m7mlx.config import ModelConfig
 from m7mlx.errors import ConfigError
 from m7mlx.quantization import Quantization
+from m7mlx.rope import RopeScaling
 
 V01 = {  # mistralai/Mistral-7B-v0.1
     "architectures": ["MistralForCausalLM"],
@@ -40,6 +42,90 @@ V01 = {  # mistralai/Mistral-7B-v0.1
     "vocab_size": 32000,
 }
 V03 = V01 | {"sliding_window": None, "rope_theta": 1e6, "vocab_size": 32768}
+
+
+YARN = RopeScaling(64, factor=8.0, beta_fast=20.0, beta_slow=2.0, attention_factor=1.5, truncate=False)
+MINISTRAL3 = {  # mistralai/Ministral-3-8B-Instruct-2512, without its vision_config
+    "architectures": ["Mistral3ForConditionalGeneration"],
+    "dtype": "bfloat16",
+    "image_token_index": 10,
+    "model_type": "mistral3",
+    "multimodal_projector_bias": False,
+    "projector_hidden_act": "gelu",
+    "spatial_merge_size": 2,
+    "text_config": {
+        "attention_dropout": 0.0,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 262144,
+        "model_type": "ministral3",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 34,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_parameters": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 16.0,
+            "llama_4_scaling_beta": 0.1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 16384,
+            "rope_theta": 1000000.0,
+            "rope_type": "yarn",
+            "type": "yarn",
+        },
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "vocab_size": 131072,
+    },
+    "vision_config": {"model_type": "pixtral"},
+    "vision_feature_layer": -1,
+}
+
+
+def test_the_text_of_a_model_that_sees_pictures() -> None:
+    config = ModelConfig.from_dict(MINISTRAL3)
+    assert (config.model_type, config.n_layers, config.window) == ("ministral3", 34, None)
+    assert config.rope_scaling == RopeScaling(16384, factor=16.0, query_beta=0.1)
+    assert not ModelConfig.from_dict(MINISTRAL3 | {"text_config": {"tie_word_embeddings": False}}).tie_word_embeddings
+    assert ModelConfig.from_dict(MINISTRAL3 | {"text_config": {}}).tie_word_embeddings  # transformers' default
+    small31 = ModelConfig.from_dict(MINISTRAL3 | {"text_config": {"sliding_window": None, "rope_theta": 1e9}})
+    assert (small31.model_type, small31.sliding_window, small31.rope_theta) == ("mistral", None, 1e9)
+    scheme = {"group_size": 64, "bits": 4, "language_model.lm_head": {"group_size": 32, "bits": 8}}
+    quantization = ModelConfig.from_dict(MINISTRAL3 | {"quantization": scheme}).quantization
+    assert quantization is not None and quantization.overrides.keys() == {"lm_head"}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"text_config": None}, "text_config"),
+        ({"text_config": {"model_type": "mistral4"}}, "mistral4 is not supported"),
+        ({"text_config": {"model_type": "mistral3"}}, "mistral3 is not supported"),
+        ({"text_config": {"n_experts": 4}}, "'n_experts'"),
+        ({"audio_config": {}}, "'audio_config'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+    ],
+    ids=str,
+)
+def test_what_is_not_understood_of_it_is_refused_by_name(change: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        ModelConfig.from_dict(MINISTRAL3 | change)
+
+
+def test_layers_with_and_without_a_window() -> None:
+    kinds = ["full_attention", *["sliding_attention"] * 3] * 8
+    mixed = ModelConfig.from_dict(V01 | {"model_type": "ministral", "architectures": None, "layer_types": kinds})
+    assert mixed.windows == (None, 4096, 4096, 4096) * 8
+    assert (mixed.window, mixed.sliding_window) == (None, 4096)
+    for name, window in (("full_attention", None), ("sliding_attention", 4096)):
+        alike = ModelConfig.from_dict(V01 | {"layer_types": [name] * 32})
+        assert (alike.layer_types, alike.window, alike.windows) == ((), window, (window,) * 32)
 
 
 def test_the_released_models() -> None:
@@ -84,7 +170,12 @@ def test_both_ways_of_writing_ropes_base(keys: dict[str, Any], theta: float) -> 
         ({"model_type": "gpt2"}, "gpt2 is not supported; supported are MistralForCausalLM, LlamaForCausalLM"),
         ({"architectures": ["LlamaForCausalLM"]}, "architectures says LlamaForCausalLM but model_type says mistral"),
         ({"rope_parameters": {"rope_theta": 5}}, "rope_theta is given twice"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "'yarn' is not supported"),
+        ({"rope_scaling": {"type": "yarn"}}, "'yarn' needs factor"),
+        ({"rope_scaling": {"type": "yarn", "factor": -1}}, "rope_scaling: factor"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4, "beta": 3}}, "rope_scaling has 'beta'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4, "llama_4_scaling_beta": 0.1}}, "ministral3 alone"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4}, "rope_parameters": {"rope_theta": 1e4}}, "contradict"),
+        ({"rope_parameters": {"full_attention": {}}}, "'full_attention'"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "'llama3' is not supported"),
         ({"rope_scaling": 3}, "rope_scaling must be an object"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
@@ -102,7 +193,9 @@ def test_both_ways_of_writing_ropes_base(keys: dict[str, Any], theta: float) -> 
         ({"vocab_size": -1}, "vocab_size"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
-        ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types names 2 layers"),
+        ({"layer_types": ["sliding_attention"] * 32, "sliding_window": None}, "sliding_window is null"),
+        ({"layer_types": ["chunked_attention"] * 32}, "'chunked_attention', which is not supported"),
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
         ({"quantization": {"bits": 4}}, "group_size"),
         ({"quantization": {"bits": 7, "group_size": 64}}, "7 bits"),
@@ -126,6 +219,14 @@ def test_a_llama_has_no_window() -> None:
         ModelConfig.from_dict(V01),
         small_config(sliding_window=None, tie_word_embeddings=True, eos_token_ids=(2, 5), bos_token_id=None),
         small_config(
+            layer_types=("full_attention", "sliding_attention", "sliding_attention"), model_type="ministral"
+        ),
+        small_config(layer_types=("sliding_attention", "full_attention", "full_attention")),
+        small_config(rope_scaling=YARN),
+        small_config(model_type="ministral3", sliding_window=None, rope_scaling=replace(YARN, query_beta=0.25)),
+        small_config(model_type="ministral3", rope_scaling=RopeScaling(16, query_beta=0.5)),
+        small_config(model_type="ministral3"),
+        small_config(
             quantization=Quantization(64, 4, overrides={"lm_head": None, "model.embed_tokens": Quantization(32, 8)})
         ),
     ],
@@ -141,6 +242,17 @@ def test_mistrals_own_params_json() -> None:
     assert (v01.sliding_window, v01.rope_theta, v01.intermediate_size) == (4096, 1e4, 14336)
     assert ModelConfig.from_params(params).rope_theta == 1e6  # as mistral-inference: no window, large base
     assert ModelConfig.from_params(params | {"rope_theta": 123.0}).rope_theta == 123
+    queries = {"llama_4_scaling": {"original_max_position_embeddings": 16384, "beta": 0.1}}
+    yarn = {"original_max_position_embeddings": 16384, "factor": 16, "apply_scale": False, "beta": 32, "alpha": 1}
+    ministral3 = ModelConfig.from_params(params | queries | {"yarn": yarn, "vision_encoder": {"dim": 1}})
+    assert (ministral3.model_type, ministral3.rope_theta) == ("ministral3", 1e6)
+    assert ministral3.rope_scaling == ModelConfig.from_dict(MINISTRAL3).rope_scaling
+    scaled = ModelConfig.from_params(params | {"yarn": yarn | {"apply_scale": True}}).rope_scaling
+    assert scaled is not None and scaled.attention_factor == pytest.approx(1.2772588722239782)
+    for key in ("sliding_window", "_sliding_window"):
+        mixed = ModelConfig.from_params(params | {key: [None, 32768, 32768, 32768]})
+        assert (mixed.model_type, mixed.windows) == ("ministral", (None, 32768, 32768, 32768) * 8)
+        assert ModelConfig.from_params(params | {key: [7]}).windows == (7,) * 32
     with pytest.raises(ConfigError, match="experts"):
         ModelConfig.from_params(params | {"moe": {"num_experts": 8}})
     with pytest.raises(ConfigError, match="'dim' is missing"):
@@ -197,13 +309,27 @@ PARAMS = {
 
 
 @pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"yarn": {"factor": 16}}, "yarn needs original_max_position_embeddings"),
+        ({"yarn": {"factor": 16, "original_max_position_embeddings": 4, "gamma": 1}}, "yarn has 'gamma'"),
+        ({"llama_4_scaling": {"beta": 0.1}}, "llama_4_scaling needs original_max_position_embeddings"),
+        ({"rope_scaling": {"type": "yarn"}}, "needs factor"),
+        ({"sliding_window": [4, None, 4]}, "names 3 layers, which does not divide the model's 1"),
+        ({"sliding_window": 4, "_sliding_window": [4]}, "both given"),
+        ({"multimodal": {"whisper_model_args": {}}}, "whisper_model_args"),
+    ],
+)
+def test_what_mistrals_own_layout_says_by_halves(change: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        ModelConfig.from_params(PARAMS | change)
+
+
+@pytest.mark.parametrize(
     "change",
     [
-        {"yarn": {"factor": 16}},
-        {"llama_4_scaling": {"beta": 0.1}},
         {"_sliding_window": [4096, 32768]},
         {"quantization": {"qformat_weight": "fp8_e4m3"}},
-        {"rope_scaling": {"type": "yarn"}},
         {"causal": False},
         {"use_biases": True},
         {"q_lora_rank": 16},
@@ -237,8 +363,23 @@ def test_special_tokens_are_of_the_vocabulary() -> None:
 def test_every_key_that_transformers_writes_is_known() -> None:
     import transformers
 
-    for kind in (transformers.MistralConfig, transformers.LlamaConfig):
-        written = kind().to_dict()
-        assert ModelConfig.from_dict(written).vocab_size == 32000
+    kinds = ("MistralConfig", "LlamaConfig", "MinistralConfig", "Ministral3Config")
+    for name in kinds:
+        written = getattr(transformers, name)().to_dict()
+        ours = ModelConfig.from_dict(written)
+        assert ours.vocab_size == written["vocab_size"]
+        read = getattr(transformers, name).from_dict(ours.to_dict())  # and the other way
+        again = ModelConfig.from_dict(read.to_dict())
+        assert again == ours
         with pytest.raises(ConfigError):
             ModelConfig.from_dict(written | {"is_causal": False})
+
+
+@pytest.mark.oracle
+def test_a_model_that_sees_pictures_as_transformers_writes_it() -> None:
+    import transformers
+
+    for text in (transformers.MistralConfig(sliding_window=None), transformers.Ministral3Config()):
+        written = transformers.Mistral3Config(text_config=text).to_dict()
+        ours = ModelConfig.from_dict(written)
+        assert replace(ours, tie_word_embeddings=False) == ModelConfig.from_dict(text.to_dict())

@@ -9,19 +9,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import small_config, small_model
+from models import mixed_config, small_config, small_model
 
 import m7mlx.ring
 from m7mlx import load_cache, save_cache
 from m7mlx.cache import RollingCache
+from m7mlx.model import Mistral
+from m7mlx.rope import RopeScaling
 
 pytestmark = pytest.mark.usefixtures("forced_instruction_set")
 
-MODELS = {
+MODELS: dict[tuple[int | str | None, int], Mistral] = {
     (window, dim): small_model(small_config(sliding_window=window, head_dim=dim))
     for window in (1, 7, 30, None)
     for dim in (20, 32)
 }
+SCALING = RopeScaling(16, factor=4.0, attention_factor=1.3, query_beta=0.7)
+MODELS["mixed and scaled", 32] = small_model(mixed_config(model_type="ministral3", head_dim=32, rope_scaling=SCALING))
 FORMATS = (None, 16, 8, 4)
 IDS = np.random.default_rng(0).integers(0, 97, 2000)
 
@@ -34,7 +38,7 @@ class Run:
     """A conversation, or a batch, to which steps are done; it keeps all logits."""
 
     def __init__(
-        self, key: tuple[int | None, int], kv_bits: int | None, slack: int, batch: int, folder: Path
+        self, key: tuple[int | str | None, int], kv_bits: int | None, slack: int, batch: int, folder: Path
     ) -> None:
         self.model, self.batch, self.folder = MODELS[key], batch, folder
         self.cache = self.model.new_cache(kv_bits=kv_bits, kv_group_size=32, slack=slack)
@@ -109,7 +113,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @settings(max_examples=25, deadline=None)
 def test_whatever_is_done_to_a_cache_the_logits_are_those_of_mlx(
     folder: Path,
-    key: tuple[int | None, int],
+    key: tuple[int | str | None, int],
     kv_bits: int | None,
     slack: int,
     batch: int,

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from models import random_weights, small_config, small_model, write_folder
+from models import mixed_config, random_weights, small_config, small_model, write_folder
 
 import m7mlx.memory
 from m7mlx import load
-from m7mlx.cache import UNDO_SLACK
 from m7mlx.config import ModelConfig
 from m7mlx.cpu import native
 from m7mlx.errors import InputError, PromptTooLongError, RunError
@@ -22,6 +21,7 @@ from m7mlx.files.weights import folder_weights
 from m7mlx.generation import stream_generate
 from m7mlx.loading import build
 from m7mlx.memory import (
+    UNDO_SLACK,
     budget,
     cache_bytes,
     default_kv_bits,
@@ -29,6 +29,7 @@ from m7mlx.memory import (
     limit_memory,
     loaded_bytes,
     machine_memory,
+    positions_that_fit,
 )
 from m7mlx.quantization import Quantization
 from m7mlx.tokens.tokenizer import Tokenizer
@@ -176,3 +177,22 @@ def test_on_a_gpu_keys_and_values_have_the_bits_of_the_files(monkeypatch: pytest
     monkeypatch.setattr(m7mlx.memory, "has_kernels", lambda: False)
     config = small_config()
     assert [default_kv_bits(config, config.n_weights * size) for size in (1, 2, 4)] == [16, 16, 32]
+
+
+@pytest.mark.parametrize("length", [1, 256, 512])
+def test_layers_with_and_without_a_window_take_what_is_planned(length: int) -> None:
+    """The numbers of a cache whose sliding layers have turned, and of one where they have not."""
+    config = mixed_config(sliding_window=128)
+    model = small_model(config)
+    cache = model.new_cache(slack=UNDO_SLACK)
+    model(mx.array([[1] * length]), cache)
+    slots = -(-length // 256) * 256  # that are allocated
+    assert cache.nbytes == cache_bytes(config, slots, 32)
+
+
+@pytest.mark.usefixtures("limited")
+@pytest.mark.parametrize("length", [1, 100, 191, 192, 193, 1000])
+def test_what_fits_is_what_is_planned_for_both_kinds_of_layers(length: int) -> None:
+    config = mixed_config(sliding_window=128)
+    m7mlx.memory._limit = 150_000_000 + 7 + cache_bytes(config, length, 32)
+    assert positions_that_fit(config, 7, 32) == length

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m7mlx.errors import RollbackError
-from m7mlx.positions import Positions, rope, rope_each, window_mask
+from m7mlx.positions import ForwardPass, Positions, Span, window_mask
+from m7mlx.rope import Rope
+from m7mlx.rotation import Rotation
 
 positions = st.lists(st.integers(-3, 30), min_size=1, max_size=12)
 
@@ -32,19 +34,25 @@ def test_each_row_of_a_batch_has_a_mask_of_its_own() -> None:
 @settings(deadline=None)
 def test_any_position_can_be_rotated_to(places: list[int], batch: int) -> None:
     x = mx.random.normal((batch, 2, len(places), 16), key=mx.random.key(1))
-    found = rope_each(x, mx.array([places]), 1e4)
+    found = Rotation(Rope(1e4, 16), 0, np.array([places])).rotate_by_tables(x)
     for i, place in enumerate(places):
-        assert mx.allclose(found[:, :, i : i + 1], rope(x[:, :, i : i + 1], place, 1e4), atol=1e-5)
+        expected = mx.fast.rope(x[:, :, i : i + 1], 16, traditional=False, base=1e4, scale=1.0, offset=place)
+        assert mx.allclose(found[:, :, i : i + 1], expected, atol=1e-4)
 
 
 def standing(window: int | None, slack: int, n_sinks: int = 0) -> Positions:
-    return Positions(window, slack, n_sinks, rope_theta=1e4, head_dim=4)
+    return Positions((Span(window, slack, n_sinks),), Rope(1e4, 4))
+
+
+def described_pass(here: Positions, length: int) -> ForwardPass:
+    [described] = here.forward_passes(length)
+    return described
 
 
 def write(slots: dict[int, int], here: Positions, count: int) -> Positions:
     """Write `count` tokens as a ring does: a slot holds what was written into it last."""
     here = here.begun(count)
-    slots |= {position % here.capacity: position for position in range(here.offset, here.offset + count)}
+    slots |= {position % here.spans[0].capacity: position for position in range(here.offset, here.offset + count)}
     return here.advanced(count)
 
 
@@ -64,7 +72,7 @@ def test_what_can_be_undone_lies_in_its_slots_still(window: int, slack: int, mov
         for undone in range(here.max_rollback + 1):
             following = here.offset - undone
             seen = range(max(0, following - window + 1), following)
-            assert [slots[position % here.capacity] for position in seen] == list(seen)
+            assert [slots[position % here.spans[0].capacity] for position in seen] == list(seen)
 
 
 @given(
@@ -77,9 +85,9 @@ def test_a_row_sees_its_own_window_and_nothing_else(
     """Masks for rows of any lengths on one clock, against each row's own positions."""
     time = max(lengths)
     here = standing(window, slack).at(time, starts=[time - length for length in lengths])
-    slots = {t % here.capacity: t for t in range(time)}
+    slots = {t % here.spans[0].capacity: t for t in range(time)}
     length = data.draw(st.integers(1, 12), label="length")
-    described = here.forward_pass(length)
+    described = described_pass(here, length)
     end = time + length
     if described.in_place:
         write(slots, here, length)
@@ -99,7 +107,7 @@ def test_a_row_sees_its_own_window_and_nothing_else(
         mask = window_mask(mx.arange(time, end), mx.arange(end), None)
     shown = np.broadcast_to(np.array(mask), (len(lengths), 1, length, len(keys)))[:, 0]
     assert shown.tolist() == expected
-    own = described.rope_offset
+    own = described.rotation.offset
     assert np.broadcast_to(np.array(own), len(lengths)).tolist() == lengths
 
 
@@ -109,8 +117,8 @@ def test_a_clock_goes_forward_by_whole_turns(window: int, slack: int, time: int,
     here = standing(window, slack).at(time, time + 1, [0, min(time, 3)])
     later = here.turned_to(wanted)
     moved = later.offset - here.offset
-    assert later.offset >= max(time, wanted) and moved % here.capacity == 0
-    assert moved == 0 or later.offset - here.capacity < wanted
+    assert later.offset >= max(time, wanted) and moved % here.spans[0].capacity == 0
+    assert moved == 0 or later.offset - here.spans[0].capacity < wanted
     assert later.lost == here.lost
     assert [later.offset - start for start in later.starts] == [time, time - min(time, 3)]
 
@@ -128,12 +136,13 @@ def test_every_change_is_a_new_value() -> None:
 def test_one_token_traced_is_one_token_described(offset: int, window: int, slack: int) -> None:
     """Both have the same slot and the same rotation, and see the same of all slots."""
     here = standing(window, slack).at(offset, starts=[0, min(offset, 3)])
-    traced = here.traced_pass(mx.array([offset]), mx.array(here.starts)[:, None], here.capacity)
-    described = here.forward_pass(1)
-    assert traced.slot is not None and traced.slot.item() == offset % here.capacity
+    described, [span] = described_pass(here, 1), here.spans
+    starts, tables = mx.array(here.starts)[:, None], described.rotation.tables
+    traced = here.traced_pass(mx.array([offset]), starts, span.capacity, span, tables)
+    assert traced.slot is not None and traced.slot.item() == offset % here.spans[0].capacity
     x = mx.random.normal((2, 3, 1, 4), key=mx.random.key(0))
     assert mx.allclose(traced.rotate(x), described.rotate(x), atol=1e-5)
-    filled = min(offset + 1, here.capacity)
+    filled = min(offset + 1, here.spans[0].capacity)
     seen = np.array(traced.mask)
     assert not seen[..., filled:].any()
     mask = described.mask

@@ -100,25 +100,53 @@ def assert_near(found: mx.array, expected: mx.array, size: mx.array) -> None:
     assert (np.abs(np.array(found) - np.array(expected)) <= 1e-5 * np.array(size) + 1e-30).all()
 
 
-def sizes(x: mx.array, of: list[Case]) -> mx.array:
-    """Return the sums of the absolute terms of the products."""
-    return mx.concatenate([mx.abs(x) @ case.terms.T for case in of], axis=-1)
+def sizes(x: mx.array, of: list[Case], rounded: bool = False) -> mx.array:
+    """Return the sums of the absolute terms of the products, as large as rounding can make them."""
+    x = mx.abs(x)
+    if rounded and len(x) <= 8 and of[0].scheme is not None and 16 % of[0].scheme[1] == 0:
+        groups = x.reshape(len(x), -1, of[0].scheme[2])
+        x = 2 * mx.broadcast_to(groups.max(axis=2, keepdims=True), groups.shape).reshape(x.shape)
+    return mx.concatenate([x @ case.terms.T for case in of], axis=-1)
 
 
-@given(st.integers(1, 3).flatmap(cases), st.integers(1, 40), st.booleans(), st.booleans())
+@given(st.integers(1, 3).flatmap(cases), st.integers(1, 40), st.booleans(), st.booleans(), st.booleans())
 @settings(max_examples=80, deadline=None)
-def test_a_product_is_that_of_mlx(of: list[Case], tokens: int, is_normed: bool, is_added: bool) -> None:
+def test_a_product_is_that_of_mlx(
+    of: list[Case], tokens: int, is_normed: bool, is_added: bool, rounded: bool
+) -> None:
     x = inputs(tokens, of[0].numbers.shape[1])
     rows = sum(case.numbers.shape[0] for case in of)
     norm = 1 + mx.random.normal(x.shape[1:], key=mx.random.key(1)) / 8 if is_normed else None
     residual = mx.random.normal((tokens, rows), key=mx.random.key(2)) if is_added else None
-    found = native.kernels().product(x, [case.weight for case in of], norm, EPS, residual)
+    found = native.kernels().product(x, [case.weight for case in of], norm, EPS, residual, rounded=rounded)
     if norm is not None:
         x = mx.fast.rms_norm(x, norm, EPS)
-    expected, size = mx.concatenate([case.product(x) for case in of], axis=-1), sizes(x, of)
+    expected, size = mx.concatenate([case.product(x) for case in of], axis=-1), sizes(x, of, rounded)
     if residual is not None:
         expected, size = residual + expected, size + mx.abs(residual)
     assert_near(found, expected, size)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+def test_rounding_moves_a_product_less_than_float16_would(bits: int, tokens: int) -> None:
+    case = packed(96, 1024, ("affine", bits, 64), mx.float32, 5)
+    x = inputs(tokens, 1024) * mx.where(mx.arange(1024) % 200 == 7, 50, 1)  # some channels stand out
+    product = native.kernels().product
+    exact, found = product(x, [case.weight]), product(x, [case.weight], rounded=True)
+    half = case.product(x.astype(mx.float16).astype(mx.float32))
+    error = [float(np.linalg.norm(np.array(y - exact))) for y in (found, half)]
+    assert error[0] < min(error[1] / 3, 1e-4 * float(np.linalg.norm(np.array(exact))))
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_rounding_hides_no_number_that_is_not_finite(wrong: float) -> None:
+    case = packed(20, 256, ("affine", 4, 64), mx.float32, 5)
+    x = inputs(2, 256)
+    x[1, 100] = wrong
+    found = native.kernels().product(x, [case.weight], rounded=True)
+    assert mx.isfinite(found[0]).all() and not mx.isfinite(found[1]).any()
+    assert (native.kernels().product(mx.zeros((2, 256)), [case.weight], rounded=True) == 0).all()
 
 
 @given(cases(2, True), st.integers(1, 40), st.booleans())

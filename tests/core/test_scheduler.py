@@ -169,6 +169,22 @@ def test_what_was_read_before_is_not_read_again(tokenizer: Tokenizer, window: in
     assert len(clients.scheduler._kept) == 2  # the first is a part of the second
 
 
+def test_what_one_space_has_read_is_of_no_use_to_another(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither what is kept nor what is being read, and none takes the other's place."""
+    monkeypatch.setattr(m7mlx.scheduler, "default_chunk", lambda model: 10)
+    clients = Clients(Scheduler(MODELS[None], tokenizer, rows=4, kept=4))
+    opening = prompt(1, 50)
+    numbers = []
+    for spaces in ("ab", "ab"):
+        numbers += [clients.scheduler.add(Request(opening, max_tokens=2, space=space)) for space in spaces]
+        clients.run()
+    assert [clients.reused(n) for n in numbers] == [0, 0, 49, 49]
+    assert {ended.space for ended in clients.scheduler._kept} == {"a", "b"}
+    assert Request.from_dict(Request(opening, space="a").to_dict()).space == "a"
+
+
 @pytest.mark.parametrize("window", [7, None])
 def test_what_is_being_read_is_read_once_for_all_that_begin_with_it(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, window: int | None

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import small_config, small_model, write_folder
+from models import mixed_config, small_config, small_model, write_folder
 from values import number
 
 from m7mlx.cache import RollingCache
@@ -34,7 +34,10 @@ from m7mlx.tokens.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("computed_by")
 
-MODELS = {window: small_model(small_config(sliding_window=window, head_dim=32)) for window in (4, 7, 16, None)}
+MODELS: dict[int | str | None, Mistral] = {
+    window: small_model(small_config(sliding_window=window, head_dim=32)) for window in (4, 7, 16, None)
+}
+MODELS["mixed"] = small_model(mixed_config(head_dim=32))
 OTHER = small_model(small_config(sliding_window=5, n_layers=1), seed=0)
 PADDED = small_model(small_config(vocab_size=128, n_layers=1), seed=3)
 SHORT = small_model(small_config(vocab_size=60, sliding_window=None, n_layers=1), seed=4)
@@ -129,7 +132,7 @@ SAMPLINGS = [
 )
 @settings(max_examples=80, deadline=None)
 def test_the_tokens_are_those_of_plain_decoding(
-    window: int | None, kind: str, most: int, slack: int, sampling: Sampling, prompt: int, limit: int
+    window: int | str | None, kind: str, most: int, slack: int, sampling: Sampling, prompt: int, limit: int
 ) -> None:
     model, ids = MODELS[window], IDS[:prompt]
     expected = plain(model, ids, sampling, limit, slack=slack)
@@ -147,7 +150,7 @@ def test_the_tokens_are_those_of_plain_decoding(
 )
 @settings(max_examples=40, deadline=None)
 def test_right_and_wrong_guesses_in_any_order(
-    window: int | None, wrong: list[int], options: dict[str, Any], sampling: Sampling
+    window: int | str | None, wrong: list[int], options: dict[str, Any], sampling: Sampling
 ) -> None:
     """Across the wrap, in 16 and in 8 bits, with and without a window."""
     expected = plain(MODELS[window], IDS, sampling, 60, **options)

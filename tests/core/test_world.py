@@ -15,6 +15,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +64,22 @@ def launched(count: int, *command: str) -> tuple[str, str]:
     return out, err
 
 
+CONFIG = small_config(hidden_size=64, n_heads=8, n_kv_heads=4, intermediate_size=128, n_layers=5, vocab_size=32000)
+KINDS = ("full_attention", *["sliding_attention"] * 3, "full_attention")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = small_config(
-        hidden_size=64, n_heads=8, n_kv_heads=4, intermediate_size=128, n_layers=5, vocab_size=32000
-    )
-    return write_folder(tmp_path_factory.mktemp("ranks") / "model", config)
+    return write_folder(tmp_path_factory.mktemp("ranks") / "model", CONFIG)
 
 
 @pytest.fixture(scope="module")
-def quantised(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """4 bits, one layer in 8: a shard has the layer under another number."""
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4 bits, one layer in 8: a shard has the layer under another number.
+
+    Two layers have no window.
+    """
+    folder = write_folder(tmp_path_factory.mktemp("mixed") / "model", replace(CONFIG, layer_types=KINDS))
     target = tmp_path_factory.mktemp("quantised") / "model"
     rule = r"layers\.3\..*=8"
     assert (
@@ -252,9 +258,13 @@ def test_shards_make_up_the_whole(size: int, tied: bool) -> None:
 
     Nothing of the layers' matrices is read by two.
     """
-    whole = small_config(n_layers=5, n_heads=30, n_kv_heads=30, intermediate_size=60, tie_word_embeddings=tied)
+    whole = small_config(
+        n_layers=5, n_heads=30, n_kv_heads=30, intermediate_size=60, tie_word_embeddings=tied, layer_types=KINDS
+    )
     for mode in MODES:
         shards = [Shard(mode, rank, size) for rank in range(size)]
+        types = [shard.config(whole).layer_types for shard in shards]
+        assert sum(types, ()) == KINDS if mode == "pipeline" else set(types) == {KINDS}
         own = [dict(shard.config(whole).weight_shapes()) for shard in shards]
         for name, shape in whole.weight_shapes().items():
             count = np.zeros(shape, int)
@@ -290,6 +300,6 @@ def test_a_slice_is_read_as_the_whole_is(tmp_path: Path) -> None:
     mx.save_safetensors(str(file), arrays)
     for name, array in arrays.items():
         for slices in ((slice(1, 4), slice(7)), (slice(5), slice(2, 5)), (slice(0, 0), slice(7))):
-            found = read_slices(StoredTensor(file, name, (5, 7)), data_starts(file)[name], slices)
+            found = read_slices(StoredTensor(file, name, (5, 7), name), data_starts(file)[name], slices)
             assert found.dtype == array.dtype
             assert mx.array_equal(found, array[slices])

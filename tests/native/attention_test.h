@@ -153,7 +153,7 @@ class AttentionTest {
     const int64_t D = shape_.head_dim, wide = (shape_.n_heads + 2 * shape_.n_kv_heads) * D;
     const int64_t rotations = draw(0, 1) ? shape_.batch : 1;
     Floats heads(size_t(shape_.batch * length * wide)), rotation(size_t(rotations * length * D)),
-        out(size_t(shape_.batch * length * shape_.n_heads * D)), forgets_nothing(out.size());
+        factors(size_t(rotations * length)), out(size_t(shape_.batch * length * shape_.n_heads * D)), forgets_nothing(out.size());
     for (float& x : heads) x = size * normal();
     for (size_t i = 0; i < rotation.size(); ++i) {
       if (i / size_t(D / 2) % 2) continue;  // a cosine; its sine lies half a row further on
@@ -161,10 +161,12 @@ class AttentionTest {
       rotation[i] = static_cast<float>(std::cos(angle));
       rotation[i + size_t(D / 2)] = static_cast<float>(std::sin(angle));
     }
+    for (float& x : factors) x = 1 + std::abs(normal());
     m7::Attention a{};
     a.heads = heads.data();
     a.rotation = rotation.data();
     a.rotations = rotations;
+    a.factors = draw(0, 1) ? factors.data() : nullptr;
     a.batch = shape_.batch;
     a.length = length;
     a.n_heads = shape_.n_heads;
@@ -196,7 +198,7 @@ class AttentionTest {
             std::to_string(shape_.window) + " capacity " + std::to_string(shape_.capacity) + " position " +
             std::to_string(position_) + " length " + std::to_string(length);
     if (!(keys_.intact() && values_.intact() && all_keys_.intact() && all_values_.intact() && heads.intact() &&
-          rotation.intact() && out.intact() && forgets_nothing.intact()))
+          rotation.intact() && factors.intact() && out.intact() && forgets_nothing.intact()))
       return fail(what_.c_str(), "bytes beside a buffer were written");
     if (!is_stored(a)) return false;
     position_ += length;
@@ -250,8 +252,9 @@ class AttentionTest {
     const int64_t D = a.head_dim, own = a.offset + token, kv_head = head / shape_.shared();
     const int64_t low = std::max(starts_[size_t(b)], a.window ? own - a.window + 1 : 0);
     const float* x = a.heads + ((b * a.length + token) * (a.n_heads + 2 * a.n_kv_heads) + head) * D;
-    const std::vector<double> query =
-        rotated(x, a.rotation + ((a.rotations == 1 ? 0 : b) * a.length + token) * D, shape_);
+    const int64_t place = (a.rotations == 1 ? 0 : b) * a.length + token;
+    std::vector<double> query = rotated(x, a.rotation + place * D, shape_);
+    for (double& number : query) number *= a.factors ? a.factors[place] : 1;
     std::vector<double> scores, wanted(query.size(), 0), size(query.size(), 0);
     double largest = -INFINITY, terms = 0, total = 0;
     for (int64_t p = low; p <= own; ++p) {

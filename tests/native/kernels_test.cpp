@@ -193,6 +193,9 @@ bool test_product(const Kernels& kernels) {
   p.norm_eps = 1e-5f;
   p.n_matrices = n;
   p.gated = gated;
+  p.rounded = draw(0, 1);
+  // Each number is moved by up to half of 1/32,767 of the largest in its group.
+  const bool rounded = p.rounded && tokens <= 8 && format.biases && 16 % format.bits == 0;
   p.residual = added ? residual.data() : nullptr;
   p.y = y.data();
   kernels.product(p);
@@ -206,12 +209,17 @@ bool test_product(const Kernels& kernels) {
     for (int i = 0; i < n; ++i) {
       const auto& s = matrices[size_t(i)];
       for (int64_t r = 0; r < s.a.rows; ++r) {
-        double total = 0, total_size = 0;
+        double total = 0, total_size = 0, most = 0;
         for (int64_t k = 0; k < columns; ++k) {
+          const auto given = [&](int64_t i) {
+            return std::abs(double(x[size_t(m * columns + i)]) * (normed ? inverse * norm[size_t(i)] : 1));
+          };
+          for (int64_t i = k; rounded && k % group == 0 && i < k + group; ++i)
+            most = i == k ? given(i) : std::max(most, given(i));
           const double v = s.numbers[size_t(r * columns + k)] * x[size_t(m * columns + k)] *
                            (normed ? inverse * norm[size_t(k)] : 1);
           total += v;
-          total_size += std::abs(v);
+          total_size += rounded ? std::abs(s.numbers[size_t(r * columns + k)]) * most : std::abs(v);
         }
         // Codes and biases are summed apart: what counts is the size of both.
         if (format.biases) total_size *= 8;

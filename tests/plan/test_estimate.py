@@ -14,6 +14,7 @@ from m7mlx_plan.estimate import NETWORKS, Network, estimate
 from m7mlx_plan.weights import list_weights
 from models import small_config, write_folder
 
+from m7mlx.files.published import PUBLISHED
 from m7mlx.loading import load
 from m7mlx.shard import MODES, Mode, Shard
 
@@ -37,6 +38,26 @@ def test_weights_and_cache_are_those_of_the_shards(folder: Path, mode: Mode, ran
         3 * 2 * shard.config.n_layers * shard.config.n_kv_heads * shard.config.head_dim * 11 * 2 for shard in shards
     ]
     assert found.cache == max(caches)
+
+
+@pytest.mark.parametrize(
+    ("alias", "billions"),
+    [
+        ("mistral", 7.25),
+        ("ministral-3b", 3.43),
+        ("ministral-8b", 8.49),
+        ("ministral-14b", 13.5),
+        ("mistral-nemo", 12.25),
+        ("mistral-small", 23.57),
+        ("devstral-small", 23.57),
+    ],
+)
+def test_models_with_an_alias_need_not_be_here(alias: str, billions: float) -> None:
+    config, tensors = list_weights(alias, None)
+    assert config.n_weights == pytest.approx(billions * 1e9, rel=0.002)
+    # A download may have a vision tower of 0.84 GB besides.
+    beside = PUBLISHED[alias].nbytes - sum(size for _, size in tensors.values())
+    assert -0.05e9 < beside < 1e9
 
 
 def test_networks_decide_where_dividing_pays() -> None:

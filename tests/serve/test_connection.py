@@ -152,7 +152,7 @@ def listening(app: Any = None, connections: int | None = None) -> Iterator[tuple
     """A listener in this process, of an app that has no model."""
     with socket.create_server(("127.0.0.1", 0)) as bound:
         port = bound.getsockname()[1]
-        server = Listener(app or Admission(_app, ["/"], {"localhost"}, None), lambda: None, connections)
+        server = Listener(app or Admission(_app, ["/"], {"localhost"}, ()), lambda: None, connections)
         thread = threading.Thread(target=asyncio.run, args=(server.serve(sockets=[bound]),))
         thread.start()
         while not server.started:

@@ -7,9 +7,9 @@ import pytest
 from m7mlx_serve.limits import Limits, rows_memory
 from models import random_weights, small_config
 
-from m7mlx.cache import UNDO_SLACK
 from m7mlx.decode import prefill
 from m7mlx.loading import build
+from m7mlx.memory import UNDO_SLACK
 
 
 @pytest.mark.parametrize("kv_bits", [None, 4, 8, 16, 32])

@@ -16,9 +16,10 @@ from typing import Any
 import httpx
 import pytest
 from m7mlx_serve.app import Served, Server
-from m7mlx_serve.engine import Engine
+from m7mlx_serve.catalog import Catalog
 from m7mlx_serve.errors import ApiError
 from m7mlx_serve.limits import Limits
+from m7mlx_serve.models import Models
 from m7mlx_serve.openai.chat import ChatRequest
 from m7mlx_serve.readers import Readers
 from m7mlx_serve.reading import parse, read
@@ -275,20 +276,24 @@ def test_nothing_typed_is_a_control_token(mistral_tokenizers: dict[str, Tokenize
         assert used(word) == plain
 
 
-def test_what_nests_too_deep_somewhere_else_is_the_clients_fault(model_folder: Path) -> None:
+def test_what_nests_too_deep_somewhere_else_is_the_clients_fault(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Deep(Readers):
         async def read(self, *_: Any) -> Any:
             raise RecursionError
 
-    server = Server(Engine(model_folder, Limits()), Deep(model_folder, "m"), Served("m"), {"localhost"}, None)
+    monkeypatch.setattr("m7mlx_serve.models.Readers", Deep)
+    models = Models(Catalog({"m": model_folder}), Limits())
+    server = Server(models, Served(), {"localhost"})
 
     async def ask() -> httpx.Response:
         transport = httpx.ASGITransport(server.app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-            server._engine._tokenizer = load_tokenizer(model_folder)
             return await client.post(PATH, json=BODY)
 
     found = asyncio.run(ask())
+    models.close()
     assert (found.status_code, found.json()["error"]["message"]) == (400, "the request nests too deep")
 
 

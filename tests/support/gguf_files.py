@@ -147,6 +147,55 @@ def write_gguf(
     return tensors
 
 
+def write_family_gguf(path: Path, config: ModelConfig, weights: Mapping[str, np.ndarray], **changes: Any) -> None:
+    """A GGUF file of one of the newer Mistrals as llama.cpp's converter writes it, in BF16.
+
+    `changes` to the metadata, with the architecture left out of the keys.
+    """
+    scaling = config.rope_scaling
+    architecture = "mistral3" if scaling else "llama"
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(config.n_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.n_heads)
+    writer.add_head_count_kv(config.n_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    if scaling:
+        assert scaling.factor is not None
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(scaling.factor)
+        writer.add_rope_scaling_orig_ctx_len(scaling.original_context)
+        writer.add_rope_scaling_yarn_beta_fast(scaling.beta_fast)
+        writer.add_rope_scaling_yarn_beta_slow(scaling.beta_slow)
+        writer.add_rope_scaling_yarn_log_mul(1.0)  # mscale_all_dim
+        writer.add_attn_temperature_scale(scaling.query_beta)
+    if config.sliding_window:
+        writer.add_sliding_window(config.sliding_window)
+        if config.layer_types:
+            writer.add_sliding_window_pattern([window is not None for window in config.windows])
+    for key, value in changes.items():
+        # In the place of the one above.
+        writer.kv_data[0][f"{architecture}.{key}"] = gguf.GGUFValue(value, gguf.GGUFValueType.get_type(value))
+    for key, value in tokenizer_metadata().items():
+        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+    for name, array in weights.items():
+        heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}.get(name.split(".")[-2])
+        array = permuted(array, heads) if heads else array
+        kind = Kind.F32 if array.ndim == 1 else Kind.BF16
+        writer.add_tensor(gguf_name(name), gguf.quants.quantize(array, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def write_mistral_gguf(
     path: Path,
     config: ModelConfig,

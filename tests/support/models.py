@@ -49,6 +49,12 @@ def small_config(**changes: Any) -> ModelConfig:
     return ModelConfig(**values | changes)
 
 
+def mixed_config(**changes: Any) -> ModelConfig:
+    """Return the same with one layer of full attention beside two with the window."""
+    values: dict[str, Any] = {"layer_types": ("full_attention", "sliding_attention", "sliding_attention")}
+    return small_config(**(values | {"model_type": "ministral"} | changes))
+
+
 def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     """Float32 weights large enough that every part of the model shows in the logits."""
     rng = np.random.default_rng(seed)

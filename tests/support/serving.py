@@ -53,7 +53,8 @@ def serving(
     """
     program = ["-c", f"{setup}\nfrom m7mlx_serve.cli import main\nraise SystemExit(main())"]
     start = program if setup else ["-m", "m7mlx_serve"]
-    command = [sys.executable, *start, "--model", str(folder), "--name", NAME, "--port", "0", *options]
+    on_disk = [] if "--prefix-disk" in options else ["--prefix-disk", "0"]
+    command = [sys.executable, *start, "--model", str(folder), "--name", NAME, "--port", "0", *on_disk, *options]
     if files is not None:
         command = ["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh", *command]
     with running(command, stderr=subprocess.PIPE, text=True) as process:

@@ -130,10 +130,13 @@ def write_sharded(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def native_weights(config: ModelConfig) -> dict[str, mx.array]:
-    """Return weights as Mistral publishes them: their names, and query and key rows in pairs."""
+def native_weights(config: ModelConfig, given: dict[str, np.ndarray] | None = None) -> dict[str, mx.array]:
+    """Return weights as Mistral publishes them: their names, and query and key rows in pairs.
+
+    given  weights under Hugging Face's names; random ones where there are none
+    """
     weights = {}
-    for name, array in random_weights(config).items():
+    for name, array in (given or random_weights(config)).items():
         heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}.get(name.split(".")[-2])
         new = next(theirs for ours, theirs in NATIVE.items() if ours in name)
         layer = f"layers.{name.split('.')[2]}." if "layers" in name else ""

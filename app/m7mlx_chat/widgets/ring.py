@@ -2,7 +2,7 @@
 
 Position i lies in slot i mod capacity. The last `window` positions are seen; a few more slots are
 slack, so that tokens can be taken back. Beyond lies what has been overwritten: no single token sees
-it any more.
+it any more. A model may have layers that roll beside others that see everything.
 """
 
 from __future__ import annotations
@@ -78,27 +78,14 @@ class RingPicture(Static):
             Color.parse(colors["panel"]).blend(Color.parse(colors["primary"]), 0.3),
         )
         if ready.window is None or ready.capacity is None:
-            return _growing(ready, seen, width, new)
+            return _growing(ready, seen, width, new, old)
         return _rolling(ready, seen, ready.window, ready.capacity, width, new, old)
 
 
 def _rolling(ready: Ready, seen: Seen, window: int, capacity: int, width: int, new: Color, old: Color) -> Text:
-    turned = seen.tokens / capacity
-    text = Text(no_wrap=True)
-    text.append("rolling buffer", style="bold")
-    text.append(f"   {capacity:,} slots · turned {turned:.2f} times", style="dim")
-    if ready.sinks:
-        text.append(f" · first {ready.sinks} tokens kept", style="dim")
-    text.append("\n")
-    for age in ages(seen.tokens, capacity, width):
-        if age is None:
-            text.append(_EMPTY, style="dim")
-        elif age >= window:
-            # slack: not seen any more, but still there to go back to
-            text.append("▒", style=_style(old))
-        else:
-            text.append("█", style=_style(new.blend(old, age / window)))
-    text.append("\n")
+    text = _buffer(
+        seen, window, capacity, width, new, old, f" · first {ready.sinks} tokens kept" if ready.sinks else ""
+    )
     slot = seen.tokens % capacity
     label = f"▲ token {seen.tokens:,} goes to slot {slot:,}"
     at = slot * width // capacity
@@ -108,8 +95,10 @@ def _rolling(ready: Ready, seen: Seen, window: int, capacity: int, width: int, n
     text.append(" " * at + label + "\n", style="dim")
     text.append_text(_timeline(seen.tokens, window, width, new, old))
     text.append("\n")
+    if ready.sliding:
+        text.append_text(_buffer(seen, *ready.sliding, width, new, old, " in the other layers"))
     text.append(f"{seen.cache_bytes / 1e6:,.1f} MB", style="bold")
-    fixed = seen.tokens > capacity
+    fixed = seen.tokens > max(capacity, ready.sliding[1] if ready.sliding else 0)
     text.append(
         " of keys and values, " + ("and it stays at that" if fixed else "growing until the buffer turns"), style="dim"
     )
@@ -118,6 +107,22 @@ def _rolling(ready: Ready, seen: Seen, window: int, capacity: int, width: int, n
     if seen.kept_bytes:
         text.append(f" · {seen.kept_bytes / 1e6:,.0f} MB for other branches", style="dim")
     return text
+
+
+def _buffer(seen: Seen, window: int, capacity: int, width: int, new: Color, old: Color, note: str = "") -> Text:
+    """What lies in a rolling buffer: a line about it, and its slots."""
+    text = Text(no_wrap=True)
+    text.append("rolling buffer", style="bold")
+    text.append(f"   {capacity:,} slots · turned {seen.tokens / capacity:.2f} times{note}\n", style="dim")
+    for age in ages(seen.tokens, capacity, width):
+        if age is None:
+            text.append(_EMPTY, style="dim")
+        elif age >= window:
+            # slack: not seen any more, but still there to go back to
+            text.append("▒", style=_style(old))
+        else:
+            text.append("█", style=_style(new.blend(old, age / window)))
+    return text.append("\n")
 
 
 def _timeline(tokens: int, window: int, width: int, new: Color, old: Color) -> Text:
@@ -135,15 +140,18 @@ def _timeline(tokens: int, window: int, width: int, new: Color, old: Color) -> T
     return text
 
 
-def _growing(ready: Ready, seen: Seen, width: int, new: Color) -> Text:
+def _growing(ready: Ready, seen: Seen, width: int, new: Color, old: Color) -> Text:
     text = Text(no_wrap=True)
     text.append("full attention", style="bold")
-    text.append(f"   every token is seen: {seen.tokens:,} of {ready.context:,}\n", style="dim")
+    where = " in a part of the layers" if ready.sliding else ""
+    text.append(f"   every token is seen{where}: {seen.tokens:,} of {ready.context:,}\n", style="dim")
     filled = min(width, round(width * seen.tokens / ready.context))
     text.append("█" * filled, style=_style(new))
     text.append(_EMPTY * (width - filled) + "\n", style="dim")
+    if ready.sliding:
+        text.append_text(_buffer(seen, *ready.sliding, width, new, old, " in the others"))
     text.append(f"{seen.cache_bytes / 1e6:,.1f} MB", style="bold")
-    whole = ready.context * ready.token_bytes
+    whole = ready.most_bytes or ready.context * ready.token_bytes
     text.append(f" of keys and values, growing to {in_gigabytes(whole)}", style="dim")
     text.append(" · --max-kv-size bounds it" if whole > 5e8 else "", style="dim")
     if seen.kept_bytes:

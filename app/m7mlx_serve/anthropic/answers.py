@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any, ClassVar
 
-from m7mlx import Piece
+from m7mlx import Piece, Stats
 from m7mlx_serve.answer_reader import AnswerReader, read_arguments
 from m7mlx_serve.answering import Answerer
 from m7mlx_serve.anthropic.errors import error_body
@@ -28,7 +28,7 @@ class MessageAnswers:
         self._answerer, self._read = answerer, read
         self._reader = AnswerReader(answerer.tokenizer, read.prompts.tool_use)
         self._id = f"msg_{secrets.token_hex(12)}"
-        self._generated = 0
+        self._generated, self._stats = 0, Stats()
         self._stop: str | None = None  # the stop text that ended the answer
         self._index, self._kind = -1, ""  # of the stream's last block; "" where none is open
 
@@ -113,6 +113,7 @@ class MessageAnswers:
 
     def _count(self, piece: Piece) -> None:
         self._generated += len(piece.ids)
+        self._stats = piece.stats or self._stats
         self._stop = piece.stop
 
     def _reason(self) -> tuple[str, str | None]:
@@ -134,8 +135,13 @@ class MessageAnswers:
         }
 
     def _usage(self) -> _Fields:
-        nothing = {"cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
-        return {"input_tokens": len(self._read.prompts.ids[0]), "output_tokens": self._generated, **nothing}
+        reused = self._answerer.reused(self._stats)
+        return {
+            "input_tokens": len(self._read.prompts.ids[0]) - reused,
+            "output_tokens": self._generated,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": reused,
+        }
 
 
 class CountAnswers:

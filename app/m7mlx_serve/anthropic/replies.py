@@ -15,12 +15,12 @@ class _Reply(BaseModel):
 
 
 class MessageUsage(_Reply):
-    """Nothing is told of what was held already: it would tell how other conversations begin."""
+    """Tokens read anew and tokens held already: 0 without keys, and while an answer comes."""
 
     input_tokens: Count
     output_tokens: Count
     cache_creation_input_tokens: Literal[0]
-    cache_read_input_tokens: Literal[0]
+    cache_read_input_tokens: Count
 
 
 class TextContent(_Reply):

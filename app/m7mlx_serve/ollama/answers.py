@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -11,10 +12,11 @@ from typing import Any, ClassVar
 
 from m7mlx import Piece, Stats
 from m7mlx_serve.answer_reader import AnswerReader, read_arguments
-from m7mlx_serve.answering import Answerer
+from m7mlx_serve.answering import Answerer, numbers_in_json
 from m7mlx_serve.endpoint import ReadRequest
 from m7mlx_serve.errors import ApiError
 from m7mlx_serve.ollama.chat import OllamaChatRequest
+from m7mlx_serve.ollama.embed import EmbedRequest
 from m7mlx_serve.ollama.fields import error_body
 
 _Fields = dict[str, Any]
@@ -97,31 +99,34 @@ class OllamaAnswers:
         }
 
 
-class ShowAnswers:
-    """What the model is."""
+class EmbedAnswers:
+    """The vectors of one request."""
 
     stream_type: ClassVar[str] = "application/x-ndjson"
 
     def __init__(self, answerer: Answerer, read: ReadRequest) -> None:
-        self._answerer = answerer
+        assert isinstance(read.body, EmbedRequest)
+        self._answerer, self._read, self._body, self._began = answerer, read, read.body, time.perf_counter()
 
     async def whole(self) -> Iterator[str]:
-        """The JSON of the description."""
-        shown = {
-            "modelfile": "",
-            "parameters": "",
-            "template": "",
-            "details": describe(),
-            "model_info": {"general.architecture": "llama", "llama.context_length": self._answerer.context},
-            "capabilities": ["completion", "tools"],
-            "modified_at": now(),
-        }
-        return iter([json.dumps(shown)])
+        """The JSON of all vectors, in pieces."""
+        vectors = await self._answerer.vectors(self._read, dimensions=self._body.dimensions)
+        return iter(await asyncio.to_thread(self._written, vectors))
 
     async def stream(self) -> AsyncGenerator[str, None]:
         """The same: there is nothing to wait for."""
         for text in await self.whole():
             yield text
+
+    def _written(self, vectors: Sequence[bytes]) -> list[str]:
+        told = {
+            "model": self._answerer.model,
+            "total_duration": int((time.perf_counter() - self._began) * _SECOND),
+            "load_duration": 0,
+            "prompt_eval_count": sum(map(len, self._read.prompts.ids)),
+        }
+        numbers = [f"{', ' if i else ''}{numbers_in_json(vector)}" for i, vector in enumerate(vectors)]
+        return [json.dumps(told).removesuffix("}"), ', "embeddings": [', *numbers, "]}"]
 
 
 def describe() -> _Fields:

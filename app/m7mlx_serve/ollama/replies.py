@@ -52,6 +52,14 @@ class TextLine(_Line):
     thinking: str = ""
 
 
+class Vectors(_Reply):
+    model: str
+    embeddings: list[list[float]]
+    total_duration: Count
+    load_duration: Literal[0]
+    prompt_eval_count: Count
+
+
 class Details(_Reply):
     parent_model: str
     format: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, ClassVar
 
@@ -43,18 +43,18 @@ class OpenAIAnswers:
 
     async def whole(self) -> Iterator[str]:
         """The JSON of all answers, in pieces."""
-        costs = []
+        costs: dict[int, Stats] = {}
         async with aclosing(self._answerer.answers(self._read)) as pieces:
             async for index, piece in pieces:
                 self._choices[index].feed(piece)
                 if piece.stats:
-                    costs.append(piece.stats)
+                    costs[index] = piece.stats
         choices = [choice.whole() for choice in self._choices]
         return write(self._envelope(self._body.shape.whole_object, choices) | {"usage": self._usage(costs)})
 
     async def stream(self) -> AsyncGenerator[str, None]:
         """Server-sent events: chunks, the usage if it is asked for, and an end."""
-        costs: list[Stats] = []
+        costs: dict[int, Stats] = {}
         begun = False
         try:
             async with aclosing(self._answerer.answers(self._read)) as pieces:
@@ -65,7 +65,7 @@ class OpenAIAnswers:
                                 yield self._event([opening])
                     begun = True
                     if piece.stats:
-                        costs.append(piece.stats)
+                        costs[index] = piece.stats
                     for chunk in self._choices[index].feed(piece):
                         yield self._event([chunk])
         except ApiError as error:
@@ -90,17 +90,17 @@ class OpenAIAnswers:
         chunk = self._envelope(self._body.shape.chunk_object, choices) | more
         return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
 
-    def _usage(self, costs: Sequence[Stats]) -> dict[str, Any]:
-        """The tokens of each prompt, counted once, and of all answers.
-
-        How much of a prompt was held already is not told: it would tell a client how other clients'
-        conversations begin.
-        """
-        prompt = sum(map(len, self._read.prompts.ids))
-        generated = sum(cost.generated_tokens for cost in costs)
+    def _usage(self, costs: Mapping[int, Stats]) -> dict[str, Any]:
+        """The tokens of each prompt, counted once, and of all answers, whose costs are `costs`."""
+        prompt, n = sum(map(len, self._read.prompts.ids)), self._body.n
+        generated = sum(cost.generated_tokens for cost in costs.values())
+        reused = [
+            self._answerer.reused(*(cost for index, cost in costs.items() if index // n == number))
+            for number in range(len(self._read.prompts.ids))
+        ]
         return {
             "prompt_tokens": prompt,
             "completion_tokens": generated,
             "total_tokens": prompt + generated,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": sum(reused)},
         }

@@ -15,9 +15,9 @@ class _Reply(BaseModel):
 
 
 class Cached(_Reply):
-    """Always 0: it does not tell how other clients' conversations begin."""
+    """0 without keys: it does not tell how other clients' conversations begin."""
 
-    cached_tokens: Literal[0]
+    cached_tokens: Count
 
 
 class UsageReply(_Reply):
@@ -150,6 +150,24 @@ class TextChunk(_Reply):
     usage: UsageReply | None = None
 
 
+class EmbeddingList(_Reply):
+    """A vector for each text: numbers, or their bytes as float32 in Base64."""
+
+    class Embedding(_Reply):
+        object: Literal["embedding"]
+        index: Count
+        embedding: list[float] | str
+
+    class Usage(_Reply):
+        prompt_tokens: Count
+        total_tokens: Count
+
+    object: Literal["list"]
+    model: str
+    data: list[Embedding]
+    usage: Usage
+
+
 class ModelCard(_Reply):
     id: str
     object: Literal["model"]
@@ -158,6 +176,7 @@ class ModelCard(_Reply):
     type: Literal["base"]
     capabilities: dict[str, bool]
     max_context_length: Count
+    loaded: bool
 
 
 class ModelList(_Reply):

@@ -8,19 +8,18 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field
 
-from m7mlx.errors import InputError, TokenizerError
+from m7mlx.errors import InputError
 from m7mlx.tokens.infill import infill_ids
 from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx_serve.endpoint import Endpoint, Prompts
 from m7mlx_serve.errors import ApiError
 from m7mlx_serve.openai.fields import NEUTRAL, Generation
+from m7mlx_serve.openai.inputs import Inputs, encode_inputs
 from m7mlx_serve.openai.replies import ErrorReply, TextChunk, TextCompletion
 from m7mlx_serve.openai.shape import Fields, Scored, Shape
-from m7mlx_serve.strict import MAX_TEXT, Text
+from m7mlx_serve.strict import Text
 
 _DEFAULT_TOKENS = 16  # OpenAI's
-_MOST_PROMPTS = 1024
-_LARGEST_ID = (1 << 31) - 1  # beyond the ids of any vocabulary
 
 
 class TextShape(Shape):
@@ -58,15 +57,7 @@ class TextShape(Shape):
 class CompletionRequest(Generation):
     """The body of POST /v1/completions."""
 
-    prompt: (
-        Text
-        | Annotated[list[int], Field(min_length=1, max_length=MAX_TEXT, fail_fast=True)]
-        | Annotated[list[Text], Field(min_length=1, max_length=_MOST_PROMPTS, fail_fast=True)]
-        | Annotated[
-            list[Annotated[list[int], Field(min_length=1, max_length=MAX_TEXT, fail_fast=True)]],
-            Field(min_length=1, max_length=_MOST_PROMPTS, fail_fast=True),
-        ]
-    )
+    prompt: Inputs
     suffix: Text | None = None  # what stands behind the answer, for models that fill in the middle
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     echo: bool = False
@@ -101,24 +92,11 @@ class CompletionRequest(Generation):
             if not isinstance(self.prompt, str):
                 raise InputError("a suffix goes with a prompt that is a text, not ids or a list")
             return Prompts([array("i", infill_ids(tokenizer, self.prompt, self.suffix))])
-        many: list[Any] = self.prompt if isinstance(self.prompt, list) else [self.prompt]
-        if isinstance(many[0], int):
-            many = [many]
-        if sum(map(len, many)) > MAX_TEXT:
-            raise InputError(f"prompt: all together are longer than {MAX_TEXT:,}; send fewer at a time")
-        return Prompts([_encode(tokenizer, one) for one in many])
+        return Prompts(encode_inputs(tokenizer, self.prompt, "prompt"))
 
     def without_texts(self) -> Self:
         """Leave out the prompt, and what stands behind the answer."""
         return self.model_copy(update={"prompt": "", "suffix": None})
-
-
-def _encode(tokenizer: Tokenizer, prompt: str | list[int]) -> array[int]:
-    if isinstance(prompt, str):
-        return array("i", tokenizer.encode(prompt, add_bos=tokenizer.add_bos))
-    if beyond := next((token for token in prompt if not 0 <= token <= _LARGEST_ID), None):
-        raise TokenizerError(f"token id {beyond} is outside the model's vocabulary")
-    return array("i", prompt)
 
 
 ENDPOINT = Endpoint(

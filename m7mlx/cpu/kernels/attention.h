@@ -305,8 +305,9 @@ inline void take_in(const Work& w, float* queries, int64_t b, int64_t token) {
   const Attention& a = w.a;
   const int64_t D = a.head_dim, position = a.offset + token;
   const float* heads = a.heads + (b * a.length + token) * (a.n_heads + 2 * a.n_kv_heads) * D;
-  const float* rotation = a.rotation + ((a.rotations == 1 ? 0 : b) * a.length + token) * D;
-  const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(D));
+  const int64_t place = (a.rotations == 1 ? 0 : b) * a.length + token;
+  const float* rotation = a.rotation + place * D;
+  const float scale = (a.factors ? a.factors[place] : 1.0f) / __builtin_sqrtf(static_cast<float>(D));
   for (int64_t h = 0; h < a.n_heads; ++h) {
     float* to = queries + (((b * a.n_kv_heads + h / w.shared) * a.length + token) * w.shared + h % w.shared) * D;
     rotate(heads + h * D, rotation, D, scale, to);

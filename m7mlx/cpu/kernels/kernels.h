@@ -1,7 +1,7 @@
 // What the kernels take: plain structures, so that they know nothing of MLX and can be tested alone.
 //
 // kernels.cpp is compiled once for each instruction set, in a namespace of its own; `kernels_for`
-// chooses the set at run time. All arithmetic is in float32.
+// chooses the set at run time. All arithmetic is in float32, but for `Product::rounded`.
 
 #pragma once
 
@@ -39,6 +39,7 @@ struct Product {
   Matrix matrices[kMostMatrices];
   int n_matrices;
   bool gated;             // the matrices are gate and up of a SwiGLU
+  bool rounded;           // few tokens may meet packed matrices as 16-bit integers, scaled group by group
   const float* residual;  // as y; null for none
   float* y;               // [tokens, the rows of all matrices], or [tokens, rows] where gated
 };
@@ -69,6 +70,7 @@ struct Attention {
   const float* heads;     // [batch, length, (n_heads + 2 n_kv_heads) · head_dim]: not rotated yet
   const float* rotation;  // [rotations, length, head_dim]: cosines, then sines
   int64_t rotations;      // batch, or 1 for all rows
+  const float* factors;   // [rotations, length]: what queries are multiplied by besides; null for nothing
   int64_t batch, length, n_heads, n_kv_heads, head_dim;
   Rows keys, values;
   int64_t slots;          // that are allocated

@@ -151,8 +151,14 @@ class Node : public mx::Primitive {
 class ProductNode : public Node {
  public:
   ProductNode(mx::Stream stream, std::vector<std::shared_ptr<Weight>> weights, bool normed, float eps, bool added,
-              bool gated)
-      : Node(stream), weights_(std::move(weights)), normed_(normed), added_(added), gated_(gated), eps_(eps) {}
+              bool gated, bool rounded)
+      : Node(stream),
+        weights_(std::move(weights)),
+        normed_(normed),
+        added_(added),
+        gated_(gated),
+        rounded_(rounded),
+        eps_(eps) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     Product p{};
@@ -167,6 +173,7 @@ class ProductNode : public Node {
     }
     p.norm_eps = eps_;
     p.gated = gated_;
+    p.rounded = rounded_;
     p.y = make<float>(outputs[0]);
     later([p] { kernels().product(p); });
   }
@@ -174,7 +181,7 @@ class ProductNode : public Node {
 
  private:
   std::vector<std::shared_ptr<Weight>> weights_;
-  bool normed_, added_, gated_;
+  bool normed_, added_, gated_, rounded_;
   float eps_;
 };
 
@@ -197,7 +204,7 @@ class LookupNode : public Node {
 struct Layout {
   int64_t n_kv_heads, capacity, window, offset, group;
   std::vector<int64_t> starts;
-  bool turned;
+  bool turned, has_factors;
 };
 
 class AttentionNode : public Node {
@@ -205,20 +212,22 @@ class AttentionNode : public Node {
   AttentionNode(mx::Stream stream, Layout layout) : Node(stream), layout_(std::move(layout)) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    // heads, rotation, what was written before, and the buffers: keys first, one array each or three.
-    const mx::array &heads = inputs[0], &rotation = inputs[1], &first = inputs[3];
-    const size_t half = (inputs.size() - 3) / 2;
+    // heads, rotation, what was written before, the queries' factors if there are any, and the buffers:
+    // keys first, one array each or three.
+    const size_t at = layout_.has_factors ? 4 : 3, half = (inputs.size() - at) / 2;
+    const mx::array &heads = inputs[0], &rotation = inputs[1], &first = inputs[at];
     Attention a{};
     a.heads = heads.data<float>();
     a.rotation = rotation.data<float>();
     a.rotations = rotation.shape(0);
+    a.factors = layout_.has_factors ? inputs[3].data<float>() : nullptr;
     a.batch = heads.shape(0);
     a.length = heads.shape(1);
     a.head_dim = rotation.shape(2);
     a.n_kv_heads = layout_.n_kv_heads;
     a.n_heads = heads.shape(2) / a.head_dim - 2 * a.n_kv_heads;
-    a.keys = rows(inputs, 3, half, a.head_dim);
-    a.values = rows(inputs, 3 + half, half, a.head_dim);
+    a.keys = rows(inputs, at, half, a.head_dim);
+    a.values = rows(inputs, at + half, half, a.head_dim);
     a.slots = first.shape(2);
     a.capacity = layout_.capacity;
     a.window = layout_.window;
@@ -311,7 +320,7 @@ mx::array as_rows(const mx::array& x, mx::Stream stream) { return mx::contiguous
 
 mx::array product(const mx::array& x, const std::vector<std::shared_ptr<Weight>>& weights,
                   const std::optional<mx::array>& norm, float eps, const std::optional<mx::array>& residual,
-                  bool gated) {
+                  bool gated, bool rounded) {
   if (weights.empty() || weights.size() > kMostMatrices || (gated && (weights.size() != 2 || residual)))
     refuse("a product takes one to three weights, a gated one takes two");
   const int64_t columns = weights[0]->columns();
@@ -340,7 +349,8 @@ mx::array product(const mx::array& x, const std::vector<std::shared_ptr<Weight>>
     inputs.push_back(as_rows(*residual, stream));
   }
   for (const auto& w : weights) inputs.insert(inputs.end(), w->arrays().begin(), w->arrays().end());
-  auto node = std::make_shared<ProductNode>(stream, weights, norm.has_value(), eps, residual.has_value(), gated);
+  auto node =
+      std::make_shared<ProductNode>(stream, weights, norm.has_value(), eps, residual.has_value(), gated, rounded);
   return mx::array(std::move(shape), mx::float32, std::move(node), std::move(inputs));
 }
 
@@ -353,7 +363,8 @@ mx::array lookup(const mx::array& ids, const std::shared_ptr<Weight>& weight) {
   return mx::array(std::move(shape), mx::float32, std::make_shared<LookupNode>(stream, weight), std::move(inputs));
 }
 
-std::tuple<mx::array, mx::array> attend(const mx::array& heads, const mx::array& rotation, const mx::array& written,
+std::tuple<mx::array, mx::array> attend(const mx::array& heads, const mx::array& rotation,
+                                        const std::optional<mx::array>& factors, const mx::array& written,
                                         const std::vector<mx::array>& buffers, int64_t n_kv_heads, int64_t offset,
                                         int64_t capacity, int64_t window, std::vector<int64_t> starts, int64_t group,
                                         bool turned) {
@@ -364,6 +375,8 @@ std::tuple<mx::array, mx::array> attend(const mx::array& heads, const mx::array&
   if (heads.shape(2) % dim || n_heads < 1 || n_heads % n_kv_heads || dim % 2) refuse("heads do not divide");
   if (rotation.shape(1) != length || (rotation.shape(0) != 1 && rotation.shape(0) != batch))
     refuse("the rotation does not fit the tokens");
+  if (factors && (factors->dtype() != mx::float32 || factors->shape() != mx::Shape{rotation.shape(0), rotation.shape(1)}))
+    refuse("the queries' factors are float32, one for each rotation");
   if (static_cast<int64_t>(starts.size()) != batch) refuse("every row has a start");
   if (buffers.size() != 2 && buffers.size() != 6) refuse("keys and values are one array each, or three");
   for (const mx::array& b : buffers) {
@@ -377,9 +390,10 @@ std::tuple<mx::array, mx::array> attend(const mx::array& heads, const mx::array&
   if (std::min<int64_t>(offset + length, capacity) > buffers[0].shape(2)) refuse("the ring has too few slots");
   mx::Stream stream = cpu();
   std::vector<mx::array> inputs = {as_rows(heads, stream), as_rows(rotation, stream), written};
+  if (factors) inputs.push_back(as_rows(*factors, stream));
   inputs.insert(inputs.end(), buffers.begin(), buffers.end());
   auto node = std::make_shared<AttentionNode>(
-      stream, Layout{n_kv_heads, capacity, window, offset, group, std::move(starts), turned});
+      stream, Layout{n_kv_heads, capacity, window, offset, group, std::move(starts), turned, factors.has_value()});
   std::vector<mx::array> out = mx::array::make_arrays(
       {{static_cast<int>(batch), static_cast<int>(length), static_cast<int>(n_heads * dim)}, {1}},
       {mx::float32, mx::float32}, node, inputs);
@@ -401,10 +415,11 @@ NB_MODULE(_native, module) {
   module.def("threads", &m7::threads);
   module.def("set_threads", &m7::set_threads, nb::arg("n"));
   module.def("product", &m7::product, nb::arg("x"), nb::arg("weights"), nb::arg("norm") = nb::none(),
-             nb::arg("eps") = 0.0f, nb::arg("residual") = nb::none(), nb::arg("gated") = false);
+             nb::arg("eps") = 0.0f, nb::arg("residual") = nb::none(), nb::arg("gated") = false,
+             nb::arg("rounded") = false);
   module.def("lookup", &m7::lookup, nb::arg("ids"), nb::arg("weight"));
   module.def("map_file", &m7::map_file, nb::arg("path"), nb::arg("tensors"));
-  module.def("attend", &m7::attend, nb::arg("heads"), nb::arg("rotation"), nb::arg("written"), nb::arg("buffers"),
+  module.def("attend", &m7::attend, nb::arg("heads"), nb::arg("rotation"), nb::arg("factors").none(), nb::arg("written"), nb::arg("buffers"),
              nb::arg("n_kv_heads"), nb::arg("offset"), nb::arg("capacity"), nb::arg("window"), nb::arg("starts"),
              nb::arg("group"), nb::arg("turned"));
 }

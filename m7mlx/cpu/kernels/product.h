@@ -1,7 +1,8 @@
 // Products with matrices as they lie: packed codes become numbers in registers, or in tiles that
 // stay in the cache, and never in memory.
 //
-// Few tokens (up to kFew) are met row by row: every code is read once and meets all tokens. Many
+// Few tokens (up to kFew) are met row by row: every code is read once and meets all tokens, as a
+// number or, where the caller allows it, as an integer that meets integers of 16 bits. Many
 // tokens are laid out in panels, side by side, and meet tiles of unpacked rows (BLIS, Van Zee and
 // van de Geijn 2015).
 
@@ -87,6 +88,11 @@ template <class S, class F, int... j>
   (f(std::integral_constant<int, j>{}, S::template code<j>(w)), ...);
 }
 
+template <class S, int... j>
+[[gnu::always_inline]] inline void each_pair(const Words& w, Pairs* to, std::integer_sequence<int, j...>) {
+  ((to[j] = S::template pair<j>(w)), ...);
+}
+
 // --- few tokens ---------------------------------------------------------------------------------
 
 // Write what W words' codes meet in the order of the codes: code j's W numbers at to + j · stride.
@@ -95,46 +101,94 @@ inline void order_block(const float* block, float* to, int64_t stride) {
   constexpr int C = S::kCodes;
   if constexpr (C > W) {
     for (int i = 0; i < W; ++i)
-      for (int j = 0; j < C; ++j) to[j * stride + i] = block[i * C + j] * S::factor(j);
+      for (int j = 0; j < C; ++j) to[j * stride + i] = block[i * C + j];
   } else {
     V v[C];
     for (int j = 0; j < C; ++j) v[j] = load<V>(block + j * W);
     swap<C / 2, C>(v);
     I words;  // lanes now count words in steps of W / C
     for (int i = 0; i < W; ++i) words[i] = i % (W / C) * C + i / (W / C);
-    for (int j = 0; j < C; ++j)
-      store(to + j * stride, (C < W && C > 1 ? __builtin_shuffle(v[j], words) : v[j]) * S::factor(j));
+    for (int j = 0; j < C; ++j) store(to + j * stride, C < W && C > 1 ? __builtin_shuffle(v[j], words) : v[j]);
   }
 }
 
-// The tokens, in the order of the codes: [block][code][token][lane]; and the sums of their groups.
-template <class S>
-void order_few(const Product& p, const float* x, int64_t tokens, int64_t blocks, float* ordered, float* group_sums,
-               int64_t group_stride) {
-  const Matrix& a = p.matrices[0];
-  const int64_t K = a.columns;
+// Few tokens, as the rows of a matrix meet them. Groups are counted up to whole vectors.
+struct Few {
+  int64_t tokens, groups;
+  float* ordered;  // their numbers in the order of the codes: [block][code][token][lane]
+  float* steps;    // where they are rounded, what 1 stands for: [token][group]
+  float* sums;     // of their numbers: [token][group]
+};
+
+inline float largest(const float* x, int64_t n) {
+  V most{};
+  for (int64_t i = 0; i < n; i += W) {
+    const V v = load<V>(x + i);
+    most = greater(most, greater(v, -v));
+  }
+  float found = 0;
+  for (int i = 0; i < W; ++i) found = most[i] > found ? most[i] : found;
+  return found;
+}
+
+// Round each group's numbers to integers of 16 bits, and return what 1 stands for in `steps`. A
+// number that is not finite makes its group's sum so.
+inline void round_groups(const float* x, int64_t n, int64_t group, float* to, float* steps) {
+  for (int64_t g = 0; g < n / group; ++g) {
+    const float most = largest(x + g * group, group);
+    const bool counts = most > 1e-30f;
+    const float each = counts ? 32767.0f / most : 0.0f;
+    steps[g] = counts ? most / 32767.0f : 0.0f;
+    for (int64_t i = g * group; i < (g + 1) * group; i += W)
+      store(to + i, (load<V>(x + i) * each + 12582912.f) - 12582912.f);  // 1.5 · 2^23 leaves no bits for a fraction
+  }
+}
+
+// Lay out the tokens x [tokens, columns] in the order of the codes, as integers where `kRounded`: then
+// codes j and j + kCodes / 2 meet the two in a lane.
+template <class S, bool kRounded>
+void order_few(const Matrix& a, const float* x, int64_t blocks, const Few& few) {
+  const int64_t K = a.columns, tokens = few.tokens;
   constexpr int C = S::kCodes;
+  float* rounded = kRounded ? scratch(7, K) : nullptr;
   for (int64_t m = 0; m < tokens; ++m) {
     const float* from = x + m * K;
+    float* steps = few.steps + m * few.groups;
+    if constexpr (kRounded) {
+      zero(steps, few.groups);
+      round_groups(from, K, a.group, rounded, steps);
+      from = rounded;
+    }
     for (int64_t t = 0; t < blocks; ++t) {
-      float* to = ordered + (t * C * tokens + m) * W;
-      float rest[W * C];
+      float rest[W * C], turned[W * C];
       const float* block = from + t * W * C;
       if ((t + 1) * W * C > K) {
         zero(rest, W * C);
         std::memcpy(rest, block, static_cast<size_t>(K - t * W * C) * 4);
         block = rest;
       }
-      order_block<S>(block, to, tokens * W);
+      if constexpr (kRounded) {
+        order_block<S>(block, turned, W);
+        for (int j = 0; j < C / 2; ++j) {
+          const I lower = __builtin_convertvector(load<V>(turned + j * W), I),
+                  upper = __builtin_convertvector(load<V>(turned + (j + C / 2) * W), I);
+          store(few.ordered + ((t * (C / 2) + j) * tokens + m) * W, (lower & 0xffff) | upper << 16);
+        }
+      } else {
+        float* to = few.ordered + (t * C * tokens + m) * W;
+        order_block<S>(block, to, tokens * W);
+        for (int j = 1; j < C; ++j)
+          if (S::factor(j) != 1.0f) store(to + j * tokens * W, load<V>(to + j * tokens * W) * S::factor(j));
+      }
     }
     if constexpr (S::kBiases) {
-      float* sums_of = group_sums + m * group_stride;
+      float* sums_of = few.sums + m * few.groups;
+      zero(sums_of, few.groups);
       for (int64_t g = 0; g < K / a.group; ++g) {
         V total{};
         for (int64_t i = 0; i < a.group; i += W) total += load<V>(from + g * a.group + i);
-        sums_of[g] = sum(total);
+        sums_of[g] = kRounded ? sum(total) * steps[g] : sum(total);
       }
-      for (int64_t g = K / a.group; g < group_stride; ++g) sums_of[g] = 0;
     }
   }
 }
@@ -143,10 +197,10 @@ void order_few(const Product& p, const float* x, int64_t tokens, int64_t blocks,
 constexpr int64_t kAhead = 2048;
 
 // Add what blocks [t0, t1) of one row (or two, `kRows`) give to the sums of their tokens.
-template <class S, int kTokens, int kRows, bool kAlike>
+template <class S, int kTokens, int kRows, bool kAlike, bool kRounded>
 [[gnu::always_inline]] inline void add_blocks(const RowScales<S>& row_scales, const uint8_t* codes, int64_t row_bytes,
                                               int64_t words, int64_t t0, int64_t t1, const float* scales,
-                                              int64_t scale_stride, const float* ordered, V (*sums)[kTokens]) {
+                                              int64_t scale_stride, const Few& few, V (*sums)[kTokens]) {
   using Codes = std::make_integer_sequence<int, S::kCodes>;
   // As many sums are kept apart as hide a multiplication's latency, and fit into registers.
   constexpr int kParts = kTokens <= 4 ? 2 : 1;
@@ -154,8 +208,21 @@ template <class S, int kTokens, int kRows, bool kAlike>
   for (int r = 0; r < kRows; ++r)
     for (int m = 0; m < kTokens; ++m) total[r][m] = sums[r][m];
   const auto block = [&](int64_t t, const Words* w) [[gnu::always_inline]] {
-    const float* x = ordered + t * S::kCodes * kTokens * W;
-    if constexpr (!S::kGroups) {
+    const float* x = few.ordered + t * S::kCodes / (kRounded ? 2 : 1) * kTokens * W;
+    if constexpr (kRounded) {
+      for (int r = 0; r < kRows; ++r) {
+        Pairs code[S::kCodes / 2];
+        each_pair<S>(w[r], code, std::make_integer_sequence<int, S::kCodes / 2>{});
+        const V s = row_scales.template block<kAlike>(scales + r * scale_stride, t);
+        for (int m = 0; m < kTokens; ++m) {
+          I found{};
+          for (int j = 0; j < S::kCodes / 2; ++j) found += times(code[j], load<Pairs>(x + (j * kTokens + m) * W));
+          const V number = __builtin_convertvector(found, V);
+          total[r][m] +=
+              number * (kTokens == 1 ? s : s * row_scales.template block<kAlike>(few.steps + m * few.groups, t));
+        }
+      }
+    } else if constexpr (!S::kGroups) {
       for (int r = 0; r < kRows; ++r)
         for (int m = 0; m < kTokens; ++m) total[r][m] += S::template code<0>(w[r]) * load<V>(x + m * W);
     } else {
@@ -192,9 +259,9 @@ template <class S, int kTokens, int kRows, bool kAlike>
     for (int m = 0; m < kTokens; ++m) sums[r][m] = total[r][m];
 }
 
-template <class S, int kTokens, bool kAlike>
-void few_rows(const Matrix& a, const RowScales<S>& row_scales, int64_t first, int64_t last, const float* ordered,
-              const float* group_sums, int64_t group_stride, float* out, int64_t out_stride) {
+template <class S, int kTokens, bool kAlike, bool kRounded>
+void few_rows(const Matrix& a, const RowScales<S>& row_scales, int64_t first, int64_t last, const Few& few,
+              float* out, int64_t out_stride) {
   constexpr int kRows = kTokens == 1 || (kTokens <= 4 && !S::kGroups) ? 2 : 1;
   const int64_t words = a.columns / S::kCodes, blocks = (words + W - 1) / W, groups = row_scales.groups;
   // The part of the tokens that all rows of a batch meet before the next: half of the first cache.
@@ -207,21 +274,25 @@ void few_rows(const Matrix& a, const RowScales<S>& row_scales, int64_t first, in
     // What was stored last is read back late: the scales of all rows are turned into float32 first.
     if constexpr (S::kGroups) row_scales.read(a, a.scales, some, rows, scales);
     if constexpr (S::kBiases) row_scales.read(a, a.biases, some, rows, biases);
+    if constexpr (kRounded && kTokens == 1) {  // both are met at once
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t g = 0; g < groups; ++g) scales[r * groups + g] *= few.steps[g];
+    }
     for (int64_t t = 0; t < blocks; t += span) {
       const int64_t t1 = min(blocks, t + span);
       int64_t r = 0;
       for (; r + kRows <= rows; r += kRows)
-        add_blocks<S, kTokens, kRows, kAlike>(row_scales, a.codes + (some + r) * a.row_bytes, a.row_bytes, words, t,
-                                              t1, scales + r * groups, groups, ordered, sums_of + r);
+        add_blocks<S, kTokens, kRows, kAlike, kRounded>(row_scales, a.codes + (some + r) * a.row_bytes, a.row_bytes,
+                                                        words, t, t1, scales + r * groups, groups, few, sums_of + r);
       for (; r < rows; ++r)
-        add_blocks<S, kTokens, 1, kAlike>(row_scales, a.codes + (some + r) * a.row_bytes, a.row_bytes, words, t, t1,
-                                          scales + r * groups, groups, ordered, sums_of + r);
+        add_blocks<S, kTokens, 1, kAlike, kRounded>(row_scales, a.codes + (some + r) * a.row_bytes, a.row_bytes,
+                                                    words, t, t1, scales + r * groups, groups, few, sums_of + r);
     }
     if constexpr (S::kBiases) {
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t g = 0; g < groups; g += W)
           for (int m = 0; m < kTokens; ++m)
-            sums_of[r][m] += load<V>(biases + r * groups + g) * load<V>(group_sums + m * group_stride + g);
+            sums_of[r][m] += load<V>(biases + r * groups + g) * load<V>(few.sums + m * few.groups + g);
     }
     for (int m = 0; m < kTokens; ++m) {
       V of_rows[W];
@@ -241,15 +312,14 @@ inline void with_tokens(int64_t tokens, const F& f) {
   f(std::integral_constant<int, n>{});
 }
 
-template <class S>
-void few_rows(int64_t tokens, const Matrix& a, int64_t first, int64_t last, const float* ordered,
-              const float* group_sums, int64_t group_stride, float* out, int64_t out_stride) {
+template <class S, bool kRounded>
+void few_rows(const Matrix& a, int64_t first, int64_t last, const Few& few, float* out, int64_t out_stride) {
   const RowScales<S> row_scales(a);
-  with_tokens(tokens, [&](auto n) {
+  with_tokens(few.tokens, [&](auto n) {
     if (row_scales.alike())
-      few_rows<S, n, true>(a, row_scales, first, last, ordered, group_sums, group_stride, out, out_stride);
+      few_rows<S, n, true, kRounded>(a, row_scales, first, last, few, out, out_stride);
     else if constexpr (S::kGroups)
-      few_rows<S, n, false>(a, row_scales, first, last, ordered, group_sums, group_stride, out, out_stride);
+      few_rows<S, n, false, kRounded>(a, row_scales, first, last, few, out, out_stride);
   });
 }
 
@@ -397,25 +467,25 @@ inline void write_out(const float* from, int64_t token_stride, int64_t row_strid
 }
 
 // All matrices share a scheme here: they are met by the tokens in the same order.
-template <class S>
+template <class S, bool kRounded>
 void product_few(const Product& p, const float* x, int64_t tokens, float* y, const float* residual) {
   const Matrix& a = p.matrices[0];
   const int64_t words = a.columns / S::kCodes, blocks = (words + W - 1) / W;
-  const int64_t group_stride = S::kBiases ? up(a.columns / a.group, W) : 0;
-  const int64_t ordered_size = blocks * S::kCodes * W * tokens;
-  float* ordered = scratch(3, ordered_size + tokens * group_stride + W);
-  float* group_sums = ordered + ordered_size;
-  order_few<S>(p, x, tokens, blocks, ordered, group_sums, group_stride);
+  const int64_t groups = S::kGroups ? up(a.columns / a.group, W) : 0;
+  const int64_t size = blocks * S::kCodes * W * tokens;
+  float* room = scratch(3, size + 2 * tokens * groups + W);
+  const Few few = {tokens, groups, room, room + size, room + size + tokens * groups};
+  order_few<S, kRounded>(a, x, blocks, few);
   const int64_t n = outputs(p);
   const int64_t height = clamp(n / (threads() * 4), 16, 512);
   parallel(shares(p, height), [&](int64_t task) {
     const Share s = share_of(p, task, height);
     const int64_t rows = s.last - s.first;
     float* out = scratch(4, 2 * tokens * rows);
-    few_rows<S>(tokens, p.matrices[s.matrix], s.first, s.last, ordered, group_sums, group_stride, out, rows);
+    few_rows<S, kRounded>(p.matrices[s.matrix], s.first, s.last, few, out, rows);
     if (p.gated) {
       float* more = out + tokens * rows;
-      few_rows<S>(tokens, p.matrices[1], s.first, s.last, ordered, group_sums, group_stride, more, rows);
+      few_rows<S, kRounded>(p.matrices[1], s.first, s.last, few, more, rows);
       gate_with(out, more, tokens * rows);
     }
     write_out(out, rows, 1, tokens, rows, n, s.column, residual, y);
@@ -456,7 +526,12 @@ void product_alike(const Product& p) {
   const int64_t K = p.matrices[0].columns, n = outputs(p);
   with_scheme(p.matrices[0].scheme, [&](auto scheme) {
     using S = decltype(scheme);
-    if (p.tokens <= kFew) return product_few<S>(p, p.x, p.tokens, p.y, p.residual);
+    if (p.tokens <= kFew) {
+      if constexpr (S::kPairs) {
+        if (p.rounded) return product_few<S, true>(p, p.x, p.tokens, p.y, p.residual);
+      }
+      return product_few<S, false>(p, p.x, p.tokens, p.y, p.residual);
+    }
     for (int64_t m = 0; m < p.tokens; m += kManyTokens)
       product_many<S>(p, p.x + m * K, min(kManyTokens, p.tokens - m), p.y + m * n,
                       p.residual ? p.residual + m * n : nullptr);

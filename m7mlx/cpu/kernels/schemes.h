@@ -26,6 +26,8 @@ struct Affine {
   static constexpr int kBytes = kBits == 5 ? 5 : kBits == 3 || kBits == 6 ? 3 : 4;
   static constexpr int kCodes = kBytes * 8 / kBits;
   static constexpr uint32_t kMask = (1u << kBits) - 1;
+  // Whether codes lie so that `pair` takes them out: none across the middle of a word.
+  static constexpr bool kPairs = kHasPairs && 16 % kBits == 0;
 
   // Codes from here on are taken from the word's upper half, or their last bits would be lost.
   static constexpr int kUpper = kBytes == 4 ? kCodes / 2 : kBits == 5 ? 5 : kCodes;
@@ -64,11 +66,18 @@ struct Affine {
     const U word = j < kUpper ? w.a : kBytes == 4 ? w.a >> 16 : w.b;
     return number(word & (kMask << shift(j)));
   }
+  // Codes j and j + kCodes / 2 of each word, as two integers.
+  template <int j>
+  static inline Pairs pair(const Words& w) {
+    typedef uint16_t U16 __attribute__((vector_size(4 * W)));
+    const U16 halves = reinterpret_cast<U16>(w.a) >> (j * kBits);
+    return reinterpret_cast<Pairs>(j == kCodes / 2 - 1 ? halves : halves & static_cast<uint16_t>(kMask));
+  }
 };
 
 // E2M1: a sign and one of 0, ½, 1, 1½, 2, 3, 4, 6.
 struct Four {
-  static constexpr bool kGroups = true, kBiases = false;
+  static constexpr bool kGroups = true, kBiases = false, kPairs = false;
   static constexpr int kBytes = 4, kCodes = 8;
   static constexpr float factor(int) { return 1.0f; }
   static inline Words words(const uint8_t* p) { return {load<U>(p), U{}}; }
@@ -93,7 +102,7 @@ struct Four {
 
 // E4M3: subnormal below 2^-6.
 struct Eight {
-  static constexpr bool kGroups = true, kBiases = false;
+  static constexpr bool kGroups = true, kBiases = false, kPairs = false;
   static constexpr int kBytes = 4, kCodes = 4;
   static constexpr float factor(int) { return 1.0f; }
   static inline Words words(const uint8_t* p) { return {load<U>(p), U{}}; }
@@ -109,7 +118,7 @@ struct Eight {
 // Numbers that are not packed: a word is one of them.
 template <Scheme kScheme>
 struct Plain {
-  static constexpr bool kGroups = false, kBiases = false;
+  static constexpr bool kGroups = false, kBiases = false, kPairs = false;
   static constexpr int kBytes = kScheme == Scheme::f32 ? 4 : 2, kCodes = 1;
   static constexpr float factor(int) { return 1.0f; }
   static inline Words words(const uint8_t* p) {

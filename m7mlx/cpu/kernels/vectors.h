@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -32,6 +32,7 @@ typedef float V __attribute__((vector_size(4 * W)));
 typedef int32_t I __attribute__((vector_size(4 * W)));
 typedef uint32_t U __attribute__((vector_size(4 * W)));
 typedef uint16_t H __attribute__((vector_size(2 * W)));
+typedef int16_t Pairs __attribute__((vector_size(4 * W)));  // two in each lane
 typedef uint8_t B16 __attribute__((vector_size(16)));
 
 // The standard library's would be the same function for all instruction sets, compiled for one.
@@ -51,6 +52,23 @@ template <class T>
 inline void store(void* p, T v) {
   std::memcpy(p, &v, sizeof v);
 }
+// a · b of both integers in each lane, added up; in one instruction, where there is one.
+#if defined(__x86_64__)
+constexpr bool kHasPairs = true;
+inline I times(Pairs a, Pairs b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<I>(_mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<I>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#else
+  return reinterpret_cast<I>(_mm_madd_epi16(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+#endif
+}
+#else
+constexpr bool kHasPairs = false;
+inline I times(Pairs, Pairs) { return I{}; }
+#endif
+
 inline V splat(float x) { return x - V{}; }
 inline V number(U codes) { return __builtin_convertvector(reinterpret_cast<I>(codes), V); }
 inline V as_float(U bits) { return reinterpret_cast<V>(bits); }

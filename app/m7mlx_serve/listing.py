@@ -1,0 +1,104 @@
+"""Which models there are, loaded or not: by OpenAI's API, and by Ollama's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from m7mlx_serve.errors import ApiError
+from m7mlx_serve.models import Models
+from m7mlx_serve.named import NO_MODEL
+from m7mlx_serve.ollama import show
+from m7mlx_serve.ollama.answers import describe, now
+from m7mlx_serve.ollama.show import ShowRequest
+from m7mlx_serve.readers import SMALL
+from m7mlx_serve.reading import parse
+
+_Told = TypeVar("_Told")
+_VERSION = "0.12.0"  # of Ollama, whose API this is
+
+
+def openai_routes(models: Models) -> list[Route]:
+    """GET /v1/models and /v1/models/{name}, of models that have been served since now."""
+    created = int(time.time())
+
+    def card(name: str) -> dict[str, Any]:
+        """A model, in the words of OpenAI's clients and of Mistral's. Raises ApiError."""
+        return {
+            "id": name,
+            "object": "model",
+            "created": created,
+            "owned_by": "m7mlx",
+            "type": "base",
+            "capabilities": {"completion_chat": True, "completion_fim": False, "function_calling": True},
+            "max_context_length": models.about(name).context,
+            "loaded": any(slot.name == name for slot in models.loaded),
+        }
+
+    def list_models(request: Request) -> Response:  # on a thread: there may be many to look at
+        return JSONResponse({"object": "list", "data": _of_each(models, card)})
+
+    def show_model(request: Request) -> Response:
+        return JSONResponse(card(request.path_params["name"]))
+
+    return [Route("/v1/models", list_models), Route("/v1/models/{name:path}", show_model)]
+
+
+def ollama_routes(models: Models) -> list[Route]:
+    """GET /api/tags, /api/ps (those that are loaded) and /api/version; POST /api/show."""
+    since = now()
+
+    def tag(name: str, size: int) -> dict[str, Any]:
+        full = name if ":" in name else f"{name}:latest"
+        told = {"name": full, "model": full, "modified_at": since, "size": size, "digest": "0" * 64}
+        return told | {"details": describe()}
+
+    def list_tags(request: Request) -> Response:
+        return JSONResponse({"models": _of_each(models, lambda name: tag(name, models.about(name).stored))})
+
+    async def list_loaded(request: Request) -> Response:
+        return JSONResponse({"models": [tag(slot.name, slot.engine.weights) for slot in models.loaded]})
+
+    async def show_model(request: Request) -> Response:
+        """What a model is; it is not loaded for that, since clients ask of all."""
+        data = (await request.receive())["body"]
+        if len(data) > SMALL:
+            raise ApiError(400, f"the body must not exceed {SMALL:,} bytes here: it names a model, no more")
+        name = parse(data, ShowRequest).model
+        found = models.about(models.catalog.default if name in NO_MODEL else name)
+        shown = {
+            "modelfile": "",
+            "parameters": "",
+            "template": "",
+            "details": describe(),
+            "model_info": {"general.architecture": "llama", "llama.context_length": found.context},
+            "capabilities": ["completion", "tools", "embedding"],
+            "modified_at": now(),
+        }
+        return JSONResponse(shown)
+
+    async def show_version(request: Request) -> Response:
+        return JSONResponse({"version": _VERSION})
+
+    return [
+        Route("/api/tags", list_tags),
+        Route("/api/ps", list_loaded),
+        Route("/api/version", show_version),
+        Route(show.ENDPOINT.path, show_model, methods=["POST"]),
+    ]
+
+
+def _of_each(models: Models, tell: Callable[[str], _Told]) -> list[_Told]:
+    """What is told of each model, but for folders that hold none any more."""
+    found = []
+    for name in models.catalog.names:
+        try:
+            found.append(tell(name))
+        except ApiError:
+            continue
+    return found

@@ -1,0 +1,86 @@
+"""Ended conversations on disk: they come back after a restart, for their own key alone."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from serving import NAME, serving, user
+
+KEYS = ["the-first-key-0123456789", "the-other-key-0123456789"]
+LONG = "A prompt of an agent, which is long and the same every day. " * 8
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> list[str]:
+    (tmp_path / "keys").write_text("\n".join(KEYS))
+    return ["--api-key-file", str(tmp_path / "keys"), "--prefix-dir", str(tmp_path / "kept"), "--prefix-disk", "1"]
+
+
+def reused(url: str, text: str, key: str = KEYS[0]) -> tuple[int, int]:
+    """How many of a prompt's tokens were held, and how many it has."""
+    body = {"model": NAME, "messages": user(text), "max_tokens": 1, "temperature": 0}
+    headers = {"Authorization": f"Bearer {key}"}
+    usage = httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=60).json()["usage"]
+    return usage["prompt_tokens_details"]["cached_tokens"], usage["prompt_tokens"]
+
+
+@contextmanager
+def ended(folder: Path, options: list[str], number: int = signal.SIGTERM) -> Iterator[str]:
+    """A server that ends in order, or is killed."""
+    with serving(folder, *options) as (url, process):
+        yield url
+        process.send_signal(number)
+        assert process.wait(30) == (0 if number == signal.SIGTERM else -number)
+
+
+def told(url: str) -> dict[str, float]:
+    found = httpx.get(f"{url}/metrics", headers={"x-api-key": KEYS[0]}).text
+    return {name: float(value) for name, value in re.findall(r"^(m7mlx_prefix\w+) (\S+)$", found, re.M)}
+
+
+def test_what_was_read_is_not_read_again_after_a_restart(
+    chatml_folder: Path, options: list[str], tmp_path: Path
+) -> None:
+    with ended(chatml_folder, options) as url:
+        assert reused(url, LONG)[0] == 0
+        assert reused(url, "Short")[0] < 30
+    (file,) = (tmp_path / "kept").iterdir()  # the short one is not worth a file
+    assert file.stat().st_mode & 0o777 == 0o600 and (tmp_path / "kept").stat().st_mode & 0o777 == 0o700
+    with ended(chatml_folder, options) as url:
+        held, length = reused(url, LONG, KEYS[1])
+        assert held == 0
+        held, length = reused(url, LONG)
+        assert held == length - 1 and told(url)["m7mlx_prefix_hits"] == 1
+        held, longer = reused(url, LONG + "And more.")
+        assert length - 20 < held < longer
+        assert told(url)["m7mlx_prefix_hits"] == 1  # what is in memory is not loaded
+    for path in (tmp_path / "kept").iterdir():  # all are damaged
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    with ended(chatml_folder, options) as url:
+        assert reused(url, LONG)[0] == 0 and told(url)["m7mlx_prefix_hits"] == 0
+
+
+def test_when_it_is_quiet_conversations_are_saved(chatml_folder: Path, options: list[str], tmp_path: Path) -> None:
+    """So that a server that is killed has lost little; and none in a folder that is too small."""
+    with ended(chatml_folder, options, signal.SIGKILL) as url:
+        assert reused(url, LONG)[0] == 0
+        until = time.monotonic() + 30
+        while told(url)["m7mlx_prefix_files"] != 1:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+    with ended(chatml_folder, options) as url:
+        held, length = reused(url, LONG)
+        assert held == length - 1
+    none = [*options[:-3], str(tmp_path / "none"), "--prefix-disk", "0.000001"]
+    with ended(chatml_folder, none) as url:
+        reused(url, LONG)
+    assert not list((tmp_path / "none").iterdir())
