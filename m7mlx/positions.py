@@ -167,10 +167,11 @@ class Positions:
 
     def rotation(self, length: int) -> Rotation:
         """Return the rotation of the next `length` tokens."""
-        rows = np.array(self.starts if any(self.starts) else (0,))
-        positions = self.offset - rows[:, None] + np.arange(length)
-        # Where all rows began at 0, as a single conversation has, a number is faster than an array.
-        return Rotation(self.rope, mx.array(positions[:, 0]) if any(self.starts) else self.offset, positions)
+        positions = np.arange(self.offset, self.offset + length)[None]
+        if not any(self.starts):  # as in a single conversation: a number is faster than an array
+            return Rotation(self.rope, self.offset, positions)
+        positions = positions - np.array(self.starts)[:, None]
+        return Rotation(self.rope, mx.array(positions[:, 0]), positions)
 
     def forward_passes(self, length: int) -> tuple[ForwardPass, ...]:
         """Describe a pass over the next `length` tokens, for each kind of layer."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -100,10 +100,24 @@ class Rope:
     head_dim: int
     scaling: RopeScaling | None = None
 
-    @property
+    @cached_property
     def frequencies(self) -> Floats:
         """By how much a position turns each pair of numbers: [head_dim / 2]."""
-        return _frequencies(self)
+        dim, yarn = self.head_dim, self.scaling
+        powers = self.theta ** (np.arange(0, dim, 2, dtype=np.float32) / dim)
+        kept: Floats = (1 / powers).astype(np.float32)
+        if yarn is None or yarn.factor is None:
+            return kept
+        stretched = 1 / (np.float32(yarn.factor) * powers)
+        low, high = (_turning(self, turns, yarn.original_context) for turns in (yarn.beta_fast, yarn.beta_slow))
+        if yarn.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        high += 0.001 if low == high else 0
+        ramp = (np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+        share = 1 - np.clip(ramp, 0, 1)
+        frequencies: Floats = (stretched * (1 - share) + kept * share).astype(np.float32)
+        return frequencies
 
     @property
     def factor(self) -> float:
@@ -123,25 +137,6 @@ class Rope:
         contexts = (positions // self.scaling.original_context).astype(np.float32)
         factors: Floats = 1 + np.float32(self.scaling.query_beta) * np.log1p(contexts)
         return factors
-
-
-@cache
-def _frequencies(rope: Rope) -> Floats:
-    dim, yarn = rope.head_dim, rope.scaling
-    powers = rope.theta ** (np.arange(0, dim, 2, dtype=np.float32) / dim)
-    kept: Floats = (1 / powers).astype(np.float32)
-    if yarn is None or yarn.factor is None:
-        return kept
-    stretched = 1 / (np.float32(yarn.factor) * powers)
-    low, high = (_turning(rope, turns, yarn.original_context) for turns in (yarn.beta_fast, yarn.beta_slow))
-    if yarn.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
-    high += 0.001 if low == high else 0
-    ramp = (np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
-    share = 1 - np.clip(ramp, 0, 1)
-    frequencies: Floats = (stretched * (1 - share) + kept * share).astype(np.float32)
-    return frequencies
 
 
 def _turning(rope: Rope, turns: float, context: int) -> float:
