@@ -58,7 +58,14 @@ class ChatFormatError(InputError):
 
 
 class PromptTooLongError(InputError):
-    """A prompt longer than the context of a full-attention model."""
+    """A prompt longer than the context of a full-attention model.
+
+    `room` is how many tokens fit, where that is known.
+    """
+
+    def __init__(self, message: str, room: int | None = None) -> None:
+        super().__init__(message)
+        self.room = room
 
 
 class NotFoundError(InputError):

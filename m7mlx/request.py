@@ -255,7 +255,8 @@ def check_prompt(model: Mistral, ids: Sequence[int], cache: RollingCache) -> int
         what = f"the model's context holds {context}" if context <= fit else f"memory holds {fit} beside the model"
         raise PromptTooLongError(
             f"the prompt has {len(ids)} tokens, but {what}; "
-            "shorten it, start a new conversation, or bound the cache with max_kv_size"
+            "shorten it, start a new conversation, or bound the cache with max_kv_size",
+            min(fit, context),
         )
     return min(fit, context) - len(ids)
 

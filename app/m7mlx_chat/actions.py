@@ -18,6 +18,7 @@ class Action(NamedTuple):
     slash  the command's name after "/"; `takes` is what may follow
     place  where the keys work: everywhere, on a selected message or in the sidebar; what is in the
            "composer" is done by the composer itself
+    hint   what the key does, in a word, for the line that shows the keys of a place
     """
 
     name: str
@@ -27,12 +28,14 @@ class Action(NamedTuple):
     slash: str = ""
     takes: str = ""
     place: Place = "app"
+    hint: str = ""
 
 
 ACTIONS = (
     Action("send", "", "Enter", "send the message", place="composer"),
     Action("newline", "", "Ctrl+J, Alt+Enter", "new line", place="composer"),
     Action("prompt_history", "", "↑ ↓", "in the first or last line: what was asked before", place="composer"),
+    Action("undo_text", "", "Ctrl+Z", "take back what was changed or cleared in the text", place="composer"),
     Action("complete", "", "/ and @", "complete a command, or put a text file in", place="composer"),
     Action("editor", "ctrl+g", "Ctrl+G", "write the message in $EDITOR"),
     Action("stop", "escape", "Esc", "stop the answer and keep its text; close; back to the composer"),
@@ -62,26 +65,33 @@ ACTIONS = (
     Action("theme", "", "", "change the colours", "theme", "[NAME]"),
     Action("select(-1)", "alt+up", "Alt+↑", "select the message before"),
     Action("select(1)", "alt+down", "Alt+↓", "select the next message"),
+    Action("go_to_end(-1)", "ctrl+home", "Ctrl+Home", "the beginning of the conversation"),
+    Action("go_to_end(1)", "ctrl+end", "Ctrl+End", "its end"),
     Action("scroll(-1)", "pageup", "PgUp", "scroll the conversation up"),
     Action("scroll(1)", "pagedown", "PgDn", "scroll the conversation down"),
     Action("command_palette", "ctrl+p", "Ctrl+P", "every command, by name"),
     Action("help", "f1", "F1", "this help", "help"),
     Action("quit", "ctrl+q", "Ctrl+Q", "quit", "bye"),
-    Action("copy_message", "c", "c", "copy the message", place="message"),
-    Action("copy_code", "y", "y", "copy its code block; again: the next one", place="message"),
-    Action("edit_message", "e", "e", "edit the question and ask again", place="message"),
-    Action("retry_message", "r", "r", "answer again", place="message"),
-    Action("fork_message", "f", "f", "copy all up to here into a new conversation", place="message"),
-    Action("thoughts", "t", "t", "show or hide what the model thought", place="message"),
+    Action("copy_message", "c", "c", "copy the message", place="message", hint="copy"),
+    Action("copy_code", "y", "y", "copy its code block; again: the next one", place="message", hint="code"),
+    Action("edit_message", "e", "e", "edit the question and ask again", place="message", hint="edit"),
+    Action("retry_message", "r", "r", "answer again", place="message", hint="again"),
+    Action("fork_message", "f", "f", "copy all up to here into a new conversation", place="message", hint="fork"),
+    Action("thoughts", "t", "t", "show or hide what the model thought, or a long question", place="message"),
+    Action("wrap_code", "w", "w", "wrap long lines of code, or not", place="message", hint="wrap"),
     Action("sibling(-1)", "left_square_bracket", "[", "show the version before", place="message"),
-    Action("sibling(1)", "right_square_bracket", "]", "show the next version", place="message"),
-    Action("rename_chosen", "r", "r", "give it a title", place="sidebar"),
-    Action("archive_chosen", "a", "a", "put it away, or bring it back", place="sidebar"),
-    Action("delete_chosen", "d,delete", "d", "delete it", place="sidebar"),
-    Action("undo", "u", "u", "bring back what was deleted last", place="sidebar"),
-    Action("archived", "v", "v", "show what was put away, or not", place="sidebar"),
+    Action("sibling(1)", "right_square_bracket", "]", "show the next version", place="message", hint="next"),
+    Action("rename_chosen", "r", "r", "give it a title", place="sidebar", hint="title"),
+    Action("archive_chosen", "a", "a", "put it away, or bring it back", place="sidebar", hint="away"),
+    Action("delete_chosen", "d,delete", "d", "delete it", place="sidebar", hint="delete"),
+    Action("undo", "u", "u", "bring back what was deleted last", place="sidebar", hint="undo"),
+    Action("archived", "v", "v", "show what was put away, or not", place="sidebar", hint="those away"),
+    Action("trash", "t", "t", "show what was deleted, or not", place="sidebar", hint="trash"),
 )
 COMMANDS = {action.slash: action for action in ACTIONS if action.slash}
+# What people type who come from elsewhere.
+_OTHER_NAMES = {"quit": "bye", "exit": "bye", "clear": "new"}
+COMMANDS |= {other: COMMANDS[name] for other, name in _OTHER_NAMES.items()}
 
 
 def bindings(place: Place) -> list[BindingType]:
@@ -98,6 +108,11 @@ def key_name(action: Action) -> str:
     """The name of an action in the user's key map: `select(-1)` is "select_previous" there."""
     name = action.name.replace("(-1)", "_previous").replace("(1)", "_next")
     return name if action.place in ("app", "composer") else f"{action.place}_{name}"
+
+
+def hints(place: Place, keys: Mapping[str, str]) -> str:
+    """The line that shows the keys of a place; `keys` are the user's own."""
+    return " · ".join(f"{keys.get(key_name(a), a.shown)} {a.hint}" for a in ACTIONS if a.place == place and a.hint)
 
 
 def unknown_keys(keys: Mapping[str, str]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from m7mlx import Request
 from m7mlx.errors import InputError, M7Error
 from m7mlx_chat.events import AnyEngine, Done, Event, Failed, Ready, Seen, Text, Thought
-from m7mlx_chat.history import history
+from m7mlx_chat.history import history, ids_for
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.store import Store
 from m7mlx_chat.store.rows import Ending
@@ -108,7 +108,7 @@ class Answering:
                 if fatal:
                     self.ready = None
                 if self.under_way is not None and (fatal or self.under_way.submitted):
-                    self._finish("error", {"error": message})
+                    self._fail(self.under_way, message)
             case _:
                 pass
 
@@ -139,6 +139,9 @@ class Answering:
     def _request(self, under_way: UnderWay) -> Request:
         settings = under_way.settings
         text, ids = under_way.begun or ("", None)
+        if under_way.begun is not None:  # only now is it known which model goes on with it
+            ids = ids_for(self.store.message(under_way.answer), self.vocabulary)
+            under_way.begun = (text, ids)
         return Request(
             history(self.store.branch(under_way.question), settings.system, self.vocabulary),
             settings.sampling,
@@ -162,6 +165,16 @@ class Answering:
         if self.vocabulary is not None:
             statistics["vocabulary"] = self.vocabulary
         self._finish(_ENDINGS[done.reason], statistics, None if begun_ids is None else [*begun_ids, *done.ids])
+
+    def _fail(self, under_way: UnderWay, message: str) -> None:
+        """End an answer with a failure; what it had begun with can still be gone on with."""
+        text, ids = under_way.begun or ("", None)
+        statistics: dict[str, Any] = {"error": message}
+        if ids is not None and under_way.text == text:
+            statistics |= {"generated_tokens": under_way.earlier_tokens, "vocabulary": self.vocabulary}
+        else:
+            ids = None
+        self._finish("error", statistics, ids)
 
     def _finish(self, status: Ending, statistics: dict[str, Any], ids: list[int] | None = None) -> None:
         assert self.under_way is not None

@@ -9,26 +9,29 @@ from pathlib import Path
 
 from m7mlx.errors import M7Error
 from m7mlx_chat.actions import unknown_keys
-from m7mlx_chat.commands.asking import AskCommands
+from m7mlx_chat.answering import UnderWay
 from m7mlx_chat.commands.conversations import ConversationCommands
 from m7mlx_chat.commands.files import FileCommands
+from m7mlx_chat.commands.full import FullCommands
 from m7mlx_chat.commands.looking import LookCommands
 from m7mlx_chat.commands.settings import SettingsCommands
 from m7mlx_chat.commands.unsent_text import UnsentTextCommands
 from m7mlx_chat.commands.versions import VersionCommands
 from m7mlx_chat.events import Done, Event, Failed, Loading, Prefill, Ready, Text, Thought
 from m7mlx_chat.view import Parts
+from m7mlx_chat.widgets.composer import Composer
 from m7mlx_chat.widgets.messages import Answer
 
 _DRAIN_SECONDS, _SLOWEST = 1 / 15, 0.25  # more often shows nothing more
 # of this thread's time, while an answer comes: where the model has all cores, drawing costs tokens
 _DRAWING = 0.04
 _LOOK_SECONDS = 5.0  # what other instances changed, what could not be saved
+_DRAFT_SECONDS = 1.0  # between two looks at what is being written
 _SIDEBAR_FROM = 120  # columns: where there is room for the conversations at the start
 
 
 class ChatApp(
-    AskCommands,
+    FullCommands,
     VersionCommands,
     UnsentTextCommands,
     ConversationCommands,
@@ -71,6 +74,7 @@ class ChatApp(
         self.engine.start()
         self.set_interval(_DRAIN_SECONDS, self._drain_in_time)
         self.set_interval(_LOOK_SECONDS, self.look_around)
+        self.set_interval(_DRAFT_SECONDS, self._keep_draft)
         self.sidebar.set_class(self.size.width >= _SIDEBAR_FROM, "-shown")
         with self.going_on():
             await self.show_all()
@@ -94,6 +98,11 @@ class ChatApp(
             self.tell(f"{self.config.path} gives keys to what is not there: {', '.join(unknown)}", is_error=True)
         with self.going_on():
             self.set_keymap(self.config.keys)
+        self.watch(self, "theme", self.keep_theme, init=False)
+
+    def _keep_draft(self) -> None:
+        if self.screen_stack[0].query(Composer):  # unless the chat is just ending
+            self.drafts.keep()
 
     def look_around(self) -> None:
         """From time to time: save what could not be saved, show what other instances did."""
@@ -139,7 +148,7 @@ class ChatApp(
             case Thought():
                 self._show_thought(event, answer)
             case Done() | Failed():
-                await self._show_end(event, answer)
+                await self._show_end(event, answer, under_way)
             case _:
                 pass
         self.show_gauge()
@@ -165,7 +174,7 @@ class ChatApp(
             answer.think(event.text)
         self.show_state(f"thinking · {event.count:,} tokens · Esc stops")
 
-    async def _show_end(self, event: Done | Failed, answer: Answer | None) -> None:
+    async def _show_end(self, event: Done | Failed, answer: Answer | None, under_way: UnderWay | None) -> None:
         """Show how an answer, or an attempt to load a model, has ended."""
         was_loading, self.is_loading = self.is_loading, False
         if answer is not None:
@@ -176,6 +185,16 @@ class ChatApp(
         self.show_state()
         if isinstance(event, Failed):
             self.model_failed(event, was_loading)
+        room = self._lacking_room(event, under_way)
+        if room is not None and under_way is not None and len(self.screen_stack) == 1:
+            self.offer_room(under_way, room)
+
+    def _lacking_room(self, event: Done | Failed, under_way: UnderWay | None) -> int | None:
+        """How many tokens the model sees, if an answer lacked room for more."""
+        if isinstance(event, Failed):
+            return event.room
+        ready, is_empty = self.session.ready, not event.text and event.reason == "length"
+        return ready.context if is_empty and ready and under_way and under_way.begun is not None else None
 
 
 def _bar(done: int, total: int, width: int = 16) -> str:

@@ -95,15 +95,23 @@ def models(others: Sequence[str] = (), own: Path | None = None) -> list[Entry]:
     return sorted([*found.values(), *missing], key=lambda entry: bool(entry.problem))
 
 
-def on_this_machine(name: str) -> Path | None:
+def on_this_machine(name: str, own: Path | None = None) -> Path | None:
     """Return where a model lies that can be used at once; None also for what cannot be a name.
 
-    A name may come from anywhere: an imported conversation, a folder in the Hub's cache.
+    A name may come from anywhere: an imported conversation, a folder in the Hub's cache. Of the
+    models in `own` the folder's name will do, as it is shown.
     """
     try:
+        if own is not None and name == Path(name).name and (own / name / "config.json").is_file():
+            return own / name
         return find_local(name)
     except (M7Error, OSError, ValueError):
         return None
+
+
+def short_name(name: str) -> str:
+    """A model's name for a line: of a path its last part."""
+    return Path(name).name or name if name.startswith(("/", "~")) else name
 
 
 def describe(name: str, folder: Path) -> Entry:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m7mlx.command import EXIT_FAILED, ArgumentParser, add_json, add_kv_bits, add_parallel, gigabytes, run
+from m7mlx.command import EXIT_FAILED, ArgumentParser, add_json, add_kv_bits, add_parallel, gigabytes, run, say
 from m7mlx.errors import InputError
 from m7mlx.parallel.launch import is_launched
 from m7mlx.paths import user_path
@@ -144,6 +144,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def _chat(args: argparse.Namespace) -> int:
+    from m7mlx_chat.choice import choose_model
     from m7mlx_chat.config import Config, read_config
     from m7mlx_chat.environment import read_environment
     from m7mlx_chat.settings import FIELDS
@@ -164,10 +165,11 @@ def _chat(args: argparse.Namespace) -> int:
         notes = [str(error)]
     given = {name: value for name in FIELDS if (value := getattr(args, name)) is not None}
     settings = config.settings(args.preset).changed(given)
-    if args.max_memory is not None:
+    most = args.max_memory if args.max_memory is not None else config.max_memory
+    if most is not None:
         from m7mlx.memory import limit_memory
 
-        limit_memory(args.max_memory)
+        limit_memory(most)
     _check_together(args, asked, in_terminal)
     if args.web:
         from m7mlx_chat.web import serve
@@ -175,21 +177,24 @@ def _chat(args: argparse.Namespace) -> int:
         return serve(sys.argv[1:], args.port)
     if args.import_file:
         return _import_file(args.import_file, environment)
+    preset = config.preset(args.preset) if args.preset is not None else {}
+    choice = choose_model(given.get("model", preset.get("model")), config, environment.database)
+    settings = settings.changed({"model": choice.model})
     if shown:
         from m7mlx_chat.launch import Start, launch
         from m7mlx_chat.question import question_of
 
-        named = "model" in given
         start = Start(
             question=question_of(args.prompt, args.file) if asked or not in_terminal else None,
             go_on=args.go_on,
-            save=not args.no_save,
-            chosen=named or "model" in config.values or args.preset is not None,
-            named=named,
-            notes=notes,
+            save=not (args.no_save or config.no_save),
+            fetch=choice.is_wanted,
+            notes=[*notes, *choice.notes],
         )
         return launch(config, settings, environment, start)
-    return _answer(args, settings, environment)
+    for note in choice.notes:
+        say(f"{PROG}: {note}")
+    return _answer(args, settings, None if args.no_save or config.no_save else environment.database)
 
 
 def _check_together(args: argparse.Namespace, asked: bool, in_terminal: bool) -> None:
@@ -211,13 +216,14 @@ def _import_file(name: str, environment: Environment) -> int:
     from m7mlx_chat.portable import read_file
     from m7mlx_chat.store import Store
 
+    imported = read_file(user_path(name))
     with Store(environment.database) as store:
-        count = len(store.plant(read_file(user_path(name))))
-    print(f"{count} conversation{'s' if count != 1 else ''} imported")
+        store.plant(imported.trees)
+    print(imported.told())
     return 0
 
 
-def _answer(args: argparse.Namespace, settings: Settings, environment: Environment) -> int:
+def _answer(args: argparse.Namespace, settings: Settings, database: Path | None) -> int:
     """Print one answer, or be one of `mlx.launch`'s other processes; returns the exit status."""
     from m7mlx_chat.headless import answer, fill_in
     from m7mlx_chat.question import piped_text, question_of, read_schema
@@ -236,7 +242,7 @@ def _answer(args: argparse.Namespace, settings: Settings, environment: Environme
         settings,
         # mlx.launch gives its processes a pipe, and never closes it.
         question_of(args.prompt, args.file, may_be_piped=not is_launched()),
-        None if args.no_save else environment.database,
+        database,
         go_on=args.go_on,
         as_json=args.json,
         schema=read_schema(args.json_schema) if args.json_schema else None,

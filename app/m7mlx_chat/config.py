@@ -3,6 +3,8 @@
 Written only where the user asks for it.
 
 model = "mistral"
+max_memory = 12
+no_save = false
 temperature = 0.7
 theme = "nord"
 
@@ -33,7 +35,11 @@ _TABLES = ("presets", "keys")
 class Config:
     """What the file says.
 
-    `values` are settings, `presets` settings under a name, `keys` action → keys.
+    values      settings
+    presets     settings under a name
+    keys        action → keys
+    max_memory  bytes, as --max-memory
+    no_save     keep nothing, as --no-save
     """
 
     path: Path
@@ -41,6 +47,8 @@ class Config:
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
     theme: str = ""
     keys: dict[str, str] = field(default_factory=dict)
+    max_memory: int | None = None
+    no_save: bool = False
 
     def settings(self, preset: str | None = None) -> Settings:
         """The defaults, with the file's values and those of a preset.
@@ -82,13 +90,22 @@ def _checked(path: Path, data: dict[str, Any]) -> Config:
         raise InputError('keys are texts: new = "ctrl+t"')
     if not isinstance(theme, str):
         raise InputError('theme is a name: theme = "nord"')
+    most, no_save = data.pop("max_memory", None), data.pop("no_save", False)
+    if not isinstance(no_save, bool):
+        raise InputError("no_save is true or false")
     settings = Settings().changed(data)
     for name, values in presets.items():
         try:
             settings.changed(values)
         except InputError as error:
             raise InputError(f"preset {name}: {error}") from None
-    return Config(path, data, presets, theme, keys)
+    return Config(path, data, presets, theme, keys, None if most is None else _bytes(most), no_save)
+
+
+def _bytes(gigabytes: object) -> int:
+    if type(gigabytes) not in (int, float) or not 0 < gigabytes < 1e6:  # type: ignore[operator]
+        raise InputError("max_memory is a number of gigabytes: max_memory = 12")
+    return round(gigabytes * 1e9)  # type: ignore[operator]
 
 
 def save(path: Path, changes: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from m7mlx import Request, load
 from m7mlx.config import ModelConfig
-from m7mlx.errors import M7Error
+from m7mlx.errors import M7Error, PromptTooLongError
 from m7mlx.parallel.world import World
 from m7mlx_chat import ENGINE_THREAD
 from m7mlx_chat.events import Event, Failed, Loading, Text
@@ -173,6 +173,7 @@ def _failed(error: Exception, fatal: bool = False) -> Failed:
     """
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, M7Error):
-        return Failed(text, fatal, error.exit_status)
+        room = error.room if isinstance(error, PromptTooLongError) else None
+        return Failed(text, fatal, error.exit_status, room)
     os.write(2, "".join(traceback.format_exception(error)).encode("utf-8", "replace"))
     return Failed(f"{type(error).__name__}: {text}", fatal)

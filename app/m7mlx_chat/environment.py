@@ -20,6 +20,7 @@ class Environment:
     log         the file that says more than a line in the corner can; made anew by each start
     editor      the command that opens a text: $VISUAL, $EDITOR or vi
     in_browser  the screen is a browser's page: `m7mlx_chat.web` has started this process
+    is_dumb     the terminal cannot place the cursor
     """
 
     data: Path
@@ -27,6 +28,7 @@ class Environment:
     log: Path
     editor: str = "vi"
     in_browser: bool = False
+    is_dumb: bool = False
 
     @property
     def database(self) -> Path:
@@ -48,4 +50,5 @@ def read_environment() -> Environment:
         log=cache_dir() / "chat.log",
         editor=os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi",
         in_browser="TEXTUAL_DRIVER" in os.environ,
+        is_dumb=os.environ.get("TERM") == "dumb",
     )

@@ -94,11 +94,16 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """A command failed, in one line; the engine goes on. `fatal`: no model is loaded now."""
+    """A command failed, in one line; the engine goes on.
+
+    fatal  no model is loaded now
+    room   the prompt had no room: how many tokens the model can see at once
+    """
 
     message: str
     fatal: bool = False
     exit_status: int = 1
+    room: int | None = None
 
 
 Event = Loading | Ready | Prefill | Text | Thought | Done | Failed

@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from m7mlx import Request
+from m7mlx.command import say
 from m7mlx.errors import DownloadError, InputError, RunError
-from m7mlx.files.hub import DEMO, resolve
+from m7mlx.files.hub import ALIASES, DEMO, is_gguf, is_repo_id, resolve
 from m7mlx.parallel.world import World
+from m7mlx.units import in_gigabytes
+from m7mlx_chat.catalog import SUGGESTED, on_this_machine
 from m7mlx_chat.engine import Engine
 from m7mlx_chat.events import Done, Event, Failed, Text, Thought
 from m7mlx_chat.printers import JsonPrinter, Printer, TextPrinter
@@ -162,12 +165,20 @@ def _until_done(session: Session, engine: Engine) -> Iterator[Event]:
         yield from engine.drain(_WAIT)
 
 
+def _fetch(model: str) -> Path:
+    """Find a model's folder; before a download, say so."""
+    if on_this_machine(model) is None and (model in (DEMO, *ALIASES) or is_repo_id(model) or is_gguf(model)):
+        sizes = [f" ({in_gigabytes(entry.nbytes)})" for entry in SUGGESTED if entry.name == model]
+        say(f"{model} is not on this machine: it is fetched now{''.join(sizes)}; Ctrl-C stops that")
+    return resolve(model)
+
+
 def fetch_models(settings: Settings) -> Path:
     """Find the folder of the model. It is fetched, with the draft model, if it is not here."""
     try:
         if settings.speculate not in ("off", "lookup"):
-            resolve(settings.speculate)
-        return resolve(settings.model)
+            _fetch(settings.speculate)
+        return _fetch(settings.model)
     except DownloadError as error:
         if settings.model == DEMO:
             raise

@@ -48,7 +48,7 @@ async def _run(command: list[str], progress: Progress) -> dict[str, Any]:
             *command,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
-            stderr=2,  # the app's log
+            stderr=asyncio.subprocess.PIPE,
             limit=_LINE,
             start_new_session=True,
         )
@@ -56,8 +56,9 @@ async def _run(command: list[str], progress: Progress) -> dict[str, Any]:
         raise RunError(f"{command[2]} cannot be started ({error})") from None
     result: dict[str, Any] = {}
     message = ""
+    assert process.stdout is not None and process.stderr is not None
+    said = asyncio.create_task(_last_error(process.stderr))
     try:
-        assert process.stdout is not None
         async for line in process.stdout:
             event = _event(line)
             match event.get("event"):
@@ -70,11 +71,24 @@ async def _run(command: list[str], progress: Progress) -> dict[str, Any]:
                 case _:
                     pass
         status = await process.wait()
+        cause = await said
     finally:
+        said.cancel()
         await _end(process)
     if status:
-        raise RunError(message or f"{command[2]} failed (exit status {status})")
+        message = message or f"{command[2]} failed (exit status {status})"
+        raise RunError(f"{message}: {cause}" if cause and cause not in message else message)
     return result
+
+
+async def _last_error(lines: asyncio.StreamReader) -> str:
+    """Pass what a process says on to the app's log; returns the last error that it names."""
+    end = b""
+    while piece := await lines.read(_LINE):
+        os.write(2, piece)
+        end = (end + piece)[-_LINE:]
+    errors = [line for line in end.decode("utf-8", "replace").splitlines() if line.startswith("ERROR:")]  # pip's
+    return errors[-1].removeprefix("ERROR:").strip() if errors else ""
 
 
 def _event(line: bytes) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from m7mlx.command import EXIT_FAILED
 from m7mlx.errors import InputError, M7Error, RunError
-from m7mlx.files.hub import check_name
 from m7mlx_chat.app import ChatApp
 from m7mlx_chat.catalog import on_this_machine
 from m7mlx_chat.config import Config
@@ -22,7 +21,7 @@ from m7mlx_chat.engine import Engine
 from m7mlx_chat.environment import Environment
 from m7mlx_chat.session import Session
 from m7mlx_chat.settings import Settings
-from m7mlx_chat.store import Store, open_store
+from m7mlx_chat.store import open_store
 from m7mlx_chat.view import Parts
 
 _FINISH_SECONDS = 3.0  # for the engine to end its token
@@ -35,16 +34,14 @@ class Start:
     question  to be asked at once
     go_on     in the conversation spoken in last
     save      keep the conversations
-    chosen    the user has chosen the model of the settings; it is not merely the default
-    named     it was chosen on the command line: then one that there is not is an error
+    fetch     the model of the settings is wanted: where it is not here, fetch it
     notes     what is to be told at the start
     """
 
     question: str | None = None
     go_on: bool = False
     save: bool = True
-    chosen: bool = False
-    named: bool = False
+    fetch: bool = False
     notes: Sequence[str] = ()
 
 
@@ -52,13 +49,10 @@ def launch(config: Config, settings: Settings, environment: Environment, start: 
     """Show the chat until the user leaves; returns the exit status."""
     if not (environment.in_browser or (sys.stdout and sys.stdout.isatty())):
         raise InputError("the chat needs a terminal; without --interactive the answer goes to standard output")
+    if environment.is_dumb and not environment.in_browser:
+        raise InputError('this terminal (TERM=dumb) cannot show the chat; ask for one answer with -p "…"')
     notes = list(start.notes)
-    chosen = start.chosen and _can_be_had(settings.model, start.named)
-    if start.chosen and not chosen:
-        notes.append(f"{config.path} names a model that is not there: {settings.model}")
     with open_store(environment.database if start.save else None) as store:
-        if not chosen and _folder(settings.model) is None:
-            settings = _with_last_model(settings, store, notes)
         engine = Engine()
         session = Session(store, engine, settings)
         if start.go_on:
@@ -71,7 +65,7 @@ def launch(config: Config, settings: Settings, environment: Environment, start: 
             app = ChatApp(
                 Parts(engine, session, config, environment),
                 folder=folder,
-                fetch=chosen,
+                fetch=start.fetch,
                 question=start.question,
                 notes=notes,
             )
@@ -93,31 +87,6 @@ def _status(app: ChatApp) -> int:
     if app.return_code == EXIT_FAILED:
         raise RunError(f"the interface failed; {app.log_path} says why")
     return app.return_code or 0
-
-
-def _can_be_had(model: str, named: bool) -> bool:
-    """Whether a model is here, or can be fetched or converted.
-
-    One `named` on the command line that cannot raises InputError.
-    """
-    try:
-        check_name(model)
-    except M7Error:
-        if named:
-            raise
-        return False
-    return True
-
-
-def _with_last_model(settings: Settings, store: Store, notes: list[str]) -> Settings:
-    """The settings with the model of the last conversation; `notes` say so if it is not here."""
-    with contextlib.suppress(M7Error):
-        for last in store.conversations(limit=1):
-            if _folder(last.model) is not None:
-                return settings.changed({"model": last.model})
-            if last.model:
-                notes.append(f"the model of the last conversation is not here: {last.model}")
-    return settings
 
 
 def _folder(name: str) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -100,6 +101,8 @@ class LoadedModel:
         """Tell an answer piece by piece; returns how it ended."""
         text, ids, looked, piece = "", list[int](), 0.0, Piece()
         for piece in pieces:
+            if piece.finish_reason == "length":  # maybe within a character, of which there is only a part
+                piece = replace(piece, text=piece.text.rstrip("\ufffd"))
             text += piece.text
             ids += piece.ids
             now = time.perf_counter()

@@ -8,9 +8,17 @@ from typing import NamedTuple
 
 from markdown_it import MarkdownIt
 from markdown_it.rules_core import StateCore
+from markdown_it.rules_inline import StateInline
+from markdown_it.rules_inline.escape import escape
+from markdown_it.token import Token
+from mdit_py_plugins.dollarmath import dollarmath_plugin
+from mdit_py_plugins.texmath import texmath_plugin
+from textual.content import Content
 from textual.widgets import Markdown
+from textual.widgets._markdown import MarkdownFence
 
 from m7mlx.terminal import visible
+from m7mlx_chat.latex import readable
 
 # Textual parses the last block anew with every piece that comes: what is complete goes into a
 # widget of its own.
@@ -19,6 +27,8 @@ ROWS = 60  # of a table that is still drawn as one: each of its cells is a widge
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)")
 # may go on what stands before the blank line
 _INSIDE = re.compile(r"[ \t]|[-*+][ \t]|\d{1,9}[.)][ \t]|>|\|")
+
+_ESCAPED = tuple("*_`#<>|~.-+!$\n")
 
 
 class Part(NamedTuple):
@@ -33,12 +43,48 @@ class Part(NamedTuple):
     fence: str = ""
 
 
+class CodeBlock(MarkdownFence):
+    """A block of code: its language above it, and a bar below lines that are too long."""
+
+    DEFAULT_CSS = """
+    CodeBlock {
+        border-top: blank; border-title-color: $text-muted; border-title-align: right;
+        overflow-x: auto; scrollbar-size-horizontal: 1;
+        & > Label { padding: 0 2 1 2; width: auto; min-width: 100%; }
+    }
+    CodeBlock.-wrapped > Label { width: 100%; }
+    """
+
+    def on_mount(self) -> None:
+        self.border_title = visible(self.lexer.split(maxsplit=1)[0][:20]) if self.lexer.strip() else ""
+
+    @classmethod
+    def highlight(cls, code: str, language: str, ansi: bool = False, dark: bool = False) -> Content:
+        words = language.split(maxsplit=1)
+        if words and words[0].lower() in ("diff", "patch"):
+            return _colored_diff(code)
+        return super().highlight(code, language, ansi, dark)
+
+
+def _colored_diff(code: str) -> Content:
+    """What a diff adds and takes away, in colours: Textual's own theme has none for that."""
+    styles = {"+": "$text-success", "-": "$text-error", "@": "$text-accent"}
+    lines = code.splitlines(keepends=True)
+    return Content("").join(Content.styled(line, styles.get(line[:1], "")) for line in lines)
+
+
+class AnswerMarkdown(Markdown):
+    """Markdown as answers have it."""
+
+    BLOCKS = Markdown.BLOCKS | {"fence": CodeBlock, "code_block": CodeBlock}
+
+
 def answer_markdown() -> Markdown:
     """An empty widget for a part.
 
     Empty at first: a stream that began with half a code fence would never mend.
     """
-    return Markdown("", open_links=False, parser_factory=_parser)
+    return AnswerMarkdown("", open_links=False, parser_factory=_parser)
 
 
 def parts(text: str, fence: str = "") -> list[Part]:
@@ -93,8 +139,34 @@ def _parser() -> MarkdownIt:
     # Textual shows no HTML: parsed as such, `vector<int>`, <think> and whole <div> blocks would
     # disappear.
     parser = MarkdownIt("gfm-like", {"html": False})
+    parser.use(dollarmath_plugin, allow_space=False, allow_digits=False, allow_labels=False, double_inline=True)
+    parser.use(texmath_plugin, delimiters="brackets")
+    parser.inline.ruler.at("escape", _unescape)
+    parser.core.ruler.push("m7mlx_formulas", _show_formulas)
     parser.core.ruler.push("m7mlx", _finish_text)
     return parser
+
+
+def _unescape(state: StateInline, silent: bool) -> bool:
+    """Take a backslash for Markdown's only before what Markdown obeys: others are LaTeX's, say."""
+    return state.src[state.pos + 1 : state.pos + 2] in _ESCAPED and escape(state, silent)
+
+
+def _show_formulas(state: StateCore) -> None:
+    """Make text of formulas: Textual leaves out what it does not know."""
+    tokens = []
+    for token in state.tokens:
+        for child in token.children or ():
+            if child.type.startswith("math_"):
+                child.type, child.content = "text", readable(child.content)
+        if not token.type.startswith("math_block"):
+            tokens.append(token)
+            continue
+        text = Token("text", "", 0, content=readable(token.content))
+        inline = Token("inline", "", 0, map=token.map, level=token.level + 1, content=text.content, children=[text])
+        begin = Token("paragraph_open", "p", 1, map=token.map, level=token.level, block=True)
+        tokens += [begin, inline, Token("paragraph_close", "p", -1, level=token.level, block=True)]
+    state.tokens = tokens
 
 
 def _finish_text(state: StateCore) -> None:

@@ -15,11 +15,13 @@ from typing import Any
 
 from m7mlx.errors import InputError
 from m7mlx_chat.answering import Answering, UnderWay
-from m7mlx_chat.events import AnyEngine
-from m7mlx_chat.history import ids_for
+from m7mlx_chat.events import AnyEngine, Event, Seen
 from m7mlx_chat.settings import ANSWER, ENGINE, Settings, known
 from m7mlx_chat.store import Store
 from m7mlx_chat.store.rows import Message
+
+SAMPLED = 0.7  # the temperature of another answer, where at 0 it would be the same
+_LOOKED_BACK = 6  # messages from the end, for one that says how much was seen
 
 
 class Session(Answering):
@@ -36,8 +38,25 @@ class Session(Answering):
         self.conversation: int | None = None
         self.line: list[int] = []
         self._defaults = settings
+        self._seen_to: int | None = None  # the message that `_seen_there` was looked up for
+        self._seen_there = Seen(0, 0)
 
     # --- what is shown ----------------------------------------------------------------------------
+
+    @property
+    def seen_here(self) -> Seen:
+        """How much of the conversation shown the model has seen, by its last answer."""
+        if self.under_way is not None and self.under_way.conversation == self.conversation:
+            return self.seen
+        end = self.line[-1] if self.line else None
+        if end != self._seen_to:
+            self._seen_to, self._seen_there = end, Seen(0, 0)
+            for message in reversed(self.store.read(self.line[-_LOOKED_BACK:])):
+                if message.role == "assistant" and (tokens := message.statistics.get("seen")):
+                    size = message.statistics.get("cache_bytes", 0)
+                    self._seen_there = Seen(int(tokens), int(size))
+                    break
+        return replace(self._seen_there, kept_bytes=self.seen.kept_bytes)
 
     def new(self) -> None:
         """Begin a new conversation, with the settings of the start and the model of now."""
@@ -88,6 +107,11 @@ class Session(Answering):
             return found
         return replace(found, text=under_way.text, statistics=found.statistics | {"thought": under_way.thought})
 
+    def handle(self, event: Event) -> None:
+        super().handle(event)
+        if self.under_way is None:
+            self._seen_to = None  # an answer has ended: what is stored of it has changed
+
     def configure(self, settings: Settings) -> None:
         """Make the next answers with other settings; they are kept with the conversation."""
         self.settings = settings
@@ -107,8 +131,21 @@ class Session(Answering):
         return self._ask(text, self._question(question).parent)
 
     def retry(self, message: int | None = None) -> UnderWay:
-        """Answer a question once more: that of an answer, or the last one."""
-        return self._again(self._question(message).id, self.settings)
+        """Answer a question once more: that of an answer, or the last one.
+
+        At temperature 0 a whole answer would come once more as it is: then another is sampled, with
+        a temperature of its own.
+        """
+        question, settings = self._question(message).id, self.settings
+        if settings.temperature == 0 and any(self._is_whole(m, settings) for m in self.store.answers(question)):
+            settings = replace(settings, temperature=SAMPLED)
+        return self._again(question, settings)
+
+    def _is_whole(self, answer: Message, settings: Settings) -> bool:
+        """Whether an answer is all that a model says with some settings."""
+        made_with = Settings().changed(known(answer.settings, ANSWER))
+        same = replace(made_with, seed=None).given(ANSWER) == replace(settings, seed=None).given(ANSWER)
+        return same and answer.model == settings.model and answer.status in ("complete", "length")
 
     def replay(self, answer: int | None = None) -> UnderWay:
         """Answer a question once more, with the settings and the seed of an answer."""
@@ -128,7 +165,7 @@ class Session(Answering):
         settings = Settings(model=self.settings.model).changed(known(last.settings, ANSWER))
         self.store.resume(last.id)
         under_way = UnderWay(last.conversation, last.parent, last.id, settings, last.text)
-        under_way.begun = (last.text, ids_for(last, self.vocabulary)) if last.text else None
+        under_way.begun = (last.text, None) if last.text else None
         under_way.earlier_tokens = int(last.statistics.get("generated_tokens", 0))
         under_way.thought = last.thought if last.text else ""
         return self._begin(under_way)

@@ -15,11 +15,12 @@ from typing import Any, cast
 from textual import _callback
 from textual._ansi_sequences import ANSI_SEQUENCES_KEYS
 from textual._context import active_app, active_message_pump
+from textual._dispatch_key import dispatch_key
 from textual.app import App
 from textual.driver import Driver
 from textual.drivers import linux_driver
 from textual.drivers.web_driver import WebDriver
-from textual.events import Resize
+from textual.events import Key, Resize
 from textual.geometry import Size
 from textual.keys import Keys
 from textual.message_pump import MessagePump
@@ -34,6 +35,10 @@ class OpenApp(App[None]):
 
     def take_error(self, error: Exception) -> bool:
         """Deal with an error that Textual caught; False lets Textual end the app with it."""
+        return False
+
+    def take_typed(self, event: Key) -> bool:
+        """Take a key that neither a widget nor a binding wants; False leaves it to Textual."""
         return False
 
     def take_terminal(self) -> None:
@@ -83,6 +88,11 @@ class OpenApp(App[None]):
         if not headless:
             self.take_terminal()
         return super()._build_driver(headless, inline, mouse, size)
+
+    async def _on_key(self, event: Key) -> None:
+        event.prevent_default()  # of Textual's own App, which knows no `take_typed`
+        if not await self._check_bindings(event.key) and not self.take_typed(event):
+            await dispatch_key(self, event)
 
     def _on_resize(self, event: Resize) -> None:  # type: ignore[override]
         # Textual calls this before the method of the same name of its own App.

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from textual import on
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
+from textual.events import DescendantBlur, DescendantFocus, Key, Paste
 from textual.filter import LineFilter
 from textual.widgets import Static
 
 from m7mlx.terminal import visible
+from m7mlx_chat.actions import Place, hints
+from m7mlx_chat.catalog import short_name
 from m7mlx_chat.config import Config
 from m7mlx_chat.dispatch import DispatchingApp
+from m7mlx_chat.drafts import Drafts
 from m7mlx_chat.environment import Environment
 from m7mlx_chat.events import AnyEngine
 from m7mlx_chat.gate import Gate
@@ -27,8 +32,10 @@ from m7mlx_chat.widgets.transcript import Transcript
 from m7mlx_chat.widgets.welcome import Welcome
 
 State = Literal["no model", "loading", "ready", "answering"]
-# columns, rows: for the conversations beside the talk; for lines around it
-BESIDE_FROM, _FRAMED_FROM = 56, 10
+# columns, rows: for the conversations beside the talk; for lines around it, for long messages
+BESIDE_FROM, _FRAMED_FROM, _TALL_FROM = 56, 10, 24
+
+_HINTS = "/ commands · F1 help"
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class ChatView(DispatchingApp):
 
     TITLE = "m7mlx"
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (BESIDE_FROM, "-wide")]  # noqa: RUF012
-    VERTICAL_BREAKPOINTS = [(0, "-low"), (_FRAMED_FROM, "-high")]  # noqa: RUF012
+    VERTICAL_BREAKPOINTS = [(0, "-low"), (_FRAMED_FROM, "-high"), (_TALL_FROM, "-tall")]  # noqa: RUF012
     CSS = """
     #top { height: 1; background: $panel; padding: 0 1; }
     #brand { width: auto; text-style: bold; color: $primary; }
@@ -57,11 +64,16 @@ class ChatView(DispatchingApp):
     #bottom { height: auto; background: $background; }
     #status { height: 1; padding: 0 2; }
     #state { width: 1fr; color: $text-muted; }
-    #hints { width: auto; color: $text-muted; }
+    #hints { width: auto; max-width: 100%; color: $text-muted; text-wrap: nowrap; text-overflow: ellipsis; }
     Screen.-narrow Sidebar { width: 100%; max-width: 100%; }
     Screen.-narrow .row { height: auto; layout: vertical; }
     Screen.-low #top, Screen.-low #status { display: none; }
     Screen.-low Composer { border: none; min-height: 1; max-height: 3; }
+    Screen.-high Composer, Screen.-high Completion { max-height: 4; }
+    Screen.-low Completion { border: none; max-height: 2; }
+    ToastRack { dock: top; align: right top; margin: 1 0 0 0; max-height: 40vh; }
+    Screen.-low ToastRack { margin: 0; }
+    Screen.-low Toast { padding: 0 1; margin: 0; }
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -74,6 +86,7 @@ class ChatView(DispatchingApp):
         self.is_loading = False  # the engine is loading a model
         self._gate = Gate()
         self._told_damage: set[str] = set()
+        self.drafts = Drafts(self.store, lambda: self.composer, self.going_on)
 
     def get_line_filters(self) -> Sequence[LineFilter]:
         return [*super().get_line_filters(), self._gate]
@@ -91,10 +104,16 @@ class ChatView(DispatchingApp):
                 with Vertical(id="bottom"):
                     completion = Completion()
                     yield completion
-                    yield Composer(completion, lambda: self.store.prompts(limit=200))
+                    yield Composer(completion, self.drafts.recalled)
                     with Horizontal(id="status"):
                         yield Static("", id="state", markup=False)
-                        yield Static("/ commands · F1 help", id="hints")
+                        yield Static(_HINTS, id="hints", markup=False)
+
+    def exit(self, result: None = None, return_code: int = 0, message: Any = None) -> None:
+        """Leave; what is not sent yet is kept."""
+        if self._drawn:
+            self.drafts.keep()
+        super().exit(result, return_code, message)
 
     # --- what is on it ----------------------------------------------------------------------------
 
@@ -122,11 +141,43 @@ class ChatView(DispatchingApp):
             return "answering"
         return "loading" if self.is_loading else "no model" if self.session.ready is None else "ready"
 
+    # --- where typed text goes --------------------------------------------------------------------
+
+    def take_typed(self, event: Key) -> bool:
+        """Give the composer what is typed where no text is expected; returns whether it was."""
+        is_text = event.is_printable and event.character is not None
+        if is_text and len(self.screen_stack) == 1:
+            self.composer.focus()
+            self.composer.insert(event.character or "")
+            return True
+        return False
+
+    def on_paste(self, event: Paste) -> None:
+        """Give the composer what is pasted where no text is expected."""
+        if len(self.screen_stack) == 1:
+            self.composer.focus()
+            self.composer.paste(event.text)
+
+    @on(DescendantFocus)
+    @on(DescendantBlur)
+    def _show_hints(self) -> None:
+        """Show the keys of the message, or of the list, that has the focus."""
+        place: Place | None = None
+        if self.selected is not None:
+            place = "message"
+        elif self.sidebar.conversations.has_focus:
+            place = "sidebar"
+        text = f"{hints(place, self.config.keys)} · Esc back" if place else _HINTS
+        main = self.screen_stack[0]
+        main.query_one("#hints", Static).update(text)
+        main.query_one("#state").display = place is None  # there is hardly room for both
+
     # --- showing ----------------------------------------------------------------------------------
 
     async def show_all(self, found: int | None = None) -> None:
         """Show the session as it is now; `found` is the message that a search has led to."""
-        await self.transcript.sync(at=found, found=True)
+        self.drafts.follow(self.session.conversation)  # before anything is waited for: keys go there
+        await self.transcript.sync(at=found)
         self.show_conversations()
         self.show_state()
         self.show_gauge()
@@ -140,10 +191,15 @@ class ChatView(DispatchingApp):
     def show_conversations(self) -> None:
         """Show the list, and the title of the conversation."""
         self.sidebar.refresh_list(self.session.conversation)
+        self.show_title()
+
+    def show_title(self) -> None:
+        """Show which model answers, and the title of the conversation."""
         title = ""
         if self.session.conversation is not None:
             title = f" · {self.store.conversation(self.session.conversation).title}"
-        self.query_one("#model", Static).update(visible(self.session.settings.model + title))
+        model = short_name(self.session.settings.model)
+        self.screen_stack[0].query_one("#model", Static).update(visible(model + title))
 
     def show_state(self, text: str = "") -> None:
         """Say in the last line what the model is doing; `text` says it better than `state` does."""
@@ -158,14 +214,15 @@ class ChatView(DispatchingApp):
                 else "the model is loading; it answers then",
             }[self.state]
         )
-        self.query_one("#state", Static).update(text, layout=False)  # its place is fixed
+        self.screen_stack[0].query_one("#state", Static).update(text, layout=False)  # its place is fixed
 
     def show_gauge(self) -> None:
         """Show how much of the conversation the model can see."""
-        line, text = self.query_one("#gauge", Static), gauge(self.session.ready, self.session.seen)
+        seen = self.session.seen_here
+        line, text = self.screen_stack[0].query_one("#gauge", Static), gauge(self.session.ready, seen)
         # a layout per token would cost 5 % of them
         line.update(text, layout=text.cell_len != line.size.width)
-        self.query_one(RingPicture).show(self.session.ready, self.session.seen)
+        self.screen_stack[0].query_one(RingPicture).show(self.session.ready, seen)
 
     def _tell_damage(self) -> None:
         """Tell, once, what could not be read as it must be."""

@@ -285,6 +285,14 @@ def test_a_conversation_is_kept_and_gone_on_with(model_folder: Path) -> None:
         assert branch[3].settings["system"] == "Be brief"  # it was gone on with as it began
 
 
+def test_who_names_no_model_gets_that_of_the_conversation(model_folder: Path) -> None:
+    """The default, which is not here, would be fetched."""
+    assert chat("--model", model_folder, "--max-tokens", "2", "-p", "one").returncode == 0
+    for arguments in (["--continue"], [], ["--no-save"]):
+        begun = events(chat("-p", "two", "--max-tokens", "2", "--json", *arguments))[0]
+        assert begun["model"] == str(model_folder)
+
+
 def test_files_in_a_question(model_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("buy bread\n")
     (tmp_path / "more.txt").write_text("and milk")

@@ -147,6 +147,17 @@ def test_saving_keeps_comments_and_all_the_rest(tmp_path: Path) -> None:
     assert path.read_text() == "broken = "
 
 
+def test_what_is_no_setting_of_an_answer(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text("max_memory = 1.5\nno_save = true\n")
+    config = read_config(path)
+    assert (config.max_memory, config.no_save, config.values) == (1_500_000_000, True, {})
+    for line, said in (("max_memory = 'x'", "gigabytes"), ("max_memory = 0", "gigabytes"), ("no_save = 1", "true")):
+        path.write_text(line)
+        with pytest.raises(InputError, match=said):
+            read_config(path)
+
+
 def test_where_the_file_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("M7MLX_CONFIG", str(tmp_path))
     assert read_environment().config == tmp_path / "config.toml"

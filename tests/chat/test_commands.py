@@ -15,11 +15,11 @@ from m7mlx_chat import catalog, jobs
 from m7mlx_chat.catalog import Entry, describe, models
 from m7mlx_chat.config import Config, read_config
 from m7mlx_chat.events import Failed
-from m7mlx_chat.screens.models import Models
+from m7mlx_chat.screens.models import Chosen, Models
 from m7mlx_chat.screens.settings import SettingsDrawer
 from m7mlx_chat.settings import Settings
 from models import small_config, write_folder
-from textual.widgets import Button, Input, OptionList, Select
+from textual.widgets import Button, Input, OptionList, Select, TextArea
 
 from m7mlx.errors import RunError
 
@@ -245,8 +245,8 @@ async def test_settings_count_for_the_conversation_and_are_kept_with_it(tmp_path
         await chat.pilot.press("enter")
         assert "top_k must be a whole number" in chat.shown()
         assert drawer.query_one("#field-top_k", Input).value == "0"
-        drawer.query_one("#field-system", Input).value = "Be brief"
-        drawer.query_one("#field-system", Input).focus()
+        drawer.query_one("#field-system", TextArea).load_text("Be brief")
+        drawer.query_one("#field-system", TextArea).focus()
         await chat.pilot.press("tab", "escape")  # leaving the field is enough
         await chat.send("two")
         request = chat.engine.asked[-1]
@@ -257,6 +257,25 @@ async def test_settings_count_for_the_conversation_and_are_kept_with_it(tmp_path
         assert chat.session.settings.temperature == 0
         await chat.app.open_conversation(conversation or 0)
         assert (chat.session.settings.temperature, chat.session.settings.system) == (0.7, "Be brief")
+
+
+async def test_the_drawer_takes_what_is_typed_or_says_why_not(tmp_path: Path) -> None:
+    async with chatting(tmp_path, size=(80, 24)) as chat:
+        await chat.pilot.press("f2")
+        await chat.pilot.pause()
+        await chat.pilot.press(*"Two", "enter", *"lines")  # the first field has the focus
+        for _ in range(7):
+            await chat.pilot.press("tab")
+        field = chat.app.screen.query_one("#field-max_tokens", Input)
+        assert field.has_focus
+        await chat.pilot.press(*"many", "escape")
+        await chat.pilot.pause()
+        assert isinstance(chat.app.screen, SettingsDrawer)  # it stays, and says why, in sight
+        assert "max_tokens must be a whole number" in chat.shown()
+        await chat.pilot.press("home", "1", "escape")
+        await chat.pilot.pause()
+        assert len(chat.app.screen_stack) == 1
+        assert (chat.session.settings.max_tokens, chat.session.settings.system) == (14096, "Two\nlines")
 
 
 async def test_presets(tmp_path: Path) -> None:
@@ -326,6 +345,25 @@ async def test_exports_come_in_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert "not JSON" in chat.notices()
         await chat.send("/import")
         assert "needs a file" in chat.notices()
+
+
+async def test_the_first_line_shows_the_conversation_and_the_model_of_now(here: Path, tmp_path: Path) -> None:
+    async with chatting(tmp_path, size=(130, 30)) as chat:
+        await chat.exchange("first", "yes", seen=1234)
+        first = chat.session.conversation or 0
+        await chat.pilot.press("ctrl+n")
+        await chat.pilot.pause()
+        top = chat.shown().splitlines()[0]
+        assert "first" not in top and " 0/4,096" in top
+        await chat.exchange("second", "yes", seen=99)
+        assert " 99/4,096" in chat.shown().splitlines()[0]
+        await chat.app.open_conversation(first)
+        top = chat.shown().splitlines()[0]
+        assert "first" in top and " 1,234/4,096" in top
+        chat.app._model_chosen(Chosen("/a/long/path/own-4bit", Path("/a/long/path/own-4bit")))
+        await chat.pilot.pause()
+        top = chat.shown().splitlines()[0]
+        assert "own-4bit · first" in top and "/a/long" not in top and "4,096" not in top
 
 
 async def test_figures(tmp_path: Path) -> None:

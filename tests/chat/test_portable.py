@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from m7mlx_chat import portable
-from m7mlx_chat.portable import parse, to_json
+from m7mlx_chat.portable import parse, parse_all, to_json
 from m7mlx_chat.portable.page import to_html, to_markdown
 from m7mlx_chat.store import Store
 from m7mlx_chat.store.rows import Node, Tree, encodable, title_of
@@ -286,8 +286,7 @@ HOSTILE: dict[str, str | bytes] = {
     "endless settings": json.dumps(own()).replace('"settings": {}', '"settings": {"a": [1e999]}'),
     "automatic is 1": json.dumps(own(automatic=1)),
     "a title is missing": json.dumps({k: v for k, v in own().items() if k != "title"}),
-    "a good one, then a bad one": json.dumps([own(), own(leaf=7)]),
-    "a good one, then something else": json.dumps([chatgpt(node("a", None, "user", "x")), 5]),
+    "two bad ones": json.dumps([own(leaf=7), 5]),
 }
 
 
@@ -297,6 +296,16 @@ def test_a_hostile_file_is_refused_in_one_line_and_nothing_is_imported(store: St
         store.plant(parse(HOSTILE[name]))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
     assert store.conversations() == [] and store.search("x") == []
+
+
+def test_what_is_malformed_among_others_is_left_out_and_told() -> None:
+    file = json.dumps([own(), own(leaf=7), chatgpt(node("a", None, "user", "x")), 5])
+    imported = parse_all(file)
+    assert len(imported.trees) == 2
+    assert [line.partition(" ")[0] for line in imported.skipped] == ["conversation"] * 2
+    assert imported.told().startswith("2 conversations imported, 2 left out (conversation 2 ")
+    assert "conversation 4 " in imported.told() and "nothing was imported" not in imported.told()
+    assert parse_all(json.dumps(own())).told() == "1 conversation imported"
 
 
 def test_a_file_that_is_too_large_is_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,7 +389,7 @@ class Page(HTMLParser):
             "h6",
             "p",
         }
-        | {"div", "pre", "code", "em", "strong", "s", "ul", "ol", "li", "blockquote", "hr", "br", "a"}
+        | {"div", "span", "pre", "code", "em", "strong", "s", "ul", "ol", "li", "blockquote", "hr", "br", "a"}
         | {"table", "thead", "tbody", "tr", "th", "td"}
     )
     ATTRIBUTES = frozenset({"class", "href", "start", "charset", "name", "content", "http-equiv", "style", "title"})
@@ -410,12 +419,24 @@ class Page(HTMLParser):
         raise AssertionError("a processing instruction")
 
 
+def test_headings_of_an_answer_lie_below_those_of_the_page(store: Store) -> None:
+    asked = store.ask(None, None, "q")
+    store.finish(
+        asked.answer, "complete", "# One\n\n###### Six\n\n```no-such-language\na < b\n```\n\n```\nc < d\n```"
+    )
+    html = to_html(store.conversation(asked.conversation), store.branch(asked.answer))
+    assert html.count("<h1>") == 1 and "<h3>One</h3>" in html and "<h6>Six</h6>" in html
+    assert "a &lt; b" in html and "c &lt; d" in html
+    Page(html)
+
+
 def test_a_page_shows_questions_as_typed_and_answers_as_markdown(store: Store) -> None:
     conversation, branch = exported(store)
     html = to_html(conversation, branch)
     text = Page(html).text
     assert "<strong>bold</strong>" in html and "What is <b>bold</b>?" in text and "Be brief.\n<script>" in text
-    assert 'class="language-python">x = 1 &lt; 2' in html and "stopped" in text
+    assert 'class="language-python"><span class="c-n">x</span>' in html and "x = 1 < 2" in text and "stopped" in text
+    assert ".c-n" in html and "@media print" in html
     assert text.index("What is") < text.index("It is") < text.index("And code?") < text.index("x = 1")
     assert "default-src 'none'" in html and "light dark" in html
 

@@ -6,6 +6,7 @@ import time
 from datetime import date
 from pathlib import Path
 
+import pytest
 from chat_harness import Chat, chatting, done
 from m7mlx_chat.screens.dialogs import Ask
 from m7mlx_chat.store import Store
@@ -79,6 +80,64 @@ async def test_a_search_finds_messages_and_jumps_to_them(tmp_path: Path) -> None
         assert listed(chat) == []
         await search(chat, "")
         assert len(listed(chat)) == 3
+
+
+async def test_titles_are_found_too_and_one_enter_opens_what_is_highlighted(tmp_path: Path) -> None:
+    async with chatting(tmp_path) as chat:
+        await three(chat)
+        await chat.send("/rename Fruit of the garden")
+        await chat.exchange("A garden, and more of it", "Yes.")
+        await search(chat, "garden")
+        assert len(listed(chat)) == 2
+        assert listed(chat)[0] == "Fruit of the garden"
+        assert "Titles" in chat.shown() and "Messages" in chat.shown()
+        await search(chat, "say about")
+        assert len(listed(chat)) == 3
+        await chat.pilot.press("down", "down")
+        chat.app.show_conversations()  # an answer ends somewhere, say: what is highlighted stays
+        await chat.pilot.press("enter")
+        await chat.pilot.pause()
+        assert chat.line()[0] == "About plums"  # the third
+        await search(chat, "uch to s")  # a part of words
+        assert len(listed(chat)) == 3
+
+
+async def test_all_conversations_can_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("m7mlx_chat.widgets.sidebar._PAGE", 40)
+    with Store(tmp_path / "chats.db") as store:
+        for number in range(130):
+            store.ask(None, None, f"conversation {number}")
+    async with chatting(tmp_path, size=(130, 30)) as chat:
+        assert len(listed(chat)) == 40
+        assert "130 conversations" in chat.shown()
+        chat.app.query_one(Conversations).focus()
+        for _ in range(5):
+            await chat.pilot.press("end")
+            await chat.pilot.pause()
+        assert len(listed(chat)) == 130
+        await chat.pilot.press("enter")
+        await chat.pilot.pause()
+        assert chat.line()[0] == "conversation 0"
+
+
+async def test_what_was_deleted_comes_back_after_a_restart(tmp_path: Path) -> None:
+    async with chatting(tmp_path, size=(130, 30)) as chat:
+        await three(chat)
+        await chat.send("/delete")
+    async with chatting(tmp_path, size=(130, 30)) as chat:
+        chat.app.query_one(Conversations).focus()
+        await chat.pilot.press("home", "d")
+        assert listed(chat) == ["About apples"]
+        await chat.pilot.press("t")
+        assert listed(chat) == ["About pears", "About plums"]
+        await chat.pilot.press("home", "down", "enter")
+        await chat.pilot.pause()
+        assert chat.line()[0] == "About plums"
+        await chat.send("/undo")
+        assert chat.line()[0] == "About pears"
+        chat.app.query_one(Conversations).focus()
+        await chat.pilot.press("t")
+        assert listed(chat) == ["About plums", "About pears", "About apples"]
 
 
 async def test_renaming(tmp_path: Path) -> None:

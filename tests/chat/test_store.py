@@ -475,7 +475,8 @@ def test_search_finds_words_their_beginnings_and_other_spellings(store: Store) -
     assert [found[0].snippet[a:b] for a, b in found[0].marks] == ["Hauptstadt", "Österreichs"]
     assert "\n" not in found[0].snippet and found[0].title.startswith("Wie heißt")
     assert {h.message for h in store.search("HAUPTSTADT")} == {asked.question, asked.answer}
-    assert store.search("haupt wien") == []  # only the last word may be unfinished
+    assert [h.message for h in store.search("stadt wien")] == [asked.answer]  # parts of words, too
+    assert store.search("wien haupt paris") == []
     assert store.search("") == store.search(" \t") == store.search("?!") == []
     assert len(store.search("wien ?!")) == 1
 
@@ -511,6 +512,7 @@ def test_no_search_fails(store: Store, query: str) -> None:
     if not store.conversations():
         say(store, None, None, string.printable, HOSTILE)
     store.search(query)
+    store.titled(query)
 
 
 def test_every_word_of_a_text_finds_it(store: Store) -> None:
@@ -519,6 +521,31 @@ def test_every_word_of_a_text_finds_it(store: Store) -> None:
     for word in text.split():
         assert [h.message for h in store.search(word + " ")] == [asked.question], word
     assert len(store.search(text)) == 1
+
+
+def test_any_part_of_any_script_is_found(store: Store) -> None:
+    text = "Die Donaudampfschifffahrt kostet 50%_x; 私は東京都に住んでいます。 Я живу в Москве 👩‍👩‍👧 naïve"
+    asked = say(store, None, None, text)
+    say(store, None, None, "something else, 50 of it, Moskau, Tokyo")
+    for part in "dampfschiff", "SCHIFFFAHRT", "東京", "京", "住んでい", "МОСКВ", "50%_x", "👩", "ïv", "dampf 東京":
+        found = store.search(part)
+        assert [h.message for h in found] == [asked.question], part
+        assert found[0].snippet
+    (hit,) = store.search("dampfschiff")
+    assert [hit.snippet[a:b] for a, b in hit.marks] == ["dampfschiff"]
+    for part in ("dampf東京", "_%", "京東"):
+        assert store.search(part) == [], part
+
+
+def test_titles_are_found(store: Store) -> None:
+    one = say(store, None, None, "a question").conversation
+    other = say(store, None, None, "another question").conversation
+    store.rename(one, "Crème brûlée 東京")
+    assert [c.id for c in store.titled("BRULEE creme")] == [one] == [c.id for c in store.titled("東京")]
+    assert [c.id for c in store.titled("question")] == [other]
+    assert store.titled("") == store.titled(" ") == store.titled("no-such") == []
+    store.delete(one)
+    assert store.titled("brulee") == []
 
 
 def test_a_pasted_page_finds_where_it_came_from(store: Store) -> None:
@@ -630,10 +657,10 @@ def test_an_older_database_goes_up_in_order_with_a_copy_before_each_step(tmp_pat
         say(store, None, None, "old words")
         db = open_database(path, LATER)  # beside an instance that has it open
     assert db.execute("SELECT colour FROM conversation").fetchone()[0] == "red!"
-    assert db.execute("PRAGMA user_version").fetchone()[0] == 3
+    assert db.execute("PRAGMA user_version").fetchone()[0] == len(LATER)
     db.close()
     copies = sorted(tmp_path.glob("chats.db.v*.bak"))
-    assert [c.name.split(".")[2] for c in copies] == ["v1", "v2"]
+    assert [c.name.split(".")[2] for c in copies] == [f"v{len(MIGRATIONS)}", f"v{len(MIGRATIONS) + 1}"]
     assert all(stat.S_IMODE(c.stat().st_mode) == 0o600 for c in copies)
     open_database(path, LATER).close()
     assert sorted(tmp_path.glob("chats.db.v*")) == copies  # nothing to do, nothing copied
@@ -652,7 +679,7 @@ def test_a_step_that_fails_changes_nothing_and_its_copy_is_kept(tmp_path: Path) 
             open_database(path, (*MIGRATIONS, broken))
         with Store(path) as store:
             assert len(store.search("old words")) == 1
-    assert list(tmp_path.glob("chats.db.v1.*.bak"))
+    assert list(tmp_path.glob(f"chats.db.v{len(MIGRATIONS)}.*.bak"))
 
 
 def test_no_step_without_its_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -666,7 +693,7 @@ def test_no_step_without_its_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(DiskError):
         open_database(path, LATER)
     monkeypatch.undo()
-    Store(path).close()  # still version 1
+    Store(path).close()  # still of this version
 
 
 def test_a_newer_a_foreign_and_a_damaged_file_are_refused_and_left_alone(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from processes import running
 
 from m7mlx.errors import RunError
 
+NEWEST = len(schema.MIGRATIONS)  # the version of a new database
 # Each line says what is on the disk by then.
 ANSWERING = """
 import sys
@@ -211,12 +212,12 @@ def test_several_instances_open_a_new_or_an_old_database_at_once(tmp_path: Path,
             assert process.stdin is not None
             process.stdin.write("go\n")
             process.stdin.flush()
-        assert [next(one) for one in said] == [["open", "3", "50" if old else "0"]] * 4
+        assert [next(one) for one in said] == [["open", str(NEWEST + 2), "50" if old else "0"]] * 4
         assert [process.wait() for process in processes] == [0] * 4
     finally:
         for p in programs:
             p.__exit__(None, None, None)
-    assert len(list(tmp_path.glob("chats.db.v1.*.bak"))) == old  # one of them did the work
+    assert len(list(tmp_path.glob(f"chats.db.v{NEWEST}.*.bak"))) == old  # one of them did the work
     check_database(path)
 
 
@@ -238,7 +239,7 @@ def test_kill_9_on_the_way_to_a_newer_version_leaves_the_old_or_the_new_one(tmp_
             process.wait()
         db = sqlite3.connect(path)
         version = db.execute("PRAGMA user_version").fetchone()[0]
-        endings = {1: "word", 2: "word two", 3: "word two three"}
+        endings = {NEWEST: "word", NEWEST + 1: "word two", NEWEST + 2: "word two three"}
         assert db.execute("SELECT DISTINCT text FROM message").fetchall() == [(endings[version],)]
         db.close()
         check_database(path)
@@ -249,11 +250,11 @@ def test_kill_9_on_the_way_to_a_newer_version_leaves_the_old_or_the_new_one(tmp_
             db.close()
         with program(OPENING, path) as process:
             said = process.communicate("go\n")[0].split()
-        assert said[:3] == ["ready", "open", "3"]
+        assert said[:3] == ["ready", "open", str(NEWEST + 2)]
 
 
 def plant(path: Path, count: int) -> None:
-    """A database of version 1 with one conversation."""
+    """A database with one conversation."""
     nodes = tuple(Node(parent=i - 1 if i else None, role="user", text="word", created=i) for i in range(count))
     with Store(path) as store:
         store.plant([Tree(title="t", automatic=True, created=0, updated=0, leaf=count - 1, nodes=nodes)])

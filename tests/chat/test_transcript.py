@@ -11,6 +11,7 @@ from m7mlx_chat.markdown import LONGEST, PART, ROWS, parts
 from m7mlx_chat.store import Store
 from m7mlx_chat.store.rows import Node, Tree
 from m7mlx_chat.widgets.transcript import MOST, PAGE
+from textual.widgets import Input
 
 
 def long_tree(count: int) -> Tree:
@@ -90,6 +91,30 @@ async def test_a_jump_to_the_middle_and_an_answer_at_the_end(long: Path) -> None
         await chat.say(Text("message 201"))
         assert numbers(chat)[-2:] == [200, 201]
         assert in_view(chat)[-1] == 201
+
+
+async def test_a_search_hit_of_another_conversation_is_seen(tmp_path: Path) -> None:
+    blocks = "\n\n".join(f"## Part\n\n- one\n- two\n\n```python\nx = {i}\n```" for i in range(3))
+    with Store(tmp_path / "chats.db") as store:
+        store.plant([long_tree(60), long_tree(2)])
+        for message in range(60):
+            rich = f"message {message} word{message:02} " + (f"and more\n\n{blocks}" if message % 2 else "")
+            store._db.execute("UPDATE message SET text = ? WHERE id = ?", [rich, message + 1])
+    async with chatting(tmp_path, size=(80, 24)) as chat:
+        for number in (3, 58, 30):
+            await chat.app.open_conversation(2)
+            await chat.pilot.pause()
+            await chat.pilot.press("ctrl+f")
+            chat.app.query_one("#search", Input).value = f"word{number:02}"
+            await chat.pilot.pause(0.3)
+            await chat.pilot.press("enter")
+            await chat.pilot.pause()
+            await chat.pilot.pause()
+            view = chat.app.query_one(".-found")
+            transcript = chat.app.transcript
+            at_top = view.region.y == transcript.scrollable_content_region.y
+            assert at_top or transcript.scroll_y == transcript.max_scroll_y, number
+            assert f"word{number:02}" in "\n".join(line[35:] for line in chat.shown().splitlines()), number
 
 
 async def test_the_end_stays_in_view_while_an_answer_grows_unless_the_user_looks_elsewhere(long: Path) -> None:

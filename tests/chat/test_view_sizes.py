@@ -13,6 +13,7 @@ from m7mlx_chat.widgets.composer import Composer
 from textual.events import Resize
 from textual.geometry import Size
 from textual.widgets import Input
+from textual.widgets._toast import Toast, ToastRack
 
 # Smaller ones than `SMALLEST` are drawn in that size: one of these is enough in each direction.
 SIZES = (
@@ -27,6 +28,8 @@ SIZES = (
     (200, 60),
     (56, 9),
     (30, 10),
+    (20, 5),
+    (300, 100),
     (100, 30),
 )
 SCREENS: dict[str, tuple[str, ...]] = {
@@ -42,6 +45,7 @@ SCREENS: dict[str, tuple[str, ...]] = {
     "palette": ("ctrl+p", "e"),
     "selection": ("alt+up",),
     "completion": ("slash",),
+    "long text": ("x", *["ctrl+j"] * 14, "at"),
     "title": ("slash", "r", "e", "n", "tab", "enter"),
 }
 ANSWER = "# Heading\n\n| a | b |\n|---|---|\n| x | y |\n\n```python\nfor x in y: pass\n```\n\n- one\n  - two\n\n"
@@ -57,6 +61,16 @@ async def resized(chat: Chat, width: int, height: int) -> None:
     await asyncio.sleep(0.05)
 
 
+def check_composer(chat: Chat) -> None:
+    """Hold that the composer is on the screen, and that nothing told in the corner covers it."""
+    composer, screen = chat.app.composer, chat.app.screen
+    if composer.region.width:  # not where the conversations lie over the talk
+        assert screen.region.contains_region(composer.region), chat.app.size
+    for toast in screen.query(Toast):
+        seen = toast.region.intersection(screen.query_one(ToastRack).region)
+        assert not seen.overlaps(composer.region), chat.app.size
+
+
 @pytest.mark.parametrize("screen", SCREENS)
 async def test_every_screen_in_every_size(tmp_path: Path, screen: str) -> None:
     async with chatting(tmp_path, notifications=True) as chat:
@@ -70,6 +84,8 @@ async def test_every_screen_in_every_size(tmp_path: Path, screen: str) -> None:
             text = f"word {place} **bold**\n\n" + ANSWER[: place % 9]
             await chat.say(Text(text, place + 1, Seen(500 * place, 10**6)))
             assert chat.app.size == (max(width, SMALLEST.width), max(height, SMALLEST.height))
+            if len(chat.app.screen_stack) == 1:
+                check_composer(chat)
         assert chat.app._undrawn == 0
         await chat.pilot.press("escape", "escape", "escape")
         assert f"word {len(SIZES) - 1}" in chat.shown()

@@ -78,6 +78,9 @@ class Chat:
         await self.pilot.pause()
 
     async def send(self, text: str) -> None:
+        """Send a message, or run a command; one that has failed makes room."""
+        if self.app.composer.text.startswith("/"):
+            self.app.composer.reset()
         self.app.composer.focus()
         self.app.composer.insert(text)
         await self.pilot.pause()
@@ -158,8 +161,9 @@ async def chatting(
 
 
 def check_database(path: Path) -> None:
-    """Have SQLite itself say that the file, the index of words and the references are sound."""
+    """Have SQLite itself say that the file, the indexes of words and the references are sound."""
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         assert db.execute("PRAGMA foreign_key_check").fetchall() == []
-        db.execute("INSERT INTO message_words (message_words, rank) VALUES ('integrity-check', 1)")
+        for table in ("message_words", "message_parts"):
+            db.execute(f"INSERT INTO {table} ({table}, rank) VALUES ('integrity-check', 1)")

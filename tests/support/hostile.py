@@ -408,7 +408,9 @@ async def go_through(
             chat.app.pop_screen()
             await chat.pilot.pause()
         chat.app.composer.reset()
-        chat.app.edit_question(None)
+        if chat.app.drafts.question is not None:
+            chat.app.drafts.leave_edit()
+            chat.app.composer.reset()
         chat.app.clear_notifications()
         await chat.pilot.pause()
         if chat.app.state == "no model":

@@ -11,7 +11,7 @@ from m7mlx_chat.answering import UnderWay
 from m7mlx_chat.commands.copying import CopyCommands
 from m7mlx_chat.commands.models import ModelCommands
 from m7mlx_chat.screens.models import Models
-from m7mlx_chat.unsent import folded
+from m7mlx_chat.screens.settings import SettingsDrawer
 from m7mlx_chat.view import Parts
 from m7mlx_chat.widgets.composer import Composer
 
@@ -25,7 +25,6 @@ class AskCommands(ModelCommands, CopyCommands):
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
         self.first_text = 0.0  # when the answer under way began to come; 0: not yet
-        self._editing: int | None = None  # the question that the unsent text takes the place of
         self._quit_armed = False
 
     # --- asking -----------------------------------------------------------------------------------
@@ -37,32 +36,44 @@ class AskCommands(ModelCommands, CopyCommands):
         if not text:
             return
         if _COMMAND.fullmatch(event.unsent.shown):
-            self.composer.reset()
-            if not await self.run_command(event.unsent.shown):
-                self.composer.reset(event.unsent)
+            self.composer.reset(self.composer.aside)
+            done = False
+            try:
+                done = await self.run_command(event.unsent.shown)
+            finally:
+                if not done and not self.composer.text:  # there is no such command, or it has failed
+                    self.composer.reset(event.unsent)
         elif self.state == "no model":
             self.action_model()
-        elif self._editing:
-            question = self._editing
-            await self._begin(lambda: self.session.edit(question, text))
         else:
-            await self._begin(lambda: self.session.ask(text))
+            await self._begin(lambda: self._ask(text))
+
+    def _ask(self, text: str) -> UnderWay:
+        question = self.drafts.question
+        asked = self.session.ask(text) if question is None else self.session.edit(question, text)
+        self.drafts.sent(self.session.conversation)
+        return asked
 
     async def _begin(self, begin: Callable[[], UnderWay]) -> None:
-        """Begin an answer, and show it; where that raises, the unsent text stays."""
+        """Begin an answer, and show it. What is not sent stays in the composer."""
         begin()
-        self.composer.reset()
-        self.edit_question(None)
         self.first_text = 0.0
         self.composer.focus()
         await self.show_all()
 
     async def action_retry(self) -> None:
-        await self._begin(self.session.retry)
+        await self._retry(None)
 
     async def action_retry_message(self) -> None:
         if (selected := self.selected) is not None:
-            await self._begin(lambda: self.session.retry(selected.message.id))
+            await self._retry(selected.message.id)
+
+    async def _retry(self, message: int | None) -> None:
+        await self._begin(lambda: self.session.retry(message))
+        under_way, settings = self.session.under_way, self.session.settings
+        if under_way is not None and under_way.settings.temperature != settings.temperature:
+            sampled = f"{under_way.settings.temperature:g}"
+            self.tell(f"at temperature 0 it would be the same: sampled at {sampled}; F2 sets the temperature")
 
     async def action_resume(self) -> None:
         await self._begin(self.session.resume)
@@ -75,27 +86,24 @@ class AskCommands(ModelCommands, CopyCommands):
     def action_edit(self) -> None:
         questions = [m for m in self.store.read(self.session.line[-2:]) if m.role == "user"]
         if questions:
-            self.edit_question(questions[-1].id)
+            self._edit(questions[-1].id)
 
     def action_edit_message(self) -> None:
         if (selected := self.selected) is not None:
             message = selected.message
-            self.edit_question(message.id if message.role == "user" else message.parent)
+            self._edit(message.id if message.role == "user" else message.parent)
 
-    def edit_question(self, question: int | None) -> None:
-        """Let the unsent text take the place of a question; None: it is a new one."""
-        self._editing = question
-        self.composer.set_class(question is not None, "-editing")
-        self.composer.border_title = "editing a question · Esc leaves it as it is" if question is not None else ""
-        if question is not None:
-            self.composer.reset(folded(self.store.message(question).text))
+    def _edit(self, question: int | None) -> None:
+        """Let what is written take the place of a question."""
+        if question is not None and self.session.conversation is not None:
+            self.drafts.edit(self.session.conversation, question)
             self.composer.focus()
 
     # --- stopping ---------------------------------------------------------------------------------
 
     def action_stop(self) -> None:
         """End the first of what is open or under way."""
-        if isinstance(self.screen, Models):
+        if isinstance(self.screen, Models | SettingsDrawer):
             self.screen.close()
         elif len(self.screen_stack) > 1:
             self.pop_screen()
@@ -104,9 +112,9 @@ class AskCommands(ModelCommands, CopyCommands):
         elif self.state == "answering":
             self.session.stop()
             self.show_state("stopping …")
-        elif self._editing is not None:
-            self.edit_question(None)
-            self.composer.reset()
+        elif self.drafts.question is not None:
+            self.drafts.leave_edit()
+            self.composer.focus()
         else:
             self.composer.focus()
 
@@ -116,7 +124,8 @@ class AskCommands(ModelCommands, CopyCommands):
         if selected:
             self.copy_text(selected)
         elif self.composer.text:
-            self.composer.reset()
+            self.drafts.clear()
+            self.tell("cleared · Ctrl+Z brings it back")
         elif self.state == "answering":
             self.action_stop()
         elif self._quit_armed:

@@ -7,16 +7,12 @@ from textual.events import DescendantFocus
 
 from m7mlx.errors import InputError
 from m7mlx_chat.screens.dialogs import Ask
-from m7mlx_chat.view import BESIDE_FROM, ChatView, Parts
+from m7mlx_chat.view import BESIDE_FROM, ChatView
 from m7mlx_chat.widgets.sidebar import Sidebar
 
 
 class ConversationCommands(ChatView):
     """The list of conversations, and what is done to one of them."""
-
-    def __init__(self, parts: Parts) -> None:
-        super().__init__(parts)
-        self._deleted: list[int] = []  # conversations, the last one deleted at the end
 
     # --- going to one -----------------------------------------------------------------------------
 
@@ -27,6 +23,8 @@ class ConversationCommands(ChatView):
 
     @on(Sidebar.Chosen)
     async def _chosen(self, event: Sidebar.Chosen) -> None:
+        if self.store.conversation(event.conversation).deleted_at is not None:
+            self.store.undo_delete(event.conversation)
         await self.open_conversation(event.conversation)
         self.composer.focus()
 
@@ -55,7 +53,10 @@ class ConversationCommands(ChatView):
         self.sidebar.search(argument)
 
     def action_archived(self) -> None:
-        self.sidebar.toggle_archived()
+        self.sidebar.toggle_shelf("put away")
+
+    def action_trash(self) -> None:
+        self.sidebar.toggle_shelf("deleted")
 
     # --- one of them ------------------------------------------------------------------------------
 
@@ -93,7 +94,7 @@ class ConversationCommands(ChatView):
             self.tell("brought back")
         else:
             self.store.archive(conversation)
-            self.tell("put away: v in the list shows what was put away; it is still found")
+            self.tell("put away: v in the list shows it; it is still found")
         self.show_conversations()
 
     async def action_delete(self) -> None:
@@ -110,17 +111,16 @@ class ConversationCommands(ChatView):
             raise InputError("it is being answered: Esc stops that")
         title = self.store.conversation(conversation).title
         self.store.delete(conversation)
-        self._deleted.append(conversation)
         self.tell(f"deleted “{title}” · /undo brings it back")
         if conversation == self.session.conversation:
             self.session.new()
-            await self.transcript.sync()
+            await self.show_all()
         self.show_conversations()
 
     async def action_undo(self) -> None:
-        if not self._deleted:
+        last = self.store.deleted(limit=1)
+        if not last:
             self.tell("nothing has been deleted")
             return
-        conversation = self._deleted.pop()
-        self.store.undo_delete(conversation)
-        await self.open_conversation(conversation)
+        self.store.undo_delete(last[0].id)
+        await self.open_conversation(last[0].id)

@@ -37,6 +37,7 @@ class FileCommands(ChatView):
     async def action_import(self, argument: str = "") -> None:
         if not argument:
             raise InputError("/import needs a file: ours (/export json), or ChatGPT's conversations.json")
-        planted = self.store.plant(read_file(Path(os.path.expanduser(argument))))
-        self.tell(f"{len(planted)} conversation{'s' if len(planted) != 1 else ''} imported")
+        imported = read_file(Path(os.path.expanduser(argument)))
+        planted = self.store.plant(imported.trees)
+        self.tell(imported.told())
         await self.open_conversation(planted[-1])

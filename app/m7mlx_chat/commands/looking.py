@@ -10,14 +10,14 @@ from textual.widgets import Markdown
 
 from m7mlx.terminal import visible
 from m7mlx.units import in_gigabytes
+from m7mlx_chat.markdown import CodeBlock
 from m7mlx_chat.screens.dialogs import Figures, Help
 from m7mlx_chat.store.rows import Message
 from m7mlx_chat.view import ChatView
-from m7mlx_chat.widgets.messages import Answer
 from m7mlx_chat.widgets.ring import RingPicture
 
 _LISTED = 200  # answers, of which figures are shown
-_HEADINGS = ("", "tokens", "tok/s", "first after", "prompt", "reused", "tok/s", "peak memory")
+_HEADINGS = ("", "tokens", "tok/s", "first after", "prompt", "reused", "read a second", "peak memory")
 
 
 class LookCommands(ChatView):
@@ -38,7 +38,11 @@ class LookCommands(ChatView):
         for message in reversed(answers[-_LISTED:]):
             what = Text(" ".join(visible(message.text).split())[:24], style="dim", no_wrap=True)
             table.add_row(what, *(Text(number, justify="right") for number in _figures(message)))
-        title = f"What {len(answers)} answers cost" if answers else "Nothing has been answered yet"
+        title = (
+            f"What {len(answers)} answer{'s' * (len(answers) != 1)} cost"
+            if answers
+            else "Nothing has been answered yet"
+        )
         self.push_screen(Figures(title, table))
 
     def action_window(self) -> None:
@@ -50,18 +54,30 @@ class LookCommands(ChatView):
         views = self.transcript.views
         at = views.index(self.selected) if self.selected in views else len(views)
         if 0 <= at + direction < len(views):
-            self.set_focus(views[at + direction])  # at once: the next key may be under way already
+            views[at + direction].select()
         elif direction > 0:
             self.set_focus(self.composer)
 
     def action_thoughts(self) -> None:
-        """Show what the model thought before the selected answer, or hide it again."""
-        if isinstance(self.selected, Answer):
-            self.selected.toggle_thoughts()
+        """Show what is folded of the selected message, or fold it again."""
+        if self.selected is not None:
+            self.selected.toggle_fold()
+
+    def action_wrap_code(self) -> None:
+        """Wrap the long lines of code of the selected message, or scroll them again."""
+        if self.selected is not None:
+            blocks = list(self.selected.query(CodeBlock))
+            wraps = not any(block.has_class("-wrapped") for block in blocks)
+            for block in blocks:
+                block.set_class(wraps, "-wrapped")
 
     async def action_scroll(self, direction: int) -> None:
         """Scroll the conversation by a page, down (1) or up (-1)."""
         await self.transcript.page(direction)
+
+    async def action_go_to_end(self, direction: int) -> None:
+        """Go to the end of the conversation (1) or to its beginning (-1)."""
+        await self.transcript.go_to_end(direction)
 
     @on(Markdown.LinkClicked)
     def _show_link(self, event: Markdown.LinkClicked) -> None:

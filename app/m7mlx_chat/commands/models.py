@@ -46,7 +46,9 @@ class ModelCommands(ChatView):
         if self.folder is not None:
             self.session.ready, self.is_loading = None, True
             self.engine.load(self.folder, self.session.settings)
+            self.show_title()
             self.show_state()
+            self.show_gauge()
 
     def model_is_ready(self) -> None:
         """Take note that the engine has loaded the model."""

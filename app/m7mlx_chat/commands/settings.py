@@ -68,11 +68,16 @@ class SettingsCommands(ModelCommands):
             if isinstance(self.screen, SettingsDrawer):
                 self.screen.show(self.session.settings)
 
+    def keep_theme(self, theme: str) -> None:
+        """Keep the colours that the user has chosen: by the command, in the palette."""
+        if theme != self.config.theme:
+            save(self.config.path, {"theme": theme})
+            self.config = replace(self.config, theme=theme)
+
     def action_theme(self, argument: str = "") -> None:
         if not argument:
             self.search_themes()
         elif argument in self.available_themes:
             self.theme = argument
-            save(self.config.path, {"theme": argument})
         else:
             raise InputError(f"there is no theme {argument!r}; there are {', '.join(sorted(self.available_themes))}")

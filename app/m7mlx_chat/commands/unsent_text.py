@@ -20,6 +20,7 @@ class UnsentTextCommands(ChatView):
     def action_history(self) -> None:
         def take(text: str | None) -> None:
             if text is not None:
+                self.drafts.clear()
                 self.composer.recall(text)
 
         self.push_screen(Search("What was asked before", lambda text: self.store.prompts(text, limit=100)), take)

@@ -11,15 +11,18 @@ class VersionCommands(ChatView):
     async def action_sibling(self, direction: int) -> None:
         """Show the next version (1) of the selected message, or the one before (-1)."""
         if (selected := self.selected) is not None:
-            await self.action_sibling_of(selected.message.id, direction)
+            await self._show_sibling(selected.message.id, direction, select=True)
 
     async def action_sibling_of(self, message: int, direction: int) -> None:
-        """Show another version of a message."""
+        """Show another version of a message that was clicked on."""
+        await self._show_sibling(message, direction, select=False)
+
+    async def _show_sibling(self, message: int, direction: int, *, select: bool) -> None:
         if message not in self.session.line:  # a click that came late
             return
         place = self.session.line.index(message)
         self.session.switch(message, direction)
-        await self.transcript.sync(at=self.session.line[min(place, len(self.session.line) - 1)])
+        await self.transcript.sync(at=self.session.line[min(place, len(self.session.line) - 1)], select=select)
 
     async def action_fork(self) -> None:
         if self.session.line:

@@ -16,6 +16,7 @@ nothing. Nothing here touches a store: a long file may be read in any thread.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,6 +29,7 @@ FORMAT, VERSION = "m7mlx-chat", 1
 # ChatGPT's exports of years are some 100 MB; in memory they take ten times as much
 MOST_BYTES = 1 << 29
 _TOO_LONG = f"the file has {{:,.0f}} MB, the most is {MOST_BYTES / 1e6:,.0f}; split it"
+_TOLD = 3  # reasons for which conversations were left out
 _STATUSES = (*get_args(Ending), "interrupted")
 
 
@@ -62,33 +64,65 @@ def to_json(tree: Tree) -> str:
     return json.dumps({**head, "messages": messages}, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
 
 
+@dataclass(frozen=True)
+class Imported:
+    """The conversations of a file, and why others of it were left out, a line each."""
+
+    trees: list[Tree]
+    skipped: list[str]
+
+    def told(self) -> str:
+        """What was taken and what was not, in a line."""
+        count = len(self.trees)
+        text = f"{count:,} conversation{'s' * (count != 1)} imported"
+        if self.skipped:
+            more = " …" if len(self.skipped) > _TOLD else ""
+            text += f", {len(self.skipped):,} left out ({'; '.join(self.skipped[:_TOLD])}{more})"
+        return text
+
+
 def parse(data: str | bytes) -> list[Tree]:
+    """The conversations that `parse_all` finds."""
+    return parse_all(data).trees
+
+
+def parse_all(data: str | bytes) -> Imported:
     """The conversations in a file of ours, a list of such, or ChatGPT's conversations.json.
 
-    Raises InputError, in one line, for whatever is not one of these.
+    Of several those that are malformed are left out. Raises InputError, in one line, where nothing
+    is left.
     """
     parsed = _json_of(data)
     items = parsed if isinstance(parsed, list) else [parsed]
-    trees = []
+    trees: list[Tree] = []
+    skipped: list[str] = []
     for i, item in enumerate(items):
-        record = Record(item, f"conversation {i + 1}" if len(items) > 1 else "the conversation")
-        if record.get("format") == FORMAT:
-            trees.append(_tree(record))
-        elif "mapping" in record:
-            trees += chatgpt.trees(record)
-        else:
-            record.refuse("is neither one that m7mlx-chat exported nor one of ChatGPT's (conversations.json)")
+        try:
+            trees += _trees(item, f"conversation {i + 1}" if len(items) > 1 else "the conversation")
+        except InputError as error:
+            skipped.append(str(error))
     if not trees:
+        if skipped:
+            raise InputError(f"{skipped[0]}; nothing was imported")
         raise InputError("the file has no messages; export the conversations again")
-    return trees
+    return Imported(trees, skipped)
 
 
-def read_file(path: Path) -> list[Tree]:
-    """The conversations in a file, as `parse`. Raises InputError."""
+def _trees(item: Any, name: str) -> list[Tree]:
+    record = Record(item, name)
+    if record.get("format") == FORMAT:
+        return [_tree(record)]
+    if "mapping" in record:
+        return chatgpt.trees(record)
+    record.refuse("is neither one that m7mlx-chat exported nor one of ChatGPT's (conversations.json)")
+
+
+def read_file(path: Path) -> Imported:
+    """The conversations in a file, as `parse_all`. Raises InputError."""
     try:
         if path.stat().st_size > MOST_BYTES:
             raise InputError(_TOO_LONG.format(path.stat().st_size / 1e6))
-        return parse(path.read_bytes())
+        return parse_all(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from None
 

@@ -20,7 +20,7 @@ class Record:
         self._values: dict[str, Any] = value if isinstance(value, dict) else self.refuse("is not a JSON object")
 
     def refuse(self, why: str) -> NoReturn:
-        raise InputError(f"{self.name} {why}; nothing was imported")
+        raise InputError(f"{self.name} {why}")
 
     def __contains__(self, key: str) -> bool:
         return key in self._values

@@ -8,9 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from datetime import datetime
+from functools import cache
 from html import escape
 
 from markdown_it import MarkdownIt
+from markdown_it.rules_core import StateCore
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import get_lexer_by_name
+from pygments.util import ClassNotFound
 
 from m7mlx.terminal import visible
 from m7mlx_chat.store.rows import Conversation, Message
@@ -23,6 +29,7 @@ _NOTES = {
     "answering": "under way",
     "interrupted": "interrupted",
 }
+_PREFIX, _LONGEST_COLOURED = "c-", 100_000  # of classes; characters of a code block
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)")
 _PAGE = """\
 <!DOCTYPE html>
@@ -48,6 +55,16 @@ code {{ font-family: ui-monospace, monospace; font-size: .9em; }}
 table {{ border-collapse: collapse; }}
 td, th {{ border: 1px solid var(--line); padding: .2rem .6rem; }}
 blockquote {{ border-left: .2rem solid var(--line); margin-left: 0; padding-left: 1rem; }}
+h3 {{ font-size: 1.25rem; }} h4 {{ font-size: 1.1rem; }} h5, h6 {{ font-size: 1rem; }}
+{colors}
+@media print {{
+  :root {{ color-scheme: light; }}
+  body {{ max-width: none; margin: 0; font-size: 10.5pt; }}
+  pre {{ white-space: pre-wrap; border: 1px solid var(--line); }}
+  h2, h3, h4, h5, h6 {{ break-after: avoid; }}
+  pre, table, blockquote {{ break-inside: avoid; }}
+  article.user {{ border: 1px solid var(--line); }}
+}}
 </style>
 </head>
 <body>
@@ -74,8 +91,9 @@ def to_markdown(conversation: Conversation, branch: Sequence[Message]) -> str:
 def to_html(conversation: Conversation, branch: Sequence[Message]) -> str:
     """A branch as an HTML page: questions as they were typed, answers as Markdown shows them."""
     # No HTML of a message is HTML of the page, and no picture is fetched: it stays a link.
-    parser = MarkdownIt("commonmark", {"html": False, "breaks": True})
+    parser = MarkdownIt("commonmark", {"html": False, "breaks": True, "highlight": _highlighted})
     parser.enable(["table", "strikethrough"]).disable("image")
+    parser.core.ruler.push("m7mlx_headings", _lower_headings)
     articles = []
     if conversation.system:
         articles.append(f'<article class="system"><h2>System prompt</h2>\n{_plain(conversation.system)}</article>')
@@ -88,8 +106,40 @@ def to_html(conversation: Conversation, branch: Sequence[Message]) -> str:
             f'<article class="{message.role}"><h2>{escape(_speaker(message))}</h2>\n{body}{note}</article>'
         )
     return _PAGE.format(
-        title=escape(visible(conversation.title)), about=escape(_about(conversation)), messages="\n".join(articles)
+        title=escape(visible(conversation.title)),
+        about=escape(_about(conversation)),
+        messages="\n".join(articles),
+        colors=_colors(),
     )
+
+
+def _lower_headings(state: StateCore) -> None:
+    """Put the headings of an answer below that of the page and those of the speakers."""
+    for token in state.tokens:
+        if token.type in ("heading_open", "heading_close"):
+            token.tag = f"h{min(6, int(token.tag[1]) + 2)}"
+
+
+def _highlighted(code: str, language: str, _: str) -> str:
+    """Code with the classes of its language; "" leaves it as it is."""
+    if len(code) > _LONGEST_COLOURED:
+        return ""
+    try:
+        lexer = get_lexer_by_name(language)
+    except ClassNotFound:
+        return ""
+    return str(highlight(code, lexer, HtmlFormatter(nowrap=True, classprefix=_PREFIX)))
+
+
+@cache
+def _colors() -> str:
+    """Rules for the classes, for light pages and for dark ones."""
+    light, dark = (
+        HtmlFormatter(style=style, classprefix=_PREFIX, nobackground=True).get_style_defs("pre").splitlines()
+        for style in ("friendly", "monokai")
+    )
+    rules = ["\n".join(line for line in lines if f" .{_PREFIX}" in line) for lines in (light, dark)]
+    return f"{rules[0]}\n@media screen and (prefers-color-scheme: dark) {{\n{rules[1]}\n}}"
 
 
 def _plain(text: str) -> str:

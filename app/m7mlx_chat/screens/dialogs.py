@@ -138,6 +138,24 @@ class Search(Dialog):
             self.dismiss(self._found[chosen])
 
 
+class Choose(Dialog):
+    """One of several ways; gives its name, or None."""
+
+    def __init__(self, title: str, ways: Mapping[str, str]) -> None:
+        super().__init__()
+        self._title, self._ways = title, ways
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="box"):
+            yield Static(self._title, classes="title", markup=False)
+            yield OptionList(*[Option(Text(shown), id=name) for name, shown in self._ways.items()], markup=False)
+            yield Static("Enter takes one · Esc leaves it as it is", classes="hint")
+
+    @on(OptionList.OptionSelected)
+    def _done(self, event: OptionList.OptionSelected) -> None:
+        self.dismiss(event.option_id)
+
+
 class Figures(Dialog):
     """A table to read."""
 

@@ -165,13 +165,13 @@ class Models(ModalScreen[Chosen | None]):
 
     def _take(self, name: str) -> None:
         """Use a model by name: at once where it is here, after fetching it where it is not."""
-        folder = on_this_machine(name)
+        folder = on_this_machine(name, self._own)
         if folder is not None and folder.is_dir():
             problem = describe(name, folder).problem
             if problem:
                 self._tell(problem)
             else:
-                self.dismiss(Chosen(name, folder))
+                self.dismiss(Chosen(str(folder) if folder.parent == self._own else name, folder))
         elif is_gguf(name) or (folder is not None and folder.is_file()):
             self._begin(f"fetching and converting {name}", lambda: jobs.fetch(name, self._progress), name)
         elif name == DEMO or is_repo_id(name) or "/" not in name:

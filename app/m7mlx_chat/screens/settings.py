@@ -7,10 +7,12 @@ from pathlib import Path
 from rich.text import Text
 from textual import on
 from textual.app import ComposeResult
-from textual.containers import Horizontal, VerticalScroll
+from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.events import DescendantBlur
 from textual.message import Message
 from textual.screen import ModalScreen
-from textual.widgets import Input, Select, Static
+from textual.widget import Widget
+from textual.widgets import Input, Select, Static, TextArea
 
 from m7mlx.errors import InputError
 from m7mlx.terminal import visible
@@ -24,14 +26,19 @@ class SettingsDrawer(ModalScreen[None]):
     SettingsDrawer { align: right top; background: $background 40%; }
     SettingsDrawer .box {
         width: 58; max-width: 100%; height: 100%; padding: 1 2; background: $surface; border-left: outer $primary;
-        scrollbar-size-vertical: 1;
     }
+    SettingsDrawer .fields { height: 1fr; scrollbar-size-vertical: 1; }
     SettingsDrawer .title { text-style: bold; }
     SettingsDrawer .row { height: 1; margin-top: 1; }
     SettingsDrawer .name { width: 20; }
     SettingsDrawer Input { width: 1fr; background: $boost; }
+    SettingsDrawer TextArea {
+        width: 1fr; height: auto; max-height: 5; background: $boost; border: none; padding: 0;
+    }
+    SettingsDrawer TextArea:focus { border: none; }
+    SettingsDrawer .row.-long { height: auto; }
     SettingsDrawer .help { color: $text-muted; height: auto; }
-    SettingsDrawer .told { color: $text-error; height: auto; }
+    SettingsDrawer .told { color: $text-error; height: auto; max-height: 3; }
     """
 
     class Changed(Message):
@@ -53,9 +60,13 @@ class SettingsDrawer(ModalScreen[None]):
         self._settings, self._presets, self._path = settings, presets, path
 
     def compose(self) -> ComposeResult:
-        with VerticalScroll(classes="box"):
+        with Vertical(classes="box"):
             yield Static("Settings of this conversation", classes="title")
-            yield Static("", classes="told", markup=False)
+            yield Static("", classes="told", markup=False)  # in sight, whatever is scrolled
+            yield from self._fields()
+
+    def _fields(self) -> ComposeResult:
+        with VerticalScroll(classes="fields", can_focus=False):
             if self._presets:
                 names = [(Text(visible(name)), name) for name in self._presets]  # no markup
                 yield Select(names, prompt="take a preset", id="preset")
@@ -71,33 +82,60 @@ class SettingsDrawer(ModalScreen[None]):
             yield Static(f"in {visible(str(self._path))}", classes="help", markup=False)
 
     def _field(self, name: str) -> ComposeResult:
-        with Horizontal(classes="row"):
+        is_long = name == "system"
+        with Horizontal(classes="row -long" if is_long else "row"):
             yield Static(name, classes="name")
-            yield Input(self._settings.shown(name), id=f"field-{name}", compact=True)
+            if is_long:
+                yield TextArea(self._settings.shown(name), id=f"field-{name}", compact=True)
+            else:
+                yield Input(self._settings.shown(name), id=f"field-{name}", compact=True)
         yield Static(FIELDS[name].help, classes="help", markup=False)
 
+    def on_mount(self) -> None:
+        self.query_one("#field-system").focus()
+
     @on(Input.Submitted)
-    @on(Input.Blurred)
-    def _entered(self, event: Input.Submitted | Input.Blurred) -> None:
-        kind, _, name = (event.input.id or "").partition("-")
-        if kind == "field":
-            self._enter(name, event.input)
-        elif isinstance(event, Input.Submitted) and event.value.strip():
+    def _submitted(self, event: Input.Submitted) -> None:
+        if event.input.id != "keep":
+            self._enter(event.input)
+        elif event.value.strip():
             self.post_message(self.Preset(event.value.strip(), keep=True))
 
-    def _enter(self, name: str, field: Input) -> None:
+    @on(DescendantBlur)
+    def _left(self, event: DescendantBlur) -> None:
+        self._enter(event.widget)
+
+    def _enter(self, field: Widget | None) -> bool:
+        """Take what a field holds; False if it cannot be, which is told."""
+        kind, _, name = ((field.id if field else "") or "").partition("-")
+        if kind != "field":
+            return True
+        text = field.text if isinstance(field, TextArea) else field.value if isinstance(field, Input) else ""
+        if text.strip() == self._settings.shown(name).strip():
+            return True
         told = self.query_one(".told", Static)
-        if field.value.strip() == self._settings.shown(name).strip():
-            return
         try:
-            self._settings = self._settings.parsed(name, field.value)
+            self._settings = self._settings.parsed(name, text)
         except InputError as error:
-            told.update(str(error))
-            field.value = self._settings.shown(name)
-            return
+            told.update(f"{error}: it stays as it was")
+            self._fill(name)
+            return False
         told.update("")
-        field.value = self._settings.shown(name)
+        self._fill(name)
         self.post_message(self.Changed(self._settings))
+        return True
+
+    def _fill(self, name: str) -> None:
+        field = self.query_one(f"#field-{name}")
+        if isinstance(field, TextArea):
+            field.load_text(self._settings.shown(name))
+        elif isinstance(field, Input):
+            field.value = self._settings.shown(name)
+
+    def close(self) -> None:
+        """Take the field that is being filled in, and leave; stay if it cannot be taken."""
+        if self._enter(self.focused):
+            self.dismiss(None)
 
     @on(Select.Changed, "#preset")
     def _take(self, event: Select.Changed) -> None:
@@ -108,4 +146,4 @@ class SettingsDrawer(ModalScreen[None]):
         """Show other settings: those of a preset."""
         self._settings = settings
         for name in (*ANSWER, *ENGINE):
-            self.query_one(f"#field-{name}", Input).value = settings.shown(name)
+            self._fill(name)

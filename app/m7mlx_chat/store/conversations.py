@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from m7mlx_chat.store.drafts import DraftWriter
 from m7mlx_chat.store.rows import CHOSEN_TITLE_LENGTH, encodable, title_of
-from m7mlx_chat.store.writer import Values, Writer, as_json
+from m7mlx_chat.store.writer import Values, as_json
 
 _KEEP_DELETED = 30 * 86400  # seconds
 
 
-class ConversationWriter(Writer):
+class ConversationWriter(DraftWriter):
     """The changes to a conversation that leave its messages alone."""
 
     def configure(self, conversation: int, *, model: str, system: str, settings: Values) -> None:

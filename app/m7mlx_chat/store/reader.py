@@ -16,7 +16,7 @@ from m7mlx_chat.store.errors import StoreError
 from m7mlx_chat.store.rows import Conversation, Ending, Head, Hit, Message, Node, Role, Tree
 from m7mlx_chat.store.schema import damaged, one_line
 from m7mlx_chat.store.sound import Row, conversation_of, message_of
-from m7mlx_chat.store.words import SEARCH, hit, match_of
+from m7mlx_chat.store.words import SEARCH, hit, match_of, parts_query, plain
 
 EVERYTHING = -1  # SQLite's LIMIT
 _T = TypeVar("_T")
@@ -61,6 +61,8 @@ _LIST = f"""
         SELECT * FROM conversation WHERE archived = ? AND deleted_at IS NULL {_NEWEST} LIMIT ? OFFSET ?
     ) c {_NEWEST}
 """
+_DELETED = f"{_COUNTED} conversation c WHERE deleted_at IS NOT NULL ORDER BY deleted_at DESC, id DESC LIMIT ?"
+_TITLES = f"SELECT id, title FROM conversation WHERE deleted_at IS NULL {_NEWEST}"
 _PROMPTS = """
     SELECT CAST(text AS TEXT) FROM message m CROSS JOIN conversation ON conversation.id = m.conversation
     WHERE m.role = 'user' AND deleted_at IS NULL ORDER BY m.created DESC, m.id DESC
@@ -115,6 +117,12 @@ class Reader:
             f"{_MESSAGE} WHERE m.conversation = ? AND {same} ORDER BY m.id", [one.conversation, message]
         )
 
+    def answers(self, question: int) -> list[Message]:
+        """All answers to a question, oldest first."""
+        one = self.message(question)
+        where = "WHERE m.conversation = ? AND m.parent = ? ORDER BY m.id"
+        return self._messages(f"{_MESSAGE} {where}", [one.conversation, question])
+
     def conversation(self, conversation: int) -> Conversation:
         """One conversation, deleted or not."""
         found = self._conversations(f"{_COUNTED} conversation c WHERE id = ?", [conversation])
@@ -124,6 +132,15 @@ class Reader:
         """Those that are not deleted, and archived or not; the last one spoken in first."""
         return self._conversations(_LIST, [archived, limit, offset])
 
+    def count(self, archived: bool = False) -> int:
+        """How many `conversations` there are."""
+        sql = "SELECT count(*) FROM conversation WHERE archived = ? AND deleted_at IS NULL"
+        return int(self._rows(sql, [archived])[0][0])
+
+    def deleted(self, limit: int = EVERYTHING) -> list[Conversation]:
+        """Those that are deleted and not erased yet; the last one deleted first."""
+        return self._conversations(_DELETED, [limit])
+
     def tree(self, conversation: int) -> Tree:
         """A whole conversation, all branches, for export."""
         head = self.conversation(conversation)
@@ -131,9 +148,24 @@ class Reader:
         return tree_of(head, messages, head.leaf)
 
     def search(self, text: str, limit: int = 50) -> list[Hit]:
-        """The messages with all words of `text`, the last one maybe unfinished; the best first."""
+        """The messages with all words of `text`, the best first; then those with all its parts."""
         match = match_of(text)
-        return [hit(row) for row in self._rows(SEARCH, [match, limit])] if match else []
+        found = [hit(row) for row in self._rows(SEARCH, [match, limit])] if match else []
+        parts = parts_query(text, limit) if len(found) < limit else None
+        if parts is not None:
+            known = {one.message for one in found}
+            found += [hit(row) for row in self._rows(*parts) if row["id"] not in known]
+        return found[:limit]
+
+    def titled(self, text: str, limit: int = 20) -> list[Conversation]:
+        """The conversations whose titles have all parts of `text`, the last one spoken in first."""
+        parts = plain(text).split()
+        if not parts:
+            return []
+        rows = self._rows(_TITLES, [])
+        ids = [row["id"] for row in rows if all(part in plain(Row(row).text("title")) for part in parts)][:limit]
+        marks = ", ".join("?" * len(ids))
+        return self._conversations(f"{_COUNTED} conversation c WHERE id IN ({marks}) {_NEWEST}", ids)
 
     def prompts(self, containing: str = "", limit: int = 100) -> list[str]:
         """What the user has asked and contains a text, in any case: each once, the newest first."""

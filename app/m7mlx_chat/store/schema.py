@@ -69,7 +69,33 @@ _VERSION_1 = (
         INSERT INTO message_words (message_words, rowid, text) VALUES ('delete', old.id, old.text);
     END""",
 )
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1,)
+# Texts that have not been sent, by the place that they were written in (see drafts.py).
+_VERSION_2 = (
+    """CREATE TABLE draft (
+        place        TEXT PRIMARY KEY,
+        conversation INTEGER REFERENCES conversation (id) ON DELETE CASCADE,
+        updated      REAL NOT NULL,
+        shown        TEXT NOT NULL,
+        pastes       TEXT NOT NULL
+    )""",
+    "CREATE INDEX draft_conversation ON draft (conversation)",
+)
+# Every three characters that follow each other: for parts of words, and scripts without spaces.
+_VERSION_3 = (
+    "CREATE VIRTUAL TABLE message_parts USING fts5 (text, content='message', content_rowid='id', tokenize='trigram')",
+    "INSERT INTO message_parts (message_parts) VALUES ('rebuild')",
+    """CREATE TRIGGER message_parts_added AFTER INSERT ON message BEGIN
+        INSERT INTO message_parts (rowid, text) VALUES (new.id, new.text);
+    END""",
+    """CREATE TRIGGER message_parts_changed AFTER UPDATE OF text ON message BEGIN
+        INSERT INTO message_parts (message_parts, rowid, text) VALUES ('delete', old.id, old.text);
+        INSERT INTO message_parts (rowid, text) VALUES (new.id, new.text);
+    END""",
+    """CREATE TRIGGER message_parts_removed AFTER DELETE ON message BEGIN
+        INSERT INTO message_parts (message_parts, rowid, text) VALUES ('delete', old.id, old.text);
+    END""",
+)
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1, _VERSION_2, _VERSION_3)
 
 
 def open_database(path: Path, migrations: Sequence[Sequence[str]] = MIGRATIONS) -> sqlite3.Connection:

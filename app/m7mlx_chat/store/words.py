@@ -1,10 +1,16 @@
-"""Searching: what a user types is text, never a query language; what is found shows where."""
+"""Searching: what a user types is text, never a query language; what is found shows where.
+
+Words find themselves, their beginnings and other spellings ("osterreich" finds Österreich), the
+best first. After those come the messages that have what was typed anywhere, in the middle of a word
+or in a script without spaces, the newest first.
+"""
 
 from __future__ import annotations
 
 import re
 import sqlite3
-from typing import get_args
+import unicodedata
+from typing import Any, get_args
 
 from m7mlx_chat.store.rows import Hit, Role, encodable
 from m7mlx_chat.store.sound import Row
@@ -14,16 +20,32 @@ _LONGEST = 300
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # noncharacters: no text has business with them
 # words, characters: where the index is damaged, a snippet can be all there is
 _WORDS_AROUND, _MOST_AROUND = 14, 1000
+_CHARACTERS_AROUND = 64  # the most that FTS5 gives, where a token is a character
+_TRIGRAM = 3  # characters: what is shorter is not in the index of parts
 
+_COLUMNS = """
+    SELECT message.id, message.conversation, message.role, message.created, conversation.title, conversation.archived,
+"""
 # The words first (CROSS JOIN keeps the order): the best come out of FTS5 in order, and LIMIT ends
 # the work.
 SEARCH = f"""
-    SELECT message.id, message.conversation, message.role, message.created, conversation.title, conversation.archived,
-           snippet(message_words, 0, '{_OPEN}', '{_CLOSE}', '…', {_WORDS_AROUND}) AS snippet
+    {_COLUMNS} snippet(message_words, 0, '{_OPEN}', '{_CLOSE}', '…', {_WORDS_AROUND}) AS snippet
     FROM message_words CROSS JOIN message ON message.id = message_words.rowid
          CROSS JOIN conversation ON conversation.id = message.conversation
     WHERE message_words MATCH ? AND conversation.deleted_at IS NULL
     ORDER BY message_words.rank LIMIT ?
+"""
+_PARTS = f"""
+    {_COLUMNS} snippet(message_parts, 0, '{_OPEN}', '{_CLOSE}', '…', {_CHARACTERS_AROUND}) AS snippet
+    FROM message_parts CROSS JOIN message ON message.id = message_parts.rowid
+         CROSS JOIN conversation ON conversation.id = message.conversation
+    WHERE message_parts MATCH ? AND conversation.deleted_at IS NULL
+"""
+# Too short for an index: all texts, up to the first `LIMIT` that have it.
+_SCAN = f"""
+    {_COLUMNS} substr(message.text, max(1, instr(message.text, ?) - 20), {_CHARACTERS_AROUND}) AS snippet
+    FROM message CROSS JOIN conversation ON conversation.id = message.conversation
+    WHERE conversation.deleted_at IS NULL
 """
 
 
@@ -38,6 +60,27 @@ def match_of(text: str) -> str:
     words = [*dict.fromkeys(words[:-1]), *words[-1:]]
     quoted = ['"' + word.replace('"', '""') + '"' for word in words]
     return " ".join(quoted) + "*" if quoted else ""
+
+
+def parts_query(text: str, limit: int) -> tuple[str, list[Any]] | None:
+    """SQL, and its values, for messages with all parts of `text`; None for no parts."""
+    parts = list(dict.fromkeys(encodable(text[:_LONGEST]).replace("\0", " ").split()))
+    parts = [part for part in parts if any(c.isalnum() or not c.isascii() for c in part)]
+    if not parts:
+        return None
+    long = [part for part in parts if len(part) >= _TRIGRAM]
+    short = [part for part in parts if len(part) < _TRIGRAM]
+    quoted = " ".join('"' + part.replace('"', '""') + '"' for part in long)
+    sql, values = (_PARTS, [quoted]) if long else (_SCAN, [short[0]])
+    sql += " AND message.text LIKE ? ESCAPE '\\'" * len(short)
+    values += ["%" + re.sub(r"([%_\\])", r"\\\1", part) + "%" for part in short]
+    return f"{sql} ORDER BY message.id DESC LIMIT ?", [*values, limit]
+
+
+def plain(text: str) -> str:
+    """A text as titles are compared: without case and accents."""
+    decomposed = unicodedata.normalize("NFKD", text.casefold())
+    return "".join(c for c in decomposed if not unicodedata.combining(c))
 
 
 def hit(row: sqlite3.Row) -> Hit:

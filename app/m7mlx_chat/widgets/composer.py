@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import regex
 from textual import events, on
 from textual.message import Message
 from textual.widgets import TextArea
@@ -46,25 +47,49 @@ class Composer(TextArea):
             super().__init__()
             self.unsent = unsent
 
-    def __init__(self, completion: Completion, asked: Callable[[], Sequence[str]]) -> None:
+    def __init__(self, completion: Completion, asked: Callable[[], Sequence[UnsentText]]) -> None:
         """`asked` gives what was asked before, the newest first."""
         super().__init__(id="composer", placeholder="Write a message …", soft_wrap=True, highlight_cursor_line=False)
         self._pastes: dict[str, str] = {}
         self._completion = completion
         self._asked = asked
-        self._history: list[str] = []
+        self._history: list[UnsentText] = []
         self._back = 0  # how far back in the history; 0: the unsent text
         self._kept = UnsentText()
 
     @property
     def unsent(self) -> UnsentText:
         """The unsent text that stands in the composer."""
-        return UnsentText(self.text, dict(self._pastes))
+        text = self.text
+        return UnsentText(text, {marker: paste for marker, paste in self._pastes.items() if marker in text})
+
+    @property
+    def aside(self) -> UnsentText | None:
+        """The draft that has made room for what was asked before, if that is shown."""
+        return self._kept if self._back else None
+
+    @property
+    def draft(self) -> UnsentText:
+        """What the user has written: what was merely brought back is not it."""
+        is_as_it_was = self._back and self.text == self._history[self._back - 1].shown
+        return self._kept if is_as_it_was else self.unsent
+
+    def load(self, unsent: UnsentText) -> None:
+        """Show another unsent text. What was there before is not there to be undone."""
+        self._back = 0
+        self._pastes = dict(unsent.pastes)
+        self.load_text(unsent.shown)
+        self.move_cursor(self.document.end)
 
     def reset(self, unsent: UnsentText | None = None) -> None:
-        """Start over, with an unsent text to edit."""
+        """Start over, with an unsent text to edit; Ctrl+Z brings back what was there."""
         self._back = 0
         self._fill(unsent or UnsentText())
+
+    def show_editing(self, is_editing: bool) -> None:
+        """Show whether the text takes the place of a question."""
+        self.set_class(is_editing, "-editing")
+        self.border_title = "editing a question · Esc leaves it as it is" if is_editing else ""
 
     def recall(self, text: str) -> None:
         """Put a text in the place of the unsent one, to edit and send it again."""
@@ -72,8 +97,10 @@ class Composer(TextArea):
         self.focus()
 
     def _fill(self, unsent: UnsentText) -> None:
-        self._pastes = dict(unsent.pastes)
-        self.load_text(unsent.shown)
+        self._pastes |= unsent.pastes  # the others may come back, too
+        self.history.checkpoint()
+        self.replace(unsent.shown, self.document.start, self.document.end, maintain_selection_offset=False)
+        self.history.checkpoint()
         self.move_cursor(self.document.end)
 
     async def _on_key(self, event: events.Key) -> None:
@@ -105,18 +132,33 @@ class Composer(TextArea):
             return False
         return True
 
+    # --- characters as people see them ------------------------------------------------------------
+
+    def get_cursor_left_location(self) -> tuple[int, int]:
+        """Where the cursor goes to the left: over all that makes one character together."""
+        row, column = self.cursor_location
+        clusters = regex.findall(r"\X", self.document.get_line(row)[:column])
+        return (row, column - len(clusters[-1])) if clusters else super().get_cursor_left_location()
+
+    def get_cursor_right_location(self) -> tuple[int, int]:
+        """Where the cursor goes to the right."""
+        row, column = self.cursor_location
+        cluster = regex.match(r"\X", self.document.get_line(row), pos=column)
+        return (row, cluster.end()) if cluster else super().get_cursor_right_location()
+
     # --- what was asked before --------------------------------------------------------------------
 
     def _recall(self, direction: int) -> bool:
         if self._back == 0:
             if direction < 0:
                 return False
-            self._history, self._kept = list(self._asked()), self.unsent
+            self._kept = self.unsent
+            self._history = [asked for asked in self._asked() if asked.shown != self._kept.shown]
         back = self._back + direction
         if not 0 <= back <= len(self._history):
             return back > 0
         self._back = back
-        self._fill(folded(self._history[back - 1]) if back else self._kept)
+        self._fill(self._history[back - 1] if back else self._kept)
         self._completion.close()
         return True
 
@@ -160,8 +202,12 @@ class Composer(TextArea):
     async def _on_paste(self, event: events.Paste) -> None:
         event.stop()
         event.prevent_default()
+        self.paste(event.text)
+
+    def paste(self, text: str) -> None:
+        """Insert a text as it comes from a terminal, folded where it is long."""
         # terminals paste a return for each line end
-        text = event.text.replace("\r\n", "\n").replace("\r", "\n")
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
         if is_long(text):
             text = self._folded(text, f"pasted text {len(self._pastes) + 1}")
         self.replace(visible(text), *self.selection, maintain_selection_offset=False)

@@ -12,6 +12,8 @@ from m7mlx_chat.actions import bindings
 from m7mlx_chat.markdown import Part, answer_markdown, parts
 from m7mlx_chat.store.rows import Message
 
+_LINE = 80  # characters: about a line, where a text has no line ends
+_BAR = 2  # columns at the left of a message that select it: the bar, and the space beside it
 _SHOWN = 200_000  # characters of a message; /copy and /export have all of it
 _NOTES = {
     "stopped": "stopped",
@@ -22,8 +24,12 @@ _NOTES = {
 }
 
 
-class MessageView(Vertical, can_focus=True):
-    """A message of the conversation; selected where it has the focus, and then its keys work."""
+class MessageView(Vertical, can_focus=False):
+    """A message of the conversation.
+
+    Its keys work while it is selected, that is, has the focus. Only `select` gives it that: a key
+    that is typed after a click is meant for the composer.
+    """
 
     BINDINGS = bindings("message")
     DEFAULT_CSS = """
@@ -37,10 +43,26 @@ class MessageView(Vertical, can_focus=True):
         super().__init__()
         self.message = message
 
+    def select(self) -> None:
+        """Select the message, until something else gets the focus."""
+        self.can_focus = True
+        self.screen.set_focus(self)  # at once: the next key may be under way already
+
+    def on_blur(self) -> None:
+        self.can_focus = self.screen.focused is self
+
+    def on_click(self, event: events.Click) -> None:
+        """Select the message by a click on the bar at its left."""
+        if event.screen_x - self.region.x < _BAR:
+            self.select()
+
     @property
     def text(self) -> str:
         """The whole text, whatever of it is shown."""
         return self.message.text
+
+    def toggle_fold(self) -> None:
+        """Show what is folded of the message, or fold it again."""
 
 
 class Versions(Static):
@@ -54,6 +76,25 @@ class Versions(Static):
         direction = -1 if event.x < self.size.width // 2 else 1
         # Not from here: it removes this very widget, and would wait for it for ever.
         self.app.call_later(self.run_action, f"app.sibling_of({self._message}, {direction})")
+        event.stop()
+
+
+class Fold(Static):
+    """A line that says that there is more; a click shows it, or hides it again."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__("", classes="more", markup=False)
+        self._what = what
+        self.show(is_open=False)
+
+    def show(self, *, is_open: bool) -> None:
+        """Show which way it goes."""
+        self.update(f"▾ {self._what} · t folds them" if is_open else f"▸ {self._what} · t shows all")
+
+    def on_click(self, event: events.Click) -> None:
+        event.stop()
+        view = next(one for one in self.ancestors if isinstance(one, MessageView))
+        view.toggle_fold()
 
 
 class Question(MessageView):
@@ -62,7 +103,11 @@ class Question(MessageView):
     DEFAULT_CSS = """
     Question { border-left: outer $primary; background: $boost; }
     Question .body { height: auto; }
+    Question .more { height: 1; color: $text-muted; display: none; }
+    Question.-long .more { display: block; }
+    Question.-long.-folded .body { max-height: 8; overflow: hidden; }
     """
+    FOLDED_FROM = 16  # lines, or about as much text: less is shown whole
     SHOWN = 20_000  # characters; a long paste is in the conversation whole, on the screen in part
 
     def compose(self) -> ComposeResult:
@@ -72,6 +117,13 @@ class Question(MessageView):
         if len(shown) > self.SHOWN:
             shown = shown[: self.SHOWN] + f"\n… ({len(shown) - self.SHOWN:,} more characters)"
         yield Static(shown, markup=False, classes="body")
+        self._lines = max(shown.count("\n") + 1, len(shown) // _LINE)
+        self.set_class(self._lines >= self.FOLDED_FROM, "-long", "-folded")
+        yield Fold(f"{self._lines:,} lines")
+
+    def toggle_fold(self) -> None:
+        self.toggle_class("-folded")
+        self.query_one(Fold).show(is_open=not self.has_class("-folded"))
 
 
 class Thoughts(Vertical):
@@ -136,6 +188,7 @@ class Answer(MessageView):
         self._thoughts = Thoughts(message.thought)
         self._parts = Vertical(classes="parts")
         self._last: Markdown | None = None
+        self._is_whole = False  # the last part was shown in one piece
         self._error = Static("", classes="error", markup=False)
         self._footer = Static("", classes="footer", markup=False)
 
@@ -161,8 +214,7 @@ class Answer(MessageView):
         """Show more of what the model thinks."""
         self._thoughts.add(text)
 
-    def toggle_thoughts(self) -> None:
-        """Show the thoughts, or hide them again."""
+    def toggle_fold(self) -> None:
         self._thoughts.toggle()
 
     async def write(self, text: str) -> None:
@@ -196,10 +248,14 @@ class Answer(MessageView):
             self._last = answer_markdown()
             await self._parts.mount(self._last)
             await self._last.append(part.text)
-        elif part.text.startswith(self._part.text):
+        elif part.text.startswith(self._part.text) and not self._is_whole:
             await self._last.append(part.text[len(self._part.text) :])
         else:
-            await self._last.update(part.text)
+            # After an update Textual appends to the last line, not to the last block: a code block
+            # would end there.
+            await self._last.update("")
+            await self._last.append(part.text)
+        self._is_whole = False
 
     async def finish(self, message: Message) -> None:
         """Show the end of the answer: the last part once more, in one piece, and how it ended."""
@@ -208,6 +264,7 @@ class Answer(MessageView):
             await self.write(message.text[len(self._text) :])
         if self._last is not None:
             await self._last.update(self._part.text)
+            self._is_whole = True
         if message.thought.startswith(self._thoughts.text):
             self._thoughts.add(message.thought[len(self._thoughts.text) :])
         self._show_end(message)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import date, timedelta
+from typing import Literal
 
 from rich.text import Text
 from textual import on
 from textual.app import ComposeResult
 from textual.containers import Vertical
+from textual.events import Key
 from textual.message import Message
 from textual.timer import Timer
 from textual.widgets import Input, OptionList, Static
-from textual.widgets.option_list import Option
+from textual.widgets.option_list import Option, OptionDoesNotExist
 
 from m7mlx.terminal import visible
 from m7mlx_chat.actions import bindings
@@ -21,13 +24,29 @@ from m7mlx_chat.store import Store
 from m7mlx_chat.store.rows import Conversation, Hit
 
 _PAUSE = 0.15  # seconds after the last key before a search starts
-_LISTED, _FOUND = 500, 100
+_PAGE, _FOUND, _TITLES = 500, 100, 10  # conversations listed at a time, messages and titles found
+_NEAR = 5  # rows from the end of the list where the next page is added
+
+
+Shelf = Literal["current", "put away", "deleted"]
 
 
 class Conversations(OptionList):
-    """The list; its keys work on the one that is highlighted."""
+    """The list; its keys work on the one that is highlighted, while the list has the focus.
+
+    A click does not give it that: a key that is typed after a click is meant for the composer.
+    """
 
     BINDINGS = bindings("sidebar")
+    FOCUS_ON_CLICK = False
+
+    class NearEnd(Message):
+        """The end of the list is coming into view."""
+
+    def watch_scroll_y(self, old_value: float, new_value: float) -> None:
+        super().watch_scroll_y(old_value, new_value)
+        if new_value > old_value and self.max_scroll_y - new_value <= _NEAR:
+            self.post_message(self.NearEnd())
 
     @property
     def chosen(self) -> int | None:
@@ -69,7 +88,9 @@ class Sidebar(Vertical):
     def __init__(self, store: Store) -> None:
         super().__init__(id="sidebar")
         self._store = store
-        self._archived = False
+        self.shelf: Shelf = "current"  # which conversations are listed
+        self._pages = 1
+        self._searched = ""  # what the hits that are listed were searched for
         self._shown: int | None = None
         self._pause: Timer | None = None
 
@@ -93,8 +114,9 @@ class Sidebar(Vertical):
             field.value = text
         field.focus()
 
-    def toggle_archived(self) -> None:
-        self._archived = not self._archived
+    def toggle_shelf(self, shelf: Shelf) -> None:
+        """List the conversations of a shelf, or the current ones again."""
+        self.shelf, self._pages = "current" if self.shelf == shelf else shelf, 1
         self.refresh_list()
 
     def refresh_list(self, shown: int | None = None) -> None:
@@ -103,32 +125,54 @@ class Sidebar(Vertical):
         if not self.is_shown:
             return
         text = self.query_one(Input).value
+        is_new, self._searched = text != self._searched, text
         if text.strip():
-            self._list_hits(self._store.search(text, _FOUND))
+            self._list_hits(self._store.titled(text, _TITLES), self._store.search(text, _FOUND), is_new)
         else:
-            self._list_all(self._store.conversations(self._archived, _LISTED))
+            self._list_shelf()
 
     # --- listing ----------------------------------------------------------------------------------
 
-    def _list_all(self, conversations: list[Conversation]) -> None:
-        options = list(_grouped(conversations))
-        self._fill(options)
+    def _list_shelf(self, *, is_longer: bool = False) -> None:
+        """List a shelf; `is_longer`: only a page has been added, and the user is at its end."""
+        limit = self._pages * _PAGE
+        if self.shelf == "deleted":
+            listed = self._store.deleted(limit)
+            hint = f"{len(listed) or 'none'} deleted · Enter brings back"
+        else:
+            away = self.shelf == "put away"
+            listed = self._store.conversations(away, limit)
+            count = self._store.count(away)
+            what = "put away" if away else f"conversation{'s' * (count != 1)}"
+            hint = f"{f'{count:,}' if count else 'no' if not away else 'none'} {what} · F1: keys"
+        self._fill(list(_grouped(listed)))
+        self._hint(hint)
         here = f"conversation-{self._shown}"
-        if any(option.id == here for option in options):
-            self.conversations.highlighted = self.conversations.get_option_index(here)
-        what = "put away" if self._archived else "conversation" if len(conversations) == 1 else "conversations"
-        self._hint(f"{len(conversations) or 'no'} {what} · F1: keys")
+        with suppress(OptionDoesNotExist):
+            if not is_longer:
+                self.conversations.highlighted = self.conversations.get_option_index(here)
 
-    def _list_hits(self, hits: list[Hit]) -> None:
-        self._fill([Option(_hit(hit), id=f"message-{hit.message}") for hit in hits])
-        self.conversations.highlighted = 0 if hits else None
+    def _list_hits(self, titled: list[Conversation], hits: list[Hit], is_new: bool) -> None:
+        options: list[Option | None] = []
+        if titled:
+            options += [_heading("Titles"), *map(_titled, titled)]
+        if titled and hits:
+            options.append(_heading("Messages"))
+        for hit in hits:
+            options += [Option(_hit(hit), id=f"message-{hit.message}"), None]  # a line between two
+        self._fill(options[:-1] if hits else options)
+        if is_new or self.conversations.highlighted is None:
+            self.conversations.highlighted = (1 if titled else 0) if options else None
         more = "+" if len(hits) == _FOUND else ""
-        self._hint(f"{len(hits)}{more} messages found" if hits else "nothing found")
+        found = [f"{len(titled)} title{'s' * (len(titled) != 1)}"] if titled else []
+        found += [f"{len(hits)}{more} message{'s' * (len(hits) != 1)}"] if hits else []
+        self._hint(f"{', '.join(found)} found" if found else "nothing found")
 
-    def _fill(self, options: list[Option]) -> None:
+    def _fill(self, listed: Sequence[Option | None]) -> None:
         scroll, highlighted = self.conversations.scroll_y, self.conversations.highlighted
         self.conversations.clear_options()
-        self.conversations.add_options(options)
+        self.conversations.add_options(listed)
+        options = [option for option in listed if option is not None]
         if highlighted is not None and highlighted < len(options) and not options[highlighted].disabled:
             self.conversations.highlighted = highlighted
             self.conversations.scroll_to(y=scroll, animate=False)
@@ -146,11 +190,32 @@ class Sidebar(Vertical):
 
     @on(Input.Submitted)
     def _submitted(self) -> None:
-        self.refresh_list()
-        if self.conversations.option_count:
+        """Open what is highlighted; without a search, go to the list."""
+        if self.query_one(Input).value != self._searched:  # not searched for yet
+            self.refresh_list()
+        if not self.conversations.option_count:
+            return
+        if self.conversations.highlighted is None:
+            self.conversations.action_first()
+        if self.query_one(Input).value.strip():
+            self.conversations.action_select()
+        else:
             self.conversations.focus()
-            if self.conversations.highlighted is None:
-                self.conversations.action_first()
+
+    def on_key(self, event: Key) -> None:
+        """Move in the list while something is typed to search for."""
+        if self.query_one(Input).has_focus and event.key in ("up", "down"):
+            event.stop()
+            if event.key == "up":
+                self.conversations.action_cursor_up()
+            else:
+                self.conversations.action_cursor_down()
+
+    @on(Conversations.NearEnd)
+    def _add_page(self) -> None:
+        if not self.query_one(Input).value.strip() and self.conversations.option_count >= self._pages * _PAGE:
+            self._pages += 1
+            self._list_shelf(is_longer=True)
 
     @on(OptionList.OptionSelected)
     def _selected(self, event: OptionList.OptionSelected) -> None:
@@ -162,13 +227,20 @@ def _grouped(conversations: list[Conversation]) -> Iterator[Option]:
     """Options under headings: today, yesterday, …"""
     heading = ""
     for conversation in conversations:
-        when = _when(conversation.updated)
+        when = _when(conversation.deleted_at or conversation.updated)
         if when != heading:
             heading = when
-            yield Option(Text(heading, style="bold"), disabled=True)
-        yield Option(
-            Text(visible(conversation.title), no_wrap=True, overflow="ellipsis"), id=f"conversation-{conversation.id}"
-        )
+            yield _heading(heading)
+        yield _titled(conversation)
+
+
+def _heading(text: str) -> Option:
+    return Option(Text(text, style="bold"), disabled=True)
+
+
+def _titled(conversation: Conversation) -> Option:
+    title = Text(visible(conversation.title), no_wrap=True, overflow="ellipsis")
+    return Option(title, id=f"conversation-{conversation.id}")
 
 
 def _when(seconds: float, today: date | None = None) -> str:

@@ -53,11 +53,11 @@ class Transcript(VerticalScroll, can_focus=False):
         view = self.view(message)
         return view if isinstance(view, Answer) else None
 
-    async def sync(self, *, at: int | None = None, found: bool = False) -> None:
+    async def sync(self, *, at: int | None = None, select: bool = False) -> None:
         """Show the session's line: widgets that are still right stay.
 
-        at     bring this message into view, and select it
-        found  … mark it instead: a search has led here, and what is typed next is no command to it
+        at      bring this message into view, and mark it
+        select  select it: what is typed next is a command to it
         """
         line = self._session.line
         self._welcome.display = not line
@@ -79,7 +79,7 @@ class Transcript(VerticalScroll, can_focus=False):
         if self._session.under_way is not None and (live := self.answer(self._session.under_way.answer)) is not None:
             live.go_on()
         if at is not None and (view := self.view(at)) is not None:
-            self._go_to(view, found)
+            self._go_to(view, select)
         else:
             self.anchor()
 
@@ -101,12 +101,12 @@ class Transcript(VerticalScroll, can_focus=False):
         ]
         await self.mount_all([view_of(message, message.id == live) for message in messages], before=before)
 
-    def _go_to(self, view: MessageView, found: bool) -> None:
+    def _go_to(self, view: MessageView, select: bool) -> None:
         self.release_anchor()
         for other in self.views:
-            other.set_class(found and other is view, "-found")
-        if not found:
-            view.focus(scroll_visible=False)
+            other.set_class(not select and other is view, "-found")
+        if select:
+            view.select()
         self.call_after_refresh(self.scroll_to_widget, view, animate=False, top=True)
 
     # --- pages ------------------------------------------------------------------------------------
@@ -121,6 +121,18 @@ class Transcript(VerticalScroll, can_focus=False):
         elif new_value > old_value and self.max_scroll_y - new_value <= _NEAR and self._last < len(self._line):
             self._paging = True
             self.call_later(self._later)
+
+    async def go_to_end(self, direction: int) -> None:
+        """Show the end of the line (1), and stay there; or its beginning (-1)."""
+        if direction > 0:
+            if self._last < len(self._line):
+                await self._show_around(self._line, len(self._line))
+            self.anchor()
+            return
+        self.release_anchor()
+        if self._first > 0:
+            await self._show_around(self._line, 0)
+        self.call_after_refresh(self.scroll_home, animate=False)
 
     async def page(self, direction: int) -> None:
         """Scroll by a page, fetching messages at either end."""

@@ -1,0 +1,140 @@
+"""What is written and not yet sent: a draft for each conversation, kept on the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from m7mlx_chat.store import Store
+from m7mlx_chat.store.drafts import Place
+from m7mlx_chat.store.errors import StoreError
+from m7mlx_chat.unsent import UnsentText, folded
+from m7mlx_chat.widgets.composer import Composer
+
+
+class Drafts:
+    """The draft in the composer, and those of other conversations.
+
+    Keeping a draft never stands in the way of anything: what could not be written is told, and
+    written the next time.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        composer: Callable[[], Composer],
+        telling: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        """`telling` makes a block in which an error is told, and the program goes on."""
+        self._store = store
+        self._composer = composer
+        self._telling = telling
+        self._place: Place | None = None  # None: nothing has been shown yet
+        self._begun = UnsentText()  # what the place shows without a draft: "", or its question
+        self._kept = UnsentText()  # what the composer held when it was looked at last
+        self._waiting: dict[Place, UnsentText] = {}  # to be written
+
+    @property
+    def question(self) -> int | None:
+        """The question that the draft takes the place of."""
+        return None if self._place is None else self._place.question
+
+    # --- from one place to another ----------------------------------------------------------------
+
+    def follow(self, conversation: int | None) -> None:
+        """Show the draft of the conversation that is shown now."""
+        if self._place is None or conversation != self._place.conversation:
+            self._leave()
+            place = Place(conversation)
+            with self._telling():
+                place = self._store.last_place(conversation)
+            self._show(place)
+
+    def edit(self, conversation: int, question: int) -> None:
+        """Show a question, or what has become of it, to be changed."""
+        self._leave()
+        self._show(Place(conversation, question))
+
+    def leave_edit(self) -> None:
+        """Go back to the draft that was left for a question; what has become of that is kept."""
+        self._leave()
+        if self._place is not None:
+            self._show(Place(self._place.conversation))
+            self._waiting[self._place] = self._kept  # whoever opens the conversation begins here
+            self.keep()
+
+    def _leave(self) -> None:
+        """Keep what is in the composer, and what made room for it."""
+        composer = self._composer()
+        if composer.aside is not None and composer.draft is not composer.aside:
+            self._keep_cleared(composer.aside)
+        self.keep()
+
+    def _show(self, place: Place) -> None:
+        self._place, self._begun = place, UnsentText()
+        if place.question is not None:
+            with self._telling():
+                self._begun = folded(self._store.message(place.question).text)
+        self._kept = self._waiting.get(place) or self._read(place) or self._begun
+        self._composer().show_editing(place.question is not None)
+        self._composer().load(self._kept)
+
+    def _read(self, place: Place) -> UnsentText | None:
+        with self._telling():
+            if (found := self._store.draft(place)) is not None:
+                return UnsentText(*found)
+        return None
+
+    # --- keeping ----------------------------------------------------------------------------------
+
+    def keep(self) -> None:
+        """Write the draft if it has changed."""
+        self._look()
+        with self._telling():
+            for place, unsent in list(self._waiting.items()):
+                try:
+                    if place == self._place and place.question is not None and unsent.shown == self._begun.shown:
+                        self._store.drop_draft(place)
+                    else:
+                        self._store.keep_draft(place, unsent.shown, unsent.pastes)
+                except StoreError:  # its conversation has been erased, say: another time does not help
+                    del self._waiting[place]
+                    raise
+                del self._waiting[place]
+
+    def _look(self) -> None:
+        unsent = self._composer().draft
+        if self._place is not None and unsent.shown != self._kept.shown:
+            self._kept = self._waiting[self._place] = unsent
+
+    def sent(self, conversation: int | None) -> None:
+        """Forget the draft: it has become a part of a conversation, which is shown now."""
+        place, self._place, self._begun = self._place or Place(), Place(conversation), UnsentText()
+        self._waiting.pop(place, None)
+        with self._telling():
+            self._store.drop_draft(place)
+            self._store.drop_cleared()
+        left = self._composer().aside
+        if place.question is not None:
+            left = self._waiting.get(self._place) or self._read(self._place)
+        self._composer().show_editing(False)
+        self._composer().reset(left)
+        self._kept = UnsentText()
+
+    def clear(self) -> None:
+        """Empty the composer; what was in it is the first that ↑ brings back."""
+        self._keep_cleared(self._composer().draft)
+        self._composer().reset()
+
+    def _keep_cleared(self, unsent: UnsentText) -> None:
+        if unsent.shown:
+            with self._telling():
+                self._store.keep_cleared(unsent.shown, unsent.pastes)
+
+    def recalled(self) -> list[UnsentText]:
+        """What can be brought back: what was cleared last, what was asked before."""
+        cleared = None
+        with self._telling():
+            cleared = self._store.cleared()
+        asked = [folded(text) for text in self._store.prompts(limit=200)]
+        return [UnsentText(*cleared), *asked] if cleared and cleared[0] else asked
