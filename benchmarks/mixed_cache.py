@@ -71,9 +71,9 @@ def main() -> None:
     print(machine_line(), f"· {args.tokens:,} tokens, {args.kv_heads} KV heads of {mixed.head_dim}, 16 bits")
     rows, first = [], 0
     for name, config in (
-        ("full attention", replace(mixed, model_type="mistral", sliding_window=None, layer_types=())),
+        ("all layers", replace(mixed, model_type="mistral", sliding_window=None, layer_types=())),
         ("every fourth layer", mixed),
-        ("a window in all layers", replace(mixed, model_type="mistral", layer_types=())),
+        ("no layer", replace(mixed, model_type="mistral", layer_types=())),
     ):
         nbytes, active = measure(config, args.tokens)
         first = first or nbytes

@@ -29,7 +29,8 @@ def small_model(folder: Path) -> Path:
 @contextmanager
 def serving(folder: Path, *options: str) -> Iterator[tuple[str, int]]:
     """Start a server; yield its address and the number of its process, which has to end well."""
-    command = [sys.executable, "-m", "m7mlx_serve", "--model", str(folder), "--name", NAME, "--port", "0", *options]
+    command = [sys.executable, "-m", "m7mlx_serve", "--model", str(folder), "--name", NAME, "--port", "0"]
+    command += ["--prefix-disk", "0", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr
     try:

@@ -57,7 +57,8 @@ class CacheFolder:
         like        an empty cache with the options that all have (`Mistral.new_cache`)
         most_bytes  of all files in the folder
 
-        It reads all weights once. Raises DiskError.
+        It reads all weights once; on another thread than the model's, they must have been evaluated
+        before. Raises DiskError.
         """
         self._folder, self._model, self._most_bytes = folder, model, most_bytes
         self._settings = like.settings

@@ -121,7 +121,7 @@ def check_layer_types(kinds: Sequence[str], n_layers: int, window: int | None) -
     if unknown := sorted(set(kinds) - {FULL, SLIDING}):
         raise ConfigError(f"layer_types has {said(unknown[0])}, which is not supported; {FULL} and {SLIDING} are")
     if kinds and len(kinds) != n_layers:
-        raise ConfigError(f"layer_types names {len(kinds)} layers, where the model has {n_layers}")
+        raise ConfigError(f"layer_types names {len(kinds)} layers, but num_hidden_layers is {n_layers}")
     if SLIDING in kinds and window is None:
         raise ConfigError(f"layer_types has {SLIDING}, but sliding_window is null")
 

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from m7mlx.arrays import on_cpu
 from m7mlx.rope import Rope
 
-# From here on the angles that MLX's own operation computes are further from Hugging Face's than the
-# logits may be: both are rounded, but not alike.
+# Up to here MLX's own operation is within 0.002 of Hugging Face's angles (measured on a CPU), half
+# of what rounding to 16 bits does; beyond, it shows that the two round frequencies differently.
 _FAR = 1 << 15
 
 
@@ -55,7 +55,7 @@ class Rotation:
         factors = self.rope.query_factors(self.positions)
         return Tables(mx.array(self.rope.angles(self.positions)), None if factors is None else mx.array(factors))
 
-    @property
+    @cached_property
     def needs_tables(self) -> bool:
         """Whether queries and keys are rotated by the tables, not by MLX's own operation.
 

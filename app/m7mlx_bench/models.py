@@ -143,6 +143,8 @@ def find_readable(
     config = ModelConfig.from_folder(folder)
     if engine == "mlx-lm rotating" and config.sliding_window is None:
         raise InputError("the model has no window")
+    if engine == "mlx-lm rotating" and config.layer_types:
+        raise InputError("a part of the model's layers has no window")
     if engine.startswith("transformers") and config.quantization:
         if config.n_weights * 4 > budget() // 2:
             raise InputError("its weights in float32 take more than half of this machine's memory")
@@ -167,13 +169,18 @@ def find_gguf(
     rounds = "it rounds the inputs of products to 8 bits, and keys and values to 16"
     if given:
         return given, f"reads {given.name}; {rounds}"
+    config = ModelConfig.from_folder(folder)
+    if config.layer_types or config.rope_scaling:
+        raise InputError(
+            "a copy would lack its windows by layer, its YaRN or its scaled queries; give one: --gguf FILE"
+        )
     stored = _stored_bytes(folder)
     if stored > budget():
         raise InputError(f"its copy would take {in_gigabytes(stored)}, more than this machine's memory")
     _check_room(scratch, stored * 1.2)  # Q4_1 has 5 bits a weight, MLX 4.25 at the least
     file = scratch / "model.gguf"
     kinds = write_gguf(folder, file, advance)
-    weights = ModelConfig.from_folder(folder).n_weights
+    weights = config.n_weights
     theirs = 8 * file.stat().st_size / weights
     ours = 8 * sum(stored.stat().st_size for stored in folder.glob("*.safetensors")) / weights
     return (

@@ -66,7 +66,7 @@ def about(folder: Path, limits: Limits) -> About:
     """What the model in a folder is. Raises InputError and the errors of a folder that is none."""
     config = ModelConfig.from_folder(folder)
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    positions = planned_length(config) + (UNDO_SLACK if config.sliding_window else 0)
+    positions = planned_length(config) + (UNDO_SLACK if config.window else 0)
     keys = cache_bytes(config, positions, limits.kv_bits or default_kv_bits(config, stored))
     needed = loaded_bytes(config, stored) + limits.rows * keys
     return About(stored, config.max_position_embeddings, needed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
@@ -72,3 +73,29 @@ class EmbeddingJob:
 
         with contextlib.suppress(RuntimeError):  # the loop has ended: nobody listens any more
             self._loop.call_soon_threadsafe(told)
+
+
+class EmbeddingJobs:
+    """Jobs that take turns, on the engine's thread."""
+
+    def __init__(self) -> None:
+        self._jobs: deque[EmbeddingJob] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._jobs)
+
+    def add(self, job: EmbeddingJob) -> None:
+        """Put a job behind the others."""
+        self._jobs.append(job)
+
+    def advance(self, model: Mistral) -> bool:
+        """Take a pass of the job whose turn it is; return whether there are more."""
+        job = self._jobs.popleft() if self._jobs else None
+        if job is not None and not job.advance(model):
+            self._jobs.append(job)
+        return bool(self._jobs)
+
+    def fail(self, error: Exception) -> None:
+        """End all jobs with an error."""
+        while self._jobs:
+            self._jobs.popleft().fail(error)

@@ -7,10 +7,8 @@ scheduler. It shares nothing but numbers and pieces.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,15 +25,13 @@ from m7mlx.parallel.channel import die
 from m7mlx.parallel.world import Leader, World
 from m7mlx.scheduler import Scheduler, Told
 from m7mlx.tokens.tokenizer import Tokenizer
-from m7mlx_serve.embedding_job import EmbeddingJob
+from m7mlx_serve.embedding_job import EmbeddingJob, EmbeddingJobs
 from m7mlx_serve.errors import report
 from m7mlx_serve.grammars import Grammars
 from m7mlx_serve.limits import Limits, Places
 from m7mlx_serve.prefixes import Prefixes, PrefixFolder
 from m7mlx_serve.recipient import Recipient, send
 
-_QUIET_SECONDS = 2.0  # without anything to do, after which ended conversations are saved, one by one
-_LAST_SECONDS = 6.0  # for saving them when the engine ends
 _LATE = "the answer took too long; ask for fewer tokens"
 
 
@@ -77,7 +73,7 @@ class Engine:
         self._context = self._weights = self._width = 0
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._recipients: dict[int, Recipient] = {}  # by number; the engine's thread alone
-        self._jobs: deque[EmbeddingJob] = deque()  # the engine's thread alone
+        self._jobs = EmbeddingJobs()  # the engine's thread alone
         self._grammars, self._places = Grammars(), Places(limits.rows + limits.queue)
         self._lock = threading.Lock()
         self._ready = threading.Event()
@@ -165,10 +161,11 @@ class Engine:
                 except Exception as error:
                     yield 0, Piece(finish_reason="cancelled" if self._closing else "failed", error=error)
                     return
-                if n == 1:  # else they would wait for each other
-                    await self._fetch_prefix(requests[0])
+                if self._prefixes is not None and n == 1:  # more would wait for each other
+                    await self._prefixes.bring(requests[0], self._put)
                 for recipient, request in zip(recipients, requests, strict=True):
-                    self._put(recipient, request)
+                    if not self._put(partial(self._add, recipient, request)):
+                        send([(recipient, Piece(finish_reason="cancelled"))])
                 going = n
                 while going:
                     index, piece = await pieces.get()
@@ -197,10 +194,8 @@ class Engine:
         self._places.take(1)
         job = EmbeddingJob(asyncio.get_running_loop(), prompts, pooling, normalize)
         try:
-            with self._lock:
-                if self._closing:
-                    raise EndedError("the server is shutting down")
-                self._commands.put(partial(self._jobs.append, job))
+            if not self._put(partial(self._jobs.add, job)):
+                raise EndedError("the server is shutting down")
             async with asyncio.timeout(None if seconds == float("inf") else seconds):
                 return await job.vectors
         except TimeoutError:
@@ -219,41 +214,12 @@ class Engine:
             self._thread.join(timeout)
         return not self._thread.is_alive()
 
-    async def _fetch_prefix(self, request: Request) -> None:
-        """Bring back from the disk what is of use of the start of a prompt."""
-        prefixes = self._prefixes
-        if prefixes is not None:
-            ended = await prefixes.fetch(request, lambda: self._held(request))
-            if ended is not None:
-                self._commands.put(lambda: prefixes.keep(self._own_scheduler, ended))
-
-    async def _held(self, request: Request) -> int:
-        """How many tokens of the start of a prompt are in memory."""
-        loop = asyncio.get_running_loop()
-        found: asyncio.Future[int] = loop.create_future()
-
-        def tell(held: int) -> None:
-            if not found.done():
-                found.set_result(held)
-
-        def look() -> None:
-            held = self._own_scheduler.held(request)
-            with contextlib.suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(tell, held)
-
-        with self._lock:
-            if self._closing:
-                return len(request.ids)
-            self._commands.put(look)
-        return await found
-
-    def _put(self, recipient: Recipient, request: Request) -> None:
-        """Hand a request to the engine's thread; once that has ended, the request has ended too."""
+    def _put(self, command: Callable[[], None]) -> bool:
+        """Have something done on the engine's thread; return False once that has ended."""
         with self._lock:
             if not self._closing:
-                self._commands.put(partial(self._add, recipient, request))
-                return
-        send([(recipient, Piece(finish_reason="cancelled"))])
+                self._commands.put(command)
+            return not self._closing
 
     # --- on the engine's thread -------------------------------------------------------------------
 
@@ -286,50 +252,28 @@ class Engine:
         )
         self._scheduler = scheduler if self._world is None else Leader(scheduler, self._world)
         if self._prefixes is not None:
-            self._prefixes.open(self._model, scheduler.new_cache)
+            self._prefixes.open(self._model, scheduler)
 
     def _serve(self) -> None:
         # No local variable holds the scheduler: `_end` frees its arrays while this thread's streams
         # exist.
         assert self._scheduler is not None
-        more = False
+        more, prefixes = False, self._prefixes
         while not self._closing:
             try:
                 while not self._closing:
-                    self._do(self._commands.get(not more, self._quiet_seconds))
+                    self._do(self._commands.get(not more, prefixes.quiet_seconds if prefixes else None))
                     more = more or any(self._scheduler.running_and_waiting) or bool(self._jobs)
             except Empty:
-                if not more:
-                    self._save_prefix(is_quiet=True)
+                if not more and prefixes:
+                    prefixes.save_next(is_quiet=True)
                     continue
             told, more = self._scheduler.step()
             self._tell(told)
             self._end_late_answers()
-            self._save_prefix(is_quiet=False)
-            more = self._embed_some() or more
-
-    @property
-    def _own_scheduler(self) -> Scheduler:
-        """The scheduler of an engine that shares its model with no other process."""
-        assert isinstance(self._scheduler, Scheduler)
-        return self._scheduler
-
-    @property
-    def _quiet_seconds(self) -> float | None:
-        """How long to wait for a command before a conversation is saved; None if there is none."""
-        unsaved = self._prefixes is not None and self._prefixes.has_unsaved(self._own_scheduler)
-        return _QUIET_SECONDS if unsaved else None
-
-    def _save_prefix(self, is_quiet: bool) -> None:
-        if self._prefixes is not None:
-            self._prefixes.save_next(self._own_scheduler, is_quiet)
-
-    def _embed_some(self) -> bool:
-        """Take a pass of one of the jobs, in turns; return whether there are more."""
-        job = self._jobs.popleft() if self._jobs else None
-        if job is not None and not job.advance(self.model):
-            self._jobs.append(job)
-        return bool(self._jobs)
+            if prefixes:
+                prefixes.save_next(is_quiet=False)
+            more = self._jobs.advance(self.model) or more
 
     def _end(self) -> None:
         """Tell everybody that nothing goes on, and free the model."""
@@ -339,15 +283,13 @@ class Engine:
             self._do(self._commands.get())
         send((recipient, Piece(finish_reason="cancelled")) for recipient in self._recipients.values())
         self._recipients.clear()
-        for job in self._jobs:
-            job.fail(EndedError("the server is shutting down"))
-        self._jobs.clear()
+        self._jobs.fail(EndedError("the server is shutting down"))
         if self.failure is not None:
             self._failed()
         if self._world is not None:
             self._world.close()
-        if self._prefixes is not None and self._scheduler is not None:
-            self._prefixes.close(self._own_scheduler, _LAST_SECONDS)
+        if self._prefixes is not None:
+            self._prefixes.close()
         self._model = self._scheduler = None
         # Left to the end of the thread, streams abort the process every third time (MLX 0.32).
         mx.clear_streams()

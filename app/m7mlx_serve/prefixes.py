@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from weakref import WeakSet
 
@@ -24,7 +25,12 @@ from m7mlx.scheduler import Ended, Scheduler
 from m7mlx_serve.errors import report
 
 LEAST = 256  # tokens that are worth a file, or reading one
+_QUIET_SECONDS = 2.0  # without anything to do, after which conversations are saved, one by one
+_LAST_SECONDS = 5.0  # for saving them when the engine ends
 _SAVES = 2  # conversations that are being written or wait for it: each takes memory of its own
+
+Put = Callable[[Callable[[], None]], bool]
+"""Has something done on the engine's thread; returns whether it will be."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +50,18 @@ class Prefixes:
         self._reading = ThreadPoolExecutor(1, "m7mlx-prefix-read")
         self._writing = ThreadPoolExecutor(1, "m7mlx-prefix-write")
         self._saves: set[Future[None]] = set()
+        # The engine's thread alone:
+        self._scheduler: Scheduler | None = None
         self._saved: WeakSet[Ended] = WeakSet()  # that are on disk, or need not be
 
-    def open(self, model: Mistral, like: RollingCache) -> None:
+    def open(self, model: Mistral, scheduler: Scheduler) -> None:
         """Begin to use the folder for a model, once all its weights have been read for that.
 
         A folder that cannot be used is reported, and nothing is kept.
         """
-        self._reading.submit(self._open, model, like)
+        self._scheduler = scheduler
+        mx.eval(model.parameters())  # what is still to be computed is this thread's
+        self._reading.submit(self._open, model, scheduler.new_cache)
 
     def _open(self, model: Mistral, like: RollingCache) -> None:
         try:
@@ -64,49 +74,64 @@ class Prefixes:
         """What the folder holds, and what has been done with it."""
         return FolderFigures() if self._folder is None else self._folder.figures
 
-    async def fetch(self, request: Request, held: Callable[[], Awaitable[int]]) -> Ended | None:
-        """Load the conversation of which most can be used for a prompt, where it is worth it.
+    async def bring(self, request: Request, put: Put) -> None:
+        """Bring back the conversation of which most can be used for a prompt, where it is worth it.
 
-        held  says how many of the prompt's tokens are in memory
+        put  has something done on the engine's thread
         """
         if len(request.ids) <= LEAST:
-            return None
+            return
         loop = asyncio.get_running_loop()
         saved, name = await loop.run_in_executor(self._reading, self._find, request)
         folder = self._folder
-        if folder is None or saved < LEAST or saved < LEAST + await held():
-            return None
+        if folder is None or saved < LEAST or saved < LEAST + await self._held(request, put):
+            return
         cache = await loop.run_in_executor(self._reading, folder.load, name)
-        return None if cache is None else Ended(cache, request.space)
+        if cache is not None:
+            put(partial(self._keep, Ended(cache, request.space)))
+
+    async def _held(self, request: Request, put: Put) -> int:
+        """How many tokens of the start of a prompt are in memory; all once the engine has ended."""
+        loop = asyncio.get_running_loop()
+        found: asyncio.Future[int] = loop.create_future()
+
+        def tell(held: int) -> None:
+            if not found.done():
+                found.set_result(held)
+
+        def look() -> None:
+            held = len(request.ids) if self._scheduler is None else self._scheduler.held(request)
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(tell, held)
+
+        return await found if put(look) else len(request.ids)
 
     def _find(self, request: Request) -> tuple[int, str]:
         return (0, "") if self._folder is None else self._folder.find(request.ids, request.space)
 
     # --- on the engine's thread -------------------------------------------------------------------
 
-    def keep(self, scheduler: Scheduler, ended: Ended) -> None:
-        """Keep a conversation that has been loaded."""
-        scheduler.keep(ended)
-        self._saved.add(ended)
+    @property
+    def quiet_seconds(self) -> float | None:
+        """How long to wait for something to do before a conversation is saved; None for ever."""
+        return _QUIET_SECONDS if self._unsaved() else None
 
-    def has_unsaved(self, scheduler: Scheduler) -> bool:
-        """Whether a conversation is kept that is not on disk."""
-        return bool(self._unsaved(scheduler))
-
-    def save_next(self, scheduler: Scheduler, is_quiet: bool) -> None:
+    def save_next(self, is_quiet: bool) -> None:
         """Save a conversation: where it is not quiet, only one that is about to be given up."""
-        kept = scheduler.kept
-        if is_quiet or len(kept) == scheduler.options["kept"]:
-            for ended in [one for one in (kept if is_quiet else kept[:1]) if one not in self._saved][:1]:
-                self._save(ended)
+        unsaved = self._unsaved()
+        if self._scheduler is not None and unsaved:
+            kept = self._scheduler.kept
+            is_last = unsaved[0] is kept[0] and len(kept) == self._scheduler.options["kept"]
+            if is_quiet or is_last:
+                self._save(unsaved[0])
 
-    def close(self, scheduler: Scheduler, seconds: float) -> None:
-        """Save all that is not on disk, for so long at most, and end the threads.
+    def close(self) -> None:
+        """Save all that is not on disk, for some seconds at most, and end the threads.
 
         What was used last comes first.
         """
-        until = time.monotonic() + seconds
-        for ended in reversed(self._unsaved(scheduler)):
+        until = time.monotonic() + _LAST_SECONDS
+        for ended in reversed(self._unsaved()):
             while not self._save(ended) and time.monotonic() < until:
                 time.sleep(0.01)
         pools = (self._reading, self._writing)
@@ -116,11 +141,19 @@ class Prefixes:
                 done.result(max(0.0, until - time.monotonic()))
         for pool in pools:
             pool.shutdown(wait=False, cancel_futures=True)
-        self._folder = None
+        self._folder = self._scheduler = None
 
-    def _unsaved(self, scheduler: Scheduler) -> list[Ended]:
+    def _keep(self, ended: Ended) -> None:
+        """Keep a conversation that has been loaded."""
+        if self._scheduler is not None:
+            self._scheduler.keep(ended)
+            self._saved.add(ended)
+
+    def _unsaved(self) -> list[Ended]:
         """Conversations that are kept and not on disk; the one to be given up next comes first."""
-        return [] if self._folder is None else [kept for kept in scheduler.kept if kept not in self._saved]
+        if self._folder is None or self._scheduler is None:
+            return []
+        return [kept for kept in self._scheduler.kept if kept not in self._saved]
 
     def _save(self, ended: Ended) -> bool:
         """Have a conversation saved; return whether there was room for that."""

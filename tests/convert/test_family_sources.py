@@ -24,10 +24,13 @@ from family import (
     write_wrapped,
 )
 from gguf_files import write_family_gguf
+from m7mlx_chat.catalog import describe
 from m7mlx_convert.cli import main
 from m7mlx_convert.convert import convert
 from m7mlx_convert.opening import open_model
 from m7mlx_convert.scheme import Recipe
+from m7mlx_plan.weights import list_weights
+from models import named_arrays
 from sources import assert_same, permuted, read_weights
 from values import number
 
@@ -37,6 +40,7 @@ from m7mlx.errors import ConfigError, WeightsError
 from m7mlx.files.weights import folder_weights, parameters
 from m7mlx.loading import load_model
 from m7mlx.quantization import Quantization
+from m7mlx.shard import MODES, Mode, Shard
 
 LEFT_OUT = "also sees pictures; its vision tower is left out"
 
@@ -393,10 +397,24 @@ def test_an_adapter_of_a_wrapper_changes_its_text(tmp_path: Path, prefix: str) -
     assert number(mx.abs(logits[0] - load_model(plain)(ids)).max()) > 1e-3
 
 
-def test_a_folder_of_the_wrapper_is_whole(tmp_path: Path) -> None:
-    """Everything that lists a folder's weights finds the text model's own names."""
+def test_everything_that_lists_weights_finds_the_text_models(tmp_path: Path) -> None:
     config = mistral()
-    folder = write_wrapped(tmp_path / "wrapped", config, is_new=True)
-    headers = folder_weights(folder)
-    assert parameters(folder, config, headers).keys() == config.weight_shapes().keys()
+    plain = write_family(tmp_path / "plain", config)
+    wrapped = write_wrapped(tmp_path / "wrapped", config, is_new=True)
+    headers = folder_weights(wrapped)
+    assert parameters(wrapped, config, headers).keys() == config.weight_shapes().keys()
     assert headers["model.norm.weight"].name == "model.language_model.norm.weight"
+    assert list_weights(str(wrapped), None)[1] == list_weights(str(plain), None)[1]
+    ours, theirs = describe("a", wrapped), describe("b", plain)
+    assert not ours.problem
+    assert (ours.nbytes, ours.memory, ours.bits) == (theirs.nbytes, theirs.memory, theirs.bits)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_shard_of_the_wrapper_is_that_of_its_text(tmp_path: Path, mode: Mode) -> None:
+    config = mistral()
+    plain = write_family(tmp_path / "plain", config)
+    wrapped = write_wrapped(tmp_path / "wrapped", config)
+    with pytest.warns(UserWarning, match=LEFT_OUT):
+        found = named_arrays(load(wrapped, shard=Shard(mode, 1, 2))[0])
+    assert_same(found, named_arrays(load(plain, shard=Shard(mode, 1, 2))[0]))

@@ -24,7 +24,8 @@ from m7mlx import load
 from m7mlx.errors import InputError
 from m7mlx.quantization import Quantization
 
-CONFIG = quantisable(vocab_size=32000)  # a window of 7
+KINDS = ("sliding_attention", "full_attention")
+CONFIG = quantisable(vocab_size=32000, n_layers=2, layer_types=KINDS)  # a window of 7
 QUIET = Reporter()
 
 

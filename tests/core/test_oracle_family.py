@@ -78,10 +78,8 @@ def models(request: pytest.FixtureRequest) -> tuple[Any, Mistral]:
     config: Any
     if name == "Mistral3":
         text = transformers.AutoConfig.for_model(**(SMALL | changes))
-        wrapper: Any = transformers.Mistral3Config  # its types do not name what every config takes
-        config = wrapper(
-            text_config=text, vision_config=PIXTRAL, tie_word_embeddings=False, attn_implementation="eager"
-        )
+        parts: dict[str, Any] = {"text_config": text, "vision_config": PIXTRAL, "attn_implementation": "eager"}
+        config = transformers.Mistral3Config(tie_word_embeddings=False, **parts)
         oracle = transformers.Mistral3ForConditionalGeneration(config)
     else:
         config = getattr(transformers, f"{name}Config").from_dict(SMALL | changes, attn_implementation="eager")

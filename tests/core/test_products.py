@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -227,3 +228,15 @@ def test_numbers_of_a_mapped_file_may_begin_anywhere(base: Path, tmp_path: Path,
         for model in (aligned, odd):
             set_adapter(model, None if adapter is None else tmp_path / adapter)
         assert mx.allclose(odd(ids), aligned(ids), rtol=1e-5, atol=1e-5), adapter
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's account of mappings")
+def test_large_pages_are_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "numbers.bin"
+    file.write_bytes(np.arange(1 << 20, dtype=np.float32).tobytes())
+    (numbers,) = native.kernels().map_file(str(file), [(0, [1 << 20], mx.float32)])
+    account = Path("/proc/self/smaps").read_text()
+    flags = re.search(rf"{re.escape(str(file))}\n(?:.+\n)*?VmFlags: (.*)", account)
+    known = Path("/sys/kernel/mm/transparent_hugepage/enabled").exists()
+    assert flags is not None and ("hg" in flags[1].split() or not known)
+    assert numbers[-1].item() == (1 << 20) - 1
