@@ -54,6 +54,10 @@ async def test_what_an_answer_shows_of_it(tmp_path: Path, text: str, shown: list
         assert chat.line()[1] == text
 
 
+def has_bar(block: CodeBlock) -> bool:
+    return bool(block.show_horizontal_scrollbar)
+
+
 async def test_code_shows_its_language_and_all_of_its_lines(tmp_path: Path) -> None:
     long = "x = " + " + ".join(f"value{i}" for i in range(40))
     diff = "```diff\n@@ -1 +1 @@\n-old\n+new\n same\n```"
@@ -63,13 +67,13 @@ async def test_code_shows_its_language_and_all_of_its_lines(tmp_path: Path) -> N
         python, changes, plain = chat.app.query(CodeBlock)
         assert [str(block.border_title or "") for block in (python, changes, plain)] == ["python", "diff", ""]
         assert "python" in chat.shown() and "value39" not in chat.shown()
-        assert python.show_horizontal_scrollbar and not plain.show_horizontal_scrollbar
+        assert has_bar(python) and not has_bar(plain)
         colors = {str(span.style) for span in changes._highlighted_code.spans}
         assert {"$text-success", "$text-error"} <= colors
         await chat.pilot.press("alt+up", "w")
         await chat.pilot.pause()
         assert "value39" in chat.shown()
-        assert not python.show_horizontal_scrollbar
+        assert not has_bar(python)
         await chat.pilot.press("w")
         await chat.pilot.pause()
         assert "value39" not in chat.shown()

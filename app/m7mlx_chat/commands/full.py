@@ -26,7 +26,7 @@ class FullCommands(AskCommands):
             if way == "slide":
                 await self._slide(full, room)
             elif way is not None:
-                await self._leave(full, room, sums_up=way == "sum up")
+                await self._move_on(full, room, sums_up=way == "sum up")
 
         title = f"This conversation is full: the model can see {room:,} tokens at once. How shall it go on?"
         self.push_screen(Choose(title, _WAYS), go_on)
@@ -40,7 +40,7 @@ class FullCommands(AskCommands):
         else:
             await self._begin(lambda: self.session.retry(full.question))
 
-    async def _leave(self, full: UnderWay, room: int, *, sums_up: bool) -> None:
+    async def _move_on(self, full: UnderWay, room: int, *, sums_up: bool) -> None:
         question = self.store.message(full.question)
         said = self.store.branch(question.parent) if question.parent is not None else []
         whole = "\n\n".join(f"{'I' if m.role == 'user' else 'You'}: {m.text}" for m in said if m.text)
