@@ -57,6 +57,8 @@ class Request:
     constraint  a grammar that the answer follows (`m7mlx.constrain`)
     schema      a JSON schema that the answer fits, or a grammar: `prepare` makes a constraint of it
     suffix      what stands behind the answer to a text, for models that fill in the middle
+    effort      how much the model shall think about messages, if it can be told so ("high"); None
+                takes its default
     space       whose request it is: a `Scheduler` goes on from what it holds of the same space
                 alone, so that nobody can find out how others' conversations begin
 
@@ -77,6 +79,7 @@ class Request:
     constraint: Constraint | None = None
     schema: Mapping[str, Any] | Grammar | None = None
     suffix: str = ""
+    effort: str | None = None
     space: str = ""
 
     def __post_init__(self) -> None:
@@ -135,6 +138,7 @@ class Request:
             "schema": asdict(self.schema) if isinstance(self.schema, Grammar) else self.schema,
             "is_grammar": isinstance(self.schema, Grammar),
             "suffix": self.suffix,
+            "effort": self.effort,
             "space": self.space,
         }
 
@@ -171,7 +175,7 @@ def prepare(request: Request, model: Mistral, tokenizer: Tokenizer, cache: Rolli
     continues, message = request.continues, _continued(request.prompt)
     ready = replace(
         request,
-        prompt=encode_prompt(tokenizer, request.prompt, request.suffix),
+        prompt=encode_prompt(tokenizer, request.prompt, request.suffix, request.effort),
         suffix="",
         at_start=request.at_start and message is None and not isinstance(request.prompt, str),
         begun=request.begun if message is None else len(message.get("ids") or ()),
@@ -197,8 +201,15 @@ def with_grammar(request: Request, tokenizer: Tokenizer) -> Request:
     return replace(request, schema=None, constraint=json_constraint(tokenizer, request.schema))
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, suffix: str = "") -> Sequence[int]:
+def encode_prompt(
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    suffix: str = "",
+    effort: str | None = None,
+) -> Sequence[int]:
     """Encode a prompt in any of its three forms, a text with what stands behind the answer to it.
+
+    effort  how much the model shall think about messages, if it is one that can be told
 
     Raises InputError and ChatFormatError.
     """
@@ -209,7 +220,8 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, suffix: str = "") -> Seq
     if isinstance(prompt, Mapping):
         raise InputError("a message stands in a list: [{'role': …, 'content': …}]")
     if _is_messages(prompt):
-        return tokenizer.chat.encode([_joined(message) for message in prompt])
+        told = effort if tokenizer.chat.takes_effort else None
+        return tokenizer.chat.encode([_joined(message) for message in prompt], effort=told)
     return check_ids(prompt)
 
 

@@ -149,6 +149,7 @@ class Answering:
             settings.stop,
             continues=text if ids is None else ids,
             schema=self.schema,
+            effort=settings.reasoning_effort,
         )
 
     def _grow(self, under_way: UnderWay, text: str) -> None:

@@ -34,6 +34,7 @@ ANSWER: dict[str, Field] = {
     "repetition_penalty": Field("number", "above 1: repeat less"),
     "seed": Field("whole", "the same seed gives the same answer; off: a new one each time", optional=True),
     "max_tokens": Field("whole", "longest answer, in tokens"),
+    "reasoning_effort": Field("text", "how much to think, for models that can be told: none, high …", optional=True),
     "stop": Field("texts", "texts that end the answer, separated by commas"),
 }
 # What the engine is set up with; a change starts a new cache.
@@ -61,6 +62,7 @@ class Settings:
     repetition_penalty: float = 1.0
     seed: int | None = None
     max_tokens: int = 4096
+    reasoning_effort: str | None = None
     stop: tuple[str, ...] = ()
     speculate: str = "off"
     kv_bits: int | None = None

@@ -22,7 +22,7 @@ from m7mlx.command import (
 )
 from m7mlx.errors import InputError, RunError
 from m7mlx.parallel.launch import is_launched
-from m7mlx.paths import cache_dir
+from m7mlx.paths import cache_dir, user_path
 from m7mlx.units import in_gigabytes
 from m7mlx_serve.address import bind, in_url, is_loopback, listen
 
@@ -33,7 +33,8 @@ PROG = "m7mlx-serve"
 _MOST_KEYS = 1000
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _DESCRIPTION = """\
-Serve a model to many programs at once, by OpenAI's API, and a chat page to a browser on this machine.
+Serve models to many programs at once, by the APIs of OpenAI, Anthropic and Ollama, and a chat page to a
+browser on this machine.
 
 The server answers this machine alone. To listen on any other address it needs a key, which clients
 send as `Authorization: Bearer …`."""
@@ -73,7 +74,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     models.add_argument(
         "--models-dir",
-        type=Path,
+        type=user_path,
         metavar="DIR",
         help="serve all models in this folder, too, each loaded when it is asked for",
     )
@@ -126,7 +127,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     limits.add_argument(
         "--prefix-dir",
-        type=Path,
+        type=user_path,
         metavar="DIR",
         help="where ended conversations are kept on disk (prefixes in the user's cache)",
     )
@@ -271,6 +272,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise InputError(f"--max-tokens must be at least 1, not {args.max_tokens}")
     if not 0 < args.max_seconds <= 86_400:
         raise InputError(f"--max-seconds must lie between 0 and 86400, not {args.max_seconds:g}")
+    if args.prefix_disk < 0:
+        raise InputError(f"--prefix-disk must be at least 0, not {args.prefix_disk / 10**9:g}")
     if not 0 <= args.port < 1 << 16:
         raise InputError(f"--port must lie between 0 and 65535, not {args.port}")
 

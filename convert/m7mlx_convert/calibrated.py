@@ -139,8 +139,11 @@ def _data(source: Source, calibration: Calibration, folder: Path) -> mx.array:
 def _mlx_lm_model(source: Source, dtype: mx.Dtype) -> Any:
     from mlx_lm.models import llama
 
-    # One class serves Llama and Mistral; sequences to calibrate with are shorter than any window.
-    args = llama.ModelArgs.from_dict({**source.raw_config, "model_type": "llama", "layer_types": None})
+    # One class serves the family: sequences to calibrate with are shorter than any window, and than
+    # any context beyond which queries are scaled.
+    scaling = source.config.rope_scaling
+    rope = {"rope_theta": source.config.rope_theta, "rope_scaling": scaling and scaling.to_dict()}
+    args = llama.ModelArgs.from_dict({**source.raw_config, "model_type": "llama", "layer_types": None, **rope})
     model = llama.Model(args)
     model.load_weights([(name, tensor.floats().astype(dtype)) for name, tensor in source.tensors.items()])
     mx.eval(model.parameters())

@@ -78,6 +78,17 @@ async def test_an_answer_that_goes_on_keeps_what_was_thought(tmp_path: Path) -> 
         assert (answer.text, answer.thought) == ("42", "Six sevens")
 
 
+async def test_how_much_to_think_is_a_setting(tmp_path: Path) -> None:
+    async with chatting(tmp_path) as chat:
+        await chat.send("/set reasoning_effort high")
+        await chat.send("6 × 7?")
+        assert chat.engine.asked[-1].effort == "high"
+        await chat.say(done("42"))
+        await chat.send("/set reasoning_effort off")
+        await chat.send("Sure?")
+        assert chat.engine.asked[-1].effort is None
+
+
 def test_a_real_model_thinks(tmp_path: Path) -> None:
     """Its ids have the thoughts in them: the next prompt begins with what the cache knows."""
     folder = write_folder(tmp_path / "model", small_config(vocab_size=SIZE, n_layers=1))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import mlx.core as mx
 import pytest
 from m7mlx_convert import calibrated
 from m7mlx_convert.cli import main
+from m7mlx_convert.folder import open_folder
 from models import named_arrays, small_config, write_folder
 from peers import silenced
 from sources import read_weights
@@ -19,6 +22,7 @@ from values import number
 from m7mlx import load
 from m7mlx.config import ModelConfig
 from m7mlx.memory import machine_memory
+from m7mlx.rope import RopeScaling
 
 CONFIG = small_config(vocab_size=32000, hidden_size=64, intermediate_size=128, n_layers=2)
 IDS = mx.array([[1, 5, 9, 31999, 7, 400]])
@@ -112,3 +116,16 @@ def test_what_cannot_be_calibrated(
     monkeypatch.setattr(calibrated, "machine_memory", lambda: machine_memory() // 10**7)
     assert "of memory, this machine has" in refused(str(source), "--calibrate", "gptq")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_model_that_is_calibrated_is_the_source(tmp_path: Path, mlx_lm: ModuleType) -> None:
+    """YaRN included: what mlx-lm computes for short sequences is what the source does."""
+    yarn = RopeScaling(64, factor=8.0, attention_factor=1.2, query_beta=0.1)
+    variants: list[dict[str, Any]] = [
+        {"sliding_window": 7},
+        {"model_type": "ministral3", "rope_theta": 1e6, "rope_scaling": yarn},
+    ]
+    for changes in variants:
+        folder = write_folder(tmp_path / str(len(changes)), replace(CONFIG, **changes))
+        model = calibrated._mlx_lm_model(open_folder(folder, "m"), mx.float32)
+        assert mx.allclose(model(IDS), load(folder)[0](IDS), atol=1e-3).item()

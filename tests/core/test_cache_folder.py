@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from models import small_config, small_model
+from models import mixed_config, small_config, small_model
 
 from m7mlx.cache import RollingCache
 from m7mlx.cache_folder import CacheFolder
@@ -16,7 +16,11 @@ from m7mlx.decode import prefill
 from m7mlx.errors import DiskError
 from m7mlx.model import Mistral
 
-MODELS = {window: small_model(small_config(sliding_window=window)) for window in (7, None)}
+MODELS: dict[int | str | None, Mistral] = {
+    7: small_model(small_config()),
+    None: small_model(small_config(sliding_window=None)),
+    "mixed": small_model(mixed_config()),
+}
 BEGINNING = list(range(1, 41))
 
 
@@ -31,8 +35,8 @@ def folder(path: Path, model: Mistral, most_bytes: int = 1 << 30) -> CacheFolder
     return CacheFolder(path, model, model.new_cache(slack=8), most_bytes)
 
 
-@pytest.mark.parametrize("window", [7, None])
-def test_what_is_saved_is_found_by_how_it_begins(tmp_path: Path, window: int | None) -> None:
+@pytest.mark.parametrize("window", MODELS)
+def test_what_is_saved_is_found_by_how_it_begins(tmp_path: Path, window: int | str | None) -> None:
     """After a restart, too; in the same space, for the same weights, and as exactly as it was."""
     model = MODELS[window]
     assert folder(tmp_path, model).save(read(model, BEGINNING), "a")
@@ -48,7 +52,7 @@ def test_what_is_saved_is_found_by_how_it_begins(tmp_path: Path, window: int | N
     shorter = again.find([*BEGINNING[:20], 60, 61], "a")[0]
     assert shorter == (20 if window is None else 0)  # a ring that has turned cannot go back so far
     assert again.find(BEGINNING, "a")[0] == len(BEGINNING) - 1  # one is left to read
-    other = small_model(small_config(sliding_window=window), seed=5)
+    other = small_model(model.config, seed=5)
     assert folder(tmp_path, other).find([*BEGINNING, 50], "a") == (0, "")
     figures = again.figures
     assert (figures.files, figures.hits) == (1, 1) and figures.nbytes > 0

@@ -26,6 +26,7 @@ from tekken_files import (
 from tokenizer_folders import write_files
 
 from m7mlx.errors import ChatFormatError
+from m7mlx.request import encode_prompt
 from m7mlx.tokens.load import load_tokenizer
 from m7mlx.tokens.mistral_format import MistralFormat
 from m7mlx.tokens.template_format import TemplateFormat
@@ -164,6 +165,14 @@ def test_settings(pairs: dict[str, Pair], effort: str | None, tools: list[dict[s
     told = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     expected = ids_by(theirs, [user("x")], tools, reasoning_effort=effort, response_format=told)
     assert ours.chat.encode([user("x")], tools, effort=effort, schema=schema) == expected
+
+
+def test_a_request_says_how_much_to_think_where_that_can_be_told(pairs: dict[str, Pair]) -> None:
+    for version, is_told in (("v15", True), ("v13", False)):
+        ours, _ = pairs[version]
+        plain, much = (encode_prompt(ours, [user("x")], effort=effort) for effort in (None, "high"))
+        assert (plain != much) is is_told and plain == ours.chat.encode([user("x")])
+        assert not is_told or much == ours.chat.encode([user("x")], effort="high")
 
 
 def test_efforts_that_a_model_does_not_know(pairs: dict[str, Pair]) -> None:

@@ -33,6 +33,7 @@ from ranks import passes
 
 from m7mlx import Mistral, load, stream_generate
 from m7mlx.arrays import nbytes
+from m7mlx.cpu import native
 from m7mlx.errors import ConfigError
 from m7mlx.files.weights import StoredTensor, data_starts, read_slices
 from m7mlx.loading import load_model
@@ -121,6 +122,9 @@ def test_logits_are_those_of_one_process(folder: Path, tmp_path: Path, count: in
 
 
 def test_so_are_those_of_quantised_weights(quantised: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Inputs that are rounded may fall to either side where a sum was added up in another order.
+    monkeypatch.setenv("M7MLX_INPUT_BITS", "32")
+    monkeypatch.setattr(native, "rounds_inputs", lambda: False)
     _, err = launched(2, RANKS, str(quantised), str(tmp_path), "tensor,pipeline", "quantised")
     monkeypatch.setattr(sys.modules["m7mlx.loading"], "expands", lambda config: False)
     whole = load_model(quantised)

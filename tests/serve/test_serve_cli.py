@@ -81,6 +81,11 @@ def test_ending_at_once(model_folder: Path) -> None:
         (["--model", "/no/such/model"], "/no/such/model"),
         (["--api-key-file", "/no/such/key"], "cannot be read"),
         (["--max-tokens", "0"], "--max-tokens"),
+        (["--models-dir", "/no/such/folder"], "holds no model"),
+        (["--model", "a", "--name", "b", "--name", "c"], "no --model that it could name"),
+        (["--model", "a", "--model", "a"], "the same name"),
+        (["--idle-unload", "soon"], "a time is a number"),
+        (["--prefix-disk", "-1"], "--prefix-disk must be at least 0"),
     ],
 )
 def test_bad_options_are_one_line(options: list[str], reason: str) -> None:
