@@ -71,6 +71,8 @@ class ChatView(DispatchingApp):
     Screen.-low Composer { border: none; min-height: 1; max-height: 3; }
     Screen.-high Composer, Screen.-high Completion { max-height: 4; }
     Screen.-low Completion { border: none; max-height: 2; }
+    Screen.-low RingPicture { display: none; }
+    Screen.-high RingPicture { max-height: 4; }
     ToastRack { dock: top; align: right top; margin: 1 0 0 0; max-height: 40vh; }
     Screen.-low ToastRack { margin: 0; }
     Screen.-low Toast { padding: 0 1; margin: 0; }

@@ -9,6 +9,7 @@ import pytest
 from chat_harness import Chat, chatting
 from m7mlx_chat.events import Seen, Text
 from m7mlx_chat.steady import SMALLEST
+from m7mlx_chat.view import BESIDE_FROM
 from m7mlx_chat.widgets.composer import Composer
 from textual.events import Resize
 from textual.geometry import Size
@@ -64,7 +65,7 @@ async def resized(chat: Chat, width: int, height: int) -> None:
 def check_composer(chat: Chat) -> None:
     """Hold that the composer is on the screen, and that nothing told in the corner covers it."""
     composer, screen = chat.app.composer, chat.app.screen
-    if composer.region.width:  # not where the conversations lie over the talk
+    if not chat.app.sidebar.is_shown or chat.app.size.width >= BESIDE_FROM:  # else the list covers all
         assert screen.region.contains_region(composer.region), chat.app.size
     for toast in screen.query(Toast):
         seen = toast.region.intersection(screen.query_one(ToastRack).region)
