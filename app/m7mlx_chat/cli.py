@@ -111,6 +111,9 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", metavar="NAME", help="settings kept under a name in config.toml")
     parser.add_argument("--system", metavar="TEXT", help="system prompt: how the model should behave")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer (default: 4096)")
+    parser.add_argument(
+        "--reasoning-effort", metavar="HOW", help="how much to think, for models that can be told: none, high …"
+    )
     memory = parser.add_argument_group("memory")
     memory.add_argument(
         "--max-memory", type=gigabytes, metavar="GB", help="load no model, and let no conversation grow, beyond it"
