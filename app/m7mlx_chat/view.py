@@ -33,7 +33,7 @@ from m7mlx_chat.widgets.welcome import Welcome
 
 State = Literal["no model", "loading", "ready", "answering"]
 # columns, rows: for the conversations beside the talk; for lines around it, for long messages
-BESIDE_FROM, _FRAMED_FROM, _TALL_FROM = 56, 10, 24
+BESIDE_FROM, _FRAMED_FROM, _TALL_FROM = 56, 11, 24
 
 _HINTS = "/ commands · F1 help"
 
@@ -68,9 +68,10 @@ class ChatView(DispatchingApp):
     Screen.-narrow Sidebar { width: 100%; max-width: 100%; }
     Screen.-narrow .row { height: auto; layout: vertical; }
     Screen.-low #top, Screen.-low #status { display: none; }
-    Screen.-low Composer { border: none; min-height: 1; max-height: 3; }
+    Screen.-low Composer { border: none; min-height: 1; max-height: 2; }
     Screen.-high Composer, Screen.-high Completion { max-height: 4; }
     Screen.-low Completion { border: none; max-height: 2; }
+    Screen.-low Transcript, Screen.-high Transcript { padding: 0 2; }
     Screen.-low RingPicture { display: none; }
     Screen.-high RingPicture { max-height: 4; }
     ToastRack { dock: top; align: right top; margin: 1 0 0 0; max-height: 40vh; }
