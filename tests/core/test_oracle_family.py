@@ -91,7 +91,8 @@ def models(request: pytest.FixtureRequest) -> tuple[Any, Mistral]:
 
 
 def draw_ids(length: int = LENGTH) -> list[int]:
-    return torch.randint(0, 96, (length,)).tolist()
+    ids: list[int] = torch.randint(0, 96, (length,)).tolist()
+    return ids
 
 
 def expected_logits(oracle: Any, ids: list[int]) -> np.ndarray:
