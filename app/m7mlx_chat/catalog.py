@@ -104,7 +104,8 @@ def on_this_machine(name: str, own: Path | None = None) -> Path | None:
     try:
         if own is not None and name == Path(name).name and (own / name / "config.json").is_file():
             return own / name
-        return find_local(name)
+        found = find_local(name)
+        return found if found is not None and (found.is_dir() or found.is_file()) else None
     except (M7Error, OSError, ValueError):
         return None
 

@@ -44,10 +44,12 @@ def test_the_models_on_this_machine(here: Path, tmp_path: Path) -> None:
     elsewhere = write_folder(tmp_path / "elsewhere", small_config(vocab_size=32768))
     found = models([str(elsewhere), "no-such", "org/name"], here)
     names = [entry.name.removeprefix(f"{here}/") for entry in found]
-    assert names == ["full", "windowed", str(elsewhere), "mistral", "demo", "broken"]
+    assert names[:3] == ["full", "windowed", str(elsewhere)] and names[-1] == "broken"
+    assert {"mistral", "demo"} <= set(names[3:-1])  # what can be had fits this machine
     windowed = found[names.index("windowed")]
     assert (windowed.window, windowed.context, windowed.bits) == (7, 4096, "32 bits")
-    assert windowed.nbytes == (here / "windowed" / "model.safetensors").stat().st_size
+    stored = (here / "windowed" / "model.safetensors").stat().st_size
+    assert 0 < stored - windowed.nbytes < 10_000  # the file's header
     assert windowed.fit == "fits"
     assert found[names.index("full")].window is None
     assert "config.json" in found[names.index("broken")].problem

@@ -139,8 +139,8 @@ async def test_commands_are_completed(tmp_path: Path) -> None:
         await chat.pilot.press("/", "e")
         await chat.pilot.pause()
         assert is_open(chat)
-        assert "/edit" in chat.shown() and "/export" in chat.shown()
-        await chat.pilot.press("down", "enter")
+        assert "/edit" in chat.shown() and "/exit" in chat.shown() and "/export" in chat.shown()
+        await chat.pilot.press("down", "down", "enter")
         assert chat.app.composer.text == "/export "
         assert not is_open(chat)
         chat.app.composer.reset()

@@ -156,6 +156,8 @@ async def use(chat: Chat) -> None:
     await press("alt+up", "right_square_bracket", "escape", "ctrl+r", "escape")
     await press("ctrl+f", "q", "enter", "enter", "escape")
     await chat.pilot.pause()
+    if chat.session.under_way is not None:  # with no message to choose, a letter was a question
+        await chat.say(done("once more"))
 
 
 def read_everything(store: Store) -> None:

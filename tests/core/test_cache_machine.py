@@ -31,6 +31,8 @@ from m7mlx.model import Mistral
 
 VOCAB, LAYERS, HEADS, KV, DIM, THETA = 11, 2, 4, 2, 32, 1e4
 EXAMPLES = int(os.environ.get("M7MLX_EXAMPLES", "120"))
+# Rotated keys differ in their last bits, so that one between two codes may fall to either side.
+NEAR = {None: 2e-5, 8: 1e-2, 4: 0.15}
 _rng = np.random.default_rng(7)
 QUERIES, KEYS, VALUES = (
     [mx.array(_rng.standard_normal((VOCAB, n, DIM)).astype(np.float32)) for _ in range(LAYERS)]
@@ -120,7 +122,7 @@ def check(cache: RollingCache, tokens: list[int], count: int, outs: list[np.ndar
     for layer, out in enumerate(outs):
         for i in range(count):
             wanted = expected(cache, tokens, len(tokens) - count + i, layer)
-            assert np.abs(out[batch_row, :, i] - wanted).max() < 2e-5
+            assert np.abs(out[batch_row, :, i] - wanted).max() < NEAR[cache.format.bits]
 
 
 @dataclass
@@ -367,8 +369,8 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def bounded(self) -> None:
         for one in getattr(self, "single", []):
-            if one.cache.window is not None:
-                assert all(ring.n_slots <= one.cache.window + one.cache.slack for ring in one.cache.rings)
+            for ring in one.cache.rings:
+                assert ring.window is None or ring.n_slots <= ring.window + ring.slack
 
 
 CacheMachine.TestCase.settings = settings(max_examples=EXAMPLES, stateful_step_count=25, deadline=None)

@@ -114,6 +114,8 @@ class Models(ModalScreen[Chosen | None]):
         self.app.call_from_thread(self._listed, entries)
 
     def _listed(self, entries: list[Entry]) -> None:
+        if not self.is_mounted:  # left meanwhile
+            return
         self._entries = entries
         options = self.query_one(OptionList)
         options.clear_options()
