@@ -12,13 +12,12 @@ from __future__ import annotations
 import argparse
 import re
 import subprocess
-import sys
 import tempfile
 import venv
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+
+from common import serving
 
 NAME = "devstral"  # the model that mistral-vibe asks for
 
@@ -120,7 +119,8 @@ def main() -> None:
     args = parser.parse_args()
     names = args.only.split(",") if args.only else list(CLIENTS)
     print("| client | version | result |\n| --- | --- | --- |")
-    with tempfile.TemporaryDirectory() as scratch, _serving(args.model) as url:
+    options = ["--model", args.model, "--name", NAME, "--prefix-disk", "0"]
+    with tempfile.TemporaryDirectory() as scratch, serving(*options) as (url, _):
         for name in names:
             version, result = _tried(CLIENTS[name], name, args.keep or Path(scratch), url)
             print(f"| {name} | {version} | {result} |", flush=True)
@@ -150,24 +150,6 @@ def _tried(client: Client, name: str, folder: Path, url: str) -> tuple[str, str]
 def _last(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:200].replace("|", "/") if lines else "without a word"
-
-
-@contextmanager
-def _serving(model: str) -> Iterator[str]:
-    options = ["--model", model, "--name", NAME, "--port", "0", "--prefix-disk", "0"]
-    process = subprocess.Popen([sys.executable, "-m", "m7mlx_serve", *options], stderr=subprocess.PIPE, text=True)
-    assert process.stderr
-    try:
-        for line in process.stderr:
-            if found := re.search(r"http://\S+", line):
-                yield found[0]
-                break
-        else:
-            raise SystemExit("the server did not start")
-    finally:
-        process.terminate()
-        process.stderr.close()
-        process.wait(60)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from m7mlx_bench import report
 from m7mlx_bench.report import spread
 
-__all__ = ["alternate", "machine_line", "spread", "table"]
+__all__ = ["alternate", "machine_line", "serving", "spread", "table"]
 
 
 def machine_line() -> str:
@@ -28,3 +32,22 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a Markdown table."""
     for row in (head, ["---"] * len(head), *rows):
         print("| " + " | ".join(row) + " |", flush=True)
+
+
+@contextmanager
+def serving(*options: str) -> Iterator[tuple[str, int]]:
+    """Start m7mlx-serve on a free port; yield its address and its process’s number; end it."""
+    command = [sys.executable, "-m", "m7mlx_serve", "--port", "0", *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    try:
+        for line in process.stderr:
+            if found := re.search(r"http://\S+", line):
+                yield found[0], process.pid
+                break
+        else:
+            raise SystemExit("the server did not start")
+    finally:
+        process.terminate()
+        process.stderr.close()
+        process.wait(60)

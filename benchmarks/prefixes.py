@@ -11,17 +11,14 @@ from __future__ import annotations
 import argparse
 import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import httpx
 import psutil
+from common import serving
 
 KEY = "a-key-of-the-benchmark"  # so that it is told how much of a prompt was held
 WORDS = "The model reads the same long instructions of an agent at each start of the day. "
@@ -41,14 +38,15 @@ def main() -> None:
         key.write_text(KEY)
         for number in range(args.rounds):
             folder = Path(scratch) / str(number)
-            options = ["--api-key-file", str(key), "--prefix-dir", str(folder), "--prefix-disk", "8"]
+            options = ["--model", args.model, "--api-key-file", str(key)]
+            options += ["--prefix-dir", str(folder), "--prefix-disk", "8"]
             prompt = f"Round {number}. " + WORDS * (args.tokens // 16)
-            with _serving(args.model, options) as server:
+            with serving(*options) as server:
                 _ask(server, "Hi")  # what the first request of all costs besides
                 times["read anew"].append(_ask(server, prompt))
                 times["in memory"].append(_ask(server, prompt))
             nbytes = sum(file.stat().st_size for file in folder.iterdir())
-            with _serving(args.model, options) as server:
+            with serving(*options) as server:
                 _ask(server, "Hi")
                 times["from the disk"].append(_ask(server, prompt))
     last = times["from the disk"][-1]
@@ -74,14 +72,8 @@ class Asked(NamedTuple):
     length: int
 
 
-class Server(NamedTuple):
-    """A server's address and its process."""
-
-    url: str
-    process: psutil.Process
-
-
-def _ask(server: Server, text: str) -> Asked:
+def _ask(server: tuple[str, int], text: str) -> Asked:
+    url, process = server[0], psutil.Process(server[1])
     body = {
         "messages": [{"role": "user", "content": text}],
         "max_tokens": 1,
@@ -89,8 +81,8 @@ def _ask(server: Server, text: str) -> Asked:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    url, begun, first, told = server.url, time.perf_counter(), 0.0, ""
-    used, processor = sum(server.process.cpu_times()[:2]), 0.0
+    begun, first, told = time.perf_counter(), 0.0, ""
+    used, processor = sum(process.cpu_times()[:2]), 0.0
     with httpx.stream(
         "POST", f"{url}/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=600
     ) as answer:
@@ -98,29 +90,11 @@ def _ask(server: Server, text: str) -> Asked:
         for line in answer.iter_lines():
             if not first:
                 first = time.perf_counter() - begun
-                processor = sum(server.process.cpu_times()[:2]) - used
+                processor = sum(process.cpu_times()[:2]) - used
             told += line
     held, length = re.search(r'"cached_tokens": (\d+)', told), re.search(r'"prompt_tokens": (\d+)', told)
     assert held and length, told
     return Asked(first, processor, int(held[1]), int(length[1]))
-
-
-@contextmanager
-def _serving(model: str, options: list[str]) -> Iterator[Server]:
-    command = [sys.executable, "-m", "m7mlx_serve", "--model", model, "--port", "0", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr
-    try:
-        for line in process.stderr:
-            if found := re.search(r"http://\S+", line):
-                yield Server(found[0], psutil.Process(process.pid))
-                break
-        else:
-            raise SystemExit("the server did not start")
-    finally:
-        process.terminate()
-        process.stderr.close()
-        process.wait(60)
 
 
 if __name__ == "__main__":
