@@ -20,7 +20,7 @@ from pathlib import Path
 
 from m7mlx.cache import RollingCache
 from m7mlx.cache_file import SavedCache, hash_weights, load_cache, peek_cache, save_cache
-from m7mlx.decode import reusable, shared_start
+from m7mlx.decode import goes_on, reusable, shared_start
 from m7mlx.errors import CacheFileError, DiskError, NotFoundError
 from m7mlx.model import Mistral
 
@@ -121,7 +121,7 @@ class CacheFolder:
             return False
         with self._lock:
             for name, saved in self._own(space).items():
-                if _goes_on(cache.ids, saved.ids, saved.max_rollback):
+                if goes_on(cache.ids, saved.ids, saved.max_rollback):
                     with contextlib.suppress(OSError):
                         os.utime(self._folder / name)
                     return False
@@ -133,7 +133,7 @@ class CacheFolder:
         with self._lock:
             self._saved += 1
             for older, saved in self._own(space).items():
-                if older != name and _goes_on(saved.ids, cache.ids, cache.max_rollback):
+                if older != name and goes_on(saved.ids, cache.ids, cache.max_rollback):
                     self._remove(older)
             self._evict()
         return True
@@ -195,8 +195,3 @@ def _kind(weight_hash: str, like: RollingCache) -> str:
     config = like.config.to_dict()
     options = (weight_hash, config, like.window, like.n_sinks, like.slack, like.format)
     return hashlib.sha256(repr(options).encode()).hexdigest()[:16]
-
-
-def _goes_on(ids: Sequence[int], later: Sequence[int], max_rollback: int) -> bool:
-    """Whether a conversation of the ids `later` goes on from `ids`, and can go back to there."""
-    return len(later) - len(ids) <= max_rollback and shared_start(ids, later) == len(ids)

@@ -74,6 +74,17 @@ def reusable(shared: int, offset: int, max_rollback: int, length: int) -> int:
     return known if offset - known <= max_rollback else 0
 
 
+def goes_on(ids: Sequence[int], later: Sequence[int], max_rollback: int) -> bool:
+    """Whether a conversation of the ids `later` goes on from `ids`, and can go back to there.
+
+    max_rollback  tokens that the later one can undo
+    """
+    length = len(ids)
+    if length > len(later) or len(later) - length > max_rollback or (length and ids[-1] != later[length - 1]):
+        return False  # mostly the last id tells already
+    return shared_start(ids, later) == length
+
+
 def _reusable(held: Sequence[int], offset: int, max_rollback: int, ids: Sequence[int]) -> int:
     if len(held) != offset:
         return 0

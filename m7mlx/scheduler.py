@@ -18,7 +18,7 @@ from m7mlx.answer import Answer, Piece
 from m7mlx.batch import BatchCache
 from m7mlx.cache import RollingCache
 from m7mlx.compiled import step_of
-from m7mlx.decode import default_chunk, read_chunk, reusable, reuse, shared_start
+from m7mlx.decode import default_chunk, goes_on, read_chunk, reusable, reuse, shared_start
 from m7mlx.errors import InputError, PromptTooLongError
 from m7mlx.memory import UNDO_SLACK
 from m7mlx.model import Mistral
@@ -407,9 +407,4 @@ class Scheduler:
 
 def _goes_on(ended: Ended, other: Ended) -> bool:
     """Whether `other` goes on from a conversation of its space, and can go back to there."""
-    if ended.space != other.space:
-        return False
-    cache, later, length = ended.cache, other.cache, len(ended.ids)
-    if later.offset - cache.offset > later.max_rollback or cache.ids[-1:] != later.ids[max(length - 1, 0) : length]:
-        return False
-    return shared_start(cache.ids, later.ids) == length
+    return ended.space == other.space and goes_on(ended.ids, other.ids, other.cache.max_rollback)
