@@ -20,9 +20,9 @@ import mlx.core as mx
 
 from m7mlx.config import ModelConfig
 from m7mlx.errors import ConfigError, WeightsError
-from m7mlx.files.weights import DTYPES, FLOATS, FP8, StoredTensor, check_layer_count, is_left_out
+from m7mlx.files.weights import FLOATS, FP8, StoredTensor, check_layer_count
 from m7mlx.terminal import shown
-from m7mlx_convert.source import Arrays, Tensor, make_reader
+from m7mlx_convert.source import Arrays, Tensor, check_left, make_reader, open_floats
 
 _SCALES = ("weight_scale_inv", "weight_scale", "qscale_weight")
 # The scales of activations, and those of a quantised cache.
@@ -108,14 +108,9 @@ def list_tensors(
         stored = headers.get(name)
         if stored is not None and stored.dtype == FP8:
             found[name] = open_float8(folder, name, shape, headers, blocks, named)
-        elif stored is not None and stored.shape == shape and stored.dtype in FLOATS:
-            found[name] = Tensor(shape, DTYPES[stored.dtype], make_reader(headers, {"weight": name}))
         else:
-            actual = f"is {stored.dtype} {list(stored.shape)}" if stored else "is missing"
-            raise WeightsError(f"{folder}: {name} {actual}; config.json says floats {list(shape)}")
-    for name in sorted(headers.keys() - found.keys()):
-        if not (is_scale(name) or is_left_out(name, config)):
-            raise WeightsError(f"{folder}: tensor {shown(name)} is not a part of {config.model_type}")
+            found[name] = open_floats(folder, name, shape, headers)
+    check_left(folder, config, (name for name in headers.keys() - found.keys() if not is_scale(name)))
     return found
 
 

@@ -24,10 +24,10 @@ import numpy as np
 
 from m7mlx.config import ModelConfig
 from m7mlx.errors import ConfigError, WeightsError
-from m7mlx.files.weights import DTYPES, StoredTensor, check_layer_count, is_left_out
+from m7mlx.files.weights import DTYPES, StoredTensor, check_layer_count
 from m7mlx.quantization import Quantization
 from m7mlx.terminal import shown
-from m7mlx_convert.source import Arrays, Tensor, make_reader
+from m7mlx_convert.source import Arrays, Tensor, check_left, make_reader, open_floats
 
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where output i lies within its word, in steps of 4 bits
 
@@ -84,15 +84,9 @@ def list_tensors(
             if _is_without_effect(folder, f"{module}.bias", headers):
                 known.add(f"{module}.bias")
             continue
-        stored = headers.get(name)
-        if stored is None or stored.shape != shape or stored.dtype not in ("F32", "F16", "BF16"):
-            actual = f"is {stored.dtype} {list(stored.shape)}" if stored else "is missing"
-            raise WeightsError(f"{folder}: {name} {actual}; config.json says floats {list(shape)}")
-        found[name] = Tensor(shape, DTYPES[stored.dtype], make_reader(headers, {"weight": name}))
+        found[name] = open_floats(folder, name, shape, headers)
         known.add(name)
-    for name in sorted(headers.keys() - known):
-        if not is_left_out(name, config):
-            raise WeightsError(f"{folder}: tensor {shown(name)} is not a part of {config.model_type}")
+    check_left(folder, config, headers.keys() - known)
     return found
 
 

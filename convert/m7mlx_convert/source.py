@@ -13,8 +13,9 @@ import mlx.core as mx
 
 from m7mlx.arrays import dequantize
 from m7mlx.config import ModelConfig
-from m7mlx.errors import InputError
-from m7mlx.files.weights import StoredTensor
+from m7mlx.errors import InputError, WeightsError
+from m7mlx.files.weights import DTYPES, StoredTensor, is_left_out
+from m7mlx.files.weights import FLOATS as STORED_FLOATS
 from m7mlx.quantization import Quantization
 from m7mlx.terminal import shown
 
@@ -101,6 +102,30 @@ def make_reader(headers: Mapping[str, StoredTensor], names: Mapping[str, str]) -
         return arrays
 
     return read
+
+
+def open_floats(
+    folder: Path,
+    name: str,
+    shape: tuple[int, ...],
+    headers: Mapping[str, StoredTensor],
+) -> Tensor:
+    """Return a parameter of a packed model that is not packed.
+
+    Raises WeightsError where it is missing, or not of the type and shape that config.json says.
+    """
+    stored = headers.get(name)
+    if stored is None or stored.shape != shape or stored.dtype not in STORED_FLOATS:
+        actual = f"is {stored.dtype} {list(stored.shape)}" if stored else "is missing"
+        raise WeightsError(f"{folder}: {name} {actual}; config.json says floats {list(shape)}")
+    return Tensor(shape, DTYPES[stored.dtype], make_reader(headers, {"weight": name}))
+
+
+def check_left(folder: Path, config: ModelConfig, names: Iterable[str]) -> None:
+    """Raise WeightsError for a tensor that is left over and has an effect."""
+    for name in sorted(names):
+        if not is_left_out(name, config):
+            raise WeightsError(f"{folder}: tensor {shown(name)} is not a part of {config.model_type}")
 
 
 def check_links(folder: Path, files: Iterable[Path]) -> None:
