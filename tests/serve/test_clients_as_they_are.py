@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from agent import check_agent
 from serving import CHAT, NAME, client, serving, user
 
 from m7mlx import load, stream_generate
@@ -247,27 +248,7 @@ def test_huggingfaces_client(url: str) -> None:
 @pytest.mark.parametrize("server", ["url", "chatml_url"])
 async def test_agents_with_tools_and_an_output_type(server: str, request: pytest.FixtureRequest) -> None:
     """Either a call or the JSON comes, whatever the model."""
-    url = request.getfixturevalue(server)
-    agents, openai, pydantic = map(import_module, ("agents", "openai", "pydantic"))
-    agents.set_tracing_disabled(True)
-
-    def weather(day: int) -> str:
-        return "sunny"
-
-    result = pydantic.create_model("Result", ok=(bool, ...))
-    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as api:
-        agent = agents.Agent(
-            name="a",
-            model=agents.OpenAIChatCompletionsModel(model=NAME, openai_client=api),
-            tools=[agents.function_tool(weather)],
-            output_type=result,
-            model_settings=agents.ModelSettings(max_tokens=400, temperature=0),
-        )
-        try:
-            found = await agents.Runner.run(agent, "Is it sunny?", max_turns=2)
-        except agents.MaxTurnsExceeded:
-            return  # it has called, and would call again
-        assert isinstance(found.final_output, result)
+    await check_agent(request.getfixturevalue(server), "OpenAIChatCompletionsModel")
 
 
 @clients

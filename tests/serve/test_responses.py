@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from agent import check_agent
 from m7mlx_serve.answering import Answerer
 from m7mlx_serve.endpoint import Prompts, ReadRequest
 from m7mlx_serve.errors import ApiError
@@ -355,24 +355,4 @@ def test_a_long_history_is_read_elsewhere(url: str) -> None:
 @pytest.mark.parametrize("server", ["url", "chatml_url"])
 async def test_agents(server: str, request: pytest.FixtureRequest) -> None:
     """With a tool and an output type: either a call or the JSON comes."""
-    url = request.getfixturevalue(server)
-    agents, pydantic = map(import_module, ("agents", "pydantic"))
-    agents.set_tracing_disabled(True)
-
-    def weather(day: int) -> str:
-        return "sunny"
-
-    result = pydantic.create_model("Result", ok=(bool, ...))
-    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as api:
-        agent = agents.Agent(
-            name="a",
-            model=agents.OpenAIResponsesModel(model=NAME, openai_client=api),
-            tools=[agents.function_tool(weather)],
-            output_type=result,
-            model_settings=agents.ModelSettings(max_tokens=400, temperature=0),
-        )
-        try:
-            found = await agents.Runner.run(agent, "Is it sunny?", max_turns=2)
-        except agents.MaxTurnsExceeded:
-            return  # it has called, and would call again
-        assert isinstance(found.final_output, result)
+    await check_agent(request.getfixturevalue(server), "OpenAIResponsesModel")

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from models import random_weights
-from sources import little, native_weights, tokenizer_json
+from sources import little, native_params, native_weights, tokenizer_json
 
 from m7mlx.config import ModelConfig
 from m7mlx.rope import RopeScaling
@@ -144,16 +144,7 @@ def write_wrapped(
 
 def params_of(config: ModelConfig) -> dict[str, Any]:
     """The params.json of a model in Mistral's own layout."""
-    params: dict[str, Any] = {
-        "dim": config.hidden_size,
-        "n_layers": config.n_layers,
-        "head_dim": config.head_dim,
-        "hidden_dim": config.intermediate_size,
-        "n_heads": config.n_heads,
-        "n_kv_heads": config.n_kv_heads,
-        "norm_eps": config.norm_eps,
-        "vocab_size": config.vocab_size,
-        "rope_theta": config.rope_theta,
+    params = native_params(config) | {
         "max_position_embeddings": config.max_position_embeddings,
         "tied_embeddings": config.tie_word_embeddings,
     }

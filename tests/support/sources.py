@@ -144,11 +144,9 @@ def native_weights(config: ModelConfig, given: dict[str, np.ndarray] | None = No
     return weights
 
 
-def write_native(folder: Path, config: ModelConfig = LLAMA, **changes: Any) -> None:
-    """A folder in Mistral's own layout; `changes` go into its params.json."""
-    folder.mkdir()
-    mx.save_safetensors(str(folder / "consolidated.safetensors"), native_weights(config))
-    params: dict[str, Any] = {
+def native_params(config: ModelConfig) -> dict[str, Any]:
+    """What every params.json says of a model's shape."""
+    return {
         "dim": config.hidden_size,
         "n_layers": config.n_layers,
         "head_dim": config.head_dim,
@@ -159,6 +157,13 @@ def write_native(folder: Path, config: ModelConfig = LLAMA, **changes: Any) -> N
         "vocab_size": config.vocab_size,
         "rope_theta": config.rope_theta,
     }
+
+
+def write_native(folder: Path, config: ModelConfig = LLAMA, **changes: Any) -> None:
+    """A folder in Mistral's own layout; `changes` go into its params.json."""
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "consolidated.safetensors"), native_weights(config))
+    params = native_params(config)
     if config.sliding_window:
         params["sliding_window"] = config.sliding_window
     (folder / "params.json").write_text(json.dumps(params | changes))
