@@ -36,7 +36,9 @@ ACTIONS = (
     Action("newline", "", "Ctrl+J, Alt+Enter", "new line", place="composer"),
     Action("prompt_history", "", "↑ ↓", "in the first or last line: what was asked before", place="composer"),
     Action("undo_text", "", "Ctrl+Z", "take back what was changed or cleared in the text", place="composer"),
-    Action("complete", "", "/ and @", "complete a command, or put a text file in", place="composer"),
+    Action(
+        "complete", "", "/ and @", "complete a command, or put in a text file, a PDF or a folder", place="composer"
+    ),
     Action("editor", "ctrl+g", "Ctrl+G", "write the message in $EDITOR"),
     Action("stop", "escape", "Esc", "stop the answer and keep its text; close; back to the composer"),
     Action("interrupt", "ctrl+c", "Ctrl+C", "copy what is selected, clear the text or stop; twice: quit"),
