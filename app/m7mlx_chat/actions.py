@@ -50,6 +50,7 @@ ACTIONS = (
     Action("fork", "", "", "copy the conversation up to here into a new one", "fork"),
     Action("sidebar", "ctrl+b", "Ctrl+B", "show or hide the conversations"),
     Action("find", "ctrl+f", "Ctrl+F", "search all conversations", "find", "[TEXT]"),
+    Action("prompt", "", "", "your own prompts: use one, or keep the last question", "prompt", "[NAME | save NAME]"),
     Action("history", "ctrl+r", "Ctrl+R", "search what was asked before"),
     Action("model", "ctrl+o", "Ctrl+O", "choose, download or convert a model", "model", "[NAME]"),
     Action("settings", "f2", "F2", "settings and presets", "set", "[NAME VALUE]"),

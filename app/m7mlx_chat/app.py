@@ -14,6 +14,7 @@ from m7mlx_chat.commands.conversations import ConversationCommands
 from m7mlx_chat.commands.files import FileCommands
 from m7mlx_chat.commands.full import FullCommands
 from m7mlx_chat.commands.looking import LookCommands
+from m7mlx_chat.commands.prompts import PromptCommands
 from m7mlx_chat.commands.settings import SettingsCommands
 from m7mlx_chat.commands.unsent_text import UnsentTextCommands
 from m7mlx_chat.commands.versions import VersionCommands
@@ -34,6 +35,7 @@ class ChatApp(
     FullCommands,
     VersionCommands,
     UnsentTextCommands,
+    PromptCommands,
     ConversationCommands,
     SettingsCommands,
     FileCommands,

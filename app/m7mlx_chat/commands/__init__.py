@@ -4,6 +4,7 @@ asking         send a message, answer again, edit a question; stop an answer, le
 full           go on where a conversation has no more room
 versions       go through the versions of a message, fork a conversation
 unsent_text    write in $EDITOR, bring back what was asked before
+prompts        use a prompt of one's own, keep one
 conversations  open, search, rename, put away, delete and bring back
 models         choose and load a model
 settings       settings, presets, the system prompt, the theme
