@@ -185,6 +185,8 @@ class ChatApp(
             self.tell(event.message, is_error=True)
         self.show_conversations()
         self.show_state()
+        if self.end_comparison(event, under_way):
+            return
         if isinstance(event, Failed):
             self.model_failed(event, was_loading)
         room = self._lacking_room(event, under_way)
