@@ -56,6 +56,8 @@ class Request:
                 functions f(ids, logits) → logits (`m7mlx.sampling.LogitsProcessor`)
     constraint  a grammar that the answer follows (`m7mlx.constrain`)
     schema      a JSON schema that the answer fits, or a grammar: `prepare` makes a constraint of it
+    prediction  a text, or ids, that the answer may be made of to a large part: a `Scheduler` that
+                drafts tries them, and the answer comes sooner; it is the same without
     suffix      what stands behind the answer to a text, for models that fill in the middle
     effort      how much the model shall think about messages, if it can be told so ("high"); None
                 takes its default
@@ -78,6 +80,7 @@ class Request:
     logits_processors: Sequence[LogitsProcessor] = ()
     constraint: Constraint | None = None
     schema: Mapping[str, Any] | Grammar | None = None
+    prediction: Sequence[int] | str = ()
     suffix: str = ""
     effort: str | None = None
     space: str = ""
@@ -137,6 +140,7 @@ class Request:
             "is_constrained": self.constraint is not None,
             "schema": asdict(self.schema) if isinstance(self.schema, Grammar) else self.schema,
             "is_grammar": isinstance(self.schema, Grammar),
+            "prediction": self.prediction if isinstance(self.prediction, str) else check_ids(self.prediction),
             "suffix": self.suffix,
             "effort": self.effort,
             "space": self.space,
@@ -172,7 +176,7 @@ def prepare(request: Request, model: Mistral, tokenizer: Tokenizer, cache: Rolli
     Raises TokenizerError (ids outside the vocabulary), ChatFormatError, PromptTooLongError,
     InputError, BusyError.
     """
-    continues, message = request.continues, _continued(request.prompt)
+    continues, prediction, message = request.continues, request.prediction, _continued(request.prompt)
     ready = replace(
         request,
         prompt=encode_prompt(tokenizer, request.prompt, request.suffix, request.effort),
@@ -180,6 +184,7 @@ def prepare(request: Request, model: Mistral, tokenizer: Tokenizer, cache: Rolli
         at_start=request.at_start and message is None and not isinstance(request.prompt, str),
         begun=request.begun if message is None else len(message.get("ids") or ()),
         continues=tokenizer.encode(continues) if isinstance(continues, str) else check_ids(continues),
+        prediction=tokenizer.encode(prediction) if isinstance(prediction, str) else check_ids(prediction),
     )
     for token in request.logit_bias:
         if not 0 <= token < min(model.config.vocab_size, tokenizer.vocab_size):

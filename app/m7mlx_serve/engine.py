@@ -23,7 +23,8 @@ from m7mlx.errors import BusyError, RunError
 from m7mlx.model import Mistral
 from m7mlx.parallel.channel import die
 from m7mlx.parallel.world import Leader, World
-from m7mlx.scheduler import Scheduler, Told
+from m7mlx.rows import Told
+from m7mlx.scheduler import Scheduler
 from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx_serve.embedding_job import EmbeddingJob, EmbeddingJobs
 from m7mlx_serve.errors import report
