@@ -229,18 +229,23 @@ def test_right_drafts_take_few_steps(tokenizer: Tokenizer, oracle: type[Oracle])
 
 
 def test_stop_texts_end_an_answer_amid_a_draft(tokenizer: Tokenizer, oracle: type[Oracle]) -> None:
+    """What was right behind them is undone, so that the conversation can be gone on with."""
     model, ids = MODELS[7], prompt(2, 12)
     plain = alone(model, tokenizer, Request(ids, max_tokens=30))
-    text = "".join(piece.text for piece in plain)
-    request = Request(ids, max_tokens=30, stop=(text[len(text) // 2 :][:4],))
     oracle.answers[tuple(ids)] = ids_of(plain)
-    scheduler, pieces = Scheduler(model, tokenizer, drafted=1), defaultdict[int, list[Piece]](list)
-    number = scheduler.add(request)
-    run(scheduler, pieces)
-    expected = alone(model, tokenizer, request)
-    assert expected[-1].finish_reason == "stop"
-    assert_same(pieces[number], expected)
-    assert scheduler.kept[0].cache.offset == len(scheduler.kept[0].ids)
+    text = "".join(piece.text for piece in plain)
+    ends = set()
+    for at in range(len(text) // 3, len(text) // 3 + 9, 3):
+        request = Request(ids, max_tokens=30, stop=(text[at : at + 3],))
+        scheduler, pieces = Scheduler(model, tokenizer, drafted=1), defaultdict[int, list[Piece]](list)
+        number = scheduler.add(request)
+        run(scheduler, pieces)
+        expected = alone(model, tokenizer, request)
+        assert expected[-1].finish_reason == "stop"
+        assert_same(pieces[number], expected)
+        assert scheduler.kept[0].cache.offset == len(scheduler.kept[0].ids)
+        ends.add(len(ids_of(expected)))
+    assert len(ends) > 1
 
 
 def test_a_draft_that_cannot_be_checked_fails_its_own_answer(
