@@ -6,6 +6,7 @@ Which token sees which, and how it is rotated, is decided in `m7mlx.positions`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -50,12 +51,13 @@ class Attention(nn.Module):
         return project(out, (self.o_proj,), residual=x)
 
     def _attend_each(self, heads: mx.array, passes: Sequence[LayerPass]) -> mx.array:
-        outs, done = [], 0
-        for ring, forward in passes:
-            tokens = forward.rows * forward.length
-            own = heads[:, done : done + tokens].reshape(forward.rows, forward.length, -1)
-            outs.append(self._attend(own, ring, forward).reshape(1, tokens, -1))
-            done += tokens
+        ends = list(accumulate(forward.rows * forward.length for _, forward in passes))
+        outs = []
+        for own, (ring, forward) in zip(mx.split(heads, ends[:-1], axis=1), passes, strict=True):
+            if forward.rows > 1:
+                own = own.reshape(forward.rows, forward.length, -1)
+            out = self._attend(own, ring, forward)
+            outs.append(out.reshape(1, -1, out.shape[-1]) if forward.rows > 1 else out)
         return mx.concatenate(outs, axis=1)
 
     def _attend(self, heads: mx.array, ring: LayerRing, forward: ForwardPass) -> mx.array:

@@ -189,6 +189,7 @@ def prepare(request: Request, model: Mistral, tokenizer: Tokenizer, cache: Rolli
     for token in request.logit_bias:
         if not 0 <= token < min(model.config.vocab_size, tokenizer.vocab_size):
             raise TokenizerError(f"logit_bias: token id {token} is outside the model's vocabulary")
+    _check_known(model, cast("Sequence[int]", ready.prediction))
     room = check_prompt(model, ready.ids, cache)
     limit = min((n for n in (room, request.max_tokens) if n is not None), default=None)
     return with_grammar(replace(ready, max_tokens=limit), tokenizer)
@@ -259,11 +260,7 @@ def check_prompt(model: Mistral, ids: Sequence[int], cache: RollingCache) -> int
     config = model.config
     if not ids:
         raise InputError("the prompt is empty; give at least one token")
-    found = np.asarray(ids)  # without a copy of those that a server reads
-    beyond = np.flatnonzero((found < 0) | (found >= config.vocab_size))
-    if beyond.size:  # it would read memory that is not the model's
-        token = ids[int(beyond[0])]
-        raise TokenizerError(f"token id {token} is outside the model's vocabulary of {config.vocab_size}")
+    _check_known(model, ids)
     if cache.window is not None:
         return None
     bits = cache.format.stored_bits(model.dtype)
@@ -276,6 +273,14 @@ def check_prompt(model: Mistral, ids: Sequence[int], cache: RollingCache) -> int
             min(fit, context),
         )
     return min(fit, context) - len(ids)
+
+
+def _check_known(model: Mistral, ids: Sequence[int]) -> None:
+    found = np.asarray(ids)  # without a copy of those that a server reads
+    beyond = np.flatnonzero((found < 0) | (found >= model.config.vocab_size))
+    if beyond.size:  # it would read memory that is not the model's
+        token = ids[int(beyond[0])]
+        raise TokenizerError(f"token id {token} is outside the model's vocabulary of {model.config.vocab_size}")
 
 
 def kind_of(value: object) -> str:

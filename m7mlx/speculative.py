@@ -20,6 +20,7 @@ import contextlib
 import time
 from array import array
 from collections.abc import Generator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Protocol
 
@@ -229,6 +230,8 @@ def speculate(
             draft: list[int] = []
             if value is not None and (planned := pace.plan(room)):
                 draft = drafter.draft(cache.ids, value, planned, sampler)
+                # Past the embedding lies memory of others.
+                draft = list(takewhile(lambda token: 0 <= token < model.config.vocab_size, draft))
             if value is not None and draft:
                 new, value = _check(model, cache, sampler, value, draft)
                 token = mx.array([value])

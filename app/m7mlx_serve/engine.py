@@ -249,7 +249,12 @@ class Engine:
         self._weights = self._model.nbytes
         limits = self._limits
         scheduler = Scheduler(
-            self._model, self._tokenizer, rows=limits.rows, kept=limits.kept, kv_bits=limits.kv_bits
+            self._model,
+            self._tokenizer,
+            rows=limits.rows,
+            kept=limits.kept,
+            kv_bits=limits.kv_bits,
+            drafted=limits.drafted,
         )
         self._scheduler = scheduler if self._world is None else Leader(scheduler, self._world)
         if self._prefixes is not None:
