@@ -271,6 +271,7 @@ def check_prompt(model: Mistral, ids: Sequence[int], cache: RollingCache) -> int
             f"the prompt has {len(ids)} tokens, but {what}; "
             "shorten it, start a new conversation, or bound the cache with max_kv_size",
             min(fit, context),
+            len(ids),
         )
     return min(fit, context) - len(ids)
 
