@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -56,6 +57,7 @@ class Approvals:
         if self._path is not None:
             try:
                 self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600))  # the user's alone
             except OSError as error:
                 raise DiskError(f"{self._path} cannot be written ({error.strerror})") from None
             write_whole(self._path, json.dumps({"tools": self._words}, indent=1) + "\n")

@@ -23,7 +23,7 @@ _PAGES = 20  # of a server's list
 @asynccontextmanager
 async def connected(server: Server, line: Line) -> AsyncIterator[Client]:
     """Start or reach a server, and agree on the protocol."""
-    async with Client(to_program(server, line) if server.command else to_address(server)) as client:
+    async with Client(to_program(server, line) if server.command else to_address(server, line)) as client:
         yield client
 
 
@@ -54,6 +54,10 @@ async def called(client: Client, name: str, arguments: Mapping[str, Any], second
     return "failed" if result.is_error else "given", text_of(result)
 
 
-def is_gone(error: BaseException | None) -> bool:
-    """Whether an error says no more than that the server is not there any more."""
-    return error is None or (isinstance(error, MCPError) and error.code == types.CONNECTION_CLOSED)
+def told(error: BaseException | None) -> str:
+    """What an error says; "" for one that says no more than that the server is not there."""
+    if isinstance(error, ValidationError):
+        return "what it says is not what MCP knows"
+    if error is None or (isinstance(error, MCPError) and error.code == types.CONNECTION_CLOSED):
+        return ""
+    return str(error) or type(error).__name__

@@ -43,18 +43,26 @@ class Connection:
         self.line = Line(lambda: None)
         self._on_change = on_change
         self._client: Client | None = None
-        self._settled, self._wanted = asyncio.Event(), asyncio.Event()
+        # the server has told what it has, or has failed; it has ended; a call wants it again
+        self._settled, self._over, self._wanted = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def run(self) -> None:
         """Keep the connection, until this is cancelled; one that has failed is made when wanted."""
         while True:
             await self._keep()
-            self._wanted.clear()
+            self._over.set()
             await self._wanted.wait()
+            self._over.clear()
+            self._wanted.clear()
 
     async def _keep(self) -> None:
         broken, ready = asyncio.Event(), asyncio.Event()
-        self.line = Line(broken.set)
+
+        def end() -> None:
+            self._client = None
+            broken.set()
+
+        self.line = Line(end)
         task = asyncio.create_task(self._serve(ready, broken))
         waiting = asyncio.create_task(ready.wait())
         try:
@@ -102,9 +110,11 @@ class Connection:
         from m7mlx_chat.tools.client import called
 
         if self._client is None:
-            self._settled.clear()
-            self.state = "starting"
-            self._wanted.set()
+            if self.state != "starting":
+                await self._over.wait()
+                self._settled.clear()
+                self.state = "starting"
+                self._wanted.set()
             await self._settled.wait()
         client = self._client
         if client is None:
@@ -122,13 +132,12 @@ class Connection:
 
     def _why(self, error: BaseException | None) -> str:
         """Why something failed, in a line."""
-        from m7mlx_chat.tools.client import is_gone
+        from m7mlx_chat.tools.client import told
 
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         if isinstance(error, FileNotFoundError) and self.server.command:
             return f"there is no program {self.server.command[0]}"
-        gone = is_gone(error)
-        why = self.line.why or ("it has ended" if gone else str(error) or type(error).__name__)
+        why = self.line.why or told(error) or "it has ended"
         said = self.line.said.decode("utf-8", "replace").strip().splitlines()
-        return one_line(f"{why}; it said: {said[-1]}" if said and gone else why)[:_LONGEST]
+        return one_line(f"{why}; it said: {said[-1]}" if said and not told(error) else why)[:_LONGEST]

@@ -11,18 +11,22 @@ from contextlib import suppress
 class Line:
     """What became of a connection: `why` it has ended, if it is known; what was `said` on stderr.
 
-    on_end  called when nothing more can come
+    pid         the program, as long as it runs
+    is_closing  it is we who end the connection
     """
 
     def __init__(self, on_end: Callable[[], None]) -> None:
         self.why = ""
         self.said = b""
         self.pid: int | None = None
+        self.is_closing = False
         self._on_end = on_end
 
     def end(self, why: str) -> None:
-        self.why = self.why or why
-        self._on_end()
+        """Note that nothing more can come, unless we have closed the connection ourselves."""
+        if not self.is_closing:
+            self.why = self.why or why
+            self._on_end()
 
     def kill(self) -> None:
         """Kill the program, with all that it has started."""

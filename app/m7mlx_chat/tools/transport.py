@@ -24,6 +24,7 @@ from m7mlx_chat.servers import Server
 from m7mlx_chat.tools.line import Line, signal_group
 
 MOST_BYTES = 8 << 20  # of one message
+_TOO_MUCH = f"it sent more than {MOST_BYTES >> 20} MB in one message"
 _GARBAGE = 100  # lines that are no message
 _KEPT = 2000  # bytes of what a program writes to stderr
 _GRACE = 1.0  # seconds for a program to end by itself, and again after it was told to
@@ -53,6 +54,7 @@ async def to_program(server: Server, line: Line) -> AsyncIterator[Any]:
     try:
         yield coming, going
     finally:
+        line.is_closing = True
         process.stdin.close()
         try:
             await _ended(process)
@@ -84,7 +86,7 @@ async def _read(stream: asyncio.StreamReader, come: Any, line: Line) -> None:
                 continue
             await come.send(message)
     except ValueError:  # asyncio's word for it
-        why = f"it sent more than {MOST_BYTES >> 20} MB in one message"
+        why = _TOO_MUCH
     except (anyio.ClosedResourceError, anyio.BrokenResourceError):
         return
     finally:
@@ -120,36 +122,39 @@ async def _ended(process: asyncio.subprocess.Process) -> None:
 
 
 @asynccontextmanager
-async def to_address(server: Server) -> AsyncIterator[Any]:
+async def to_address(server: Server, line: Line) -> AsyncIterator[Any]:
     """Reach a server by HTTP; gives the two streams that the SDK's client takes."""
+
+    async def bound(response: Any) -> None:
+        """Have a body end where it is too long; the events of a stream are bounded apart."""
+        if response.headers.get("content-encoding", "identity") != "identity":
+            line.end("its answer is packed, which was not asked for")
+            raise httpx2.RemoteProtocolError(line.why)
+        if not response.headers.get("content-type", "").startswith("text/event-stream"):
+            response.stream = _Bounded(response.stream, line)
+
     headers = {"accept-encoding": "identity"} | dict(server.headers)
     timeout = httpx2.Timeout(server.timeout, read=2 * server.timeout)
-    hooks: dict[str, list[Any]] = {"response": [_bound]}
     async with (
-        httpx2.AsyncClient(headers=headers, timeout=timeout, event_hooks=hooks) as client,
+        httpx2.AsyncClient(headers=headers, timeout=timeout, event_hooks={"response": [bound]}) as client,
         streamable_http_client(server.url, http_client=client, max_sse_event_size=MOST_BYTES) as streams,
     ):
         yield streams
 
 
-async def _bound(response: Any) -> None:
-    """Have the body of a response end where it is too long; a stream's events are bounded apart."""
-    if response.headers.get("content-encoding", "identity") != "identity":
-        raise httpx2.RemoteProtocolError("the answer is packed, which was not asked for")
-    if not response.headers.get("content-type", "").startswith("text/event-stream"):
-        response.stream = _Bounded(response.stream)
-
-
 class _Bounded(httpx2.AsyncByteStream):  # type: ignore[misc, unused-ignore]  # without the extra it is Any
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
+    """The body of a response, up to `MOST_BYTES`."""
+
+    def __init__(self, stream: Any, line: Line) -> None:
+        self._stream, self._line = stream, line
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         left = MOST_BYTES
         async for data in self._stream:
             left -= len(data)
             if left < 0:
-                raise httpx2.RemoteProtocolError(f"the answer has more than {MOST_BYTES >> 20} MB")
+                self._line.end(_TOO_MUCH)
+                raise httpx2.RemoteProtocolError(_TOO_MUCH)
             yield data
 
     async def aclose(self) -> None:
