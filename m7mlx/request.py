@@ -61,7 +61,7 @@ class Request:
     effort      how much the model shall think about messages, if it can be told so ("high"); None
                 takes its default
     tools       functions that the model may call in its answer to messages, each with a name, a
-                description and parameters (a JSON schema). `AnswerReader` finds the calls
+                description and parameters (a JSON schema). `m7mlx.answer_reader` finds the calls
     space       whose request it is: a `Scheduler` goes on from what it holds of the same space
                 alone, so that nobody can find out how others' conversations begin
 
