@@ -55,6 +55,7 @@ class UnderWay:
     rounds          how many of these steps the user has not seen the end of
     asking          the call that waits for the user's word
     calling         the call that is being made
+    is_stopped      the user has stopped it: no call is made any more
     """
 
     conversation: int
@@ -71,6 +72,7 @@ class UnderWay:
     rounds: int = 0
     asking: Call | None = None
     calling: Call | None = None
+    is_stopped: bool = False
 
     @property
     def waits(self) -> bool:
@@ -119,6 +121,7 @@ class Answering:
         if self.under_way is None:
             return
         if self.under_way.submitted:
+            self.under_way.is_stopped = True
             self._engine.cancel()
         else:  # no model yet, or a call is waited for
             self._finish("stopped", self._spent(self.under_way))
@@ -230,6 +233,9 @@ class Answering:
         under_way.begun, under_way.text = None, ""
         under_way.submitted = False
         under_way.rounds += 1
+        if under_way.is_stopped:
+            self._finish("stopped", self._spent(under_way))
+            return
         try:
             self._save_steps(under_way)
         finally:  # where the disk is full, say, it goes on, and all is saved later

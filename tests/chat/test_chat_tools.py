@@ -82,6 +82,42 @@ async def test_enter_that_was_meant_for_the_composer_allows_nothing(tmp_path: Pa
         assert isinstance(chat.app.screen, Approve) and not tools.made
 
 
+async def test_nobody_is_asked_amid_typing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with chatting(tmp_path) as chat:
+        with_tools(chat)
+        await chat.send("?")
+        await chat.pilot.press("m", "o")
+        await chat.say(called({}))
+        assert not isinstance(chat.app.screen, Approve) and "waits for your word" in chat.status()
+        await chat.pilot.press("r", "e")
+        assert chat.app.composer.text == "more"
+        monkeypatch.setattr("m7mlx_chat.commands.tools._TYPING_SECONDS", 0.0)
+        await chat.say()
+        assert isinstance(chat.app.screen, Approve) and chat.app.composer.text == "more"
+
+
+async def test_a_call_that_comes_after_esc_is_not_made(tmp_path: Path) -> None:
+    async with chatting(tmp_path) as chat:
+        tools = with_tools(chat, "make")
+        await chat.send("?")
+        await chat.say(Text("I look."))
+        await chat.pilot.press("escape")
+        await chat.say(called({}, text="I look."))
+        assert not tools.made and last(chat).status == "stopped" and outcomes(chat) == ["stopped"]
+        assert "I look." in chat.shown() and chat.state() == "ready"
+
+
+async def test_the_question_goes_away_with_the_answer(tmp_path: Path) -> None:
+    async with chatting(tmp_path) as chat:
+        with_tools(chat)
+        await chat.send("?")
+        await chat.say(called({}))
+        assert isinstance(chat.app.screen, Approve)
+        await chat.say(Failed("the model is gone", fatal=True))
+        await chat.pilot.pause()
+        assert outcomes(chat) == ["stopped"] and len(chat.app.screen_stack) == 1
+
+
 @pytest.mark.parametrize(("place", "word"), [(2, "always"), (3, None), (4, "never")])
 async def test_words_are_kept_and_refusals_told(tmp_path: Path, place: int, word: str | None) -> None:
     async with chatting(tmp_path) as chat:

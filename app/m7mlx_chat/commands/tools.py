@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import cast
 
@@ -14,21 +15,28 @@ from m7mlx_chat.answering import UnderWay
 from m7mlx_chat.events import Listing, Word
 from m7mlx_chat.screens.approval import Approve
 from m7mlx_chat.screens.dialogs import Figures
-from m7mlx_chat.view import ChatView
+from m7mlx_chat.view import ChatView, Parts
 
 _NONE = "There are no tools: config.toml can name servers, [tools.NAME]"
+_TYPING_SECONDS = 1.0
 _DESCRIBED = 60  # characters of a tool's description
 
 
 class ToolCommands(ChatView):
     """What the model calls, and may call."""
 
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self._typed, self._typed_at = "", 0.0
+
     def ask_for_call(self) -> None:
-        """Ask for the user's word, if a call waits for it and no other screen is open."""
+        """Ask for the user's word on a call that waits for it, unless the user is busy."""
         under_way = self.session.under_way
-        if under_way is None or under_way.asking is None or len(self.screen_stack) > 1:
+        call = under_way.asking if under_way is not None else None
+        if isinstance(self.screen, Approve) and self.screen.call != call:
+            self.screen.dismiss(None)  # the answer has ended
+        if under_way is None or call is None or len(self.screen_stack) > 1 or self._is_typing():
             return
-        call = under_way.asking
 
         async def decide(word: str | None) -> None:
             still = self.session.under_way is under_way and under_way.asking == call
@@ -40,6 +48,13 @@ class ToolCommands(ChatView):
             await self.show_calls(under_way)
 
         self.push_screen(Approve(call, self.session.tools.about(call)), decide)
+
+    def _is_typing(self) -> bool:
+        """Whether what is written has changed a moment ago: the keys are not for another screen."""
+        now, text = time.monotonic(), self.composer.text
+        if text != self._typed:
+            self._typed, self._typed_at = text, now
+        return bool(text) and now - self._typed_at < _TYPING_SECONDS
 
     async def show_calls(self, under_way: UnderWay) -> None:
         """Show the calls of an answer as they are now, and its end if that is all."""

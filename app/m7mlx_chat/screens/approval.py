@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from textual import on
 from textual.app import ComposeResult
-from textual.containers import Vertical, VerticalScroll
+from textual.containers import VerticalScroll
 from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
@@ -27,8 +27,10 @@ class Approve(Dialog):
     """
 
     DEFAULT_CSS = """
-    Approve .arguments { height: auto; max-height: 14; border-left: outer $accent; padding: 0 1; margin: 0 0 1 0; }
+    Approve .arguments { height: auto; max-height: 25vh; border-left: outer $accent; padding: 0 1; }
+    Approve .arguments:focus { border-left: outer $primary; background: $boost; }
     Approve .arguments Static { height: auto; }
+    Approve .hint { padding: 0; }
     Approve OptionList { max-height: 6; }
     """
 
@@ -39,13 +41,13 @@ class Approve(Dialog):
         self._about = about
 
     def compose(self) -> ComposeResult:
-        with Vertical(classes="box"):
+        with VerticalScroll(classes="box", can_focus=False):
             yield Static(f"The model calls {one_line(self.call.name)[:80]}", classes="title", markup=False)
             yield Static(visible(self._about), markup=False)
-            with VerticalScroll(classes="arguments", can_focus=False):
+            with VerticalScroll(classes="arguments"):
                 yield Static(written(self.call), markup=False)
             yield OptionList(*[Option(text, id=word) for word, text in _WORDS.items()], markup=False)
-            yield Static("↑ ↓ choose · Enter takes it · Esc stops the answer", classes="hint")
+            yield Static("↑ ↓ choose · Enter takes it · Tab to the arguments · Esc stops the answer", classes="hint")
 
     def on_mount(self) -> None:
         options = self.query_one(OptionList)
