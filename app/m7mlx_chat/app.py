@@ -181,6 +181,7 @@ class ChatApp(
     async def _show_end(self, event: Done | Failed, answer: Answer | None, under_way: UnderWay | None) -> None:
         """Show how an answer, or an attempt to load a model, has ended."""
         was_loading, self.is_loading = self.is_loading, False
+        self.leave_call()
         if answer is not None:
             await answer.finish(self.store.message(answer.message.id))
         elif isinstance(event, Failed):

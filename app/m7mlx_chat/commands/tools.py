@@ -33,8 +33,7 @@ class ToolCommands(ChatView):
         """Ask for the user's word on a call that waits for it, unless the user is busy."""
         under_way = self.session.under_way
         call = under_way.asking if under_way is not None else None
-        if isinstance(self.screen, Approve) and self.screen.call != call:
-            self.screen.dismiss(None)  # the answer has ended
+        self.leave_call()
         if under_way is None or call is None or len(self.screen_stack) > 1 or self._is_typing():
             return
 
@@ -48,6 +47,12 @@ class ToolCommands(ChatView):
             await self.show_calls(under_way)
 
         self.push_screen(Approve(call, self.session.tools.about(call)), decide)
+
+    def leave_call(self) -> None:
+        """Close the screen of a call that nobody waits for: its answer has ended."""
+        under_way = self.session.under_way
+        if isinstance(self.screen, Approve) and (under_way is None or self.screen.call != under_way.asking):
+            self.screen.dismiss(None)
 
     def _is_typing(self) -> bool:
         """Whether what is written has changed a moment ago: the keys are not for another screen."""
