@@ -66,6 +66,7 @@ ACTIONS = (
     Action("archive", "", "", "put the conversation away", "archive"),
     Action("delete", "", "", "delete the conversation; /undo brings it back", "delete"),
     Action("undo", "", "", "bring back what was deleted last", "undo"),
+    Action("tools", "", "", "the tools that the model may call", "tools", "[off | on | ask NAME]"),
     Action("theme", "", "", "change the colours", "theme", "[NAME]"),
     Action("select(-1)", "alt+up", "Alt+↑", "select the message before"),
     Action("select(1)", "alt+down", "Alt+↓", "select the next message"),

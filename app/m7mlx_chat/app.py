@@ -18,7 +18,7 @@ from m7mlx_chat.commands.prompts import PromptCommands
 from m7mlx_chat.commands.settings import SettingsCommands
 from m7mlx_chat.commands.unsent_text import UnsentTextCommands
 from m7mlx_chat.commands.versions import VersionCommands
-from m7mlx_chat.events import Done, Event, Failed, Loading, Prefill, Ready, Text, Thought
+from m7mlx_chat.events import Called, Done, Event, Failed, Given, Loading, Prefill, Ready, Text, Thought
 from m7mlx_chat.view import Parts
 from m7mlx_chat.widgets.composer import Composer
 from m7mlx_chat.widgets.messages import Answer
@@ -125,11 +125,12 @@ class ChatApp(
 
     async def drain(self) -> None:
         """Take what the engine has said since the last time."""
-        for event in self.engine.drain():
+        for event in [*self.engine.drain(), *self.session.tools.drain()]:
             if not self.is_running:
                 return
             with self.going_on():
                 await self._handle(event)
+        self.ask_for_call()
 
     async def _handle(self, event: Event) -> None:
         under_way = self.session.under_way
@@ -149,6 +150,9 @@ class ChatApp(
                 await self._show_text(event, answer)
             case Thought():
                 self._show_thought(event, answer)
+            case Called() | Given() if under_way is not None:
+                self.first_text = 0.0
+                await self.show_calls(under_way)
             case Done() | Failed():
                 await self._show_end(event, answer, under_way)
             case _:
@@ -179,6 +183,7 @@ class ChatApp(
     async def _show_end(self, event: Done | Failed, answer: Answer | None, under_way: UnderWay | None) -> None:
         """Show how an answer, or an attempt to load a model, has ended."""
         was_loading, self.is_loading = self.is_loading, False
+        self.leave_call()
         if answer is not None:
             await answer.finish(self.store.message(answer.message.id))
         elif isinstance(event, Failed):

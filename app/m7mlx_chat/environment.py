@@ -36,6 +36,11 @@ class Environment:
         return self.data / "chats.db"
 
     @property
+    def tools(self) -> Path:
+        """The file of what the user has said of tools."""
+        return self.data / "tools.json"
+
+    @property
     def models(self) -> Path:
         """The folder for models that the chat converts."""
         return self.data / "models"
