@@ -38,7 +38,12 @@ ACTIONS = (
     Action("undo_text", "", "Ctrl+Z", "take back what was changed or cleared in the text", place="composer"),
     Action("complete", "", "/ and @", "complete a command, or put a text file in", place="composer"),
     Action("editor", "ctrl+g", "Ctrl+G", "write the message in $EDITOR"),
-    Action("stop", "escape", "Esc", "stop the answer and keep its text; close; back to the composer"),
+    Action(
+        "stop",
+        "escape",
+        "Esc",
+        "stop the answer and keep its text; take back what waits; close",
+    ),
     Action("interrupt", "ctrl+c", "Ctrl+C", "copy what is selected, clear the text or stop; twice: quit"),
     Action("new", "ctrl+n", "Ctrl+N", "new conversation", "new"),
     Action("retry", "", "", "answer the last question again", "retry"),

@@ -10,7 +10,7 @@ from typing import Any
 
 from m7mlx import Request
 from m7mlx.errors import InputError, M7Error
-from m7mlx_chat.events import AnyEngine, Done, Event, Failed, Ready, Seen, Text, Thought
+from m7mlx_chat.events import AnyEngine, Done, Event, Failed, OnDisk, Ready, Seen, Text, Thought
 from m7mlx_chat.history import history, ids_for
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.store import Store
@@ -54,6 +54,8 @@ class Answering:
     under_way  the answer, if there is one
     ready      the model, once it is loaded
     seen       where its cache stands
+    on_disk    what lies on the disk of conversations; None where none is kept
+    in_memory  conversations that were answered since the model was loaded: it mostly holds them
     schema     a JSON schema that every answer must fit
     """
 
@@ -62,6 +64,8 @@ class Answering:
         self.under_way: UnderWay | None = None
         self.ready: Ready | None = None
         self.seen = Seen(0, 0)
+        self.on_disk: OnDisk | None = None
+        self.in_memory: set[int] = set()
         self.schema: Mapping[str, Any] | None = None
         self._engine = engine
         self._unsaved: list[Callable[[], None]] = []
@@ -89,8 +93,11 @@ class Answering:
     def handle(self, event: Event) -> None:
         """Keep what an event of the engine brings."""
         match event:
+            case OnDisk():
+                self.on_disk = event
             case Ready():
                 self.ready, self.seen = event, Seen(0, 0)
+                self.in_memory.clear()
                 if self.under_way is not None and not self.under_way.submitted:
                     self._submit(self.under_way)
             case Text(text, _, seen):
@@ -103,6 +110,7 @@ class Answering:
             case Done():
                 self.seen = event.seen
                 if self.under_way is not None:
+                    self.in_memory.add(self.under_way.conversation)
                     self._done(self.under_way, event)
             case Failed(message, fatal):
                 if fatal:
@@ -150,6 +158,7 @@ class Answering:
             continues=text if ids is None else ids,
             schema=self.schema,
             effort=settings.reasoning_effort,
+            space=str(under_way.conversation),
         )
 
     def _grow(self, under_way: UnderWay, text: str) -> None:
@@ -163,6 +172,8 @@ class Answering:
         under_way.text = begun_text + done.text
         statistics = asdict(done.statistics) | {"seen": done.seen.tokens, "cache_bytes": done.seen.cache_bytes}
         statistics["generated_tokens"] += under_way.earlier_tokens
+        if done.from_disk:
+            statistics["from_disk"] = True
         if self.vocabulary is not None:
             statistics["vocabulary"] = self.vocabulary
         self._finish(_ENDINGS[done.reason], statistics, None if begun_ids is None else [*begun_ids, *done.ids])

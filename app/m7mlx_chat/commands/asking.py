@@ -10,6 +10,7 @@ from textual import on
 from m7mlx_chat.answering import UnderWay
 from m7mlx_chat.commands.copying import CopyCommands
 from m7mlx_chat.commands.models import ModelCommands
+from m7mlx_chat.commands.turns import TurnCommands
 from m7mlx_chat.screens.models import Models
 from m7mlx_chat.screens.settings import SettingsDrawer
 from m7mlx_chat.view import Parts
@@ -19,7 +20,7 @@ _COMMAND = re.compile(r"/[a-z]+( .*)?", re.DOTALL)
 _ARMED_SECONDS = 2.0  # for the second Ctrl+C, which quits
 
 
-class AskCommands(ModelCommands, CopyCommands):
+class AskCommands(TurnCommands, ModelCommands, CopyCommands):
     """The way of a question to the model, and back from it."""
 
     def __init__(self, parts: Parts) -> None:
@@ -45,6 +46,8 @@ class AskCommands(ModelCommands, CopyCommands):
                     self.composer.reset(event.unsent)
         elif self.state == "no model":
             self.action_model()
+        elif self.state == "answering" and self.drafts.question is None:
+            self.wait_for_turn(event.unsent)
         else:
             await self._begin(lambda: self._ask(text))
 
@@ -109,6 +112,8 @@ class AskCommands(ModelCommands, CopyCommands):
             self.pop_screen()
         elif self.composer.close_completion():
             pass
+        elif self.waits_here and self.drafts.question is None:
+            self.action_take_back()
         elif self.state == "answering":
             self.session.stop()
             self.show_state("stopping …")
