@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from m7mlx import Request
 from m7mlx.command import say
 from m7mlx.errors import DownloadError, InputError, RunError
 from m7mlx.files.hub import ALIASES, DEMO, is_gguf, is_repo_id, resolve
+from m7mlx.files.repository import Progress
 from m7mlx.parallel.world import World
 from m7mlx.units import in_gigabytes
 from m7mlx_chat.catalog import SUGGESTED, on_this_machine
@@ -28,6 +29,7 @@ from m7mlx_chat.session import Session
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.store import open_store
 
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _WAIT = 0.5  # seconds to wait for an event at a time: signals come through in between
 
 
@@ -38,6 +40,7 @@ def answer(
     *,
     go_on: bool = False,
     as_json: bool = False,
+    draws: bool = True,
     schema: Mapping[str, Any] | None = None,
     world: World | None = None,
 ) -> int:
@@ -46,6 +49,7 @@ def answer(
     database  where question and answer are kept; None keeps nothing
     go_on     ask in the conversation spoken in last
     as_json   print one JSON object a line
+    draws     draw bars of progress on a terminal
     schema    the answer is JSON that fits this schema
     world     the processes that share the model, of which this is the first
 
@@ -57,7 +61,7 @@ def answer(
         raise RunError("standard output is closed; there is nowhere to print the answer")
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
     folder = fetch_models(settings)
-    with _ended_by_signals(), open_store(database) as store:
+    with ended_by_signals(), open_store(database) as store:
         engine = Engine(world)
         session = Session(store, engine, settings)
         session.schema = schema
@@ -67,7 +71,7 @@ def answer(
         try:
             engine.load(folder, settings)
             under_way = session.ask(question)
-            printer: Printer = JsonPrinter() if as_json else TextPrinter()
+            printer: Printer = JsonPrinter() if as_json else TextPrinter(draws=draws)
             printer.start(under_way.conversation, settings.model)
             with printer:
                 try:
@@ -92,7 +96,7 @@ def fill_in(settings: Settings, prefix: str, suffix: str, *, as_json: bool = Fal
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
     folder = fetch_models(settings)
     engine = Engine(None)
-    with _ended_by_signals():
+    with ended_by_signals():
         engine.start()
         try:
             engine.load(folder, settings)
@@ -117,8 +121,8 @@ def _print_to_end(engine: Engine, printer: Printer) -> None:
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end it as Ctrl-C does, and a second signal at once."""
+def ended_by_signals(numbers: Sequence[signal.Signals] = _ENDING) -> Iterator[None]:
+    """Let these signals end it as Ctrl-C does, and a second one at once."""
 
     def at_once(number: int, _: object) -> None:
         os._exit(128 + number)
@@ -128,7 +132,7 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(other, at_once)
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    heard = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    heard = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, end) for number in heard}
     try:
         yield
@@ -165,20 +169,23 @@ def _until_done(session: Session, engine: Engine) -> Iterator[Event]:
         yield from engine.drain(_WAIT)
 
 
-def _fetch(model: str) -> Path:
-    """Find a model's folder; before a download, say so."""
+def fetch_model(model: str, progress: Progress | None = None) -> Path:
+    """Find a model's folder; before a download, say so.
+
+    Progress goes to `progress`, or is drawn on stderr.
+    """
     if on_this_machine(model) is None and (model in (DEMO, *ALIASES) or is_repo_id(model) or is_gguf(model)):
         sizes = [f" ({in_gigabytes(entry.nbytes)})" for entry in SUGGESTED if entry.name == model]
         say(f"{model} is not on this machine: it is fetched now{''.join(sizes)}; Ctrl-C stops that")
-    return resolve(model)
+    return resolve(model, progress=progress)
 
 
-def fetch_models(settings: Settings) -> Path:
+def fetch_models(settings: Settings, progress: Progress | None = None) -> Path:
     """Find the folder of the model. It is fetched, with the draft model, if it is not here."""
     try:
         if settings.speculate not in ("off", "lookup"):
-            _fetch(settings.speculate)
-        return _fetch(settings.model)
+            fetch_model(settings.speculate, progress)
+        return fetch_model(settings.model, progress)
     except DownloadError as error:
         if settings.model == DEMO:
             raise

@@ -7,7 +7,6 @@ import gc
 import logging
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,6 @@ from m7mlx_chat.session import Session
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.store import open_store
 from m7mlx_chat.view import Parts
-
-_FINISH_SECONDS = 3.0  # for the engine to end its token
 
 
 @dataclass(frozen=True)
@@ -47,10 +44,6 @@ class Start:
 
 def launch(config: Config, settings: Settings, environment: Environment, start: Start) -> int:
     """Show the chat until the user leaves; returns the exit status."""
-    if not (environment.in_browser or (sys.stdout and sys.stdout.isatty())):
-        raise InputError("the chat needs a terminal; without --interactive the answer goes to standard output")
-    if environment.is_dumb and not environment.in_browser:
-        raise InputError('this terminal (TERM=dumb) cannot show the chat; ask for one answer with -p "…"')
     notes = list(start.notes)
     with open_store(environment.database if start.save else None) as store:
         engine = Engine()
@@ -73,7 +66,7 @@ def launch(config: Config, settings: Settings, environment: Environment, start: 
             try:
                 app.run()
             finally:
-                _finish(session, engine)
+                session.end()
     return _status(app)
 
 
@@ -93,24 +86,6 @@ def _folder(name: str) -> Path | None:
     """A model's folder, if it is here; a GGUF file has one when it has been converted."""
     found = on_this_machine(name)
     return found if found is not None and found.is_dir() else None
-
-
-def _finish(session: Session, engine: Engine) -> None:
-    """End the answer under way, with all that was said.
-
-    Raises what the store does if that cannot be saved.
-    """
-    try:
-        with contextlib.suppress(M7Error):
-            session.stop()
-        until = time.monotonic() + _FINISH_SECONDS
-        while session.under_way is not None and time.monotonic() < until:
-            for event in engine.drain(0.1):
-                with contextlib.suppress(M7Error):
-                    session.handle(event)
-        session.save_again()
-    finally:
-        engine.close()
 
 
 def keep_collections_short() -> None:

@@ -29,9 +29,10 @@ class Printer(Protocol):
 class TextPrinter:
     """The answer as text, with progress and figures on stderr if that is a terminal."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, draws: bool = True) -> None:
+        """Without `draws` no bar is drawn, which writes over itself."""
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-        quiet = not sys.stderr.isatty()
+        quiet = not draws or not sys.stderr.isatty()
         self._bar = Progress(*columns, console=console(stderr=True), disable=quiet, transient=True)
         self._tasks: dict[str, TaskID] = {}
         self._on_terminal = sys.stdout.isatty()
