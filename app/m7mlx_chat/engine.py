@@ -11,7 +11,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -22,7 +21,8 @@ from m7mlx.config import ModelConfig
 from m7mlx.errors import M7Error, PromptTooLongError
 from m7mlx.parallel.world import World
 from m7mlx_chat import ENGINE_THREAD
-from m7mlx_chat.events import Event, Failed, Loading, Text
+from m7mlx_chat.event_queue import EventQueue
+from m7mlx_chat.events import Event, Failed, Loading
 from m7mlx_chat.loaded import LoadedModel
 from m7mlx_chat.settings import Settings
 
@@ -43,8 +43,7 @@ class Engine:
         """Make an engine; `world` is there where processes share the model, this one the first."""
         self._world = world
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._events: list[Event] = []
-        self._changed = threading.Condition()
+        self._events = EventQueue()
         self._submitted = self._answering = 0  # requests, counted from 1
         self._cancelled = 0  # the last request that is not wanted any more
         self._loads = 0  # the last one counts
@@ -78,22 +77,8 @@ class Engine:
         self._cancelled = self._submitted
 
     def drain(self, wait: float = 0.0) -> list[Event]:
-        """Return the events since the last call, neighbouring texts joined.
-
-        If there is none, wait so many seconds for one.
-        """
-        with self._changed:
-            if not self._events and wait:
-                self._changed.wait(wait)
-            events, self._events = self._events, []
-        joined: list[Event] = []
-        for event in events:
-            last = joined[-1] if joined else None
-            if isinstance(event, Text) and isinstance(last, Text):
-                joined[-1] = replace(event, text=last.text + event.text, seen=event.seen or last.seen)
-            else:
-                joined.append(event)
-        return joined
+        """Return the events since the last call; wait so many seconds for one if there is none."""
+        return self._events.drain(wait)
 
     def close(self, timeout: float = 5.0) -> None:
         """End the thread, in the middle of an answer too."""
@@ -113,7 +98,7 @@ class Engine:
                 except _Stopped:
                     pass
                 except Exception as error:  # whatever it was, the app must hear of it
-                    self._emit(_failed(error, fatal=self._loaded is None))
+                    self._events.put(_failed(error, fatal=self._loaded is None))
         finally:
             if self._world is not None:
                 self._world.close()
@@ -135,7 +120,7 @@ class Engine:
                 raise _Stopped
             if time.monotonic() - told > _TOLD_SECONDS or done == total:
                 told = time.monotonic()
-                self._emit(Loading(done, total))
+                self._events.put(Loading(done, total))
 
         progress(0, 0)
         loaded = self._loaded
@@ -150,20 +135,15 @@ class Engine:
             try:
                 loaded.set_up(settings)
             except M7Error as error:
-                self._emit(_failed(error))  # the model goes on as it was
-        self._emit(loaded.ready)
+                self._events.put(_failed(error))  # the model goes on as it was
+        self._events.put(loaded.ready)
 
     def _answer(self, number: int, request: Request) -> None:
         if self._closing.is_set():
             return
         assert self._loaded is not None, "nothing is loaded"
         self._answering = number
-        self._loaded.answer(request, self._emit, lambda: self._answering <= self._cancelled)
-
-    def _emit(self, event: Event) -> None:
-        with self._changed:
-            self._events.append(event)
-            self._changed.notify_all()
+        self._loaded.answer(request, self._events.put, lambda: self._answering <= self._cancelled)
 
 
 def _failed(error: Exception, fatal: bool = False) -> Failed:

@@ -106,7 +106,12 @@ class Failed:
     room: int | None = None
 
 
-Event = Loading | Ready | Prefill | Text | Thought | Done | Failed
+@dataclass(frozen=True)
+class Waiting:
+    """The model is answering elsewhere; what was asked here waits its turn."""
+
+
+Event = Loading | Ready | Prefill | Text | Thought | Done | Failed | Waiting
 
 
 class AnyEngine(Protocol):

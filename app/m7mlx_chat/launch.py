@@ -14,10 +14,12 @@ from pathlib import Path
 from m7mlx.command import EXIT_FAILED
 from m7mlx.errors import InputError, M7Error, RunError
 from m7mlx_chat.app import ChatApp
+from m7mlx_chat.borrowed import BorrowedEngine
 from m7mlx_chat.catalog import on_this_machine
 from m7mlx_chat.config import Config
 from m7mlx_chat.engine import Engine
 from m7mlx_chat.environment import Environment
+from m7mlx_chat.events import AnyEngine
 from m7mlx_chat.session import Session
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.store import open_store
@@ -46,7 +48,7 @@ def launch(config: Config, settings: Settings, environment: Environment, start: 
     """Show the chat until the user leaves; returns the exit status."""
     notes = list(start.notes)
     with open_store(environment.database if start.save else None) as store:
-        engine = Engine()
+        engine: AnyEngine = Engine() if environment.engine is None else BorrowedEngine(environment.engine)
         session = Session(store, engine, settings)
         if start.go_on:
             try:
