@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from m7mlx.units import counted
 from m7mlx_chat.actions import COMMANDS
 
 _MOST = 200  # names of a folder
@@ -47,7 +48,7 @@ def paths(typed: str) -> list[Choice]:
                 choices.append(Choice(f"{prefix}{entry.name}/", f"{entry.name}/"))
             elif entry.is_file():
                 size = entry.stat().st_size
-                choices.append(Choice(prefix + entry.name, entry.name, f"{size:,} bytes", is_file=True))
+                choices.append(Choice(prefix + entry.name, entry.name, counted(size, "byte"), is_file=True))
         except OSError:
             continue
     return choices

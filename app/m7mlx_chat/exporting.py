@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from m7mlx.errors import InputError
+from m7mlx.units import counted
 from m7mlx_chat.clipboard import code_blocks
 from m7mlx_chat.files import free_name, write_new
 from m7mlx_chat.portable import to_json
@@ -58,5 +59,5 @@ def code_block(text: str, number: int) -> tuple[str, str]:
     if not blocks:
         raise InputError("there is no code in it")
     if not 1 <= number <= len(blocks):
-        raise InputError(f"there are {len(blocks)} code blocks in it")
+        raise InputError(f"it has {counted(len(blocks), 'code block')}")
     return blocks[number - 1], f"code block {number} of {len(blocks)}"

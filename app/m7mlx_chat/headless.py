@@ -20,7 +20,7 @@ from m7mlx.errors import DownloadError, InputError, RunError
 from m7mlx.files.hub import ALIASES, DEMO, is_gguf, is_repo_id, resolve
 from m7mlx.files.repository import Progress
 from m7mlx.parallel.world import World
-from m7mlx.units import in_gigabytes
+from m7mlx.units import counted, in_gigabytes
 from m7mlx_chat.catalog import SUGGESTED, on_this_machine
 from m7mlx_chat.engine import Engine
 from m7mlx_chat.events import Done, Event, Failed, Text, Thought
@@ -160,8 +160,9 @@ def _check_whole(done: Done) -> None:
     try:
         json.loads(done.text)
     except (ValueError, RecursionError):
-        tokens = done.statistics.generated_tokens
-        raise RunError(f"{tokens} tokens were not enough for the whole JSON; allow more with --max-tokens") from None
+        count = done.statistics.generated_tokens
+        tokens = f"{counted(count, 'token')} {'was' if count == 1 else 'were'}"
+        raise RunError(f"{tokens} not enough for the whole JSON; allow more with --max-tokens") from None
 
 
 def _until_done(session: Session, engine: Engine) -> Iterator[Event]:

@@ -9,6 +9,7 @@ from typing import Protocol
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from m7mlx.terminal import console, print_event, visible
+from m7mlx.units import counted
 from m7mlx_chat.events import Done, Event, Loading, Prefill, Text, Thought
 
 
@@ -63,7 +64,7 @@ class TextPrinter:
                     print(flush=True)
                     self._answering = False
                     s = event.statistics
-                    figures = f"{s.generated_tokens} tokens · {s.generation_tps:.1f} tok/s"
+                    figures = f"{counted(s.generated_tokens, 'token')} · {s.generation_tps:.1f} tok/s"
                     print(f"{figures} · first after {s.time_to_first_token:.2f} s", file=sys.stderr)
             case _:
                 pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from m7mlx.units import counted
 from m7mlx_chat.store import Store
 
 _CHARACTERS = 2  # of a token, at the least: so much of the conversation is summed up
@@ -15,7 +16,7 @@ WAYS = {
 
 def is_full(room: int) -> str:
     """Say that a conversation has outgrown the `room` tokens that the model sees at once."""
-    return f"This conversation is full: the model can see {room:,} tokens at once. How shall it go on?"
+    return f"This conversation is full: the model can see {counted(room, 'token')} at once. How shall it go on?"
 
 
 def summary_request(store: Store, question: int, room: int) -> str:

@@ -212,7 +212,7 @@ def test_progress_is_told_from_time_to_time(
 ) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    progress = Progress(Written(), "reading", "tokens")
+    progress = Progress(Written(), "reading", "token")
     for second in range(26):
         now[0] = 100.0 + second
         progress(second * 100, 2500)

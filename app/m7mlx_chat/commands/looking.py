@@ -9,6 +9,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Markdown
 
 from m7mlx.terminal import visible
+from m7mlx.units import counted
 from m7mlx_chat.figures import HEADINGS, figures
 from m7mlx_chat.markdown import CodeBlock
 from m7mlx_chat.screens.dialogs import Figures, Help
@@ -36,11 +37,7 @@ class LookCommands(ChatView):
         for message in reversed(answers[-_LISTED:]):
             what = Text(" ".join(visible(message.text).split())[:24], style="dim", no_wrap=True)
             table.add_row(what, *(Text(number, justify="right") for number in figures(message)))
-        title = (
-            f"What {len(answers)} answer{'s' * (len(answers) != 1)} cost"
-            if answers
-            else "Nothing has been answered yet"
-        )
+        title = f"What {counted(len(answers), 'answer')} cost" if answers else "Nothing has been answered yet"
         self.push_screen(Figures(title, table))
 
     def action_window(self) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from m7mlx.command import EXIT_FAILED, EXIT_INTERRUPTED
 from m7mlx.errors import M7Error, RunError
 from m7mlx.files.hub import find_existing
+from m7mlx.units import counted
 from m7mlx_chat.actions import is_command
 from m7mlx_chat.answering import UnderWay
 from m7mlx_chat.config import Config
@@ -114,7 +115,7 @@ class Talk(LineCommands):
             if path is None or not path.is_file():
                 return match[0]
             found = attached(match[1])
-            self.written.tell(f"with the file {path.name}: {len(found):,} characters")
+            self.written.tell(f"with the file {path.name}: {counted(len(found), 'character')}")
             return f"\n{found}\n"
 
         return _MENTION.sub(content, text).strip("\n")
@@ -127,7 +128,7 @@ class Talk(LineCommands):
         if under_way.settings.temperature != self.session.settings.temperature:
             sampled = f"{under_way.settings.temperature:g}"
             self.written.tell(f"at temperature 0 it would be the same: sampled at {sampled}")
-        progress, is_thinking = Progress(self.written, "reading", "tokens"), False
+        progress, is_thinking = Progress(self.written, "reading", "token"), False
         while self.session.under_way is not None:
             for event in self.engine.drain(_WAIT):
                 self.session.handle(event)

@@ -7,6 +7,7 @@ import time
 
 from m7mlx.command import say
 from m7mlx.terminal import visible
+from m7mlx.units import counted
 
 _FIRST_SECONDS, _NEXT_SECONDS = 3.0, 10.0  # before the first line of progress, and between two
 
@@ -60,5 +61,5 @@ class Progress:
         if time.monotonic() < self._next or not total:
             return
         self._next = time.monotonic() + _NEXT_SECONDS
-        share = f"{done:,} of {total:,} {self._unit}" if self._unit else f"{100 * done // total} %"
+        share = f"{done:,} of {counted(total, self._unit)}" if self._unit else f"{100 * done // total} %"
         self._written.tell(f"{self._what}: {share}")
