@@ -65,7 +65,7 @@ def test_a_chat_in_a_real_terminal(demo_model: Path, model_folder: Path, termina
     window.wait(lambda s: "Rome" in s and "2/2" in s and "ready" in s)
     window.press("M-Up")
     window.type("r")
-    window.wait(lambda s: s.count("2/2") == 2 and "ready" in s)
+    window.wait(lambda s: s.count("2/2") == 2 and "Rome" in s and "ready" in s)
     window.press("Escape")
     time.sleep(0.5)  # an Esc with something right after it would be another key
     window.press("M-Up", "M-Up")

@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from effort import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import random_weights, small_config, small_model
@@ -98,7 +99,7 @@ arrivals = st.lists(
 
 
 @given(arrivals, st.sampled_from([7, None]), st.integers(1, 4), st.integers(0, 3))
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(10), deadline=None, suppress_health_check=list(HealthCheck))
 def test_everybody_is_answered_as_if_alone(
     tokenizer: Tokenizer, coming: list[tuple[int, int, int, Sampling, int]], window: int | None, rows: int, kept: int
 ) -> None:

@@ -43,18 +43,27 @@ FILE_NAME = "wordfile" + EVIL.replace("/", "")
 
 
 class Place(NamedTuple):
-    """A way to bring the text onto the screen, and the `word` before it to look for."""
+    """A way to bring the text onto the screen, and the `word` before it to look for.
+
+    What `fades` is shown again until it is seen: a busy machine may miss it.
+    """
 
     name: str
     show: Callable[[Chat, Path], Awaitable[None]]
     word: str
+    fades: bool = False
 
 
 PLACES: list[Place] = []
 
 
-def place(name: str, word: str) -> Callable[[Callable[[Chat, Path], Awaitable[None]]], None]:
-    return lambda show: PLACES.append(Place(name, show, word))
+def place(
+    name: str,
+    word: str,
+    *,
+    fades: bool = False,
+) -> Callable[[Callable[[Chat, Path], Awaitable[None]]], None]:
+    return lambda show: PLACES.append(Place(name, show, word, fades))
 
 
 def conversation(**changes: object) -> str:
@@ -80,13 +89,13 @@ async def ran(chat: Chat, command: str) -> None:
         chat.app.report(error)
 
 
-@place("toasts at the start: a theme that is not there", "wordtheme")
+@place("toasts at the start: a theme that is not there", "wordtheme", fades=True)
 async def _theme(chat: Chat, work: Path) -> None:
     # the first one may have gone
     chat.app.tell(f"again: there is no theme {chat.app.config.theme}", is_error=True)
 
 
-@place("… and keys for what is not there", "wordaction")
+@place("… and keys for what is not there", "wordaction", fades=True)
 async def _keys(chat: Chat, work: Path) -> None:
     chat.app.tell(f"again: {', '.join(unknown_keys(chat.app.config.keys))}", is_error=True)
 
@@ -388,19 +397,20 @@ async def go_through(
     chat: Chat,
     work: Path,
     look: Callable[[Place], None],
-    written: Callable[[], str] | None = None,
+    written: Callable[[], str],
 ) -> None:
-    """Show each place, wait until its word is seen, let `look` see it, leave it.
-
-    If `written` is given, wait until that has the word, too.
-    """
+    """Show each place, wait until its word is seen and written, let `look` see it, leave it."""
     for one in PLACES:
         await one.show(chat, work)
-        until = time.monotonic() + 20  # a machine may be busy
+        shown = time.monotonic()
+        until = shown + 30  # a machine may be busy
         while time.monotonic() < until:
             await chat.pilot.pause(0.05)
+            if one.fades and time.monotonic() > shown + 7:
+                shown = time.monotonic()
+                await one.show(chat, work)
             seen = chat.shown().replace("\n", "")  # a toast may break a word
-            if one.word in seen and (written is None or one.word in written()):
+            if one.word in seen and one.word in written():
                 await chat.pilot.pause(0.1)  # Textual is still bringing it up
                 break
         look(one)
@@ -428,8 +438,12 @@ def drawn(chat: Chat) -> list[str]:
 
 
 def main(folder: Path) -> None:
-    """All places on a real terminal; a line with "went through" at the end."""
+    """Show all places on a real terminal, and end with a line: "went through", and what was unsafe.
+
+    Unsafe is a place where a widget draws a control character.
+    """
     os.chdir(folder)
+    unsafe: list[str] = []
     with Store(folder / "chats.db") as store:
         engine = ScriptedEngine()
         session = Session(store, engine, settings())
@@ -445,14 +459,18 @@ def main(folder: Path) -> None:
                 written.append(data)
                 write(data)
 
+            def look(one: Place) -> None:
+                if UNSAFE.search("".join(drawn(chat))):
+                    unsafe.append(one.name)
+
             app._driver.write = noted  # type: ignore[union-attr, method-assign]
             await chat.say(READY)
-            await go_through(chat, folder, lambda one: None, lambda: "".join(written))
+            await go_through(chat, folder, look, lambda: "".join(written))
             app.copy_to_clipboard("copied" + EVIL)
             app.exit()
 
         app.run(auto_pilot=drive)
-        print("went through" if not app.return_code else "failed")
+        print("failed" if app.return_code else f"went through, unsafe: {unsafe}")
 
 
 if __name__ == "__main__":
