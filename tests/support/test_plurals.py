@@ -17,7 +17,7 @@ _PLURALS = re.compile(
 # What is never one: limits, and what is told only where there are several.
 _MANY = {
     *("n", "size", "sizes[1]", "len(tokens)", "tensors", "names", "length", "2 * _SEQUENCE", "self.max_length"),
-    *("most", "vocab_size", "world.size", "len(tensors)", "_MOST >> 20"),
+    *("error.tokens", "most", "vocab_size", "world.size", "len(tensors)", "_MOST >> 20"),
 }
 
 

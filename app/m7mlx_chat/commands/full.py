@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from m7mlx_chat.answering import UnderWay
-from m7mlx_chat.commands.asking import AskCommands
+from m7mlx_chat.commands.compare import CompareCommands
 from m7mlx_chat.room import WAYS, is_full, summary_request
 from m7mlx_chat.screens.dialogs import Choose
 from m7mlx_chat.unsent import folded
 
 
-class FullCommands(AskCommands):
+class FullCommands(CompareCommands):
     """The ways out of a conversation that is full."""
 
     def offer_room(self, full: UnderWay, room: int) -> None:

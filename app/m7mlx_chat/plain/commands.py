@@ -22,6 +22,7 @@ from m7mlx_chat.plain.models import ModelLines
 from m7mlx_chat.plain.reading import Lines
 from m7mlx_chat.plain.writing import Written
 from m7mlx_chat.portable import read_file
+from m7mlx_chat.prompts import Prompts, filled, kept_question, variables
 from m7mlx_chat.session import Session
 from m7mlx_chat.settings import ANSWER, ENGINE, FIELDS
 
@@ -30,7 +31,7 @@ _RECAP = 500  # characters of a message that is told when its conversation is op
 
 
 class LineCommands(ModelLines):
-    """What can be done: a method `action_<name>` for each action with a slash.
+    """A method `action_<name>` for each action with a slash that needs no screen.
 
     left  the user leaves
     """
@@ -54,11 +55,13 @@ class LineCommands(ModelLines):
         raise NotImplementedError
 
     def run_command(self, line: str) -> None:
-        """Run what was typed after "/". Raises InputError if there is no such command."""
+        """Run what was typed after "/". Raises InputError for what can only be done on a screen."""
         if (command := parse_command(line)) is None:
             raise InputError(f"there is no command {line.partition(' ')[0]}; /help shows all")
         action, arguments = command
-        getattr(self, f"action_{action.name}")(*arguments)
+        if (do := getattr(self, f"action_{action.name}", None)) is None:
+            raise InputError(f"/{action.slash} needs the chat on a screen")
+        do(*arguments)
 
     # --- asking -----------------------------------------------------------------------------------
 
@@ -82,6 +85,33 @@ class LineCommands(ModelLines):
         text = self.lines.edited(question.text)
         if text is not None and text.strip() and text != question.text:
             self.answer(lambda: self.session.edit(question.id, text))
+
+    def action_prompt(self, argument: str = "") -> None:
+        """Send a prompt by name, its variables asked for; or keep the last question as one."""
+        prompts = Prompts(self.config.path.parent / "prompts")
+        first, _, name = argument.partition(" ")
+        if first == "save":
+            self.written.tell(f"kept in {kept_question(prompts, self.session, name.strip())}")
+        elif argument:
+            text = prompts.read(argument)
+            values = {one: self.lines.message(f"{one}: ") or "" for one in variables(text)}
+            self.answer(lambda: self.session.ask(filled(text, values)))
+        else:
+            names = prompts.names()
+            self.written.tell(", ".join(names) or f"no prompts yet; put text files (NAME.md) into {prompts.folder}")
+
+    def action_compare(self, argument: str = "") -> None:
+        """Have another model answer the last question as well; the one before comes back."""
+        if not argument:
+            raise InputError("/compare needs the name of a model; /model lists them")
+        if not self.session.line:
+            raise InputError("nothing has been asked yet")
+        before, answer = self.session.settings.model, self.session.line[-1]
+        self.action_model(argument)
+        try:
+            self.answer(lambda: self.session.retry(answer))
+        finally:
+            self.action_model(before)
 
     # --- conversations ----------------------------------------------------------------------------
 
@@ -204,9 +234,6 @@ class LineCommands(ModelLines):
             raise InputError(f"name a preset: {names}")
         self.configure(self.session.settings.changed(self.config.preset(argument)))
         self.written.tell(f"settings of {argument}")
-
-    def action_theme(self, argument: str = "") -> None:
-        raise InputError("/theme needs the chat on a screen: lines have no colours")
 
     # --- looking ----------------------------------------------------------------------------------
 

@@ -17,11 +17,11 @@ from m7mlx.files.hub import find_existing
 from m7mlx.units import counted
 from m7mlx_chat.actions import is_command
 from m7mlx_chat.answering import UnderWay
+from m7mlx_chat.attach import attached
 from m7mlx_chat.config import Config
 from m7mlx_chat.engine import Engine
 from m7mlx_chat.environment import Environment
 from m7mlx_chat.events import AnyEngine, Done, Event, Failed, Prefill, Text, Thought
-from m7mlx_chat.files import attached
 from m7mlx_chat.headless import ended_by_signals, fetch_models
 from m7mlx_chat.plain.commands import LineCommands
 from m7mlx_chat.plain.reading import Lines
@@ -112,10 +112,10 @@ class Talk(LineCommands):
 
         def content(match: re.Match[str]) -> str:
             path = find_existing(match[1])
-            if path is None or not path.is_file():
+            if path is None or (path.is_dir() and not match[1].endswith("/")):
                 return match[0]
             found = attached(match[1])
-            self.written.tell(f"with the file {path.name}: {counted(len(found), 'character')}")
+            self.written.tell(f"with {path.name}: {counted(len(found), 'character')}")
             return f"\n{found}\n"
 
         return _MENTION.sub(content, text).strip("\n")

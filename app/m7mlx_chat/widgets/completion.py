@@ -43,7 +43,7 @@ class Completion(OptionList, can_focus=False):
 
     def open(self, choices: Sequence[Choice], typed: str) -> None:
         """Show `choices` for what was `typed`; nothing where there are none."""
-        if self.is_open and typed == self.typed:
+        if self.is_open and typed == self.typed and choices == self._choices:
             return  # what is highlighted stays
         self._choices, self.typed = choices, typed
         self.clear_options()
