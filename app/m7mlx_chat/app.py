@@ -15,10 +15,11 @@ from m7mlx_chat.commands.estimate import EstimateCommands
 from m7mlx_chat.commands.files import FileCommands
 from m7mlx_chat.commands.full import FullCommands
 from m7mlx_chat.commands.looking import LookCommands
+from m7mlx_chat.commands.prompts import PromptCommands
 from m7mlx_chat.commands.settings import SettingsCommands
 from m7mlx_chat.commands.unsent_text import UnsentTextCommands
 from m7mlx_chat.commands.versions import VersionCommands
-from m7mlx_chat.events import Done, Event, Failed, Loading, Note, Prefill, Ready, Text, Thought
+from m7mlx_chat.events import Called, Done, Event, Failed, Given, Loading, Note, Prefill, Ready, Text, Thought
 from m7mlx_chat.view import Parts
 from m7mlx_chat.widgets.composer import Composer
 from m7mlx_chat.widgets.messages import Answer
@@ -36,6 +37,7 @@ class ChatApp(
     FullCommands,
     VersionCommands,
     UnsentTextCommands,
+    PromptCommands,
     ConversationCommands,
     SettingsCommands,
     FileCommands,
@@ -102,18 +104,17 @@ class ChatApp(
             self.set_keymap(self.config.keys)
         self.watch(self, "theme", self.keep_theme, init=False)
 
-    @property
     def _is_ending(self) -> bool:
         """Whether what is on the screen is just being taken away."""
         return not self.is_running or not self.screen_stack[0].query(Composer)
 
     def _keep_draft(self) -> None:
-        if not self._is_ending:
+        if not self._is_ending():
             self.drafts.keep()
 
     def look_around(self) -> None:
         """From time to time: save what could not be saved, show what other instances did."""
-        if self._is_ending:
+        if self._is_ending():
             return
         with contextlib.suppress(M7Error):
             self.session.save_again()
@@ -132,13 +133,14 @@ class ChatApp(
 
     async def drain(self) -> None:
         """Take what the engine has said since the last time."""
-        if self._is_ending:  # the rest is for whoever ends the chat
+        if self._is_ending():  # the rest is for whoever ends the chat
             return
-        for event in self.engine.drain():
-            if self._is_ending:
+        for event in [*self.engine.drain(), *self.session.tools.drain()]:
+            if self._is_ending():
                 return
             with self.going_on():
                 await self._handle(event)
+        self.ask_for_call()
 
     async def _handle(self, event: Event) -> None:
         under_way = self.session.under_way
@@ -162,6 +164,9 @@ class ChatApp(
                 await self._show_text(event, answer)
             case Thought():
                 self._show_thought(event, answer)
+            case Called() | Given() if under_way is not None:
+                self.first_text = 0.0
+                await self.show_calls(under_way)
             case Done() | Failed():
                 await self._show_end(event, answer, under_way)
             case _:
@@ -193,6 +198,7 @@ class ChatApp(
     async def _show_end(self, event: Done | Failed, answer: Answer | None, under_way: UnderWay | None) -> None:
         """Show how an answer, or an attempt to load a model, has ended."""
         was_loading, self.is_loading = self.is_loading, False
+        self.leave_call()
         if answer is not None:
             await answer.finish(self.store.message(answer.message.id))
         elif isinstance(event, Failed):
@@ -202,14 +208,16 @@ class ChatApp(
         self.show_conversations()
         self.show_state()
         self.show_seen()
+        compared = self.end_comparison(event, under_way)
         if isinstance(event, Failed):
             self.give_back_turns()
-            self.model_failed(event, was_loading)
+            if not compared:
+                self.model_failed(event, was_loading)
         elif under_way is not None:
             with self.going_on():
                 self.first_text = 0.0
                 await self.next_turn()
-        room = self._lacking_room(event, under_way)
+        room = None if compared else self._lacking_room(event, under_way)
         if room is not None and under_way is not None and len(self.screen_stack) == 1:
             self.offer_room(under_way, room)
 

@@ -30,6 +30,7 @@ from m7mlx_chat import ENGINE_THREAD
 if TYPE_CHECKING:
     from m7mlx.parallel.world import World
     from m7mlx.shard import Mode
+    from m7mlx_chat.config import Config
     from m7mlx_chat.environment import Environment
     from m7mlx_chat.settings import Settings
 
@@ -103,6 +104,13 @@ def _parser() -> argparse.ArgumentParser:
     add_json(parser)
     parser.add_argument(
         "--json-schema", type=Path, metavar="FILE", help="with -p: an answer in JSON that fits this schema"
+    )
+    parser.add_argument(
+        "--allow-tool",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="let the model call the tools of a server in config.toml unasked; NAME/TOOL: one of them; repeatable",
     )
     parser.add_argument("--no-save", action="store_true", help="keep nothing of this conversation")
     parser.add_argument(
@@ -213,11 +221,12 @@ def _chat(args: argparse.Namespace) -> int:
             save=not (args.no_save or config.no_save),
             fetch=choice.is_wanted,
             notes=[*notes, *choice.notes],
+            allowed=args.allow_tool,
         )
         return launch(config, settings, environment, start)
     for note in choice.notes:
         say(f"{PROG}: {note}")
-    return _answer(args, settings, None if args.no_save or config.no_save else environment)
+    return _answer(args, settings, config, None if args.no_save or config.no_save else environment)
 
 
 def _check_together(args: argparse.Namespace, asked: bool, in_terminal: bool) -> None:
@@ -246,12 +255,17 @@ def _import_file(name: str, environment: Environment) -> int:
     return 0
 
 
-def _answer(args: argparse.Namespace, settings: Settings, environment: Environment | None) -> int:
+def _answer(
+    args: argparse.Namespace,
+    settings: Settings,
+    config: Config,
+    environment: Environment | None,
+) -> int:
     """Print one answer, or be one of `mlx.launch`'s other processes; returns the exit status.
 
     Nothing is kept without an `environment`.
     """
-    from m7mlx_chat.headless import answer, fill_in
+    from m7mlx_chat.headless import Tools, answer, fill_in
     from m7mlx_chat.question import piped_text, question_of, read_schema
 
     if args.suffix is not None:
@@ -274,6 +288,7 @@ def _answer(args: argparse.Namespace, settings: Settings, environment: Environme
         as_json=args.json,
         schema=read_schema(args.json_schema) if args.json_schema else None,
         world=world,
+        tools=Tools(config.servers, args.allow_tool, config.tool_rounds),
     )
 
 

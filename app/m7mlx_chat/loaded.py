@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from m7mlx import Mistral, Piece, Request, RollingCache, Stats, Tokenizer
+from m7mlx.answer_reader import AnswerReader
 from m7mlx.cache import Snapshot
 from m7mlx.cache_folder import remove_space
 from m7mlx.decode import reusable, shared_start
@@ -18,13 +19,16 @@ from m7mlx.memory import budget, cache_bytes
 from m7mlx.parallel.world import World
 from m7mlx.request import prepare
 from m7mlx.speculative import Drafter, PromptLookup, load_draft_model
+from m7mlx.tools.calling import ToolUse
 from m7mlx_chat.branches import Branches
 from m7mlx_chat.copies import LEAST, DiskCopies
-from m7mlx_chat.events import Done, Event, Prefill, Ready, Seen, Text, Thought
+from m7mlx_chat.events import Called, Done, Event, Prefill, Ready, Seen, Text, Thought
 from m7mlx_chat.settings import Settings
+from m7mlx_chat.steps import Call
 
 _BRANCHES = 0.1  # of the machine's memory, for caches of branches that were left
 _TOLD_SECONDS = 0.1  # between two looks at the cache
+_CALLS = 8  # of tools, at once; what a model calls beyond is not heard
 _QUIET_SECONDS = 20.0  # without a command, after which the conversation is copied
 _LAST_SECONDS = 3.0  # for copying it at the end
 _REASONS: dict[str | None, Literal["stop", "length"]] = {"stop": "stop", "length": "length"}
@@ -94,6 +98,7 @@ class LoadedModel:
     ) -> None:
         """Answer a request in events, Done the last. Raises what the request fails with."""
         cache = self._cache
+        tool_use: ToolUse = "allowed" if request.tools else "none"
         request = prepare(request, self._model, self.tokenizer, cache)
         if self._world is not None:
             request = self._world.share(request, self._settings.cache)
@@ -118,7 +123,8 @@ class LoadedModel:
             on_prefill=on_prefill,
             is_cancelled=is_cancelled,
         )
-        self._emit(replace(self._tell(pieces), from_disk=from_disk))
+        ended = self._tell(pieces, AnswerReader(self.tokenizer, tool_use))
+        self._emit(replace(ended, from_disk=from_disk) if isinstance(ended, Done) else ended)
 
     # --- copies on the disk -----------------------------------------------------------------------
 
@@ -176,30 +182,38 @@ class LoadedModel:
 
     # --- telling ----------------------------------------------------------------------------------
 
-    def _tell(self, pieces: Iterator[Piece]) -> Done:
+    def _tell(self, pieces: Iterator[Piece], reader: AnswerReader) -> Done | Called:
         """Tell an answer piece by piece; returns how it ended."""
         text, ids, looked, piece = "", list[int](), 0.0, Piece()
         for piece in pieces:
             if piece.finish_reason == "length":  # maybe within a character, of which there is only a part
                 piece = replace(piece, text=piece.text.rstrip("\ufffd"))
-            text += piece.text
+            said = reader.read(piece).text
+            text += said
             ids += piece.ids
             now = time.perf_counter()
             seen, looked = (self._seen(), now) if now - looked > _TOLD_SECONDS else (None, looked)
             if piece.thought:
                 self._emit(Thought(piece.thought, len(ids)))
-            if piece.text:
-                self._emit(Text(piece.text, len(ids), seen))
+            if said:
+                self._emit(Text(said, len(ids), seen))
+        stats = piece.stats or Stats()
+        if reader.reason == "tool_calls":
+            return Called(text, _calls(reader), stats, self._seen())
         if ids and ids[-1] in self.tokenizer.eos_ids:
             ids = ids[:-1]
-        elif piece.finish_reason == "stop":
-            # A stop text: what the model wrote of it is not part of the answer.
+        elif piece.finish_reason == "stop" or reader.calls:
+            # A stop text, or half a call: what the model wrote of it is not part of the answer.
             ids = self.tokenizer.encode(text)
-        stats = piece.stats or Stats()
         return Done(_REASONS.get(piece.finish_reason, "stopped"), text, ids, stats, self._seen())
 
     def _seen(self) -> Seen:
         return Seen(self._cache.offset, self._cache.nbytes, self._branches.nbytes)
+
+
+def _calls(reader: AnswerReader) -> tuple[Call, ...]:
+    calls = reader.calls[:_CALLS]
+    return tuple(Call(call["id"], call["function"]["name"], call["function"]["arguments"]) for call in calls)
 
 
 def _described(model: Mistral, cache: RollingCache, folder: Path) -> Ready:

@@ -17,6 +17,7 @@ from m7mlx.errors import InputError
 from m7mlx_chat.answering import Answering, UnderWay
 from m7mlx_chat.events import AnyEngine, Event, Seen
 from m7mlx_chat.settings import ANSWER, ENGINE, Settings, known
+from m7mlx_chat.steps import closed, values_of
 from m7mlx_chat.store import Store
 from m7mlx_chat.store.rows import Message
 
@@ -114,7 +115,8 @@ class Session(Answering):
         under_way = self.under_way
         if under_way is None or under_way.answer != message:
             return found
-        return replace(found, text=under_way.text, statistics=found.statistics | {"thought": under_way.thought})
+        now = {"thought": under_way.thought, "steps": values_of(under_way.steps)}
+        return replace(found, text=under_way.text, statistics=found.statistics | now)
 
     def handle(self, event: Event) -> None:
         super().handle(event)
@@ -195,6 +197,7 @@ class Session(Answering):
         under_way.begun = (last.text, None) if last.text else None
         under_way.earlier_tokens = int(last.statistics.get("generated_tokens", 0))
         under_way.thought = last.thought if last.text else ""
+        under_way.steps = closed(last.steps)  # a call that was left open is not made: it may be a stranger's
         return self._begin(under_way)
 
     def _ask(self, text: str, parent: int | None) -> UnderWay:

@@ -9,27 +9,27 @@ from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from pydantic import BaseModel
 
 from m7mlx.grammar import Grammar
 from m7mlx.tokens.tokenizer import Tokenizer
+from m7mlx.tools.calling import ToolUse
 from m7mlx_serve.errors import ApiError
 from m7mlx_serve.strict import Strict
-
-ToolUse = Literal["none", "allowed", "required"]
 
 
 @dataclass(frozen=True)
 class Prompts:
     """What the model reads, and what its answers must keep to.
 
-    ids       the ids of each prompt
-    schema    a JSON schema, or a grammar, that every answer follows
-    tool_use  whether answers may, or must, call tools
-    at_start  whether an answer begins a message, not amid a text
-    held      the conversation as JSON, if its API holds it for requests that go on from it
+    ids         the ids of each prompt
+    schema      a JSON schema, or a grammar, that every answer follows
+    tool_use    whether answers may, or must, call tools
+    at_start    whether an answer begins a message, not amid a text
+    held        the conversation as JSON, if its API holds it for requests that go on from it
+    prediction  ids that the answer may be made of to a large part
     """
 
     ids: Sequence[array[int]]
@@ -37,6 +37,7 @@ class Prompts:
     tool_use: ToolUse = "none"
     at_start: bool = False
     held: bytes = b""
+    prediction: array[int] = field(default_factory=lambda: array("i"))
 
 
 @dataclass(frozen=True)
