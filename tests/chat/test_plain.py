@@ -25,7 +25,9 @@ from m7mlx_chat.plain.talk import Talk
 from m7mlx_chat.plain.writing import Progress, Written
 from m7mlx_chat.session import Session
 from m7mlx_chat.settings import Settings
+from m7mlx_chat.steps import Call
 from m7mlx_chat.store import Store
+from scripted_tools import ScriptedTools, called
 
 from m7mlx import Request
 
@@ -84,6 +86,49 @@ class Talking:
 def talking(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Talking]:
     with Store(tmp_path / "chats.db") as store:
         yield Talking(tmp_path, store, capsys)
+
+
+# --- tools ----------------------------------------------------------------------------------------
+
+
+class Giving(ScriptedTools):
+    """Tools that give at once what they are asked for."""
+
+    def make(self, call: Call) -> None:
+        super().make(call)
+        self.give("a blue\x1b[2J sky")
+
+
+@pytest.mark.parametrize(
+    ("typed", "words", "made"),
+    [
+        (["maybe", "Once"], [], 1),
+        (["always"], [("look", "always")], 1),
+        (["never"], [("look", "never")], 0),
+        ([], [], 0),
+    ],
+)
+def test_a_call_waits_for_the_users_word(
+    talking: Talking, typed: list[str], words: list[tuple[str, str]], made: int
+) -> None:
+    tools = talking.session.tools = Giving()
+    answers: list[list[Event]] = [[called({"at": "the sky"})], [Text("Blue."), done("Blue.")]]
+    out, told = talking.type("what colour?", *typed, prepared=answers)
+    assert (len(tools.made), tools.words) == (made, words)
+    assert out == "Blue.\n"
+    assert "a tool of w: program" in told and '"at": "the sky"' in told
+    assert ("given: a blue" in told) == bool(made)
+    assert "\x1b" not in out + told
+    assert len(talking.engine.asked) == 2
+
+
+def test_tools_are_listed_and_turned_off(talking: Talking) -> None:
+    tools = talking.session.tools = Giving()
+    _, told = talking.type("/tools", "/tools off", "/tools ask look", "/tools ask x", "/tools y")
+    assert "w: ready" in told and "look (asks): Looks." in told and "\x1b" not in told
+    assert not tools.is_on
+    for line in ("look is asked about again", "nothing is kept of a tool 'x'", "/tools shows them"):
+        assert line in told
 
 
 # --- questions and answers ------------------------------------------------------------------------

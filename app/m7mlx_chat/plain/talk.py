@@ -14,6 +14,7 @@ from pathlib import Path
 from m7mlx.command import EXIT_FAILED, EXIT_INTERRUPTED
 from m7mlx.errors import M7Error, RunError
 from m7mlx.files.hub import find_existing
+from m7mlx.terminal import one_line
 from m7mlx.units import counted
 from m7mlx_chat.actions import is_command
 from m7mlx_chat.answering import UnderWay
@@ -21,7 +22,7 @@ from m7mlx_chat.attach import attached
 from m7mlx_chat.config import Config
 from m7mlx_chat.engine import Engine
 from m7mlx_chat.environment import Environment
-from m7mlx_chat.events import AnyEngine, Done, Event, Failed, Prefill, Text, Thought
+from m7mlx_chat.events import WORDS, AnyEngine, Called, Done, Event, Failed, Given, Note, Prefill, Text, Thought
 from m7mlx_chat.headless import ended_by_signals, fetch_models
 from m7mlx_chat.plain.commands import LineCommands
 from m7mlx_chat.plain.reading import Lines
@@ -29,10 +30,15 @@ from m7mlx_chat.plain.writing import Progress, Written
 from m7mlx_chat.room import WAYS, is_full, summary_request
 from m7mlx_chat.session import Session
 from m7mlx_chat.settings import Settings
+from m7mlx_chat.steps import Call
+from m7mlx_chat.steps import written as written_call
 from m7mlx_chat.store import open_store
+from m7mlx_chat.tools.allowed import Allowed
+from m7mlx_chat.tools.start import start_tools
 
 _WAIT = 0.1  # seconds to wait for an event at a time
 _RECALLED = 200  # questions that ↑ brings back
+_ARGUMENTS = 200  # characters of what a tool is given, and gives
 _MENTION = re.compile(r"(?<!\S)@(\S+)")
 _ENDED = {
     "length": "cut at the longest length; /continue goes on",
@@ -48,12 +54,14 @@ class Start:
     go_on     in the conversation spoken in last
     save      keep the conversations
     notes     what is to be told at the start
+    allowed   tools that may run unasked
     """
 
     question: str | None = None
     go_on: bool = False
     save: bool = True
     notes: Sequence[str] = ()
+    allowed: Sequence[str] = ()
 
 
 class Talk(LineCommands):
@@ -130,13 +138,28 @@ class Talk(LineCommands):
             self.written.tell(f"at temperature 0 it would be the same: sampled at {sampled}")
         progress, is_thinking = Progress(self.written, "reading", "token"), False
         while self.session.under_way is not None:
-            for event in self.engine.drain(_WAIT):
+            for event in [*self.session.tools.drain(), *self.engine.drain(_WAIT)]:
                 self.session.handle(event)
                 if isinstance(event, Thought) and not is_thinking:
                     is_thinking = True
                     self.written.tell("thinking ...")
                 self._print(event, progress)
                 self._offer_room(event, under_way)
+            if under_way.asking is not None:
+                self._ask_for_word(under_way.asking)
+
+    def _ask_for_word(self, call: Call) -> None:
+        """Ask whether a call may be made. Where nobody can be asked, it may not."""
+        self.written.tell(f"It is for {self.session.tools.about(call)}. With:")
+        self.written.tell(written_call(call))
+        for word, means in WORDS.items():
+            self.written.tell(f"{word}: {means}")
+        while self.session.under_way is not None:
+            said = self.lines.message("May it? ")
+            word_given = next((word for word in WORDS if said is not None and word == said.strip().lower()), None)
+            if said is None or word_given is not None:
+                self.session.decide(word_given or "no")
+                return
 
     def _print(self, event: Event, progress: Progress) -> None:
         match event:
@@ -144,11 +167,17 @@ class Talk(LineCommands):
                 progress(done, total)
             case Text(text):
                 self.written.answer(text)
+            case Called(_, calls):
+                self.written.end_line()
+                for call in calls:
+                    self.written.tell(f"calls {one_line(call.name)} {one_line(call.arguments)[:_ARGUMENTS]}")
+            case Given(_, outcome, result):
+                self.written.tell(f"{outcome}: {one_line(result)[:_ARGUMENTS]}")
             case Done(reason):
                 self.written.end_line()
                 if reason in _ENDED:
                     self.written.tell(f"({_ENDED[reason]})")
-            case Failed(message):
+            case Note(message) | Failed(message):
                 self._tell_error(message)
             case _:
                 pass
@@ -190,8 +219,11 @@ def run_lines(config: Config, settings: Settings, environment: Environment, star
     with ended_by_signals((signal.SIGTERM, signal.SIGHUP)), open_store(_database(environment, start)) as store:
         lines = Lines(written, store.prompts(limit=_RECALLED))
         folder = fetch_models(settings, Progress(written, "fetching"))
-        engine = Engine()
+        engine = Engine(copies=environment.copies if start.save else None)
         session = Session(store, engine, settings)
+        session.rounds = config.tool_rounds
+        allowed = Allowed(start.allowed, asks=lines.is_terminal)
+        session.tools = start_tools(config.servers, allowed, environment.tools if start.save else None)
         talk = Talk(session, engine, config, environment, lines, written)
         engine.start()
         try:
@@ -228,8 +260,11 @@ def _stopped_by_ctrl_c(session: Session) -> Iterator[None]:
         under_way = session.under_way
         if under_way is None or under_way in stopped:
             raise KeyboardInterrupt
+        waits_for_word = under_way.asking is not None
         stopped[:] = [under_way]
         session.stop()
+        if waits_for_word:  # at a prompt, which must be left
+            raise KeyboardInterrupt
 
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # nohup's wish
         yield
