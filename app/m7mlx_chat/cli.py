@@ -212,7 +212,7 @@ def _chat(args: argparse.Namespace) -> int:
     if args.web:
         from m7mlx_chat.web import serve
 
-        return serve(sys.argv[1:], args.port)
+        return serve(sys.argv[1:], args.port, None if args.no_save or config.no_save else environment.copies)
     if args.import_file:
         return _import_file(args.import_file, environment)
     preset = config.preset(args.preset) if args.preset is not None else {}
