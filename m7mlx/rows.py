@@ -80,19 +80,20 @@ class _Apart:
 class Rows:
     """Answers under way. They join, and each `decode` tells more of all of them.
 
-    keep     takes the cache of an answer that has ended; None where it is of no use
+    keeps    whether the conversations of answers that have ended are of use
     drafted  how many answers may be apart, and drafted for
     late     pieces of answers that ended outside of `decode`, for whoever asks next
+    ended    conversations of answers that have ended, for whoever asks next
     """
 
     def __init__(
         self,
         model: Mistral,
         tokenizer: Tokenizer,
-        keep: Callable[[RollingCache, NumberedAnswer], None] | None,
+        keeps: bool,
         drafted: int = 0,
     ) -> None:
-        self._model, self._vocab_size, self._keep = model, tokenizer.vocab_size, keep
+        self._model, self._vocab_size, self._keeps = model, tokenizer.vocab_size, keeps
         self._step = step_of(model)
         # What fails here alone would leave the other processes waiting.
         self._shared = model.exchange is not None
@@ -104,6 +105,7 @@ class Rows:
         self._costs: dict[int, Costs] = {}  # by the number of answers
         self._is_steady = False  # the last pass had no draft, and what it costs can be measured
         self.late: Told = []
+        self.ended: list[tuple[NumberedAnswer, RollingCache]] = []
 
     @property
     def answers(self) -> list[NumberedAnswer]:
@@ -337,10 +339,10 @@ class Rows:
         self._hand_over(one.answer, conversation)
 
     def _hand_over(self, answer: NumberedAnswer, conversation: Callable[[], RollingCache]) -> None:
-        if self._keep is None:
+        if not self._keeps:
             return
         try:
-            self._keep(conversation(), answer)
+            self.ended.append((answer, conversation()))
         except Exception:  # it would have saved some reading, no more
             if self._shared:
                 raise
