@@ -116,7 +116,9 @@ class Scheduler:
         if ready.max_tokens == 0 and not scored_only:
             raise PromptTooLongError(
                 f"the prompt has {len(ready.ids)} tokens and leaves no room for an answer; "
-                "shorten it, or start a new conversation"
+                "shorten it, or start a new conversation",
+                len(ready.ids) - 1,
+                len(ready.ids),
             )
         return ready
 

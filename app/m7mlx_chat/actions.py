@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
@@ -36,18 +37,27 @@ ACTIONS = (
     Action("newline", "", "Ctrl+J, Alt+Enter", "new line", place="composer"),
     Action("prompt_history", "", "↑ ↓", "in the first or last line: what was asked before", place="composer"),
     Action("undo_text", "", "Ctrl+Z", "take back what was changed or cleared in the text", place="composer"),
-    Action("complete", "", "/ and @", "complete a command, or put a text file in", place="composer"),
+    Action(
+        "complete", "", "/ and @", "complete a command, or put in a text file, a PDF or a folder", place="composer"
+    ),
     Action("editor", "ctrl+g", "Ctrl+G", "write the message in $EDITOR"),
-    Action("stop", "escape", "Esc", "stop the answer and keep its text; close; back to the composer"),
+    Action(
+        "stop",
+        "escape",
+        "Esc",
+        "stop the answer and keep its text; take back what waits; close",
+    ),
     Action("interrupt", "ctrl+c", "Ctrl+C", "copy what is selected, clear the text or stop; twice: quit"),
     Action("new", "ctrl+n", "Ctrl+N", "new conversation", "new"),
     Action("retry", "", "", "answer the last question again", "retry"),
     Action("resume", "", "", "go on with an answer that was broken off", "continue"),
     Action("replay", "", "", "answer again with the same settings and seed", "replay"),
+    Action("compare", "", "", "have another model answer, too, and see both", "compare", "[MODEL]"),
     Action("edit", "", "", "edit the last question and ask again", "edit"),
     Action("fork", "", "", "copy the conversation up to here into a new one", "fork"),
     Action("sidebar", "ctrl+b", "Ctrl+B", "show or hide the conversations"),
     Action("find", "ctrl+f", "Ctrl+F", "search all conversations", "find", "[TEXT]"),
+    Action("prompt", "", "", "use a prompt of your own, or keep one", "prompt", "[NAME | save NAME]"),
     Action("history", "ctrl+r", "Ctrl+R", "search what was asked before"),
     Action("model", "ctrl+o", "Ctrl+O", "choose, download or convert a model", "model", "[NAME]"),
     Action("settings", "f2", "F2", "settings and presets", "set", "[NAME VALUE]"),
@@ -62,6 +72,7 @@ ACTIONS = (
     Action("archive", "", "", "put the conversation away", "archive"),
     Action("delete", "", "", "delete the conversation; /undo brings it back", "delete"),
     Action("undo", "", "", "bring back what was deleted last", "undo"),
+    Action("tools", "", "", "the tools that the model may call", "tools", "[off | on | ask NAME]"),
     Action("theme", "", "", "change the colours", "theme", "[NAME]"),
     Action("select(-1)", "alt+up", "Alt+↑", "select the message before"),
     Action("select(1)", "alt+down", "Alt+↓", "select the next message"),
@@ -81,6 +92,7 @@ ACTIONS = (
     Action("wrap_code", "w", "w", "wrap long lines of code, or not", place="message", hint="wrap"),
     Action("sibling(-1)", "left_square_bracket", "[", "show the version before", place="message"),
     Action("sibling(1)", "right_square_bracket", "]", "show the next version", place="message", hint="next"),
+    Action("versions", "v", "v", "see two versions beside each other", place="message", hint="versions"),
     Action("rename_chosen", "r", "r", "give it a title", place="sidebar", hint="title"),
     Action("archive_chosen", "a", "a", "put it away, or bring it back", place="sidebar", hint="away"),
     Action("delete_chosen", "d,delete", "d", "delete it", place="sidebar", hint="delete"),
@@ -92,6 +104,21 @@ COMMANDS = {action.slash: action for action in ACTIONS if action.slash}
 # What people type who come from elsewhere.
 _OTHER_NAMES = {"quit": "bye", "exit": "bye", "clear": "new"}
 COMMANDS |= {other: COMMANDS[name] for other, name in _OTHER_NAMES.items()}
+_COMMAND = re.compile(r"/[a-z]+( .*)?", re.DOTALL)
+
+
+def is_command(text: str) -> bool:
+    """Whether a message has the form of a slash command."""
+    return _COMMAND.fullmatch(text) is not None
+
+
+def parse_command(line: str) -> tuple[Action, list[str]] | None:
+    """The action of a slash command, and its arguments; None if there is no such command."""
+    name, _, argument = line[1:].partition(" ")
+    if name not in COMMANDS:
+        return None
+    action = COMMANDS[name]
+    return action, [argument.strip()] if action.takes else []
 
 
 def bindings(place: Place) -> list[BindingType]:

@@ -130,7 +130,7 @@ class Answerer:
         except LateError as error:
             raise ApiError(504, str(error)) from None
         except InputError as error:
-            raise ApiError(400, str(error)) from None
+            raise refusal(error) from None
 
 
 def numbers_in_json(vector: bytes) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -167,7 +168,7 @@ def test_a_message_that_is_continued(mistral_tokenizers: dict[str, Tokenizer]) -
 
 @pytest.fixture(scope="module")
 def readers(model_folder: Path) -> Iterator[Readers]:
-    found = Readers(model_folder, "m")
+    found = Readers(Path(os.path.relpath(model_folder)), "m")  # as users may name it
     yield found
     found.close()
 
