@@ -104,6 +104,7 @@ class Answerer:
             logprobs=wanted.logprobs,
             prompt_logprobs=wanted.prompt_logprobs,
             schema=prompts.schema,
+            prediction=prompts.prediction,
             space=self.space,
         )
         numbered = [(ids, index) for ids in prompts.ids for index in range(wanted.n)]

@@ -9,6 +9,7 @@ import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
+from effort import examples
 from gguf import GGMLQuantizationType as Kind
 from gguf_files import gguf_name
 from hypothesis import given, settings
@@ -27,7 +28,7 @@ from m7mlx.quantization import Quantization
 CONFIG = small_config(hidden_size=256, intermediate_size=512, n_layers=2, n_heads=4, head_dim=64, vocab_size=300)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(data=st.data(), seed=st.integers(0, 1000))
 @pytest.mark.parametrize(
     ("bits", "has_minimum", "kind"),

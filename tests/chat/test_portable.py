@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from effort import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from m7mlx_chat import portable
@@ -466,7 +467,7 @@ PIECES = st.sampled_from([*HTML, *MARKDOWN, "\n\n", "<javascript:x>", "{", "}", 
 HOSTILE_TEXT = st.lists(PIECES | st.text(max_size=5), max_size=12).map("".join)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=examples(80))
 @given(title=HOSTILE_TEXT, question=HOSTILE_TEXT, answer=HOSTILE_TEXT)
 def test_nothing_in_a_page_runs_loads_or_hides(store: Store, title: str, question: str, answer: str) -> None:
     asked = store.ask(None, None, question, model=title, system=question)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from chat_harness import check_database
+from effort import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -327,7 +328,7 @@ def _machine_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 TestStoreMachine = StoreMachine.TestCase
-TestStoreMachine.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+TestStoreMachine.settings = settings(max_examples=examples(10), stateful_step_count=30, deadline=None)
 
 
 def test_editing_a_question_and_answering_again_make_siblings_to_switch_between(store: Store) -> None:

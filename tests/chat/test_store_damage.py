@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from chat_harness import Chat, chatting, done
+from effort import some
 from m7mlx_chat.portable import to_json
 from m7mlx_chat.portable.page import to_html, to_markdown
 from m7mlx_chat.store import Store
@@ -93,7 +94,8 @@ def updates(table: str, columns: Mapping[str, tuple[str, ...]]) -> Iterator[list
 
 COLUMNS = [*updates("message", MESSAGE), *updates("conversation", CONVERSATION)]
 EACH = [statement for statements in COLUMNS for statement in statements] + list(STRUCTURE)
-TOGETHER = [[s for s in group if s] for group in zip_longest(*COLUMNS)] + [[s] for s in STRUCTURE]
+TOGETHER = [[s for s in group if s] for group in zip_longest(*COLUMNS)]
+TOGETHER += [[s] for s in some(STRUCTURE, 3)]  # the store itself is given all of them
 
 
 @pytest.fixture(scope="module")

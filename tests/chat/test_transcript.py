@@ -53,7 +53,7 @@ async def test_a_page_is_mounted_and_its_end_is_in_view(long: Path) -> None:
 
 
 async def test_scrolling_up_and_down_passes_every_message_once(long: Path) -> None:
-    async with chatting(long, size=(100, 50)) as chat:
+    async with chatting(long, size=(100, 80)) as chat:
         await chat.app.open_conversation(1)
         await chat.pilot.pause()
         seen = list(in_view(chat))

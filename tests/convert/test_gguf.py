@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conversations import CHATML
+from effort import examples
 from gguf_files import TINY, write_mistral_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -66,7 +67,7 @@ def test_logits_equal_those_of_the_same_weights_in_huggings_face_layout(tmp_path
 
 
 @given(st.sampled_from(["Q4_0", "Q4_1", "Q8_0"]), st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**32 - 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 def test_repacked_blocks_are_the_same_numbers(kind: str, rows: int, blocks: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     quant = gguf.GGMLQuantizationType[kind]
@@ -153,7 +154,7 @@ def twins(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @given(words=st.text(st.characters(codec="utf-8"), max_size=40) | st.sampled_from(HARD))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_sentencepiece_ids_survive(twins: tuple[Tokenizer, Any], words: str) -> None:
     tokenizer, original = twins
     ids = tokenizer.encode(words)
@@ -314,7 +315,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @given(data=st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_any_damage_is_an_error_or_harmless(
     sound: bytes,
     tmp_path_factory: pytest.TempPathFactory,

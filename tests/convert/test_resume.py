@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from adapters import write_mlx_lm
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from m7mlx_convert import plan
@@ -57,7 +58,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @given(upto=st.integers(0, len(PLAN) - 1), lost=st.integers(0, 200), flipped=st.none() | st.integers(0, 300))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 def test_a_later_writer_goes_on(
     tmp_path_factory: pytest.TempPathFactory,
     upto: int,

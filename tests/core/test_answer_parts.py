@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import small_config, small_model
@@ -63,7 +64,7 @@ def test_thoughts_are_no_part_of_the_answer(thinker: tuple[Mistral, Tokenizer]) 
 
 
 @given(st.lists(st.one_of(st.sampled_from(NAMES), st.text(st.characters(codec="utf-8"), max_size=5)), max_size=10))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_any_order_of_parts(thinker: tuple[Mistral, Tokenizer], parts: list[str]) -> None:
     thought, text, thinks = "", "", False
     for part in parts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +21,7 @@ DTYPES = [mx.float32, mx.float16, mx.bfloat16]
     st.integers(0, 39),
     st.sampled_from([0.0, 1.5, -60000.0, "nan", "inf", "-inf"]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 def test_finite_is_what_mlx_calls_finite(dtype: mx.Dtype, size: int, place: int, value: float | str) -> None:
     numbers = [0.25] * size
     numbers[place % size] = float(value)

@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import reference
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -31,7 +32,7 @@ def assert_close(found: mx.array, expected: np.ndarray) -> None:
 
 
 @given(windows, st.integers(0, 9), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 def test_any_cutting_gives_the_same_logits(window: int | None, slack: int, data: st.DataObject) -> None:
     model = MODELS[window]
     cache = model.new_cache(slack=slack)
@@ -103,12 +104,12 @@ class RollingCacheMachine(RuleBasedStateMachine):
         self.ids = []
 
 
-RollingCacheMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=12, deadline=None)
+RollingCacheMachine.TestCase.settings = settings(max_examples=examples(15), stateful_step_count=12, deadline=None)
 TestRollingCache = RollingCacheMachine.TestCase
 
 
 @given(st.sampled_from([1, 4, 7, 16]), st.integers(1, 8), st.integers(0, LENGTH - 10), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 def test_rollback_of_up_to_the_slack_always_works(window: int, slack: int, before: int, data: st.DataObject) -> None:
     model = MODELS[window]
     cache = model.new_cache(slack=slack)

@@ -8,7 +8,6 @@ for every query.
 from __future__ import annotations
 
 import functools
-import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from effort import examples
 from hypothesis import assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -30,7 +30,6 @@ from m7mlx.errors import InputError, RollbackError
 from m7mlx.model import Mistral
 
 VOCAB, LAYERS, HEADS, KV, DIM, THETA = 11, 2, 4, 2, 32, 1e4
-EXAMPLES = int(os.environ.get("M7MLX_EXAMPLES", "120"))
 # Rotated keys differ in their last bits, so that one between two codes may fall to either side.
 NEAR = {None: 2e-5, 8: 1e-2, 4: 0.15}
 _rng = np.random.default_rng(7)
@@ -373,5 +372,5 @@ class CacheMachine(RuleBasedStateMachine):
                 assert ring.window is None or ring.n_slots <= ring.window + ring.slack
 
 
-CacheMachine.TestCase.settings = settings(max_examples=EXAMPLES, stateful_step_count=25, deadline=None)
+CacheMachine.TestCase.settings = settings(max_examples=examples(50), stateful_step_count=25, deadline=None)
 TestCacheMachine = CacheMachine.TestCase

@@ -6,6 +6,7 @@ from array import array
 
 import mlx.core as mx
 import pytest
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import small_config, small_model
@@ -41,7 +42,7 @@ def test_greedy_decoding_is_the_plain_argmax(window: int | None, chunk: int) -> 
 
 
 @given(st.sampled_from([5, None]), st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 def test_reuse_never_changes_the_answer(window: int | None, data: st.DataObject) -> None:
     """A cache that has seen other prompts before gives what a new one gives."""
     model = MODELS[window]

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import small_config, small_model
@@ -206,7 +207,7 @@ def test_a_seed_repeats_the_answer(loaded: tuple[Mistral, Tokenizer]) -> None:
     st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
     st.lists(st.integers(0, 30), max_size=8),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 def test_stop_texts_across_any_borders(text: str, stops: list[str], cuts: list[int]) -> None:
     borders = [0, *sorted(min(c, len(text)) for c in cuts), len(text)]
     stream = StopFilter(stops)
@@ -228,7 +229,7 @@ def test_stop_texts_across_any_borders(text: str, stops: list[str], cuts: list[i
 
 
 @given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=6), max_size=4), st.integers(1, 30))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 def test_stop_texts_cut_alike_whatever_the_pieces(text: str, stops: list[str], length: int) -> None:
     def shown(size: int) -> str:
         stream, parts = StopFilter(stops), []

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mistral_common.protocol.fim.request import FIMRequest
@@ -40,7 +41,7 @@ def theirs(pairs: Pairs) -> list[object]:
 
 
 @given(st.sampled_from([0, 1]), CODE, CODE)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_any_texts(pairs: Pairs, theirs: list[object], n: int, prefix: str, suffix: str) -> None:
     prefix, suffix = (text.encode("utf-8", "replace").decode() for text in (prefix, suffix))
     expected = theirs[n].encode_fim(FIMRequest(prompt=prefix, suffix=suffix)).tokens  # type: ignore[attr-defined]

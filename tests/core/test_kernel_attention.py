@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import mixed_config, small_config, small_model
@@ -110,7 +111,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     batch=st.sampled_from((1, 1, 3)),
     script=scripts,
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(8), deadline=None)
 def test_whatever_is_done_to_a_cache_the_logits_are_those_of_mlx(
     folder: Path,
     key: tuple[int | str | None, int],

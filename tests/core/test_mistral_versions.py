@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from conversations import CONVERSATIONS, TOOLS, assistant, system, user
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mistral_common.integrations.chat_templates.chat_templates import convert_tokenizer_to_chat_template
@@ -197,7 +198,7 @@ turns = st.lists(
 
 
 @given(st.sampled_from(LATER), turns, words, st.booleans(), st.booleans())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 def test_any_conversation(
     pairs: dict[str, Pair], version: str, history: list[dict[str, Any]], last: str, has_tools: bool, continued: bool
 ) -> None:

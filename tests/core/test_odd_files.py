@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from adapters import ADAPTED, write_peft
+from effort import examples
 from gguf_files import tokenizer_metadata, unpack_tokenizer
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -33,7 +34,6 @@ from m7mlx.files.weights import INDEX
 from m7mlx.jsonfile import read_json
 from m7mlx.tokens.load import load_tokenizer
 
-EXAMPLES = int(os.environ.get("M7MLX_EXAMPLES", "40"))
 ODD: list[Any] = [
     None, True, False, 0, 1, -1, 7, 2**31, 2**63, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x",
     "mistral", "silu", "\ud800", "\0", "x" * 10_000, [], [None], [[]], [{}], [5], ["x"], {}, {"x": {}},
@@ -45,7 +45,7 @@ values = st.sampled_from(ODD) | st.recursive(
     max_leaves=6,
 )
 property_of_files = settings(
-    max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(15), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 

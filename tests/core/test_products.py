@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from adapters import DOWN, HEAD, QUERY, write_mlx_lm, write_peft
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from m7mlx_convert.convert import convert
@@ -111,7 +112,7 @@ def sizes(x: mx.array, of: list[Case], rounded: bool = False) -> mx.array:
 
 
 @given(st.integers(1, 3).flatmap(cases), st.integers(1, 40), st.booleans(), st.booleans(), st.booleans())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 def test_a_product_is_that_of_mlx(
     of: list[Case], tokens: int, is_normed: bool, is_added: bool, rounded: bool
 ) -> None:
@@ -151,7 +152,7 @@ def test_rounding_hides_no_number_that_is_not_finite(wrong: float) -> None:
 
 
 @given(cases(2, True), st.integers(1, 40), st.booleans())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 def test_a_gated_product_is_that_of_mlx(of: list[Case], tokens: int, is_normed: bool) -> None:
     x = inputs(tokens, of[0].numbers.shape[1])
     norm = 1 + mx.random.normal(x.shape[1:], key=mx.random.key(1)) / 8 if is_normed else None
@@ -164,7 +165,7 @@ def test_a_gated_product_is_that_of_mlx(of: list[Case], tokens: int, is_normed: 
 
 
 @given(cases(), st.lists(st.integers(-3, 80), min_size=1, max_size=9))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 def test_a_lookup_gives_the_rows_and_zeros_for_what_is_no_row(of: list[Case], ids: list[int]) -> None:
     (case,) = of
     rows = case.numbers.shape[0]

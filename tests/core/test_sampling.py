@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
@@ -29,7 +30,7 @@ logit_lists = st.lists(st.integers(-400, 400), min_size=8, max_size=8, unique=Tr
 @given(
     logit_lists, st.sampled_from([0.3, 0.9, 1.0]), st.sampled_from([0.0, 0.05, 0.5]), st.sampled_from([0, 1, 3, 10])
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_filters_keep_what_mlx_lm_keeps(logits: list[float], top_p: float, min_p: float, top_k: int) -> None:
     row = mx.array([logits])
     found = filtered_logprobs(row, Sampling(temperature=1, top_p=top_p, min_p=min_p, top_k=top_k))
@@ -84,7 +85,7 @@ def test_a_seed_repeats_and_leaves_the_global_state_alone() -> None:
 
 
 @given(logit_lists, st.lists(st.integers(0, 3), min_size=1, max_size=6), st.sampled_from([1.1, 1.7]))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 def test_the_repetition_penalty_is_mlx_lms(logits: list[float], recent: list[int], penalty: float) -> None:
     row = mx.array([logits])
     (process,) = make_logits_processors(repetition_penalty=penalty)

@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import mixed_config, small_config, small_model, write_folder
@@ -130,7 +131,7 @@ SAMPLINGS = [
     prompt=st.integers(1, 50),
     limit=st.integers(0, 40),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 def test_the_tokens_are_those_of_plain_decoding(
     window: int | str | None, kind: str, most: int, slack: int, sampling: Sampling, prompt: int, limit: int
 ) -> None:
@@ -148,7 +149,7 @@ def test_the_tokens_are_those_of_plain_decoding(
     options=st.sampled_from([{}, {"kv_bits": 8, "kv_group_size": 32}]),
     sampling=st.sampled_from(SAMPLINGS),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(12), deadline=None)
 def test_right_and_wrong_guesses_in_any_order(
     window: int | str | None, wrong: list[int], options: dict[str, Any], sampling: Sampling
 ) -> None:
@@ -187,7 +188,7 @@ def test_a_repetition_is_looked_up() -> None:
 
 
 @given(st.lists(st.integers(0, 3), max_size=40), st.integers(1, 8), st.integers(0, 8))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_lookup_finds_what_a_plain_search_finds(ids: list[int], most: int, later: int) -> None:
     ids = [i * 257 for i in ids]  # bytes that repeat across ids
     drafter = PromptLookup()
@@ -264,7 +265,7 @@ def test_sequences_follow_the_target() -> None:
     first = np.array(mx.softmax(model(mx.array([[0, 1]]))[0, -1] / 2))
     joint = np.array([first[a] * np.array(mx.softmax(model(mx.array([[0, 1, a]]))[0, -1] / 2)) for a in range(3)])
     counts: Counter[int] = Counter()
-    draws, base = 1500, model.new_cache()
+    draws, base = examples(500), model.new_cache()
     logits = prefill(model, [0, 1], base)
     start = base.snapshot()
     for seed in range(draws):

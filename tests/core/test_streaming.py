@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import reference
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import random_weights, small_config, small_model
@@ -31,7 +32,7 @@ def assert_close(found: mx.array, expected: np.ndarray) -> None:
 
 
 @given(st.sampled_from(STREAMS), st.integers(0, 9), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 def test_any_cutting_gives_the_logits_of_recomputed_positions(
     stream: tuple[int, int], slack: int, data: st.DataObject
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
@@ -86,7 +87,7 @@ def test_hard_texts(pair: tuple[Tokenizer, Tekkenizer], text: str) -> None:
 
 
 @given(st.lists(st.one_of(st.sampled_from(SCRIPTS), st.text(max_size=6))).map("".join))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 def test_any_text_in_any_script(pair: tuple[Tokenizer, Tekkenizer], text: str) -> None:
     ours, theirs = pair
     text = text.encode("utf-8", "replace").decode()
@@ -98,7 +99,7 @@ def test_any_text_in_any_script(pair: tuple[Tokenizer, Tekkenizer], text: str) -
 
 
 @given(st.lists(st.integers(0, 131_071), max_size=12))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 def test_any_ids_decode_to_their_bytes(pair: tuple[Tokenizer, Tekkenizer], ids: list[int]) -> None:
     ours, theirs = pair
     whole = b"".join(theirs.id_to_byte_piece(token) for token in ids)

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import MISTRAL_FILES, mistral_file
@@ -31,7 +32,7 @@ def test_hard_texts_equal_mistral_common(mistral_tokenizers: dict[str, Tokenizer
 
 
 @given(st.sampled_from(VERSIONS), text)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 def test_any_text_equals_mistral_common(mistral_tokenizers: dict[str, Tokenizer], version: str, words: str) -> None:
     ids = mistral_tokenizers[version].encode(words)
     assert ids == ORACLES[version].encode(words, bos=False, eos=False)
@@ -39,7 +40,7 @@ def test_any_text_equals_mistral_common(mistral_tokenizers: dict[str, Tokenizer]
 
 
 @given(st.sampled_from(VERSIONS), st.lists(st.integers(0, 31999) | st.integers(0, 1100), max_size=30))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 def test_any_ids_decode_as_in_mistral_common_and_stream_alike(
     mistral_tokenizers: dict[str, Tokenizer], version: str, ids: list[int]
 ) -> None:
@@ -121,14 +122,14 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 @given(words=text)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_byte_level_round_trip(byte_level: Tokenizer, words: str) -> None:
     assert byte_level.decode(byte_level.encode(words)) == words
 
 
 @pytest.mark.parametrize("version", ["v1", "v3"])
 @given(words=text | st.sampled_from(HARD))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 def test_sentencepiece_style_json_equals_the_model_file(
     mistral_tokenizers: dict[str, Tokenizer], json_twins: dict[str, Tokenizer], version: str, words: str
 ) -> None:

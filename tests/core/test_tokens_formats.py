@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from conversations import CHATML, CONVERSATIONS, INSTRUCT, TOOLS, assistant, oracle, system, user
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_folders import CONTROLS, HARD, byte_level_json, write_json_tokenizer
@@ -34,7 +35,7 @@ turns = st.lists(
 
 
 @given(st.sampled_from(VERSIONS), turns, st.text(max_size=20))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_any_conversation_equals_mistral_common(
     mistral_tokenizers: dict[str, Tokenizer], version: str, history: list[tuple[str, str]], last: str
 ) -> None:
@@ -141,7 +142,7 @@ def test_a_message_after_tools_is_continued(mistral_tokenizers: dict[str, Tokeni
 
 
 @given(st.sampled_from(VERSIONS), st.text(st.characters(codec="utf-8"), min_size=1, max_size=20))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 def test_any_message_that_is_continued_equals_mistral_common(
     mistral_tokenizers: dict[str, Tokenizer], version: str, text: str
 ) -> None:
@@ -293,7 +294,7 @@ look_alikes = st.lists(
 
 
 @given(texts=st.lists(look_alikes, min_size=1, max_size=4))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_text_never_becomes_a_control_token_in_a_template(chatml_tokenizer: Tokenizer, texts: list[str]) -> None:
     """Control ids stand exactly where the template put them.
 
@@ -307,7 +308,7 @@ def test_text_never_becomes_a_control_token_in_a_template(chatml_tokenizer: Toke
 
 
 @given(question=look_alikes, text=look_alikes.filter(str.strip))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_text_that_is_continued_never_becomes_a_control_token(
     chatml_tokenizer: Tokenizer, question: str, text: str
 ) -> None:
@@ -316,7 +317,7 @@ def test_text_that_is_continued_never_becomes_a_control_token(
 
 
 @given(texts=st.lists(look_alikes, min_size=2, max_size=4))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 def test_not_even_across_the_borders_of_messages(bare_tokenizer: Tokenizer, texts: list[str]) -> None:
     ids = bare_tokenizer.chat.encode([user(t) for t in texts])
     assert ids == list("".join(texts).encode())

@@ -397,12 +397,9 @@ async def go_through(
     chat: Chat,
     work: Path,
     look: Callable[[Place], None],
-    written: Callable[[], str] | None = None,
+    written: Callable[[], str],
 ) -> None:
-    """Show each place, wait until its word is seen, let `look` see it, leave it.
-
-    If `written` is given, wait until that has the word, too.
-    """
+    """Show each place, wait until its word is seen and written, let `look` see it, leave it."""
     for one in PLACES:
         await one.show(chat, work)
         shown = time.monotonic()
@@ -413,7 +410,7 @@ async def go_through(
                 shown = time.monotonic()
                 await one.show(chat, work)
             seen = chat.shown().replace("\n", "")  # a toast may break a word
-            if one.word in seen and (written is None or one.word in written()):
+            if one.word in seen and one.word in written():
                 await chat.pilot.pause(0.1)  # Textual is still bringing it up
                 break
         look(one)
@@ -441,8 +438,12 @@ def drawn(chat: Chat) -> list[str]:
 
 
 def main(folder: Path) -> None:
-    """All places on a real terminal; a line with "went through" at the end."""
+    """Show all places on a real terminal, and end with a line: "went through", and what was unsafe.
+
+    Unsafe is a place where a widget draws a control character.
+    """
     os.chdir(folder)
+    unsafe: list[str] = []
     with Store(folder / "chats.db") as store:
         engine = ScriptedEngine()
         session = Session(store, engine, settings())
@@ -458,14 +459,18 @@ def main(folder: Path) -> None:
                 written.append(data)
                 write(data)
 
+            def look(one: Place) -> None:
+                if UNSAFE.search("".join(drawn(chat))):
+                    unsafe.append(one.name)
+
             app._driver.write = noted  # type: ignore[union-attr, method-assign]
             await chat.say(READY)
-            await go_through(chat, folder, lambda one: None, lambda: "".join(written))
+            await go_through(chat, folder, look, lambda: "".join(written))
             app.copy_to_clipboard("copied" + EVIL)
             app.exit()
 
         app.run(auto_pilot=drive)
-        print("went through" if not app.return_code else "failed")
+        print("failed" if app.return_code else f"went through, unsafe: {unsafe}")
 
 
 if __name__ == "__main__":

@@ -33,9 +33,10 @@ class ModelCommands(ChatView):
             title = f"✗ {visible(self.failure.message)}\n\n{title}"
         current = self.session.settings.model if self.session.ready is not None else ""
         screen = Models(self.environment.models, current, sorted(used), title, name or None)
-        self.push_screen(screen, self._model_chosen)
+        self.push_screen(screen, self.model_chosen)
 
-    def _model_chosen(self, chosen: Chosen | None) -> None:
+    async def model_chosen(self, chosen: Chosen | None) -> None:
+        """Load what was chosen, if anything was."""
         if chosen is not None:
             self.folder = chosen.folder
             self.session.configure(self.session.settings.changed({"model": chosen.name}))
