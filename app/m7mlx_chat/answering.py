@@ -20,6 +20,7 @@ from m7mlx_chat.events import (
     Given,
     Listed,
     NoTools,
+    OnDisk,
     Ready,
     Seen,
     Text,
@@ -86,6 +87,8 @@ class Answering:
     under_way  the answer, if there is one
     ready      the model, once it is loaded
     seen       where its cache stands
+    on_disk    what lies on the disk of conversations; None where none is kept
+    in_memory  conversations that were answered since the model was loaded: it mostly holds them
     schema     a JSON schema that every answer must fit
     tools      what the model may call
     rounds     how often it may call tools in one answer
@@ -96,6 +99,8 @@ class Answering:
         self.under_way: UnderWay | None = None
         self.ready: Ready | None = None
         self.seen = Seen(0, 0)
+        self.on_disk: OnDisk | None = None
+        self.in_memory: set[int] = set()
         self.schema: Mapping[str, Any] | None = None
         self.tools: AnyTools = NoTools()
         self.rounds = ROUNDS
@@ -142,8 +147,11 @@ class Answering:
     def handle(self, event: Event) -> None:
         """Keep what an event of the engine brings."""
         match event:
+            case OnDisk():
+                self.on_disk = event
             case Ready():
                 self.ready, self.seen = event, Seen(0, 0)
+                self.in_memory.clear()
                 if self.under_way is not None:
                     self._go_on(self.under_way)
             case Listed():
@@ -166,6 +174,7 @@ class Answering:
             case Done():
                 self.seen = event.seen
                 if self.under_way is not None:
+                    self.in_memory.add(self.under_way.conversation)
                     self._done(self.under_way, event)
             case Failed(message, fatal):
                 if fatal:
@@ -215,6 +224,7 @@ class Answering:
             schema=self.schema,
             effort=settings.reasoning_effort,
             tools=self.tools.functions(),
+            space=str(under_way.conversation),
         )
 
     def _grow(self, under_way: UnderWay, text: str) -> None:
@@ -291,6 +301,8 @@ class Answering:
         under_way.text = begun_text + done.text
         statistics = asdict(done.statistics) | {"seen": done.seen.tokens, "cache_bytes": done.seen.cache_bytes}
         statistics["generated_tokens"] += under_way.earlier_tokens
+        if done.from_disk:
+            statistics["from_disk"] = True
         if self.vocabulary is not None:
             statistics["vocabulary"] = self.vocabulary
         self._finish(_ENDINGS[done.reason], statistics, None if begun_ids is None else [*begun_ids, *done.ids])

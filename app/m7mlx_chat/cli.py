@@ -11,7 +11,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m7mlx.command import EXIT_FAILED, ArgumentParser, add_json, add_kv_bits, add_parallel, gigabytes, run, say
+from m7mlx.command import (
+    EXIT_FAILED,
+    KV_BITS,
+    ArgumentParser,
+    add_json,
+    add_kv_bits,
+    add_parallel,
+    gigabytes,
+    run,
+    say,
+)
 from m7mlx.errors import InputError
 from m7mlx.parallel.launch import is_launched
 from m7mlx.paths import user_path
@@ -136,6 +146,16 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="models without a window: keep the first 4 and the last N - 4 tokens, and go on for ever",
     )
+    memory.add_argument(
+        "--kv-disk",
+        type=float,
+        metavar="GB",
+        help="keep up to so much on the disk, so that conversations go on at once when opened again "
+        "(default: 8; 0: none)",
+    )
+    memory.add_argument(
+        "--kv-disk-bits", type=int, choices=KV_BITS, help="in so many bits (default: 8; 16 and 32 change no answer)"
+    )
     parser.add_argument(
         "--speculate",
         metavar="HOW",
@@ -206,7 +226,7 @@ def _chat(args: argparse.Namespace) -> int:
         return launch(config, settings, environment, start)
     for note in choice.notes:
         say(f"{PROG}: {note}")
-    return _answer(args, settings, config, None if args.no_save or config.no_save else environment.database)
+    return _answer(args, settings, config, None if args.no_save or config.no_save else environment)
 
 
 def _check_together(args: argparse.Namespace, asked: bool, in_terminal: bool) -> None:
@@ -235,8 +255,16 @@ def _import_file(name: str, environment: Environment) -> int:
     return 0
 
 
-def _answer(args: argparse.Namespace, settings: Settings, config: Config, database: Path | None) -> int:
-    """Print one answer, or be one of `mlx.launch`'s other processes; returns the exit status."""
+def _answer(
+    args: argparse.Namespace,
+    settings: Settings,
+    config: Config,
+    environment: Environment | None,
+) -> int:
+    """Print one answer, or be one of `mlx.launch`'s other processes; returns the exit status.
+
+    Nothing is kept without an `environment`.
+    """
     from m7mlx_chat.headless import Tools, answer, fill_in
     from m7mlx_chat.question import piped_text, question_of, read_schema
 
@@ -254,7 +282,8 @@ def _answer(args: argparse.Namespace, settings: Settings, config: Config, databa
         settings,
         # mlx.launch gives its processes a pipe, and never closes it.
         question_of(args.prompt, args.file, may_be_piped=not is_launched()),
-        database,
+        environment.database if environment else None,
+        copies=environment.copies if environment else None,
         go_on=args.go_on,
         as_json=args.json,
         schema=read_schema(args.json_schema) if args.json_schema else None,

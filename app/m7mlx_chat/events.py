@@ -55,6 +55,27 @@ class Seen:
 
 
 @dataclass(frozen=True)
+class OnDisk:
+    """What lies on the disk of conversations, so that they go on at once when opened again.
+
+    conversations  how many, with all models; nbytes, of at most `most_bytes`
+    spaces         which ones, as `Request.space` names them
+    """
+
+    conversations: int
+    nbytes: int
+    most_bytes: int
+    spaces: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something went wrong that ends nothing, in one line."""
+
+    message: str
+
+
+@dataclass(frozen=True)
 class Prefill:
     """`done` of `total` new tokens of the prompt have been read; `reused` were in the cache."""
 
@@ -84,7 +105,8 @@ class Thought:
 class Done:
     """The answer has ended, and everything up to here is in the cache.
 
-    `text` and `ids` leave out what the answer said before it was broken off.
+    `text` and `ids` leave out what the answer said before it was broken off; `from_disk` tells that
+    the conversation came back from the disk.
     """
 
     reason: Literal["stop", "length", "stopped"]
@@ -92,6 +114,7 @@ class Done:
     ids: list[int]
     statistics: Stats
     seen: Seen
+    from_disk: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,7 +160,7 @@ class Failed:
     room: int | None = None
 
 
-Event = Loading | Ready | Prefill | Text | Thought | Called | Given | Listed | Done | Failed
+Event = Loading | Ready | OnDisk | Note | Prefill | Text | Thought | Called | Given | Listed | Done | Failed
 
 
 class AnyEngine(Protocol):
@@ -157,6 +180,12 @@ class AnyEngine(Protocol):
 
     def cancel(self) -> None:
         """End what was submitted so far."""
+
+    def count(self, text: str) -> int | None:
+        """Count the tokens of a text, at once, on any thread; None where no model is loaded."""
+
+    def forget(self, conversation: int) -> None:
+        """Keep nothing on the disk of a conversation that was deleted."""
 
     def drain(self, wait: float = 0.0) -> list[Event]:
         """Return the events since the last call; wait so many seconds for one if there is none."""

@@ -54,6 +54,7 @@ def answer(
     question: str,
     database: Path | None,
     *,
+    copies: Path | None = None,
     go_on: bool = False,
     as_json: bool = False,
     schema: Mapping[str, Any] | None = None,
@@ -63,6 +64,7 @@ def answer(
     """Answer a question on stdout; returns the exit status.
 
     database  where question and answer are kept; None keeps nothing
+    copies    where conversations are copied to that are gone on with; None copies none
     go_on     ask in the conversation spoken in last
     as_json   print one JSON object a line
     schema    the answer is JSON that fits this schema
@@ -78,7 +80,7 @@ def answer(
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
     folder = fetch_models(settings)
     with _ended_by_signals(), open_store(database) as store:
-        engine = Engine(world)
+        engine = Engine(world, copies if go_on else None)
         session = Session(store, engine, settings)
         session.schema, session.rounds = schema, tools.rounds
         if go_on:

@@ -57,7 +57,7 @@ def launch(config: Config, settings: Settings, environment: Environment, start: 
         raise InputError('this terminal (TERM=dumb) cannot show the chat; ask for one answer with -p "…"')
     notes = list(start.notes)
     with open_store(environment.database if start.save else None) as store:
-        engine = Engine()
+        engine = Engine(copies=environment.copies if start.save else None)
         session = Session(store, engine, settings)
         if start.go_on:
             try:

@@ -59,6 +59,15 @@ class Session(Answering):
                     break
         return replace(self._seen_there, kept_bytes=self.seen.kept_bytes)
 
+    @property
+    def unread(self) -> int:
+        """About how many tokens of the conversation shown must be read again before it goes on."""
+        here = self.conversation
+        if here is None or here in self.in_memory:
+            return 0
+        is_on_disk = self.on_disk is not None and str(here) in self.on_disk.spaces
+        return 0 if is_on_disk else self.seen_here.tokens
+
     def new(self) -> None:
         """Begin a new conversation, with the settings of the start and the model of now."""
         self.conversation, self.line = None, []
@@ -127,6 +136,24 @@ class Session(Answering):
     def ask(self, text: str) -> UnderWay:
         """Ask a question after what is shown."""
         return self._ask(text, self.line[-1] if self.line else None)
+
+    def ask_in(self, conversation: int | None, text: str) -> UnderWay:
+        """Ask a question at the end of a conversation; another one may be shown, and stays so.
+
+        conversation  None begins one
+        """
+        if conversation == self.conversation:
+            return self.ask(text)
+        self.check_free()
+        shown = self.conversation, self.line, self.settings
+        try:
+            if conversation is None:
+                self.new()
+            else:
+                self.open(conversation)
+            return self.ask(text)
+        finally:
+            self.conversation, self.line, self.settings = shown
 
     def edit(self, question: int, text: str) -> UnderWay:
         """Ask a question in the place of another, which stays as another version."""

@@ -29,7 +29,8 @@ def told(tokenizer: Tokenizer, pieces: list[Piece], monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(loaded, "tokenizer", tokenizer, raising=False)
     monkeypatch.setattr(loaded, "_seen", lambda: Seen(0, 0))
     events: list[Event] = []
-    ended = loaded._tell(iter(pieces), AnswerReader(tokenizer, "allowed"), events.append)
+    monkeypatch.setattr(loaded, "_emit", events.append, raising=False)
+    ended = loaded._tell(iter(pieces), AnswerReader(tokenizer, "allowed"))
     return ended, "".join(event.text for event in events if isinstance(event, Text))
 
 
