@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from m7mlx_chat.answering import UnderWay
 from m7mlx_chat.commands.compare import CompareCommands
 from m7mlx_chat.screens.dialogs import Choose
+from m7mlx_chat.under_way import UnderWay
 from m7mlx_chat.unsent import folded
 
 _CHARACTERS = 2  # of a token, at the least: so much of the conversation is summed up
