@@ -17,7 +17,6 @@ from m7mlx.files.hub import find_existing
 from m7mlx.terminal import one_line
 from m7mlx.units import counted
 from m7mlx_chat.actions import is_command
-from m7mlx_chat.answering import UnderWay
 from m7mlx_chat.attach import attached
 from m7mlx_chat.config import Config
 from m7mlx_chat.engine import Engine
@@ -35,6 +34,7 @@ from m7mlx_chat.steps import written as written_call
 from m7mlx_chat.store import open_store
 from m7mlx_chat.tools.allowed import Allowed
 from m7mlx_chat.tools.start import start_tools
+from m7mlx_chat.under_way import UnderWay
 
 _WAIT = 0.1  # seconds to wait for an event at a time
 _RECALLED = 200  # questions that ↑ brings back
