@@ -10,6 +10,8 @@ import platformdirs
 
 from m7mlx.paths import cache_dir
 
+ENGINE_FILE = "M7MLX_ENGINE_FILE"  # for a page's process alone: those that it starts know it not
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -21,6 +23,7 @@ class Environment:
     editor      the command that opens a text: $VISUAL, $EDITOR or vi
     in_browser  the screen is a browser's page: `m7mlx_chat.web` has started this process
     is_dumb     the terminal cannot place the cursor
+    engine      the open file that leads to the engine of all pages, in a browser
     """
 
     data: Path
@@ -29,6 +32,7 @@ class Environment:
     editor: str = "vi"
     in_browser: bool = False
     is_dumb: bool = False
+    engine: int | None = None
 
     @property
     def database(self) -> Path:
@@ -61,4 +65,5 @@ def read_environment() -> Environment:
         editor=os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi",
         in_browser="TEXTUAL_DRIVER" in os.environ,
         is_dumb=os.environ.get("TERM") == "dumb",
+        engine=int(engine) if (engine := os.environ.pop(ENGINE_FILE, "")).isdecimal() else None,
     )

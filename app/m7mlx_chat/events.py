@@ -160,7 +160,12 @@ class Failed:
     room: int | None = None
 
 
-Event = Loading | Ready | OnDisk | Note | Prefill | Text | Thought | Called | Given | Listed | Done | Failed
+@dataclass(frozen=True)
+class Waiting:
+    """The model is answering elsewhere; what was asked here waits its turn."""
+
+
+Event = Loading | Ready | OnDisk | Note | Waiting | Prefill | Text | Thought | Called | Given | Listed | Done | Failed
 
 
 class AnyEngine(Protocol):

@@ -12,7 +12,10 @@ _HOST = "127.0.0.1"
 
 
 def serve(arguments: Sequence[str], port: int) -> int:
-    """Serve until Ctrl-C: each page runs a chat of its own, with the same `arguments` but --web."""
+    """Serve until Ctrl-C: each page runs a chat of its own, with the same `arguments` but --web.
+
+    One model answers all pages, in turn.
+    """
     if not 0 < port < 1 << 16:
         raise InputError(f"--port must lie between 1 and 65535, not {port}")
     try:
