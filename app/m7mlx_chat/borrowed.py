@@ -40,6 +40,14 @@ class BorrowedEngine:
         """End what was submitted from here."""
         self._send("cancel")
 
+    def count(self, text: str) -> int | None:
+        """Return None: the tokenizer is where the engine is, too far to ask at each key."""
+        return None
+
+    def forget(self, conversation: int) -> None:
+        """Keep nothing on the disk of a conversation that was deleted."""
+        self._send("forget", conversation)
+
     def drain(self, wait: float = 0.0) -> list[Event]:
         """Return the events since the last call; wait so many seconds for one if there is none."""
         return self._events.drain(wait)

@@ -16,7 +16,7 @@ def figures(message: Message) -> tuple[str, ...]:
         f"{s.get('generation_tps', 0):.1f}",
         f"{s.get('time_to_first_token', 0):.2f} s",
         f"{s.get('prompt_tokens', 0):,}",
-        f"{s.get('reused_tokens', 0):,}",
+        f"{s.get('reused_tokens', 0):,}" + " (disk)" * bool(s.get("from_disk")),
         f"{s.get('prompt_tps', 0):,.0f}",
         in_gigabytes(s.get("peak_memory", 0), 2),
     )

@@ -23,6 +23,8 @@ from m7mlx_chat.events import AnyEngine
 from m7mlx_chat.session import Session
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.store import open_store
+from m7mlx_chat.tools.allowed import Allowed
+from m7mlx_chat.tools.start import start_tools
 from m7mlx_chat.view import Parts
 
 
@@ -35,6 +37,7 @@ class Start:
     save      keep the conversations
     fetch     the model of the settings is wanted: where it is not here, fetch it
     notes     what is to be told at the start
+    allowed   tools that may run unasked
     """
 
     question: str | None = None
@@ -42,19 +45,29 @@ class Start:
     save: bool = True
     fetch: bool = False
     notes: Sequence[str] = ()
+    allowed: Sequence[str] = ()
 
 
 def launch(config: Config, settings: Settings, environment: Environment, start: Start) -> int:
     """Show the chat until the user leaves; returns the exit status."""
     notes = list(start.notes)
     with open_store(environment.database if start.save else None) as store:
-        engine: AnyEngine = Engine() if environment.engine is None else BorrowedEngine(environment.engine)
+        copies = environment.copies if start.save else None
+        engine: AnyEngine = (
+            BorrowedEngine(environment.engine) if environment.engine is not None else Engine(copies=copies)
+        )
         session = Session(store, engine, settings)
         if start.go_on:
             try:
                 session.open_last()
             except M7Error as error:
                 notes.append(str(error))
+        session.rounds = config.tool_rounds
+        try:
+            approvals = environment.tools if start.save else None
+            session.tools = start_tools(config.servers, Allowed(start.allowed), approvals)
+        except M7Error as error:
+            notes.append(str(error))
         folder = _folder(settings.model)
         with _stderr_to_log(environment.log), _keys_from_terminal(environment):
             app = ChatApp(

@@ -151,7 +151,7 @@ def test_every_slash_command_is_known(talking: Talking) -> None:
     names = [action.slash for action in ACTIONS if action.slash and action.slash != "bye"]
     _, told = talking.type("Hello", *(f"/{name}" for name in names), "/bye", "never read")
     assert "there is no command" not in told
-    assert re.findall(r"/(\w+) needs the chat on a screen", told) == ["theme"]
+    assert re.findall(r"/(\w+) needs the chat on a screen", told) == ["tools", "theme"]
     assert "never read" not in talking.store.prompts()
     assert "there is no command /xyz" in talking.type("/xyz")[1]
 

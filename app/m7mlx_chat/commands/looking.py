@@ -14,7 +14,7 @@ from m7mlx_chat.figures import HEADINGS, figures
 from m7mlx_chat.markdown import CodeBlock
 from m7mlx_chat.screens.dialogs import Figures, Help
 from m7mlx_chat.view import ChatView
-from m7mlx_chat.widgets.ring import RingPicture
+from m7mlx_chat.widgets.ring import RingPicture, copies_line
 
 _LISTED = 200  # answers, of which figures are shown
 
@@ -38,6 +38,8 @@ class LookCommands(ChatView):
             what = Text(" ".join(visible(message.text).split())[:24], style="dim", no_wrap=True)
             table.add_row(what, *(Text(number, justify="right") for number in figures(message)))
         title = f"What {counted(len(answers), 'answer')} cost" if answers else "Nothing has been answered yet"
+        if self.session.on_disk is not None:
+            title += f"\n{copies_line(self.session.on_disk)}"
         self.push_screen(Figures(title, table))
 
     def action_window(self) -> None:

@@ -48,22 +48,11 @@ class DraftWriter(Writer):
 
     def drop_draft(self, place: Place) -> None:
         """Forget our draft: it has been sent, or is what it was made of."""
-        ours = "FROM draft WHERE place = ? AND owner = ?"
-        if self._rows(f"SELECT 1 {ours}", [place.key, self._instance.name]):
-            with self._writing():
-                self._db.execute(f"DELETE {ours}", [place.key, self._instance.name])
+        self._drop(place.key)
 
     def draft(self, place: Place) -> tuple[str, dict[str, str]] | None:
         """The draft of a place, if there is one; nobody's becomes ours."""
-        name = self._instance.name
-        for found in self._rows(
-            f"SELECT rowid AS number, * FROM draft WHERE place = ? {_OURS_FIRST}", [place.key, name]
-        ):
-            if found["owner"] is None:
-                with suppress(M7Error), self._writing():  # where nothing can be written, it is shown all the same
-                    self._db.execute("UPDATE draft SET owner = ? WHERE rowid = ?", [name, found["number"]])
-            return _text_of(Row(found))
-        return None
+        return self._take(place.key)
 
     def last_place(self, conversation: int | None) -> Place:
         """Where in a conversation a draft was written last, by us if we have written in it."""
@@ -74,6 +63,19 @@ class DraftWriter(Writer):
                 if kind == "question" and number.isdecimal():
                     return Place(conversation, int(number))
         return Place(conversation)
+
+    def keep_waiting(self, place: Place, shown: str, pastes: Mapping[str, str]) -> None:
+        """Keep what has been sent at a place, and waits for its turn."""
+        with self._writing():
+            self._keep(f"waiting {place.key}", place.conversation, shown, pastes)
+
+    def drop_waiting(self, place: Place) -> None:
+        """Forget it: nothing waits there any more."""
+        self._drop(f"waiting {place.key}")
+
+    def waiting(self, place: Place) -> tuple[str, dict[str, str]] | None:
+        """What waited for its turn at a place, here or in a window that has ended."""
+        return self._take(f"waiting {place.key}", "AND (owner = ? OR owner IS NULL)", [self._instance.name])
 
     def keep_cleared(self, shown: str, pastes: Mapping[str, str]) -> None:
         """Keep the draft that the user cleared last; those of windows that have ended go."""
@@ -97,6 +99,26 @@ class DraftWriter(Writer):
     def _keep(self, key: str, conversation: int | None, shown: str, pastes: Mapping[str, str]) -> None:
         values = [key, self._instance.name, conversation, self._clock(), encodable(shown), as_json(pastes)]
         self._db.execute("INSERT OR REPLACE INTO draft VALUES (?, ?, ?, ?, ?, ?)", values)
+
+    def _drop(self, key: str) -> None:
+        ours = "FROM draft WHERE place = ? AND owner = ?"
+        if self._rows(f"SELECT 1 {ours}", [key, self._instance.name]):
+            with self._writing():
+                self._db.execute(f"DELETE {ours}", [key, self._instance.name])
+
+    def _take(self, key: str, whose: str = "", values: Sequence[str] = ()) -> tuple[str, dict[str, str]] | None:
+        """The first text of a place; what is nobody's becomes ours."""
+        name, first = (
+            self._instance.name,
+            f"SELECT rowid AS number, * FROM draft WHERE place = ? {whose} {_OURS_FIRST}",
+        )
+        for found in self._rows(first, [key, *values, name]):
+            if found["owner"] is None:
+                # where nothing can be written, it is shown all the same
+                with suppress(M7Error), self._writing():
+                    self._db.execute("UPDATE draft SET owner = ? WHERE rowid = ?", [name, found["number"]])
+            return _text_of(Row(found))
+        return None
 
     def _release(self, whose: str, values: Sequence[str]) -> None:
         """Let the drafts of instances that have ended belong to nobody."""

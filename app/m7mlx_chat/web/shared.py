@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from m7mlx import Request, Stats
-from m7mlx_chat.events import AnyEngine, Done, Event, Failed, Ready, Seen, Waiting
+from m7mlx_chat.events import AnyEngine, Called, Done, Event, Failed, Ready, Seen, Waiting
 from m7mlx_chat.settings import ENGINE, Settings
 
 _WAIT = 0.1  # seconds to wait for an event at a time
@@ -117,6 +117,8 @@ class SharedEngine:
                 self._queue(_Turn(page, page.wanted, None))
             case "submit", (request,) if page.wanted is not None:
                 self._queue(_Turn(page, page.wanted, request))
+            case "forget", (conversation,):
+                self._engine.forget(conversation)
             case "cancel", _:
                 self._cancel(page, only_answers=True)
             case _:
@@ -174,7 +176,7 @@ class SharedEngine:
         while not self._is_closing:
             for event in self._engine.drain(_WAIT):
                 turn.send(event)
-                if isinstance(event, Done | Failed):
+                if isinstance(event, Called | Done | Failed):
                     return
 
     def _load(self, turn: _Turn) -> bool:
