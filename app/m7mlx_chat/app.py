@@ -118,13 +118,17 @@ class ChatApp(
             self.set_keymap(self.config.keys)
         self.watch(self, "theme", self.keep_theme, init=False)
 
+    def _is_ending(self) -> bool:
+        """Whether what is on the screen is just being taken away."""
+        return not self.is_running or not self.screen_stack[0].query(Composer)
+
     def _keep_draft(self) -> None:
-        if self.screen_stack[0].query(Composer):  # unless the chat is just ending
+        if not self._is_ending():
             self.drafts.keep()
 
     def look_around(self) -> None:
         """From time to time: save what could not be saved, show what other instances did."""
-        if not self.screen_stack[0].query(Composer):  # the chat is just ending
+        if self._is_ending():
             return
         with contextlib.suppress(M7Error):
             self.session.save_again()
@@ -143,8 +147,10 @@ class ChatApp(
 
     async def drain(self) -> None:
         """Take what the engine has said since the last time."""
+        if self._is_ending():  # the rest is for whoever ends the chat
+            return
         for event in [*self.engine.drain(), *self.session.tools.drain()]:
-            if not self.is_running:
+            if self._is_ending():
                 return
             with self.going_on():
                 await self._handle(event)
@@ -164,10 +170,10 @@ class ChatApp(
                 self.pace.forget()
                 self.show_state()
                 self.show_seen()
-            case Waiting():
-                self.show_state("the model is answering in another page; this one waits · Esc stops")
             case Note(message):
                 self.tell(message, is_error=True)
+            case Waiting():
+                self.show_state("the model is answering in another page; this one waits · Esc stops")
             case Prefill() if answer is not None:
                 self._show_prefill(event, answer)
             case Text():

@@ -36,17 +36,17 @@ class BorrowedEngine:
         """Answer a request when its turn has come."""
         self._send("submit", request)
 
-    def cancel(self) -> None:
-        """End what was submitted from here."""
-        self._send("cancel")
-
     def count(self, text: str) -> int | None:
-        """Return None: the tokenizer is where the engine is, too far to ask at each key."""
+        """The tokenizer is in the other process: nothing is counted here."""
         return None
 
     def forget(self, conversation: int) -> None:
         """Keep nothing on the disk of a conversation that was deleted."""
         self._send("forget", conversation)
+
+    def cancel(self) -> None:
+        """End what was submitted from here."""
+        self._send("cancel")
 
     def drain(self, wait: float = 0.0) -> list[Event]:
         """Return the events since the last call; wait so many seconds for one if there is none."""

@@ -16,10 +16,9 @@ from m7mlx_chat.widgets.composer import Composer
 class Drafts:
     """The draft in the composer, and those of other conversations.
 
-    Each window keeps its own: two of one conversation never write over what the other holds.
-
     turns  what has been sent, and waits for the answer under way to end
 
+    Each window keeps its own: two of one conversation never write over what the other holds.
     Keeping a draft never stands in the way of anything: what could not be written is told, and
     written the next time.
     """

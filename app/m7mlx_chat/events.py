@@ -165,7 +165,7 @@ class Waiting:
     """The model is answering elsewhere; what was asked here waits its turn."""
 
 
-Event = Loading | Ready | OnDisk | Note | Prefill | Text | Thought | Called | Given | Listed | Done | Failed | Waiting
+Event = Loading | Ready | OnDisk | Note | Waiting | Prefill | Text | Thought | Called | Given | Listed | Done | Failed
 
 
 class AnyEngine(Protocol):

@@ -52,10 +52,11 @@ def launch(config: Config, settings: Settings, environment: Environment, start: 
     """Show the chat until the user leaves; returns the exit status."""
     notes = list(start.notes)
     with open_store(environment.database if start.save else None) as store:
-        copies = environment.copies if start.save else None
-        engine: AnyEngine = (
-            BorrowedEngine(environment.engine) if environment.engine is not None else Engine(copies=copies)
-        )
+        engine: AnyEngine
+        if environment.engine is None:
+            engine = Engine(copies=environment.copies if start.save else None)
+        else:
+            engine = BorrowedEngine(environment.engine)
         session = Session(store, engine, settings)
         if start.go_on:
             try:
