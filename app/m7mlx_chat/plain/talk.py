@@ -221,7 +221,10 @@ def run_lines(config: Config, settings: Settings, environment: Environment, star
         session = Session(store, engine, settings)
         session.rounds = config.tool_rounds
         approvals = environment.tools if start.save else None
-        session.tools = start_tools(config.servers, Allowed(start.allowed, asks=lines.is_terminal), approvals)
+        try:
+            session.tools = start_tools(config.servers, Allowed(start.allowed, asks=lines.is_terminal), approvals)
+        except M7Error as error:
+            written.tell(str(error))
         talk = Talk(session, engine, config, environment, lines, written)
         engine.start()
         try:
