@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
@@ -40,7 +41,12 @@ ACTIONS = (
         "complete", "", "/ and @", "complete a command, or put in a text file, a PDF or a folder", place="composer"
     ),
     Action("editor", "ctrl+g", "Ctrl+G", "write the message in $EDITOR"),
-    Action("stop", "escape", "Esc", "stop the answer and keep its text; close; back to the composer"),
+    Action(
+        "stop",
+        "escape",
+        "Esc",
+        "stop the answer and keep its text; take back what waits; close",
+    ),
     Action("interrupt", "ctrl+c", "Ctrl+C", "copy what is selected, clear the text or stop; twice: quit"),
     Action("new", "ctrl+n", "Ctrl+N", "new conversation", "new"),
     Action("retry", "", "", "answer the last question again", "retry"),
@@ -66,6 +72,7 @@ ACTIONS = (
     Action("archive", "", "", "put the conversation away", "archive"),
     Action("delete", "", "", "delete the conversation; /undo brings it back", "delete"),
     Action("undo", "", "", "bring back what was deleted last", "undo"),
+    Action("tools", "", "", "the tools that the model may call", "tools", "[off | on | ask NAME]"),
     Action("theme", "", "", "change the colours", "theme", "[NAME]"),
     Action("select(-1)", "alt+up", "Alt+↑", "select the message before"),
     Action("select(1)", "alt+down", "Alt+↓", "select the next message"),
@@ -97,6 +104,21 @@ COMMANDS = {action.slash: action for action in ACTIONS if action.slash}
 # What people type who come from elsewhere.
 _OTHER_NAMES = {"quit": "bye", "exit": "bye", "clear": "new"}
 COMMANDS |= {other: COMMANDS[name] for other, name in _OTHER_NAMES.items()}
+_COMMAND = re.compile(r"/[a-z]+( .*)?", re.DOTALL)
+
+
+def is_command(text: str) -> bool:
+    """Whether a message has the form of a slash command."""
+    return _COMMAND.fullmatch(text) is not None
+
+
+def parse_command(line: str) -> tuple[Action, list[str]] | None:
+    """The action of a slash command, and its arguments; None if there is no such command."""
+    name, _, argument = line[1:].partition(" ")
+    if name not in COMMANDS:
+        return None
+    action = COMMANDS[name]
+    return action, [argument.strip()] if action.takes else []
 
 
 def bindings(place: Place) -> list[BindingType]:

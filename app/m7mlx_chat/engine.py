@@ -11,18 +11,19 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 import mlx.core as mx
 
 from m7mlx import Request, load
+from m7mlx.cache_folder import remove_space
 from m7mlx.config import ModelConfig
 from m7mlx.errors import M7Error, PromptTooLongError
 from m7mlx.parallel.world import World
 from m7mlx_chat import ENGINE_THREAD
-from m7mlx_chat.events import Event, Failed, Loading, Text
+from m7mlx_chat.event_queue import EventQueue
+from m7mlx_chat.events import Event, Failed, Loading
 from m7mlx_chat.loaded import LoadedModel
 from m7mlx_chat.settings import Settings
 
@@ -39,12 +40,16 @@ class Engine:
     All methods return at once, on any thread. What begins with an underscore runs on the engine's.
     """
 
-    def __init__(self, world: World | None = None) -> None:
-        """Make an engine; `world` is there where processes share the model, this one the first."""
+    def __init__(self, world: World | None = None, copies: Path | None = None) -> None:
+        """Make an engine.
+
+        world   is there where processes share the model, this one the first
+        copies  where conversations are copied to, so that they go on at once the next time
+        """
         self._world = world
+        self._copies = copies if world is None else None
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._events: list[Event] = []
-        self._changed = threading.Condition()
+        self._events = EventQueue()
         self._submitted = self._answering = 0  # requests, counted from 1
         self._cancelled = 0  # the last request that is not wanted any more
         self._loads = 0  # the last one counts
@@ -77,23 +82,18 @@ class Engine:
         """End what was submitted so far, within one token; an answer's text so far is kept."""
         self._cancelled = self._submitted
 
-    def drain(self, wait: float = 0.0) -> list[Event]:
-        """Return the events since the last call, neighbouring texts joined.
+    def count(self, text: str) -> int | None:
+        """Count the tokens of a text, on the thread that asks; None where no model is loaded."""
+        loaded = self._loaded
+        return None if loaded is None else len(loaded.tokenizer.encode(text))
 
-        If there is none, wait so many seconds for one.
-        """
-        with self._changed:
-            if not self._events and wait:
-                self._changed.wait(wait)
-            events, self._events = self._events, []
-        joined: list[Event] = []
-        for event in events:
-            last = joined[-1] if joined else None
-            if isinstance(event, Text) and isinstance(last, Text):
-                joined[-1] = replace(event, text=last.text + event.text, seen=event.seen or last.seen)
-            else:
-                joined.append(event)
-        return joined
+    def forget(self, conversation: int) -> None:
+        """Keep nothing on the disk of a conversation that was deleted."""
+        self._commands.put(lambda: self._forget_conversation(str(conversation)))
+
+    def drain(self, wait: float = 0.0) -> list[Event]:
+        """Return the events since the last call; wait so many seconds for one if there is none."""
+        return self._events.drain(wait)
 
     def close(self, timeout: float = 5.0) -> None:
         """End the thread, in the middle of an answer too."""
@@ -107,13 +107,13 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            while (command := self._commands.get()) is not None:
+            while (command := self._next()) is not None:
                 try:
                     command()
                 except _Stopped:
                     pass
                 except Exception as error:  # whatever it was, the app must hear of it
-                    self._emit(_failed(error, fatal=self._loaded is None))
+                    self._events.put(_failed(error, fatal=self._loaded is None))
         finally:
             if self._world is not None:
                 self._world.close()
@@ -122,9 +122,26 @@ class Engine:
             # Linux).
             mx.clear_streams()
 
+    def _next(self) -> Callable[[], None] | None:
+        """Wait for a command; when none has come for a while, what was answered is copied."""
+        while True:
+            try:
+                return self._commands.get(timeout=None if self._loaded is None else self._loaded.quiet_seconds)
+            except Empty:
+                if self._loaded is not None:
+                    self._loaded.copy()
+
     def _forget(self) -> None:
+        if self._loaded is not None:
+            self._loaded.close()
         self._loaded = None
         mx.clear_cache()
+
+    def _forget_conversation(self, space: str) -> None:
+        if self._loaded is not None:
+            self._loaded.forget(space)
+        elif self._copies is not None:
+            remove_space(self._copies, space)
 
     def _load(self, number: int, folder: Path, settings: Settings) -> None:
         told = 0.0
@@ -135,7 +152,7 @@ class Engine:
                 raise _Stopped
             if time.monotonic() - told > _TOLD_SECONDS or done == total:
                 told = time.monotonic()
-                self._emit(Loading(done, total))
+                self._events.put(Loading(done, total))
 
         progress(0, 0)
         loaded = self._loaded
@@ -145,25 +162,22 @@ class Engine:
             self._forget()
             read = load if self._world is None else self._world.load
             model, tokenizer = read(folder, progress=progress)
-            self._loaded = loaded = LoadedModel(folder, model, tokenizer, settings, self._world)
+            self._loaded = loaded = LoadedModel(
+                folder, model, tokenizer, settings, self._events.put, world=self._world, copies=self._copies
+            )
         else:
             try:
                 loaded.set_up(settings)
             except M7Error as error:
-                self._emit(_failed(error))  # the model goes on as it was
-        self._emit(loaded.ready)
+                self._events.put(_failed(error))  # the model goes on as it was
+        self._events.put(loaded.ready)
 
     def _answer(self, number: int, request: Request) -> None:
         if self._closing.is_set():
             return
         assert self._loaded is not None, "nothing is loaded"
         self._answering = number
-        self._loaded.answer(request, self._emit, lambda: self._answering <= self._cancelled)
-
-    def _emit(self, event: Event) -> None:
-        with self._changed:
-            self._events.append(event)
-            self._changed.notify_all()
+        self._loaded.answer(request, lambda: self._answering <= self._cancelled)
 
 
 def _failed(error: Exception, fatal: bool = False) -> Failed:

@@ -10,6 +10,8 @@ import platformdirs
 
 from m7mlx.paths import cache_dir
 
+ENGINE_FILE = "M7MLX_ENGINE_FILE"  # for a page's process alone: those that it starts know it not
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -21,6 +23,7 @@ class Environment:
     editor      the command that opens a text: $VISUAL, $EDITOR or vi
     in_browser  the screen is a browser's page: `m7mlx_chat.web` has started this process
     is_dumb     the terminal cannot place the cursor
+    engine      the open file that leads to the engine of all pages, in a browser
     """
 
     data: Path
@@ -29,11 +32,22 @@ class Environment:
     editor: str = "vi"
     in_browser: bool = False
     is_dumb: bool = False
+    engine: int | None = None
 
     @property
     def database(self) -> Path:
         """The file of all conversations."""
         return self.data / "chats.db"
+
+    @property
+    def tools(self) -> Path:
+        """The file of what the user has said of tools."""
+        return self.data / "tools.json"
+
+    @property
+    def copies(self) -> Path:
+        """The folder of what has been read of conversations, which go on at once that way."""
+        return self.data / "copies"
 
     @property
     def models(self) -> Path:
@@ -51,4 +65,5 @@ def read_environment() -> Environment:
         editor=os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi",
         in_browser="TEXTUAL_DRIVER" in os.environ,
         is_dumb=os.environ.get("TERM") == "dumb",
+        engine=int(engine) if (engine := os.environ.pop(ENGINE_FILE, "")).isdecimal() else None,
     )

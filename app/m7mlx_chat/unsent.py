@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from m7mlx.terminal import visible
+from m7mlx.units import counted
 
 _FOLD_CHARACTERS, _FOLD_LINES = 4_000, 40
 
@@ -32,6 +33,20 @@ class UnsentText:
         return text.lstrip("\n").rstrip()  # the first line keeps its indentation: it may be code
 
 
+def joined(texts: Sequence[UnsentText]) -> UnsentText:
+    """Join texts to one, with an empty line between; those that say nothing are left out."""
+    shown, pastes = [], dict[str, str]()
+    for text in texts:
+        written = text.shown
+        for marker, paste in text.pastes.items():
+            if pastes.get(marker, paste) != paste:  # another text has a marker like this
+                other = marker_of("text", paste, pastes)
+                written, marker = written.replace(marker, other), other
+            pastes[marker] = paste
+        shown.append(written)
+    return UnsentText("\n\n".join(filter(str.strip, shown)), pastes)
+
+
 def is_long(text: str) -> bool:
     """Whether a text is folded."""
     return len(text) >= _FOLD_CHARACTERS or text.count("\n") + 1 >= _FOLD_LINES
@@ -49,6 +64,6 @@ def marker_of(name: str, text: str, taken: Mapping[str, str]) -> str:
     """The line that stands for a text; unlike those of other texts that are `taken`."""
     lines = text.count("\n") + 1
     name = visible(name)
-    while taken.get(marker := f"[{name}: {len(text):,} characters, {lines:,} line{'s' * (lines > 1)}]", text) != text:
+    while taken.get(marker := f"[{name}: {counted(len(text), 'character')}, {counted(lines, 'line')}]", text) != text:
         name += "\N{PRIME}"
     return marker

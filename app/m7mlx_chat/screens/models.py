@@ -24,9 +24,10 @@ from m7mlx.memory import machine_memory
 from m7mlx.terminal import visible
 from m7mlx.units import in_gigabytes
 from m7mlx_chat import jobs
-from m7mlx_chat.catalog import Entry, describe, models, on_this_machine
+from m7mlx_chat.catalog import Entry, describe, full_name, models, on_this_machine, shown_name
 
-_NAME, _PROBLEM, _TOLD = 40, 60, 500  # characters
+# characters; what is typed as a name is seen whole, but for long paths
+_NAME, _LONGEST, _PROBLEM, _TOLD = 40, 72, 60, 500
 _COLORS = {"fits": "not bold green", "tight": "not bold yellow", "too big": "not bold red"}
 _BITS = (("4 bits", 4), ("8 bits", 8), ("6 bits", 6), ("3 bits", 3), ("as it is", 0))
 
@@ -127,11 +128,10 @@ class Models(ModalScreen[Chosen | None]):
 
     def _line(self, entry: Entry) -> Text:
         """Return two lines: what a model is; what it sees and takes."""
-        own = entry.folder is not None and entry.folder.parent == self._own
-        name = visible(entry.folder.name if own and entry.folder else entry.name)
+        name = visible(shown_name(entry, self._own))
         mark = "●" if entry.name == self._current else " "
         text = Text(
-            f"{mark} {name if len(name) <= _NAME else '…' + name[1 - _NAME :]:<{_NAME + 1}}",
+            f"{mark} {name if len(name) <= _LONGEST else '…' + name[1 - _LONGEST :]:<{_NAME}} ",
             style="bold",
             no_wrap=True,
             overflow="ellipsis",
@@ -167,13 +167,14 @@ class Models(ModalScreen[Chosen | None]):
 
     def _take(self, name: str) -> None:
         """Use a model by name: at once where it is here, after fetching it where it is not."""
-        folder = on_this_machine(name, self._own)
+        name = full_name(name, self._own)
+        folder = on_this_machine(name)
         if folder is not None and folder.is_dir():
             problem = describe(name, folder).problem
             if problem:
                 self._tell(problem)
             else:
-                self.dismiss(Chosen(str(folder) if folder.parent == self._own else name, folder))
+                self.dismiss(Chosen(name, folder))
         elif is_gguf(name) or (folder is not None and folder.is_file()):
             self._begin(f"fetching and converting {name}", lambda: jobs.fetch(name, self._progress), name)
         elif name == DEMO or is_repo_id(name) or "/" not in name:

@@ -12,8 +12,8 @@ from rich.text import Text
 from textual.color import Color
 from textual.widgets import Static
 
-from m7mlx.units import in_gigabytes
-from m7mlx_chat.events import Ready, Seen
+from m7mlx.units import counted, in_bytes, in_gigabytes
+from m7mlx_chat.events import OnDisk, Ready, Seen
 
 _EMPTY = "░"
 
@@ -52,6 +52,13 @@ def ages(tokens: int, capacity: int, cells: int) -> list[float | None]:
     return found
 
 
+def copies_line(on_disk: OnDisk) -> str:
+    """Say in a line what lies on the disk."""
+    count, size = on_disk.conversations, in_bytes(on_disk.nbytes)
+    what = f"{count:,} conversation{'s' * (count != 1)}"
+    return f"on the disk: {what}, {size} of {on_disk.most_bytes / 1e9:g} GB, to go on at once when opened again"
+
+
 class RingPicture(Static):
     """The gauge, drawn large."""
 
@@ -63,10 +70,13 @@ class RingPicture(Static):
     RingPicture.-shown { display: block; }
     """
 
-    def show(self, ready: Ready | None, seen: Seen) -> None:
+    def show(self, ready: Ready | None, seen: Seen, on_disk: OnDisk | None = None) -> None:
         """Draw the gauge as it is now."""
         if self.has_class("-shown"):
-            self.update(self._drawn(ready, seen))
+            drawn = self._drawn(ready, seen)
+            if on_disk is not None:
+                drawn.append(f"\n{copies_line(on_disk)}", style="dim")
+            self.update(drawn)
 
     def _drawn(self, ready: Ready | None, seen: Seen) -> Text:
         if ready is None:
@@ -83,9 +93,8 @@ class RingPicture(Static):
 
 
 def _rolling(ready: Ready, seen: Seen, window: int, capacity: int, width: int, new: Color, old: Color) -> Text:
-    text = _buffer(
-        seen, window, capacity, width, new, old, f" · first {ready.sinks} tokens kept" if ready.sinks else ""
-    )
+    kept = f" · first {counted(ready.sinks, 'token')} kept" if ready.sinks else ""
+    text = _buffer(seen, window, capacity, width, new, old, kept)
     slot = seen.tokens % capacity
     label = f"▲ token {seen.tokens:,} goes to slot {slot:,}"
     at = slot * width // capacity
@@ -113,7 +122,7 @@ def _buffer(seen: Seen, window: int, capacity: int, width: int, new: Color, old:
     """What lies in a rolling buffer: a line about it, and its slots."""
     text = Text(no_wrap=True)
     text.append("rolling buffer", style="bold")
-    text.append(f"   {capacity:,} slots · turned {seen.tokens / capacity:.2f} times{note}\n", style="dim")
+    text.append(f"   {counted(capacity, 'slot')} · turned {seen.tokens / capacity:.2f} times{note}\n", style="dim")
     for age in ages(seen.tokens, capacity, width):
         if age is None:
             text.append(_EMPTY, style="dim")
@@ -130,7 +139,9 @@ def _timeline(tokens: int, window: int, width: int, new: Color, old: Color) -> T
     beyond = max(0, tokens - window)
     text = Text(no_wrap=True)
     if not beyond:
-        return text.append(f"all {tokens:,} tokens are seen; the window holds {window:,}", style="dim")
+        return text.append(
+            f"{counted(tokens, 'token')} so far, all of it seen; the window holds {window:,}", style="dim"
+        )
     seen_label, beyond_label = f" {window:,} seen ", f" {beyond:,} beyond the window "
     right = min(max(round(width * window / tokens), len(seen_label) + 4), width - len(beyond_label) - 4)
     left = width - right
