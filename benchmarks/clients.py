@@ -1,113 +1,31 @@
 """Clients that are slow to install, in their real packages, against a server: what works.
 
     python benchmarks/clients.py --model demo
-    python benchmarks/clients.py --only llm,instructor --keep /tmp/clients
+    python benchmarks/clients.py --only llm,codex --keep /tmp/clients
 
-Each is installed into a virtual environment of its own, which is removed again, and runs a short
-program there. The table says what came of it.
+Each is installed into a folder of its own, which is removed again, and runs a short program there.
+The table says what came of it. Those that npm installs are left out where it is missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 import re
+import shutil
 import subprocess
+import sys
 import tempfile
-import venv
 from pathlib import Path
-from typing import NamedTuple
 
+from client_programs import CLIENTS, LONG, NAME, Client
 from common import serving
+from tried_server import ending_model
 
-NAME = "devstral"  # the model that mistral-vibe asks for
+from m7mlx.files.hub import resolve
 
-
-class Client(NamedTuple):
-    """A client: what is installed, and the program that tries it. {url} stands for the address."""
-
-    packages: str
-    program: str
-
-
-CLIENTS = {
-    "huggingface_hub": Client(
-        "huggingface_hub",
-        """
-from huggingface_hub import InferenceClient
-api = InferenceClient(base_url="{url}/v1", api_key="none")
-assert api.chat_completion([{"role": "user", "content": "Hi"}], max_tokens=4).choices[0].message
-assert list(api.chat_completion([{"role": "user", "content": "Hi"}], max_tokens=4, stream=True))
-""",
-    ),
-    "llm": Client(
-        "llm",
-        """
-import pathlib, llm, os
-folder = pathlib.Path(os.environ["LLM_USER_PATH"])
-folder.mkdir(exist_ok=True)
-(folder / "extra-openai-models.yaml").write_text(
-    "- {model_id: here, model_name: devstral, api_base: '{url}/v1', supports_tools: true, supports_schema: true}")
-model = llm.get_model("here")
-model.key = "none"
-conversation = model.conversation()
-assert conversation.prompt("Hi", max_tokens=4).text() is not None
-assert conversation.prompt("And?", max_tokens=4, stream=False).text() is not None
-found = model.prompt("?", schema={"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}).json()
-""",
-    ),
-    "pydantic-ai": Client(
-        "pydantic-ai-slim[openai]",
-        """
-from pydantic import BaseModel
-from pydantic_ai import Agent
-from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
-from pydantic_ai.providers.openai import OpenAIProvider
-class City(BaseModel):
-    is_large: bool
-provider = OpenAIProvider(base_url="{url}/v1", api_key="none")
-for kind in (OpenAIChatModel, OpenAIResponsesModel):
-    agent = Agent(kind("devstral", provider=provider), output_type=City, model_settings={"max_tokens": 200})
-    assert isinstance(agent.run_sync("Is Paris large?").output, City)
-""",
-    ),
-    "instructor": Client(
-        "instructor openai",
-        """
-import instructor, openai
-from pydantic import BaseModel
-class City(BaseModel):
-    is_large: bool
-for mode in (instructor.Mode.TOOLS, instructor.Mode.JSON_SCHEMA):
-    api = instructor.from_openai(openai.OpenAI(base_url="{url}/v1", api_key="none"), mode=mode)
-    question = [{"role": "user", "content": "Is Paris large?"}]
-    found = api.chat.completions.create(model="devstral", response_model=City, messages=question, max_tokens=200)
-    assert isinstance(found, City)
-""",
-    ),
-    "mistral-vibe": Client(
-        "mistral-vibe",
-        """
-import os, pathlib, subprocess, sys
-home = pathlib.Path(os.environ["VIBE_HOME"])
-home.mkdir(exist_ok=True)
-(home / "config.toml").write_text('''
-active_model = "here"
-[[providers]]
-name = "here"
-api_base = "{url}/v1"
-api_key_env_var = ""
-[[models]]
-name = "devstral"
-provider = "here"
-alias = "here"
-''')
-vibe = pathlib.Path(sys.executable).with_name("vibe")
-done = subprocess.run([vibe, "-p", "Say hello.", "--max-turns", "1"], capture_output=True, text=True, timeout=500)
-assert "error" not in done.stderr.lower(), done.stderr[-500:]
-print(done.stdout[-200:], done.stderr[-300:])
-""",
-    ),
-}
+_MOST = 64  # tokens of an answer
 
 
 def main() -> None:
@@ -115,36 +33,78 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="a folder, a Hub repository or an alias (%(default)s)")
     parser.add_argument("--only", help="some of them, with commas between: " + ", ".join(CLIENTS))
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="where the environments lie and stay")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="where what is installed lies and stays")
     args = parser.parse_args()
     names = args.only.split(",") if args.only else list(CLIENTS)
-    print("| client | version | result |\n| --- | --- | --- |")
-    options = ["--model", args.model, "--name", NAME, "--prefix-disk", "0"]
-    with tempfile.TemporaryDirectory() as scratch, serving(*options) as (url, _):
-        for name in names:
-            version, result = _tried(CLIENTS[name], name, args.keep or Path(scratch), url)
-            print(f"| {name} | {version} | {result} |", flush=True)
+    model = resolve(args.model).absolute()
+    with tempfile.TemporaryDirectory() as scratch:
+        long = ending_model(Path(scratch))
+        options = ["--model", str(model), "--name", NAME, "--model", str(long), "--name", LONG]
+        with serving(*options, "--prefix-disk", "0", "--max-tokens", str(_MOST)) as (url, _):
+            print("| client | version | result |\n| --- | --- | --- |")
+            for name in names:
+                place = (args.keep or Path(scratch)).absolute() / re.sub(r"\W+", "-", name)
+                version, result = _tried(CLIENTS[name], place, url, model)
+                print(f"| {name} | {version} | {result} |", flush=True)
 
 
-def _tried(client: Client, name: str, folder: Path, url: str) -> tuple[str, str]:
+def _tried(client: Client, place: Path, url: str, model: Path) -> tuple[str, str]:
     """The version that was installed, and what came of its program."""
-    place = folder / name
-    python = place / "bin" / "python"
-    if not python.exists():
-        venv.create(place, with_pip=True)
-        packages = client.packages.split()
-        done = subprocess.run([python, "-m", "pip", "install", "-q", *packages], capture_output=True, text=True)
-        if done.returncode:
-            return "–", f"not installed: {_last(done.stderr)}"
-    package = re.split(r"[\[ ]", client.packages)[0]
-    shown = subprocess.run([python, "-m", "pip", "show", package], capture_output=True, text=True).stdout
-    version = re.search(r"^Version: (.+)$", shown, re.M)
+    place.mkdir(parents=True, exist_ok=True)
+    if why := _install(client, place):
+        return "–", f"not tried: {why}"
+    values = {"url": url, "folder": model, "place": place, "support": Path(__file__).parents[1] / "tests" / "support"}
+    program = re.sub(r"\{(url|folder|place|support)\}", lambda found: str(values[found[1]]), client.program)
+    (place / "program.mjs").write_text(program)
+    command = ["node", "program.mjs"] if client.is_script else [str(_python(client, place)), "-c", program]
+    folder = place / "work"
+    folder.mkdir(exist_ok=True)
     homes = {"HOME": str(place), "LLM_USER_PATH": str(place / "llm"), "VIBE_HOME": str(place / "vibe")}
-    program = client.program.replace("{url}", url)
-    done = subprocess.run(
-        [python, "-c", program], capture_output=True, text=True, timeout=600, env=homes | {"PATH": "/usr/bin:/bin"}
-    )
-    return version[1] if version else "–", "works" if not done.returncode else f"fails: {_last(done.stderr)}"
+    env = homes | {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": "" if client.installer else os.environ.get("PYTHONPATH", ""),
+    }
+    where = place if client.is_script else folder
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=env, cwd=where)
+    return _version(client, place), "works" if not done.returncode else f"fails: {_last(done.stderr)}"
+
+
+def _python(client: Client, place: Path) -> Path:
+    return place / "bin" / "python" if client.installer == "pip" else Path(sys.executable)
+
+
+def _install(client: Client, place: Path) -> str:
+    """Install a client where it is not; return why that failed."""
+    packages = client.packages.split()
+    if not client.installer:
+        return "" if importlib.util.find_spec(packages[0]) else f"{packages[0]} is not installed here"
+    if client.installer == "npm":
+        if not shutil.which("npm"):
+            return "there is no npm here"
+        if (place / "node_modules").exists():
+            return ""
+        command = ["npm", "install", "--no-audit", "--no-fund", "--prefix", str(place), *packages]
+    else:
+        if _python(client, place).exists():
+            return ""
+        python = shutil.which("python3.12") or sys.executable  # which some of them need
+        made = subprocess.run([python, "-m", "venv", str(place)], capture_output=True, text=True)
+        if made.returncode:
+            return _last(made.stderr)
+        command = [str(_python(client, place)), "-m", "pip", "install", "-q", *packages]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return _last(done.stderr) if done.returncode else ""
+
+
+def _version(client: Client, place: Path) -> str:
+    package = client.packages.split()[0].partition("[")[0]
+    if client.installer == "npm":
+        text = (place / "node_modules" / package / "package.json").read_text()
+        found = re.search(r'"version": "(.+?)"', text)
+    else:
+        command = [str(_python(client, place)), "-m", "pip", "show", package]
+        found = re.search(r"^Version: (.+)$", subprocess.run(command, capture_output=True, text=True).stdout, re.M)
+    return found[1] if found else "–"
 
 
 def _last(text: str) -> str:

@@ -13,10 +13,10 @@ from pathlib import Path
 import aiohttp
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))  # for small models and schemas
-from models import small_config, write_folder
+from models import random_weights, small_config, write_folder
 from schemas import PERSON, object_of
 
-__all__ = ["NAME", "PERSON", "object_of", "open_requests", "serving", "settled", "small_model"]
+__all__ = ["NAME", "PERSON", "ending_model", "object_of", "open_requests", "serving", "settled", "small_model"]
 
 NAME = "soak"
 
@@ -24,6 +24,20 @@ NAME = "soak"
 def small_model(folder: Path) -> Path:
     """Write a model with random weights, a window of 16 and Mistral's v3 tokenizer."""
     return write_folder(folder / "small", small_config(vocab_size=32768, sliding_window=16, n_layers=2))
+
+
+def ending_model(folder: Path) -> Path:
+    """Write such a model whose answers end by themselves after some tokens, as agents expect."""
+    config = small_config(vocab_size=32768, sliding_window=16, n_layers=1)
+    weights = random_weights(config)
+    # All tokens have one number in common, which the end's row of the head alone looks at.
+    weights["model.embed_tokens.weight"][:, 0] = 12
+    weights["model.layers.0.self_attn.o_proj.weight"] *= 0.05
+    weights["model.norm.weight"][0] = 1
+    head = weights["lm_head.weight"]
+    head[:, 0] = head[:800] = 0  # the control tokens do not come either
+    head[2, 0] = 1.3  # one time in five
+    return write_folder(folder / "ending", config, weights)
 
 
 @contextmanager
