@@ -25,9 +25,7 @@ from m7mlx_chat.plain.talk import Talk
 from m7mlx_chat.plain.writing import Progress, Written
 from m7mlx_chat.session import Session
 from m7mlx_chat.settings import Settings
-from m7mlx_chat.steps import Call
 from m7mlx_chat.store import Store
-from scripted_tools import ScriptedTools, called
 
 from m7mlx import Request
 
@@ -379,22 +377,3 @@ def test_a_signal_in_mid_answer_keeps_what_was_said(model_folder: Path) -> None:
     with Store(read_environment().database) as store:
         answer = store.message(store.conversations()[0].leaf or 0)
     assert answer.status == "stopped" and answer.text
-
-
-def test_tools_that_were_allowed_are_called(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    class Giving(ScriptedTools):
-        def make(self, call: Call) -> None:
-            super().make(call)
-            self.give("no\x1b[2J luck", "failed")
-
-    with Store(tmp_path / "chats.db") as store:
-        talking = Talking(tmp_path, store, capsys)
-        talking.session.tools = Giving("make")
-        prepared: list[list[Event]] = [
-            [Text("I look."), called({"a": 1}, text="I look.")],
-            [Text("Nothing."), done("Nothing.")],
-        ]
-        out, err = talking.type("Where?", prepared=prepared)
-        assert "I look.\nNothing." in out and "\x1b" not in err
-        assert 'calls look {"a": 1}' in err and "the call failed: no␛[2J luck" in err
-        assert talking.said() == ["Where?", "Nothing."]

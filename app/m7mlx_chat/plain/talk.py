@@ -14,14 +14,13 @@ from pathlib import Path
 from m7mlx.command import EXIT_FAILED, EXIT_INTERRUPTED
 from m7mlx.errors import M7Error, RunError
 from m7mlx.files.hub import find_existing
-from m7mlx.terminal import one_line
 from m7mlx.units import counted
 from m7mlx_chat.actions import is_command
 from m7mlx_chat.attach import attached
 from m7mlx_chat.config import Config
 from m7mlx_chat.engine import Engine
 from m7mlx_chat.environment import Environment
-from m7mlx_chat.events import AnyEngine, Called, Done, Event, Failed, Given, Prefill, Text, Thought
+from m7mlx_chat.events import AnyEngine, Done, Event, Failed, Prefill, Text, Thought
 from m7mlx_chat.headless import ended_by_signals, fetch_models
 from m7mlx_chat.plain.commands import LineCommands
 from m7mlx_chat.plain.reading import Lines
@@ -30,8 +29,6 @@ from m7mlx_chat.room import WAYS, is_full, summary_request
 from m7mlx_chat.session import Session
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.store import open_store
-from m7mlx_chat.tools.allowed import Allowed
-from m7mlx_chat.tools.start import start_tools
 from m7mlx_chat.under_way import UnderWay
 
 _WAIT = 0.1  # seconds to wait for an event at a time
@@ -51,14 +48,12 @@ class Start:
     go_on     in the conversation spoken in last
     save      keep the conversations
     notes     what is to be told at the start
-    allowed   the tools that the model may call
     """
 
     question: str | None = None
     go_on: bool = False
     save: bool = True
     notes: Sequence[str] = ()
-    allowed: Sequence[str] = ()
 
 
 class Talk(LineCommands):
@@ -135,7 +130,7 @@ class Talk(LineCommands):
             self.written.tell(f"at temperature 0 it would be the same: sampled at {sampled}")
         progress, is_thinking = Progress(self.written, "reading", "token"), False
         while self.session.under_way is not None:
-            for event in [*self.session.tools.drain(), *self.engine.drain(_WAIT)]:
+            for event in self.engine.drain(_WAIT):
                 self.session.handle(event)
                 if isinstance(event, Thought) and not is_thinking:
                     is_thinking = True
@@ -155,12 +150,6 @@ class Talk(LineCommands):
                     self.written.tell(f"({_ENDED[reason]})")
             case Failed(message):
                 self._tell_error(message)
-            case Called(_, calls):
-                self.written.end_line()
-                for call in calls:
-                    self.written.tell(f"calls {one_line(call.name)[:80]} {one_line(call.arguments)[:200]}")
-            case Given(_, outcome, result) if outcome != "given":
-                self.written.tell(f"the call failed: {one_line(result)[:200]}")
             case _:
                 pass
 
@@ -203,8 +192,6 @@ def run_lines(config: Config, settings: Settings, environment: Environment, star
         folder = fetch_models(settings, Progress(written, "fetching"))
         engine = Engine()
         session = Session(store, engine, settings)
-        session.rounds = config.tool_rounds
-        session.tools = start_tools(config.servers, Allowed(start.allowed, asks=False), None)
         talk = Talk(session, engine, config, environment, lines, written)
         engine.start()
         try:
