@@ -212,7 +212,7 @@ def _chat(args: argparse.Namespace) -> int:
     if args.web:
         from m7mlx_chat.web import serve
 
-        return serve(sys.argv[1:], args.port)
+        return serve(sys.argv[1:], args.port, None if args.no_save or config.no_save else environment.copies)
     if args.import_file:
         return _import_file(args.import_file, environment)
     preset = config.preset(args.preset) if args.preset is not None else {}
@@ -274,7 +274,7 @@ def _talk_in_lines(
         # The question came through a pipe: what follows is typed.
         os.dup2(os.open(os.ttyname(1), os.O_RDWR), 0)
     save = not (args.no_save or config.no_save)
-    start = Start(question=question, go_on=args.go_on, save=save, notes=notes)
+    start = Start(question=question, go_on=args.go_on, save=save, allowed=args.allow_tool, notes=notes)
     return run_lines(config, settings, environment, start)
 
 

@@ -203,6 +203,12 @@ class AnyEngine(Protocol):
 Verdict = Literal["make", "ask", "refuse"]
 # What the user says to a call: for this time, or for this tool from now on
 Word = Literal["once", "always", "no", "never"]
+WORDS: dict[Word, str] = {
+    "once": "make this call",
+    "always": "make it, and all later calls of this tool as it is now",
+    "no": "tell the model that you do not allow it",
+    "never": "and do not tell the model of this tool any more",
+}
 
 
 @dataclass(frozen=True)

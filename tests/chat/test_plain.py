@@ -25,7 +25,9 @@ from m7mlx_chat.plain.talk import Talk
 from m7mlx_chat.plain.writing import Progress, Written
 from m7mlx_chat.session import Session
 from m7mlx_chat.settings import Settings
+from m7mlx_chat.steps import Call
 from m7mlx_chat.store import Store
+from scripted_tools import ScriptedTools, called
 
 from m7mlx import Request
 
@@ -86,6 +88,18 @@ def talking(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Talk
         yield Talking(tmp_path, store, capsys)
 
 
+# --- tools ----------------------------------------------------------------------------------------
+
+
+def test_tools_are_listed_and_turned_off(talking: Talking) -> None:
+    tools = talking.session.tools = ScriptedTools()
+    _, told = talking.type("/tools", "/tools off", "/tools ask look", "/tools ask x", "/tools y")
+    assert "w: ready" in told and "look (asks): Looks." in told and "\x1b" not in told
+    assert not tools.is_on
+    for line in ("look is asked about again", "nothing is kept of a tool 'x'", "/tools shows them"):
+        assert line in told
+
+
 # --- questions and answers ------------------------------------------------------------------------
 
 
@@ -142,6 +156,23 @@ def test_a_full_conversation_offers_ways_to_go_on(talking: Talking, way: str) ->
         assert talking.said() == ["second", "answer 3"]
     else:
         assert "something else" in asked  # no number: a message like any other
+
+
+@pytest.mark.parametrize(("word", "outcome"), [("once", "given"), ("ALWAYS", "given"), ("no", "refused"), ("", "")])
+def test_a_call_of_a_tool_is_asked_about(talking: Talking, word: str, outcome: str) -> None:
+    class Tools(ScriptedTools):
+        def make(self, call: Call) -> None:
+            super().make(call)
+            self.give("in the \x1b[2J box")
+
+    talking.session.tools = tools = Tools()
+    calls: list[Event] = [called({"where": "here\x1b[2J"})]
+    out, told = talking.type("Where is it?", "perhaps", word, prepared=[calls, [Text("There."), done("There.")]])
+    assert 'The model calls look with {"where": "here\\u001b[2J"}' in told and "That is none of the four." in told
+    steps = talking.store.message(talking.session.line[-1]).steps
+    assert [call.outcome for step in steps for call in step.calls][: bool(outcome)] == [outcome] * bool(outcome)
+    assert bool(tools.made) == (outcome == "given") and "\x1b" not in told
+    assert out == ("There.\n" if word else "")
 
 
 # --- commands -------------------------------------------------------------------------------------

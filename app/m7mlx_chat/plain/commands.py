@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from m7mlx.errors import InputError
+from m7mlx.terminal import one_line
 from m7mlx.units import counted
 from m7mlx_chat.actions import ACTIONS, parse_command
 from m7mlx_chat.clipboard import copy_with_tool
@@ -24,6 +25,7 @@ from m7mlx_chat.portable import read_file
 from m7mlx_chat.prompts import Prompts, filled, kept_question, variables
 from m7mlx_chat.session import Session
 from m7mlx_chat.settings import ANSWER, ENGINE, FIELDS
+from m7mlx_chat.tools.change import change_tools
 from m7mlx_chat.under_way import UnderWay
 
 _LISTED = 20  # conversations and hits
@@ -99,6 +101,16 @@ class LineCommands(ModelLines):
         else:
             names = prompts.names()
             self.written.tell(", ".join(names) or f"no prompts yet; put text files (NAME.md) into {prompts.folder}")
+
+    def action_tools(self, argument: str = "") -> None:
+        """List the tools; turn them on or off; have one asked about again."""
+        if (told := change_tools(self.session.tools, argument)) is not None:
+            self.written.tell(told)
+            return
+        for one in self.session.tools.overview():
+            self.written.tell(f"{one.server}: {one.state}{f' ({one.why})' if one.why else ''}")
+            for name, description, word in one.tools:
+                self.written.tell(f"  {one_line(name)} ({word}): {one_line(description)}")
 
     def action_compare(self, argument: str = "") -> None:
         """Have another model answer the last question as well; the one before comes back."""

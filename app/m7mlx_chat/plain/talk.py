@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast, get_args
 
 from m7mlx.command import EXIT_FAILED, EXIT_INTERRUPTED
 from m7mlx.errors import M7Error, RunError
@@ -20,7 +21,7 @@ from m7mlx_chat.attach import attached
 from m7mlx_chat.config import Config
 from m7mlx_chat.engine import Engine
 from m7mlx_chat.environment import Environment
-from m7mlx_chat.events import AnyEngine, Done, Event, Failed, Prefill, Text, Thought
+from m7mlx_chat.events import WORDS, AnyEngine, Done, Event, Failed, Given, Note, Prefill, Text, Thought, Word
 from m7mlx_chat.headless import ended_by_signals, fetch_models
 from m7mlx_chat.plain.commands import LineCommands
 from m7mlx_chat.plain.reading import Lines
@@ -28,10 +29,14 @@ from m7mlx_chat.plain.writing import Progress, Written
 from m7mlx_chat.room import WAYS, is_full, summary_request
 from m7mlx_chat.session import Session
 from m7mlx_chat.settings import Settings
+from m7mlx_chat.steps import Call
 from m7mlx_chat.store import open_store
+from m7mlx_chat.tools.allowed import Allowed
+from m7mlx_chat.tools.start import start_tools
 from m7mlx_chat.under_way import UnderWay
 
 _WAIT = 0.1  # seconds to wait for an event at a time
+_SHOWN = 200  # characters of what a tool gave
 _RECALLED = 200  # questions that ↑ brings back
 _MENTION = re.compile(r"(?<!\S)@(\S+)")
 _ENDED = {
@@ -47,12 +52,14 @@ class Start:
     question  to be asked at once
     go_on     in the conversation spoken in last
     save      keep the conversations
+    allowed   tools that may run unasked
     notes     what is to be told at the start
     """
 
     question: str | None = None
     go_on: bool = False
     save: bool = True
+    allowed: Sequence[str] = ()
     notes: Sequence[str] = ()
 
 
@@ -130,13 +137,31 @@ class Talk(LineCommands):
             self.written.tell(f"at temperature 0 it would be the same: sampled at {sampled}")
         progress, is_thinking = Progress(self.written, "reading", "token"), False
         while self.session.under_way is not None:
-            for event in self.engine.drain(_WAIT):
+            for event in [*self.session.tools.drain(), *self.engine.drain(_WAIT)]:
                 self.session.handle(event)
                 if isinstance(event, Thought) and not is_thinking:
                     is_thinking = True
                     self.written.tell("thinking ...")
                 self._print(event, progress)
                 self._offer_room(event, under_way)
+            if under_way.asking is not None and self.session.under_way is under_way:
+                self._ask_for(under_way.asking)
+
+    def _ask_for(self, call: Call) -> None:
+        """Ask for the user's word on a call; without one the answer ends."""
+        self.written.tell(f"The model calls {call.name} with {call.arguments}\n{self.session.tools.about(call)}")
+        for meant, means in WORDS.items():
+            self.written.tell(f"{meant}: {means}")
+        try:
+            word = (self.lines.message("Shall it? once, always, no, never: ") or "").strip().lower()
+        except KeyboardInterrupt:
+            word = ""
+        if word in get_args(Word):
+            self.session.decide(cast(Word, word))
+        elif word:
+            self.written.tell("That is none of the four.")
+        else:
+            self.session.stop()
 
     def _print(self, event: Event, progress: Progress) -> None:
         match event:
@@ -144,6 +169,10 @@ class Talk(LineCommands):
                 progress(done, total)
             case Text(text):
                 self.written.answer(text)
+            case Given(_, outcome, result):
+                self.written.tell(f"the tool gave ({outcome}): {result[:_SHOWN]}{' …' * (len(result) > _SHOWN)}")
+            case Note(message):
+                self.written.tell(message)
             case Done(reason):
                 self.written.end_line()
                 if reason in _ENDED:
@@ -190,8 +219,14 @@ def run_lines(config: Config, settings: Settings, environment: Environment, star
     with ended_by_signals((signal.SIGTERM, signal.SIGHUP)), open_store(_database(environment, start)) as store:
         lines = Lines(written, store.prompts(limit=_RECALLED))
         folder = fetch_models(settings, Progress(written, "fetching"))
-        engine = Engine()
+        engine = Engine(copies=environment.copies if start.save else None)
         session = Session(store, engine, settings)
+        session.rounds = config.tool_rounds
+        approvals = environment.tools if start.save else None
+        try:
+            session.tools = start_tools(config.servers, Allowed(start.allowed, asks=lines.is_terminal), approvals)
+        except M7Error as error:
+            written.tell(str(error))
         talk = Talk(session, engine, config, environment, lines, written)
         engine.start()
         try:
@@ -226,7 +261,7 @@ def _stopped_by_ctrl_c(session: Session) -> Iterator[None]:
 
     def stop(number: int, frame: object) -> None:
         under_way = session.under_way
-        if under_way is None or under_way in stopped:
+        if under_way is None or under_way in stopped or under_way.asking is not None:
             raise KeyboardInterrupt
         stopped[:] = [under_way]
         session.stop()

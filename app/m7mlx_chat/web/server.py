@@ -13,6 +13,7 @@ import sys
 from base64 import b64encode
 from collections.abc import Awaitable, Callable, Sequence
 from hashlib import sha256
+from pathlib import Path
 
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
@@ -65,12 +66,12 @@ _FULL = (
 )
 
 
-def run(bound: socket.socket, command: Sequence[str]) -> None:
+def run(bound: socket.socket, command: Sequence[str], copies: Path | None) -> None:
     """Serve on a bound socket until Ctrl-C or SIGTERM, with a chat of `command` for each page.
 
     One engine, in this process, answers all of them.
     """
-    engine = SharedEngine(Engine())
+    engine = SharedEngine(Engine(copies=copies))
     engine.start()
     try:
         asyncio.run(ChatServer(bound, command, engine).run())
