@@ -30,6 +30,9 @@ class Entry:
     nbytes  bytes of weights, or of the download
     memory  bytes that a chat takes, at the window or at 4,096 tokens
     problem why it cannot be used
+    label   what the picker calls it, where that is not its name
+    file    a GGUF file, which has to be converted before it is used
+    owner   the program that keeps it, where that is another one
     """
 
     name: str
@@ -41,6 +44,9 @@ class Entry:
     context: int = 0
     about: str = ""
     problem: str = ""
+    label: str = ""
+    file: Path | None = None
+    owner: str = ""
 
     @property
     def fit(self) -> Fit:

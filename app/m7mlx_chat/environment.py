@@ -12,6 +12,18 @@ from m7mlx.paths import cache_dir
 
 
 @dataclass(frozen=True)
+class Programs:
+    """Where other programs keep models.
+
+    lm_studio  LM Studio's folders, which have `models` in them
+    ollama     Ollama's folders of models
+    """
+
+    lm_studio: tuple[Path, ...] = ()
+    ollama: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
 class Environment:
     """Where the chat's files lie, and where it is shown.
 
@@ -21,6 +33,7 @@ class Environment:
     editor      the command that opens a text: $VISUAL, $EDITOR or vi
     in_browser  the screen is a browser's page: `m7mlx_chat.web` has started this process
     is_dumb     the terminal cannot place the cursor
+    programs    where other programs keep models
     """
 
     data: Path
@@ -29,6 +42,7 @@ class Environment:
     editor: str = "vi"
     in_browser: bool = False
     is_dumb: bool = False
+    programs: Programs = Programs()
 
     @property
     def database(self) -> Path:
@@ -51,4 +65,13 @@ def read_environment() -> Environment:
         editor=os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi",
         in_browser="TEXTUAL_DRIVER" in os.environ,
         is_dumb=os.environ.get("TERM") == "dumb",
+        programs=_programs(),
     )
+
+
+def _programs() -> Programs:
+    home = Path(os.path.expanduser("~"))
+    named = os.environ.get("OLLAMA_MODELS")
+    # The last is where Ollama's service on Linux keeps them.
+    ollama = (Path(named),) if named else (home / ".ollama" / "models", Path("/usr/share/ollama/.ollama/models"))
+    return Programs(lm_studio=(home / ".lmstudio", home / ".cache" / "lm-studio"), ollama=ollama)
