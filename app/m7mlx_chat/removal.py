@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,7 +98,9 @@ def _strategy(storage: Path) -> DeleteCacheStrategy:
         cache = scan_cache_dir(storage.parent)
     except (CacheNotFound, ValueError):
         raise InputError(f"{storage.parent} is not there any more") from None
-    revisions = [one.commit_hash for repo in cache.repos if repo.repo_path == storage for one in repo.revisions]
+    # Of this repository alone: a copy of it has revisions of the same names.
+    repos = frozenset(repo for repo in cache.repos if repo.repo_path == storage)
+    revisions = [revision.commit_hash for repo in repos for revision in repo.revisions]
     if not revisions:
         raise InputError(f"{storage} is damaged; the chat does not know what it would delete")
-    return cache.delete_revisions(*revisions)
+    return replace(cache, repos=repos).delete_revisions(*revisions)
