@@ -35,6 +35,8 @@ class Stats:
                         process began
     cache_bytes         bytes of keys and values allocated; 0 with a scheduler, whose answers share
                         them
+    accepted_prediction tokens that were taken from the request's prediction and were right, with a
+                        scheduler that drafts; rejected_prediction, that were wrong
     """
 
     prompt_tokens: int = 0
@@ -45,6 +47,8 @@ class Stats:
     time_to_first_token: float = 0.0
     peak_memory: int = 0
     cache_bytes: int = 0
+    accepted_prediction: int = 0
+    rejected_prediction: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,9 @@ class Answer:
     A token that parts the answer (`Tokenizer.marks`), such as [TOOL_CALLS], is the last id of its
     piece, and the text of that piece stands before it.
 
-    ids    all that is read before the first token
-    cache  the one that its prompt is read into, as long as it is this answer's alone
+    ids       all that is read before the first token
+    cache     the one that its prompt is read into, as long as it is this answer's alone
+    accepted  tokens that were taken from its prediction and were right; rejected, that were wrong
     """
 
     def __init__(self, request: Request, model: Mistral, tokenizer: Tokenizer) -> None:
@@ -103,9 +108,15 @@ class Answer:
             self._text.add(token)  # shown already; a character cut in the middle is finished
             self._part(token)
         self._eos = tokenizer.eos_ids
+        self.accepted = self.rejected = 0
         self._reused = self._count = 0
         self._started = self._reading = time.perf_counter()
         self._read = self._first = 0.0
+
+    @property
+    def left(self) -> int | None:
+        """How many tokens it may still have; None for any number."""
+        return None if self.request.max_tokens is None else self.request.max_tokens - self._count
 
     def begin(self, cache: RollingCache, reused: int) -> None:
         """Note that the prompt will now be read into `cache`, which holds `reused` tokens of it."""
@@ -206,6 +217,8 @@ class Answer:
             time_to_first_token=(self._first or now) - self._started,
             peak_memory=mx.get_peak_memory(),
             cache_bytes=0 if self.cache is None else self.cache.nbytes,
+            accepted_prediction=self.accepted,
+            rejected_prediction=self.rejected,
         )
 
 

@@ -5,6 +5,10 @@ Which token sees which, and how it is rotated, is decided in `m7mlx.positions`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -15,6 +19,13 @@ from m7mlx.products import project
 from m7mlx.ring import KeysValues, KVFormat, LayerRing, Sinks, Stored
 
 _IN_CACHE = 1 << 18  # scores, 1 MB: about the cache that a core has for itself
+
+
+class LayerPass(NamedTuple):
+    """What one layer has of a forward pass: its ring of a cache, and the pass over that."""
+
+    ring: LayerRing
+    forward: ForwardPass
 
 
 class Attention(nn.Module):
@@ -29,17 +40,32 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(d, kv, bias=False)
         self.o_proj = nn.Linear(heads, d, bias=False)
 
-    def __call__(self, x: mx.array, norm: nn.RMSNorm, ring: LayerRing, forward: ForwardPass) -> mx.array:
-        """Return x [B, L, hidden_size], to which what norm(x) attends to is added."""
+    def __call__(self, x: mx.array, norm: nn.RMSNorm, passes: Sequence[LayerPass]) -> mx.array:
+        """Return x [B, L, hidden_size], to which what norm(x) attends to is added.
+
+        Where there are several passes, x is [1, all their tokens, hidden_size].
+        """
         matrices = (self.qkv_proj,) if "qkv_proj" in self else (self.q_proj, self.k_proj, self.v_proj)  # after `fuse`
         heads = project(x, matrices, norm)  # queries, keys and values side by side: [B, L, (H + 2 KV) · head_dim]
-        if ring.has_kernel(heads, forward):
-            out = ring.attend(heads, forward, self.n_kv_heads)
-        else:
-            B, L, _ = x.shape
-            split = heads.reshape(B, L, -1, self.head_dim).swapaxes(1, 2)  # [B, H + 2 KV, L, head_dim]
-            out = attend_to_ring(split, ring, forward, self.n_kv_heads).swapaxes(1, 2).reshape(B, L, -1)
+        out = self._attend(heads, *passes[0]) if len(passes) == 1 else self._attend_each(heads, passes)
         return project(out, (self.o_proj,), residual=x)
+
+    def _attend_each(self, heads: mx.array, passes: Sequence[LayerPass]) -> mx.array:
+        ends = list(accumulate(forward.rows * forward.length for _, forward in passes))
+        outs = []
+        for own, (ring, forward) in zip(mx.split(heads, ends[:-1], axis=1), passes, strict=True):
+            if forward.rows > 1:
+                own = own.reshape(forward.rows, forward.length, -1)
+            out = self._attend(own, ring, forward)
+            outs.append(out.reshape(1, -1, out.shape[-1]) if forward.rows > 1 else out)
+        return mx.concatenate(outs, axis=1)
+
+    def _attend(self, heads: mx.array, ring: LayerRing, forward: ForwardPass) -> mx.array:
+        if ring.has_kernel(heads, forward):
+            return ring.attend(heads, forward, self.n_kv_heads)
+        B, L, _ = heads.shape
+        split = heads.reshape(B, L, -1, self.head_dim).swapaxes(1, 2)  # [B, H + 2 KV, L, head_dim]
+        return attend_to_ring(split, ring, forward, self.n_kv_heads).swapaxes(1, 2).reshape(B, L, -1)
 
 
 def attend_to_ring(heads: mx.array, ring: LayerRing, forward: ForwardPass, n_kv_heads: int) -> mx.array:

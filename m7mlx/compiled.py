@@ -73,7 +73,7 @@ class CompiledStep:
                 positions.traced_pass(offset, starts, slots.get(kind, 1), span, tables)
                 for kind, span in enumerate(positions.spans)
             ]
-            logits = self._model.head(self._model.through(ids, rings, forwards))
+            logits = self._model.head(self._model.through(ids, [(rings, forwards)]))
             return logits, [ring.buffers for ring in rings]
 
         return function

@@ -60,12 +60,12 @@ class ChatFormatError(InputError):
 class PromptTooLongError(InputError):
     """A prompt longer than the context of a full-attention model.
 
-    `room` is how many tokens fit, where that is known.
+    `room` is how many tokens fit, and `tokens` how many the prompt has, where that is known.
     """
 
-    def __init__(self, message: str, room: int | None = None) -> None:
+    def __init__(self, message: str, room: int | None = None, tokens: int | None = None) -> None:
         super().__init__(message)
-        self.room = room
+        self.room, self.tokens = room, tokens
 
 
 class NotFoundError(InputError):

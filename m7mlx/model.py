@@ -6,13 +6,14 @@ Modules have the names that their weights have on disk.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Unpack
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from m7mlx.arrays import nbytes
-from m7mlx.attention import Attention
+from m7mlx.attention import Attention, LayerPass
 from m7mlx.cache import CacheOptions, KVCache, RollingCache
 from m7mlx.config import ModelConfig
 from m7mlx.errors import InputError, TokenizerError
@@ -49,8 +50,8 @@ class Block(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
 
-    def __call__(self, x: mx.array, ring: LayerRing, forward: ForwardPass) -> mx.array:  # [B, L, hidden_size]
-        x = self.self_attn(x, self.input_layernorm, ring, forward)
+    def __call__(self, x: mx.array, passes: Sequence[LayerPass]) -> mx.array:  # [B, L, hidden_size]
+        x = self.self_attn(x, self.input_layernorm, passes)
         return self.mlp(x, self.post_attention_layernorm)
 
 
@@ -70,6 +71,8 @@ class Mistral(nn.Module):
     model(ids)              logits [B, L, vocab_size] for ids [B, L], the whole sequence at once
     model(ids, cache)       the same for the tokens that follow those in the cache
     model.logits(…)         without a look at the ids, where they are known to be the vocabulary's
+    model.logits_together(…)
+                            of several caches in one pass, each with as many tokens as it has
     model.hidden(…)         without the head; `model.head` gives the logits of the positions wanted
     model.identity          what a cache knows its model by
     model.adapter           name of the LoRA adapter on it (`m7mlx.set_adapter`); None for none
@@ -107,6 +110,26 @@ class Mistral(nn.Module):
         """Return the logits without a look at the ids."""
         return self.head(self.hidden(ids, cache))
 
+    def logits_together(self, passes: Sequence[tuple[mx.array, KVCache]]) -> list[mx.array]:
+        """Return the logits of several passes, each over ids [B, L] and a cache of B rows.
+
+        They are those of one pass after the other, but the tokens of all go through the model side
+        by side, so that weights are read once.
+        """
+        if len(passes) == 1:
+            return [self.logits(*passes[0])]
+        for ids, cache in passes:
+            cache.bind(self.identity, self.config)
+            cache.begin(ids.shape[1])
+        described = [(cache.rings, cache.positions.forward_passes(ids.shape[1])) for ids, cache in passes]
+        all_ids = mx.concatenate([ids.reshape(1, -1) for ids, _ in passes], axis=1)
+        logits = self.head(self.through(all_ids, described))
+        for ids, cache in passes:
+            cache.advance(ids.shape[1])
+        ends = list(accumulate(ids.size for ids, _ in passes))
+        parts = mx.split(logits, ends[:-1], axis=1)
+        return [part.reshape(*ids.shape, -1) for part, (ids, _) in zip(parts, passes, strict=True)]
+
     def hidden(self, ids: mx.array, cache: KVCache | None = None) -> mx.array:
         """Return the last hidden states [B, L, hidden_size], normalised, for ids [B, L].
 
@@ -115,22 +138,26 @@ class Mistral(nn.Module):
         cache = self.new_cache() if cache is None else cache
         cache.bind(self.identity, self.config)
         cache.begin(ids.shape[1])
-        hidden = self.through(ids, cache.rings, cache.positions.forward_passes(ids.shape[1]))
+        hidden = self.through(ids, [(cache.rings, cache.positions.forward_passes(ids.shape[1]))])
         cache.advance(ids.shape[1])
         return hidden
 
-    def through(self, ids: mx.array, rings: Sequence[LayerRing], forwards: Sequence[ForwardPass]) -> mx.array:
-        """Run a forward pass over ids [B, L] and a ring for each layer.
+    def through(
+        self,
+        ids: mx.array,
+        passes: Sequence[tuple[Sequence[LayerRing], Sequence[ForwardPass]]],
+    ) -> mx.array:
+        """Run a forward pass over ids [B, L], or several over ids [1, all their tokens].
 
-        forwards  its description, for each kind of layer
+        passes  for each, a ring for each layer, and its description for each kind of layer
         """
         x: mx.array
         if self.exchange is None or self.exchange.is_first:
             x = look_up(ids, self.model.embed_tokens, self.dtype)
         else:
             x = self.exchange.receive((*ids.shape, self.config.hidden_size), self.dtype)
-        for block, ring in zip(self.model.layers, rings, strict=True):
-            x = block(x, ring, forwards[ring.kind])
+        for i, block in enumerate(self.model.layers):
+            x = block(x, [LayerPass(rings[i], forwards[rings[i].kind]) for rings, forwards in passes])
         if self.exchange is not None and not self.exchange.is_last:
             return self.exchange.send(x)
         normed: mx.array = self.model.norm(x)

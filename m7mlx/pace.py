@@ -4,17 +4,57 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
+from collections.abc import Sequence
 
 MAX_DRAFT = 15  # with the token before it 16 queries: beyond, a pass costs more than it is worth
 
 
-class Pace:
-    """Decides how many tokens to draft, by what passes cost and how much of the drafts was right.
+class Odds:
+    """How often what is drafted for one text is right."""
+
+    _PRIOR = (1.4, 0.6)
+
+    def __init__(self) -> None:
+        # Drafted tokens that were right and wrong, as if two had been tried: at the beginning of a
+        # copy, and within it.
+        self._counts = {False: list(self._PRIOR), True: list(self._PRIOR)}
+        self._copying = False  # the last draft was right to its end
+
+    @property
+    def chance(self) -> float:
+        """How likely the next drafted token is right."""
+        right, wrong = self._counts[self._copying]
+        return right / (right + wrong)
+
+    def tokens(self, drafted: int) -> float:
+        """How many tokens a pass over a draft gives, on average, with the one after the draft."""
+        a = self.chance
+        return (1 - a ** (drafted + 1)) / (1 - a)
+
+    def plain(self) -> None:
+        """Note that a token was decoded without a draft, with the next pass under way."""
+        self._copying = False
+        for counts in self._counts.values():  # what was learned fades, for other parts of the text
+            counts[:] = [n + 0.01 * (prior - n) for n, prior in zip(counts, self._PRIOR, strict=True)]
+
+    def waited(self) -> None:
+        """Note that a token was waited for, and nothing was drafted."""
+        self._copying = False
+
+    def checked(self, drafted: int, accepted: int) -> None:
+        """Note that `accepted` tokens of a draft were right."""
+        right, wrong = self._counts[self._copying]
+        self._counts[self._copying] = [0.8 * right + accepted, 0.8 * wrong + (accepted < drafted)]
+        self._copying = accepted == drafted
+
+
+class Costs:
+    """What passes cost that `rows` answers share, and what drafts have won and lost.
 
     A draft of k tokens, each right with probability a, gives (1 − a^(k+1)) / (1 − a) tokens for one
-    pass over k + 1; plain decoding gives one for a pass over one. Both costs are measured, since
+    pass over k tokens more; plain decoding gives each answer one. Both costs are measured, since
     they differ by backend: a GPU reads its weights once for many queries, a processor without a
-    good BLAS gains nothing. Whatever a draft has cost more than plain decoding is entered in an
+    good BLAS gains nothing. Whatever drafts have cost more than plain decoding is entered in an
     account that may not fall below a small share of the time spent, so that even an unlucky text is
     hardly slower.
     """
@@ -22,67 +62,101 @@ class Pace:
     _DRAFTS = (1, 3, 7, MAX_DRAFT)
     _SHARE = 0.015  # of all time, that may be lost
     _LOAN = 2.0  # plain passes, to begin with
-    _PRIOR = (1.4, 0.6)
+    _GAIN = 1.05  # times as many tokens a second, at least, of all and of each that has a draft
+    _SLOWED = 1.25  # times as long as a plain pass, at most, where an answer has no draft
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int = 1) -> None:
+        self._rows = rows
         self._plain: deque[float] = deque(maxlen=15)  # seconds
-        self._checks: dict[int, deque[float]] = {}  # queries in the pass → seconds
-        # Drafted tokens that were right and wrong, as if two had been tried: at the beginning of a
-        # copy, and within it.
-        self._odds = {False: list(self._PRIOR), True: list(self._PRIOR)}
-        self._copying = False  # the last draft was right to its end
+        self._checks: dict[int, deque[float]] = {}  # drafted tokens in the pass → seconds
         self._elapsed = self._saved = 0.0  # seconds
 
-    def plan(self, most: int) -> int:
-        """How many tokens to draft, at most `most`; 0 for none."""
+    def plan(self, texts: Sequence[tuple[Odds, int]]) -> list[int]:
+        """How many tokens to draft for each text, given the most that it has room for."""
         if len(self._plain) < 3:
-            return 0
+            return [0] * len(texts)
         one = statistics.median(self._plain)
-        right, wrong = self._odds[self._copying]
-        a = right / (right + wrong)
-        gains = {k: (1 - a ** (k + 1)) / (1 - a) * one / self._cost(k + 1, one) for k in self._DRAFTS if k <= most}
-        best = max(gains, key=gains.__getitem__, default=0)
-        if not best or gains[best] < 1.05:
-            return 0
-        risk = self._cost(best + 1, one) - one
-        return best if self._saved - risk >= -self._LOAN * one - self._SHARE * self._elapsed else 0
+        likeliest = sorted(range(len(texts)), key=lambda i: -texts[i][0].chance)
+        best, most = [0] * len(texts), 0.0
+        for k in self._DRAFTS:
+            for count in range(1, len(texts) + 1):
+                plan = [0] * len(texts)
+                for i in likeliest[:count]:
+                    plan[i] = max((n for n in self._DRAFTS if n <= min(k, texts[i][1])), default=0)
+                gain = self._gain(plan, texts, one)
+                if gain > most:
+                    best, most = plan, gain
+        risk = self._cost(sum(best), one) - one
+        is_bearable = self._saved - risk >= -self._LOAN * one - self._SHARE * self._elapsed
+        return best if is_bearable else [0] * len(texts)
 
     def plain(self, seconds: float) -> None:
-        """Note that a plain token was decoded, with the next pass under way."""
+        """Note a pass over one token of every answer, with the next under way."""
         self._plain.append(seconds)
         self._elapsed += seconds
-        self._copying = False
-        for odds in self._odds.values():  # what was learned fades, for other parts of the text
-            odds[:] = [n + 0.01 * (prior - n) for n, prior in zip(odds, self._PRIOR, strict=True)]
 
-    def waited(self, seconds: float) -> None:
-        """Note that a plain token was decoded, but the device had to wait for it to be read."""
-        self._copying = False
-        self._enter(seconds, 1)
+    def waited(self, seconds: float, tokens: int) -> None:
+        """Note seconds in which the device waited for tokens to be read, and the tokens told."""
+        self._enter(seconds, tokens)
 
-    def checked(self, drafted: int, accepted: int, seconds: float) -> None:
-        """Note that a draft was made and checked; `accepted` of its tokens were right."""
-        self._checks.setdefault(drafted + 1, deque(maxlen=5)).append(seconds)
-        right, wrong = self._odds[self._copying]
-        self._odds[self._copying] = [0.8 * right + accepted, 0.8 * wrong + (accepted < drafted)]
-        self._copying = accepted == drafted
-        self._enter(seconds, accepted + 1)
+    def checked(self, drafted: int, tokens: int, seconds: float) -> None:
+        """Note a pass with `drafted` tokens in all drafts, which gave all answers `tokens`."""
+        self._checks.setdefault(drafted, deque(maxlen=5)).append(seconds)
+        self._enter(seconds, tokens)
+
+    def _gain(self, plan: Sequence[int], texts: Sequence[tuple[Odds, int]], one: float) -> float:
+        """How many times as many tokens a second a plan gives; 0 if too few, or unfair."""
+        if not any(plan):
+            return 0.0
+        slower = self._cost(sum(plan), one) / one
+        found = [odds.tokens(k) for k, (odds, _) in zip(plan, texts, strict=True) if k]
+        if min(found) < self._GAIN * slower or (len(found) < self._rows and slower > self._SLOWED):
+            return 0.0
+        gain = (self._rows - len(found) + sum(found)) / self._rows / slower
+        return gain if gain >= self._GAIN else 0.0
 
     def _enter(self, seconds: float, tokens: int) -> None:
         self._elapsed += seconds
         if self._plain:
             one = statistics.median(self._plain)
             # Compiling kernels, once, is not a draft's fault; and no gain lasts for ever.
-            self._saved = min(self._saved + tokens * one - min(seconds, 16 * one), 10 * one)
+            saved = tokens * one / self._rows - min(seconds, 16 * one)
+            self._saved = min(self._saved + saved, 10 * one)
 
-    def _cost(self, queries: int, one: float) -> float:
-        """Estimate the seconds of a pass over `queries` tokens by those that were measured."""
-        known = {1: one} | {n: statistics.median(times) for n, times in self._checks.items()}
-        if queries in known:
-            return known[queries]
-        below = max(n for n in known if n < queries)
-        above = min((n for n in known if n > queries), default=None)
+    def _cost(self, drafted: int, one: float) -> float:
+        """Estimate the seconds of a pass with `drafted` tokens by those that were measured."""
+        known = {0: one} | {n: statistics.median(times) for n, times in self._checks.items()}
+        if drafted in known:
+            return known[drafted]
+        below = max(n for n in known if n < drafted)
+        above = min((n for n in known if n > drafted), default=None)
         if above is not None:
-            return known[below] + (known[above] - known[below]) * (queries - below) / (above - below)
-        slope = (known[below] - one) / (below - 1) if below > 1 else 0.1 * one
-        return known[below] + max(slope, 0.0) * (queries - below)
+            return known[below] + (known[above] - known[below]) * (drafted - below) / (above - below)
+        slope = (known[below] - one) / below if below else 0.1 * one / self._rows
+        return known[below] + max(slope, 0.0) * (drafted - below)
+
+
+class Pace:
+    """Decides how many tokens to draft for one answer, by costs and odds that it learns."""
+
+    def __init__(self) -> None:
+        self._costs, self._odds = Costs(), Odds()
+
+    def plan(self, most: int) -> int:
+        """How many tokens to draft, at most `most`; 0 for none."""
+        return self._costs.plan([(self._odds, most)])[0]
+
+    def plain(self, seconds: float) -> None:
+        """Note that a plain token was decoded, with the next pass under way."""
+        self._costs.plain(seconds)
+        self._odds.plain()
+
+    def waited(self, seconds: float) -> None:
+        """Note that a plain token was decoded, but the device had to wait for it to be read."""
+        self._odds.waited()
+        self._costs.waited(seconds, 1)
+
+    def checked(self, drafted: int, accepted: int, seconds: float) -> None:
+        """Note that a draft was made and checked; `accepted` of its tokens were right."""
+        self._odds.checked(drafted, accepted)
+        self._costs.checked(drafted, accepted + 1, seconds)

@@ -103,6 +103,11 @@ class ForwardPass:
     new_sinks: mx.array | None = None
     sinks: SinkView | None = None
 
+    @property
+    def rows(self) -> int:
+        """Rows of a batch; 1 for a single conversation."""
+        return len(self.starts)
+
     @cached_property
     def mask(self) -> mx.array | str:
         """Which query sees which of the keys: "causal", bool [L, keys] or [B, 1, L, keys]."""

@@ -56,6 +56,8 @@ class Request:
                 functions f(ids, logits) → logits (`m7mlx.sampling.LogitsProcessor`)
     constraint  a grammar that the answer follows (`m7mlx.constrain`)
     schema      a JSON schema that the answer fits, or a grammar: `prepare` makes a constraint of it
+    prediction  a text, or ids, that the answer may be made of to a large part: a `Scheduler` that
+                drafts tries them, and the answer comes sooner; it is the same without
     suffix      what stands behind the answer to a text, for models that fill in the middle
     effort      how much the model shall think about messages, if it can be told so ("high"); None
                 takes its default
@@ -78,6 +80,7 @@ class Request:
     logits_processors: Sequence[LogitsProcessor] = ()
     constraint: Constraint | None = None
     schema: Mapping[str, Any] | Grammar | None = None
+    prediction: Sequence[int] | str = ()
     suffix: str = ""
     effort: str | None = None
     space: str = ""
@@ -137,6 +140,7 @@ class Request:
             "is_constrained": self.constraint is not None,
             "schema": asdict(self.schema) if isinstance(self.schema, Grammar) else self.schema,
             "is_grammar": isinstance(self.schema, Grammar),
+            "prediction": self.prediction if isinstance(self.prediction, str) else check_ids(self.prediction),
             "suffix": self.suffix,
             "effort": self.effort,
             "space": self.space,
@@ -172,7 +176,7 @@ def prepare(request: Request, model: Mistral, tokenizer: Tokenizer, cache: Rolli
     Raises TokenizerError (ids outside the vocabulary), ChatFormatError, PromptTooLongError,
     InputError, BusyError.
     """
-    continues, message = request.continues, _continued(request.prompt)
+    continues, prediction, message = request.continues, request.prediction, _continued(request.prompt)
     ready = replace(
         request,
         prompt=encode_prompt(tokenizer, request.prompt, request.suffix, request.effort),
@@ -180,10 +184,12 @@ def prepare(request: Request, model: Mistral, tokenizer: Tokenizer, cache: Rolli
         at_start=request.at_start and message is None and not isinstance(request.prompt, str),
         begun=request.begun if message is None else len(message.get("ids") or ()),
         continues=tokenizer.encode(continues) if isinstance(continues, str) else check_ids(continues),
+        prediction=tokenizer.encode(prediction) if isinstance(prediction, str) else check_ids(prediction),
     )
     for token in request.logit_bias:
         if not 0 <= token < min(model.config.vocab_size, tokenizer.vocab_size):
             raise TokenizerError(f"logit_bias: token id {token} is outside the model's vocabulary")
+    _check_known(model, cast("Sequence[int]", ready.prediction))
     room = check_prompt(model, ready.ids, cache)
     limit = min((n for n in (room, request.max_tokens) if n is not None), default=None)
     return with_grammar(replace(ready, max_tokens=limit), tokenizer)
@@ -254,11 +260,7 @@ def check_prompt(model: Mistral, ids: Sequence[int], cache: RollingCache) -> int
     config = model.config
     if not ids:
         raise InputError("the prompt is empty; give at least one token")
-    found = np.asarray(ids)  # without a copy of those that a server reads
-    beyond = np.flatnonzero((found < 0) | (found >= config.vocab_size))
-    if beyond.size:  # it would read memory that is not the model's
-        token = ids[int(beyond[0])]
-        raise TokenizerError(f"token id {token} is outside the model's vocabulary of {config.vocab_size}")
+    _check_known(model, ids)
     if cache.window is not None:
         return None
     bits = cache.format.stored_bits(model.dtype)
@@ -269,8 +271,17 @@ def check_prompt(model: Mistral, ids: Sequence[int], cache: RollingCache) -> int
             f"the prompt has {len(ids)} tokens, but {what}; "
             "shorten it, start a new conversation, or bound the cache with max_kv_size",
             min(fit, context),
+            len(ids),
         )
     return min(fit, context) - len(ids)
+
+
+def _check_known(model: Mistral, ids: Sequence[int]) -> None:
+    found = np.asarray(ids)  # without a copy of those that a server reads
+    beyond = np.flatnonzero((found < 0) | (found >= model.config.vocab_size))
+    if beyond.size:  # it would read memory that is not the model's
+        token = ids[int(beyond[0])]
+        raise TokenizerError(f"token id {token} is outside the model's vocabulary of {model.config.vocab_size}")
 
 
 def kind_of(value: object) -> str:

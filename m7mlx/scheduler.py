@@ -14,33 +14,25 @@ from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 
-from m7mlx.answer import Answer, Piece
-from m7mlx.batch import BatchCache
+from m7mlx.answer import Piece
 from m7mlx.cache import RollingCache
-from m7mlx.compiled import step_of
 from m7mlx.decode import default_chunk, goes_on, read_chunk, reusable, reuse, shared_start
 from m7mlx.errors import InputError, PromptTooLongError
 from m7mlx.memory import UNDO_SLACK
 from m7mlx.model import Mistral
 from m7mlx.request import Request, prepare
-from m7mlx.sampling import known
+from m7mlx.rows import NumberedAnswer, Rows, Told
 from m7mlx.tokens.tokenizer import Tokenizer
 
 _SCORED = 128  # positions of a prompt whose logits are held at one time
 _TURNS = 4  # prompts of which a chunk is read between two steps: more would stall the answers
 
-Told = list[tuple[int, Piece]]
-"""Pieces of answers, each with the number that `Scheduler.add` gave to its request."""
 
-
-class _Numbered(Answer):
-    """An answer among others."""
+class _Numbered(NumberedAnswer):
+    """An answer of a space, which can go on from what others of it begin with."""
 
     def __init__(self, number: int, request: Request, model: Mistral, tokenizer: Tokenizer) -> None:
-        super().__init__(request, model, tokenizer)
-        self.number = number
-        self.error: Exception | None = None  # the next token could not be chosen
-        self.chosen = 0  # tokens that were chosen before that
+        super().__init__(number, request, model, tokenizer)
         self.space = request.space
         self._alike: WeakKeyDictionary[_Numbered | Ended, int] = WeakKeyDictionary()
 
@@ -71,8 +63,10 @@ class Ended:
 class Scheduler:
     """Answers many requests at once; call `step` until it returns False, all on MLX's thread.
 
-    rows   answers at a time; kept, how many conversations that have ended are kept for prefixes
-    slack  tokens that a kept conversation can be cut back by once its window has turned
+    rows     answers at a time; kept, how many conversations that have ended are kept for prefixes
+    slack    tokens that a kept conversation can be cut back by once its window has turned
+    drafted  answers at a time that may get several tokens from one pass, of those that are looked
+             up in their prompts and predictions (`m7mlx.rows`)
     """
 
     def __init__(
@@ -84,21 +78,22 @@ class Scheduler:
         kept: int = 8,
         slack: int = UNDO_SLACK,
         kv_bits: int | None = None,
+        drafted: int = 0,
     ) -> None:
         """Make a scheduler. Raises InputError for numbers that make no sense."""
-        if rows < 1 or kept < 0:
-            raise InputError(f"a scheduler needs at least one row, and may keep conversations: not {rows} and {kept}")
-        self._model, self._tokenizer, self._rows = model, tokenizer, rows
-        self.options = {"rows": rows, "kept": kept, "slack": slack, "kv_bits": kv_bits}
-        self._step = step_of(model)
+        if rows < 1 or kept < 0 or drafted < 0:
+            raise InputError(
+                "a scheduler needs at least one row, and may keep conversations and draft: "
+                f"not {rows}, {kept} and {drafted}"
+            )
+        self._model, self._tokenizer, self._most_rows = model, tokenizer, rows
+        self.options = {"rows": rows, "kept": kept, "slack": slack, "kv_bits": kv_bits, "drafted": drafted}
         # What fails here alone would leave the other processes waiting.
         self._shared = model.exchange is not None
         self._new = model.new_cache(slack=slack, kv_bits=kv_bits)
         self._waiting: deque[_Numbered] = deque()
         self._reading: deque[_Numbered] = deque()  # their prompts take turns
-        self._batch: BatchCache | None = None
-        self._answers: list[_Numbered | None] = []  # by row of the batch; None where one has ended
-        self._tokens = mx.array([0])  # chosen for each row, not yet read, nor in the batch
+        self._rows = Rows(model, tokenizer, self._keep_answer if kept else None, drafted)
         self._kept: deque[Ended] = deque(maxlen=kept)  # what is of use is given up last
         self._late: Told = []  # of answers that ended outside of a step
         self._count = 0
@@ -106,7 +101,7 @@ class Scheduler:
     @property
     def running_and_waiting(self) -> tuple[int, int]:
         """How many requests are being read or answered, and how many wait."""
-        return sum(a is not None for a in self._answers) + len(self._reading), len(self._waiting)
+        return len(self._rows.answers) + len(self._reading), len(self._waiting)
 
     def add(self, request: Request) -> int:
         """Queue a request; return its number. Raises what `m7mlx.stream_generate` raises."""
@@ -121,7 +116,9 @@ class Scheduler:
         if ready.max_tokens == 0 and not scored_only:
             raise PromptTooLongError(
                 f"the prompt has {len(ready.ids)} tokens and leaves no room for an answer; "
-                "shorten it, or start a new conversation"
+                "shorten it, or start a new conversation",
+                len(ready.ids) - 1,
+                len(ready.ids),
             )
         return ready
 
@@ -140,22 +137,21 @@ class Scheduler:
 
     def cancel(self, number: int) -> Piece | None:
         """End a request, wherever it is; return its last piece, or None if it has ended already."""
-        everyone = (*self._waiting, *self._reading, *self._answers)
-        answer = next((a for a in everyone if a is not None and a.number == number), None)
+        everyone = (*self._waiting, *self._reading, *self._rows.answers)
+        answer = next((a for a in everyone if a.number == number), None)
         if answer is None:
             return None
-        if answer in self._waiting:
+        if isinstance(answer, _Numbered) and answer in self._waiting:
             self._waiting.remove(answer)
-        elif answer in self._reading:
+        elif isinstance(answer, _Numbered) and answer in self._reading:
             self._reading.remove(answer)
         else:
-            self._retire(self._answers.index(answer))
-            self._late += self._shrink()
+            self._rows.drop(answer, others_come=self._others_come)
         return answer.fail(answer.error) if answer.error else answer.end("cancelled")
 
     def broken(self) -> list[int]:
         """Return the numbers of failed answers that other processes go on with until told."""
-        return [a.number for a in self._answers if a is not None and a.error] if self._shared else []
+        return [a.number for a in self._rows.answers if a.error] if self._shared else []
 
     @property
     def new_cache(self) -> RollingCache:
@@ -187,17 +183,25 @@ class Scheduler:
 
         Returns their pieces, and whether there is more to do.
         """
+        was_reading = self._others_come
         told = self._read()
-        if any(self._answers):
-            told += self._decode()
-        late, self._late = self._late, []
+        if self._rows.answers:
+            told += self._rows.decode(others_come=self._others_come, is_alone=not was_reading)
+        late, self._late, self._rows.late = self._late + self._rows.late, [], []
         return late + told, any(self.running_and_waiting)
+
+    @property
+    def _others_come(self) -> bool:
+        return bool(self._waiting or self._reading)
+
+    def _keep_answer(self, cache: RollingCache, answer: NumberedAnswer) -> None:
+        self.keep(Ended(cache, answer.request.space))
 
     # --- prompts ----------------------------------------------------------------------------------
 
     def _read(self) -> Told:
         """Read a chunk of each of the prompts whose turn it is; what is whole joins the batch."""
-        while self._waiting and self.running_and_waiting[0] < self._rows:
+        while self._waiting and self.running_and_waiting[0] < self._most_rows:
             self._reading.append(self._waiting.popleft())
         told: Told = []
         turns = 0
@@ -216,7 +220,7 @@ class Scheduler:
                 elif answer.request.max_tokens == 0:
                     told.append((answer.number, answer.end("length")))
                 else:
-                    self._join(answer, self._token(answer, logits))
+                    self._rows.join(answer, self._rows.choose(answer, logits))
             except Exception as error:  # of this request alone
                 if self._shared:
                     raise
@@ -284,125 +288,6 @@ class Scheduler:
             if known > best:
                 best, source = known, cache
         return best, source
-
-    # --- the batch --------------------------------------------------------------------------------
-
-    def _join(self, answer: _Numbered, token: mx.array) -> None:
-        """Put an answer into the row of one that has ended, or into a new row."""
-        cache, answer.cache = answer.cache, None
-        assert cache is not None
-        mx.async_eval(token)
-        if self._batch is None:
-            self._batch, self._answers, self._tokens = BatchCache([cache]), [answer], token
-            return
-        others = list(range(len(self._answers)))
-        row = self._answers.index(None) if None in self._answers else len(others)
-        try:
-            self._batch.join(cache) if row == len(others) else self._batch.put(row, cache)
-            tokens = mx.concatenate([self._tokens[:row], token, self._tokens[row + 1 :]])
-            mx.async_eval(tokens)
-        except Exception:
-            self._keep(others)  # without what has come of it
-            raise
-        self._answers[row:] = [answer, *self._answers[row + 1 :]]
-        self._tokens = tokens
-
-    def _keep(self, rows: list[int]) -> None:
-        assert self._batch is not None
-        try:
-            self._batch.keep(rows)
-        except Exception as error:  # nobody knows what the batch holds now
-            self._late += self._lose(error)
-        else:
-            self._answers, self._tokens = [self._answers[i] for i in rows], self._tokens[mx.array(rows)]
-
-    def _lose(self, error: Exception) -> Told:
-        """End all answers of the batch, which has failed; return their last pieces."""
-        if self._shared:
-            raise error
-        lost = [answer for answer in self._answers if answer]
-        self._batch, self._answers = None, []
-        return [(answer.number, answer.fail(error)) for answer in lost]
-
-    def _decode(self) -> Told:
-        """Return the pieces of tokens chosen by the step before, with the next under way."""
-        batch, tokens = self._batch, self._tokens
-        assert batch is not None
-        try:
-            self._tokens = self._choose(self._step(tokens[:, None], batch)[:, -1])
-            mx.async_eval(self._tokens)
-            values: list[int] = tokens.tolist()  # type: ignore[assignment]
-        except Exception as error:  # of all that share the pass
-            return self._lose(error)
-        told: Told = []
-        for row, (answer, value) in enumerate(zip(self._answers, values, strict=True)):
-            batch.ids[row].append(value)
-            if answer is not None and (piece := self._taken(answer, value)):
-                told.append((answer.number, piece))
-                if piece.finish_reason is not None:
-                    self._retire(row)
-        return told + self._shrink()
-
-    def _taken(self, answer: _Numbered, token: int) -> Piece | None:
-        """Return the piece of one more token of an answer; any failure is the answer's own."""
-        try:
-            piece = answer.take(token)
-        except Exception as error:
-            if self._shared:
-                raise
-            return answer.fail(error)
-        is_whole = piece.stats is not None and piece.stats.generated_tokens <= answer.chosen
-        if answer.error is None or is_whole:  # what failed was a token that the answer does not need
-            return piece
-        if self._shared and piece.finish_reason is None:
-            return None  # the other processes go on with it, until it is cancelled on all
-        return answer.fail(answer.error)
-
-    def _choose(self, logits: mx.array) -> mx.array:  # [B, vocab_size] → [B]
-        answers = self._answers
-        if all(a is None or a.sampler.is_greedy for a in answers):
-            return self._model.agree(mx.argmax(known(logits, self._tokenizer.vocab_size), axis=-1))
-        rows = [(answer, logits[row : row + 1]) for row, answer in enumerate(answers)]
-        return mx.concatenate([self._token(a, one) if a else mx.argmax(one, axis=-1) for a, one in rows])
-
-    def _token(self, answer: _Numbered, logits: mx.array) -> mx.array:  # [1, vocab_size] → [1]
-        """Choose an answer's next token; any token where that fails, as the answer then does."""
-        try:
-            token = answer.sampler(logits)
-            answer.chosen += answer.error is None
-            return token
-        except Exception as error:
-            answer.error = error
-            return self._model.agree(mx.argmax(known(logits, self._tokenizer.vocab_size), axis=-1))
-
-    def _retire(self, row: int) -> None:
-        """End the answer of a row; its conversation replaces those that it goes on from."""
-        answer = self._answers[row]
-        assert self._batch is not None and answer is not None
-        self._answers[row] = None
-        if not self._kept.maxlen:
-            return
-        try:
-            self.keep(Ended(self._batch.row(row), answer.space))
-        except Exception:  # it would have saved some reading, no more
-            if self._shared:
-                raise
-
-    def _shrink(self) -> Told:
-        """Give up rows that have ended, once they cost more than laying the others out anew."""
-        going = [i for i, answer in enumerate(self._answers) if answer]
-        try:
-            if not going:
-                self._batch, self._answers = None, []
-            elif self._batch and (self._batch.outgrown(going) or self._deserted(going)):
-                self._batch.keep(going)
-                self._answers, self._tokens = [self._answers[i] for i in going], self._tokens[mx.array(going)]
-        except Exception as error:
-            return self._lose(error)
-        return []
-
-    def _deserted(self, going: list[int]) -> bool:
-        return not self._waiting and not self._reading and len(going) <= len(self._answers) * 3 // 4
 
 
 def _goes_on(ended: Ended, other: Ended) -> bool:

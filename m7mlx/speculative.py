@@ -20,6 +20,7 @@ import contextlib
 import time
 from array import array
 from collections.abc import Generator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Protocol
 
@@ -61,38 +62,67 @@ class PromptLookup:
 
     That is so in quotes, edits and repairs. Where a copy departs from its source (a word changed, a
     comma put in), two tokens are enough to find back to it.
+
+    predicted  how many tokens at the beginning of the last draft were taken from the prediction
     """
 
     _SIZES = (12, 6, 3)  # tokens that must match; the longest match is the surest
     _NEAR = 12  # tokens around the source where a departed copy is looked for, for as many tokens
 
-    def __init__(self) -> None:
+    def __init__(self, prediction: Sequence[int] = ()) -> None:
+        """Make a drafter that looks up the prompt, the answer so far, and what is predicted of it.
+
+        prediction  tokens that the answer may be made of, most of them in this order
+        """
         self.pace = Pace()
-        self._seen = bytearray()  # the ids, 4 bytes each: `rfind` searches them at memory speed
-        self._source = self._at = 0  # where the last draft was taken from; the length of `ids` then
+        self.predicted = 0
+        self._prediction = list(prediction)
+        # What is searched: the prompt, the prediction behind it as if it had been the answer, the
+        # prompt's end again, and the answer.
+        self._ids: list[int] = []
+        self._seen = bytearray()  # the same, 4 bytes each: `rfind` searches them at memory speed
+        self._taken = 0  # how many of the conversation's ids are among them
+        self._predicted_at = range(0)  # where the prediction lies
+        self._source = self._at = 0  # where the last draft was taken from; how many ids there were then
 
     def begin(self, ids: Sequence[int]) -> None:
-        self._seen = bytearray(_packed(ids))
+        self._ids = list(ids)
+        if self._prediction:
+            self._predicted_at = range(len(ids), len(ids) + len(self._prediction))
+            self._ids += [*self._prediction, *ids[-self._SIZES[0] :]]
+        self._seen = bytearray(_packed(self._ids))
+        self._taken = len(ids)
         self._source = self._at = 0
 
     def promising(self, ids: Sequence[int]) -> bool:
-        self._seen += _packed(ids[len(self._seen) // 4 :])
-        return self._find(self._SIZES[-1]) >= 0 or self._find_near(ids, ids[-1:]) >= 0
+        self._take(ids[self._taken :])
+        return self._find(self._SIZES[-1]) >= 0 or self._find_near(self._ids[-1:]) >= 0
 
     def draft(self, ids: Sequence[int], token: int, most: int, sampler: Sampler) -> list[int]:
-        ids = [*ids, token]
-        self._seen += _packed(ids[len(self._seen) // 4 :])
+        self._take([*ids[self._taken :], token])
+        known = self._ids
         found = next((at for n in self._SIZES if (at := self._find(n)) >= 0), -1)
         if found < 0:
-            found = self._find_near(ids, ids[-2:])
+            found = self._find_near(known[-2:])
+        self.predicted = 0
         if found < 0:
             return []
-        self._source, self._at = found, len(ids)
-        guess = ids[found : found + most]
-        period = len(ids) - found
+        self._source, self._at = found, len(known)
+        guess = known[found : found + most]
+        if found in self._predicted_at:
+            guess = guess[: self._predicted_at.stop - found]
+            self.predicted = len(guess)
+            return guess
+        period = len(known) - found
         while len(guess) < most:  # what repeats itself goes on repeating
             guess.append(guess[-period])
         return guess
+
+    def _take(self, new: Sequence[int]) -> None:
+        """Search more of the conversation from now on."""
+        self._ids += new
+        self._seen += _packed(new)
+        self._taken += len(new)
 
     def _find(self, n: int) -> int:
         """Find what followed the last `n` tokens when they stood there before; −1 if never."""
@@ -104,14 +134,14 @@ class PromptLookup:
             end = at + n * 4 - 1  # it lay across two ids
         return -1 if at < 0 else at // 4 + n
 
-    def _find_near(self, ids: Sequence[int], last: Sequence[int]) -> int:
+    def _find_near(self, last: Sequence[int]) -> int:
         """Find where a source that was just departed from goes on after `last`; −1 if nowhere."""
-        copied = len(ids) - self._at
+        copied = len(self._ids) - self._at
         if not self._at or copied > MAX_DRAFT + self._NEAR:
             return -1
         expected = self._source + copied
         places = range(max(0, expected - self._NEAR), min(expected + self._NEAR, self._at) - len(last))
-        found = [at + len(last) for at in places if ids[at : at + len(last)] == last]
+        found = [at + len(last) for at in places if self._ids[at : at + len(last)] == last]
         return min(found, key=lambda at: abs(at - expected), default=-1)
 
 
@@ -200,6 +230,8 @@ def speculate(
             draft: list[int] = []
             if value is not None and (planned := pace.plan(room)):
                 draft = drafter.draft(cache.ids, value, planned, sampler)
+                # Past the embedding lies memory of others.
+                draft = list(takewhile(lambda token: 0 <= token < model.config.vocab_size, draft))
             if value is not None and draft:
                 new, value = _check(model, cache, sampler, value, draft)
                 token = mx.array([value])
@@ -229,12 +261,20 @@ def _check(
     model: Mistral, cache: RollingCache, sampler: Sampler, token: int, draft: list[int]
 ) -> tuple[list[int], int]:
     """Return `token` and what of the draft is right, now in the cache; and the token after them."""
-    logits = model.logits(mx.array([[token, *draft]]), cache)
+    right, following = settle(model.logits(mx.array([[token, *draft]]), cache), cache, sampler, draft)
+    return [token, *draft[:right]], following
+
+
+def settle(logits: mx.array, cache: RollingCache, sampler: Sampler, draft: list[int]) -> tuple[int, int]:
+    """Return how many of a draft's tokens are right, and the token after these; undo the others.
+
+    logits  [1, L, vocab_size] of a pass over the token before the draft, and the draft
+    """
     chosen: list[int] = sampler.preview(logits, draft).tolist()  # type: ignore[assignment]
     right = next((i for i, guess in enumerate(draft) if guess != chosen[i]), len(draft))
     cache.rollback(len(draft) - right)
     sampler.accept(chosen[: right + 1])
-    return [token, *draft[:right]], chosen[right]
+    return right, chosen[right]
 
 
 def _packed(ids: Sequence[int]) -> bytes:

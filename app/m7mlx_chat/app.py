@@ -14,6 +14,7 @@ from m7mlx_chat.commands.conversations import ConversationCommands
 from m7mlx_chat.commands.files import FileCommands
 from m7mlx_chat.commands.full import FullCommands
 from m7mlx_chat.commands.looking import LookCommands
+from m7mlx_chat.commands.prompts import PromptCommands
 from m7mlx_chat.commands.settings import SettingsCommands
 from m7mlx_chat.commands.unsent_text import UnsentTextCommands
 from m7mlx_chat.commands.versions import VersionCommands
@@ -34,6 +35,7 @@ class ChatApp(
     FullCommands,
     VersionCommands,
     UnsentTextCommands,
+    PromptCommands,
     ConversationCommands,
     SettingsCommands,
     FileCommands,
@@ -183,6 +185,8 @@ class ChatApp(
             self.tell(event.message, is_error=True)
         self.show_conversations()
         self.show_state()
+        if self.end_comparison(event, under_way):
+            return
         if isinstance(event, Failed):
             self.model_failed(event, was_loading)
         room = self._lacking_room(event, under_way)

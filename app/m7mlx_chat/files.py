@@ -1,4 +1,4 @@
-"""Text files that go into a message, and files that conversations are written to."""
+"""Text files that are read, and files that conversations are written to."""
 
 from __future__ import annotations
 
@@ -14,22 +14,10 @@ from m7mlx.files.disk import write_whole
 MOST_BYTES = 2_000_000  # some 500,000 tokens: more than any model here reads
 
 
-def attached(name: str) -> str:
-    """A file as part of a message: its name, and its text as a code block.
-
-    Raises InputError for all but text.
-    """
-    path = Path(os.path.expanduser(name))
-    text = read_text(path)
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{path.name}:\n{fence}\n{text.rstrip(chr(10))}\n{fence}"
-
-
 def read_text(path: Path) -> str:
     """A text file, bounded. Raises InputError."""
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=_without_waiting) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise InputError(f"{path} is no regular file")
             data = file.read(MOST_BYTES + 1)
@@ -44,6 +32,11 @@ def read_text(path: Path) -> str:
     if "\0" in text:
         raise InputError(f"{path} is not text: it has NUL bytes")
     return text.replace("\r\n", "\n")
+
+
+def _without_waiting(name: str, flags: int) -> int:
+    """Open a file; a pipe that nobody writes to keeps nobody waiting."""
+    return os.open(name, flags | os.O_NONBLOCK)
 
 
 def free_name(folder: Path, title: str, suffix: str) -> Path:

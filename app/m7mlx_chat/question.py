@@ -12,7 +12,7 @@ from typing import Any
 
 from m7mlx.errors import InputError
 from m7mlx.paths import user_path
-from m7mlx_chat.files import attached
+from m7mlx_chat.attach import attached
 
 _MOST_SCHEMA = 4 << 20  # bytes: with white space, twenty times what can be used
 

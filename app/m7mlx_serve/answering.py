@@ -104,6 +104,7 @@ class Answerer:
             logprobs=wanted.logprobs,
             prompt_logprobs=wanted.prompt_logprobs,
             schema=prompts.schema,
+            prediction=prompts.prediction,
             space=self.space,
         )
         numbered = [(ids, index) for ids in prompts.ids for index in range(wanted.n)]
@@ -129,7 +130,7 @@ class Answerer:
         except LateError as error:
             raise ApiError(504, str(error)) from None
         except InputError as error:
-            raise ApiError(400, str(error)) from None
+            raise refusal(error) from None
 
 
 def numbers_in_json(vector: bytes) -> str:

@@ -34,7 +34,7 @@ from m7mlx_serve.models import Loaded, Models
 from m7mlx_serve.named import named_model
 from m7mlx_serve.ollama import chat as ollama_chat
 from m7mlx_serve.ollama import embed, generate
-from m7mlx_serve.ollama.answers import EmbedAnswers, OllamaAnswers
+from m7mlx_serve.ollama.answers import EmbedAnswers, EmbedOneAnswers, OllamaAnswers
 from m7mlx_serve.openai import chat, embeddings, text
 from m7mlx_serve.openai.answers import OpenAIAnswers
 from m7mlx_serve.openai.embedding_answers import EmbeddingAnswers
@@ -54,6 +54,7 @@ _ANSWERS: Mapping[str, Callable[[Answerer, ReadRequest], Answers]] = {
     ollama_chat.ENDPOINT.path: OllamaAnswers,
     generate.ENDPOINT.path: OllamaAnswers,
     embed.ENDPOINT.path: EmbedAnswers,
+    embed.ONE_ENDPOINT.path: EmbedOneAnswers,
     chat.ENDPOINT.path: OpenAIAnswers,
     text.ENDPOINT.path: OpenAIAnswers,
     embeddings.ENDPOINT.path: EmbeddingAnswers,

@@ -47,11 +47,6 @@ class Catalog:
         """All names; the first is the one that a request without a name means."""
         return list(self._all())
 
-    @property
-    def default(self) -> str:
-        """The model that a request without a name means."""
-        return next(iter(self._all()), "")
-
     def folder(self, name: str) -> Path | None:
         """The folder of a model; None for a name that is not here."""
         return self._all().get(name)

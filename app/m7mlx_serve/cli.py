@@ -126,6 +126,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="ended conversations that are kept for those that begin alike (%(default)s)",
     )
     limits.add_argument(
+        "--draft-rows",
+        type=int,
+        default=2,
+        metavar="N",
+        help="answers at a time that are sped up by looking up what was said before (%(default)s); 0 for none",
+    )
+    limits.add_argument(
         "--prefix-dir",
         type=user_path,
         metavar="DIR",
@@ -179,7 +186,7 @@ def _serve(args: argparse.Namespace) -> int | None:
     hosts = _host_names(args.host, args.allow_host, keys)
     if args.max_memory is not None:
         limit_memory(args.max_memory)
-    limits = Limits(args.rows, args.queue, args.keep, args.kv_bits)
+    limits = Limits(args.rows, args.queue, args.keep, args.kv_bits, args.draft_rows)
     # A port that is taken is told before the model loads, which may take minutes. Of several
     # processes, only the first opens it.
     bound = None if is_launched() else bind(args.host, args.port)
@@ -265,9 +272,10 @@ def _describe_memory(weights: int, keys: int, world: World | None) -> str:
 
 def _check_numbers(args: argparse.Namespace) -> None:
     """Raise InputError for a number that is out of range."""
-    for name, low in (("rows", 1), ("queue", 0), ("keep", 0)):
+    for name, low in (("rows", 1), ("queue", 0), ("keep", 0), ("draft_rows", 0)):
         if not low <= getattr(args, name) <= 1024:
-            raise InputError(f"--{name} must lie between {low} and 1024, not {getattr(args, name)}")
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} must lie between {low} and 1024, not {getattr(args, name)}")
     if args.max_tokens is not None and args.max_tokens < 1:
         raise InputError(f"--max-tokens must be at least 1, not {args.max_tokens}")
     if not 0 < args.max_seconds <= 86_400:

@@ -25,11 +25,12 @@ ToolUse = Literal["none", "allowed", "required"]
 class Prompts:
     """What the model reads, and what its answers must keep to.
 
-    ids       the ids of each prompt
-    schema    a JSON schema, or a grammar, that every answer follows
-    tool_use  whether answers may, or must, call tools
-    at_start  whether an answer begins a message, not amid a text
-    held      the conversation as JSON, if its API holds it for requests that go on from it
+    ids         the ids of each prompt
+    schema      a JSON schema, or a grammar, that every answer follows
+    tool_use    whether answers may, or must, call tools
+    at_start    whether an answer begins a message, not amid a text
+    held        the conversation as JSON, if its API holds it for requests that go on from it
+    prediction  ids that the answer may be made of to a large part
     """
 
     ids: Sequence[array[int]]
@@ -37,6 +38,7 @@ class Prompts:
     tool_use: ToolUse = "none"
     at_start: bool = False
     held: bytes = b""
+    prediction: array[int] = field(default_factory=lambda: array("i"))
 
 
 @dataclass(frozen=True)

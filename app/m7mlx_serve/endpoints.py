@@ -19,7 +19,8 @@ ENDPOINTS: Mapping[str, Endpoint] = {
     for endpoint in (
         *(chat.ENDPOINT, text.ENDPOINT, create.ENDPOINT, embeddings.ENDPOINT),
         *(messages.ENDPOINT, count.ENDPOINT),
-        *(ollama_chat.ENDPOINT, generate.ENDPOINT, embed.ENDPOINT, show.ENDPOINT),
+        *(ollama_chat.ENDPOINT, generate.ENDPOINT, embed.ENDPOINT, embed.ONE_ENDPOINT),
+        show.ENDPOINT,
     )
 }
 

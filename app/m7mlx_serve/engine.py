@@ -23,7 +23,8 @@ from m7mlx.errors import BusyError, RunError
 from m7mlx.model import Mistral
 from m7mlx.parallel.channel import die
 from m7mlx.parallel.world import Leader, World
-from m7mlx.scheduler import Scheduler, Told
+from m7mlx.rows import Told
+from m7mlx.scheduler import Scheduler
 from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx_serve.embedding_job import EmbeddingJob, EmbeddingJobs
 from m7mlx_serve.errors import report
@@ -248,7 +249,12 @@ class Engine:
         self._weights = self._model.nbytes
         limits = self._limits
         scheduler = Scheduler(
-            self._model, self._tokenizer, rows=limits.rows, kept=limits.kept, kv_bits=limits.kv_bits
+            self._model,
+            self._tokenizer,
+            rows=limits.rows,
+            kept=limits.kept,
+            kv_bits=limits.kv_bits,
+            drafted=limits.drafted,
         )
         self._scheduler = scheduler if self._world is None else Leader(scheduler, self._world)
         if self._prefixes is not None:

@@ -40,9 +40,17 @@ class ApiError(Exception):
 
 
 def refusal(error: InputError) -> ApiError:
-    """The ApiError for what the model cannot do."""
-    code = "context_length_exceeded" if isinstance(error, PromptTooLongError) else None
-    return ApiError(400, str(error), code)
+    """The ApiError for what the model cannot do.
+
+    That a prompt is too long is told in the words and the code by which agents know that they have
+    to shorten their conversation: Claude Code reads both numbers from the message.
+    """
+    if not isinstance(error, PromptTooLongError):
+        return ApiError(400, str(error))
+    message = str(error)
+    if error.tokens is not None and error.room is not None:
+        message = f"prompt is too long: {error.tokens} tokens > {error.room} maximum; shorten it"
+    return ApiError(400, message, "context_length_exceeded")
 
 
 def report(error: BaseException) -> None:

@@ -18,12 +18,14 @@ class Limits:
     queue    requests that may wait besides
     kept     ended conversations that are kept for those that begin alike
     kv_bits  of keys and values; None takes the model's default
+    drafted  answers at a time that drafts are tried for
     """
 
     rows: int = 8
     queue: int = 64
     kept: int = 8
     kv_bits: int | None = None
+    drafted: int = 2
 
 
 class Places:

@@ -12,7 +12,7 @@ from starlette.routing import Route
 
 from m7mlx_serve.errors import ApiError
 from m7mlx_serve.models import Models
-from m7mlx_serve.named import NO_MODEL
+from m7mlx_serve.named import meant, tagged
 from m7mlx_serve.ollama import show
 from m7mlx_serve.ollama.answers import describe, now
 from m7mlx_serve.ollama.show import ShowRequest
@@ -44,7 +44,7 @@ def openai_routes(models: Models) -> list[Route]:
         return JSONResponse({"object": "list", "data": _of_each(models, card)})
 
     def show_model(request: Request) -> Response:
-        return JSONResponse(card(request.path_params["name"]))
+        return JSONResponse(card(meant(request.path_params["name"], models.catalog.names)))
 
     return [Route("/v1/models", list_models), Route("/v1/models/{name:path}", show_model)]
 
@@ -54,8 +54,7 @@ def ollama_routes(models: Models) -> list[Route]:
     since = now()
 
     def tag(name: str, size: int) -> dict[str, Any]:
-        full = name if ":" in name else f"{name}:latest"
-        told = {"name": full, "model": full, "modified_at": since, "size": size, "digest": "0" * 64}
+        told = {"name": tagged(name), "model": tagged(name), "modified_at": since, "size": size, "digest": "0" * 64}
         return told | {"details": describe()}
 
     def list_tags(request: Request) -> Response:
@@ -69,8 +68,7 @@ def ollama_routes(models: Models) -> list[Route]:
         data = (await request.receive())["body"]
         if len(data) > SMALL:
             raise ApiError(400, f"the body must not exceed {SMALL:,} bytes here: it names a model, no more")
-        name = parse(data, ShowRequest).model
-        found = models.about(models.catalog.default if name in NO_MODEL else name)
+        found = models.about(meant(parse(data, ShowRequest).model, models.catalog.names))
         shown = {
             "modelfile": "",
             "parameters": "",

@@ -23,7 +23,7 @@ from m7mlx_serve.catalog import About, Catalog, about
 from m7mlx_serve.engine import Engine
 from m7mlx_serve.errors import ApiError, report
 from m7mlx_serve.limits import Limits
-from m7mlx_serve.named import NO_MODEL, unknown_model
+from m7mlx_serve.named import meant, unknown_model
 from m7mlx_serve.prefixes import PrefixFolder
 from m7mlx_serve.readers import Readers
 
@@ -149,7 +149,7 @@ class Models:
         """Load a model if need be, and keep it as long as it is used. Raises ApiError."""
         try:
             async with asyncio.timeout(self._keeping.seconds):
-                slot = await self._taken(self.catalog.default if name in NO_MODEL else name)
+                slot = await self._taken(meant(name, self.catalog.names))
         except TimeoutError:
             raise ApiError(503, "the model takes long to load; try again later", "model_loading", _RETRY) from None
         try:

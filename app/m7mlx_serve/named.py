@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from m7mlx_serve.errors import ApiError
 
-NO_MODEL = ("", "dummy", "tgi")  # the last two: huggingface_hub, where no model is given
+_NO_MODEL = ("", "dummy", "tgi")  # the last two: huggingface_hub, where no model is given
+_TAG = ":latest"
 # A text that is never closed is one, too: else all would be looked at from each of its letters on.
 _TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[{}\[\]]', re.DOTALL)
 _VALUE = re.compile(rb'\s*+:\s*+("(?:[^"\\]++|\\.)*+")', re.DOTALL)
@@ -19,7 +20,7 @@ def named_model(data: bytes, is_ollamas: bool) -> str:
     """The model that a body names at its top level; "" if it names none, or is no JSON.
 
     It says where the body is to be read; whoever reads it checks the name. Ollama's clients may say
-    `name`, and put a tag behind it.
+    `name`.
     """
     keys = _KEYS if is_ollamas else _KEYS[:1]
     depth = 0
@@ -31,11 +32,27 @@ def named_model(data: bytes, is_ollamas: bool) -> str:
             depth -= 1
         elif depth == 1 and text in keys and (value := _VALUE.match(data, token.end())):
             try:
-                name = str(json.loads(value[1]))
+                return str(json.loads(value[1]))
             except ValueError:
                 return ""
-            return name.removesuffix(":latest") if is_ollamas else name
     return ""
+
+
+def meant(asked: str, names: Sequence[str]) -> str:
+    """The one of the models `names` that a client means; a name that is not there stays as it is.
+
+    Who names none means the first. Ollama's API lists models with a tag behind their names, and
+    clients that have them from there use these at other APIs too, as oterm does.
+    """
+    if asked in _NO_MODEL:
+        return names[0] if names else ""
+    short = asked.removesuffix(_TAG)
+    return short if asked not in names and short in names else asked
+
+
+def tagged(name: str) -> str:
+    """The name of a model as Ollama's API lists it."""
+    return name if ":" in name else name + _TAG
 
 
 def unknown_model(name: str, names: Sequence[str]) -> ApiError:

@@ -28,7 +28,7 @@ class Readers:
     def __init__(self, folder: Path, model: str) -> None:
         """Bodies ask for `model`, whose tokenizer lies in `folder`."""
         self._model = model
-        self._worker = Worker(_MODULE, str(folder).encode(), memory=_MEMORY)
+        self._worker = Worker(_MODULE, str(folder.absolute()).encode(), memory=_MEMORY)
         self._small_pool = ThreadPoolExecutor(2, "m7mlx-read")
         self._large_pool = ThreadPoolExecutor(1, "m7mlx-read-large")  # for one process
 

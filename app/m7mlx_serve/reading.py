@@ -20,7 +20,7 @@ from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx_serve.endpoint import Body, ReadRequest
 from m7mlx_serve.endpoints import ENDPOINTS
 from m7mlx_serve.errors import ApiError
-from m7mlx_serve.named import NO_MODEL, unknown_model
+from m7mlx_serve.named import meant, unknown_model
 from m7mlx_serve.refusals import describe
 
 _Shape = TypeVar("_Shape", bound=Body)
@@ -41,7 +41,7 @@ def read(
     Raises ApiError, and InputError for what the model cannot do.
     """
     body = parse(data, ENDPOINTS[path].body)
-    if body.model not in (*NO_MODEL, model):
+    if meant(body.model, [model]) != model:
         raise unknown_model(body.model, [model])
     try:
         prompts = body.following(held).prompts(tokenizer)

@@ -6,7 +6,8 @@ the setup, frames are:
     question   path, model and conversations held (as JSON), and body, each but the last ended by a
                line feed
     reply      a line: an error as JSON, or the size of the options; then the options as JSON, the
-               ids of all prompts in four bytes each, and the conversation to be held
+               ids of all prompts and of the prediction in four bytes each, and the conversation to
+               be held
 """
 
 from __future__ import annotations
@@ -63,14 +64,15 @@ def pack_reply(request: ReadRequest) -> bytes:
     prompts = request.prompts
     told = {
         "body": request.body.model_dump(mode="json", by_alias=True, exclude_none=True),
-        "lengths": [len(ids) for ids in prompts.ids],
+        "lengths": [len(ids) for ids in (*prompts.ids, prompts.prediction)],
         "schema": asdict(prompts.schema) if isinstance(prompts.schema, Grammar) else prompts.schema,
         "is_grammar": isinstance(prompts.schema, Grammar),
         "tool_use": prompts.tool_use,
         "at_start": prompts.at_start,
     }
     head = json.dumps(told).encode()
-    return b"".join([b"%d\n" % len(head), head, *(ids.tobytes() for ids in prompts.ids), prompts.held])
+    ids = [one.tobytes() for one in (*prompts.ids, prompts.prediction)]
+    return b"".join([b"%d\n" % len(head), head, *ids, prompts.held])
 
 
 def unpack_reply(path: str, reply: bytes) -> ReadRequest:
@@ -87,10 +89,11 @@ def unpack_reply(path: str, reply: bytes) -> ReadRequest:
         ids.frombytes(data[:size])
         prompts.append(ids)
         data = data[size:]
+    prediction = prompts.pop()
     schema = Grammar(**told["schema"]) if told["is_grammar"] else told["schema"]
     return ReadRequest(
         ENDPOINTS[path].body.model_validate(told["body"]),
-        Prompts(prompts, schema, told["tool_use"], told["at_start"], bytes(data)),
+        Prompts(prompts, schema, told["tool_use"], told["at_start"], bytes(data), prediction),
     )
 
 

@@ -17,6 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from m7mlx.arrays import on_cpu
+from m7mlx.attention import LayerPass
 from m7mlx.cache import RollingCache
 from m7mlx.config import ModelConfig
 from m7mlx.errors import InputError
@@ -145,7 +146,8 @@ class _Both:
         for chunk in chunks:
             length = chunk.shape[1]
             cache.begin(length)
-            left.append(block(chunk, ring, cache.positions.forward_passes(length)[ring.kind]))
+            forward = cache.positions.forward_passes(length)[ring.kind]
+            left.append(block(chunk, [LayerPass(ring, forward)]))
             cache.advance(length)
             mx.eval(left, cache.arrays)
             mx.clear_cache()

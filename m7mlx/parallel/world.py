@@ -32,7 +32,8 @@ from m7mlx.parallel.channel import Channel
 from m7mlx.parallel.launch import is_launched
 from m7mlx.parallel.sums import sum_products
 from m7mlx.request import Request, prepare
-from m7mlx.scheduler import Scheduler, Told
+from m7mlx.rows import Told
+from m7mlx.scheduler import Scheduler
 from m7mlx.shard import Mode, Shard
 from m7mlx.tokens.tokenizer import Tokenizer
 

@@ -363,7 +363,7 @@ async def test_the_first_line_shows_the_conversation_and_the_model_of_now(here: 
         await chat.app.open_conversation(first)
         top = chat.shown().splitlines()[0]
         assert "first" in top and " 1,234/4,096" in top
-        chat.app._model_chosen(Chosen("/a/long/path/own-4bit", Path("/a/long/path/own-4bit")))
+        await chat.app.model_chosen(Chosen("/a/long/path/own-4bit", Path("/a/long/path/own-4bit")))
         await chat.pilot.pause()
         top = chat.shown().splitlines()[0]
         assert "own-4bit · first" in top and "/a/long" not in top and "4,096" not in top

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +13,13 @@ from chat_harness import Chat, chatting
 from m7mlx_chat.environment import read_environment
 from m7mlx_chat.events import Failed
 from m7mlx_chat.screens.dialogs import Search
+from m7mlx_chat.widgets import composer
 from m7mlx_chat.widgets.completion import Completion, paths
 from m7mlx_chat.widgets.messages import Question
 from textual import events
 from textual.widgets import Static
+
+from m7mlx.errors import InputError
 
 
 def asked(chat: Chat, number: int = 0) -> str:
@@ -186,6 +191,69 @@ async def test_files_are_completed_and_put_in(tmp_path: Path, monkeypatch: pytes
         assert asked(chat) == "see to do.md:\n````\nbuy ```bread```\n````"
     assert [c.text for c in paths(".h")] == [".hidden"]
     assert paths("no/such/folder/") == []
+
+
+async def test_files_below_are_found_by_their_letters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "files"
+    (folder / "src" / "deep").mkdir(parents=True)
+    for name in ("src/deep/rolling_cache.py", "src/other.py"):
+        (folder / name).write_text(f"text of {name}")
+    monkeypatch.chdir(folder)
+    async with chatting(tmp_path) as chat:
+        await chat.pilot.press(*"@rocac")
+        await until(chat, lambda: "src/deep/rolling_cache.py" in chat.shown())
+        assert "other.py" not in chat.shown()
+        await chat.pilot.press("enter")
+        await chat.pilot.pause()
+        assert chat.app.composer.text == "[file rolling_cache.py: 59 characters, 4 lines] "
+        chat.app.composer.reset()
+        await chat.pilot.press(*"@src", "tab")
+        await chat.pilot.pause()
+        assert "all text files" in chat.shown()
+        await chat.pilot.press("enter")
+        await until(chat, lambda: chat.app.composer.text == "[folder src: 121 characters, 11 lines] ")
+        await chat.pilot.press("enter")
+        await chat.pilot.pause()
+        assert asked(chat).startswith("src/ (2 files):")
+
+
+async def test_a_file_that_takes_long_can_be_waited_for_and_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_go_on = threading.Event()
+
+    def slowly(name: str) -> str:
+        assert may_go_on.wait(20)
+        if name == "b.pdf":
+            raise InputError("b.pdf is damaged")
+        return f"text of {name}"
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(composer, "attached", slowly)
+    for name in ("a.pdf", "b.pdf"):
+        Path(name).touch()
+    async with chatting(tmp_path / "data") as chat:
+        await chat.pilot.press(*"@a.p", "enter", *"@a.p", "enter", *"@b", "enter", *"what?", "enter")
+        await chat.pilot.pause()
+        text = "[reading a.pdf …] [reading a.pdf\N{PRIME} …] [reading b.pdf …] what?"
+        assert chat.app.composer.text == text
+        assert not chat.engine.asked
+        assert "press Enter when it is there" in chat.notices()
+        chat.app.composer.replace("", (0, 0), (0, len("[reading a.pdf …] ")))  # no longer wanted
+        may_go_on.set()
+        await until(chat, lambda: "reading" not in chat.app.composer.text)
+        await until(chat, lambda: "b.pdf is damaged" in chat.notices())
+        await chat.pilot.press("enter")
+        await chat.pilot.pause()
+        assert asked(chat) == "text of a.pdf  what?"
+
+
+async def until(chat: Chat, holds: Callable[[], bool]) -> None:
+    for _ in range(200):
+        await chat.pilot.pause(0.02)
+        if holds():
+            return
+    assert holds(), chat.shown()
 
 
 async def test_the_editor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,8 @@ import m7mlx.memory
 from m7mlx import Mistral, PromptLookup, Sampling, Tokenizer, generate, load, stream_generate
 from m7mlx.errors import InputError, M7Error, TokenizerError
 from m7mlx.memory import budget, cache_bytes, positions_that_fit
-from m7mlx.scheduler import Scheduler, Told
+from m7mlx.rows import Told
+from m7mlx.scheduler import Scheduler
 
 TEXTS = [f"Question {n}: " + "what is it? " * n for n in range(11)]  # more than there are rows; most leave the window
 CHAT = [{"role": "user", "content": "Hello"}]

@@ -22,8 +22,9 @@ from m7mlx.constrain import Unconstrained
 from m7mlx.decode import shared_start
 from m7mlx.errors import InputError, PromptTooLongError, RunError, TokenizerError
 from m7mlx.loading import build
+from m7mlx.rows import Told
 from m7mlx.sampling import Sampling
-from m7mlx.scheduler import Scheduler, Told
+from m7mlx.scheduler import Scheduler
 from m7mlx.scoring import score
 from m7mlx.tokens.tokenizer import Tokenizer
 
@@ -255,10 +256,11 @@ def test_a_pass_that_fails_ends_those_in_it_and_nobody_else(
     numbers = [clients.scheduler.add(Request(prompt(i, 5), max_tokens=9)) for i in range(3)]
     for _ in range(4):
         clients.step()
-    real = clients.scheduler._step
-    monkeypatch.setattr(clients.scheduler, "_step", lambda *_: (_ for _ in ()).throw(RuntimeError("device lost")))
+    rows = clients.scheduler._rows
+    real = rows._step
+    monkeypatch.setattr(rows, "_step", lambda *_: (_ for _ in ()).throw(RuntimeError("device lost")))
     clients.step()
-    monkeypatch.setattr(clients.scheduler, "_step", real)
+    monkeypatch.setattr(rows, "_step", real)
     clients.run()
     assert [clients.answer(n)[2] for n in numbers] == ["failed", "failed", "length"]
     assert clients.answer(numbers[2]) == alone(MODELS[7], tokenizer, Request(prompt(2, 5), max_tokens=9))
@@ -272,11 +274,11 @@ def test_rows_are_given_back(tokenizer: Tokenizer) -> None:
     assert scheduler.running_and_waiting == (0, 4)
     for _ in range(12):
         clients.step()
-    batch = scheduler._batch
+    batch = scheduler._rows.batch
     assert batch is not None
     assert (len(batch), scheduler.running_and_waiting) == (1, (1, 0))
     clients.run()
-    assert scheduler._batch is None
+    assert scheduler._rows.batch is None
     assert scheduler.step() == ([], False)
 
 

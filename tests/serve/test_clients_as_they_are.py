@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,27 @@ def test_what_cannot_be_done_is_told_in_words(url: str, fields: dict[str, Any], 
     message = found.json()["error"]["message"]
     assert found.status_code in (400, 404) and said in message
     assert not any(word in message for word in ("Input should", "Field required", "constrained", "pydantic", "Value"))
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHATS, {"messages": user("x" * 9000)}), (TEXTS, {"prompt": "x" * 9000}),
+        ("/v1/responses", {"input": "x" * 9000, "stream": True}), ("/api/chat", {"messages": user("x" * 9000)}),
+        ("/v1/messages", {"messages": user("x" * 9000), "max_tokens": 5, "stream": True}),
+    ],
+)  # fmt: skip
+def test_a_prompt_that_is_too_long_is_told_as_agents_read_it(
+    chatml_url: str, path: str, body: dict[str, Any]
+) -> None:
+    """They shorten their conversation then: Claude Code by the numbers, Codex by the code."""
+    found = httpx.post(chatml_url + path, json=body, timeout=30)
+    told = re.search(r"prompt is too long[^0-9]*([0-9]+)\s*tokens?\s*>\s*([0-9]+)", found.text)
+    assert found.status_code == 400 and told and int(told[1]) > int(told[2]) == 8192
+    if path in (CHATS, TEXTS, "/v1/responses"):
+        assert found.json()["error"]["code"] == "context_length_exceeded"
+    if path == "/v1/messages":
+        assert found.json()["error"]["type"] == "invalid_request_error"
 
 
 def test_lists_of_prompts_get_a_choice_each(url: str, model_folder: Path) -> None:

@@ -100,3 +100,5 @@ def test_ollamas_client(url: str, loaded: tuple[Mistral, Tokenizer]) -> None:
         found = api.embed(model=NAME, input=TEXTS)
         close(found.embeddings, embed(*loaded, TEXTS, normalize=True))
         assert found.prompt_eval_count > 0 and len(api.embed(model=NAME, input="a").embeddings) == 1
+        one = api.embeddings(model=NAME, prompt=TEXTS[0]).embedding  # as older clients ask
+        close([one], embed(*loaded, TEXTS[:1], normalize=True))

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from m7mlx_serve.catalog import Catalog, about
 from m7mlx_serve.limits import Limits
-from m7mlx_serve.named import named_model
+from m7mlx_serve.named import meant, named_model, tagged
 from models import small_config, write_folder
 from serving import ENDLESS, client, serving, settle, user
 
@@ -69,7 +69,9 @@ def test_all_are_listed_and_five_take_turns(url: str) -> None:
     tags = [one["name"] for one in httpx.get(f"{url}/api/tags").json()["models"]]
     assert tags == [f"{name}:latest" for name in ("small", "broken", *NAMES, "owner/m5")]
     assert httpx.get(f"{url}/v1/models/owner/m5").json()["id"] == "owner/m5"
+    assert httpx.get(f"{url}/v1/models/m1:latest").json()["id"] == "m1"
     assert httpx.get(f"{url}/v1/models/none").status_code == 404
+    assert ask(url, "m1:latest").json()["model"] == "m1"  # the name that Ollama's API tells
     for name in (*NAMES, "owner/m5", *NAMES):
         found = ask(url, name)
         assert (found.status_code, found.json()["model"]) == (200, name)
@@ -144,13 +146,21 @@ def test_pins_and_idle_models(folder: Path, tmp_path: Path) -> None:
 )  # fmt: skip
 def test_the_name_in_a_body(body: bytes, name: str) -> None:
     assert named_model(body, is_ollamas=False) == name
-    assert named_model(b'{"name": "a:latest"}', is_ollamas=True) == "a"
+    assert named_model(b'{"name": "a:latest"}', is_ollamas=True) == "a:latest"
+
+
+def test_the_model_that_a_name_means() -> None:
+    names = ["a", "a:latest", "b", "c:7b"]
+    for asked, name in {"": "a", "tgi": "a", "b:latest": "b", "a:latest": "a:latest", "c:7b": "c:7b"}.items():
+        assert meant(asked, names) == name
+    assert meant("c", names) == "c" and meant("", []) == ""
+    assert all(meant(tagged(name), names) == name for name in ("b", "c:7b"))
 
 
 def test_a_catalog(folder: Path, tmp_path: Path) -> None:
     assert Catalog({}, folder).names == ["broken", *NAMES, "owner/m5"]
     both = Catalog({"m3": tmp_path}, folder)
-    assert both.default == "m3" and both.folder("m3") == tmp_path and both.folder("none") is None
+    assert both.names[0] == "m3" and both.folder("m3") == tmp_path and both.folder("none") is None
     with pytest.raises(InputError, match="holds no model"):
         Catalog({}, tmp_path)
     one, many = (about(folder / "m0", Limits(rows=rows)) for rows in (1, 9))

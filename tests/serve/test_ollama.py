@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from m7mlx_serve.ollama.chat import OllamaChatRequest
 from serving import NAME, settle, user
 
 from m7mlx import load, stream_generate
@@ -89,6 +90,44 @@ def test_refusals_are_ollamas(url: str, path: str, body: dict[str, Any], status:
     found = httpx.post(url + path, json=body, timeout=30)
     assert found.status_code == status and said in found.json()["error"]
     assert set(found.json()) == {"error"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        # Open WebUI: its parameters and its calls, which have numbers and ids.
+        ("/api/chat", {"model": "small:latest", "stream": True, "system": "Be brief.", "tools": [ADD], "messages": [
+            *user("1?"),
+            {"role": "assistant", "content": "", "thinking": "hm", "tool_calls": [
+                {"index": 0, "id": "call_1", "function": {"name": "add", "arguments": {"a": 1}}}]},
+            {"role": "tool", "content": "2", "tool_call_id": "call_1"}],
+            "options": {"num_predict": 2, "mirostat": 0, "mirostat_eta": 0.1, "mirostat_tau": 5.0, "num_ctx": 2048}}),
+        ("/api/generate", {"model": "small", "prompt": "a", "stream": True, "keep_alive": 1800,  # Continue
+                           "options": {"num_predict": 2, "num_ctx": 8192, "num_thread": 4, "num_gqa": 1}}),
+        ("/api/embed", {"model": "small:latest", "input": ["a"], "truncate": True, "keep_alive": "5m"}),
+    ],
+)  # fmt: skip
+def test_bodies_of_other_clients_are_taken(url: str, path: str, body: dict[str, Any]) -> None:
+    found = httpx.post(url + path, json=body, timeout=30)
+    assert found.status_code == 200 and "error" not in found.text
+
+
+def test_what_clients_add_to_a_conversation_is_read() -> None:
+    thought = {"role": "assistant", "content": "b", "thinking": "hm"}
+    body = OllamaChatRequest.model_validate({"system": "S", "messages": [*user("a"), thought, *user("c")]})
+    assert [dict(message) for message in body.conversation().messages] == [
+        {"role": "system", "content": "S"},
+        *user("a"),
+        {"role": "assistant", "content": "b", "reasoning_content": "hm"},
+        *user("c"),
+    ]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_without_a_prompt_loads_the_model(url: str, stream: bool) -> None:
+    found = httpx.post(f"{url}/api/generate", json={"model": NAME, "keep_alive": 0, "stream": stream}, timeout=30)
+    told = found.json()
+    assert (told["response"], told["done"], told["done_reason"]) == ("", True, "load")
 
 
 def test_a_stream_is_a_line_a_piece_and_can_be_left(url: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -167,7 +168,7 @@ def test_a_message_that_is_continued(mistral_tokenizers: dict[str, Tokenizer]) -
 
 @pytest.fixture(scope="module")
 def readers(model_folder: Path) -> Iterator[Readers]:
-    found = Readers(model_folder, "m")
+    found = Readers(Path(os.path.relpath(model_folder)), "m")  # as users may name it
     yield found
     found.close()
 
@@ -194,6 +195,7 @@ def test_a_process_of_its_own_reads_alike(
         (PATH, BODY | {"logit_bias": {"5": -1.5}, "stream": True, "stream_options": {"include_usage": True}}),
         ("/v1/completions", {"model": "m", "prompt": "Ünïcödé 😀"}),
         ("/v1/completions", {"model": "m", "prompt": [1, 2, 3], "logprobs": 2, "max_tokens": 7}),
+        (PATH, BODY | {"prediction": {"content": "as it may be"}}),
         (PATH, BODY | {"model": "other"}),
         (PATH, BODY | {"messages": [{"role": "assistant", "content": "x"}]}),
         (PATH, BODY | {"messages": [*BODY["messages"], {"role": "assistant", "content": "x", "prefix": True}]}),

@@ -2,8 +2,10 @@
 
 asking         send a message, answer again, edit a question; stop an answer, leave
 full           go on where a conversation has no more room
+compare        see versions beside each other, ask another model, too
 versions       go through the versions of a message, fork a conversation
 unsent_text    write in $EDITOR, bring back what was asked before
+prompts        use a prompt of one's own, keep one
 conversations  open, search, rename, put away, delete and bring back
 models         choose and load a model
 settings       settings, presets, the system prompt, the theme

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from m7mlx_chat.answering import UnderWay
-from m7mlx_chat.commands.asking import AskCommands
+from m7mlx_chat.commands.compare import CompareCommands
 from m7mlx_chat.screens.dialogs import Choose
 from m7mlx_chat.unsent import folded
 
@@ -16,7 +16,7 @@ _WAYS = {
 }
 
 
-class FullCommands(AskCommands):
+class FullCommands(CompareCommands):
     """The ways out of a conversation that is full."""
 
     def offer_room(self, full: UnderWay, room: int) -> None:

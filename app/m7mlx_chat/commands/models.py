@@ -43,13 +43,14 @@ class ModelCommands(ChatView):
             programs=self.environment.programs,
             loaded=self._folders_in_use() if current or self.is_loading else (),
         )
-        self.push_screen(screen, self._model_chosen)
+        self.push_screen(screen, self.model_chosen)
 
     def _folders_in_use(self) -> list[Path]:
         """Return the folders of the model that answers, and of the one that drafts for it."""
         return [path for path in (self.folder, on_this_machine(self.session.settings.speculate)) if path is not None]
 
-    def _model_chosen(self, chosen: Chosen | None) -> None:
+    async def model_chosen(self, chosen: Chosen | None) -> None:
+        """Load what was chosen, if anything was."""
         if chosen is not None:
             self.folder = chosen.folder
             self.session.configure(self.session.settings.changed({"model": chosen.name}))

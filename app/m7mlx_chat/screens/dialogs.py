@@ -91,6 +91,32 @@ class Ask(Dialog):
         self.dismiss(event.value)
 
 
+class Form(ModalScreen[dict[str, str] | None]):
+    """A line for each of several names; gives what was typed by name, or None."""
+
+    DEFAULT_CSS = Dialog.DEFAULT_CSS.replace("Dialog", "Form")
+
+    def __init__(self, title: str, names: Sequence[str]) -> None:
+        super().__init__()
+        self._title, self._names = title, names
+
+    def compose(self) -> ComposeResult:
+        with VerticalScroll(classes="box", can_focus=False):
+            yield Static(self._title, classes="title", markup=False)
+            for name in self._names:
+                yield Static(name, markup=False)
+                yield Input()
+            yield Static("Enter goes on · Tab, Shift+Tab the next, the one before · Esc leaves", classes="hint")
+
+    @on(Input.Submitted)
+    def _done(self, event: Input.Submitted) -> None:
+        fields = list(self.query(Input))
+        if event.input is fields[-1]:
+            self.dismiss({name: field.value for name, field in zip(self._names, fields, strict=True)})
+        else:
+            self.focus_next()
+
+
 class Search(Dialog):
     """A list that what is typed narrows; gives the text chosen, or None."""
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from rich.text import Text
+from textual.fuzzy import FuzzySearch
 from textual.widgets import OptionList
 from textual.widgets.option_list import Option
 
 from m7mlx.terminal import visible
 from m7mlx_chat.actions import COMMANDS
+from m7mlx_chat.attach import files_below
 
 _MOST = 200  # names of a folder
+_LIKELY, _RANKED = 50, 500  # files below that are shown, and that are compared with each other
+_FRESH_SECONDS = 10.0  # after which the names of files are read again
 
 
 class Choice(NamedTuple):
@@ -57,7 +63,7 @@ class Completion(OptionList, can_focus=False):
 
     def open(self, choices: Sequence[Choice], typed: str) -> None:
         """Show `choices` for what was `typed`; nothing where there are none."""
-        if self.is_open and typed == self.typed:
+        if self.is_open and typed == self.typed and choices == self._choices:
             return  # what is highlighted stays
         self._choices, self.typed = choices, typed
         self.clear_options()
@@ -96,6 +102,8 @@ def paths(typed: str) -> list[Choice]:
     shown = sorted((e for e in entries if start.startswith(".") or not e.name.startswith(".")), key=lambda e: e.name)
     prefix = f"{folder}/" if "/" in typed else ""
     choices = []
+    if prefix and not start and shown:
+        choices.append(Choice(prefix, prefix, "all text files in it and below", is_file=True))
     for entry in shown[:_MOST]:
         try:
             if entry.is_dir():
@@ -106,6 +114,34 @@ def paths(typed: str) -> list[Choice]:
         except OSError:
             continue
     return choices
+
+
+class FilesBelow:
+    """The names of all files in the folder where the chat was started, and below it."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._fresh_until = 0.0
+        self._search = FuzzySearch()
+
+    def is_stale(self) -> bool:
+        """Whether the names should be read, and say so only once for each time."""
+        now = time.monotonic()
+        stale, self._fresh_until = now > self._fresh_until, max(self._fresh_until, now + _FRESH_SECONDS)
+        return stale
+
+    def read(self) -> None:
+        """Read all names; a thread of its own can wait for a slow disk."""
+        self._names = [path.as_posix() for path in files_below(Path())]
+
+    def like(self, typed: str) -> list[Choice]:
+        """The files whose path has the letters typed in that order, the likeliest first."""
+        if not typed or typed.startswith(("/", "~", ".")):
+            return []
+        letters = re.compile(".*?".join(map(re.escape, typed)), re.IGNORECASE)
+        found = sorted((name for name in self._names if letters.search(name)), key=len)[:_RANKED]
+        found.sort(key=lambda name: -self._search.match(typed, name)[0])
+        return [Choice(name, name, is_file=True) for name in found[:_LIKELY]]
 
 
 def _line(choice: Choice) -> Text:

@@ -13,10 +13,10 @@ from textual.widgets import TextArea
 
 from m7mlx.errors import InputError
 from m7mlx.terminal import visible
-from m7mlx_chat.files import attached
+from m7mlx_chat.attach import attached, takes_long
 from m7mlx_chat.textual_internals import read_alt_enter_as_ctrl_j
 from m7mlx_chat.unsent import UnsentText, folded, is_long, marker_of
-from m7mlx_chat.widgets.completion import Choice, Completion, commands, paths
+from m7mlx_chat.widgets.completion import Choice, Completion, FilesBelow, commands, paths
 
 _MENTION = re.compile(r"(?:^|\s)@(\S*)$")
 # the last: xterm's way of telling Shift+Enter
@@ -56,6 +56,8 @@ class Composer(TextArea):
         self._history: list[UnsentText] = []
         self._back = 0  # how far back in the history; 0: the unsent text
         self._kept = UnsentText()
+        self._files = FilesBelow()
+        self._reading: set[str] = set()  # what stands for files that are being read
 
     @property
     def unsent(self) -> UnsentText:
@@ -121,7 +123,10 @@ class Composer(TextArea):
             self._accept(self._completion.chosen)
         elif key == "enter":
             self._completion.close()
-            self.post_message(self.Submitted(self.unsent))
+            if any(placeholder in self.text for placeholder in self._reading):
+                self.app.notify("a file is being read; press Enter when it is there")
+            else:
+                self.post_message(self.Submitted(self.unsent))
         elif key in _NEW_LINE:
             self.insert("\n")
         elif key == "up" and self.cursor_location[0] == 0:
@@ -173,9 +178,19 @@ class Composer(TextArea):
         if row == 0 and self.document.line_count == 1 and before.startswith("/") and " " not in before:
             self._completion.open(commands(before), before)
         elif found := _MENTION.search(before):
-            self._completion.open(paths(found[1]), found[1])
+            typed = found[1]
+            if self._files.is_stale():
+                self.run_worker(self._read_names, thread=True, group="names", exclusive=True)
+            here = paths(typed)
+            named = {choice.text for choice in here}
+            below = [choice for choice in self._files.like(typed) if choice.text not in named]
+            self._completion.open([*here, *below], typed)
         else:
             self._completion.close()
+
+    def _read_names(self) -> None:
+        self._files.read()
+        self.app.call_from_thread(self._complete)
 
     def close_completion(self) -> bool:
         """Close the list of choices; return whether it was open."""
@@ -188,14 +203,59 @@ class Composer(TextArea):
         start = column - len(self._completion.typed)
         text = choice.text
         if choice.is_file:
-            try:
-                content = attached(choice.text)
-            except InputError as error:
-                self.app.notify(visible(str(error)), severity="warning", markup=False)
+            start -= 1
+            if takes_long(choice.text):
+                text = self._read_later(choice.text)
+            elif (there := self._attached(choice.text)) is not None:
+                text = there + " "
+            else:
                 return
-            start, text = start - 1, self._folded(content, f"file {Path(choice.text).name}") + " "
         self._completion.close()
         self.replace(text, (row, start), (row, column), maintain_selection_offset=False)
+
+    # --- files ------------------------------------------------------------------------------------
+
+    def _attached(self, name: str) -> str | None:
+        """Keep the text of a file; returns the marker that stands for it, or tells why not."""
+        try:
+            return self._folded(attached(name), f"file {Path(name).name}")
+        except InputError as error:
+            self._tell(error)
+            return None
+
+    def _read_later(self, name: str) -> str:
+        """Begin to read what takes long; returns what stands for it until then."""
+        placeholder = f"[reading {visible(Path(name).name)} …]"
+        while placeholder in self._reading:
+            placeholder = placeholder.replace(" …]", "\N{PRIME} …]")
+        self._reading.add(placeholder)
+        self.run_worker(lambda: self._read(name, placeholder), thread=True)
+        return placeholder + " "
+
+    def _read(self, name: str, placeholder: str) -> None:
+        """Read a file in a thread, and put its marker in the place of the placeholder."""
+        try:
+            content = attached(name)
+        except InputError as error:
+            self.app.call_from_thread(self._put, placeholder, "")
+            self.app.call_from_thread(self._tell, error)
+        else:
+            kind = "folder" if Path(name).expanduser().is_dir() else "file"
+            self.app.call_from_thread(
+                lambda: self._put(placeholder, self._folded(content, f"{kind} {Path(name).name}"))
+            )
+
+    def _put(self, placeholder: str, marker: str) -> None:
+        """Replace a placeholder, wherever it stands by now; it may be gone."""
+        self._reading.discard(placeholder)
+        for row in range(self.document.line_count):
+            column = self.document.get_line(row).find(placeholder)
+            if column >= 0:
+                self.replace(marker, (row, column), (row, column + len(placeholder)))
+                return
+
+    def _tell(self, error: InputError) -> None:
+        self.app.notify(visible(str(error)), severity="warning", markup=False)
 
     # --- pasting ----------------------------------------------------------------------------------
 

@@ -36,6 +36,8 @@ class OllamaAnswers:
 
     async def whole(self) -> Iterator[str]:
         """The JSON of the answer."""
+        if not self._read.prompts.ids:
+            return iter([json.dumps(self._loaded())])
         texts, thoughts = list[str](), list[str]()
         async with aclosing(self._answerer.answers(self._read)) as pieces:
             async for _, piece in pieces:
@@ -47,6 +49,9 @@ class OllamaAnswers:
 
     async def stream(self) -> AsyncGenerator[str, None]:
         """A line for each piece of text, one for all calls, and one that says how it ended."""
+        if not self._read.prompts.ids:
+            yield _write(self._loaded())
+            return
         begun = False
         try:
             async with aclosing(self._answerer.answers(self._read)) as pieces:
@@ -83,6 +88,10 @@ class OllamaAnswers:
             return line | {"response": text, **thinking}
         called = {"tool_calls": list(calls)} if calls else {}
         return line | {"message": {"role": "assistant", "content": text, **thinking, **called}}
+
+    def _loaded(self) -> _Fields:
+        """What is answered to a request without a prompt: by now, the model is loaded."""
+        return self._line("") | {"done": True, "done_reason": "load"}
 
     def _end(self) -> _Fields:
         stats, total = self._stats, time.perf_counter() - self._began
@@ -127,6 +136,25 @@ class EmbedAnswers:
         }
         numbers = [f"{', ' if i else ''}{numbers_in_json(vector)}" for i, vector in enumerate(vectors)]
         return [json.dumps(told).removesuffix("}"), ', "embeddings": [', *numbers, "]}"]
+
+
+class EmbedOneAnswers:
+    """The vector of one text."""
+
+    stream_type: ClassVar[str] = "application/x-ndjson"
+
+    def __init__(self, answerer: Answerer, read: ReadRequest) -> None:
+        self._answerer, self._read = answerer, read
+
+    async def whole(self) -> Iterator[str]:
+        """The JSON of the vector."""
+        (vector,) = await self._answerer.vectors(self._read)
+        return iter([f'{{"embedding": {numbers_in_json(vector)}}}'])
+
+    async def stream(self) -> AsyncGenerator[str, None]:
+        """The JSON of the vector: there is nothing to wait for."""
+        for text in await self.whole():
+            yield text
 
 
 def describe() -> _Fields:

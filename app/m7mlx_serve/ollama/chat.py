@@ -28,7 +28,7 @@ class ToolCall(Strict):
     """A call in a message of the assistant."""
 
     function: CalledFunction
-    ignored = frozenset({"id", "type"})
+    ignored = frozenset({"id", "type", "index"})
 
 
 class ChatMessage(Strict):
@@ -38,7 +38,8 @@ class ChatMessage(Strict):
     content: Text = ""
     tool_calls: Annotated[list[ToolCall], Field(max_length=128, fail_fast=True)] = Field(default_factory=list)
     tool_name: Name | None = None
-    ignored = frozenset({"thinking", "tool_call_id", "name"})
+    thinking: Text = ""
+    ignored = frozenset({"tool_call_id", "name"})
     neutral: ClassVar[Mapping[str, Sequence[Any]]] = {"images": [[]]}
     advice: ClassVar[Mapping[str, str]] = {"images": "this model reads text alone; leave it out"}
 
@@ -60,17 +61,23 @@ class Tool(Strict):
 
 
 class OllamaChatRequest(Generation):
-    """The body of POST /api/chat."""
+    """The body of POST /api/chat.
 
+    system  instructions before all messages, as Open WebUI sends them
+    """
+
+    system: Text = ""
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000, fail_fast=True)]
     tools: Annotated[list[Tool], Field(max_length=512, fail_fast=True)] = Field(default_factory=list)
 
     def conversation(self) -> Conversation:
         """What is to be answered. Calls have no ids here: results follow them in their order."""
-        messages: list[dict[str, Any]] = []
+        messages: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
         open_calls: list[str] = []
         for message in self.messages:
             found: dict[str, Any] = {"role": message.role, "content": message.content}
+            if message.role == "assistant" and message.thinking:
+                found["reasoning_content"] = message.thinking
             if message.tool_calls:
                 named = [
                     (f"call{len(messages):03}{n:02}", call.function) for n, call in enumerate(message.tool_calls)
@@ -90,7 +97,7 @@ class OllamaChatRequest(Generation):
 
     def without_texts(self) -> Self:
         """Leave out messages, tools and the schema."""
-        nothing: dict[str, Any] = {"tools": [], "format": ""}
+        nothing: dict[str, Any] = {"system": "", "tools": [], "format": ""}
         return self.model_copy(update={"messages": [ChatMessage(role="user")], **nothing})
 
 

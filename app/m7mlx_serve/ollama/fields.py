@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from m7mlx_serve.endpoint import Body, Wanted
 from m7mlx_serve.errors import ApiError
@@ -31,6 +31,7 @@ class Options(Strict):
         {
             *("num_ctx", "num_batch", "num_gpu", "main_gpu", "num_thread", "num_keep", "numa", "low_vram"),
             *("use_mmap", "use_mlock", "vocab_only", "f16_kv", "repeat_last_n", "penalize_newline"),
+            *("num_gqa", "mirostat_eta", "mirostat_tau"),
         }
     )
     neutral: ClassVar[Mapping[str, Sequence[Any]]] = {"mirostat": [0], "typical_p": [1], "tfs_z": [1]}
@@ -48,11 +49,6 @@ class Generation(Body):
         "images": "this model reads text alone; leave it out",
         "template": "the model's own chat format is used; with raw, the prompt is read as it is",
     }
-
-    @field_validator("model")
-    @classmethod
-    def _is_the_latest(cls, model: str) -> str:
-        return model.removesuffix(":latest")
 
     @property
     def schema_wanted(self) -> Mapping[str, Any] | None:

@@ -14,7 +14,7 @@ from m7mlx_serve.strict import Text
 
 
 class GenerateRequest(Generation):
-    """The body of POST /api/generate.
+    """The body of POST /api/generate. One without a prompt has the model loaded, no more.
 
     raw  read the prompt as it is, not as a message
     """
@@ -25,6 +25,8 @@ class GenerateRequest(Generation):
 
     def prompts(self, tokenizer: Tokenizer) -> Prompts:
         """The ids of the prompt, and what the answer follows."""
+        if not self.prompt:
+            return Prompts([])
         if self.raw:
             return Prompts([array("i", tokenizer.encode(self.prompt, tokenizer.add_bos))], self.schema_wanted)
         system = [{"role": "system", "content": self.system}] if self.system else []

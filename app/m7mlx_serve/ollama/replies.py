@@ -34,7 +34,7 @@ class _Line(_Reply):
     model: str
     created_at: str
     done: bool
-    done_reason: Literal["stop", "length"] | None = None
+    done_reason: Literal["stop", "length", "load"] | None = None
     total_duration: Count | None = None
     load_duration: Literal[0] | None = None
     prompt_eval_count: Count | None = None
@@ -50,6 +50,10 @@ class ChatLine(_Line):
 class TextLine(_Line):
     response: str
     thinking: str = ""
+
+
+class OneVector(_Reply):
+    embedding: list[float]
 
 
 class Vectors(_Reply):

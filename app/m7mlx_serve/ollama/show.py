@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import field_validator, model_validator
+from pydantic import model_validator
 
 from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx_serve.endpoint import Body, Endpoint, Prompts, Wanted
@@ -24,11 +24,6 @@ class ShowRequest(Body):
         if isinstance(data, dict) and "name" in data and "model" not in data:
             return {**{key: value for key, value in data.items() if key != "name"}, "model": data["name"]}
         return data
-
-    @field_validator("model")
-    @classmethod
-    def _is_the_latest(cls, model: str) -> str:
-        return model.removesuffix(":latest")
 
     def prompts(self, tokenizer: Tokenizer) -> Prompts:
         """Nothing is read."""

@@ -98,9 +98,15 @@ class OpenAIAnswers:
             self._answerer.reused(*(cost for index, cost in costs.items() if index // n == number))
             for number in range(len(self._read.prompts.ids))
         ]
-        return {
+        usage: dict[str, Any] = {
             "prompt_tokens": prompt,
             "completion_tokens": generated,
             "total_tokens": prompt + generated,
             "prompt_tokens_details": {"cached_tokens": sum(reused)},
         }
+        if self._read.prompts.prediction:
+            usage["completion_tokens_details"] = {
+                "accepted_prediction_tokens": sum(cost.accepted_prediction for cost in costs.values()),
+                "rejected_prediction_tokens": sum(cost.rejected_prediction for cost in costs.values()),
+            }
+        return usage

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -15,7 +17,7 @@ from m7mlx_serve.openai.fields import MEANINGLESS, NEUTRAL, Generation
 from m7mlx_serve.openai.messages import ChatMessage, TextPart
 from m7mlx_serve.openai.replies import ChatChunk, ChatCompletion, ErrorReply
 from m7mlx_serve.openai.shape import Fields, Scored, Shape
-from m7mlx_serve.strict import Name, Strict, Text
+from m7mlx_serve.strict import MAX_TEXT, Name, Strict, Text
 
 # What Mistral's own API puts before a conversation that asks for it.
 _SAFE = (
@@ -94,10 +96,21 @@ class ResponseFormat(Strict):
 
 
 class Prediction(Strict):
-    """What the answer will be like. It makes no difference to what comes out."""
+    """What the answer will be like: then it may come sooner, and is the same."""
 
     type: Literal["content"] = "content"
     content: Text | Annotated[list[TextPart], Field(fail_fast=True)]
+
+    @property
+    def text(self) -> str:
+        """The predicted text."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+    @model_validator(mode="after")
+    def _is_short(self) -> Prediction:
+        if (size := len(self.text)) > MAX_TEXT:
+            raise ValueError(f"{size:,} characters are more than {MAX_TEXT:,}")
+        return self
 
 
 class ChatShape(Shape):
@@ -196,8 +209,11 @@ class ChatRequest(Generation):
         )
 
     def prompts(self, tokenizer: Tokenizer) -> Prompts:
-        """The ids of the conversation, and what the answer follows."""
-        return self.conversation().prompts(tokenizer)
+        """The ids of the conversation, what the answer follows, and what is predicted of it."""
+        found = self.conversation().prompts(tokenizer)
+        if self.prediction is None:
+            return found
+        return replace(found, prediction=array("i", tokenizer.encode(self.prediction.text)))
 
     def without_texts(self) -> Self:
         """Leave out messages, tools and schemas."""
@@ -208,6 +224,8 @@ class ChatRequest(Generation):
     def _fits_together(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs is for logprobs: set it")
+        if self.prediction and self.n > 1:
+            raise ValueError("prediction: it is that of one answer; leave out n")
         return self
 
 

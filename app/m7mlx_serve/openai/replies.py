@@ -20,6 +20,16 @@ class Cached(_Reply):
     cached_tokens: Count
 
 
+class Predicted(_Reply):
+    """Tokens of the prediction that were tried: those in the answer, and those that were wrong.
+
+    Those that were wrong are counted nowhere else.
+    """
+
+    accepted_prediction_tokens: Count
+    rejected_prediction_tokens: Count
+
+
 class UsageReply(_Reply):
     """The prompt is counted once, however many answers it gets."""
 
@@ -27,6 +37,7 @@ class UsageReply(_Reply):
     completion_tokens: Count
     total_tokens: Count
     prompt_tokens_details: Cached
+    completion_tokens_details: Predicted | None = None  # where there was a prediction
 
 
 class ScoredToken(_Reply):

@@ -1,0 +1,97 @@
+"""Versions of a message beside each other; the same question to another model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from m7mlx.errors import InputError
+from m7mlx_chat.answering import UnderWay
+from m7mlx_chat.commands.asking import AskCommands
+from m7mlx_chat.events import Done, Failed
+from m7mlx_chat.screens.model_work import Chosen
+from m7mlx_chat.screens.versions import SideBySide
+from m7mlx_chat.view import Parts
+
+
+@dataclass
+class _Comparison:
+    """An answer that another model's is to stand beside, and the model that was there before."""
+
+    answer: int
+    model: str
+    folder: Path | None
+    question: int | None = None  # once the other model is asked
+
+
+class CompareCommands(AskCommands):
+    """Comparing. The other model is loaded for one answer; then the one before comes back."""
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self._comparison: _Comparison | None = None
+
+    # --- versions that are there ------------------------------------------------------------------
+
+    def action_versions(self) -> None:
+        """Show the selected message beside the version before it."""
+        if (selected := self.selected) is not None:
+            versions = self.store.siblings(selected.message.id)
+            if len(versions) < 2:
+                self.tell("there is one version only: r answers again, e edits the question")
+                return
+            at = next(i for i, version in enumerate(versions) if version.id == selected.message.id)
+            self._show_versions(selected.message.id, max(at - 1, 0) if at else 1, at)
+
+    def _show_versions(self, message: int, left: int, right: int) -> None:
+        async def take(chosen: int | None) -> None:
+            if chosen is not None:
+                self.session.show(chosen)
+                await self.transcript.sync(at=chosen)
+                self.composer.focus()
+
+        self.push_screen(SideBySide(self.store.siblings(message), left, right), take)
+
+    # --- another model ----------------------------------------------------------------------------
+
+    def action_compare(self, argument: str = "") -> None:
+        """Have another model answer the last question, too, and show both answers."""
+        self.session.check_free()
+        last = self.store.message(self.session.line[-1]) if self.session.line else None
+        if last is None or last.role != "assistant":
+            raise InputError("there is no answer yet that another model's could stand beside")
+        self._comparison = _Comparison(last.id, self.session.settings.model, self.folder)
+        self.choose_model(argument)
+
+    async def model_chosen(self, chosen: Chosen | None) -> None:
+        comparison = self._comparison
+        if comparison is None or comparison.question is not None:  # or it was chosen meanwhile
+            self._comparison = None
+            await super().model_chosen(chosen)
+        elif chosen is None:
+            self._comparison = None
+        else:
+            self._load(chosen.name, chosen.folder)
+            await self._begin(lambda: self.session.retry(comparison.answer))
+            under_way = self.session.under_way
+            comparison.question = under_way.question if under_way else None
+
+    def end_comparison(self, event: Done | Failed, under_way: UnderWay | None) -> bool:
+        """Bring the model of before back after the other one's answer; False if there was none."""
+        comparison = self._comparison
+        if comparison is None or under_way is None or under_way.question != comparison.question:
+            return False
+        self._comparison = None
+        self._load(comparison.model, comparison.folder)
+        ids = [version.id for version in self.store.siblings(under_way.answer)]
+        if isinstance(event, Done) and comparison.answer in ids and len(self.screen_stack) == 1:
+            self._show_versions(under_way.answer, ids.index(comparison.answer), ids.index(under_way.answer))
+        elif isinstance(event, Failed):
+            self.tell(event.message, is_error=True)
+        return True
+
+    def _load(self, name: str, folder: Path | None) -> None:
+        """Load a model. The conversation keeps the name of its own."""
+        self.folder = folder
+        self.session.settings = self.session.settings.changed({"model": name})
+        self.load_model()

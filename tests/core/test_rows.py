@@ -1,0 +1,325 @@
+"""Answers that are drafted for beside others: everybody's tokens are those of plain decoding."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from models import mixed_config, small_config, small_model
+
+import m7mlx.rows
+from m7mlx import Piece, Request, Sampling, stream_generate
+from m7mlx.batch import BatchCache
+from m7mlx.constrain import Unconstrained
+from m7mlx.decode import prefill
+from m7mlx.errors import InputError
+from m7mlx.pace import Costs, Odds
+from m7mlx.sampling import Sampler
+from m7mlx.scheduler import Scheduler
+from m7mlx.speculative import PromptLookup, settle
+from m7mlx.tokens.tokenizer import Tokenizer
+
+MODELS = {window: small_model(small_config(vocab_size=32000, sliding_window=window)) for window in (7, None)}
+MODELS["mixed"] = small_model(mixed_config(vocab_size=32000))  # type: ignore[index]
+
+
+class Always(Costs):
+    """Drafts whenever it may."""
+
+    def plan(self, texts: Sequence[tuple[Odds, int]]) -> list[int]:
+        return [max(0, min(5, most)) for _, most in texts]
+
+
+class Oracle(PromptLookup):
+    """Knows the answers, and is right as often as told."""
+
+    answers: ClassVar[dict[tuple[int, ...], list[int]]] = {}
+    wrong: ClassVar[set[int]] = set()
+
+    def begin(self, ids: Sequence[int]) -> None:
+        self.prompt = tuple(ids)
+
+    def promising(self, ids: Sequence[int]) -> bool:
+        return True
+
+    def draft(self, ids: Sequence[int], token: int, most: int, sampler: Sampler) -> list[int]:
+        at = len(ids) - len(self.prompt) + 1
+        answer = self.answers[self.prompt][at : at + most]
+        return [(token + 1) % 32000 if at + i in self.wrong else token for i, token in enumerate(answer)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(mistral_tokenizers: dict[str, Tokenizer]) -> Tokenizer:
+    return mistral_tokenizers["v1"]
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(m7mlx.rows, "Costs", Always)
+
+
+@pytest.fixture
+def oracle(monkeypatch: pytest.MonkeyPatch, always: None) -> type[Oracle]:
+    monkeypatch.setattr(m7mlx.rows, "PromptLookup", Oracle)
+    monkeypatch.setattr(Oracle, "answers", {})
+    monkeypatch.setattr(Oracle, "wrong", set())
+    return Oracle
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    return [3 + (seed * 7919 + i * i * 31) % 31000 for i in range(length)]
+
+
+def alone(model: Any, tokenizer: Tokenizer, request: Request) -> list[Piece]:
+    return list(
+        stream_generate(
+            model,
+            tokenizer,
+            list(request.ids),
+            sampling=request.sampling,
+            max_tokens=request.max_tokens,
+            stop=request.stop,
+            logprobs=request.logprobs,
+        )
+    )
+
+
+def run(scheduler: Scheduler, pieces: dict[int, list[Piece]], steps: int = 10_000) -> int:
+    """Take so many steps, or all; return how many there were."""
+    for count in range(steps):
+        told, more = scheduler.step()
+        for number, piece in told:
+            assert not pieces[number] or pieces[number][-1].finish_reason is None
+            pieces[number].append(piece)
+        if not more:
+            return count + 1
+    return steps
+
+
+def ids_of(pieces: Sequence[Piece]) -> list[int]:
+    return [i for piece in pieces for i in piece.ids]
+
+
+def assert_same(found: Sequence[Piece], expected: Sequence[Piece]) -> None:
+    assert ids_of(found) == ids_of(expected)
+    assert "".join(piece.text for piece in found) == "".join(piece.text for piece in expected)
+    assert (found[-1].finish_reason, found[-1].stop) == (expected[-1].finish_reason, expected[-1].stop)
+    one, other = ([score for piece in pieces for score in piece.logprobs] for pieces in (found, expected))
+    assert [score.id for score in one] == [score.id for score in other]
+    assert [score.logprob for score in one] == pytest.approx([score.logprob for score in other], abs=1e-4)
+    assert found[-1].stats is not None and found[-1].stats.generated_tokens == len(ids_of(found))
+
+
+SAMPLINGS = [
+    Sampling(),
+    Sampling(temperature=0.9, seed=3, top_k=4),
+    Sampling(repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.3),
+]
+arrivals = st.lists(
+    st.tuples(
+        st.integers(0, 6),  # steps until the next one comes
+        st.integers(1, 40),  # tokens of the prompt
+        st.integers(1, 20),  # tokens wanted
+        st.sampled_from(SAMPLINGS),
+        st.sampled_from([None, 0, 2]),  # log probabilities
+        st.sampled_from([-1, -1, 3, 8]),  # cancelled after so many steps; below 0 never
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@pytest.mark.usefixtures("computed_by")
+@given(
+    coming=arrivals,
+    window=st.sampled_from([7, None, "mixed"]),
+    rows=st.integers(1, 4),
+    drafted=st.integers(1, 3),
+    wrong=st.sets(st.integers(0, 30)),
+    slack=st.sampled_from([2, 8, 20]),
+)
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+def test_everybody_is_answered_as_if_alone(
+    tokenizer: Tokenizer,
+    oracle: type[Oracle],
+    coming: list[tuple[int, int, int, Sampling, int | None, int]],
+    window: Any,
+    rows: int,
+    drafted: int,
+    wrong: set[int],
+    slack: int,
+) -> None:
+    """Whatever is guessed, whoever comes and goes, and so is who goes on from them."""
+    model = MODELS[window]
+    scheduler = Scheduler(model, tokenizer, rows=rows, kept=2, slack=slack, drafted=drafted)
+    oracle.wrong = wrong
+    pieces: dict[int, list[Piece]] = defaultdict(list)
+    asked: dict[int, tuple[Request, list[Piece]]] = {}
+    for seed, (wait, length, wanted, sampling, logprobs, stays) in enumerate(coming):
+        request = Request(prompt(seed % 3, length), sampling, wanted, logprobs=logprobs)
+        expected = alone(model, tokenizer, request)
+        oracle.answers[tuple(request.ids)] = ids_of(expected)
+        number = scheduler.add(request)
+        asked[number] = request, expected
+        run(scheduler, pieces, wait)
+        if stays >= 0:
+            run(scheduler, pieces, stays)
+            if piece := scheduler.cancel(number):
+                pieces[number].append(piece)
+    run(scheduler, pieces)
+    for number, (request, expected) in asked.items():
+        if pieces[number][-1].finish_reason == "cancelled":
+            assert ids_of(pieces[number]) == ids_of(expected)[: len(ids_of(pieces[number]))]
+        else:
+            assert_same(pieces[number], expected)
+        later = Request([*request.ids, *ids_of(pieces[number]), 5, 6], max_tokens=4)
+        expected = alone(model, tokenizer, later)
+        oracle.answers[tuple(later.ids)] = ids_of(expected)
+        number = scheduler.add(later)
+        run(scheduler, pieces)
+        assert_same(pieces[number], expected)
+
+
+@pytest.mark.usefixtures("computed_by")
+def test_several_passes_at_once_are_those_passes(computed_by: None) -> None:
+    for model in MODELS.values():
+        caches = [model.new_cache(slack=8) for _ in range(4)]
+        for seed, cache in enumerate(caches):
+            prefill(model, prompt(seed, 9 + 5 * seed), cache)
+        groups: list[Any] = [BatchCache(caches[:2]), caches[2], caches[3]]
+        ids = [mx.array([[4], [5]]), mx.array([[6, 7, 8]]), mx.array([[9]])]
+        expected = [
+            model.logits(*one) for one in zip(ids, [BatchCache(caches[:2]), *map(_copy, caches[2:])], strict=True)
+        ]
+        found = model.logits_together(list(zip(ids, groups, strict=True)))
+        for one, other in zip(found, expected, strict=True):
+            assert one.shape == other.shape
+            assert mx.allclose(one, other, atol=1e-3).item()
+        assert groups[0].offsets == [10, 15] and [c.offset for c in caches[2:]] == [22, 25]
+
+
+def _copy(cache: Any) -> Any:
+    other = cache.like()
+    other.restore(cache.snapshot())
+    return other
+
+
+def test_right_drafts_take_few_steps(tokenizer: Tokenizer, oracle: type[Oracle]) -> None:
+    """One answer in the batch, a grammar's, is told a token at a time beside two that are not."""
+    model = MODELS[7]
+    asked = [Request(prompt(i, 9), SAMPLINGS[i % 2], 31) for i in range(3)]
+    for request in asked:
+        oracle.answers[tuple(request.ids)] = ids_of(alone(model, tokenizer, request))
+    scheduler = Scheduler(model, tokenizer, rows=4, drafted=2)
+    bound = scheduler.add(Request(prompt(5, 9), max_tokens=31, constraint=Unconstrained()))
+    numbers = [scheduler.add(request) for request in asked]
+    pieces: dict[int, list[Piece]] = defaultdict(list)
+    run(scheduler, pieces, 8)
+    lengths = [len(ids_of(pieces[number])) for number in (*numbers, bound)]
+    assert min(lengths[:2]) >= 30 and max(lengths[2:]) <= 8  # two are apart
+    run(scheduler, pieces)
+    for number, request in zip(numbers, asked, strict=True):
+        assert_same(pieces[number], alone(model, tokenizer, request))
+    assert_same(pieces[bound], alone(model, tokenizer, Request(prompt(5, 9), max_tokens=31)))
+
+
+def test_stop_texts_end_an_answer_amid_a_draft(tokenizer: Tokenizer, oracle: type[Oracle]) -> None:
+    """What was right behind them is undone, so that the conversation can be gone on with."""
+    model, ids = MODELS[7], prompt(2, 12)
+    plain = alone(model, tokenizer, Request(ids, max_tokens=30))
+    oracle.answers[tuple(ids)] = ids_of(plain)
+    text = "".join(piece.text for piece in plain)
+    ends = set()
+    for at in range(len(text) // 3, len(text) // 3 + 9, 3):
+        request = Request(ids, max_tokens=30, stop=(text[at : at + 3],))
+        scheduler, pieces = Scheduler(model, tokenizer, drafted=1), defaultdict[int, list[Piece]](list)
+        number = scheduler.add(request)
+        run(scheduler, pieces)
+        expected = alone(model, tokenizer, request)
+        assert expected[-1].finish_reason == "stop"
+        assert_same(pieces[number], expected)
+        assert scheduler.kept[0].cache.offset == len(scheduler.kept[0].ids)
+        ends.add(len(ids_of(expected)))
+    assert len(ends) > 1
+
+
+def test_a_draft_that_cannot_be_checked_fails_its_own_answer(
+    tokenizer: Tokenizer, oracle: type[Oracle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, requests = MODELS[None], [Request(prompt(i, 9), max_tokens=12) for i in range(3)]
+    for request in requests:
+        oracle.answers[tuple(request.ids)] = ids_of(alone(model, tokenizer, request))
+    real, broken = settle, [True]
+
+    def once(*args: Any) -> tuple[int, int]:
+        if broken:
+            broken.clear()
+            raise KeyError("nobody foresees this")
+        return real(*args)
+
+    monkeypatch.setattr(m7mlx.rows, "settle", once)
+    scheduler, pieces = Scheduler(model, tokenizer, drafted=2), defaultdict[int, list[Piece]](list)
+    numbers = [scheduler.add(request) for request in requests]
+    run(scheduler, pieces)
+    assert not broken and isinstance(pieces[numbers[0]][-1].error, KeyError)
+    for number, request in list(zip(numbers, requests, strict=True))[1:]:
+        assert_same(pieces[number], alone(model, tokenizer, request))
+
+
+def test_a_prediction_is_looked_up(tokenizer: Tokenizer, always: None) -> None:
+    """It makes no difference to the tokens, and the cost tells how much of it was right."""
+    model = MODELS[7]
+    plain = alone(model, tokenizer, Request(prompt(4, 20), SAMPLINGS[1], 31))
+    answer = ids_of(plain)
+    changed = [*answer[:10], 7, 8, 9, *answer[12:]]
+    for prediction, least, steps in ((answer, 24, 9), (changed, 14, 14), (prompt(9, 30), 0, 35), ("", 0, 35)):
+        scheduler, pieces = Scheduler(model, tokenizer, drafted=1), defaultdict[int, list[Piece]](list)
+        number = scheduler.add(Request(prompt(4, 20), SAMPLINGS[1], 31, prediction=prediction))
+        assert run(scheduler, pieces) <= steps
+        assert_same(pieces[number], plain)
+        stats = pieces[number][-1].stats
+        assert stats is not None and stats.accepted_prediction >= least
+        assert bool(stats.rejected_prediction) == (prediction == changed)
+    assert Request.from_dict(Request([1], prediction=[2, 3]).to_dict()).prediction == [2, 3]
+    with pytest.raises(InputError):
+        Scheduler(model, tokenizer, drafted=-1)
+
+
+def test_drafts_do_not_slow_others_by_more_than_a_quarter() -> None:
+    odds = Odds()
+    for _ in range(9):
+        odds.checked(7, 7)
+    for rows, drafting, cost, most in (
+        (2, 1, 0.02, 7),
+        (2, 1, 0.2, 1),
+        (2, 2, 0.02, 30),
+        (8, 1, 0.001, 15),
+        (8, 1, 0.5, 0),
+    ):
+        costs = Costs(rows)
+        for _ in range(3):
+            costs.plain(1.0)
+        for drafted in (1, 3, 7, 15, 30):
+            for _ in range(5):
+                costs.checked(drafted, 100, 1 + cost * drafted)
+        plan = costs.plan([(odds, 15)] * drafting)
+        assert sum(plan) <= most, (rows, cost, plan)
+        assert drafting == rows or 1 + cost * sum(plan) <= 1.25
+        assert bool(sum(plan)) == bool(most)
+
+
+def test_what_drafts_lose_among_several_is_bounded() -> None:
+    """With guesses that are never right, and the clock of an imagined machine."""
+    costs, seconds, steps = Costs(3), 0.0, 400
+    for _ in range(steps):
+        odds = Odds()  # each answer hopes anew
+        plan = costs.plan([(odds, 15), (odds, 15)])
+        spent = 1 + 0.1 * sum(plan)
+        costs.checked(sum(plan), 3, spent) if any(plan) else costs.plain(spent)
+        seconds += spent
+    assert steps < seconds < steps * 1.03
