@@ -73,14 +73,13 @@ class Tally:
 
 def questions(folder: Path, count: int) -> list[Question]:
     """`count` of them with the library's answers."""
-    from m7mlx_serve.tool_calls import MARK
-    from m7mlx_serve.tool_schema import calls_schema
-
     from m7mlx import load
     from m7mlx.constrain import Constraint, json_constraint
     from m7mlx.request import Request
     from m7mlx.sampling import Sampling
     from m7mlx.scheduler import Scheduler
+    from m7mlx.tools.calls import MARK
+    from m7mlx.tools.schema import calls_schema
 
     model, tokenizer = load(folder)
     scheduler = Scheduler(model, tokenizer, rows=1)

@@ -263,6 +263,23 @@ class RollingCache(KVCache):
             ring.borrow(buffers)
             ring.sinks = sinks
 
+    def take(self, other: RollingCache, dtype: mx.Dtype) -> None:
+        """Hold what a cache of the same model and window holds, in as many bits as this one stores.
+
+        dtype  of keys and values as they are computed (`Mistral.dtype`)
+
+        Neither sees what the other writes later. Raises InputError for a cache of another model, or
+        with another window, slack or sinks; RollbackError after a forward pass that was broken off.
+        """
+        if other.settings[:3] != self.settings[:3]:
+            raise InputError("this cache was made for another model, or with another window, slack or sinks")
+        other.positions.check_intact()
+        self.reset()  # whatever happens from here on, nothing half taken is used
+        for ring, theirs in zip(self.rings, other.rings, strict=True):
+            ring.take(theirs, dtype)
+            mx.eval(ring.arrays)  # layer by layer: what lies between takes float32
+        self.positions, self.ids = other.positions, list(other.ids)
+
     def quantize(self, kv_bits: int, kv_group_size: int = 64) -> None:
         """Store keys and values in 4, 8 or 16 bits from now on, those already here included.
 

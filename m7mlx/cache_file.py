@@ -155,6 +155,11 @@ def peek_cache(path: str | Path, model: Mistral, *, weight_hash: str | None = No
     return SavedCache(int_array("i", ids.astype("i4").tobytes()), cache.max_rollback, header.metadata)
 
 
+def read_header(path: str | Path) -> CacheHeader:
+    """Read what a saved cache belongs to. Raises NotFoundError; CacheFileError, as `load_cache`."""
+    return _read_header(Path(path))[1]
+
+
 def hash_weights(model: Mistral) -> str:
     """Hash sums over all weights, to which a saved cache is bound."""
     return fingerprint(dict(tree_flatten(model.parameters())))

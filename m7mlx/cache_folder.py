@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m7mlx.cache import RollingCache
-from m7mlx.cache_file import SavedCache, hash_weights, load_cache, peek_cache, save_cache
+from m7mlx.cache_file import SavedCache, hash_weights, load_cache, peek_cache, read_header, save_cache
 from m7mlx.decode import goes_on, reusable, shared_start
 from m7mlx.errors import CacheFileError, DiskError, NotFoundError
 from m7mlx.model import Mistral
@@ -77,8 +77,7 @@ class CacheFolder:
     @property
     def figures(self) -> FolderFigures:
         """What the folder holds now, and what has been done."""
-        sizes = [size for _, size, _ in self._files()]
-        return FolderFigures(len(sizes), sum(sizes), self._saved, self._hits, self._evicted, self._damaged)
+        return FolderFigures(*measure_folder(self._folder), self._saved, self._hits, self._evicted, self._damaged)
 
     def find(self, ids: Sequence[int], space: str = "") -> tuple[int, str]:
         """Find the conversation of which most can be used for a prompt; nothing is loaded.
@@ -111,8 +110,10 @@ class CacheFolder:
         self._hits += 1
         return cache
 
-    def save(self, cache: RollingCache, space: str = "") -> bool:
+    def save(self, cache: RollingCache, space: str = "", *, alone: bool = False) -> bool:
         """Save a conversation in the place of those that it goes on from; return whether it was.
+
+        alone  in the place of all others of its space
 
         One that is too large is not, nor one that a saved one goes on from. Nothing may write into
         `cache` meanwhile; one with other options is not saved. Raises DiskError.
@@ -133,7 +134,7 @@ class CacheFolder:
         with self._lock:
             self._saved += 1
             for older, saved in self._own(space).items():
-                if older != name and goes_on(saved.ids, cache.ids, cache.max_rollback):
+                if older != name and (alone or goes_on(saved.ids, cache.ids, cache.max_rollback)):
                     self._remove(older)
             self._evict()
         return True
@@ -142,7 +143,7 @@ class CacheFolder:
 
     def _own(self, space: str) -> dict[str, SavedCache]:
         """This model's conversations of a space, by name. Each file is looked at once."""
-        names = {name for name, _, _ in self._files() if name.startswith(f"{self._kind}-")}
+        names = {name for name, _, _ in _files(self._folder) if name.startswith(f"{self._kind}-")}
         self._known = {name: saved for name, saved in self._known.items() if name in names}
         for name in sorted(names - self._known.keys()):
             try:
@@ -154,20 +155,9 @@ class CacheFolder:
                 self._remove(name)
         return {name: saved for name, saved in self._known.items() if saved.metadata.get("space") == space}
 
-    def _files(self) -> list[tuple[str, int, float]]:
-        """Name, size and time of last use of all files, of all models."""
-        found = []
-        with contextlib.suppress(OSError), os.scandir(self._folder) as entries:
-            for entry in entries:
-                if entry.name.endswith(_SUFFIX) and not entry.name.startswith("."):
-                    with contextlib.suppress(OSError):
-                        status = entry.stat(follow_symlinks=False)
-                        found.append((entry.name, status.st_size, status.st_mtime))
-        return found
-
     def _evict(self) -> None:
         """Remove what was used least recently until all that is left fits."""
-        files = sorted(self._files(), key=lambda file: file[2])
+        files = sorted(_files(self._folder), key=lambda file: file[2])
         size = sum(nbytes for _, nbytes, _ in files)
         for name, nbytes, _ in files:
             if size <= self._most_bytes:
@@ -188,6 +178,41 @@ class CacheFolder:
             with contextlib.suppress(OSError):
                 if path.stat().st_mtime < late:
                     path.unlink()
+
+
+def find_spaces(folder: Path) -> dict[str, str]:
+    """Find the spaces of a folder's conversations, of all models, by the names of their files."""
+    found = {}
+    for name, _, _ in _files(folder):
+        with contextlib.suppress(NotFoundError, CacheFileError, OSError):
+            found[name] = read_header(folder / name).metadata.get("space", "")
+    return found
+
+
+def remove_space(folder: Path, space: str) -> None:
+    """Remove all conversations of a space, whichever model they were held with."""
+    for name, found in find_spaces(folder).items():
+        if found == space:
+            with contextlib.suppress(OSError):
+                (folder / name).unlink()
+
+
+def measure_folder(folder: Path) -> tuple[int, int]:
+    """Count the conversations in a folder, of all models, and their bytes."""
+    sizes = [size for _, size, _ in _files(folder)]
+    return len(sizes), sum(sizes)
+
+
+def _files(folder: Path) -> list[tuple[str, int, float]]:
+    """Name, size and time of last use of all files, of all models."""
+    found = []
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith(_SUFFIX) and not entry.name.startswith("."):
+                with contextlib.suppress(OSError):
+                    status = entry.stat(follow_symlinks=False)
+                    found.append((entry.name, status.st_size, status.st_mtime))
+    return found
 
 
 def _kind(weight_hash: str, like: RollingCache) -> str:

@@ -26,6 +26,7 @@ from m7mlx.sampling import LogitsProcessor, Sampling
 from m7mlx.tokens.infill import infill_ids
 from m7mlx.tokens.messages import Message
 from m7mlx.tokens.tokenizer import Tokenizer
+from m7mlx.tools.calling import Rules, call_form
 
 Prompt = str | Sequence[int] | Sequence[Message]
 DEFAULT_MAX_TOKENS = 512
@@ -61,6 +62,8 @@ class Request:
     suffix      what stands behind the answer to a text, for models that fill in the middle
     effort      how much the model shall think about messages, if it can be told so ("high"); None
                 takes its default
+    tools       functions that the model may call in its answer to messages, each with a name, a
+                description and parameters (a JSON schema). `m7mlx.answer_reader` finds the calls
     space       whose request it is: a `Scheduler` goes on from what it holds of the same space
                 alone, so that nobody can find out how others' conversations begin
 
@@ -83,6 +86,7 @@ class Request:
     prediction: Sequence[int] | str = ()
     suffix: str = ""
     effort: str | None = None
+    tools: Sequence[Mapping[str, Any]] = ()
     space: str = ""
 
     def __post_init__(self) -> None:
@@ -98,6 +102,8 @@ class Request:
             raise InputError("logits_processors must be a list of functions f(ids, logits) that return logits")
         if not isinstance(self.suffix, str) or (self.suffix and not isinstance(self.prompt, str)):
             raise InputError("a suffix is a text, and goes with a prompt that is one, not ids or messages")
+        if self.tools and not (_is_messages(self.prompt) and all(map(_is_function, self.tools))):
+            raise InputError("tools go with messages; each is {'name': …, 'description': …, 'parameters': {…}}")
         if self.has_grammar and len(self.continues):
             raise InputError("an answer that follows a grammar cannot go on where it was broken off; ask for it anew")
         if self.has_grammar and _continued(self.prompt) is not None:
@@ -143,6 +149,7 @@ class Request:
             "prediction": self.prediction if isinstance(self.prediction, str) else check_ids(self.prediction),
             "suffix": self.suffix,
             "effort": self.effort,
+            "tools": [dict(tool) for tool in self.tools],
             "space": self.space,
         }
 
@@ -177,10 +184,16 @@ def prepare(request: Request, model: Mistral, tokenizer: Tokenizer, cache: Rolli
     InputError, BusyError.
     """
     continues, prediction, message = request.continues, request.prediction, _continued(request.prompt)
+    schema = request.schema
+    if request.tools and message is None and not len(continues):
+        rules = Rules(request.tools, is_required=False, parallel=True, answer=_json_schema(schema))
+        schema = call_form(tokenizer).schema(rules)
     ready = replace(
         request,
-        prompt=encode_prompt(tokenizer, request.prompt, request.suffix, request.effort),
+        prompt=encode_prompt(tokenizer, request.prompt, request.suffix, request.effort, request.tools),
         suffix="",
+        tools=(),
+        schema=schema,
         at_start=request.at_start and message is None and not isinstance(request.prompt, str),
         begun=request.begun if message is None else len(message.get("ids") or ()),
         continues=tokenizer.encode(continues) if isinstance(continues, str) else check_ids(continues),
@@ -212,10 +225,12 @@ def encode_prompt(
     prompt: Prompt,
     suffix: str = "",
     effort: str | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> Sequence[int]:
     """Encode a prompt in any of its three forms, a text with what stands behind the answer to it.
 
     effort  how much the model shall think about messages, if it is one that can be told
+    tools   functions that it may call in its answer to messages
 
     Raises InputError and ChatFormatError.
     """
@@ -227,8 +242,29 @@ def encode_prompt(
         raise InputError("a message stands in a list: [{'role': …, 'content': …}]")
     if _is_messages(prompt):
         told = effort if tokenizer.chat.takes_effort else None
-        return tokenizer.chat.encode([_joined(message) for message in prompt], effort=told)
+        messages = [_joined(message) for message in prompt]
+        if not tools and not any(map(_tells_of_tools, messages)):
+            return tokenizer.chat.encode(messages, effort=told)
+        functions = [{"type": "function", "function": dict(tool)} for tool in tools]
+        return call_form(tokenizer).encode(messages, functions, False, {"effort": told, "schema": None})
     return check_ids(prompt)
+
+
+def _tells_of_tools(message: Any) -> bool:
+    """Whether a message calls tools, or says what one gave."""
+    return isinstance(message, Mapping) and (message.get("role") == "tool" or bool(message.get("tool_calls")))
+
+
+def _is_function(tool: Any) -> bool:
+    is_named = isinstance(tool, Mapping) and isinstance(tool.get("name"), str)
+    return is_named and isinstance(tool.get("parameters"), Mapping)
+
+
+def _json_schema(schema: Mapping[str, Any] | Grammar | None) -> Mapping[str, Any] | None:
+    """The schema of an answer that calls no tool. Raises InputError for a grammar."""
+    if isinstance(schema, Grammar):
+        raise InputError("tools go with a JSON schema, not with a grammar")
+    return schema
 
 
 def _continued(prompt: Prompt) -> Message | None:

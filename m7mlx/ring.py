@@ -64,6 +64,11 @@ class KVFormat:
         odd = x.shape[-1] // (x.shape[-1] & -x.shape[-1])
         return mx.hadamard_transform(x) if self.is_packed and odd <= 7 else x  # MLX's sizes: 1, 3, 5, 7 times 2^k
 
+    def turn_back(self, x: mx.array) -> mx.array:  # [..., head_dim]
+        """Turn keys back into the basis that they were computed in, in float32."""
+        turned = self.turn(mx.eye(x.shape[-1]))  # rows; turning multiplies by this orthonormal matrix
+        return x.astype(mx.float32) @ turned.T
+
     def encode(self, x: mx.array) -> Stored:  # [B, n_kv_heads, slots, head_dim]
         """Return the arrays to store; each token's are its own, however a sequence is cut."""
         if not self.is_packed:
@@ -243,6 +248,29 @@ class LayerRing:
         if self.sinks is not None:
             self.sinks = Sinks(kv_format.turn(self.sinks.keys), self.sinks.values)
         self.format = kv_format
+
+    def take(self, other: LayerRing, dtype: mx.Dtype) -> None:
+        """Hold what a ring of the same window and slack holds, in this one's format.
+
+        dtype  of keys and values as they are computed
+        """
+        self.sinks = other.sinks
+        is_as_it_is = other.format == self.format or other.format.bits is self.format.bits is None
+        if is_as_it_is or not other.buffers:
+            self.borrow(other.lend())
+            return
+        keys, values, _ = self._split(other.buffers, other.format)
+        keys, values = self._recode(keys, other.format, dtype, turns=True), self._recode(values, other.format, dtype)
+        self.buffers = keys + values
+        if other.sinks is not None:
+            sinks = self.format.turn(other.format.turn_back(other.sinks.keys))
+            self.sinks = Sinks(sinks.astype(other.sinks.keys.dtype), other.sinks.values)
+
+    def _recode(self, stored: Stored, kv_format: KVFormat, dtype: mx.Dtype, *, turns: bool = False) -> Stored:
+        x = kv_format.decode(stored, mx.float32)
+        if turns:
+            x = self.format.turn(kv_format.turn_back(x))
+        return self.format.encode(x.astype(dtype))
 
     def write(self, new: Stored, start: int, into: int | None = None) -> None:
         """Write up to `capacity` positions from `start` on, into all rows of a batch or one."""

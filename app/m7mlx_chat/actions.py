@@ -40,7 +40,12 @@ ACTIONS = (
         "complete", "", "/ and @", "complete a command, or put in a text file, a PDF or a folder", place="composer"
     ),
     Action("editor", "ctrl+g", "Ctrl+G", "write the message in $EDITOR"),
-    Action("stop", "escape", "Esc", "stop the answer and keep its text; close; back to the composer"),
+    Action(
+        "stop",
+        "escape",
+        "Esc",
+        "stop the answer and keep its text; take back what waits; close",
+    ),
     Action("interrupt", "ctrl+c", "Ctrl+C", "copy what is selected, clear the text or stop; twice: quit"),
     Action("new", "ctrl+n", "Ctrl+N", "new conversation", "new"),
     Action("retry", "", "", "answer the last question again", "retry"),
@@ -66,6 +71,7 @@ ACTIONS = (
     Action("archive", "", "", "put the conversation away", "archive"),
     Action("delete", "", "", "delete the conversation; /undo brings it back", "delete"),
     Action("undo", "", "", "bring back what was deleted last", "undo"),
+    Action("tools", "", "", "the tools that the model may call", "tools", "[off | on | ask NAME]"),
     Action("theme", "", "", "change the colours", "theme", "[NAME]"),
     Action("select(-1)", "alt+up", "Alt+↑", "select the message before"),
     Action("select(1)", "alt+down", "Alt+↓", "select the next message"),

@@ -5,14 +5,32 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from m7mlx import Request
 from m7mlx.errors import InputError, M7Error
-from m7mlx_chat.events import AnyEngine, Done, Event, Failed, Ready, Seen, Text, Thought
+from m7mlx_chat.events import (
+    AnyEngine,
+    AnyTools,
+    Called,
+    Done,
+    Event,
+    Failed,
+    Given,
+    Listed,
+    NoTools,
+    OnDisk,
+    Ready,
+    Seen,
+    Text,
+    Thought,
+    Word,
+)
 from m7mlx_chat.history import history, ids_for
+from m7mlx_chat.servers import ROUNDS
 from m7mlx_chat.settings import Settings
+from m7mlx_chat.steps import Call, Step, closed, messages_of, values_of
 from m7mlx_chat.store import Store
 from m7mlx_chat.store.rows import Ending
 
@@ -34,6 +52,11 @@ class UnderWay:
     thought         what the model has thought by now
     submitted       the engine has been asked; before, the model is still being loaded
     saved           when it was last saved
+    steps           what it has done so far: the tools that the model called
+    rounds          how many of these steps the user has not seen the end of
+    asking          the call that waits for the user's word
+    calling         the call that is being made
+    is_stopped      the user has stopped it: no call is made any more
     """
 
     conversation: int
@@ -46,6 +69,16 @@ class UnderWay:
     thought: str = ""
     submitted: bool = False
     saved: float = 0.0
+    steps: list[Step] = field(default_factory=list)
+    rounds: int = 0
+    asking: Call | None = None
+    calling: Call | None = None
+    is_stopped: bool = False
+
+    @property
+    def waits(self) -> bool:
+        """Whether it goes on when a call has ended, not before."""
+        return self.asking is not None or self.calling is not None
 
 
 class Answering:
@@ -54,7 +87,11 @@ class Answering:
     under_way  the answer, if there is one
     ready      the model, once it is loaded
     seen       where its cache stands
+    on_disk    what lies on the disk of conversations; None where none is kept
+    in_memory  conversations that were answered since the model was loaded: it mostly holds them
     schema     a JSON schema that every answer must fit
+    tools      what the model may call
+    rounds     how often it may call tools in one answer
     """
 
     def __init__(self, store: Store, engine: AnyEngine) -> None:
@@ -62,7 +99,11 @@ class Answering:
         self.under_way: UnderWay | None = None
         self.ready: Ready | None = None
         self.seen = Seen(0, 0)
+        self.on_disk: OnDisk | None = None
+        self.in_memory: set[int] = set()
         self.schema: Mapping[str, Any] | None = None
+        self.tools: AnyTools = NoTools()
+        self.rounds = ROUNDS
         self._engine = engine
         self._unsaved: list[Callable[[], None]] = []
 
@@ -72,9 +113,12 @@ class Answering:
             raise Busy("the model is still answering: Esc stops it")
 
     def begin(self, under_way: UnderWay) -> None:
-        """Have the engine answer: now, or as soon as the model is loaded."""
+        """Have the engine answer: now, or as soon as model and tools are there."""
         self.under_way = under_way
-        if self.ready is not None:
+        self._go_on(under_way)
+
+    def _go_on(self, under_way: UnderWay) -> None:
+        if self.ready is not None and self.tools.is_settled and not under_way.submitted and not under_way.waits:
             self._submit(under_way)
 
     def stop(self) -> None:
@@ -82,17 +126,37 @@ class Answering:
         if self.under_way is None:
             return
         if self.under_way.submitted:
+            self.under_way.is_stopped = True
             self._engine.cancel()
-        else:  # no model yet
-            self._finish("stopped", {})
+        else:  # no model yet, or a call is waited for
+            self._finish("stopped", self._spent(self.under_way))
+
+    def decide(self, word: Word) -> None:
+        """Have the call that waits for the user's word made, or refused."""
+        under_way = self.under_way
+        if under_way is None or under_way.asking is None:
+            return
+        call, under_way.asking = under_way.asking, None
+        if word in ("always", "never"):
+            self.tools.remember(call, word)
+        if word in ("once", "always"):
+            self._make(under_way, call)
+        else:
+            self._end_call(under_way, replace(call, outcome="refused"))
 
     def handle(self, event: Event) -> None:
         """Keep what an event of the engine brings."""
         match event:
+            case OnDisk():
+                self.on_disk = event
             case Ready():
                 self.ready, self.seen = event, Seen(0, 0)
-                if self.under_way is not None and not self.under_way.submitted:
-                    self._submit(self.under_way)
+                self.in_memory.clear()
+                if self.under_way is not None:
+                    self._go_on(self.under_way)
+            case Listed():
+                if self.under_way is not None:
+                    self._go_on(self.under_way)
             case Text(text, _, seen):
                 self.seen = seen or self.seen
                 if self.under_way is not None:
@@ -100,9 +164,17 @@ class Answering:
             case Thought(text):
                 if self.under_way is not None:
                     self.under_way.thought += text
+            case Called():
+                self.seen = event.seen
+                if self.under_way is not None:
+                    self._called(self.under_way, event)
+            case Given():
+                if self.under_way is not None:
+                    self._given(self.under_way, event)
             case Done():
                 self.seen = event.seen
                 if self.under_way is not None:
+                    self.in_memory.add(self.under_way.conversation)
                     self._done(self.under_way, event)
             case Failed(message, fatal):
                 if fatal:
@@ -142,14 +214,17 @@ class Answering:
         if under_way.begun is not None:  # only now is it known which model goes on with it
             ids = ids_for(self.store.message(under_way.answer), self.vocabulary)
             under_way.begun = (text, ids)
+        before = history(self.store.branch(under_way.question), settings.system, self.vocabulary)
         return Request(
-            history(self.store.branch(under_way.question), settings.system, self.vocabulary),
+            [*before, *messages_of(under_way.steps)],
             settings.sampling,
             settings.max_tokens,
             settings.stop,
             continues=text if ids is None else ids,
             schema=self.schema,
             effort=settings.reasoning_effort,
+            tools=self.tools.functions(),
+            space=str(under_way.conversation),
         )
 
     def _grow(self, under_way: UnderWay, text: str) -> None:
@@ -158,11 +233,76 @@ class Answering:
             self.store.grow(under_way.answer, under_way.text)
             under_way.saved = time.monotonic()
 
+    # --- calls of tools ---------------------------------------------------------------------------
+
+    def _called(self, under_way: UnderWay, called: Called) -> None:
+        """Note the calls of the model, and make the first one."""
+        begun, _ = under_way.begun or ("", None)
+        under_way.steps.append(Step(begun + called.text, called.calls))
+        under_way.earlier_tokens += called.statistics.generated_tokens
+        under_way.begun, under_way.text = None, ""
+        under_way.submitted = False
+        under_way.rounds += 1
+        if under_way.is_stopped:
+            self._finish("stopped", self._spent(under_way))
+            return
+        try:
+            self._save_steps(under_way)
+        finally:  # where the disk is full, say, it goes on, and all is saved later
+            self._next_call(under_way)
+
+    def _next_call(self, under_way: UnderWay) -> None:
+        """Make the next call, ask for it, or tell the model what all of them gave."""
+        while (call := under_way.steps[-1].open_call) is not None:
+            verdict, why = self.tools.judge(call)
+            if verdict == "ask":
+                under_way.asking = call
+                return
+            if verdict == "make":
+                self._make(under_way, call)
+                return
+            ended = replace(call, outcome="failed" if why else "refused", result=why)
+            under_way.steps[-1] = under_way.steps[-1].with_call(ended)
+        if under_way.rounds >= self.rounds:
+            often = f"tools were called {under_way.rounds} times without an answer; /continue lets it go on"
+            self._finish("error", self._spent(under_way) | {"error": often})
+        else:
+            self._go_on(under_way)
+
+    def _make(self, under_way: UnderWay, call: Call) -> None:
+        under_way.calling = call
+        self.tools.make(call)
+
+    def _given(self, under_way: UnderWay, given: Given) -> None:
+        call = under_way.calling
+        if call is not None and call.id == given.call:
+            under_way.calling = None
+            self._end_call(under_way, replace(call, outcome=given.outcome, result=given.result))
+
+    def _end_call(self, under_way: UnderWay, call: Call) -> None:
+        under_way.steps[-1] = under_way.steps[-1].with_call(call)
+        try:
+            self._save_steps(under_way)
+        finally:
+            self._next_call(under_way)
+
+    def _save_steps(self, under_way: UnderWay) -> None:
+        self.store.grow(under_way.answer, under_way.text, _with_steps({}, under_way))
+        under_way.saved = time.monotonic()
+
+    def _spent(self, under_way: UnderWay) -> dict[str, Any]:
+        """What an answer has cost that ends between two passes."""
+        return {"generated_tokens": under_way.earlier_tokens} if under_way.earlier_tokens else {}
+
+    # --- the end ----------------------------------------------------------------------------------
+
     def _done(self, under_way: UnderWay, done: Done) -> None:
         begun_text, begun_ids = under_way.begun or ("", [])
         under_way.text = begun_text + done.text
         statistics = asdict(done.statistics) | {"seen": done.seen.tokens, "cache_bytes": done.seen.cache_bytes}
         statistics["generated_tokens"] += under_way.earlier_tokens
+        if done.from_disk:
+            statistics["from_disk"] = True
         if self.vocabulary is not None:
             statistics["vocabulary"] = self.vocabulary
         self._finish(_ENDINGS[done.reason], statistics, None if begun_ids is None else [*begun_ids, *done.ids])
@@ -180,7 +320,15 @@ class Answering:
     def _finish(self, status: Ending, statistics: dict[str, Any], ids: list[int] | None = None) -> None:
         assert self.under_way is not None
         ended, self.under_way = self.under_way, None
+        if ended.calling is not None:
+            self.tools.cancel()
+        ended.steps = closed(ended.steps)
+        statistics = _with_steps(statistics, ended)
         if ended.thought:
             statistics |= {"thought": ended.thought}
         self._unsaved.append(lambda: self.store.finish(ended.answer, status, ended.text, statistics, ids))
         self.save_again()
+
+
+def _with_steps(statistics: dict[str, Any], under_way: UnderWay) -> dict[str, Any]:
+    return statistics | {"steps": values_of(under_way.steps)} if under_way.steps else statistics

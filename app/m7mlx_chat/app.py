@@ -11,6 +11,7 @@ from m7mlx.errors import M7Error
 from m7mlx_chat.actions import unknown_keys
 from m7mlx_chat.answering import UnderWay
 from m7mlx_chat.commands.conversations import ConversationCommands
+from m7mlx_chat.commands.estimate import EstimateCommands
 from m7mlx_chat.commands.files import FileCommands
 from m7mlx_chat.commands.full import FullCommands
 from m7mlx_chat.commands.looking import LookCommands
@@ -18,7 +19,7 @@ from m7mlx_chat.commands.prompts import PromptCommands
 from m7mlx_chat.commands.settings import SettingsCommands
 from m7mlx_chat.commands.unsent_text import UnsentTextCommands
 from m7mlx_chat.commands.versions import VersionCommands
-from m7mlx_chat.events import Done, Event, Failed, Loading, Prefill, Ready, Text, Thought
+from m7mlx_chat.events import Called, Done, Event, Failed, Given, Loading, Note, Prefill, Ready, Text, Thought
 from m7mlx_chat.view import Parts
 from m7mlx_chat.widgets.composer import Composer
 from m7mlx_chat.widgets.messages import Answer
@@ -32,6 +33,7 @@ _SIDEBAR_FROM = 120  # columns: where there is room for the conversations at the
 
 
 class ChatApp(
+    EstimateCommands,
     FullCommands,
     VersionCommands,
     UnsentTextCommands,
@@ -108,6 +110,8 @@ class ChatApp(
 
     def look_around(self) -> None:
         """From time to time: save what could not be saved, show what other instances did."""
+        if not self.screen_stack[0].query(Composer):  # the chat is just ending
+            return
         with contextlib.suppress(M7Error):
             self.session.save_again()
             if self.store.changed_elsewhere():
@@ -125,11 +129,12 @@ class ChatApp(
 
     async def drain(self) -> None:
         """Take what the engine has said since the last time."""
-        for event in self.engine.drain():
+        for event in [*self.engine.drain(), *self.session.tools.drain()]:
             if not self.is_running:
                 return
             with self.going_on():
                 await self._handle(event)
+        self.ask_for_call()
 
     async def _handle(self, event: Event) -> None:
         under_way = self.session.under_way
@@ -142,13 +147,20 @@ class ChatApp(
                 self.show_state(f"loading the model {_bar(done, total)} {done / 1e6:,.0f}/{total / 1e6:,.0f} MB")
             case Ready():
                 self.model_is_ready()
+                self.pace.forget()
                 self.show_state()
+                self.show_seen()
+            case Note(message):
+                self.tell(message, is_error=True)
             case Prefill() if answer is not None:
                 self._show_prefill(event, answer)
             case Text():
                 await self._show_text(event, answer)
             case Thought():
                 self._show_thought(event, answer)
+            case Called() | Given() if under_way is not None:
+                self.first_text = 0.0
+                await self.show_calls(under_way)
             case Done() | Failed():
                 await self._show_end(event, answer, under_way)
             case _:
@@ -158,7 +170,8 @@ class ChatApp(
     def _show_prefill(self, event: Prefill, answer: Answer) -> None:
         reused = f" · {event.reused:,} known" if event.reused else ""
         bar = _bar(event.done, event.total)
-        answer.show_progress(f"reading {bar} {event.done:,}/{event.total:,} tokens{reused}")
+        left = self.left_to_read(event)
+        answer.show_progress(f"reading {bar} {event.done:,}/{event.total:,} tokens{reused}{left}")
         self.show_state("reading … Esc stops")
 
     async def _show_text(self, event: Text, answer: Answer | None) -> None:
@@ -179,17 +192,26 @@ class ChatApp(
     async def _show_end(self, event: Done | Failed, answer: Answer | None, under_way: UnderWay | None) -> None:
         """Show how an answer, or an attempt to load a model, has ended."""
         was_loading, self.is_loading = self.is_loading, False
+        self.leave_call()
         if answer is not None:
             await answer.finish(self.store.message(answer.message.id))
         elif isinstance(event, Failed):
             self.tell(event.message, is_error=True)
+        if isinstance(event, Done):
+            self.learn_pace(event)
         self.show_conversations()
         self.show_state()
-        if self.end_comparison(event, under_way):
-            return
+        self.show_seen()
+        compared = self.end_comparison(event, under_way)
         if isinstance(event, Failed):
-            self.model_failed(event, was_loading)
-        room = self._lacking_room(event, under_way)
+            self.give_back_turns()
+            if not compared:
+                self.model_failed(event, was_loading)
+        elif under_way is not None:
+            with self.going_on():
+                self.first_text = 0.0
+                await self.next_turn()
+        room = None if compared else self._lacking_room(event, under_way)
         if room is not None and under_way is not None and len(self.screen_stack) == 1:
             self.offer_room(under_way, room)
 

@@ -11,7 +11,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m7mlx.command import EXIT_FAILED, ArgumentParser, add_json, add_kv_bits, add_parallel, gigabytes, run, say
+from m7mlx.command import (
+    EXIT_FAILED,
+    KV_BITS,
+    ArgumentParser,
+    add_json,
+    add_kv_bits,
+    add_parallel,
+    gigabytes,
+    run,
+    say,
+)
 from m7mlx.errors import InputError
 from m7mlx.parallel.launch import is_launched
 from m7mlx.paths import user_path
@@ -20,6 +30,7 @@ from m7mlx_chat import ENGINE_THREAD
 if TYPE_CHECKING:
     from m7mlx.parallel.world import World
     from m7mlx.shard import Mode
+    from m7mlx_chat.config import Config
     from m7mlx_chat.environment import Environment
     from m7mlx_chat.settings import Settings
 
@@ -94,6 +105,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--json-schema", type=Path, metavar="FILE", help="with -p: an answer in JSON that fits this schema"
     )
+    parser.add_argument(
+        "--allow-tool",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="let the model call the tools of a server in config.toml unasked; NAME/TOOL: one of them; repeatable",
+    )
     parser.add_argument("--no-save", action="store_true", help="keep nothing of this conversation")
     parser.add_argument(
         "--import", dest="import_file", metavar="FILE", help="take in conversations (ours, ChatGPT's) and leave"
@@ -127,6 +145,16 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="models without a window: keep the first 4 and the last N - 4 tokens, and go on for ever",
+    )
+    memory.add_argument(
+        "--kv-disk",
+        type=float,
+        metavar="GB",
+        help="keep up to so much on the disk, so that conversations go on at once when opened again "
+        "(default: 8; 0: none)",
+    )
+    memory.add_argument(
+        "--kv-disk-bits", type=int, choices=KV_BITS, help="in so many bits (default: 8; 16 and 32 change no answer)"
     )
     parser.add_argument(
         "--speculate",
@@ -193,11 +221,12 @@ def _chat(args: argparse.Namespace) -> int:
             save=not (args.no_save or config.no_save),
             fetch=choice.is_wanted,
             notes=[*notes, *choice.notes],
+            allowed=args.allow_tool,
         )
         return launch(config, settings, environment, start)
     for note in choice.notes:
         say(f"{PROG}: {note}")
-    return _answer(args, settings, None if args.no_save or config.no_save else environment.database)
+    return _answer(args, settings, config, None if args.no_save or config.no_save else environment)
 
 
 def _check_together(args: argparse.Namespace, asked: bool, in_terminal: bool) -> None:
@@ -226,9 +255,17 @@ def _import_file(name: str, environment: Environment) -> int:
     return 0
 
 
-def _answer(args: argparse.Namespace, settings: Settings, database: Path | None) -> int:
-    """Print one answer, or be one of `mlx.launch`'s other processes; returns the exit status."""
-    from m7mlx_chat.headless import answer, fill_in
+def _answer(
+    args: argparse.Namespace,
+    settings: Settings,
+    config: Config,
+    environment: Environment | None,
+) -> int:
+    """Print one answer, or be one of `mlx.launch`'s other processes; returns the exit status.
+
+    Nothing is kept without an `environment`.
+    """
+    from m7mlx_chat.headless import Tools, answer, fill_in
     from m7mlx_chat.question import piped_text, question_of, read_schema
 
     if args.suffix is not None:
@@ -245,11 +282,13 @@ def _answer(args: argparse.Namespace, settings: Settings, database: Path | None)
         settings,
         # mlx.launch gives its processes a pipe, and never closes it.
         question_of(args.prompt, args.file, may_be_piped=not is_launched()),
-        database,
+        environment.database if environment else None,
+        copies=environment.copies if environment else None,
         go_on=args.go_on,
         as_json=args.json,
         schema=read_schema(args.json_schema) if args.json_schema else None,
         world=world,
+        tools=Tools(config.servers, args.allow_tool, config.tool_rounds),
     )
 
 

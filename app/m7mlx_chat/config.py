@@ -14,6 +14,9 @@ system = "Answer in one sentence."
 
 [keys]
 new = "ctrl+t"
+
+[tools.files]
+command = ["npx", "-y", "@modelcontextprotocol/server-filesystem", "/home/me/notes"]
 """
 
 from __future__ import annotations
@@ -26,9 +29,11 @@ from typing import Any
 
 from m7mlx.errors import InputError
 from m7mlx.files.disk import write_whole
+from m7mlx_chat.servers import ROUNDS, Server, read_servers
 from m7mlx_chat.settings import FIELDS, Settings
 
-_TABLES = ("presets", "keys")
+_TABLES = ("presets", "keys", "tools")
+_MOST_ROUNDS = 100
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class Config:
     keys        action → keys
     max_memory  bytes, as --max-memory
     no_save     keep nothing, as --no-save
+    servers     servers of tools
+    tool_rounds how often the model may call tools in one answer
     """
 
     path: Path
@@ -49,6 +56,8 @@ class Config:
     keys: dict[str, str] = field(default_factory=dict)
     max_memory: int | None = None
     no_save: bool = False
+    servers: tuple[Server, ...] = ()
+    tool_rounds: int = ROUNDS
 
     def settings(self, preset: str | None = None) -> Settings:
         """The defaults, with the file's values and those of a preset.
@@ -93,13 +102,17 @@ def _checked(path: Path, data: dict[str, Any]) -> Config:
     most, no_save = data.pop("max_memory", None), data.pop("no_save", False)
     if not isinstance(no_save, bool):
         raise InputError("no_save is true or false")
+    servers, rounds = read_servers(data.pop("tools", {})), data.pop("tool_rounds", ROUNDS)
+    if type(rounds) is not int or not 1 <= rounds <= _MOST_ROUNDS:
+        raise InputError(f"tool_rounds is a whole number from 1 to {_MOST_ROUNDS}")
     settings = Settings().changed(data)
     for name, values in presets.items():
         try:
             settings.changed(values)
         except InputError as error:
             raise InputError(f"preset {name}: {error}") from None
-    return Config(path, data, presets, theme, keys, None if most is None else _bytes(most), no_save)
+    limit = None if most is None else _bytes(most)
+    return Config(path, data, presets, theme, keys, limit, no_save, servers, rounds)
 
 
 def _bytes(gigabytes: object) -> int:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 from m7mlx_chat.store import Store
 from m7mlx_chat.store.drafts import Place
 from m7mlx_chat.store.errors import StoreError
-from m7mlx_chat.unsent import UnsentText, folded
+from m7mlx_chat.turns import Turns
+from m7mlx_chat.unsent import UnsentText, folded, joined
 from m7mlx_chat.widgets.composer import Composer
 
 
 class Drafts:
     """The draft in the composer, and those of other conversations.
+
+    turns  what has been sent, and waits for the answer under way to end
 
     Keeping a draft never stands in the way of anything: what could not be written is told, and
     written the next time.
@@ -33,6 +36,7 @@ class Drafts:
         self._begun = UnsentText()  # what the place shows without a draft: "", or its question
         self._kept = UnsentText()  # what the composer held when it was looked at last
         self._waiting: dict[Place, UnsentText] = {}  # to be written
+        self.turns = Turns(store, telling)
 
     @property
     def question(self) -> int | None:
@@ -78,6 +82,7 @@ class Drafts:
         self._kept = self._waiting.get(place) or self._read(place) or self._begun
         self._composer().show_editing(place.question is not None)
         self._composer().load(self._kept)
+        self._take_left_over()
 
     def _read(self, place: Place) -> UnsentText | None:
         with self._telling():
@@ -120,6 +125,57 @@ class Drafts:
         self._composer().show_editing(False)
         self._composer().reset(left)
         self._kept = UnsentText()
+
+    # --- what waits for its turn ------------------------------------------------------------------
+
+    def wait(self, unsent: UnsentText) -> None:
+        """Let a message wait for its turn; it leaves the composer."""
+        place = self._place or Place()
+        self.turns.add(place, unsent)
+        self.sent(place.conversation)
+
+    def take_back(self) -> bool:
+        """Put what waits here back into the composer; return whether anything did."""
+        place = self._place
+        if place is None or not (texts := self.turns.at(place)):
+            return False
+        self._put_before(texts)
+        self.turns.drop(place)
+        return True
+
+    def turn_taken(self, conversation: int) -> None:
+        """Forget the message whose turn it was; it has been asked in a conversation.
+
+        Where it began that, and is shown, the draft goes there with it.
+        """
+        turn = self.turns.take_first(conversation)
+        if turn.place == self._place and turn.place.conversation is None:
+            unsent = self._composer().draft
+            self._waiting.pop(turn.place, None)
+            with self._telling():
+                self._store.drop_draft(turn.place)
+            self._place = Place(conversation)
+            self._kept = self._waiting[self._place] = unsent
+            self.keep()
+
+    def give_back(self) -> None:
+        """Make drafts of all that waits."""
+        self.turns.give_up()
+        if self._place is not None and self._place.question is None:
+            self._take_left_over()
+
+    def _take_left_over(self) -> None:
+        """Take into the draft what waited here and will not have its turn."""
+        place = self._place
+        if place is not None and place.question is None and (left := self.turns.left_over(place)) is not None:
+            self._put_before([left])
+            self.turns.drop(place)
+
+    def _put_before(self, texts: Sequence[UnsentText]) -> None:
+        """Put texts before the draft, and keep that."""
+        composer = self._composer()
+        composer.reset(joined([*texts, composer.draft]))
+        self.keep()
 
     def clear(self) -> None:
         """Empty the composer; what was in it is the first that ↑ brings back."""

@@ -13,11 +13,12 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 import mlx.core as mx
 
 from m7mlx import Request, load
+from m7mlx.cache_folder import remove_space
 from m7mlx.config import ModelConfig
 from m7mlx.errors import M7Error, PromptTooLongError
 from m7mlx.parallel.world import World
@@ -39,9 +40,14 @@ class Engine:
     All methods return at once, on any thread. What begins with an underscore runs on the engine's.
     """
 
-    def __init__(self, world: World | None = None) -> None:
-        """Make an engine; `world` is there where processes share the model, this one the first."""
+    def __init__(self, world: World | None = None, copies: Path | None = None) -> None:
+        """Make an engine.
+
+        world   is there where processes share the model, this one the first
+        copies  where conversations are copied to, so that they go on at once the next time
+        """
         self._world = world
+        self._copies = copies if world is None else None
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._events: list[Event] = []
         self._changed = threading.Condition()
@@ -77,6 +83,15 @@ class Engine:
         """End what was submitted so far, within one token; an answer's text so far is kept."""
         self._cancelled = self._submitted
 
+    def count(self, text: str) -> int | None:
+        """Count the tokens of a text, on the thread that asks; None where no model is loaded."""
+        loaded = self._loaded
+        return None if loaded is None else len(loaded.tokenizer.encode(text))
+
+    def forget(self, conversation: int) -> None:
+        """Keep nothing on the disk of a conversation that was deleted."""
+        self._commands.put(lambda: self._forget_conversation(str(conversation)))
+
     def drain(self, wait: float = 0.0) -> list[Event]:
         """Return the events since the last call, neighbouring texts joined.
 
@@ -107,7 +122,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            while (command := self._commands.get()) is not None:
+            while (command := self._next()) is not None:
                 try:
                     command()
                 except _Stopped:
@@ -122,9 +137,26 @@ class Engine:
             # Linux).
             mx.clear_streams()
 
+    def _next(self) -> Callable[[], None] | None:
+        """Wait for a command; when none has come for a while, what was answered is copied."""
+        while True:
+            try:
+                return self._commands.get(timeout=None if self._loaded is None else self._loaded.quiet_seconds)
+            except Empty:
+                if self._loaded is not None:
+                    self._loaded.copy()
+
     def _forget(self) -> None:
+        if self._loaded is not None:
+            self._loaded.close()
         self._loaded = None
         mx.clear_cache()
+
+    def _forget_conversation(self, space: str) -> None:
+        if self._loaded is not None:
+            self._loaded.forget(space)
+        elif self._copies is not None:
+            remove_space(self._copies, space)
 
     def _load(self, number: int, folder: Path, settings: Settings) -> None:
         told = 0.0
@@ -145,7 +177,9 @@ class Engine:
             self._forget()
             read = load if self._world is None else self._world.load
             model, tokenizer = read(folder, progress=progress)
-            self._loaded = loaded = LoadedModel(folder, model, tokenizer, settings, self._world)
+            self._loaded = loaded = LoadedModel(
+                folder, model, tokenizer, settings, self._emit, world=self._world, copies=self._copies
+            )
         else:
             try:
                 loaded.set_up(settings)
@@ -158,7 +192,7 @@ class Engine:
             return
         assert self._loaded is not None, "nothing is loaded"
         self._answering = number
-        self._loaded.answer(request, self._emit, lambda: self._answering <= self._cancelled)
+        self._loaded.answer(request, lambda: self._answering <= self._cancelled)
 
     def _emit(self, event: Event) -> None:
         with self._changed:

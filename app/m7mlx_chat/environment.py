@@ -50,6 +50,16 @@ class Environment:
         return self.data / "chats.db"
 
     @property
+    def tools(self) -> Path:
+        """The file of what the user has said of tools."""
+        return self.data / "tools.json"
+
+    @property
+    def copies(self) -> Path:
+        """The folder of what has been read of conversations, which go on at once that way."""
+        return self.data / "copies"
+
+    @property
     def models(self) -> Path:
         """The folder for models that the chat converts."""
         return self.data / "models"

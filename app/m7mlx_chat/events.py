@@ -1,13 +1,15 @@
-"""What crosses between the app and the engine's thread: plain values, no arrays."""
+"""What crosses between the app and the threads of engine and tools: plain values, no arrays."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from m7mlx import Request, Stats
 from m7mlx_chat.settings import Settings
+from m7mlx_chat.steps import Call, Outcome
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,27 @@ class Seen:
 
 
 @dataclass(frozen=True)
+class OnDisk:
+    """What lies on the disk of conversations, so that they go on at once when opened again.
+
+    conversations  how many, with all models; nbytes, of at most `most_bytes`
+    spaces         which ones, as `Request.space` names them
+    """
+
+    conversations: int
+    nbytes: int
+    most_bytes: int
+    spaces: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something went wrong that ends nothing, in one line."""
+
+    message: str
+
+
+@dataclass(frozen=True)
 class Prefill:
     """`done` of `total` new tokens of the prompt have been read; `reused` were in the cache."""
 
@@ -82,7 +105,8 @@ class Thought:
 class Done:
     """The answer has ended, and everything up to here is in the cache.
 
-    `text` and `ids` leave out what the answer said before it was broken off.
+    `text` and `ids` leave out what the answer said before it was broken off; `from_disk` tells that
+    the conversation came back from the disk.
     """
 
     reason: Literal["stop", "length", "stopped"]
@@ -90,6 +114,36 @@ class Done:
     ids: list[int]
     statistics: Stats
     seen: Seen
+    from_disk: bool = False
+
+
+@dataclass(frozen=True)
+class Called:
+    """The model calls tools: the answer goes on when it is told what they gave.
+
+    text  what it said before, as in Done
+    """
+
+    text: str
+    calls: tuple[Call, ...]
+    statistics: Stats
+    seen: Seen
+
+
+@dataclass(frozen=True)
+class Given:
+    """A call has ended: with what the tool gave, or with an error."""
+
+    call: str
+    outcome: Outcome
+    result: str
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A server of tools has told what it has, or has failed."""
+
+    server: str
 
 
 @dataclass(frozen=True)
@@ -106,7 +160,7 @@ class Failed:
     room: int | None = None
 
 
-Event = Loading | Ready | Prefill | Text | Thought | Done | Failed
+Event = Loading | Ready | OnDisk | Note | Prefill | Text | Thought | Called | Given | Listed | Done | Failed
 
 
 class AnyEngine(Protocol):
@@ -127,8 +181,122 @@ class AnyEngine(Protocol):
     def cancel(self) -> None:
         """End what was submitted so far."""
 
+    def count(self, text: str) -> int | None:
+        """Count the tokens of a text, at once, on any thread; None where no model is loaded."""
+
+    def forget(self, conversation: int) -> None:
+        """Keep nothing on the disk of a conversation that was deleted."""
+
     def drain(self, wait: float = 0.0) -> list[Event]:
         """Return the events since the last call; wait so many seconds for one if there is none."""
 
     def close(self) -> None:
         """End for good."""
+
+
+# What is to be done with a call: make it, ask the user first, or neither
+Verdict = Literal["make", "ask", "refuse"]
+# What the user says to a call: for this time, or for this tool from now on
+Word = Literal["once", "always", "no", "never"]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a server of tools has.
+
+    state  how it is, in a word
+    why    it is so, or ""
+    tools  the name of each, its description, and whether it is allowed: "asks", "always" or "never"
+    """
+
+    server: str
+    address: str
+    state: str
+    why: str
+    tools: tuple[tuple[str, str, str], ...]
+
+
+class AnyTools(Protocol):
+    """The tools that a model may call: `m7mlx_chat.tools.Tools`, or none.
+
+    Every method returns at once.
+
+    is_on  whether the model is told of them
+    """
+
+    is_on: bool
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether all servers have told what they have, or have failed."""
+
+    def functions(self) -> Sequence[dict[str, Any]]:
+        """The tools that the model is told of: name, description, parameters."""
+
+    def judge(self, call: Call) -> tuple[Verdict, str]:
+        """Whether to make a call, and why not."""
+
+    def about(self, call: Call) -> str:
+        """Whose tool a call is for."""
+
+    def remember(self, call: Call, word: Word) -> None:
+        """Keep the user's word on a tool, for as long as it is what it is now."""
+
+    def make(self, call: Call) -> None:
+        """Make a call. The events end with one Given."""
+
+    def cancel(self) -> None:
+        """End the call under way; there is no Given."""
+
+    def drain(self) -> list[Event]:
+        """Return the events since the last call."""
+
+    def forget(self, tool: str) -> bool:
+        """Ask about a tool again; returns whether there was a word on it."""
+
+    def overview(self) -> Sequence[Listing]:
+        """What each server has."""
+
+    def check(self) -> None:
+        """Raise RunError for a server that has failed, InputError for a tool that it has not."""
+
+    def close(self) -> None:
+        """End for good."""
+
+
+class NoTools:
+    """No tools at all."""
+
+    is_on = False
+
+    @property
+    def is_settled(self) -> bool:
+        return True
+
+    def functions(self) -> Sequence[dict[str, Any]]:
+        return ()
+
+    def judge(self, call: Call) -> tuple[Verdict, str]:
+        return "refuse", "there are no tools"
+
+    def about(self, call: Call) -> str:
+        return ""
+
+    def remember(self, call: Call, word: Word) -> None: ...
+
+    def make(self, call: Call) -> None: ...
+
+    def cancel(self) -> None: ...
+
+    def drain(self) -> list[Event]:
+        return []
+
+    def forget(self, tool: str) -> bool:
+        return False
+
+    def overview(self) -> Sequence[Listing]:
+        return ()
+
+    def check(self) -> None: ...
+
+    def close(self) -> None: ...

@@ -9,8 +9,10 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,27 @@ from m7mlx_chat.catalog import SUGGESTED, on_this_machine
 from m7mlx_chat.engine import Engine
 from m7mlx_chat.events import Done, Event, Failed, Text, Thought
 from m7mlx_chat.printers import JsonPrinter, Printer, TextPrinter
+from m7mlx_chat.servers import ROUNDS, Server
 from m7mlx_chat.session import Session
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.store import open_store
+from m7mlx_chat.tools.allowed import Allowed
+from m7mlx_chat.tools.start import start_tools
 
 _WAIT = 0.5  # seconds to wait for an event at a time: signals come through in between
+_LOOK = 0.05  # seconds between two looks at the tools
+
+
+@dataclass(frozen=True)
+class Tools:
+    """The servers of tools, what of them the model may call unasked, and how often."""
+
+    servers: Sequence[Server] = ()
+    allowed: Sequence[str] = ()
+    rounds: int = ROUNDS
+
+
+NO_TOOLS = Tools()
 
 
 def answer(
@@ -36,18 +54,22 @@ def answer(
     question: str,
     database: Path | None,
     *,
+    copies: Path | None = None,
     go_on: bool = False,
     as_json: bool = False,
     schema: Mapping[str, Any] | None = None,
     world: World | None = None,
+    tools: Tools = NO_TOOLS,
 ) -> int:
     """Answer a question on stdout; returns the exit status.
 
     database  where question and answer are kept; None keeps nothing
+    copies    where conversations are copied to that are gone on with; None copies none
     go_on     ask in the conversation spoken in last
     as_json   print one JSON object a line
     schema    the answer is JSON that fits this schema
     world     the processes that share the model, of which this is the first
+    tools     what the model may call
 
     The question is kept before the model sees it, the answer at least every second. Control
     characters are made visible where a terminal would obey them; into a pipe the text goes as it
@@ -58,14 +80,18 @@ def answer(
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
     folder = fetch_models(settings)
     with _ended_by_signals(), open_store(database) as store:
-        engine = Engine(world)
+        engine = Engine(world, copies if go_on else None)
         session = Session(store, engine, settings)
-        session.schema = schema
+        session.schema, session.rounds = schema, tools.rounds
         if go_on:
             session.open_last()
+        session.tools = start_tools(tools.servers, Allowed(tools.allowed, asks=False), None)
         engine.start()
         try:
             engine.load(folder, settings)
+            while not session.tools.is_settled:
+                time.sleep(_LOOK)
+            session.tools.check()
             under_way = session.ask(question)
             printer: Printer = JsonPrinter() if as_json else TextPrinter()
             printer.start(under_way.conversation, settings.model)
@@ -81,6 +107,7 @@ def answer(
             # nobody reads any more, say: keep what there is
             for event in _until_done(session, engine):
                 session.handle(event)
+            session.tools.close()
             engine.close()
     return 0
 
@@ -161,8 +188,9 @@ def _check_whole(done: Done) -> None:
 
 
 def _until_done(session: Session, engine: Engine) -> Iterator[Event]:
-    while session.under_way is not None:
-        yield from engine.drain(_WAIT)
+    while (under_way := session.under_way) is not None:
+        yield from session.tools.drain()
+        yield from engine.drain(_LOOK if under_way.waits else _WAIT)
 
 
 def _fetch(model: str) -> Path:

@@ -22,6 +22,8 @@ from m7mlx_chat.environment import Environment
 from m7mlx_chat.session import Session
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.store import open_store
+from m7mlx_chat.tools.allowed import Allowed
+from m7mlx_chat.tools.start import start_tools
 from m7mlx_chat.view import Parts
 
 _FINISH_SECONDS = 3.0  # for the engine to end its token
@@ -36,6 +38,7 @@ class Start:
     save      keep the conversations
     fetch     the model of the settings is wanted: where it is not here, fetch it
     notes     what is to be told at the start
+    allowed   tools that may run unasked
     """
 
     question: str | None = None
@@ -43,6 +46,7 @@ class Start:
     save: bool = True
     fetch: bool = False
     notes: Sequence[str] = ()
+    allowed: Sequence[str] = ()
 
 
 def launch(config: Config, settings: Settings, environment: Environment, start: Start) -> int:
@@ -53,13 +57,19 @@ def launch(config: Config, settings: Settings, environment: Environment, start: 
         raise InputError('this terminal (TERM=dumb) cannot show the chat; ask for one answer with -p "…"')
     notes = list(start.notes)
     with open_store(environment.database if start.save else None) as store:
-        engine = Engine()
+        engine = Engine(copies=environment.copies if start.save else None)
         session = Session(store, engine, settings)
         if start.go_on:
             try:
                 session.open_last()
             except M7Error as error:
                 notes.append(str(error))
+        session.rounds = config.tool_rounds
+        try:
+            approvals = environment.tools if start.save else None
+            session.tools = start_tools(config.servers, Allowed(start.allowed), approvals)
+        except M7Error as error:
+            notes.append(str(error))
         folder = _folder(settings.model)
         with _stderr_to_log(environment.log), _keys_from_terminal(environment):
             app = ChatApp(
@@ -110,6 +120,7 @@ def _finish(session: Session, engine: Engine) -> None:
                     session.handle(event)
         session.save_again()
     finally:
+        session.tools.close()
         engine.close()
 
 

@@ -8,8 +8,8 @@ from typing import Protocol
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from m7mlx.terminal import console, print_event, visible
-from m7mlx_chat.events import Done, Event, Loading, Prefill, Text, Thought
+from m7mlx.terminal import console, one_line, print_event, visible
+from m7mlx_chat.events import Called, Done, Event, Given, Loading, Prefill, Text, Thought
 
 
 class Printer(Protocol):
@@ -56,6 +56,10 @@ class TextPrinter:
                 self._progress("Reading the question", done, total)
             case Text(text):
                 self._answer(text)
+            case Called():
+                self._called(event)
+            case Given(_, outcome, result) if outcome != "given":
+                print(f"✗ {one_line(result)[:200]}", file=sys.stderr, flush=True)
             case Done():
                 self._answer("")
                 if sys.stderr.isatty():
@@ -66,6 +70,15 @@ class TextPrinter:
                     print(f"{figures} · first after {s.time_to_first_token:.2f} s", file=sys.stderr)
             case _:
                 pass
+
+    def _called(self, called: Called) -> None:
+        """Say on stderr what is called; what the model says next begins a paragraph."""
+        self._bar.stop()
+        if called.text.strip():
+            print("\n", flush=True)
+            self._answering = False
+        for call in called.calls:
+            print(f"→ {one_line(call.name)[:80]} {one_line(call.arguments)[:200]}", file=sys.stderr, flush=True)
 
     def _progress(self, label: str, done: int, total: int) -> None:
         if label not in self._tasks:
@@ -98,6 +111,10 @@ class JsonPrinter:
                 print_event("text", text=text)
             case Thought(text):
                 print_event("thought", text=text)
+            case Called(text, calls):
+                print_event("calls", text=text, calls=[call.asked for call in calls])
+            case Given(call, outcome, result):
+                print_event("given", call=call, outcome=outcome, result=result)
             case Done(reason, text, _, statistics):
                 print_event("done", reason=reason, text=text, statistics=asdict(statistics))
             case _:

@@ -17,6 +17,7 @@ from m7mlx.errors import InputError
 from m7mlx_chat.answering import Answering, UnderWay
 from m7mlx_chat.events import AnyEngine, Event, Seen
 from m7mlx_chat.settings import ANSWER, ENGINE, Settings, known
+from m7mlx_chat.steps import closed, values_of
 from m7mlx_chat.store import Store
 from m7mlx_chat.store.rows import Message
 
@@ -57,6 +58,15 @@ class Session(Answering):
                     self._seen_there = Seen(int(tokens), int(size))
                     break
         return replace(self._seen_there, kept_bytes=self.seen.kept_bytes)
+
+    @property
+    def unread(self) -> int:
+        """About how many tokens of the conversation shown must be read again before it goes on."""
+        here = self.conversation
+        if here is None or here in self.in_memory:
+            return 0
+        is_on_disk = self.on_disk is not None and str(here) in self.on_disk.spaces
+        return 0 if is_on_disk else self.seen_here.tokens
 
     def new(self) -> None:
         """Begin a new conversation, with the settings of the start and the model of now."""
@@ -105,7 +115,8 @@ class Session(Answering):
         under_way = self.under_way
         if under_way is None or under_way.answer != message:
             return found
-        return replace(found, text=under_way.text, statistics=found.statistics | {"thought": under_way.thought})
+        now = {"thought": under_way.thought, "steps": values_of(under_way.steps)}
+        return replace(found, text=under_way.text, statistics=found.statistics | now)
 
     def handle(self, event: Event) -> None:
         super().handle(event)
@@ -125,6 +136,24 @@ class Session(Answering):
     def ask(self, text: str) -> UnderWay:
         """Ask a question after what is shown."""
         return self._ask(text, self.line[-1] if self.line else None)
+
+    def ask_in(self, conversation: int | None, text: str) -> UnderWay:
+        """Ask a question at the end of a conversation; another one may be shown, and stays so.
+
+        conversation  None begins one
+        """
+        if conversation == self.conversation:
+            return self.ask(text)
+        self.check_free()
+        shown = self.conversation, self.line, self.settings
+        try:
+            if conversation is None:
+                self.new()
+            else:
+                self.open(conversation)
+            return self.ask(text)
+        finally:
+            self.conversation, self.line, self.settings = shown
 
     def edit(self, question: int, text: str) -> UnderWay:
         """Ask a question in the place of another, which stays as another version."""
@@ -168,6 +197,7 @@ class Session(Answering):
         under_way.begun = (last.text, None) if last.text else None
         under_way.earlier_tokens = int(last.statistics.get("generated_tokens", 0))
         under_way.thought = last.thought if last.text else ""
+        under_way.steps = closed(last.steps)  # a call that was left open is not made: it may be a stranger's
         return self._begin(under_way)
 
     def _ask(self, text: str, parent: int | None) -> UnderWay:

@@ -43,6 +43,10 @@ ENGINE: dict[str, Field] = {
     "kv_bits": Field("whole", KV_BITS_HELP, optional=True, choices=(None, *KV_BITS)),
     "kv_group_size": Field("whole", "in 4 or 8 bits: in groups of 32, 64 or 128", choices=(32, 64, 128)),
     "max_kv_size": Field("whole", "models without a window: keep so many tokens, and go on for ever", optional=True),
+    "kv_disk": Field(
+        "number", "conversations on the disk, to go on at once when opened again: up to so many GB; 0: none"
+    ),
+    "kv_disk_bits": Field("whole", "in so many bits there; 16 and 32 change no answer", choices=KV_BITS),
 }
 FIELDS = {"model": Field("text", "folder, Hub repository (org/name) or alias"), **ANSWER, **ENGINE}
 _OFF = ("off", "none", "")
@@ -68,6 +72,8 @@ class Settings:
     kv_bits: int | None = None
     kv_group_size: int = 64
     max_kv_size: int | None = None
+    kv_disk: float = 8.0
+    kv_disk_bits: int = 8
 
     def __post_init__(self) -> None:
         _ = self.sampling  # raises
@@ -77,6 +83,8 @@ class Settings:
             raise InputError("stop needs a text")
         if self.max_kv_size is not None and self.max_kv_size < 1:
             raise InputError(f"max_kv_size must be at least 1, not {self.max_kv_size}")
+        if not 0 <= self.kv_disk < 1e6:
+            raise InputError(f"kv_disk is a number of gigabytes, 0 for none, not {self.kv_disk:g}")
 
     @property
     def sampling(self) -> Sampling:

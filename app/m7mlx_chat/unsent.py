@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from m7mlx.terminal import visible
@@ -30,6 +30,20 @@ class UnsentText:
         if self.pastes:
             text = re.sub("|".join(map(re.escape, self.pastes)), lambda match: self.pastes[match[0]], text)
         return text.lstrip("\n").rstrip()  # the first line keeps its indentation: it may be code
+
+
+def joined(texts: Sequence[UnsentText]) -> UnsentText:
+    """Join texts to one, with an empty line between; those that say nothing are left out."""
+    shown, pastes = [], dict[str, str]()
+    for text in texts:
+        written = text.shown
+        for marker, paste in text.pastes.items():
+            if pastes.get(marker, paste) != paste:  # another text has a marker like this
+                other = marker_of("text", paste, pastes)
+                written, marker = written.replace(marker, other), other
+            pastes[marker] = paste
+        shown.append(written)
+    return UnsentText("\n\n".join(filter(str.strip, shown)), pastes)
 
 
 def is_long(text: str) -> bool:

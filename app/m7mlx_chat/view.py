@@ -23,12 +23,16 @@ from m7mlx_chat.environment import Environment
 from m7mlx_chat.events import AnyEngine
 from m7mlx_chat.gate import Gate
 from m7mlx_chat.session import Session
+from m7mlx_chat.sight import first_seen
+from m7mlx_chat.store.drafts import Place as DraftPlace
+from m7mlx_chat.unsent import UnsentText
 from m7mlx_chat.widgets.completion import Completion
 from m7mlx_chat.widgets.composer import Composer
 from m7mlx_chat.widgets.messages import MessageView
 from m7mlx_chat.widgets.ring import RingPicture, gauge
 from m7mlx_chat.widgets.sidebar import Sidebar
 from m7mlx_chat.widgets.transcript import Transcript
+from m7mlx_chat.widgets.waiting import Waiting
 from m7mlx_chat.widgets.welcome import Welcome
 
 State = Literal["no model", "loading", "ready", "answering"]
@@ -73,6 +77,8 @@ class ChatView(DispatchingApp):
     Screen.-low Completion { border: none; max-height: 2; }
     Screen.-low Transcript, Screen.-high Transcript { padding: 0 2; }
     Screen.-low RingPicture { display: none; }
+    Waiting { max-height: 4; }
+    Screen.-low Waiting, Screen.-high Waiting { max-height: 1; }
     Screen.-high RingPicture { max-height: 4; }
     ToastRack { dock: top; align: right top; margin: 1 0 0 0; max-height: 40vh; }
     Screen.-low ToastRack { margin: 0; }
@@ -106,6 +112,7 @@ class ChatView(DispatchingApp):
                 yield Transcript(self.session, Welcome())
                 with Vertical(id="bottom"):
                     completion = Completion()
+                    yield Waiting()
                     yield completion
                     yield Composer(completion, self.drafts.recalled)
                     with Horizontal(id="status"):
@@ -143,6 +150,11 @@ class ChatView(DispatchingApp):
         if self.session.under_way is not None:
             return "answering"
         return "loading" if self.is_loading else "no model" if self.session.ready is None else "ready"
+
+    @property
+    def waits_here(self) -> list[UnsentText]:
+        """What was sent in the conversation shown, and waits for its turn."""
+        return self.drafts.turns.at(DraftPlace(self.session.conversation))
 
     # --- where typed text goes --------------------------------------------------------------------
 
@@ -184,6 +196,8 @@ class ChatView(DispatchingApp):
         self.show_conversations()
         self.show_state()
         self.show_gauge()
+        self.show_seen()
+        self.show_waiting()
         self._tell_damage()
 
     async def open_conversation(self, conversation: int) -> None:
@@ -225,7 +239,17 @@ class ChatView(DispatchingApp):
         line, text = self.screen_stack[0].query_one("#gauge", Static), gauge(self.session.ready, seen)
         # a layout per token would cost 5 % of them
         line.update(text, layout=text.cell_len != line.size.width)
-        self.screen_stack[0].query_one(RingPicture).show(self.session.ready, seen)
+        self.screen_stack[0].query_one(RingPicture).show(self.session.ready, seen, self.session.on_disk)
+
+    def show_waiting(self) -> None:
+        """Show what waits for its turn here."""
+        self.screen_stack[0].query_one(Waiting).show(self.waits_here)
+
+    def show_seen(self) -> None:
+        """Dim what the model no longer sees of the conversation."""
+        ready = self.session.ready
+        first = first_seen(self.session.line, self.store.read, ready)
+        self.transcript.show_seen(first, ready.sinks if ready else 0)
 
     def _tell_damage(self) -> None:
         """Tell, once, what could not be read as it must be."""

@@ -12,7 +12,7 @@ from m7mlx.errors import InputError
 from m7mlx.grammar import schema_text
 from m7mlx.tokens.messages import Message, is_continued
 from m7mlx.tokens.tokenizer import Tokenizer
-from m7mlx_serve.calling import Rules, call_form
+from m7mlx.tools.calling import Rules, call_form
 from m7mlx_serve.endpoint import Prompts
 from m7mlx_serve.strict import MAX_TEXT
 

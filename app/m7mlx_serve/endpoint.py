@@ -9,16 +9,15 @@ from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from pydantic import BaseModel
 
 from m7mlx.grammar import Grammar
 from m7mlx.tokens.tokenizer import Tokenizer
+from m7mlx.tools.calling import ToolUse
 from m7mlx_serve.errors import ApiError
 from m7mlx_serve.strict import Strict
-
-ToolUse = Literal["none", "allowed", "required"]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 from chat_harness import chatting, environment_in
 from m7mlx_chat import jobs
 from m7mlx_chat.config import Config, read_config
-from m7mlx_chat.events import Event, Seen, Text
+from m7mlx_chat.events import Done, Event, Seen, Text
 from m7mlx_chat.launch import Start, launch
 from m7mlx_chat.loaded import LoadedModel
 from m7mlx_chat.settings import Settings
@@ -18,6 +18,7 @@ from m7mlx_chat.widgets.messages import Question
 from models import small_config, write_folder
 
 from m7mlx import Piece
+from m7mlx.answer_reader import AnswerReader
 from m7mlx.errors import InputError, RunError
 
 
@@ -84,7 +85,9 @@ def test_an_answer_that_is_cut_within_a_character_ends_before_it(monkeypatch: py
     monkeypatch.setattr(loaded, "_seen", lambda: Seen(0, 0))
     events: list[Event] = []
     pieces = [Piece(text="ok ", ids=[5]), Piece(text="\ufffd\ufffd", ids=[6], finish_reason="length")]
-    ended = loaded._tell(iter(pieces), events.append)
+    monkeypatch.setattr(loaded, "_emit", events.append, raising=False)
+    ended = loaded._tell(iter(pieces), AnswerReader(loaded.tokenizer, "none"))
+    assert isinstance(ended, Done)
     assert (ended.text, ended.ids, ended.reason) == ("ok ", [5, 6], "length")
     assert "".join(event.text for event in events if isinstance(event, Text)) == "ok "
 

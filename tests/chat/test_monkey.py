@@ -19,8 +19,9 @@ import pytest
 from chat_harness import READY, Chat, chatting, check_database, done
 from m7mlx_chat.actions import ACTIONS, COMMANDS
 from m7mlx_chat.config import Config
-from m7mlx_chat.events import Failed, Loading, Prefill, Seen, Text, Thought
+from m7mlx_chat.events import Failed, Given, Loading, Prefill, Seen, Text, Thought
 from m7mlx_chat.unsent import UnsentText
+from scripted_tools import ScriptedTools, called
 from textual import events
 from textual.geometry import Size
 from textual.widgets import Input, OptionList
@@ -147,11 +148,14 @@ class Monkey:
         text = _ANSWER[place : place + self.chance.randrange(80)]
         under_way = self.chat.session.under_way
         said: list[Any]
-        if under_way is None or not under_way.submitted:
+        if under_way is not None and under_way.calling is not None:
+            said = [Given(under_way.calling.id, "given", text), Given("another", "failed", "x")]
+        elif under_way is None or not under_way.submitted:
             said = [READY, Failed("it cannot be loaded", fatal=True), Loading(1, 10)]
         else:
             whole = under_way.text.removeprefix((under_way.begun or ("", None))[0])
             said = [Text(text, 3, Seen(self.chance.randrange(9000), 10**6))] * 3
+            said += [called({"a": text}, {}, text=whole, first=self.chance.randrange(10**6))] * 2
             said += [Thought("hm", 2), Prefill(1, 8, 0), Failed("no memory"), done(whole), done(whole, "length")]
             said += [done(whole, "stopped")] * (self.chat.engine.cancelled > 0)
         event = self.chance.choice(said)
@@ -203,6 +207,7 @@ async def test_whatever_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     until = time.monotonic() + SECONDS
     async with chatting(tmp_path, size=size, config=config, notifications=True) as chat:
         await chat.exchange("the first question", _ANSWER)
+        chat.session.tools = ScriptedTools()
         monkey = Monkey(chat, seed, monkeypatch)
         played = 0
         while played < STEPS or time.monotonic() < until:

@@ -18,6 +18,7 @@ from m7mlx_chat.config import Config
 from m7mlx_chat.events import Failed, Loading, Prefill, Seen, Text
 from m7mlx_chat.screens import models as models_screen
 from rich.color import Color
+from scripted_tools import ScriptedTools, called
 from textual.widgets import Input
 
 FOLDER = Path(__file__).parent / "screens"
@@ -128,6 +129,24 @@ async def models(chat: Chat) -> None:
     await chat.app.workers.wait_for_complete()
 
 
+async def approval(chat: Chat) -> None:
+    chat.session.tools = ScriptedTools()
+    await chat.send("Is it raining in Paris?")
+    await chat.say(called({"city": "Paris", "days": [1, 2]}, text="I look it up."))
+
+
+async def calls(chat: Chat) -> None:
+    chat.session.tools = tools = ScriptedTools("make")
+    await chat.send("Is it raining in Paris?")
+    await chat.say(called({"city": "Paris"}, {"city": "Rome"}, text="I look it up."))
+    tools.give("rain")
+    await chat.say()
+    tools.give("no such city", "failed")
+    await chat.say()
+    await chat.say(done("In Paris it rains."))
+    await chat.pilot.press("alt+up", "t")
+
+
 async def history(chat: Chat) -> None:
     await talked(chat)
     await chat.pilot.press("ctrl+r")
@@ -135,7 +154,7 @@ async def history(chat: Chat) -> None:
 
 SCREENS: tuple[Callable[[Chat], Awaitable[None]], ...] = (
     welcome, conversation, answering, reading, loading, failed, window, branches, sidebar, search, completion,
-    editing, help_screen, settings, stats, models, history,
+    editing, help_screen, settings, stats, models, history, approval, calls,
 )  # fmt: skip
 
 

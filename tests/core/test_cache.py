@@ -344,6 +344,38 @@ def test_quantising_twice() -> None:
         model.new_cache(kv_bits=3)
 
 
+@pytest.mark.parametrize("head_dim", [32, 96])
+@pytest.mark.parametrize("kind", ["window", "full", "stream", "mixed"])
+def test_a_copy_in_other_bits_and_back_again(kind: str, head_dim: int) -> None:
+    """It holds the same conversation: exactly in as many bits, closely in 8.
+
+    None disturbs another.
+    """
+    config = (mixed_config if kind == "mixed" else small_config)(
+        sliding_window=16 if kind in ("window", "mixed") else None, head_dim=head_dim, n_layers=3
+    )
+    model = small_model(config)
+    stream = {"max_kv_size": 24} if kind == "stream" else {}
+    cache = model.new_cache(**stream)
+    prefill(model, IDS[:40], cache)
+    cache.ids = IDS[:40]
+    for bits, most in ((None, 1e-6), (8, 0.1)):
+        copy = model.new_cache(kv_bits=bits, kv_group_size=32, **stream)
+        copy.take(cache, model.dtype)
+        back = model.new_cache(**stream)
+        back.take(copy, model.dtype)
+        assert copy.ids == back.ids == IDS[:40] and copy.nbytes <= cache.nbytes == back.nbytes
+        before = cache.snapshot()
+        exact = model(mx.array([IDS[40:]]), cache)[0]
+        mx.eval(exact)
+        cache.restore(before)
+        for one in (copy, back):
+            error = model(mx.array([IDS[40:]]), one)[0] - exact
+            assert mx.sqrt((error**2).mean() / (exact**2).mean()) < most
+    with pytest.raises(InputError, match="another window"):
+        model.new_cache(slack=9, **stream).take(cache, model.dtype)
+
+
 def test_the_bits_of_a_new_cache_are_the_models_unless_others_are_asked_for() -> None:
     model = small_model(small_config())
     sizes = {}

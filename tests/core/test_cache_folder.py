@@ -11,7 +11,7 @@ import pytest
 from models import mixed_config, small_config, small_model
 
 from m7mlx.cache import RollingCache
-from m7mlx.cache_folder import CacheFolder
+from m7mlx.cache_folder import CacheFolder, find_spaces, measure_folder, remove_space
 from m7mlx.decode import prefill
 from m7mlx.errors import DiskError
 from m7mlx.model import Mistral
@@ -66,6 +66,21 @@ def test_a_conversation_takes_the_place_of_what_it_goes_on_from(tmp_path: Path) 
     assert found.save(read(model, [*BEGINNING, 5, 6])) and found.save(read(model, BEGINNING), "other")
     assert found.figures.files == 3
     assert not found.save(read(model, BEGINNING, slack=9), "x")  # of other options
+
+
+def test_a_conversation_may_have_one_place_and_leave_it(tmp_path: Path) -> None:
+    """Where all of a space is one conversation, of whose branches the last is kept."""
+    model = MODELS[7]
+    found = folder(tmp_path, model)
+    for begin in (2, 3):
+        assert found.save(read(model, [begin, *BEGINNING]), "a", alone=True)
+    assert found.save(read(model, BEGINNING), "b", alone=True)
+    assert sorted(find_spaces(tmp_path).values()) == ["a", "b"]
+    assert found.find([3, *BEGINNING, 9], "a")[0] > 0 and found.find([2, *BEGINNING, 9], "a")[0] == 0
+    (tmp_path / "damaged.m7cache.safetensors").write_bytes(b"{")
+    remove_space(tmp_path, "a")
+    assert list(find_spaces(tmp_path).values()) == ["b"] and measure_folder(tmp_path)[0] == 2
+    remove_space(tmp_path / "none", "a")
 
 
 def test_the_folder_is_bounded_and_what_was_used_last_stays(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 
 import psutil
 import pytest
-from m7mlx_serve.tool_schema import calls_schema
 from models import small_config, small_model
 from pydantic import BaseModel
 
@@ -26,6 +25,7 @@ from m7mlx.errors import BusyError, InputError, WorkerError
 from m7mlx.sampling import Sampling
 from m7mlx.scheduler import Scheduler
 from m7mlx.tokens.tokenizer import Tokenizer
+from m7mlx.tools.schema import calls_schema
 
 INTEGER = {"type": "integer"}
 MODEL = small_model(small_config(vocab_size=32768, n_layers=1))

@@ -32,6 +32,7 @@ MESSAGES = [{"role": "user", "content": "Hello"}]
         Request(MESSAGES, continues=[7, 8], logprobs=3, logit_bias={5: -1.5, 31999: 2.0}),
         Request(MESSAGES, continues="Once", max_tokens=0),
         Request("a", schema={"type": "object"}),
+        Request(MESSAGES, tools=[{"name": "add", "parameters": {"type": "object"}}]),
     ],
 )
 def test_a_request_crosses_as_json(request_: Request) -> None:
@@ -80,6 +81,7 @@ def test_what_is_no_request_is_refused(told: dict[str, Any]) -> None:
         ({"max_tokens": -1}, "max_tokens must be a whole number"),
         ({"stop": "x"}, "stop must be a list of texts"),
         ({"sampling": None}, "sampling must be a Sampling"),
+        ({"tools": [{"name": "add", "parameters": {}}]}, "tools go with messages"),
     ],
 )
 def test_what_no_model_could_answer_is_refused_in_a_line(options: dict[str, Any], reason: str) -> None:
@@ -114,6 +116,32 @@ def test_what_one_model_can_answer(mistral_tokenizers: dict[str, Tokenizer]) -> 
         prepare(Request([1] * 21), model, tokenizer, cache)
     with pytest.raises(TokenizerError, match="logit_bias"):
         prepare(Request([1], logit_bias={32000: 1.0}), model, tokenizer, cache)
+
+
+def test_tools_are_told_in_the_models_own_form(mistral_tokenizers: dict[str, Tokenizer]) -> None:
+    model = small_model(small_config(vocab_size=32768, sliding_window=None, n_layers=1))
+    cache = model.new_cache()
+    add = {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}
+    call = {"id": "abcdefghi", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    asked: list[dict[str, Any]] = [
+        *MESSAGES,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "abcdefghi", "name": "add", "content": "3"},
+    ]
+    v3 = mistral_tokenizers["v3"]
+    for messages in (MESSAGES, asked):
+        ready = prepare(Request(messages, tools=[add]), model, v3, cache)
+        assert ready.prompt == v3.chat.encode(messages, [{"type": "function", "function": add}])
+        assert not ready.tools and not ready.has_grammar  # it was trained for that
+    assert prepare(Request(asked), model, v3, cache).prompt == v3.chat.encode(asked)
+    # A model that knows no tools is told of them in words, and a grammar holds it to those.
+    v1 = mistral_tokenizers["v1"]
+    ready = prepare(Request(MESSAGES, tools=[add]), model, v1, cache)
+    assert "# Tools" in v1.decode(ready.ids) and ready.constraint is not None
+    assert not ready.constraint.is_whole
+    ready.constraint.close()
+    assert not prepare(Request(MESSAGES, tools=[add], continues="I"), model, v1, cache).has_grammar
+    assert "<tool_response>\n3" in v1.decode(prepare(Request(asked), model, v1, cache).ids)
 
 
 def test_generate_takes_what_stream_generate_takes() -> None:

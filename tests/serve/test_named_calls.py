@@ -11,19 +11,19 @@ import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from m7mlx_serve.answer_reader import AnswerReader
-from m7mlx_serve.endpoint import ToolUse
 from m7mlx_serve.openai.chat import ChatShape
 from m7mlx_serve.openai.choices import Choice
-from m7mlx_serve.tool_calls import MARK, NamedCallReader
 from models import small_config, write_folder
 from serving import NAME, serving
 from tekken_files import SIZE, write_tekken
 
 from m7mlx import Piece
+from m7mlx.answer_reader import AnswerReader
 from m7mlx.tokens.infill import infill_ids
 from m7mlx.tokens.load import load_tokenizer
 from m7mlx.tokens.tokenizer import Tokenizer
+from m7mlx.tools.calling import ToolUse
+from m7mlx.tools.calls import MARK, NamedCallReader
 
 VERSIONS = ["v7", "v11", "v13"]
 

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from m7mlx_serve.answer_reader import AnswerReader
 from m7mlx_serve.openai.chat import ChatShape
 from m7mlx_serve.openai.choices import Choice, write
 from m7mlx_serve.openai.text import TextShape
-from m7mlx_serve.tool_calls import MARK, CallReader
 
 from m7mlx import Piece, TokenLogprobs
+from m7mlx.answer_reader import AnswerReader
 from m7mlx.tokens.tokenizer import Tokenizer
+from m7mlx.tools.calls import MARK, CallReader
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

@@ -32,6 +32,7 @@ class ScriptedEngine:
         self.asked: list[Request] = []
         self.loaded: list[tuple[Path, Settings]] = []
         self.cancelled = 0
+        self.forgotten: list[int] = []
 
     def start(self) -> None: ...
 
@@ -49,6 +50,12 @@ class ScriptedEngine:
 
     def cancel(self) -> None:
         self.cancelled += 1
+
+    def count(self, text: str) -> int | None:
+        return len(text.split())
+
+    def forget(self, conversation: int) -> None:
+        self.forgotten.append(conversation)
 
     def drain(self, wait: float = 0.0) -> list[Event]:
         events, self.events = self.events, []

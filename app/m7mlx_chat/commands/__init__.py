@@ -1,6 +1,7 @@
 """What the user can do, one module for each group of actions; `app.ChatApp` is made of all groups.
 
 asking         send a message, answer again, edit a question; stop an answer, leave
+tools          allow calls of tools, show them, list tools
 full           go on where a conversation has no more room
 compare        see versions beside each other, ask another model, too
 versions       go through the versions of a message, fork a conversation

@@ -10,6 +10,9 @@ from textual import on
 from m7mlx_chat.answering import UnderWay
 from m7mlx_chat.commands.copying import CopyCommands
 from m7mlx_chat.commands.models import ModelCommands
+from m7mlx_chat.commands.tools import ToolCommands
+from m7mlx_chat.commands.turns import TurnCommands
+from m7mlx_chat.screens.approval import Approve
 from m7mlx_chat.screens.models import Models
 from m7mlx_chat.screens.settings import SettingsDrawer
 from m7mlx_chat.view import Parts
@@ -19,7 +22,7 @@ _COMMAND = re.compile(r"/[a-z]+( .*)?", re.DOTALL)
 _ARMED_SECONDS = 2.0  # for the second Ctrl+C, which quits
 
 
-class AskCommands(ModelCommands, CopyCommands):
+class AskCommands(TurnCommands, ModelCommands, CopyCommands, ToolCommands):
     """The way of a question to the model, and back from it."""
 
     def __init__(self, parts: Parts) -> None:
@@ -45,6 +48,8 @@ class AskCommands(ModelCommands, CopyCommands):
                     self.composer.reset(event.unsent)
         elif self.state == "no model":
             self.action_model()
+        elif self.state == "answering" and self.drafts.question is None:
+            self.wait_for_turn(event.unsent)
         else:
             await self._begin(lambda: self._ask(text))
 
@@ -105,13 +110,20 @@ class AskCommands(ModelCommands, CopyCommands):
         """End the first of what is open or under way."""
         if isinstance(self.screen, Models | SettingsDrawer):
             self.screen.close()
+        elif isinstance(self.screen, Approve):
+            self.screen.dismiss(None)
         elif len(self.screen_stack) > 1:
             self.pop_screen()
         elif self.composer.close_completion():
             pass
-        elif self.state == "answering":
+        elif self.waits_here and self.drafts.question is None:
+            self.action_take_back()
+        elif (under_way := self.session.under_way) is not None:
             self.session.stop()
-            self.show_state("stopping …")
+            if self.session.under_way is None:  # nothing had to be waited for
+                self.call_later(self.show_calls, under_way)
+            else:
+                self.show_state("stopping …")
         elif self.drafts.question is not None:
             self.drafts.leave_edit()
             self.composer.focus()

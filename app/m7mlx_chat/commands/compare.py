@@ -63,6 +63,11 @@ class CompareCommands(AskCommands):
         self._comparison = _Comparison(last.id, self.session.settings.model, self.folder)
         self.choose_model(argument)
 
+    def folders_in_use(self) -> list[Path]:
+        """Return those in use, and that of the model that comes back."""
+        before = self._comparison.folder if self._comparison is not None else None
+        return [*super().folders_in_use(), *([before] if before is not None else [])]
+
     async def model_chosen(self, chosen: Chosen | None) -> None:
         comparison = self._comparison
         if comparison is None or comparison.question is not None:  # or it was chosen meanwhile

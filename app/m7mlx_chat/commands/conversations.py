@@ -111,6 +111,7 @@ class ConversationCommands(ChatView):
             raise InputError("it is being answered: Esc stops that")
         title = self.store.conversation(conversation).title
         self.store.delete(conversation)
+        self.engine.forget(conversation)
         self.tell(f"deleted “{title}” · /undo brings it back")
         if conversation == self.session.conversation:
             self.session.new()

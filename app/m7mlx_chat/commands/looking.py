@@ -14,7 +14,7 @@ from m7mlx_chat.markdown import CodeBlock
 from m7mlx_chat.screens.dialogs import Figures, Help
 from m7mlx_chat.store.rows import Message
 from m7mlx_chat.view import ChatView
-from m7mlx_chat.widgets.ring import RingPicture
+from m7mlx_chat.widgets.ring import RingPicture, copies_line
 
 _LISTED = 200  # answers, of which figures are shown
 _HEADINGS = ("", "tokens", "tok/s", "first after", "prompt", "reused", "read a second", "peak memory")
@@ -43,6 +43,8 @@ class LookCommands(ChatView):
             if answers
             else "Nothing has been answered yet"
         )
+        if self.session.on_disk is not None:
+            title += f"\n{copies_line(self.session.on_disk)}"
         self.push_screen(Figures(title, table))
 
     def action_window(self) -> None:
@@ -94,7 +96,7 @@ def _figures(message: Message) -> tuple[str, ...]:
         f"{s.get('generation_tps', 0):.1f}",
         f"{s.get('time_to_first_token', 0):.2f} s",
         f"{s.get('prompt_tokens', 0):,}",
-        f"{s.get('reused_tokens', 0):,}",
+        f"{s.get('reused_tokens', 0):,}" + " (disk)" * bool(s.get("from_disk")),
         f"{s.get('prompt_tps', 0):,.0f}",
         in_gigabytes(s.get("peak_memory", 0), 2),
     )

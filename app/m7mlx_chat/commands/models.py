@@ -41,13 +41,15 @@ class ModelCommands(ChatView):
             title,
             name or None,
             programs=self.environment.programs,
-            loaded=self._folders_in_use() if current or self.is_loading else (),
+            loaded=self.folders_in_use(),
         )
         self.push_screen(screen, self.model_chosen)
 
-    def _folders_in_use(self) -> list[Path]:
+    def folders_in_use(self) -> list[Path]:
         """Return the folders of the model that answers, and of the one that drafts for it."""
-        return [path for path in (self.folder, on_this_machine(self.session.settings.speculate)) if path is not None]
+        found = [self.folder, on_this_machine(self.session.settings.speculate)]
+        is_used = self.session.ready is not None or self.is_loading
+        return [folder for folder in found if folder is not None] if is_used else []
 
     async def model_chosen(self, chosen: Chosen | None) -> None:
         """Load what was chosen, if anything was."""

@@ -23,6 +23,7 @@ class VersionCommands(ChatView):
         place = self.session.line.index(message)
         self.session.switch(message, direction)
         await self.transcript.sync(at=self.session.line[min(place, len(self.session.line) - 1)], select=select)
+        self.show_seen()
 
     async def action_fork(self) -> None:
         if self.session.line:

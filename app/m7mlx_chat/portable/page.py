@@ -19,6 +19,7 @@ from pygments.lexers import get_lexer_by_name
 from pygments.util import ClassNotFound
 
 from m7mlx.terminal import visible
+from m7mlx_chat.steps import Call
 from m7mlx_chat.store.rows import Conversation, Message
 
 _NOTES = {
@@ -82,7 +83,11 @@ def to_markdown(conversation: Conversation, branch: Sequence[Message]) -> str:
     if conversation.system:
         parts.append("\n".join(f"> {line}" for line in visible(conversation.system).splitlines()))
     for message in branch:
-        parts += [f"## {_speaker(message)}", _closed(visible(message.text))]
+        parts.append(f"## {_speaker(message)}")
+        for step in message.steps:
+            parts += [_closed(visible(step.text))] if step.text else []
+            parts += map(_call_as_markdown, step.calls)
+        parts.append(_closed(visible(message.text)))
         if note := _NOTES[message.status]:
             parts.append(f"*({note})*")
     return "\n\n".join(parts) + "\n"
@@ -101,6 +106,9 @@ def to_html(conversation: Conversation, branch: Sequence[Message]) -> str:
         # Before for what is written, after for what `&#x202e;` has become.
         answered = message.role == "assistant"
         body = visible(parser.render(visible(message.text))) if answered else _plain(message.text)
+        for step in reversed(message.steps):
+            said = visible(parser.render(visible(step.text)))
+            body = said + "".join(map(_call_as_html, step.calls)) + body
         note = f"<footer>{escape(_NOTES[message.status])}</footer>\n" if _NOTES[message.status] else ""
         articles.append(
             f'<article class="{message.role}"><h2>{escape(_speaker(message))}</h2>\n{body}{note}</article>'
@@ -111,6 +119,19 @@ def to_html(conversation: Conversation, branch: Sequence[Message]) -> str:
         messages="\n".join(articles),
         colors=_colors(),
     )
+
+
+def _call_as_markdown(call: Call) -> str:
+    """A call of a tool, and what it gave, in a block that nothing in it can end."""
+    text = visible(f"{call.name} {call.arguments}\n\n{call.result or call.outcome}")
+    longest = max((len(marks) for marks in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _call_as_html(call: Call) -> str:
+    name, rest = escape(visible(call.name)), escape(visible(f"{call.arguments}\n\n{call.result}"))
+    return f"<details><summary>{name} ({call.outcome})</summary>\n<pre>{rest}</pre></details>\n"
 
 
 def _lower_headings(state: StateCore) -> None:

@@ -163,10 +163,11 @@ class Store(ConversationWriter):
             )
             self._show(message.conversation, answer)
 
-    def grow(self, answer: int, text: str) -> None:
+    def grow(self, answer: int, text: str, statistics: Values | None = None) -> None:
         """Save all there is of an answer so far."""
+        known = {} if statistics is None else {"statistics": as_json(statistics)}
         with self._writing():
-            self._update_answer(answer, {"text": encodable(text)})
+            self._update_answer(answer, {"text": encodable(text), **known})
 
     def finish(
         self,

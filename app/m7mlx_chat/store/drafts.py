@@ -54,6 +54,18 @@ class DraftWriter(Writer):
                     return Place(conversation, int(number))
         return Place(conversation)
 
+    def keep_waiting(self, place: Place, shown: str, pastes: Mapping[str, str]) -> None:
+        """Keep what has been sent at a place, and waits for its turn."""
+        self._keep(f"waiting {place.key}", place.conversation, shown, pastes)
+
+    def drop_waiting(self, place: Place) -> None:
+        """Forget it: nothing waits there any more."""
+        self._drop(f"waiting {place.key}")
+
+    def waiting(self, place: Place) -> tuple[str, dict[str, str]] | None:
+        """What waited for its turn at a place."""
+        return self._draft(f"waiting {place.key}")
+
     def keep_cleared(self, shown: str, pastes: Mapping[str, str]) -> None:
         """Keep the draft that the user cleared last."""
         self._keep(_CLEARED, None, shown, pastes)

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from m7mlx_chat.steps import Step, steps_of
+
 Role = Literal["user", "assistant"]
 # How the engine ended an answer: by itself (so are all questions), by the user, by the longest
 # length, by a failure.
@@ -52,6 +54,11 @@ class Node:
         """What the model thought before, or while, it answered."""
         thought = self.statistics.get("thought")
         return thought if isinstance(thought, str) else ""
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What the model did before it answered: the tools that it called."""
+        return steps_of(self.statistics.get("steps"))
 
     @property
     def ids(self) -> list[int] | None:

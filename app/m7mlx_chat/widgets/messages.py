@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from textual import events
 from textual.app import ComposeResult
 from textual.containers import Vertical
@@ -10,7 +12,9 @@ from textual.widgets import Markdown, Static
 from m7mlx.terminal import visible
 from m7mlx_chat.actions import bindings
 from m7mlx_chat.markdown import Part, answer_markdown, parts
+from m7mlx_chat.steps import Step
 from m7mlx_chat.store.rows import Message
+from m7mlx_chat.widgets.calls import StepsView
 
 _LINE = 80  # characters: about a line, where a text has no line ends
 _BAR = 2  # columns at the left of a message that select it: the bar, and the space beside it
@@ -186,6 +190,7 @@ class Answer(MessageView):
         self._part = Part("")  # the last part; those before it are finished
         self._fence = ""
         self._thoughts = Thoughts(message.thought)
+        self._steps = StepsView(message.steps)
         self._parts = Vertical(classes="parts")
         self._last: Markdown | None = None
         self._is_whole = False  # the last part was shown in one piece
@@ -200,6 +205,7 @@ class Answer(MessageView):
         if self.message.siblings > 1:
             yield Versions(self.message)
         yield self._thoughts
+        yield self._steps
         yield self._parts
         yield self._error
         yield self._footer
@@ -216,6 +222,15 @@ class Answer(MessageView):
 
     def toggle_fold(self) -> None:
         self._thoughts.toggle()
+        self._steps.toggle()
+
+    async def show_steps(self, steps: Sequence[Step]) -> None:
+        """Show the tools that were called; what was written before has become a part of that."""
+        if await self._steps.show(steps):
+            await self._parts.remove_children()
+            self._text, self._part, self._fence = "", Part(""), ""
+            self._last, self._is_whole = None, False
+        self.show_progress("")
 
     async def write(self, text: str) -> None:
         """Show more of the answer."""
@@ -260,6 +275,7 @@ class Answer(MessageView):
     async def finish(self, message: Message) -> None:
         """Show the end of the answer: the last part once more, in one piece, and how it ended."""
         self.message, self._live = message, False
+        await self.show_steps(message.steps)
         if message.text.startswith(self._text):
             await self.write(message.text[len(self._text) :])
         if self._last is not None:

@@ -12,8 +12,8 @@ from rich.text import Text
 from textual.color import Color
 from textual.widgets import Static
 
-from m7mlx.units import in_gigabytes
-from m7mlx_chat.events import Ready, Seen
+from m7mlx.units import in_bytes, in_gigabytes
+from m7mlx_chat.events import OnDisk, Ready, Seen
 
 _EMPTY = "░"
 
@@ -52,6 +52,13 @@ def ages(tokens: int, capacity: int, cells: int) -> list[float | None]:
     return found
 
 
+def copies_line(on_disk: OnDisk) -> str:
+    """Say in a line what lies on the disk."""
+    count, size = on_disk.conversations, in_bytes(on_disk.nbytes)
+    what = f"{count:,} conversation{'s' * (count != 1)}"
+    return f"on the disk: {what}, {size} of {on_disk.most_bytes / 1e9:g} GB, to go on at once when opened again"
+
+
 class RingPicture(Static):
     """The gauge, drawn large."""
 
@@ -63,10 +70,13 @@ class RingPicture(Static):
     RingPicture.-shown { display: block; }
     """
 
-    def show(self, ready: Ready | None, seen: Seen) -> None:
+    def show(self, ready: Ready | None, seen: Seen, on_disk: OnDisk | None = None) -> None:
         """Draw the gauge as it is now."""
         if self.has_class("-shown"):
-            self.update(self._drawn(ready, seen))
+            drawn = self._drawn(ready, seen)
+            if on_disk is not None:
+                drawn.append(f"\n{copies_line(on_disk)}", style="dim")
+            self.update(drawn)
 
     def _drawn(self, ready: Ready | None, seen: Seen) -> Text:
         if ready is None:

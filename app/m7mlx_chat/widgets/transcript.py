@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from textual.app import ComposeResult
 from textual.containers import VerticalScroll
 from textual.widget import Widget
+from textual.widgets import Static
 
 from m7mlx_chat.session import Session
 from m7mlx_chat.widgets.messages import Answer, MessageView, view_of
@@ -22,6 +23,8 @@ class Transcript(VerticalScroll, can_focus=False):
     """
 
     DEFAULT_CSS = """
+    Transcript > .-unseen { opacity: 55%; }
+    Transcript > #horizon { height: auto; margin: 0 0 1 0; color: $text-muted; display: none; }
     Transcript { height: 1fr; padding: 1 2; scrollbar-size-vertical: 1; scrollbar-background: $background; }
     """
 
@@ -31,10 +34,13 @@ class Transcript(VerticalScroll, can_focus=False):
         self._welcome = welcome
         self._line: list[int] = []
         self._first = self._last = 0
+        self._seen_from = 0  # the index of the first message of which the model sees anything
+        self._horizon = Static("", id="horizon", markup=False)
         self._paging = False
 
     def compose(self) -> ComposeResult:
         yield self._welcome
+        yield self._horizon
 
     def on_mount(self) -> None:
         self.anchor()
@@ -76,12 +82,31 @@ class Transcript(VerticalScroll, can_focus=False):
                 else:
                     await self._mount(self._last, len(line))
                     self._last = len(line)
+                    self._dim()
         if self._session.under_way is not None and (live := self.answer(self._session.under_way.answer)) is not None:
             live.go_on()
         if at is not None and (view := self.view(at)) is not None:
             self._go_to(view, select)
         else:
             self.anchor()
+
+    # --- what the model sees ----------------------------------------------------------------------
+
+    def show_seen(self, first: int, sinks: int = 0) -> None:
+        """Dim what the model no longer sees: all before the index `first`, but for some sinks."""
+        self._seen_from = first
+        kept = f", but for its first {sinks} tokens" if sinks else ""
+        self._horizon.update(f"▲ above: no longer seen by the model{kept}")
+        self._dim()
+
+    def _dim(self) -> None:
+        views = self.views
+        for index, view in enumerate(views, self._first):
+            view.set_class(index < self._seen_from, "-unseen")
+        place = self._seen_from - self._first
+        self._horizon.display = self._seen_from > 0 and 0 <= place < len(views)
+        if self._horizon.display and self.children.index(views[place]) != self.children.index(self._horizon) + 1:
+            self.move_child(self._horizon, before=views[place])
 
     async def _show_around(self, line: Sequence[int], place: int) -> None:
         """Start over with the page around an index."""
@@ -91,6 +116,7 @@ class Transcript(VerticalScroll, can_focus=False):
         self._last = min(len(line), place + PAGE // 2)
         self._first = max(0, self._last - PAGE)
         await self._mount(self._first, self._last)
+        self._dim()
 
     async def _mount(self, first: int, last: int, before: MessageView | None = None) -> None:
         under_way = self._session.under_way
@@ -179,6 +205,7 @@ class Transcript(VerticalScroll, can_focus=False):
 
     def _keep_in_view(self, view: MessageView, place: float) -> None:
         """Scroll to `place` rows below the top of a message, once all have their places."""
+        self._dim()
 
         def scroll() -> None:
             if view.is_attached:

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from typing import Any, ClassVar
 
 from m7mlx import Piece, Stats
-from m7mlx_serve.answer_reader import AnswerReader, read_arguments
+from m7mlx.answer_reader import AnswerReader, read_arguments
 from m7mlx_serve.answering import Answerer
 from m7mlx_serve.anthropic.errors import error_body
 from m7mlx_serve.endpoint import ReadRequest

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any, ClassVar
 
 from m7mlx import Piece, Stats
-from m7mlx_serve.answer_reader import AnswerReader, read_arguments
+from m7mlx.answer_reader import AnswerReader, read_arguments
 from m7mlx_serve.answering import Answerer, numbers_in_json
 from m7mlx_serve.endpoint import ReadRequest
 from m7mlx_serve.errors import ApiError

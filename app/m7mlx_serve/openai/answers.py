@@ -10,7 +10,7 @@ from contextlib import aclosing
 from typing import Any, ClassVar
 
 from m7mlx import Stats
-from m7mlx_serve.answer_reader import AnswerReader
+from m7mlx.answer_reader import AnswerReader
 from m7mlx_serve.answering import Answerer
 from m7mlx_serve.endpoint import ReadRequest
 from m7mlx_serve.errors import ApiError

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from m7mlx import Piece, TokenLogprobs
+from m7mlx.answer_reader import AnswerReader
 from m7mlx.tokens.tokenizer import Tokenizer
-from m7mlx_serve.answer_reader import AnswerReader
 from m7mlx_serve.openai.shape import Fields, Scored, Shape
 
 _AT_ONCE = 16  # tokens whose log probabilities are sent in one piece

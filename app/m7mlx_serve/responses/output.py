@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from m7mlx import Piece
-from m7mlx_serve.answer_reader import AnswerReader, Told, read_arguments
+from m7mlx.answer_reader import AnswerReader, Told, read_arguments
 from m7mlx_serve.responses.items import custom_input, sealed
 from m7mlx_serve.responses.tools import Called
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
-from m7mlx import Piece
-from m7mlx.answer import FinishReason
+from m7mlx.answer import FinishReason, Piece
 from m7mlx.tokens.tokenizer import Tokenizer
-from m7mlx_serve.calling import OPEN, MarkedCalls, call_form
-from m7mlx_serve.endpoint import ToolUse
-from m7mlx_serve.tool_calls import CallReader, NamedCallReader
+from m7mlx.tools.calling import OPEN, MarkedCalls, ToolUse, call_form
+from m7mlx.tools.calls import CallReader, NamedCallReader
 
 
 class Told(NamedTuple):

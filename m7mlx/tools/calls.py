@@ -16,7 +16,7 @@ import secrets
 import string
 from typing import Any
 
-from m7mlx_serve.tool_scanner import CallScanner, ObjectScanner
+from m7mlx.tools.scanner import CallScanner, ObjectScanner
 
 MARK = "[TOOL_CALLS]"
 _ID = string.ascii_letters + string.digits

@@ -12,16 +12,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from m7mlx.grammar import Grammar, json_rule
 from m7mlx.tokens.messages import Message, parse_json
 from m7mlx.tokens.mistral_format import MistralFormat
 from m7mlx.tokens.template_format import TemplateFormat
 from m7mlx.tokens.tokenizer import Tokenizer
-from m7mlx_serve.tool_calls import MARK
-from m7mlx_serve.tool_schema import calls_schema
+from m7mlx.tools.calls import MARK
+from m7mlx.tools.schema import calls_schema
 
+ToolUse = Literal["none", "allowed", "required"]  # whether an answer may, or must, call tools
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 # The words that Qwen and Hermes models were trained on.
 _TOLD = """# Tools
