@@ -22,7 +22,7 @@ from m7mlx.units import in_gigabytes
 _NO_END = 1 << 40  # positions
 _UNBOUNDED = 4096  # tokens to plan for where no window bounds them
 # Python, MLX, the tokenizer and the layers' activations, as measured (docs/performance.md).
-_AROUND = 150_000_000
+AROUND = 150_000_000
 _FREED = 1 << 26  # bytes of freed buffers that MLX may keep; more is no faster
 _MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
 
@@ -47,9 +47,9 @@ def limit_memory(nbytes: int) -> None:
     Raises InputError for more than the machine has, or less than any model needs.
     """
     global _limit
-    if not _AROUND < nbytes <= machine_memory():
+    if not AROUND < nbytes <= machine_memory():
         raise InputError(
-            f"the limit on memory must be between {in_gigabytes(_AROUND, 2)} and this machine's "
+            f"the limit on memory must be between {in_gigabytes(AROUND, 2)} and this machine's "
             f"{in_gigabytes(machine_memory())}, not {in_gigabytes(nbytes, 2)}"
         )
     _limit = nbytes
@@ -122,7 +122,7 @@ def positions_that_fit(config: ModelConfig, weights: int, bits: float) -> int:
     weights  bytes that are taken already
     bits     of each number of keys and values
     """
-    free = max(0, budget() - weights - _AROUND)
+    free = max(0, budget() - weights - AROUND)
     fit = free // cache_bytes(config, 1, bits)
     if not config.layer_types or config.sliding_window is None:
         return fit
@@ -189,5 +189,5 @@ def footprints(config: ModelConfig, stored: int, slack: int) -> list[Footprint]:
         caches = {name: cache_bytes(config, positions, size) for name, size in bits.items()}
         # The scores of a prompt's chunk, and what is made of them; kernels keep none.
         scores = 3 * 4 * 128 * config.n_heads * positions if on_cpu() and not has_kernels() else 0
-        found.append(Footprint(tokens, is_window, loaded_bytes(config, stored), caches, _AROUND + scores))
+        found.append(Footprint(tokens, is_window, loaded_bytes(config, stored), caches, AROUND + scores))
     return found

@@ -66,8 +66,11 @@ class KVFormat:
 
     def turn_back(self, x: mx.array) -> mx.array:  # [..., head_dim]
         """Turn keys back into the basis that they were computed in, in float32."""
-        turned = self.turn(mx.eye(x.shape[-1]))  # rows; turning multiplies by this orthonormal matrix
-        return x.astype(mx.float32) @ turned.T
+        x, size = x.astype(mx.float32), x.shape[-1]
+        if size & (size - 1) == 0:
+            return self.turn(x)  # by Sylvester's matrix, which is its own inverse
+        turned = self.turn(mx.eye(size))  # rows; turning multiplies by this orthonormal matrix
+        return x @ turned.T
 
     def encode(self, x: mx.array) -> Stored:  # [B, n_kv_heads, slots, head_dim]
         """Return the arrays to store; each token's are its own, however a sequence is cut."""

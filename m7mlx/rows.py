@@ -26,6 +26,8 @@ from m7mlx.sampling import known
 from m7mlx.speculative import PromptLookup, settle
 from m7mlx.tokens.tokenizer import Tokenizer
 
+_PATIENCE = 16  # steps without a draft, after which an answer that is not alone joins the batch
+
 Told = list[tuple[int, Piece]]
 """Pieces of answers, each with the number that `Scheduler.add` gave to its request."""
 
@@ -55,6 +57,7 @@ class _Apart:
     token         chosen [1], and not in the cache yet; `value`, if it has been read
     is_promising  whether a draft may be found once the token is known
     draft         what is looked at together with the token in this step
+    idle          steps since the last draft
     """
 
     answer: NumberedAnswer
@@ -65,6 +68,7 @@ class _Apart:
     value: int | None = None
     is_promising: bool = False
     draft: list[int] = field(default_factory=list)
+    idle: int = 0
 
     @property
     def room(self) -> int:
@@ -76,19 +80,20 @@ class _Apart:
 class Rows:
     """Answers under way. They join, and each `decode` tells more of all of them.
 
-    keep     takes the cache of an answer that has ended; None where it is of no use
+    keeps    whether the conversations of answers that have ended are of use
     drafted  how many answers may be apart, and drafted for
     late     pieces of answers that ended outside of `decode`, for whoever asks next
+    ended    conversations of answers that have ended, for whoever asks next
     """
 
     def __init__(
         self,
         model: Mistral,
         tokenizer: Tokenizer,
-        keep: Callable[[RollingCache, NumberedAnswer], None] | None,
+        keeps: bool,
         drafted: int = 0,
     ) -> None:
-        self._model, self._vocab_size, self._keep = model, tokenizer.vocab_size, keep
+        self._model, self._vocab_size, self._keeps = model, tokenizer.vocab_size, keeps
         self._step = step_of(model)
         # What fails here alone would leave the other processes waiting.
         self._shared = model.exchange is not None
@@ -100,6 +105,7 @@ class Rows:
         self._costs: dict[int, Costs] = {}  # by the number of answers
         self._is_steady = False  # the last pass had no draft, and what it costs can be measured
         self.late: Told = []
+        self.ended: list[tuple[NumberedAnswer, RollingCache]] = []
 
     @property
     def answers(self) -> list[NumberedAnswer]:
@@ -120,13 +126,15 @@ class Rows:
             drafter = PromptLookup(answer.request.prediction)  # type: ignore[arg-type]
             drafter.begin(cache.ids)
             self._apart.append(_Apart(answer, cache, token, drafter))
-        elif self._batch is None:
-            self._batch, self._answers, self._tokens = BatchCache([cache]), [answer], token
         else:
-            self._join_batch(self._batch, answer, cache, token)
+            self._join_batch(answer, cache, token)
 
-    def _join_batch(self, batch: BatchCache, answer: NumberedAnswer, cache: RollingCache, token: mx.array) -> None:
+    def _join_batch(self, answer: NumberedAnswer, cache: RollingCache, token: mx.array) -> None:
         """Put an answer into the row of one that has ended, or into a new row."""
+        batch = self._batch
+        if batch is None:
+            self._batch, self._answers, self._tokens = BatchCache([cache]), [answer], token
+            return
         others = list(range(len(self._answers)))
         row = self._answers.index(None) if None in self._answers else len(others)
         try:
@@ -177,9 +185,22 @@ class Rows:
                 one.odds.plain()
             elif not one.draft:
                 one.odds.waited()
+            one.idle = 0 if one.draft else one.idle + 1
             one.draft = []
             one.is_promising = one.value is None and one.drafter.promising(one.cache.ids)
-        return told + self._shrink(others_come)
+        return told + self._shrink(others_come) + self._settle_in()
+
+    def _settle_in(self) -> Told:
+        """Let answers without a draft for a while join the batch: a cache apart costs time."""
+        told: Told = []
+        if len(self.answers) > 1:
+            for one in [one for one in self._apart if one.idle >= _PATIENCE]:
+                self._apart.remove(one)
+                try:
+                    self._join_batch(one.answer, one.cache, one.token)
+                except Exception as error:  # of this answer alone
+                    told.append((one.answer.number, one.answer.fail(error)))
+        return told
 
     def _draft(self, costs: Costs) -> float:
         """Draft where it pays; return the seconds that this took, where tokens were waited for."""
@@ -318,10 +339,10 @@ class Rows:
         self._hand_over(one.answer, conversation)
 
     def _hand_over(self, answer: NumberedAnswer, conversation: Callable[[], RollingCache]) -> None:
-        if self._keep is None:
+        if not self._keeps:
             return
         try:
-            self._keep(conversation(), answer)
+            self.ended.append((answer, conversation()))
         except Exception:  # it would have saved some reading, no more
             if self._shared:
                 raise

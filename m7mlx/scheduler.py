@@ -93,7 +93,7 @@ class Scheduler:
         self._new = model.new_cache(slack=slack, kv_bits=kv_bits)
         self._waiting: deque[_Numbered] = deque()
         self._reading: deque[_Numbered] = deque()  # their prompts take turns
-        self._rows = Rows(model, tokenizer, self._keep_answer if kept else None, drafted)
+        self._rows = Rows(model, tokenizer, kept > 0, drafted)
         self._kept: deque[Ended] = deque(maxlen=kept)  # what is of use is given up last
         self._late: Told = []  # of answers that ended outside of a step
         self._count = 0
@@ -147,6 +147,7 @@ class Scheduler:
             self._reading.remove(answer)
         else:
             self._rows.drop(answer, others_come=self._others_come)
+            self._keep_ended()
         return answer.fail(answer.error) if answer.error else answer.end("cancelled")
 
     def broken(self) -> list[int]:
@@ -187,6 +188,7 @@ class Scheduler:
         told = self._read()
         if self._rows.answers:
             told += self._rows.decode(others_come=self._others_come, is_alone=not was_reading)
+            self._keep_ended()
         late, self._late, self._rows.late = self._late + self._rows.late, [], []
         return late + told, any(self.running_and_waiting)
 
@@ -194,8 +196,10 @@ class Scheduler:
     def _others_come(self) -> bool:
         return bool(self._waiting or self._reading)
 
-    def _keep_answer(self, cache: RollingCache, answer: NumberedAnswer) -> None:
-        self.keep(Ended(cache, answer.request.space))
+    def _keep_ended(self) -> None:
+        ended, self._rows.ended = self._rows.ended, []
+        for answer, cache in ended:
+            self.keep(Ended(cache, answer.request.space))
 
     # --- prompts ----------------------------------------------------------------------------------
 

@@ -14,3 +14,11 @@ def in_bytes(nbytes: int) -> str:
         if nbytes >= unit:
             return f"{nbytes / unit:.3g} {name}"
     return f"{nbytes} B"
+
+
+def counted(count: int, noun: str, nouns: str = "") -> str:
+    """Write a number with what it counts: "1 message", "2,000 messages", "0 copies".
+
+    `nouns` is the plural where it is not the noun with an s.
+    """
+    return f"{count:,} {noun if count == 1 else nouns or f'{noun}s'}"

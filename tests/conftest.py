@@ -115,6 +115,14 @@ def mlx_lm() -> ModuleType:
         return mlx_lm
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _prefixes_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the conversations of all servers that tests start out of their user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("M7MLX_PREFIXES", str(tmp_path_factory.mktemp("prefixes")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _apart(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep tests away from their user's conversations and configuration, and from the real Hub.

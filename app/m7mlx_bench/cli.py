@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from m7mlx.command import EXIT_FAILED, ArgumentParser, add_json, positive, run
 from m7mlx.errors import ConfigError, InputError
+from m7mlx.units import counted
 
 if TYPE_CHECKING:
     from m7mlx.config import ModelConfig
@@ -252,7 +253,11 @@ def _model(args: argparse.Namespace, scratch: Path, show: Show) -> tuple[Path, s
     folder = scratch / "random"
     write_random(folder, config, lambda share: show(f"writing random weights, {share:.0%}"))
     bits = f", {args.q_bits} bits" if args.q_bits else ""
-    return folder, f"random weights, {shape}{bits}, {config.n_layers} layers of {config.hidden_size}", config
+    return (
+        folder,
+        f"random weights, {shape}{bits}, {counted(config.n_layers, 'layer')} of {config.hidden_size}",
+        config,
+    )
 
 
 def _changes(args: argparse.Namespace) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from rich.text import Text
 from m7mlx.arrays import on_cpu
 from m7mlx.cpu import blas, native
 from m7mlx.memory import machine_memory
-from m7mlx.units import in_gigabytes
+from m7mlx.units import counted, in_gigabytes
 
 _PACKAGES = ("mlx", "mlx-lm", "torch", "transformers", "llama-cpp-python")
 
@@ -155,7 +155,7 @@ def agreement(results: Results) -> list[str]:
     count = min(map(len, chosen.values()))
     first = next(iter(chosen.values()))[:count]
     other = [engine for engine, tokens in chosen.items() if tokens[:count] != first]
-    text = f"the first {count} greedy tokens are the same"
+    text = f"{counted(count, 'greedy token')} from the first on: the same"
     return [f"{text} in all engines" if not other else f"{text}, but for {', '.join(other)}"]
 
 

@@ -19,6 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from m7mlx.units import counted
 from m7mlx_bench.engine import Engine
 
 WARM_UP = 3  # tokens
@@ -117,7 +118,7 @@ def _prefill(engine: Engine, job: Job, length: int, pace: float, tell: Tell, cut
     count = min(length, _fitting(pace, job.seconds))
     if count < length:
         cut.append(f"prefill of {length:,} with {count:,}")
-    tell(f"reading {count:,} tokens")
+    tell(f"reading {counted(count, 'token')}")
     began = time.perf_counter()
     engine.read(prompt(count, job.vocab))
     return count / (time.perf_counter() - began)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
@@ -103,6 +104,21 @@ COMMANDS = {action.slash: action for action in ACTIONS if action.slash}
 # What people type who come from elsewhere.
 _OTHER_NAMES = {"quit": "bye", "exit": "bye", "clear": "new"}
 COMMANDS |= {other: COMMANDS[name] for other, name in _OTHER_NAMES.items()}
+_COMMAND = re.compile(r"/[a-z]+( .*)?", re.DOTALL)
+
+
+def is_command(text: str) -> bool:
+    """Whether a message has the form of a slash command."""
+    return _COMMAND.fullmatch(text) is not None
+
+
+def parse_command(line: str) -> tuple[Action, list[str]] | None:
+    """The action of a slash command, and its arguments; None if there is no such command."""
+    name, _, argument = line[1:].partition(" ")
+    if name not in COMMANDS:
+        return None
+    action = COMMANDS[name]
+    return action, [argument.strip()] if action.takes else []
 
 
 def bindings(place: Place) -> list[BindingType]:

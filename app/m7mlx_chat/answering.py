@@ -36,6 +36,7 @@ from m7mlx_chat.store.rows import Ending
 
 # between two saves of an answer under way: less than a second, whatever the timers do
 _GROW_SECONDS = 0.7
+_FINISH_SECONDS = 3.0  # for the engine to end its token
 _ENDINGS: dict[str, Ending] = {"stop": "complete", "length": "length", "stopped": "stopped"}
 
 
@@ -183,6 +184,24 @@ class Answering:
                     self._fail(self.under_way, message)
             case _:
                 pass
+
+    def end(self) -> None:
+        """End the answer under way with all that was said, then the engine.
+
+        Raises what the store does if that cannot be saved.
+        """
+        try:
+            with suppress(M7Error):
+                self.stop()
+            until = time.monotonic() + _FINISH_SECONDS
+            while self.under_way is not None and time.monotonic() < until:
+                for event in self._engine.drain(0.1):
+                    with suppress(M7Error):
+                        self.handle(event)
+            self.save_again()
+        finally:
+            self.tools.close()
+            self._engine.close()
 
     def save_again(self) -> None:
         """Save answers that have ended but could not be saved: the disk was full, say.

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from m7mlx.errors import M7Error
+from m7mlx.units import counted
 from m7mlx_chat.actions import unknown_keys
 from m7mlx_chat.answering import UnderWay
 from m7mlx_chat.commands.conversations import ConversationCommands
@@ -19,7 +20,20 @@ from m7mlx_chat.commands.prompts import PromptCommands
 from m7mlx_chat.commands.settings import SettingsCommands
 from m7mlx_chat.commands.unsent_text import UnsentTextCommands
 from m7mlx_chat.commands.versions import VersionCommands
-from m7mlx_chat.events import Called, Done, Event, Failed, Given, Loading, Note, Prefill, Ready, Text, Thought
+from m7mlx_chat.events import (
+    Called,
+    Done,
+    Event,
+    Failed,
+    Given,
+    Loading,
+    Note,
+    Prefill,
+    Ready,
+    Text,
+    Thought,
+    Waiting,
+)
 from m7mlx_chat.view import Parts
 from m7mlx_chat.widgets.composer import Composer
 from m7mlx_chat.widgets.messages import Answer
@@ -104,13 +118,17 @@ class ChatApp(
             self.set_keymap(self.config.keys)
         self.watch(self, "theme", self.keep_theme, init=False)
 
+    def _is_ending(self) -> bool:
+        """Whether what is on the screen is just being taken away."""
+        return not self.is_running or not self.screen_stack[0].query(Composer)
+
     def _keep_draft(self) -> None:
-        if self.screen_stack[0].query(Composer):  # unless the chat is just ending
+        if not self._is_ending():
             self.drafts.keep()
 
     def look_around(self) -> None:
         """From time to time: save what could not be saved, show what other instances did."""
-        if not self.screen_stack[0].query(Composer):  # the chat is just ending
+        if self._is_ending():
             return
         with contextlib.suppress(M7Error):
             self.session.save_again()
@@ -129,8 +147,10 @@ class ChatApp(
 
     async def drain(self) -> None:
         """Take what the engine has said since the last time."""
+        if self._is_ending():  # the rest is for whoever ends the chat
+            return
         for event in [*self.engine.drain(), *self.session.tools.drain()]:
-            if not self.is_running:
+            if self._is_ending():
                 return
             with self.going_on():
                 await self._handle(event)
@@ -152,6 +172,8 @@ class ChatApp(
                 self.show_seen()
             case Note(message):
                 self.tell(message, is_error=True)
+            case Waiting():
+                self.show_state("the model is answering in another page; this one waits · Esc stops")
             case Prefill() if answer is not None:
                 self._show_prefill(event, answer)
             case Text():
@@ -171,7 +193,7 @@ class ChatApp(
         reused = f" · {event.reused:,} known" if event.reused else ""
         bar = _bar(event.done, event.total)
         left = self.left_to_read(event)
-        answer.show_progress(f"reading {bar} {event.done:,}/{event.total:,} tokens{reused}{left}")
+        answer.show_progress(f"reading {bar} {event.done:,}/{counted(event.total, 'token')}{reused}{left}")
         self.show_state("reading … Esc stops")
 
     async def _show_text(self, event: Text, answer: Answer | None) -> None:
@@ -181,13 +203,13 @@ class ChatApp(
             await answer.write(event.text)
         seconds = time.monotonic() - self.first_text
         speed = f" · {(event.count - 1) / seconds:.1f} tok/s" if event.count > 1 and seconds > 0.5 else ""
-        self.show_state(f"answering · {event.count:,} tokens{speed} · Esc stops")
+        self.show_state(f"answering · {counted(event.count, 'token')}{speed} · Esc stops")
 
     def _show_thought(self, event: Thought, answer: Answer | None) -> None:
         if answer is not None:
             answer.show_progress("")
             answer.think(event.text)
-        self.show_state(f"thinking · {event.count:,} tokens · Esc stops")
+        self.show_state(f"thinking · {counted(event.count, 'token')} · Esc stops")
 
     async def _show_end(self, event: Done | Failed, answer: Answer | None, under_way: UnderWay | None) -> None:
         """Show how an answer, or an attempt to load a model, has ended."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from m7mlx.errors import InputError
+from m7mlx.units import counted
 from m7mlx_chat.files import MOST_BYTES, read_text
 from m7mlx_chat.pdf import read_pdf
 
@@ -72,7 +73,7 @@ def _folder(folder: Path) -> str:
         raise InputError(f"{folder} has no text files")
     left = f"; {others} more, which are not text, are left out" if others else ""
     name = folder.name or folder.resolve().name
-    return f"{name}/ ({len(blocks)} file{'s' * (len(blocks) != 1)}{left}):\n\n" + "\n\n".join(blocks)
+    return f"{name}/ ({counted(len(blocks), 'file')}{left}):\n\n" + "\n\n".join(blocks)
 
 
 def _block(name: str, text: str) -> str:

@@ -108,12 +108,25 @@ def on_this_machine(name: str, own: Path | None = None) -> Path | None:
     models in `own` the folder's name will do, as it is shown.
     """
     try:
-        if own is not None and name == Path(name).name and (own / name / "config.json").is_file():
-            return own / name
-        found = find_local(name)
+        found = find_local(full_name(name, own))
         return found if found is not None and (found.is_dir() or found.is_file()) else None
     except (M7Error, OSError, ValueError):
         return None
+
+
+def shown_name(entry: Entry, own: Path | None) -> str:
+    """The name of a model in lists: of one in `own` the folder's, which `full_name` takes."""
+    if entry.folder is not None and entry.folder.parent == own:
+        return entry.folder.name
+    return entry.label or entry.name
+
+
+def full_name(name: str, own: Path | None) -> str:
+    """The name that stands for a model everywhere: of one in `own` its path, else the name."""
+    with suppress(OSError, ValueError):  # too long for a file, or none at all
+        if own is not None and name == Path(name).name and (own / name / "config.json").is_file():
+            return str(own / name)
+    return name
 
 
 def short_name(name: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from m7mlx.errors import M7Error
 from m7mlx.files.hub import check_name
-from m7mlx_chat.catalog import on_this_machine
+from m7mlx_chat.catalog import full_name, on_this_machine
 from m7mlx_chat.config import Config
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.store import Store
@@ -30,14 +30,16 @@ class Choice:
     notes: tuple[str, ...] = ()
 
 
-def choose_model(named: str | None, config: Config, database: Path) -> Choice:
+def choose_model(named: str | None, config: Config, database: Path, own: Path | None = None) -> Choice:
     """The model that an option names, else that of the conversation that goes on, or of the last
     one, else that of config.toml, else the default.
 
-    Only what an option or config.toml names is ever fetched. Raises InputError for an option that
+    Only what an option or config.toml names is ever fetched. Of the models in `own`, which the chat
+    has converted, the folder's name will do, as lists show it. Raises InputError for an option that
     can name no model.
     """
     if named is not None:
+        named = full_name(named, own)
         check_name(named)
         return Choice(named, is_wanted=True)
     notes: list[str] = []
@@ -49,6 +51,7 @@ def choose_model(named: str | None, config: Config, database: Path) -> Choice:
             notes.append(f"the model of the last conversation is not here: {model}")
     configured = config.values.get("model")
     if configured is not None:
+        configured = full_name(configured, own)
         try:
             check_name(configured)
         except M7Error:

@@ -40,7 +40,8 @@ PROG = "m7mlx-chat"
 _DESCRIPTION = """\
 Chat with a model on this machine. Nothing leaves it.
 
-In a terminal this opens the chat. With -p, with piped input or with redirected output it prints the answer only.
+In a terminal this opens the chat. With -p or with piped input it prints the answer only. With --plain, and where
+nothing can be drawn, it talks in lines.
 Conversations are kept in the user's data directory; --no-save keeps nothing."""
 _EPILOG = """\
 examples:
@@ -50,6 +51,7 @@ examples:
   m7mlx-chat -p "What is the capital of France?"    one answer on stdout
   m7mlx-chat --continue -p "And of Spain?"          … in the conversation before
   git diff | m7mlx-chat -p "Review this change"     the piped text follows the question
+  m7mlx-chat --plain                                the chat in lines, for screen readers and logs
   m7mlx-chat --file notes.md -i -p "Sum this up"    answer, then stay in the chat
   m7mlx-chat --speculate lookup --kv-bits 8         faster quotes and edits, half the memory per token
 
@@ -63,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.json and (args.interactive or args.web or args.import_file):
         parser.error("--json prints an answer; --interactive, --web and --import do something else: choose one")
+    if args.plain and (args.web or args.import_file):
+        parser.error("--plain talks in lines; --web and --import do something else: choose one")
     try:
         status = run(_chat, args, PROG)
     except SystemExit as ended:
@@ -98,6 +102,9 @@ def _parser() -> argparse.ArgumentParser:
         "--suffix", metavar="TEXT", help="print what stands between -p, or piped text, and TEXT (Codestral)"
     )
     parser.add_argument("-i", "--interactive", action="store_true", help="answer -p in the chat, and stay there")
+    parser.add_argument(
+        "--plain", action="store_true", help="talk in lines: for screen readers, logs, and terminals without a cursor"
+    )
     parser.add_argument(
         "-c", "--continue", action="store_true", dest="go_on", help="go on with the last conversation"
     )
@@ -185,12 +192,12 @@ def _chat(args: argparse.Namespace) -> int:
         sys.stdin and sys.stdin.isatty() and sys.stdout and sys.stdout.isatty()
     )
     asked = args.prompt is not None or bool(args.file) or args.suffix is not None
-    shown = args.interactive or (in_terminal and not asked and not args.json)
+    talks = args.interactive or (not asked and not args.json and (args.plain or in_terminal or _is_typed()))
     notes = []
     try:
         config = read_config(environment.config)
     except InputError as error:
-        if not shown:
+        if not talks:
             raise
         config = Config(environment.config)  # the chat comes up and says so
         notes = [str(error)]
@@ -205,13 +212,16 @@ def _chat(args: argparse.Namespace) -> int:
     if args.web:
         from m7mlx_chat.web import serve
 
-        return serve(sys.argv[1:], args.port)
+        return serve(sys.argv[1:], args.port, None if args.no_save or config.no_save else environment.copies)
     if args.import_file:
         return _import_file(args.import_file, environment)
     preset = config.preset(args.preset) if args.preset is not None else {}
-    choice = choose_model(given.get("model", preset.get("model")), config, environment.database)
+    named = given.get("model", preset.get("model"))
+    choice = choose_model(named, config, environment.database, environment.models)
     settings = settings.changed({"model": choice.model})
-    if shown:
+    if talks and (in_lines := _reason_for_lines(args.plain, environment)) is not None:
+        return _talk_in_lines(args, config, settings, environment, [*in_lines, *notes, *choice.notes])
+    if talks:
         from m7mlx_chat.launch import Start, launch
         from m7mlx_chat.question import question_of
 
@@ -227,6 +237,45 @@ def _chat(args: argparse.Namespace) -> int:
     for note in choice.notes:
         say(f"{PROG}: {note}")
     return _answer(args, settings, config, None if args.no_save or config.no_save else environment)
+
+
+def _is_typed() -> bool:
+    """Whether standard input is a terminal."""
+    return bool(sys.stdin and sys.stdin.isatty())
+
+
+def _reason_for_lines(is_wanted: bool, environment: Environment) -> list[str] | None:
+    """What to tell about the line mode where the chat cannot be drawn; None where it can."""
+    if is_wanted:
+        return []
+    if environment.in_browser:
+        return None
+    if not (sys.stdout and sys.stdout.isatty()):
+        return [f"{PROG}: there is no terminal to draw the chat on; it goes on in lines, as with --plain"]
+    if environment.is_dumb:
+        return [f"{PROG}: this terminal (TERM=dumb) cannot show the chat; it goes on in lines, as with --plain"]
+    return None
+
+
+def _talk_in_lines(
+    args: argparse.Namespace,
+    config: Config,
+    settings: Settings,
+    environment: Environment,
+    notes: list[str],
+) -> int:
+    """Talk in lines until the user leaves; returns the exit status."""
+    from m7mlx_chat.plain.talk import Start, run_lines
+    from m7mlx_chat.question import question_of
+
+    asked = args.prompt is not None or bool(args.file)
+    question = question_of(args.prompt, args.file) if asked else None
+    if asked and not _is_typed() and sys.stdout and sys.stdout.isatty():
+        # The question came through a pipe: what follows is typed.
+        os.dup2(os.open(os.ttyname(1), os.O_RDWR), 0)
+    save = not (args.no_save or config.no_save)
+    start = Start(question=question, go_on=args.go_on, save=save, notes=notes, allowed=args.allow_tool)
+    return run_lines(config, settings, environment, start)
 
 
 def _check_together(args: argparse.Namespace, asked: bool, in_terminal: bool) -> None:
@@ -286,6 +335,7 @@ def _answer(
         copies=environment.copies if environment else None,
         go_on=args.go_on,
         as_json=args.json,
+        draws=not args.plain,
         schema=read_schema(args.json_schema) if args.json_schema else None,
         world=world,
         tools=Tools(config.servers, args.allow_tool, config.tool_rounds),

@@ -14,7 +14,7 @@ from inspect import isawaitable
 from textual.app import SystemCommand
 from textual.screen import Screen
 
-from m7mlx_chat.actions import ACTIONS, COMMANDS, Action, bindings
+from m7mlx_chat.actions import ACTIONS, Action, bindings, parse_command
 from m7mlx_chat.steady import SteadyApp
 
 _NOT_IN_PALETTE = ("stop", "interrupt", "command_palette")
@@ -35,12 +35,11 @@ class DispatchingApp(SteadyApp):
 
     async def run_command(self, line: str) -> bool:
         """Run what was typed after "/"; returns whether there is such a command."""
-        name, _, argument = line[1:].partition(" ")
-        if name not in COMMANDS:
-            self.tell(f"there is no command /{name}; F1 shows all", is_error=True)
+        if (command := parse_command(line)) is None:
+            self.tell(f"there is no command {line.partition(' ')[0]}; F1 shows all", is_error=True)
             return False
-        action = COMMANDS[name]
-        await self.perform(action, *([argument.strip()] if action.takes else []))
+        action, arguments = command
+        await self.perform(action, *arguments)
         return True
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:

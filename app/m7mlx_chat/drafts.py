@@ -18,6 +18,7 @@ class Drafts:
 
     turns  what has been sent, and waits for the answer under way to end
 
+    Each window keeps its own: two of one conversation never write over what the other holds.
     Keeping a draft never stands in the way of anything: what could not be written is told, and
     written the next time.
     """

@@ -11,7 +11,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
@@ -23,7 +22,8 @@ from m7mlx.config import ModelConfig
 from m7mlx.errors import M7Error, PromptTooLongError
 from m7mlx.parallel.world import World
 from m7mlx_chat import ENGINE_THREAD
-from m7mlx_chat.events import Event, Failed, Loading, Text
+from m7mlx_chat.event_queue import EventQueue
+from m7mlx_chat.events import Event, Failed, Loading
 from m7mlx_chat.loaded import LoadedModel
 from m7mlx_chat.settings import Settings
 
@@ -49,8 +49,7 @@ class Engine:
         self._world = world
         self._copies = copies if world is None else None
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._events: list[Event] = []
-        self._changed = threading.Condition()
+        self._events = EventQueue()
         self._submitted = self._answering = 0  # requests, counted from 1
         self._cancelled = 0  # the last request that is not wanted any more
         self._loads = 0  # the last one counts
@@ -93,22 +92,8 @@ class Engine:
         self._commands.put(lambda: self._forget_conversation(str(conversation)))
 
     def drain(self, wait: float = 0.0) -> list[Event]:
-        """Return the events since the last call, neighbouring texts joined.
-
-        If there is none, wait so many seconds for one.
-        """
-        with self._changed:
-            if not self._events and wait:
-                self._changed.wait(wait)
-            events, self._events = self._events, []
-        joined: list[Event] = []
-        for event in events:
-            last = joined[-1] if joined else None
-            if isinstance(event, Text) and isinstance(last, Text):
-                joined[-1] = replace(event, text=last.text + event.text, seen=event.seen or last.seen)
-            else:
-                joined.append(event)
-        return joined
+        """Return the events since the last call; wait so many seconds for one if there is none."""
+        return self._events.drain(wait)
 
     def close(self, timeout: float = 5.0) -> None:
         """End the thread, in the middle of an answer too."""
@@ -128,7 +113,7 @@ class Engine:
                 except _Stopped:
                     pass
                 except Exception as error:  # whatever it was, the app must hear of it
-                    self._emit(_failed(error, fatal=self._loaded is None))
+                    self._events.put(_failed(error, fatal=self._loaded is None))
         finally:
             if self._world is not None:
                 self._world.close()
@@ -167,7 +152,7 @@ class Engine:
                 raise _Stopped
             if time.monotonic() - told > _TOLD_SECONDS or done == total:
                 told = time.monotonic()
-                self._emit(Loading(done, total))
+                self._events.put(Loading(done, total))
 
         progress(0, 0)
         loaded = self._loaded
@@ -178,14 +163,14 @@ class Engine:
             read = load if self._world is None else self._world.load
             model, tokenizer = read(folder, progress=progress)
             self._loaded = loaded = LoadedModel(
-                folder, model, tokenizer, settings, self._emit, world=self._world, copies=self._copies
+                folder, model, tokenizer, settings, self._events.put, world=self._world, copies=self._copies
             )
         else:
             try:
                 loaded.set_up(settings)
             except M7Error as error:
-                self._emit(_failed(error))  # the model goes on as it was
-        self._emit(loaded.ready)
+                self._events.put(_failed(error))  # the model goes on as it was
+        self._events.put(loaded.ready)
 
     def _answer(self, number: int, request: Request) -> None:
         if self._closing.is_set():
@@ -193,11 +178,6 @@ class Engine:
         assert self._loaded is not None, "nothing is loaded"
         self._answering = number
         self._loaded.answer(request, lambda: self._answering <= self._cancelled)
-
-    def _emit(self, event: Event) -> None:
-        with self._changed:
-            self._events.append(event)
-            self._changed.notify_all()
 
 
 def _failed(error: Exception, fatal: bool = False) -> Failed:

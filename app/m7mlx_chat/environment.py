@@ -10,6 +10,8 @@ import platformdirs
 
 from m7mlx.paths import cache_dir
 
+ENGINE_FILE = "M7MLX_ENGINE_FILE"  # for a page's process alone: those that it starts know it not
+
 
 @dataclass(frozen=True)
 class Programs:
@@ -33,6 +35,7 @@ class Environment:
     editor      the command that opens a text: $VISUAL, $EDITOR or vi
     in_browser  the screen is a browser's page: `m7mlx_chat.web` has started this process
     is_dumb     the terminal cannot place the cursor
+    engine      the open file that leads to the engine of all pages, in a browser
     programs    where other programs keep models
     """
 
@@ -42,6 +45,7 @@ class Environment:
     editor: str = "vi"
     in_browser: bool = False
     is_dumb: bool = False
+    engine: int | None = None
     programs: Programs = Programs()
 
     @property
@@ -75,6 +79,7 @@ def read_environment() -> Environment:
         editor=os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi",
         in_browser="TEXTUAL_DRIVER" in os.environ,
         is_dumb=os.environ.get("TERM") == "dumb",
+        engine=int(engine) if (engine := os.environ.pop(ENGINE_FILE, "")).isdecimal() else None,
         programs=_programs(),
     )
 

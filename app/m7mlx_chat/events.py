@@ -160,7 +160,12 @@ class Failed:
     room: int | None = None
 
 
-Event = Loading | Ready | OnDisk | Note | Prefill | Text | Thought | Called | Given | Listed | Done | Failed
+@dataclass(frozen=True)
+class Waiting:
+    """The model is answering elsewhere; what was asked here waits its turn."""
+
+
+Event = Loading | Ready | OnDisk | Note | Waiting | Prefill | Text | Thought | Called | Given | Listed | Done | Failed
 
 
 class AnyEngine(Protocol):
@@ -198,6 +203,12 @@ class AnyEngine(Protocol):
 Verdict = Literal["make", "ask", "refuse"]
 # What the user says to a call: for this time, or for this tool from now on
 Word = Literal["once", "always", "no", "never"]
+WORDS: dict[Word, str] = {
+    "once": "make this call",
+    "always": "make it, and all later calls of this tool as it is now",
+    "no": "tell the model that you do not allow it",
+    "never": "and do not tell the model of this tool any more",
+}
 
 
 @dataclass(frozen=True)

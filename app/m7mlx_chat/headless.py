@@ -20,8 +20,9 @@ from m7mlx import Request
 from m7mlx.command import say
 from m7mlx.errors import DownloadError, InputError, RunError
 from m7mlx.files.hub import ALIASES, DEMO, is_gguf, is_repo_id, resolve
+from m7mlx.files.repository import Progress
 from m7mlx.parallel.world import World
-from m7mlx.units import in_gigabytes
+from m7mlx.units import counted, in_gigabytes
 from m7mlx_chat.catalog import SUGGESTED, on_this_machine
 from m7mlx_chat.engine import Engine
 from m7mlx_chat.events import Done, Event, Failed, Text, Thought
@@ -33,6 +34,7 @@ from m7mlx_chat.store import open_store
 from m7mlx_chat.tools.allowed import Allowed
 from m7mlx_chat.tools.start import start_tools
 
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _WAIT = 0.5  # seconds to wait for an event at a time: signals come through in between
 _LOOK = 0.05  # seconds between two looks at the tools
 
@@ -57,6 +59,7 @@ def answer(
     copies: Path | None = None,
     go_on: bool = False,
     as_json: bool = False,
+    draws: bool = True,
     schema: Mapping[str, Any] | None = None,
     world: World | None = None,
     tools: Tools = NO_TOOLS,
@@ -67,6 +70,7 @@ def answer(
     copies    where conversations are copied to that are gone on with; None copies none
     go_on     ask in the conversation spoken in last
     as_json   print one JSON object a line
+    draws     draw bars of progress on a terminal
     schema    the answer is JSON that fits this schema
     world     the processes that share the model, of which this is the first
     tools     what the model may call
@@ -79,7 +83,7 @@ def answer(
         raise RunError("standard output is closed; there is nowhere to print the answer")
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
     folder = fetch_models(settings)
-    with _ended_by_signals(), open_store(database) as store:
+    with ended_by_signals(), open_store(database) as store:
         engine = Engine(world, copies if go_on else None)
         session = Session(store, engine, settings)
         session.schema, session.rounds = schema, tools.rounds
@@ -93,7 +97,7 @@ def answer(
                 time.sleep(_LOOK)
             session.tools.check()
             under_way = session.ask(question)
-            printer: Printer = JsonPrinter() if as_json else TextPrinter()
+            printer: Printer = JsonPrinter() if as_json else TextPrinter(draws=draws)
             printer.start(under_way.conversation, settings.model)
             with printer:
                 try:
@@ -119,7 +123,7 @@ def fill_in(settings: Settings, prefix: str, suffix: str, *, as_json: bool = Fal
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
     folder = fetch_models(settings)
     engine = Engine(None)
-    with _ended_by_signals():
+    with ended_by_signals():
         engine.start()
         try:
             engine.load(folder, settings)
@@ -144,8 +148,8 @@ def _print_to_end(engine: Engine, printer: Printer) -> None:
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end it as Ctrl-C does, and a second signal at once."""
+def ended_by_signals(numbers: Sequence[signal.Signals] = _ENDING) -> Iterator[None]:
+    """Let these signals end it as Ctrl-C does, and a second one at once."""
 
     def at_once(number: int, _: object) -> None:
         os._exit(128 + number)
@@ -155,7 +159,7 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(other, at_once)
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    heard = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    heard = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, end) for number in heard}
     try:
         yield
@@ -183,8 +187,9 @@ def _check_whole(done: Done) -> None:
     try:
         json.loads(done.text)
     except (ValueError, RecursionError):
-        tokens = done.statistics.generated_tokens
-        raise RunError(f"{tokens} tokens were not enough for the whole JSON; allow more with --max-tokens") from None
+        count = done.statistics.generated_tokens
+        tokens = f"{counted(count, 'token')} {'was' if count == 1 else 'were'}"
+        raise RunError(f"{tokens} not enough for the whole JSON; allow more with --max-tokens") from None
 
 
 def _until_done(session: Session, engine: Engine) -> Iterator[Event]:
@@ -193,20 +198,23 @@ def _until_done(session: Session, engine: Engine) -> Iterator[Event]:
         yield from engine.drain(_LOOK if under_way.waits else _WAIT)
 
 
-def _fetch(model: str) -> Path:
-    """Find a model's folder; before a download, say so."""
+def fetch_model(model: str, progress: Progress | None = None) -> Path:
+    """Find a model's folder; before a download, say so.
+
+    Progress goes to `progress`, or is drawn on stderr.
+    """
     if on_this_machine(model) is None and (model in (DEMO, *ALIASES) or is_repo_id(model) or is_gguf(model)):
         sizes = [f" ({in_gigabytes(entry.nbytes)})" for entry in SUGGESTED if entry.name == model]
         say(f"{model} is not on this machine: it is fetched now{''.join(sizes)}; Ctrl-C stops that")
-    return resolve(model)
+    return resolve(model, progress=progress)
 
 
-def fetch_models(settings: Settings) -> Path:
+def fetch_models(settings: Settings, progress: Progress | None = None) -> Path:
     """Find the folder of the model. It is fetched, with the draft model, if it is not here."""
     try:
         if settings.speculate not in ("off", "lookup"):
-            _fetch(settings.speculate)
-        return _fetch(settings.model)
+            fetch_model(settings.speculate, progress)
+        return fetch_model(settings.model, progress)
     except DownloadError as error:
         if settings.model == DEMO:
             raise

@@ -7,7 +7,6 @@ import gc
 import logging
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +14,18 @@ from pathlib import Path
 from m7mlx.command import EXIT_FAILED
 from m7mlx.errors import InputError, M7Error, RunError
 from m7mlx_chat.app import ChatApp
+from m7mlx_chat.borrowed import BorrowedEngine
 from m7mlx_chat.catalog import on_this_machine
 from m7mlx_chat.config import Config
 from m7mlx_chat.engine import Engine
 from m7mlx_chat.environment import Environment
+from m7mlx_chat.events import AnyEngine
 from m7mlx_chat.session import Session
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.store import open_store
 from m7mlx_chat.tools.allowed import Allowed
 from m7mlx_chat.tools.start import start_tools
 from m7mlx_chat.view import Parts
-
-_FINISH_SECONDS = 3.0  # for the engine to end its token
 
 
 @dataclass(frozen=True)
@@ -51,13 +50,13 @@ class Start:
 
 def launch(config: Config, settings: Settings, environment: Environment, start: Start) -> int:
     """Show the chat until the user leaves; returns the exit status."""
-    if not (environment.in_browser or (sys.stdout and sys.stdout.isatty())):
-        raise InputError("the chat needs a terminal; without --interactive the answer goes to standard output")
-    if environment.is_dumb and not environment.in_browser:
-        raise InputError('this terminal (TERM=dumb) cannot show the chat; ask for one answer with -p "…"')
     notes = list(start.notes)
     with open_store(environment.database if start.save else None) as store:
-        engine = Engine(copies=environment.copies if start.save else None)
+        engine: AnyEngine
+        if environment.engine is None:
+            engine = Engine(copies=environment.copies if start.save else None)
+        else:
+            engine = BorrowedEngine(environment.engine)
         session = Session(store, engine, settings)
         if start.go_on:
             try:
@@ -83,7 +82,7 @@ def launch(config: Config, settings: Settings, environment: Environment, start: 
             try:
                 app.run()
             finally:
-                _finish(session, engine)
+                session.end()
     return _status(app)
 
 
@@ -103,25 +102,6 @@ def _folder(name: str) -> Path | None:
     """A model's folder, if it is here; a GGUF file has one when it has been converted."""
     found = on_this_machine(name)
     return found if found is not None and found.is_dir() else None
-
-
-def _finish(session: Session, engine: Engine) -> None:
-    """End the answer under way, with all that was said.
-
-    Raises what the store does if that cannot be saved.
-    """
-    try:
-        with contextlib.suppress(M7Error):
-            session.stop()
-        until = time.monotonic() + _FINISH_SECONDS
-        while session.under_way is not None and time.monotonic() < until:
-            for event in engine.drain(0.1):
-                with contextlib.suppress(M7Error):
-                    session.handle(event)
-        session.save_again()
-    finally:
-        session.tools.close()
-        engine.close()
 
 
 def keep_collections_short() -> None:

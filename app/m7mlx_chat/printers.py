@@ -9,6 +9,7 @@ from typing import Protocol
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from m7mlx.terminal import console, one_line, print_event, visible
+from m7mlx.units import counted
 from m7mlx_chat.events import Called, Done, Event, Given, Loading, Prefill, Text, Thought
 
 
@@ -29,9 +30,10 @@ class Printer(Protocol):
 class TextPrinter:
     """The answer as text, with progress and figures on stderr if that is a terminal."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, draws: bool = True) -> None:
+        """Without `draws` no bar is drawn, which writes over itself."""
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-        quiet = not sys.stderr.isatty()
+        quiet = not draws or not sys.stderr.isatty()
         self._bar = Progress(*columns, console=console(stderr=True), disable=quiet, transient=True)
         self._tasks: dict[str, TaskID] = {}
         self._on_terminal = sys.stdout.isatty()
@@ -66,7 +68,7 @@ class TextPrinter:
                     print(flush=True)
                     self._answering = False
                     s = event.statistics
-                    figures = f"{s.generated_tokens} tokens · {s.generation_tps:.1f} tok/s"
+                    figures = f"{counted(s.generated_tokens, 'token')} · {s.generation_tps:.1f} tok/s"
                     print(f"{figures} · first after {s.time_to_first_token:.2f} s", file=sys.stderr)
             case _:
                 pass

@@ -13,6 +13,7 @@ from pathlib import Path
 from m7mlx.errors import InputError
 from m7mlx.files.disk import write_whole
 from m7mlx_chat.files import read_text
+from m7mlx_chat.session import Session
 
 _VARIABLE = re.compile(r"\{\{\s*(\w[\w -]*?)\s*\}\}")
 _NAME = re.compile(r"\w[\w .-]{0,59}")
@@ -53,6 +54,16 @@ class Prompts:
         except OSError as error:
             raise InputError(f"{path} cannot be written ({error.strerror})") from None
         return path
+
+
+def kept_question(prompts: Prompts, session: Session, name: str) -> Path:
+    """Keep the last question as a prompt; returns its file. Raises InputError."""
+    if not name:
+        raise InputError("/prompt save needs a name for it")
+    questions = [m for m in session.store.read(session.line[-2:]) if m.role == "user"]
+    if not questions:
+        raise InputError("nothing has been asked yet that could be kept")
+    return prompts.save(name, questions[-1].text)
 
 
 def variables(text: str) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from m7mlx.terminal import visible
+from m7mlx.units import counted
 
 _FOLD_CHARACTERS, _FOLD_LINES = 4_000, 40
 
@@ -63,6 +64,6 @@ def marker_of(name: str, text: str, taken: Mapping[str, str]) -> str:
     """The line that stands for a text; unlike those of other texts that are `taken`."""
     lines = text.count("\n") + 1
     name = visible(name)
-    while taken.get(marker := f"[{name}: {len(text):,} characters, {lines:,} line{'s' * (lines > 1)}]", text) != text:
+    while taken.get(marker := f"[{name}: {counted(len(text), 'character')}, {counted(lines, 'line')}]", text) != text:
         name += "\N{PRIME}"
     return marker

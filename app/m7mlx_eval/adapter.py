@@ -27,6 +27,7 @@ from m7mlx.model import Mistral
 from m7mlx.scheduler import Scheduler
 from m7mlx.scoring import read_logits, score, scores_of, spans
 from m7mlx.tokens.tokenizer import Tokenizer
+from m7mlx.units import counted
 from m7mlx_eval.answers import generation_request
 from m7mlx_eval.journal import Journal, key_of
 from m7mlx_eval.progress import show_bar
@@ -130,7 +131,7 @@ class M7LM(TemplateLM):  # type: ignore[misc]  # the harness has no types
                 before, after = after[:1], after[1:]
         if not 0 < len(after) <= self.max_length:
             raise InputError(
-                f"a continuation has {len(after)} tokens, where 1 to {self.max_length} can be scored: "
+                f"a continuation has {counted(len(after), 'token')}, where 1 to {self.max_length} can be scored: "
                 f"{continuation[:60]!r}"
             )
         before = before[-(self.max_length + 1 - len(after)) :]

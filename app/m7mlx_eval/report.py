@@ -12,6 +12,7 @@ from rich.table import Table
 
 from m7mlx.files.disk import write_whole
 from m7mlx.terminal import console
+from m7mlx.units import counted
 
 _KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "higher_is_better", "n-samples")
 
@@ -30,8 +31,8 @@ def show_text(found: Mapping[str, Any]) -> None:
         table.add_row("top-1 agreement", f"{agrees['mean']:.2%} ± {agrees['stderr']:.2%}", "")
     _print(table)
     print(
-        f"{found['tokens']:,} tokens scored, {found['bytes']:,} bytes, in {found['documents']:,} "
-        f"document{'s' * (found['documents'] != 1)} and {found['windows']:,} window{'s' * (found['windows'] != 1)}"
+        f"{counted(found['tokens'], 'token')} scored, {counted(found['bytes'], 'byte')}, in "
+        f"{counted(found['documents'], 'document')} and {counted(found['windows'], 'window')}"
     )
 
 

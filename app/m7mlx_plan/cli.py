@@ -11,7 +11,7 @@ from m7mlx.errors import ConfigError, InputError
 from m7mlx.memory import UNDO_SLACK, planned_length
 from m7mlx.shard import MODES
 from m7mlx.terminal import print_event
-from m7mlx.units import in_gigabytes
+from m7mlx.units import counted, in_gigabytes
 from m7mlx_plan.estimate import NETWORKS, Estimate, estimate
 from m7mlx_plan.weights import list_weights
 
@@ -61,7 +61,8 @@ def _plan(args: argparse.Namespace) -> None:
     window = config.window
     positions = min(window + UNDO_SLACK, tokens) if window else tokens
     if not args.json:
-        print(f"{args.model}: {tokens:,} tokens, {args.rows} at a time, over {args.link}; tok/s are an estimate\n")
+        at_a_time = f"{counted(tokens, 'token')}, {args.rows} at a time"
+        print(f"{args.model}: {at_a_time}, over {args.link}; tok/s are an estimate\n")
         print(f"{'':14}{'weights':>10}{'cache':>10}{'sent a token':>14}{'exchanges':>11}{'tok/s':>8}")
     for mode in MODES:
         for ranks in args.ranks:

@@ -136,7 +136,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--prefix-dir",
         type=user_path,
         metavar="DIR",
-        help="where ended conversations are kept on disk (prefixes in the user's cache)",
+        help="where ended conversations are kept on disk ($M7MLX_PREFIXES, or prefixes in the user's cache)",
     )
     limits.add_argument(
         "--prefix-disk",
@@ -210,7 +210,7 @@ def _serve(args: argparse.Namespace) -> int | None:
         if catalog.folder(name) is None:
             raise InputError(f"--pin {name}: there is no such model; there are {', '.join(catalog.names[:10])}")
     keeping = Keeping(args.pin, args.idle_unload, args.max_seconds)
-    place = PrefixFolder(args.prefix_dir or cache_dir() / "prefixes", args.prefix_disk)
+    place = PrefixFolder(args.prefix_dir or _prefix_dir(), args.prefix_disk)
     models = Models(catalog, limits, keeping, world, stop, place if args.prefix_disk else None)
     first = list(dict.fromkeys([*list(given)[:1], *args.pin]))
     if first:
@@ -260,6 +260,12 @@ def duration(text: str) -> float:
     if not found or not int(found[1]):
         raise argparse.ArgumentTypeError(f"a time is a number and s, m or h, as 10m: not {text!r}")
     return int(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def _prefix_dir() -> Path:
+    """Where ended conversations are kept if nobody says: $M7MLX_PREFIXES, or the user's cache."""
+    given = os.environ.get("M7MLX_PREFIXES")
+    return user_path(given) if given else cache_dir() / "prefixes"
 
 
 def _describe_memory(weights: int, keys: int, world: World | None) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from m7mlx.cache_folder import FolderFigures
 from m7mlx.constrain import close_grammars
 from m7mlx.errors import M7Error
-from m7mlx.memory import budget
+from m7mlx.memory import AROUND, budget
 from m7mlx.parallel.world import World
 from m7mlx.units import in_gigabytes
 from m7mlx_serve.catalog import About, Catalog, about
@@ -234,7 +235,7 @@ class Models:
         """Unload what was used least recently until a model fits. Raises ApiError if it cannot."""
         while True:
             others = [other for other in self._slots.values() if other is not slot and other.is_loaded]
-            if not others or sum(other.needed for other in others) + slot.needed <= budget():
+            if not others or sum(other.needed for other in others) + slot.needed + AROUND <= budget():
                 return
             if leaving := [other for other in others if other.is_leaving]:
                 await leaving[0].gone.wait()
@@ -270,6 +271,7 @@ class Models:
 def _close(slot: Loaded) -> None:
     slot.engine.close()
     slot.readers.close()
+    gc.collect()  # a tokenizer refers to itself, and takes as much as a small model
 
 
 def _line(error: Exception) -> str:

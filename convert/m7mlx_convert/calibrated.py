@@ -26,7 +26,7 @@ from m7mlx.errors import InputError, RunError
 from m7mlx.memory import machine_memory
 from m7mlx.quantization import Quantization
 from m7mlx.tokens.load import load_tokenizer
-from m7mlx.units import in_bytes
+from m7mlx.units import counted, in_bytes
 from m7mlx_convert.progress import Reporter
 from m7mlx_convert.source import Source, Tensor
 from m7mlx_convert.text import read_start
@@ -73,7 +73,9 @@ def calibrate(
     data = _data(source, calibration, folder)
     quantise = {"awq": _awq, "gptq": _gptq, "dwq": _dwq, "dynamic": _dynamic}[calibration.method]
     model = _mlx_lm_model(source, mx.float32 if on_cpu() else dtype)
-    reporter.note(f"calibrating ({calibration.method}) with {data.size:,} tokens; the model is held in memory")
+    reporter.note(
+        f"calibrating ({calibration.method}) with {counted(data.size, 'token')}; the model is held in memory"
+    )
     with _mlx_lm_output(reporter):
         try:
             model = quantise(model, source, data, scheme, calibration.target_bpw or _DYNAMIC_BPW)
@@ -131,7 +133,9 @@ def _data(source: Source, calibration: Calibration, folder: Path) -> mx.array:
         text, name = read_start(calibration.text, tokens), str(calibration.text)
     ids = load_tokenizer(folder, source.config.vocab_size).encode(text[: tokens * 32])[:tokens]
     if len(ids) < 2 * _SEQUENCE:
-        raise InputError(f"{name} gives {len(ids):,} tokens to calibrate with; {2 * _SEQUENCE:,} are the least")
+        raise InputError(
+            f"{name} gives {counted(len(ids), 'token')} to calibrate with; {2 * _SEQUENCE:,} are the least"
+        )
     whole = len(ids) // _SEQUENCE * _SEQUENCE
     return mx.array(ids[:whole]).reshape(-1, _SEQUENCE)
 

@@ -19,7 +19,7 @@ from m7mlx.errors import InputError, WeightsError
 from m7mlx.files.patterns import match_patterns
 from m7mlx.memory import UNDO_SLACK, footprints
 from m7mlx.quantization import Quantization
-from m7mlx.units import in_bytes
+from m7mlx.units import counted, in_bytes
 from m7mlx_convert.scheme import Recipe
 from m7mlx_convert.source import FLOATS, Source, Tensor, named_dtype
 from m7mlx_convert.writer import Spec, stored_specs
@@ -289,7 +289,9 @@ def plan_table(plan: Plan, target: Path) -> RenderableType:
     for chat in data["chat_memory"]:
         for bits, cache in chat["cache_bytes"].items():
             at = (
-                f"window of {chat['tokens']:,}, for any length" if chat["is_window"] else f"{chat['tokens']:,} tokens"
+                f"window of {chat['tokens']:,}, for any length"
+                if chat["is_window"]
+                else counted(chat["tokens"], "token")
             )
             whole = in_bytes(chat["weights_bytes"] + cache + chat["other_bytes"])
             lines.append(f"to chat   {whole} with {bits} a key or value ({at}), on this machine")

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from m7mlx.files.disk import write_whole
+from m7mlx.units import counted
 from m7mlx_convert.verify import Comparison
 
 _WIDTH, _HEIGHT = 640, 220  # of a plot, in its own units
@@ -35,7 +36,7 @@ def summary(comparison: Comparison) -> list[tuple[str, str]]:
 
 def comparison_table(comparison: Comparison) -> RenderableType:
     """Write the comparison for a terminal."""
-    title = Text(f"{comparison.result} against {comparison.source}, {len(comparison.text.ids):,} tokens")
+    title = Text(f"{comparison.result} against {comparison.source}, {counted(len(comparison.text.ids), 'token')}")
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("layer")
     for heading in ("weights", "worst matrix", "", "hidden states"):

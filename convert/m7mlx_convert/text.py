@@ -9,6 +9,7 @@ from pathlib import Path
 from m7mlx.errors import InputError
 from m7mlx.paths import user_path
 from m7mlx.tokens.load import load_tokenizer
+from m7mlx.units import counted
 from m7mlx_convert.progress import Reporter
 
 DEFAULT_TOKENS = 512
@@ -43,9 +44,9 @@ def read_text(
     tokenizer = load_tokenizer(folder, vocab_size)
     ids = tokenizer.encode(text, add_bos=tokenizer.add_bos)[:tokens]
     if len(ids) < 2:
-        raise InputError(f"{path} is too short: it has {len(ids)} tokens")
+        raise InputError(f"{path} is too short: it has {counted(len(ids), 'token')}")
     if len(ids) < tokens:
-        reporter.note(f"{path.name} has {len(ids):,} tokens, not {tokens:,}")
+        reporter.note(f"{path.name} has {counted(len(ids), 'token')}, not {tokens:,}")
     return Text(ids, [tokenizer.token_bytes(token).decode("utf-8", "replace") for token in ids])
 
 

@@ -23,6 +23,7 @@ from m7mlx.config import ModelConfig
 from m7mlx.errors import InputError
 from m7mlx.model import Block
 from m7mlx.scoring import compare_logits
+from m7mlx.units import counted
 from m7mlx_convert.progress import Reporter
 from m7mlx_convert.source import Source, Tensor
 from m7mlx_convert.text import Text
@@ -92,7 +93,7 @@ def compare(source: Source, result: Source, text: Text, reporter: Reporter) -> C
     config = source.config
     if config.window is None and len(text.ids) > config.max_position_embeddings:
         raise InputError(
-            f"{source.name} sees {config.max_position_embeddings:,} tokens at most, not {len(text.ids):,}; "
+            f"{source.name} sees {counted(config.max_position_embeddings, 'token')} at most, not {len(text.ids):,}; "
             f"give --tokens {config.max_position_embeddings}"
         )
     both = _Both(source, result)

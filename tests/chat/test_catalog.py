@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_harness import chatting
+from chat_harness import READY, chatting, environment_in
 from m7mlx_chat import catalog, cli, launch
-from m7mlx_chat.catalog import models, on_this_machine
+from m7mlx_chat.catalog import models, on_this_machine, shown_name
+from m7mlx_chat.choice import choose_model
+from m7mlx_chat.config import Config
 from m7mlx_chat.environment import read_environment
 from m7mlx_chat.screens.models import Models
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.store import Store
 from m7mlx_chat.view import Parts
+
+from m7mlx.files.hub import ALIASES
 
 # What Hub repositories, folders and settings cannot be called, or not everywhere.
 NAMES = (
@@ -78,6 +83,44 @@ async def test_any_name_can_be_given_to_the_picker_and_to_the_commands(tmp_path:
         assert chat.session.settings.model == before  # until it is one
         assert chat.store.conversations()[0].model == before
     assert len(models(list(NAMES), tmp_path)) >= 2
+
+
+async def test_the_names_that_are_shown_can_be_typed(
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that was converted here, an alias and a repository in the Hub's cache, a path."""
+    environment, hub = environment_in(tmp_path), tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    long = "some-org/A-Model-With-a-Long-Name-2506-Instruct-4bit"
+    for repo in (ALIASES["mistral"], long):
+        storage = hub / f"models--{repo.replace('/', '--')}"
+        (storage / "refs").mkdir(parents=True)
+        (storage / "refs" / "main").write_text("0" * 40)
+        shutil.copytree(model_folder, storage / "snapshots" / ("0" * 40))
+    shutil.copytree(model_folder, environment.models / "mine-4bit")
+    shutil.copytree(model_folder, tmp_path / "elsewhere")
+    wanted = ["mine-4bit", "mistral", long, str(tmp_path / "elsewhere")]
+    entries = [one for one in models([wanted[-1]], environment.models) if one.folder is not None]
+    entries = [one for one in entries if one.name != "demo"]
+    assert sorted(shown_name(one, environment.models) for one in entries) == sorted(wanted)
+    async with chatting(tmp_path, environment=environment, size=(140, 40)) as chat:
+        chat.app.choose_model()
+        await chat.settled()
+        assert all(name in chat.shown() for name in wanted[:3])
+        await chat.pilot.press("escape")
+        for entry in entries:
+            name = shown_name(entry, environment.models)
+            chosen = choose_model(name, Config(environment.config), tmp_path / "none.db", environment.models)
+            assert chosen.is_wanted and on_this_machine(chosen.model) == entry.folder
+            configured = Config(environment.config, {"model": name})
+            assert choose_model(None, configured, tmp_path / "none.db", environment.models) == chosen
+            await chat.send(f"/model {name}")
+            await chat.settled()
+            assert chat.engine.loaded[-1] == (entry.folder, chat.session.settings)
+            assert chat.session.settings.model == chosen.model
+            await chat.say(READY)
 
 
 async def test_a_conversation_that_names_no_model_is_opened(tmp_path: Path) -> None:

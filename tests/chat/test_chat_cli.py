@@ -166,13 +166,6 @@ def test_without_a_network_the_small_model_is_suggested(tmp_path: Path) -> None:
     assert b"Traceback" not in done.stderr
 
 
-def test_the_chat_is_not_drawn_into_a_file(model_folder: Path) -> None:
-    done = chat("--model", model_folder, "-i", "-p", "x")
-    assert done.returncode == 2
-    assert b"needs a terminal" in done.stderr
-    assert done.stdout == b""
-
-
 def test_debug_shows_the_traceback(model_folder: Path) -> None:
     done = chat("--model", "/no/such", "-p", "x", "--debug")
     assert b"Traceback" in done.stderr

@@ -55,7 +55,7 @@ def test_a_download_is_told_before_it_begins(
 ) -> None:
     told: list[str] = []
 
-    def resolve(name: str) -> Path:
+    def resolve(name: str, progress: object = None) -> Path:
         told.append(capsys.readouterr().err)
         raise DownloadError("cannot reach the Hub")
 

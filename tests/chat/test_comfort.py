@@ -11,15 +11,13 @@ from chat_harness import chatting, environment_in
 from m7mlx_chat import jobs
 from m7mlx_chat.config import Config, read_config
 from m7mlx_chat.events import Done, Event, Seen, Text
-from m7mlx_chat.launch import Start, launch
 from m7mlx_chat.loaded import LoadedModel
-from m7mlx_chat.settings import Settings
 from m7mlx_chat.widgets.messages import Question
 from models import small_config, write_folder
 
 from m7mlx import Piece
 from m7mlx.answer_reader import AnswerReader
-from m7mlx.errors import InputError, RunError
+from m7mlx.errors import RunError
 
 
 async def test_a_long_question_is_folded(tmp_path: Path) -> None:
@@ -90,15 +88,6 @@ def test_an_answer_that_is_cut_within_a_character_ends_before_it(monkeypatch: py
     assert isinstance(ended, Done)
     assert (ended.text, ended.ids, ended.reason) == ("ok ", [5, 6], "length")
     assert "".join(event.text for event in events if isinstance(event, Text)) == "ok "
-
-
-def test_a_dumb_terminal_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    environment = replace(environment_in(tmp_path), is_dumb=True)
-    with pytest.raises(InputError, match="TERM=dumb"):
-        launch(Config(environment.config), Settings(), environment, Start())
 
 
 async def test_what_pip_said_is_told() -> None:

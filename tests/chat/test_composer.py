@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 from chat_harness import Chat, chatting
+from m7mlx_chat.completing import paths
 from m7mlx_chat.environment import read_environment
 from m7mlx_chat.events import Failed
 from m7mlx_chat.screens.dialogs import Search
 from m7mlx_chat.widgets import composer
-from m7mlx_chat.widgets.completion import Completion, paths
+from m7mlx_chat.widgets.completion import Completion
 from m7mlx_chat.widgets.messages import Question
 from textual import events
 from textual.widgets import Static

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from chat_harness import Chat, chatting, done
+from m7mlx_chat import exporting
 from m7mlx_chat.actions import ACTIONS, Action
-from m7mlx_chat.commands import files, settings
+from m7mlx_chat.commands import settings
 from m7mlx_chat.config import Config
 from m7mlx_chat.events import Text
 from textual.widgets import Input
@@ -25,7 +26,7 @@ def refuse(chat: Chat, error: Exception, monkeypatch: pytest.MonkeyPatch) -> Non
         raise error
 
     monkeypatch.setattr(chat.store, "_writing", raises)
-    for module, name in ((files, "write_new"), (settings, "save"), (settings, "save_preset")):
+    for module, name in ((exporting, "write_new"), (settings, "save"), (settings, "save_preset")):
         monkeypatch.setattr(module, name, raises)
 
 

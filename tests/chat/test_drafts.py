@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from chat_harness import Chat, chatting
 from m7mlx_chat.store import Store
 from m7mlx_chat.store.drafts import Place
+from m7mlx_chat.store.schema import MIGRATIONS, open_database
 from textual import events
 
 LONG = "a line of it\n" * 60
@@ -121,6 +123,72 @@ async def test_a_disk_that_is_full_keeps_a_draft_for_later(tmp_path: Path) -> No
         await quits(chat)
         assert chat.store.draft(Place(1)) == ("draft!", {})
         assert chat.store.draft(Place()) == ("new", {})
+
+
+async def test_two_windows_of_a_conversation_lose_neither_text(tmp_path: Path) -> None:
+    """Each keeps its own; who comes begins with the newest; what was left is gone on with."""
+    async with chatting(tmp_path) as one:
+        await one.exchange("question", "answer")
+        await one.pilot.press(*"one")
+        one.app.drafts.keep()
+        async with chatting(tmp_path) as two:
+            await two.app.open_conversation(1)
+            assert draft(two) == "one"
+            await two.pilot.press(*" two")
+            two.app.drafts.keep()
+            await one.pilot.press("!")
+            one.app.drafts.keep()
+            for chat, text in ((one, "one!"), (two, "one two")):
+                assert chat.store.draft(Place(1)) == (text, {})
+            await two.pilot.press("ctrl+n")
+            await two.app.open_conversation(1)
+            assert draft(two) == "one two"
+            await quits(two)
+        await one.pilot.press("enter")
+        await one.pilot.pause()
+        assert one.line()[2] == "one!"
+        await quits(one)
+    async with chatting(tmp_path) as chat:
+        await chat.app.open_conversation(1)
+        assert draft(chat) == "one two"
+        chat.app.composer.focus()
+        await chat.pilot.press("enter")
+        await chat.pilot.pause()
+        assert chat.line()[4] == "one two"
+        assert chat.store.draft(Place(1)) is None
+
+
+async def test_what_is_cleared_in_one_window_comes_back_in_that(tmp_path: Path) -> None:
+    async with chatting(tmp_path) as one, chatting(tmp_path) as two:
+        for chat, text in ((one, "first"), (two, "second")):
+            await chat.pilot.press(*text, "ctrl+c")
+        for chat, text in ((one, "first"), (two, "second")):
+            chat.app.composer.focus()
+            await chat.pilot.press("up")
+            assert draft(chat) == text
+
+
+def test_drafts_of_a_window_that_was_killed_are_found(tmp_path: Path) -> None:
+    path = tmp_path / "chats.db"
+    with Store(path) as store:
+        store.keep_draft(Place(), "mine", {})
+    with Store(path) as store:
+        store._db.execute("UPDATE draft SET owner = 'an instance that is dead'")
+        assert store.draft(Place()) == ("mine", {})
+        store.drop_draft(Place())
+        assert store.draft(Place()) == ("mine", {})  # it may live, for all that this one knows
+    with Store(path) as store:
+        assert store.draft(Place()) == ("mine", {})
+        store.drop_draft(Place())
+        assert store.draft(Place()) is None
+
+
+def test_drafts_of_older_databases_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "chats.db"
+    with closing(open_database(path, MIGRATIONS[:3])) as db:
+        db.execute("INSERT INTO draft VALUES ('new', NULL, 5, 'old', '{\"a\": \"b\"}')")
+    with Store(path) as store:
+        assert store.draft(Place()) == ("old", {"a": "b"})
 
 
 def test_a_damaged_draft_is_a_text(tmp_path: Path) -> None:

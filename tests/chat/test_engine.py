@@ -178,7 +178,7 @@ def test_close_in_the_middle_of_an_answer(start: Callable[..., Asking]) -> None:
 def test_drain_joins_texts_and_keeps_the_order() -> None:
     engine = Engine()
     for event in (Text("a"), Text("b"), Prefill(1, 2), Text("c"), Text("d")):
-        engine._emit(event)
+        engine._events.put(event)
     assert engine.drain() == [Text("ab"), Prefill(1, 2), Text("cd")]
     assert engine.drain() == []
 

@@ -67,11 +67,11 @@ class Server:
             await asyncio.sleep(0.2)
 
 
-def start(model: Path) -> Server:
+def start(model: Path, *options: str) -> Server:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [CHAT, "--web", "--port", str(port), "--model", str(model), "--no-save"]
+    command = [CHAT, "--web", "--port", str(port), "--model", str(model), "--no-save", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     assert process.stderr is not None
     said = process.stderr.readline()
@@ -81,11 +81,11 @@ def start(model: Path) -> Server:
 
 
 @pytest.fixture
-def starting(model_folder: Path) -> Iterator[Callable[[], Server]]:
+def starting(model_folder: Path) -> Iterator[Callable[..., Server]]:
     started: list[Server] = []
 
-    def begin() -> Server:
-        started.append(start(model_folder))
+    def begin(*options: str) -> Server:
+        started.append(start(model_folder, *options))
         return started[-1]
 
     yield begin
@@ -250,6 +250,26 @@ async def test_a_page_is_a_chat_and_the_chat_ends_with_it(server: Server) -> Non
     await server.wait_for_chats(0)
 
 
+async def test_one_model_answers_all_pages(starting: Callable[..., Server]) -> None:
+    """Two questions at once are both answered; the model is in the server's process alone."""
+    server = starting("--max-tokens", "20")
+    async with server.client() as session:
+        pages = [await websocket(session) for _ in range(3)]
+        for page in pages:
+            await shown(page, "ready")
+        for page in pages[:2]:
+            await page.send_json(["stdin", "Tell me\r"])
+        for page in pages[:2]:
+            await shown(page, "20 tokens")
+        if sys.platform == "linux":
+            weights = str(server.model / "model.safetensors")
+            assert weights in Path(f"/proc/{server.process.pid}/maps").read_text()
+            assert not any(weights in Path(f"/proc/{pid}/maps").read_text() for pid in server.chats())
+        for page in pages:
+            await page.close()
+        await server.wait_for_chats(0)
+
+
 @pytest.mark.parametrize("seconds", [0, 0.05, 0.3, 1, 2])
 async def test_a_page_closed_at_once_leaves_nothing(server: Server, seconds: float) -> None:
     async with server.client() as session:
@@ -323,7 +343,7 @@ async def test_strangers_connections_do_not_keep_its_user_out(server: Server) ->
             one.close()
 
 
-async def test_a_chat_that_cannot_start_says_why_on_the_page(starting: Callable[[], Server], tmp_path: Path) -> None:
+async def test_a_chat_that_cannot_start_says_why_on_the_page(starting: Callable[..., Server], tmp_path: Path) -> None:
     server = starting()
     async with server.client() as session:
         moved = shutil.move(server.model, tmp_path / "moved")
@@ -369,7 +389,7 @@ async def test_a_real_browser_shows_the_chat_and_types(server: Server, tmp_path:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 @pytest.mark.parametrize("when", ["at once", "in the chat"])
-async def test_chats_end_with_the_server(starting: Callable[[], Server], number: signal.Signals, when: str) -> None:
+async def test_chats_end_with_the_server(starting: Callable[..., Server], number: signal.Signals, when: str) -> None:
     server = starting()
     async with server.client() as session:
         pages = [await websocket(session) for _ in range(2)]

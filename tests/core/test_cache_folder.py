@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from models import mixed_config, small_config, small_model
+from models import mixed_config, small_config, small_model, write_folder
 
 from m7mlx.cache import RollingCache
 from m7mlx.cache_folder import CacheFolder, find_spaces, measure_folder, remove_space
+from m7mlx.cpu import native
 from m7mlx.decode import prefill
 from m7mlx.errors import DiskError
+from m7mlx.loading import load
 from m7mlx.model import Mistral
+from m7mlx.quantization import Quantization
 
 MODELS: dict[int | str | None, Mistral] = {
     7: small_model(small_config()),
@@ -131,6 +135,45 @@ def test_what_is_damaged_is_passed_over_and_removed(tmp_path: Path) -> None:
     os.utime(tmp_path / ".x.m7cache.safetensors.partial.safetensors", (1, 1))
     folder(tmp_path, model)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("bits", [4, None])
+def test_models_whose_weights_are_mapped(tmp_path: Path, bits: int | None) -> None:
+    """Weights are summed up where they lie in their file, on another thread than the model's.
+
+    What one load of it has saved, another finds; with a weight changed in the file, none does.
+    """
+    config = small_config(
+        vocab_size=32000, hidden_size=64, n_layers=1, quantization=Quantization(32, bits) if bits else None
+    )
+    path = write_folder(tmp_path / "model", config)
+    kept, ids = tmp_path / "kept", [*BEGINNING, 50, 51]
+
+    def opened() -> tuple[Mistral, CacheFolder]:
+        model = load(path)[0]
+        mx.eval(model.parameters())
+        with ThreadPoolExecutor(1) as pool:
+            found = pool.submit(folder, kept, model).result()
+            pool.submit(mx.clear_streams).result()
+        return model, found
+
+    model, first = opened()
+    if native.usable():
+        assert str(path / "model.safetensors") in Path("/proc/self/maps").read_text()
+    expected = prefill(model, ids, model.new_cache(slack=8))
+    assert first.save(read(model, BEGINNING))
+    del model, first
+    model, again = opened()
+    held, name = again.find(ids)
+    cache = again.load(name)
+    assert held == len(BEGINNING) and cache is not None
+    assert mx.allclose(prefill(model, ids[held:], cache), expected, atol=1e-2).item()
+    file = path / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 64
+    file.with_name("changed").write_bytes(data)  # a file of its own: others have the old one mapped
+    file.with_name("changed").rename(file)
+    assert opened()[1].find(ids) == (0, "")
 
 
 def test_two_that_share_a_folder_do_not_harm_each_other(tmp_path: Path) -> None:

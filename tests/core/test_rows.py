@@ -40,6 +40,7 @@ class Oracle(PromptLookup):
 
     answers: ClassVar[dict[tuple[int, ...], list[int]]] = {}
     wrong: ClassVar[set[int]] = set()
+    quiet: ClassVar[range] = range(0)  # where it has nothing to say
 
     def begin(self, ids: Sequence[int]) -> None:
         self.prompt = tuple(ids)
@@ -49,6 +50,8 @@ class Oracle(PromptLookup):
 
     def draft(self, ids: Sequence[int], token: int, most: int, sampler: Sampler) -> list[int]:
         at = len(ids) - len(self.prompt) + 1
+        if at in self.quiet:
+            return []
         answer = self.answers[self.prompt][at : at + most]
         return [(token + 1) % 32000 if at + i in self.wrong else token for i, token in enumerate(answer)]
 
@@ -68,6 +71,8 @@ def oracle(monkeypatch: pytest.MonkeyPatch, always: None) -> type[Oracle]:
     monkeypatch.setattr(m7mlx.rows, "PromptLookup", Oracle)
     monkeypatch.setattr(Oracle, "answers", {})
     monkeypatch.setattr(Oracle, "wrong", set())
+    monkeypatch.setattr(Oracle, "quiet", range(0))
+    monkeypatch.setattr(m7mlx.rows, "_PATIENCE", 3)
     return Oracle
 
 
@@ -142,6 +147,7 @@ arrivals = st.lists(
     drafted=st.integers(1, 3),
     wrong=st.sets(st.integers(0, 30)),
     slack=st.sampled_from([2, 8, 20]),
+    quiet=st.sampled_from([range(0), range(4, 12)]),
 )
 @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 def test_everybody_is_answered_as_if_alone(
@@ -153,11 +159,12 @@ def test_everybody_is_answered_as_if_alone(
     drafted: int,
     wrong: set[int],
     slack: int,
+    quiet: range,
 ) -> None:
     """Whatever is guessed, whoever comes and goes, and so is who goes on from them."""
     model = MODELS[window]
     scheduler = Scheduler(model, tokenizer, rows=rows, kept=2, slack=slack, drafted=drafted)
-    oracle.wrong = wrong
+    oracle.wrong, oracle.quiet = wrong, quiet
     pieces: dict[int, list[Piece]] = defaultdict(list)
     asked: dict[int, tuple[Request, list[Piece]]] = {}
     for seed, (wait, length, wanted, sampling, logprobs, stays) in enumerate(coming):
@@ -226,6 +233,24 @@ def test_right_drafts_take_few_steps(tokenizer: Tokenizer, oracle: type[Oracle])
     for number, request in zip(numbers, asked, strict=True):
         assert_same(pieces[number], alone(model, tokenizer, request))
     assert_same(pieces[bound], alone(model, tokenizer, Request(prompt(5, 9), max_tokens=31)))
+
+
+def test_who_is_not_drafted_for_joins_the_others(tokenizer: Tokenizer, oracle: type[Oracle]) -> None:
+    """Once it is not alone; and goes on as if nothing had been."""
+    model, requests = MODELS[7], [Request(prompt(i, 9 + i), max_tokens=25) for i in range(3)]
+    for request in requests:
+        oracle.answers[tuple(request.ids)] = ids_of(alone(model, tokenizer, request))
+    oracle.quiet = range(40)
+    scheduler, pieces = Scheduler(model, tokenizer, drafted=2), defaultdict[int, list[Piece]](list)
+    numbers = [scheduler.add(requests[0])]
+    run(scheduler, pieces, 8)
+    assert not len(scheduler._rows.batch or ())
+    numbers += [scheduler.add(request) for request in requests[1:]]
+    run(scheduler, pieces, 4)
+    assert len(scheduler._rows.batch or ()) == 3
+    run(scheduler, pieces)
+    for number, request in zip(numbers, requests, strict=True):
+        assert_same(pieces[number], alone(model, tokenizer, request))
 
 
 def test_stop_texts_end_an_answer_amid_a_draft(tokenizer: Tokenizer, oracle: type[Oracle]) -> None:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from m7mlx_serve.answering import Answerer
+from m7mlx_serve.anthropic.answers import MessageAnswers
 from m7mlx_serve.anthropic.messages import MessageRequest
+from m7mlx_serve.endpoint import Prompts, ReadRequest
+from m7mlx_serve.errors import ApiError
 from m7mlx_serve.reading import read
+from published import check_published
+from pydantic import TypeAdapter
 from serving import ENDLESS, NAME, serving, settle, user
 
-from m7mlx import load, stream_generate
+from m7mlx import Piece, Request, Stats, load, stream_generate
 from m7mlx.tokens.tokenizer import Tokenizer
 
 MESSAGES, COUNT = "/v1/messages", "/v1/messages/count_tokens"
@@ -184,6 +191,75 @@ def test_tools_are_called_and_answered(api: Any) -> None:
     schema = {"type": "json_schema", "schema": {"const": 7}}
     in_json = api.messages.create(messages=user("?"), model=NAME, max_tokens=20, output_config={"format": schema})
     assert in_json.content[0].text == "7"
+
+
+def told(tokenizer: Tokenizer, pieces: Sequence[Piece], error: ApiError | None = None) -> list[dict[str, Any]]:
+    """The events of an answer of these pieces, and the whole message; each as it is published."""
+
+    async def ask(requests: Sequence[Request], seconds: float) -> AsyncGenerator[tuple[int, Piece], None]:
+        for piece in pieces:
+            yield 0, piece
+        if error is not None:
+            raise error
+
+    types = import_module("anthropic.types")
+    one = MessageRequest.model_validate(BODY | {"model": NAME, "tools": [ADD]})
+    read = ReadRequest(one.without_texts(), Prompts([one.prompts(tokenizer).ids[0]], tool_use="allowed"))
+    answerer = Answerer(NAME, 100, tokenizer, ask, None, 60.0)
+
+    async def all_of_it() -> tuple[list[str], str | None]:
+        events = [event async for event in MessageAnswers(answerer, read).stream()]
+        return events, None if error else "".join(await MessageAnswers(answerer, read).whole())
+
+    texts, whole = asyncio.run(all_of_it())
+    found = []
+    for text in texts:
+        name, data = text.removesuffix("\n\n").split("\n")
+        found.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {found[-1]['type']}"
+        shape = types.ErrorResponse if found[-1]["type"] == "error" else types.RawMessageStreamEvent
+        check_published(TypeAdapter(shape), found[-1])
+    if whole is not None:
+        check_published(TypeAdapter(types.Message), json.loads(whole))
+        found.append(json.loads(whole))
+    return found
+
+
+@real
+def test_events_are_those_of_anthropics_schema(mistral_tokenizers: dict[str, Tokenizer]) -> None:
+    """Thoughts, words and calls; a stream adds up to the whole message."""
+    tokenizer = mistral_tokenizers["v3"]
+    mark = tokenizer.control_id("[TOOL_CALLS]")
+    assert mark is not None
+    calls = '[{"name": "add", "arguments": {"a": 1}}, {"name": "add", "arguments": {"a": 2}}]'
+    pieces = [
+        *(Piece(thought=text, ids=[9]) for text in ("H", "m.")), *(Piece(text, [9]) for text in ("Let ", "me.")),
+        Piece(ids=[mark]), *(Piece(letter, [9]) for letter in calls),
+        Piece(ids=[2], stats=Stats(prompt_tokens=3), finish_reason="stop"),
+    ]  # fmt: skip
+    *events, whole = told(tokenizer, pieces)
+    blocks: list[dict[str, Any]] = []
+    for event in events:
+        if event["type"] == "content_block_start":
+            assert event["index"] == len(blocks)
+            blocks.append(dict(event["content_block"]))
+        if event["type"] == "content_block_delta":
+            assert event["index"] == len(blocks) - 1
+            ((name, value),) = [(key, text) for key, text in event["delta"].items() if key != "type"]
+            blocks[-1][name] = blocks[-1].get(name, "") + value
+    made = [block | {"input": json.loads(block.pop("partial_json"))} for block in blocks if "input" in block]
+    assert [block["input"] for block in made] == [{"a": 1}, {"a": 2}]
+    joined = [next((one for one in made if one["id"] == block.get("id")), block) for block in blocks]
+    assert [{**block, "id": 0} for block in joined] == [{**block, "id": 0} for block in whole["content"]]
+    delta = next(event for event in events if event["type"] == "message_delta")
+    assert delta["delta"]["stop_reason"] == whole["stop_reason"] == "tool_use"
+    assert delta["usage"] == whole["usage"] and whole["usage"]["output_tokens"] == len(calls) + 6
+    *events, whole = told(tokenizer, [Piece("a", [9]), Piece("", [9], finish_reason="stop", stop="b")])
+    assert (whole["stop_reason"], whole["stop_sequence"]) == ("stop_sequence", "b")
+    *events, whole = told(tokenizer, [Piece(ids=[2], finish_reason="length")])
+    assert whole["content"] == [{"type": "text", "text": ""}] and whole["stop_reason"] == "max_tokens"
+    *_, last = told(tokenizer, [Piece("a", [9])], ApiError(503, "it ends"))
+    assert last == {"type": "error", "error": {"type": "overloaded_error", "message": "it ends"}}
 
 
 @real

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from m7mlx_serve.catalog import Catalog, about
 from m7mlx_serve.limits import Limits
@@ -19,6 +20,7 @@ from models import small_config, write_folder
 from serving import ENDLESS, client, serving, settle, user
 
 from m7mlx import InputError
+from m7mlx.memory import AROUND
 
 NAMES = [f"m{i}" for i in range(5)]
 
@@ -43,7 +45,7 @@ from m7mlx_serve import models
 from m7mlx_serve.catalog import about
 from m7mlx_serve.limits import Limits
 from pathlib import Path
-models.budget = lambda: int(2.5 * about(Path({!r}), Limits(rows=2)).needed)
+models.budget = lambda: models.AROUND + int(2.5 * about(Path({!r}), Limits(rows=2)).needed)
 """
 
 
@@ -84,6 +86,23 @@ def test_all_are_listed_and_five_take_turns(url: str) -> None:
     assert loaded(url) == before  # clients ask of all
     unknown = ask(url, "none")
     assert (unknown.status_code, "use one of 'small', " in unknown.text) == (404, True)
+
+
+def test_the_memory_of_those_that_have_left_is_given_back(tmp_path: Path) -> None:
+    """What the process holds, as the system sees it, while five take turns in room for two."""
+    config = small_config(vocab_size=32768, hidden_size=512, n_layers=1)
+    first = write_folder(tmp_path / "m0", config)
+    for name in NAMES[1:]:
+        shutil.copytree(first, tmp_path / name)
+    size = about(first, Limits(rows=2)).stored
+    held = []
+    setup = _TWO.format(str(first))
+    with serving(first, "--models-dir", str(tmp_path), "--rows", "2", setup=setup) as (url, server):
+        for name in [*NAMES, *NAMES[:2]]:
+            assert ask(url, name).status_code == 200 and len(loaded(url)) <= 2
+            held.append(psutil.Process(server.pid).memory_info().rss)
+    assert max(held[3:]) - held[1] < size  # one more that stays would be as much
+    assert max(held) < AROUND + 2.5 * about(first, Limits(rows=2)).needed, held
 
 
 def test_a_load_that_fails_fails_its_request_alone(url: str) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from processes import piped, running
 from serving import NAME, serving, user
 
 KEYS = ["the-first-key-0123456789", "the-other-key-0123456789"]
@@ -67,6 +71,26 @@ def test_what_was_read_is_not_read_again_after_a_restart(
         path.write_bytes(data)
     with ended(chatml_folder, options) as url:
         assert reused(url, LONG)[0] == 0 and told(url)["m7mlx_prefix_hits"] == 0
+
+
+def test_servers_of_tests_write_nothing_into_the_users_cache(
+    chatml_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even those that are told nothing of where to keep conversations."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("M7MLX_CACHE", raising=False)
+    kept = Path(os.environ["M7MLX_PREFIXES"])
+    before = set(kept.iterdir())
+    command = [sys.executable, "-m", "m7mlx_serve", "--model", str(chatml_folder), "--name", NAME, "--port", "0"]
+    with running(command, stderr=subprocess.PIPE, text=True) as process:
+        url = next(found[0] for line in piped(process.stderr) if (found := re.search(r"http://\S+", line)))
+        body = {"model": NAME, "messages": user(LONG), "max_tokens": 1}
+        assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code == 200
+        process.terminate()
+        assert process.wait(30) == 0
+    assert len(set(kept.iterdir()) - before) == 1
+    assert not list(tmp_path.rglob("*.m7cache*"))
 
 
 def test_when_it_is_quiet_conversations_are_saved(chatml_folder: Path, options: list[str], tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from m7mlx_serve.responses.answers import ResponseAnswers
 from m7mlx_serve.responses.create import ResponseRequest
 from m7mlx_serve.responses.held import Held, HeldResponses
 from m7mlx_serve.responses.items import sealed
-from openai.types.responses import ResponseStreamEvent
+from openai.types.responses import Response, ResponseStreamEvent
+from published import check_published
 from pydantic import BaseModel, TypeAdapter
 from serving import ENDLESS, NAME, client, settle, user
 
@@ -31,6 +32,7 @@ from m7mlx.tokens.tokenizer import Tokenizer
 PATH = "/v1/responses"
 BODY: dict[str, Any] = {"model": NAME, "input": "Hi", "temperature": 0, "max_output_tokens": 4}
 EVENTS: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+REPLY: TypeAdapter[Any] = TypeAdapter(Response)
 DIGIT = {"type": "integer", "minimum": 0, "maximum": 9}
 PARAMETERS = {"type": "object", "properties": {"a": DIGIT}, "required": ["a"], "additionalProperties": False}
 ADD: dict[str, Any] = {"type": "function", "name": "add", "parameters": PARAMETERS, "strict": True}
@@ -192,9 +194,12 @@ def told(
         name, data = text.removesuffix("\n\n").split("\n")
         events.append(json.loads(data.removeprefix("data: ")))
         assert name == f"event: {events[-1]['type']}"
-        EVENTS.validate_python(events[-1], strict=True)
+        check_published(EVENTS, events[-1], [".response.store"])
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
-    return events, json.loads(whole) if whole else None
+    if whole is None:
+        return events, None
+    check_published(REPLY, json.loads(whole), [".store"])
+    return events, json.loads(whole)
 
 
 def without_ids(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

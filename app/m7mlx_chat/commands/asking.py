@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 from textual import on
 
+from m7mlx_chat.actions import is_command
 from m7mlx_chat.answering import UnderWay
 from m7mlx_chat.commands.copying import CopyCommands
 from m7mlx_chat.commands.models import ModelCommands
@@ -18,7 +18,6 @@ from m7mlx_chat.screens.settings import SettingsDrawer
 from m7mlx_chat.view import Parts
 from m7mlx_chat.widgets.composer import Composer
 
-_COMMAND = re.compile(r"/[a-z]+( .*)?", re.DOTALL)
 _ARMED_SECONDS = 2.0  # for the second Ctrl+C, which quits
 
 
@@ -38,7 +37,7 @@ class AskCommands(TurnCommands, ModelCommands, CopyCommands, ToolCommands):
         text = event.unsent.message()
         if not text:
             return
-        if _COMMAND.fullmatch(event.unsent.shown):
+        if is_command(event.unsent.shown):
             self.composer.reset(self.composer.aside)
             done = False
             try:

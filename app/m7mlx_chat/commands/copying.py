@@ -6,7 +6,7 @@ from textual import work
 
 from m7mlx.errors import InputError
 from m7mlx_chat.clipboard import code_blocks, copy_with_tool
-from m7mlx_chat.portable.page import to_markdown
+from m7mlx_chat.exporting import code_block, text_to_copy
 from m7mlx_chat.store.rows import encodable
 from m7mlx_chat.view import ChatView, Parts
 
@@ -20,19 +20,7 @@ class CopyCommands(ChatView):
         self._copied: tuple[int, int] = (0, 0)
 
     def action_copy(self, argument: str = "") -> None:
-        answers = [m for m in map(self.session.message, self.session.line) if m.role == "assistant" and m.text]
-        if argument == "all" and self.session.conversation is not None:
-            head = self.store.conversation(self.session.conversation)
-            branch = self.store.branch(self.session.line[-1]) if self.session.line else []
-            self.copy_text(to_markdown(head, branch), "the conversation")
-        elif not answers:
-            self.tell("there is no answer yet")
-        elif not argument:
-            self.copy_text(answers[-1].text, "the answer")
-        elif argument.isdecimal():
-            self._copy_block(answers[-1].text, int(argument))
-        else:
-            raise InputError("/copy takes nothing, the number of a code block, or all")
+        self.copy_text(*text_to_copy(self.session, argument))
 
     def action_copy_message(self) -> None:
         if self.selected is not None:
@@ -44,14 +32,12 @@ class CopyCommands(ChatView):
             blocks = code_blocks(self.selected.text)
             number = block % max(1, len(blocks)) + 1 if message == self.selected.message.id else 1
             self._copied = (self.selected.message.id, number)
-            self._copy_block(self.selected.text, number)
-
-    def _copy_block(self, text: str, number: int) -> None:
-        blocks = code_blocks(text)
-        if not 1 <= number <= len(blocks):
-            self.tell(f"there are {len(blocks)} code blocks in it" if blocks else "there is no code in it")
-        else:
-            self.copy_text(blocks[number - 1], f"code block {number} of {len(blocks)}")
+            try:
+                found = code_block(self.selected.text, number)
+            except InputError as error:  # a key, not a command: nothing has been asked for wrongly
+                self.tell(str(error))
+            else:
+                self.copy_text(*found)
 
     def copy_text(self, text: str, what: str = "") -> None:
         """Copy by a tool of the system, and by the terminal (OSC 52; not on macOS's Terminal)."""

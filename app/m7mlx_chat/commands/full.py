@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from m7mlx_chat.answering import UnderWay
 from m7mlx_chat.commands.compare import CompareCommands
+from m7mlx_chat.room import WAYS, is_full, summary_request
 from m7mlx_chat.screens.dialogs import Choose
 from m7mlx_chat.unsent import folded
-
-_CHARACTERS = 2  # of a token, at the least: so much of the conversation is summed up
-_SUMMARY = "Sum up the conversation below in at most 300 words, so that it can be gone on with.\n\n"
-_WAYS = {
-    "slide": "Go on here: the model keeps the beginning and the latest part in sight, and loses the middle",
-    "sum up": "Sum up: a new conversation begins with a summary of this one; your question follows",
-    "anew": "Begin anew: your question alone, in a new conversation",
-}
 
 
 class FullCommands(CompareCommands):
@@ -28,8 +21,7 @@ class FullCommands(CompareCommands):
             elif way is not None:
                 await self._move_on(full, room, sums_up=way == "sum up")
 
-        title = f"This conversation is full: the model can see {room:,} tokens at once. How shall it go on?"
-        self.push_screen(Choose(title, _WAYS), go_on)
+        self.push_screen(Choose(is_full(room), WAYS), go_on)
 
     async def _slide(self, full: UnderWay, room: int) -> None:
         self.session.configure(self.session.settings.changed({"max_kv_size": room}))
@@ -41,12 +33,10 @@ class FullCommands(CompareCommands):
             await self._begin(lambda: self.session.retry(full.question))
 
     async def _move_on(self, full: UnderWay, room: int, *, sums_up: bool) -> None:
-        question = self.store.message(full.question)
-        said = self.store.branch(question.parent) if question.parent is not None else []
-        whole = "\n\n".join(f"{'I' if m.role == 'user' else 'You'}: {m.text}" for m in said if m.text)
+        question, summary = self.store.message(full.question), summary_request(self.store, full.question, room)
         self.session.new()
         await self.show_all()
         if sums_up:
-            await self._begin(lambda: self.session.ask(_SUMMARY + whole[-room * _CHARACTERS :]))
+            await self._begin(lambda: self.session.ask(summary))
         self.composer.reset(folded(question.text))
         self.composer.focus()

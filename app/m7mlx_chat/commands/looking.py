@@ -9,15 +9,14 @@ from textual.screen import ModalScreen
 from textual.widgets import Markdown
 
 from m7mlx.terminal import visible
-from m7mlx.units import in_gigabytes
+from m7mlx.units import counted
+from m7mlx_chat.figures import HEADINGS, figures
 from m7mlx_chat.markdown import CodeBlock
 from m7mlx_chat.screens.dialogs import Figures, Help
-from m7mlx_chat.store.rows import Message
 from m7mlx_chat.view import ChatView
 from m7mlx_chat.widgets.ring import RingPicture, copies_line
 
 _LISTED = 200  # answers, of which figures are shown
-_HEADINGS = ("", "tokens", "tok/s", "first after", "prompt", "reused", "read a second", "peak memory")
 
 
 class LookCommands(ChatView):
@@ -34,15 +33,11 @@ class LookCommands(ChatView):
         branch = self.store.branch(self.session.line[-1]) if self.session.line else []
         answers = [message for message in branch if message.role == "assistant"]
         table = Table.grid(padding=(0, 2))
-        table.add_row(*(Text(heading, style="bold", justify="right") for heading in _HEADINGS))
+        table.add_row(*(Text(heading, style="bold", justify="right") for heading in ("", *HEADINGS)))
         for message in reversed(answers[-_LISTED:]):
             what = Text(" ".join(visible(message.text).split())[:24], style="dim", no_wrap=True)
-            table.add_row(what, *(Text(number, justify="right") for number in _figures(message)))
-        title = (
-            f"What {len(answers)} answer{'s' * (len(answers) != 1)} cost"
-            if answers
-            else "Nothing has been answered yet"
-        )
+            table.add_row(what, *(Text(number, justify="right") for number in figures(message)))
+        title = f"What {counted(len(answers), 'answer')} cost" if answers else "Nothing has been answered yet"
         if self.session.on_disk is not None:
             title += f"\n{copies_line(self.session.on_disk)}"
         self.push_screen(Figures(title, table))
@@ -86,17 +81,3 @@ class LookCommands(ChatView):
         """Show where a link leads; opening it is left to the user."""
         event.prevent_default()
         self.notify(visible(event.href), title="This link leads to", timeout=8, markup=False)
-
-
-def _figures(message: Message) -> tuple[str, ...]:
-    """Return what an answer cost, for the columns of `_HEADINGS` from the second on."""
-    s = message.statistics
-    return (
-        f"{s.get('generated_tokens', 0):,}",
-        f"{s.get('generation_tps', 0):.1f}",
-        f"{s.get('time_to_first_token', 0):.2f} s",
-        f"{s.get('prompt_tokens', 0):,}",
-        f"{s.get('reused_tokens', 0):,}" + " (disk)" * bool(s.get("from_disk")),
-        f"{s.get('prompt_tps', 0):,.0f}",
-        in_gigabytes(s.get("peak_memory", 0), 2),
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from m7mlx.errors import InputError
-from m7mlx_chat.prompts import Prompts, filled, variables
+from m7mlx_chat.prompts import Prompts, filled, kept_question, variables
 from m7mlx_chat.screens.dialogs import Form, Search
 from m7mlx_chat.view import ChatView
 
@@ -49,12 +49,7 @@ class PromptCommands(ChatView):
             take({})
 
     def _keep(self, name: str) -> None:
-        if not name:
-            raise InputError("/prompt save needs a name for it")
-        questions = [m for m in self.store.read(self.session.line[-2:]) if m.role == "user"]
-        if not questions:
-            raise InputError("nothing has been asked yet that could be kept")
-        path = self._prompts.save(name, questions[-1].text)
+        path = kept_question(self._prompts, self.session, name)
         self.tell(f"kept: /prompt {name} · in {path}, {{{{word}}}} makes a word a variable")
 
 

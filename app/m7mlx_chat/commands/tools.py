@@ -9,15 +9,14 @@ from typing import cast
 from rich.table import Table
 from rich.text import Text
 
-from m7mlx.errors import InputError
 from m7mlx.terminal import one_line
 from m7mlx_chat.answering import UnderWay
 from m7mlx_chat.events import Listing, Word
 from m7mlx_chat.screens.approval import Approve
 from m7mlx_chat.screens.dialogs import Figures
+from m7mlx_chat.tools.change import change_tools
 from m7mlx_chat.view import ChatView, Parts
 
-_NONE = "There are no tools: config.toml can name servers, [tools.NAME]"
 _TYPING_SECONDS = 1.0
 _DESCRIBED = 60  # characters of a tool's description
 
@@ -80,22 +79,11 @@ class ToolCommands(ChatView):
 
     async def action_tools(self, argument: str = "") -> None:
         """Show all tools; turn them on or off; have one asked about again."""
-        tools, (what, _, name) = self.session.tools, argument.strip().partition(" ")
-        listings = tools.overview()
-        if not listings:
-            raise InputError(_NONE)
-        if what in ("on", "off"):
-            tools.is_on = what == "on"
-            self.tell("the model is told of tools" if tools.is_on else "tools are off, until /tools on or a restart")
-        elif what == "ask" and name:
-            if not tools.forget(name.strip()):
-                raise InputError(f"nothing is kept of a tool {name.strip()!r}")
-            self.tell(f"{name.strip()} is asked about again")
-        elif what:
-            raise InputError("/tools shows them; /tools off, /tools on, /tools ask NAME")
+        if (told := change_tools(self.session.tools, argument)) is not None:
+            self.tell(told)
         else:
-            title = "Tools" if tools.is_on else "Tools (off: /tools on)"
-            self.push_screen(Figures(title, _table(listings)))
+            title = "Tools" if self.session.tools.is_on else "Tools (off: /tools on)"
+            self.push_screen(Figures(title, _table(self.session.tools.overview())))
 
 
 def _table(listings: Sequence[Listing]) -> Table:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from m7mlx.errors import InputError
+from m7mlx.units import counted
 from m7mlx_chat.portable import chatgpt
 from m7mlx_chat.portable.checked import Record
 from m7mlx_chat.store.rows import CHOSEN_TITLE_LENGTH, Ending, Node, Role, Tree, title_of
@@ -73,8 +74,7 @@ class Imported:
 
     def told(self) -> str:
         """What was taken and what was not, in a line."""
-        count = len(self.trees)
-        text = f"{count:,} conversation{'s' * (count != 1)} imported"
+        text = f"{counted(len(self.trees), 'conversation')} imported"
         if self.skipped:
             more = " …" if len(self.skipped) > _TOLD else ""
             text += f", {len(self.skipped):,} left out ({'; '.join(self.skipped[:_TOLD])}{more})"

@@ -9,15 +9,9 @@ from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
 from m7mlx.terminal import one_line, visible
+from m7mlx_chat.events import WORDS
 from m7mlx_chat.screens.dialogs import Dialog
 from m7mlx_chat.steps import Call, written
-
-_WORDS = {
-    "once": "Once: make this call",
-    "always": "Always: make it, and all later calls of this tool as it is now",
-    "no": "No: tell the model that you do not allow it",
-    "never": "Never: and do not tell the model of this tool any more",
-}
 
 
 class Approve(Dialog):
@@ -46,7 +40,9 @@ class Approve(Dialog):
             yield Static(visible(self._about), markup=False)
             with VerticalScroll(classes="arguments"):
                 yield Static(written(self.call), markup=False)
-            yield OptionList(*[Option(text, id=word) for word, text in _WORDS.items()], markup=False)
+            yield OptionList(
+                *[Option(f"{word.capitalize()}: {text}", id=word) for word, text in WORDS.items()], markup=False
+            )
             yield Static("↑ ↓ choose · Enter takes it · Tab to the arguments · Esc stops the answer", classes="hint")
 
     def on_mount(self) -> None:

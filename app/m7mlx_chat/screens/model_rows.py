@@ -10,10 +10,11 @@ from rich.text import Text
 
 from m7mlx.terminal import visible
 from m7mlx.units import in_gigabytes
-from m7mlx_chat.catalog import Entry
+from m7mlx_chat.catalog import Entry, shown_name
 from m7mlx_chat.hub_search import Offer
 
-_NAME, _PROBLEM = 40, 60  # characters
+# characters; what is typed as a name is seen whole, but for long paths
+_NAME, _LONGEST, _PROBLEM = 40, 72, 60
 _COLORS = {"fits": "not bold green", "tight": "not bold yellow", "too big": "not bold red"}
 
 
@@ -26,20 +27,13 @@ class SearchRow(NamedTuple):
 Row = Entry | Offer | SearchRow
 
 
-def label(entry: Entry, own: Path) -> str:
-    """Return what a model is called in the list: of the chat's own ones the folder's name."""
-    if entry.folder is not None and entry.folder.parent == own:
-        return entry.folder.name
-    return entry.label or entry.name
-
-
 def matching(entries: Sequence[Entry], text: str, own: Path) -> list[Entry]:
     """Return those whose name has every word of a text in it."""
     words = text.casefold().split()
     return [
         entry
         for entry in entries
-        if all(word in f"{label(entry, own)} {entry.about} {entry.owner}".casefold() for word in words)
+        if all(word in f"{shown_name(entry, own)} {entry.about} {entry.owner}".casefold() for word in words)
     ]
 
 
@@ -69,7 +63,7 @@ def drawn(row: Row, current: str, own: Path) -> Text:
 
 def _entry(entry: Entry, current: str, own: Path) -> Text:
     """Return what a model is; what it sees and takes."""
-    text = _name("●" if entry.name == current else " ", label(entry, own))
+    text = _name("●" if entry.name == current else " ", shown_name(entry, own))
     if entry.problem:
         problem = entry.problem.replace(f"{entry.folder}/", "").replace(str(entry.folder), "it")
         about = f"{entry.owner}: {problem}" if entry.owner else problem
@@ -101,5 +95,5 @@ def _offer(offer: Offer) -> Text:
 
 def _name(mark: str, name: str) -> Text:
     name = visible(name)
-    shown = name if len(name) <= _NAME else "…" + name[1 - _NAME :]
-    return Text(f"{mark} {shown:<{_NAME + 1}}", style="bold", no_wrap=True, overflow="ellipsis")
+    shown = name if len(name) <= _LONGEST else "…" + name[1 - _LONGEST :]
+    return Text(f"{mark} {shown:<{_NAME}} ", style="bold", no_wrap=True, overflow="ellipsis")

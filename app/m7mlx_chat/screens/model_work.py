@@ -18,11 +18,10 @@ from m7mlx.errors import M7Error
 from m7mlx.terminal import visible
 from m7mlx.units import in_bytes
 from m7mlx_chat import jobs
-from m7mlx_chat.catalog import Entry
+from m7mlx_chat.catalog import Entry, shown_name
 from m7mlx_chat.hub_search import Offer
 from m7mlx_chat.removal import Removal, find_removal, remove
 from m7mlx_chat.screens.dialogs import Choose
-from m7mlx_chat.screens.model_rows import label
 from m7mlx_chat.screens.model_ways import Way, ways_of_file, ways_on_hub
 
 _TOLD = 500  # characters
@@ -109,7 +108,7 @@ class ModelWork(ModalScreen[Chosen | None]):
     @work(exclusive=True, group="ask")
     async def plan(self, entry: Entry, file: Path) -> None:
         """Offer to convert a file; use what it was converted into before."""
-        bits, name = self.bits or 4, label(entry, self.own)
+        bits, name = self.bits or 4, shown_name(entry, self.own)
         for target in (jobs.target_folder(name, None, self.own), jobs.target_folder(name, bits, self.own)):
             with suppress(OSError):
                 if (target / "config.json").stat().st_mtime > file.stat().st_mtime:
@@ -175,7 +174,7 @@ class ModelWork(ModalScreen[Chosen | None]):
         except M7Error as error:
             self.app.call_from_thread(self.tell, f"✗ {error}")
         else:
-            self.app.call_from_thread(self._confirm, label(entry, self.own), removal)
+            self.app.call_from_thread(self._confirm, shown_name(entry, self.own), removal)
 
     def _confirm(self, name: str, removal: Removal) -> None:
         if not self.is_current:  # left meanwhile

@@ -21,7 +21,7 @@ from m7mlx.files.hub import ALIASES, DEMO, is_gguf, is_repo_id
 from m7mlx.memory import machine_memory
 from m7mlx.units import in_gigabytes
 from m7mlx_chat import jobs
-from m7mlx_chat.catalog import Entry, describe, models, on_this_machine
+from m7mlx_chat.catalog import Entry, describe, full_name, models, on_this_machine
 from m7mlx_chat.elsewhere import find_elsewhere
 from m7mlx_chat.environment import Programs
 from m7mlx_chat.hub_search import Offer
@@ -210,13 +210,14 @@ class Models(ModelWork):
 
     def _take(self, name: str) -> None:
         """Use a model by name: at once where it is here, after fetching it where it is not."""
-        folder = on_this_machine(name, self.own)
+        name = full_name(name, self.own)
+        folder = on_this_machine(name)
         if folder is not None and folder.is_dir():
             problem = describe(name, folder).problem
             if problem:
                 self.tell(problem)
             else:
-                self.dismiss(Chosen(str(folder) if folder.parent == self.own else name, folder))
+                self.dismiss(Chosen(name, folder))
         elif is_gguf(name) or (folder is not None and folder.is_file()):
             self.begin(f"fetching and converting {name}", lambda: jobs.fetch(name, self.report), name)
         elif (entry := self._elsewhere(name)) is not None:

@@ -86,9 +86,10 @@ class Store(ConversationWriter):
             undo.pop_all()
 
     def close(self) -> None:
-        """Leave; an answer still under way here becomes `interrupted`."""
+        """Leave; an answer still under way here becomes `interrupted`, drafts go to who is next."""
         try:
             self._interrupt("owner = ?", [self._instance.name])
+            self._release("owner = ?", [self._instance.name])
         finally:
             self._instance.close()
             self._db.close()
@@ -190,10 +191,12 @@ class Store(ConversationWriter):
             self._db.execute(spoken, [self._clock(), answer])
 
     def recover(self) -> None:
-        """Make the answers of instances that died `interrupted`, with the text they have."""
+        """Make the answers of instances that died `interrupted`; their drafts are nobody's now."""
         with one_line(self.path), _held(self._opening, self.path):
             alive = sorted(living(self._instances))
-            self._interrupt(f"owner NOT IN ({', '.join('?' * len(alive))})", alive)
+            dead = f"owner NOT IN ({', '.join('?' * len(alive))})"
+            self._interrupt(dead, alive)
+            self._release(dead, alive)
 
     # --- branches ---------------------------------------------------------------------------------
 

@@ -95,7 +95,24 @@ _VERSION_3 = (
         INSERT INTO message_parts (message_parts, rowid, text) VALUES ('delete', old.id, old.text);
     END""",
 )
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1, _VERSION_2, _VERSION_3)
+# A draft belongs to the instance that it is written in, its `owner`; to none when that has ended.
+_VERSION_4 = (
+    """CREATE TABLE owned_draft (
+        place        TEXT NOT NULL,
+        owner        TEXT,
+        conversation INTEGER REFERENCES conversation (id) ON DELETE CASCADE,
+        updated      REAL NOT NULL,
+        shown        TEXT NOT NULL,
+        pastes       TEXT NOT NULL,
+        UNIQUE (place, owner)
+    )""",
+    """INSERT INTO owned_draft (place, conversation, updated, shown, pastes)
+        SELECT place, conversation, updated, shown, pastes FROM draft""",
+    "DROP TABLE draft",
+    "ALTER TABLE owned_draft RENAME TO draft",
+    "CREATE INDEX draft_conversation ON draft (conversation)",
+)
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1, _VERSION_2, _VERSION_3, _VERSION_4)
 
 
 def open_database(path: Path, migrations: Sequence[Sequence[str]] = MIGRATIONS) -> sqlite3.Connection:

@@ -13,6 +13,8 @@ from textual_serve.app_service import AppService
 from textual_serve.download_manager import DownloadManager
 
 from m7mlx.terminal import one_line
+from m7mlx_chat.environment import ENGINE_FILE
+from m7mlx_chat.web.shared import SharedEngine
 
 _END, _KILL = 10.0, 2.0  # seconds for a chat to keep what was said; then SIGTERM, then SIGKILL
 _ERRORS = 4096  # bytes of what a chat says on stderr that are looked at
@@ -22,7 +24,13 @@ _COLUMNS, _ROWS = 500, 300
 class Page(AppService):
     """A chat's process behind a websocket, in textual-serve's protocol."""
 
-    def __init__(self, command: Sequence[str], socket: web.WebSocketResponse, downloads: DownloadManager) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        engine: SharedEngine,
+        socket: web.WebSocketResponse,
+        downloads: DownloadManager,
+    ) -> None:
         super().__init__(
             "",
             write_bytes=socket.send_bytes,
@@ -31,6 +39,7 @@ class Page(AppService):
             download_manager=downloads,
         )
         self._arguments = command
+        self._engine = engine
         self._socket = socket
         self._is_stopped = False
 
@@ -95,11 +104,18 @@ class Page(AppService):
         return {**super()._build_environment(width, height), **driver}
 
     async def _open_app_process(self, width: int = 80, height: int = 24) -> Process:
-        environment = self._build_environment(width, height)
-        # A session of its own: Ctrl-C is for the server, which then ends its chats.
-        self._process = process = await asyncio.create_subprocess_exec(
-            *self._arguments, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=environment, start_new_session=True
-        )
+        with self._engine.lend() as theirs:
+            environment = self._build_environment(width, height) | {ENGINE_FILE: str(theirs.fileno())}
+            self._process = process = await asyncio.create_subprocess_exec(
+                *self._arguments,
+                stdin=PIPE,
+                stdout=PIPE,
+                stderr=PIPE,
+                env=environment,
+                pass_fds=[theirs.fileno()],
+                # A session of its own: Ctrl-C is for the server, which then ends its chats.
+                start_new_session=True,
+            )
         self._stdin = process.stdin
         return process
 

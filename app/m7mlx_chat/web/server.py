@@ -13,15 +13,18 @@ import sys
 from base64 import b64encode
 from collections.abc import Awaitable, Callable, Sequence
 from hashlib import sha256
+from pathlib import Path
 
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 from textual_serve.server import Server, to_int
 
 from m7mlx.terminal import one_line
+from m7mlx_chat.engine import Engine
 from m7mlx_chat.web.page import Page
+from m7mlx_chat.web.shared import SharedEngine
 
-_PAGES = 4  # each is a process with a model
+_PAGES = 4  # each is a process; one model answers them in turn
 _CONNECTIONS = 64
 _IDLE_SECONDS = 10.0  # for a connection without a request
 _MESSAGE = 4 << 20  # bytes: the longest message of a page, a paste say
@@ -58,24 +61,33 @@ _UNKNOWN = (
     'If you have just opened it, <a href="/">go on</a>.'
 )
 _FULL = (
-    f"{_PAGES} chats are open, and each takes the memory of a model. "
+    f"{_PAGES} chats are open, and one model answers them in turn. "
     'Close the page of one, then <a href="/">try again</a>.'
 )
 
 
-def run(bound: socket.socket, command: Sequence[str]) -> None:
-    """Serve on a bound socket until Ctrl-C or SIGTERM, with a chat of `command` for each page."""
-    asyncio.run(ChatServer(bound, command).run())
+def run(bound: socket.socket, copies: Path | None, command: Sequence[str]) -> None:
+    """Serve on a bound socket until Ctrl-C or SIGTERM, with a chat of `command` for each page.
+
+    One engine, in this process, answers all of them, and copies conversations to `copies`.
+    """
+    engine = SharedEngine(Engine(copies=copies))
+    engine.start()
+    try:
+        asyncio.run(ChatServer(bound, command, engine).run())
+    finally:
+        engine.close()
 
 
 class ChatServer(Server):
     """textual-serve's server, for one person's pages."""
 
-    def __init__(self, bound: socket.socket, command: Sequence[str]) -> None:
+    def __init__(self, bound: socket.socket, command: Sequence[str], engine: SharedEngine) -> None:
         host, port = bound.getsockname()
         super().__init__("", host=host, port=port, title="m7mlx")
         self._bound = bound
         self._arguments = command
+        self._engine = engine
         self._hosts = {f"{name}:{port}" for name in (host, "localhost")} | (
             {host, "localhost"} if port == 80 else set()
         )
@@ -198,7 +210,7 @@ class ChatServer(Server):
         if self._is_full:
             return _full()
         websocket = web.WebSocketResponse(timeout=2, heartbeat=15, max_msg_size=_MESSAGE)
-        page = Page(self._arguments, websocket, self.download_manager)
+        page = Page(self._arguments, self._engine, websocket, self.download_manager)
         self._pages.add(page)
         columns, rows = to_int(request.query.get("width", ""), 80), to_int(request.query.get("height", ""), 24)
         try:

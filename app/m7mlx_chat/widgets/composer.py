@@ -14,9 +14,10 @@ from textual.widgets import TextArea
 from m7mlx.errors import InputError
 from m7mlx.terminal import visible
 from m7mlx_chat.attach import attached, takes_long
+from m7mlx_chat.completing import Choice, FilesBelow, commands, paths
 from m7mlx_chat.textual_internals import read_alt_enter_as_ctrl_j
 from m7mlx_chat.unsent import UnsentText, folded, is_long, marker_of
-from m7mlx_chat.widgets.completion import Choice, Completion, FilesBelow, commands, paths
+from m7mlx_chat.widgets.completion import Completion
 
 _MENTION = re.compile(r"(?:^|\s)@(\S*)$")
 # the last: xterm's way of telling Shift+Enter

@@ -10,6 +10,7 @@ from textual.containers import Vertical
 from textual.widgets import Markdown, Static
 
 from m7mlx.terminal import visible
+from m7mlx.units import counted
 from m7mlx_chat.actions import bindings
 from m7mlx_chat.markdown import Part, answer_markdown, parts
 from m7mlx_chat.steps import Step
@@ -119,11 +120,11 @@ class Question(MessageView):
             yield Versions(self.message)
         shown = visible(self.message.text)
         if len(shown) > self.SHOWN:
-            shown = shown[: self.SHOWN] + f"\n… ({len(shown) - self.SHOWN:,} more characters)"
+            shown = shown[: self.SHOWN] + f"\n… ({counted(len(shown) - self.SHOWN, 'more character')})"
         yield Static(shown, markup=False, classes="body")
         self._lines = max(shown.count("\n") + 1, len(shown) // _LINE)
         self.set_class(self._lines >= self.FOLDED_FROM, "-long", "-folded")
-        yield Fold(f"{self._lines:,} lines")
+        yield Fold(counted(self._lines, "line"))
 
     def toggle_fold(self) -> None:
         self.toggle_class("-folded")
@@ -167,7 +168,7 @@ class Thoughts(Vertical):
 
     def _show(self) -> None:
         is_shown = self.has_class("-shown")
-        self._title.update(f"{'▾' if is_shown else '▸'} thinking · {len(self.text):,} characters")
+        self._title.update(f"{'▾' if is_shown else '▸'} thinking · {counted(len(self.text), 'character')}")
         if is_shown:
             self._body.update(visible(self.text[:_SHOWN]))
 
@@ -318,7 +319,7 @@ def footer_of(message: Message) -> str:
     if message.status == "error" and message.text:
         found = ["failed on the way"]
     if tokens := s.get("generated_tokens"):
-        found.append(f"{tokens:,} token{'s' if tokens != 1 else ''}")
+        found.append(counted(tokens, "token"))
         if s.get("generation_tps"):
             found.append(f"{s['generation_tps']:.1f} tok/s")
         if s.get("time_to_first_token"):

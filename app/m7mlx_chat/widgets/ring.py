@@ -12,7 +12,7 @@ from rich.text import Text
 from textual.color import Color
 from textual.widgets import Static
 
-from m7mlx.units import in_bytes, in_gigabytes
+from m7mlx.units import counted, in_bytes, in_gigabytes
 from m7mlx_chat.events import OnDisk, Ready, Seen
 
 _EMPTY = "░"
@@ -93,9 +93,8 @@ class RingPicture(Static):
 
 
 def _rolling(ready: Ready, seen: Seen, window: int, capacity: int, width: int, new: Color, old: Color) -> Text:
-    text = _buffer(
-        seen, window, capacity, width, new, old, f" · first {ready.sinks} tokens kept" if ready.sinks else ""
-    )
+    kept = f" · first {counted(ready.sinks, 'token')} kept" if ready.sinks else ""
+    text = _buffer(seen, window, capacity, width, new, old, kept)
     slot = seen.tokens % capacity
     label = f"▲ token {seen.tokens:,} goes to slot {slot:,}"
     at = slot * width // capacity
@@ -123,7 +122,7 @@ def _buffer(seen: Seen, window: int, capacity: int, width: int, new: Color, old:
     """What lies in a rolling buffer: a line about it, and its slots."""
     text = Text(no_wrap=True)
     text.append("rolling buffer", style="bold")
-    text.append(f"   {capacity:,} slots · turned {seen.tokens / capacity:.2f} times{note}\n", style="dim")
+    text.append(f"   {counted(capacity, 'slot')} · turned {seen.tokens / capacity:.2f} times{note}\n", style="dim")
     for age in ages(seen.tokens, capacity, width):
         if age is None:
             text.append(_EMPTY, style="dim")
@@ -140,7 +139,9 @@ def _timeline(tokens: int, window: int, width: int, new: Color, old: Color) -> T
     beyond = max(0, tokens - window)
     text = Text(no_wrap=True)
     if not beyond:
-        return text.append(f"all {tokens:,} tokens are seen; the window holds {window:,}", style="dim")
+        return text.append(
+            f"{counted(tokens, 'token')} so far, all of it seen; the window holds {window:,}", style="dim"
+        )
     seen_label, beyond_label = f" {window:,} seen ", f" {beyond:,} beyond the window "
     right = min(max(round(width * window / tokens), len(seen_label) + 4), width - len(beyond_label) - 4)
     left = width - right

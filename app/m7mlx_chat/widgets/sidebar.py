@@ -19,6 +19,7 @@ from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option, OptionDoesNotExist
 
 from m7mlx.terminal import visible
+from m7mlx.units import counted
 from m7mlx_chat.actions import bindings
 from m7mlx_chat.store import Store
 from m7mlx_chat.store.rows import Conversation, Hit
@@ -143,8 +144,11 @@ class Sidebar(Vertical):
             away = self.shelf == "put away"
             listed = self._store.conversations(away, limit)
             count = self._store.count(away)
-            what = "put away" if away else f"conversation{'s' * (count != 1)}"
-            hint = f"{f'{count:,}' if count else 'no' if not away else 'none'} {what} · F1: keys"
+            if away:
+                what = f"{count:,} put away" if count else "none put away"
+            else:
+                what = counted(count, "conversation") if count else "no conversations"
+            hint = f"{what} · F1: keys"
         self._fill(list(_grouped(listed)))
         self._hint(hint)
         here = f"conversation-{self._shown}"
@@ -163,9 +167,8 @@ class Sidebar(Vertical):
         self._fill(options[:-1] if hits else options)
         if is_new or self.conversations.highlighted is None:
             self.conversations.highlighted = (1 if titled else 0) if options else None
-        more = "+" if len(hits) == _FOUND else ""
-        found = [f"{len(titled)} title{'s' * (len(titled) != 1)}"] if titled else []
-        found += [f"{len(hits)}{more} message{'s' * (len(hits) != 1)}"] if hits else []
+        found = [counted(len(titled), "title")] if titled else []
+        found += [f"{_FOUND}+ messages" if len(hits) == _FOUND else counted(len(hits), "message")] if hits else []
         self._hint(f"{', '.join(found)} found" if found else "nothing found")
 
     def _fill(self, listed: Sequence[Option | None]) -> None:

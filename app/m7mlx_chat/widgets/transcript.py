@@ -23,7 +23,7 @@ class Transcript(VerticalScroll, can_focus=False):
     """
 
     DEFAULT_CSS = """
-    Transcript > .-unseen { opacity: 55%; }
+    Transcript > .-unseen { opacity: 70%; }
     Transcript > #horizon { height: auto; margin: 0 0 1 0; color: $text-muted; display: none; }
     Transcript { height: 1fr; padding: 1 2; scrollbar-size-vertical: 1; scrollbar-background: $background; }
     """

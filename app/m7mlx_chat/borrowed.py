@@ -1,0 +1,67 @@
+"""An engine in another process: what a page of the browser asks, the server answers."""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from m7mlx import Request
+from m7mlx_chat.event_queue import EventQueue
+from m7mlx_chat.events import Event, Failed
+from m7mlx_chat.settings import Settings
+
+
+class BorrowedEngine:
+    """An `AnyEngine` at the other end of a connection (`m7mlx_chat.web.shared.SharedEngine`)."""
+
+    def __init__(self, file: int) -> None:
+        """Take the end of the connection that this process was given: an open file's number."""
+        os.set_inheritable(file, False)
+        self._connection = Connection(file)
+        self._events = EventQueue()
+        self._thread = threading.Thread(target=self._read, name="borrowed engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin to listen."""
+        self._thread.start()
+
+    def load(self, folder: Path, settings: Settings) -> None:
+        """Have answers made by a model; what is under way here ends."""
+        self._send("load", folder, settings)
+
+    def submit(self, request: Request) -> None:
+        """Answer a request when its turn has come."""
+        self._send("submit", request)
+
+    def count(self, text: str) -> int | None:
+        """The tokenizer is in the other process: nothing is counted here."""
+        return None
+
+    def forget(self, conversation: int) -> None:
+        """Keep nothing on the disk of a conversation that was deleted."""
+        self._send("forget", conversation)
+
+    def cancel(self) -> None:
+        """End what was submitted from here."""
+        self._send("cancel")
+
+    def drain(self, wait: float = 0.0) -> list[Event]:
+        """Return the events since the last call; wait so many seconds for one if there is none."""
+        return self._events.drain(wait)
+
+    def close(self) -> None:
+        """Leave; the engine goes on for others."""
+        self._send("leave")
+
+    def _send(self, *what: object) -> None:
+        with suppress(OSError):  # the server has ended, which `_read` tells
+            self._connection.send(what)
+
+    def _read(self) -> None:
+        with suppress(EOFError, OSError):
+            while True:
+                self._events.put(self._connection.recv())
+        self._events.put(Failed("the server of this page has ended"))

@@ -1,0 +1,276 @@
+"""Questions and answers in lines, from the start of the program to its end."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from m7mlx.command import EXIT_FAILED, EXIT_INTERRUPTED
+from m7mlx.errors import M7Error, RunError
+from m7mlx.files.hub import find_existing
+from m7mlx.terminal import one_line
+from m7mlx.units import counted
+from m7mlx_chat.actions import is_command
+from m7mlx_chat.answering import UnderWay
+from m7mlx_chat.attach import attached
+from m7mlx_chat.config import Config
+from m7mlx_chat.engine import Engine
+from m7mlx_chat.environment import Environment
+from m7mlx_chat.events import WORDS, AnyEngine, Called, Done, Event, Failed, Given, Note, Prefill, Text, Thought
+from m7mlx_chat.headless import ended_by_signals, fetch_models
+from m7mlx_chat.plain.commands import LineCommands
+from m7mlx_chat.plain.reading import Lines
+from m7mlx_chat.plain.writing import Progress, Written
+from m7mlx_chat.room import WAYS, is_full, summary_request
+from m7mlx_chat.session import Session
+from m7mlx_chat.settings import Settings
+from m7mlx_chat.steps import Call
+from m7mlx_chat.steps import written as written_call
+from m7mlx_chat.store import open_store
+from m7mlx_chat.tools.allowed import Allowed
+from m7mlx_chat.tools.start import start_tools
+
+_WAIT = 0.1  # seconds to wait for an event at a time
+_RECALLED = 200  # questions that ↑ brings back
+_ARGUMENTS = 200  # characters of what a tool is given, and gives
+_MENTION = re.compile(r"(?<!\S)@(\S+)")
+_ENDED = {
+    "length": "cut at the longest length; /continue goes on",
+    "stopped": "stopped; /continue goes on",
+}
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the command line wants.
+
+    question  to be asked at once
+    go_on     in the conversation spoken in last
+    save      keep the conversations
+    notes     what is to be told at the start
+    allowed   tools that may run unasked
+    """
+
+    question: str | None = None
+    go_on: bool = False
+    save: bool = True
+    notes: Sequence[str] = ()
+    allowed: Sequence[str] = ()
+
+
+class Talk(LineCommands):
+    """The loop of messages, and how an answer is printed."""
+
+    def __init__(
+        self,
+        session: Session,
+        engine: AnyEngine,
+        config: Config,
+        environment: Environment,
+        lines: Lines,
+        written: Written,
+    ) -> None:
+        super().__init__(session, engine, config, environment, lines, written)
+        self._has_failed = False
+
+    def run(self) -> int:
+        """Read and answer until the end of input; returns the exit status."""
+        while not self.left:
+            try:
+                text = self.lines.message()
+                if text is None:
+                    break
+                self.take(text)
+            except KeyboardInterrupt:
+                if self.session.under_way is not None or not self.lines.is_terminal:
+                    return EXIT_INTERRUPTED
+                self.written.prompt("\n")
+                self.written.tell("Ctrl-D or /bye leaves.")
+        return EXIT_FAILED if self._has_failed and not self.lines.is_terminal else 0
+
+    def take(self, text: str) -> None:
+        """Do what a message wants; what goes wrong is told."""
+        offered, self.offered = self.offered, []
+        text = text.strip("\n").rstrip()
+        try:
+            if not text.strip():
+                self.offered = offered
+            elif text.isdecimal() and 1 <= int(text) <= len(offered):
+                offered[int(text) - 1]()
+            elif is_command(text):
+                self.run_command(text)
+            else:
+                question = self._with_files(text)
+                self.answer(lambda: self.session.ask(question))
+        except M7Error as error:
+            self._tell_error(str(error))
+
+    def _tell_error(self, text: str) -> None:
+        self._has_failed = True
+        self.written.tell(f"error: {text}")
+
+    def _with_files(self, text: str) -> str:
+        """Put the files that a message names by @ in the place of their names."""
+
+        def content(match: re.Match[str]) -> str:
+            path = find_existing(match[1])
+            if path is None or (path.is_dir() and not match[1].endswith("/")):
+                return match[0]
+            found = attached(match[1])
+            self.written.tell(f"with {path.name}: {counted(len(found), 'character')}")
+            return f"\n{found}\n"
+
+        return _MENTION.sub(content, text).strip("\n")
+
+    # --- answering --------------------------------------------------------------------------------
+
+    def answer(self, begin: Callable[[], UnderWay]) -> None:
+        self.check_loaded()
+        under_way = begin()
+        if under_way.settings.temperature != self.session.settings.temperature:
+            sampled = f"{under_way.settings.temperature:g}"
+            self.written.tell(f"at temperature 0 it would be the same: sampled at {sampled}")
+        progress, is_thinking = Progress(self.written, "reading", "token"), False
+        while self.session.under_way is not None:
+            for event in [*self.session.tools.drain(), *self.engine.drain(_WAIT)]:
+                self.session.handle(event)
+                if isinstance(event, Thought) and not is_thinking:
+                    is_thinking = True
+                    self.written.tell("thinking ...")
+                self._print(event, progress)
+                self._offer_room(event, under_way)
+            if under_way.asking is not None:
+                self._ask_for_word(under_way.asking)
+
+    def _ask_for_word(self, call: Call) -> None:
+        """Ask whether a call may be made. Where nobody can be asked, it may not."""
+        self.written.tell(f"It is for {self.session.tools.about(call)}. With:")
+        self.written.tell(written_call(call))
+        for word, means in WORDS.items():
+            self.written.tell(f"{word}: {means}")
+        while self.session.under_way is not None:
+            said = self.lines.message("May it? ")
+            word_given = next((word for word in WORDS if said is not None and word == said.strip().lower()), None)
+            if said is None or word_given is not None:
+                self.session.decide(word_given or "no")
+                return
+
+    def _print(self, event: Event, progress: Progress) -> None:
+        match event:
+            case Prefill(done, total):
+                progress(done, total)
+            case Text(text):
+                self.written.answer(text)
+            case Called(_, calls):
+                self.written.end_line()
+                for call in calls:
+                    self.written.tell(f"calls {one_line(call.name)} {one_line(call.arguments)[:_ARGUMENTS]}")
+            case Given(_, outcome, result):
+                self.written.tell(f"{outcome}: {one_line(result)[:_ARGUMENTS]}")
+            case Done(reason):
+                self.written.end_line()
+                if reason in _ENDED:
+                    self.written.tell(f"({_ENDED[reason]})")
+            case Note(message) | Failed(message):
+                self._tell_error(message)
+            case _:
+                pass
+
+    def _offer_room(self, event: Event, full: UnderWay) -> None:
+        """Offer ways to go on where the conversation has no more room."""
+        if not isinstance(event, Failed) or event.room is None:
+            return
+        room = event.room
+        self.written.tell(is_full(room))
+        for number, text in enumerate(WAYS.values(), 1):
+            self.written.tell(f"{number}  {text}")
+        self.offered = [
+            lambda: self._slide(full, room),
+            lambda: self._move_on(full, summary_request(self.store, full.question, room)),
+            lambda: self._move_on(full, None),
+        ]
+
+    def _slide(self, full: UnderWay, room: int) -> None:
+        self.configure(self.session.settings.changed({"max_kv_size": room}))
+        self.answer(self.session.resume if full.begun is not None else lambda: self.session.retry(full.question))
+
+    def _move_on(self, full: UnderWay, summary: str | None) -> None:
+        question = self.store.message(full.question).text
+        self.session.new()
+        if summary is not None:
+            self.answer(lambda: self.session.ask(summary))
+        self.answer(lambda: self.session.ask(question))
+
+
+def run_lines(config: Config, settings: Settings, environment: Environment, start: Start) -> int:
+    """Talk in lines until the user leaves; returns the exit status."""
+    if sys.stdout is None:
+        raise RunError("standard output is closed; there is nowhere to print answers")
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+    written = Written()
+    for note in start.notes:
+        written.tell(note)
+    with ended_by_signals((signal.SIGTERM, signal.SIGHUP)), open_store(_database(environment, start)) as store:
+        lines = Lines(written, store.prompts(limit=_RECALLED))
+        folder = fetch_models(settings, Progress(written, "fetching"))
+        engine = Engine(copies=environment.copies if start.save else None)
+        session = Session(store, engine, settings)
+        session.rounds = config.tool_rounds
+        allowed = Allowed(start.allowed, asks=lines.is_terminal)
+        session.tools = start_tools(config.servers, allowed, environment.tools if start.save else None)
+        talk = Talk(session, engine, config, environment, lines, written)
+        engine.start()
+        try:
+            with _stopped_by_ctrl_c(session):
+                return _talk(talk, folder, start)
+        finally:
+            session.end()
+            written.end_line()
+
+
+def _database(environment: Environment, start: Start) -> Path | None:
+    return environment.database if start.save else None
+
+
+def _talk(talk: Talk, folder: Path, start: Start) -> int:
+    if start.go_on:
+        talk.session.open_last()
+    talk.load(folder)
+    if start.question is not None:
+        question = start.question
+        talk.answer(lambda: talk.session.ask(question))
+    if talk.lines.is_terminal:
+        name = os.path.basename(talk.session.settings.model) or talk.session.settings.model
+        talk.written.tell(f"{name} answers. /help shows the commands; Ctrl-D leaves.")
+    return talk.run()
+
+
+@contextmanager
+def _stopped_by_ctrl_c(session: Session) -> Iterator[None]:
+    """Let Ctrl-C stop the answer under way; a second one, or one without an answer, interrupts."""
+    stopped: list[UnderWay] = []
+
+    def stop(number: int, frame: object) -> None:
+        under_way = session.under_way
+        if under_way is None or under_way in stopped:
+            raise KeyboardInterrupt
+        waits_for_word = under_way.asking is not None
+        stopped[:] = [under_way]
+        session.stop()
+        if waits_for_word:  # at a prompt, which must be left
+            raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # nohup's wish
+        yield
+        return
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

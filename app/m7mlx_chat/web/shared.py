@@ -1,0 +1,205 @@
+"""One engine for all pages: whoever asks waits for those who asked before.
+
+Each page's chat is a process of its own (`m7mlx_chat.borrowed` at its end); the model is in the
+server's. A page may have another model, or other settings of the engine, than the one before: then
+the engine is set up anew when its turn has come.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from m7mlx import Request, Stats
+from m7mlx_chat.events import AnyEngine, Called, Done, Event, Failed, Ready, Seen, Waiting
+from m7mlx_chat.settings import ENGINE, Settings
+
+_WAIT = 0.1  # seconds to wait for an event at a time
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A model, and how the engine is to be set up for it."""
+
+    folder: Path
+    settings: Settings
+
+    def is_met_by(self, other: _Wanted | None) -> bool:
+        return (
+            other is not None
+            and self.folder == other.folder
+            and all(getattr(self.settings, name) == getattr(other.settings, name) for name in ENGINE)
+        )
+
+
+class _Page:
+    """A page's chat at the other end of a connection."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.wanted: _Wanted | None = None
+
+    def send(self, event: Event) -> None:
+        with suppress(OSError, ValueError):  # it has left
+            self.connection.send(event)
+
+
+@dataclass
+class _Turn:
+    """What a page has asked for: an answer, or, without a request, that its model be loaded."""
+
+    page: _Page
+    wanted: _Wanted
+    request: Request | None
+    is_cancelled: bool = False
+
+    def send(self, event: Event) -> None:
+        """Tell the page; a model that is not wanted any more is not told of."""
+        if self.request is not None or not self.is_cancelled:
+            self.page.send(event)
+
+
+class SharedEngine:
+    """Lends an engine to pages, one turn after the other."""
+
+    def __init__(self, engine: AnyEngine) -> None:
+        self._engine = engine
+        self._changed = threading.Condition()
+        self._turns: deque[_Turn] = deque()
+        self._current: _Turn | None = None
+        self._loaded: _Wanted | None = None
+        self._ready: Ready | None = None
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._run, name="shared engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin to take turns."""
+        self._engine.start()
+        self._thread.start()
+
+    def lend(self) -> Connection:
+        """Return the end of a new connection, for a process with a `BorrowedEngine`."""
+        ours, theirs = Pipe()
+        threading.Thread(target=self._listen, args=(_Page(ours),), name="page", daemon=True).start()
+        return theirs
+
+    def close(self) -> None:
+        """End the turn under way, then the engine."""
+        with self._changed:
+            self._is_closing = True
+            self._turns.clear()
+            self._engine.cancel()
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(2 * _WAIT)
+        self._engine.close()
+
+    # --- what a page says, on a thread of its own -------------------------------------------------
+
+    def _listen(self, page: _Page) -> None:
+        with page.connection:
+            with suppress(EOFError, OSError):
+                while (said := page.connection.recv())[0] != "leave":
+                    self._take(page, *said)
+            self._cancel(page)
+
+    def _take(self, page: _Page, what: str, *given: Any) -> None:
+        match what, given:
+            case "load", (folder, settings):
+                self._cancel(page)
+                page.wanted = _Wanted(folder, settings)
+                self._queue(_Turn(page, page.wanted, None))
+            case "submit", (request,) if page.wanted is not None:
+                self._queue(_Turn(page, page.wanted, request))
+            case "forget", (conversation,):
+                self._engine.forget(conversation)
+            case "cancel", _:
+                self._cancel(page, only_answers=True)
+            case _:
+                page.send(Failed("no model has been chosen"))
+
+    def _queue(self, turn: _Turn) -> None:
+        with self._changed:
+            others = [one for one in (self._current, *self._turns) if one is not None and one.page is not turn.page]
+            if others:
+                turn.send(Waiting())
+            self._turns.append(turn)
+            self._changed.notify_all()
+
+    def _cancel(self, page: _Page, *, only_answers: bool = False) -> None:
+        """End what a page has asked for; answers that have not begun end at once."""
+        with self._changed:
+            ended = [t for t in self._turns if t.page is page and (t.request is not None or not only_answers)]
+            for turn in ended:
+                self._turns.remove(turn)
+            current = self._current
+            if current is not None and current.page is page and (current.request is not None or not only_answers):
+                current.is_cancelled = True
+                if current.request is not None:
+                    self._engine.cancel()
+        for turn in ended:
+            if turn.request is not None:
+                page.send(_nothing_said())
+
+    # --- turns, on one thread ---------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._current = None
+                while not self._turns and not self._is_closing:
+                    self._changed.wait()
+                if self._is_closing:
+                    return
+                turn = self._current = self._turns.popleft()
+            self._serve(turn)
+
+    def _serve(self, turn: _Turn) -> None:
+        if not turn.wanted.is_met_by(self._loaded):
+            if not self._load(turn):
+                return
+        elif turn.request is None and self._ready is not None:
+            turn.send(self._ready)
+        if turn.request is None:
+            return
+        with self._changed:  # from here on `_cancel` reaches the engine
+            if turn.is_cancelled:
+                turn.send(_nothing_said())
+                return
+            self._engine.submit(turn.request)
+        while not self._is_closing:
+            for event in self._engine.drain(_WAIT):
+                turn.send(event)
+                if isinstance(event, Called | Done | Failed):
+                    return
+
+    def _load(self, turn: _Turn) -> bool:
+        """Set the engine up as a page wants it; returns whether it answers."""
+        failed: Failed | None = None
+        self._engine.load(turn.wanted.folder, turn.wanted.settings)
+        while not self._is_closing:
+            for event in self._engine.drain(_WAIT):
+                turn.send(event)
+                if isinstance(event, Failed):
+                    failed = event
+                    if event.fatal:
+                        self._loaded = self._ready = None
+                        return False
+                elif isinstance(event, Ready):
+                    self._ready = event
+                    if failed is None:
+                        self._loaded = turn.wanted
+                    elif self._loaded is not None:  # the engine goes on as it was, and so does the page
+                        turn.page.wanted = self._loaded
+                    return failed is None or turn.request is None
+        return False
+
+
+def _nothing_said() -> Done:
+    return Done("stopped", "", [], Stats(), Seen(0, 0))
