@@ -1,16 +1,20 @@
 """Time to the first token of a long conversation that is opened again in m7mlx-chat.
 
     python benchmarks/reopening.py --model demo --tokens 30000
+    python benchmarks/reopening.py --model shape
+
+"shape" is a model with random weights whose keys and values are those of Mistral 7B v0.1 in shape:
+32 layers, 8 heads of 128 numbers, a window of 4,096. It computes little besides.
 
 A conversation is read and answered; the engine ends and copies it to the disk; the next one goes on
-from the copy. Models without a window keep the last 4,096 tokens here
-(`max_kv_size`). Beside the seconds on the clock stand those of the processor, which count where
-other work runs on the machine.
+from the copy. Models without a window keep the last 4,096 tokens here (`max_kv_size`). Beside the
+seconds on the clock stand those of the processor, which count where other work runs on the machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,6 +30,9 @@ from m7mlx import Request
 from m7mlx.config import ModelConfig
 from m7mlx.files.hub import resolve
 
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))  # for a small model
+from models import small_config, write_folder
+
 WORDS = "In the long report the committee said that the river had risen again after the rain. "
 
 
@@ -37,12 +44,18 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true", help="keep all tokens, not the last 4,096")
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 16], help="of the copies (%(default)s)")
     args = parser.parse_args()
-    folder = resolve(args.model)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = write_folder(Path(scratch), _shape()) if args.model == "shape" else resolve(args.model)
+        measure(folder, args)
+
+
+def measure(folder: Path, args: argparse.Namespace) -> None:
+    """Read, end, open again, for each of the bits."""
     config = ModelConfig.from_folder(folder)
     slides = config.window is None and not args.whole
     messages: list[dict[str, Any]] = [{"role": "user", "content": WORDS * (args.tokens // 17)}]
     for bits in args.bits:
-        settings = Settings(max_kv_size=4096 if slides else None, kv_disk_bits=bits)
+        settings = Settings(kv_bits=16, max_kv_size=4096 if slides else None, kv_disk_bits=bits)
         with tempfile.TemporaryDirectory() as scratch:
             copies = Path(scratch) / "copies"
             with engine_of(folder, settings, copies) as engine:
@@ -70,6 +83,11 @@ def engine_of(folder: Path, settings: Settings, copies: Path) -> Iterator[Engine
         yield engine
     finally:
         engine.close(timeout=60)
+
+
+def _shape() -> ModelConfig:
+    size = {"hidden_size": 64, "intermediate_size": 64, "n_layers": 32, "n_heads": 8, "n_kv_heads": 8}
+    return small_config(**size, head_dim=128, vocab_size=32768, sliding_window=4096, max_position_embeddings=32768)
 
 
 class Asked(NamedTuple):

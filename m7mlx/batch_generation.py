@@ -12,7 +12,8 @@ from m7mlx.cache import RollingCache
 from m7mlx.errors import InputError
 from m7mlx.memory import positions_that_fit
 from m7mlx.model import Mistral
-from m7mlx.request import Prompt, Request, kind_of, prepare
+from m7mlx.prompt import Prompt
+from m7mlx.request import Request, kind_of, prepare
 from m7mlx.sampling import Sampling
 from m7mlx.scheduler import Scheduler
 from m7mlx.tokens.messages import Message

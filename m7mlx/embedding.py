@@ -10,7 +10,7 @@ import mlx.core as mx
 from m7mlx.decode import default_chunk
 from m7mlx.errors import InputError
 from m7mlx.model import Mistral
-from m7mlx.request import check_prompt, encode_prompt
+from m7mlx.prompt import check_prompt, encode_prompt
 from m7mlx.tokens.tokenizer import Tokenizer
 
 Pooling = Literal["mean", "last"]
@@ -67,7 +67,7 @@ def passes(
     """Yield after each pass the vectors that it has completed, by the number of their prompt.
 
     What else a program has to do can be done between passes, none of which takes longer than that
-    of a chunk of a prompt. The prompts have been checked (`m7mlx.request.check_prompt`).
+    of a chunk of a prompt. The prompts have been checked (`m7mlx.prompt.check_prompt`).
     """
     for numbers in _groups(prompts, default_chunk(model)):
         sums = mx.zeros(())

@@ -16,7 +16,8 @@ from m7mlx.constrain import Constraint
 from m7mlx.decode import decode, default_chunk, prefill, reuse
 from m7mlx.errors import InputError
 from m7mlx.model import Mistral
-from m7mlx.request import DEFAULT_MAX_TOKENS, Prompt, Request, kind_of, prepare
+from m7mlx.prompt import Prompt
+from m7mlx.request import DEFAULT_MAX_TOKENS, Request, kind_of, prepare
 from m7mlx.sampling import LogitsProcessor, Sampling
 from m7mlx.speculative import DRAFT_SLACK, Drafter, speculate
 from m7mlx.tokens.tokenizer import Tokenizer

@@ -17,7 +17,7 @@ from m7mlx.cache import KVCache, RollingCache
 from m7mlx.decode import default_chunk
 from m7mlx.errors import InputError
 from m7mlx.model import Mistral
-from m7mlx.request import check_prompt
+from m7mlx.prompt import check_prompt
 
 _POSITIONS = 128  # whose logits are held at one time: 25 MB in a vocabulary of 49,152
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from m7mlx import Request
@@ -29,10 +29,10 @@ from m7mlx_chat.events import (
 )
 from m7mlx_chat.history import history, ids_for
 from m7mlx_chat.servers import ROUNDS
-from m7mlx_chat.settings import Settings
-from m7mlx_chat.steps import Call, Step, closed, messages_of, values_of
+from m7mlx_chat.steps import Call, Step, closed, messages_of
 from m7mlx_chat.store import Store
 from m7mlx_chat.store.rows import Ending
+from m7mlx_chat.under_way import UnderWay
 
 # between two saves of an answer under way: less than a second, whatever the timers do
 _GROW_SECONDS = 0.7
@@ -42,44 +42,6 @@ _ENDINGS: dict[str, Ending] = {"stop": "complete", "length": "length", "stopped"
 
 class Busy(InputError):
     """Only one answer can be under way."""
-
-
-@dataclass
-class UnderWay:
-    """The answer under way: where it goes, how it is made, and all that it says so far.
-
-    begun           what it said before it was broken off: a text, and its token ids where known
-    earlier_tokens  how many tokens that took
-    thought         what the model has thought by now
-    submitted       the engine has been asked; before, the model is still being loaded
-    saved           when it was last saved
-    steps           what it has done so far: the tools that the model called
-    rounds          how many of these steps the user has not seen the end of
-    asking          the call that waits for the user's word
-    calling         the call that is being made
-    is_stopped      the user has stopped it: no call is made any more
-    """
-
-    conversation: int
-    question: int
-    answer: int
-    settings: Settings
-    text: str = ""
-    begun: tuple[str, list[int] | None] | None = None
-    earlier_tokens: int = 0
-    thought: str = ""
-    submitted: bool = False
-    saved: float = 0.0
-    steps: list[Step] = field(default_factory=list)
-    rounds: int = 0
-    asking: Call | None = None
-    calling: Call | None = None
-    is_stopped: bool = False
-
-    @property
-    def waits(self) -> bool:
-        """Whether it goes on when a call has ended, not before."""
-        return self.asking is not None or self.calling is not None
 
 
 class Answering:
@@ -130,7 +92,7 @@ class Answering:
             self.under_way.is_stopped = True
             self._engine.cancel()
         else:  # no model yet, or a call is waited for
-            self._finish("stopped", self._spent(self.under_way))
+            self._finish("stopped", self.under_way.spent)
 
     def decide(self, word: Word) -> None:
         """Have the call that waits for the user's word made, or refused."""
@@ -263,7 +225,7 @@ class Answering:
         under_way.submitted = False
         under_way.rounds += 1
         if under_way.is_stopped:
-            self._finish("stopped", self._spent(under_way))
+            self._finish("stopped", under_way.spent)
             return
         try:
             self._save_steps(under_way)
@@ -284,7 +246,7 @@ class Answering:
             under_way.steps[-1] = under_way.steps[-1].with_call(ended)
         if under_way.rounds >= self.rounds:
             often = f"tools were called {under_way.rounds} times without an answer; /continue lets it go on"
-            self._finish("error", self._spent(under_way) | {"error": often})
+            self._finish("error", under_way.spent | {"error": often})
         else:
             self._go_on(under_way)
 
@@ -306,12 +268,8 @@ class Answering:
             self._next_call(under_way)
 
     def _save_steps(self, under_way: UnderWay) -> None:
-        self.store.grow(under_way.answer, under_way.text, _with_steps({}, under_way))
+        self.store.grow(under_way.answer, under_way.text, under_way.with_steps({}))
         under_way.saved = time.monotonic()
-
-    def _spent(self, under_way: UnderWay) -> dict[str, Any]:
-        """What an answer has cost that ends between two passes."""
-        return {"generated_tokens": under_way.earlier_tokens} if under_way.earlier_tokens else {}
 
     # --- the end ----------------------------------------------------------------------------------
 
@@ -342,12 +300,8 @@ class Answering:
         if ended.calling is not None:
             self.tools.cancel()
         ended.steps = closed(ended.steps)
-        statistics = _with_steps(statistics, ended)
+        statistics = ended.with_steps(statistics)
         if ended.thought:
             statistics |= {"thought": ended.thought}
         self._unsaved.append(lambda: self.store.finish(ended.answer, status, ended.text, statistics, ids))
         self.save_again()
-
-
-def _with_steps(statistics: dict[str, Any], under_way: UnderWay) -> dict[str, Any]:
-    return statistics | {"steps": values_of(under_way.steps)} if under_way.steps else statistics

@@ -7,10 +7,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from m7mlx import Stats
 from m7mlx.errors import M7Error
 from m7mlx.units import counted
 from m7mlx_chat.actions import unknown_keys
-from m7mlx_chat.answering import UnderWay
 from m7mlx_chat.commands.conversations import ConversationCommands
 from m7mlx_chat.commands.estimate import EstimateCommands
 from m7mlx_chat.commands.files import FileCommands
@@ -34,6 +34,7 @@ from m7mlx_chat.events import (
     Thought,
     Waiting,
 )
+from m7mlx_chat.under_way import UnderWay
 from m7mlx_chat.view import Parts
 from m7mlx_chat.widgets.composer import Composer
 from m7mlx_chat.widgets.messages import Answer
@@ -236,6 +237,22 @@ class ChatApp(
         room = None if compared else self._lacking_room(event, under_way)
         if room is not None and under_way is not None and len(self.screen_stack) == 1:
             self.offer_room(under_way, room)
+
+    async def show_end_between(self, under_way: UnderWay) -> None:
+        message, answer = self.store.message(under_way.answer), self.transcript.answer(under_way.answer)
+        if answer is not None:
+            await answer.finish(message)
+        self.show_conversations()
+        self.show_state()
+        self.show_seen()
+        error = message.statistics.get("error")
+        if error:
+            self.end_comparison(Failed(str(error)), under_way)
+            self.give_back_turns()
+        else:
+            self.end_comparison(Done("stopped", message.text, [], Stats(), self.session.seen), under_way)
+            self.first_text = 0.0
+            await self.next_turn()
 
     def _lacking_room(self, event: Done | Failed, under_way: UnderWay | None) -> int | None:
         """How many tokens the model sees, if an answer lacked room for more."""

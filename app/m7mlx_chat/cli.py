@@ -274,7 +274,7 @@ def _talk_in_lines(
         # The question came through a pipe: what follows is typed.
         os.dup2(os.open(os.ttyname(1), os.O_RDWR), 0)
     save = not (args.no_save or config.no_save)
-    start = Start(question=question, go_on=args.go_on, save=save, notes=notes, allowed=args.allow_tool)
+    start = Start(question=question, go_on=args.go_on, save=save, allowed=args.allow_tool, notes=notes)
     return run_lines(config, settings, environment, start)
 
 

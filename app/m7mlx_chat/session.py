@@ -14,12 +14,13 @@ from dataclasses import replace
 from typing import Any
 
 from m7mlx.errors import InputError
-from m7mlx_chat.answering import Answering, UnderWay
+from m7mlx_chat.answering import Answering
 from m7mlx_chat.events import AnyEngine, Event, Seen
 from m7mlx_chat.settings import ANSWER, ENGINE, Settings, known
 from m7mlx_chat.steps import closed, values_of
 from m7mlx_chat.store import Store
 from m7mlx_chat.store.rows import Message
+from m7mlx_chat.under_way import UnderWay
 
 SAMPLED = 0.7  # the temperature of another answer, where at 0 it would be the same
 _LOOKED_BACK = 6  # messages from the end, for one that says how much was seen

@@ -14,7 +14,7 @@ from m7mlx.arrays import raw_bytes
 from m7mlx.embedding import Pooling, passes
 from m7mlx.errors import InputError
 from m7mlx.model import Mistral
-from m7mlx.request import check_prompt
+from m7mlx.prompt import check_prompt
 
 
 class EmbeddingJob:

@@ -156,6 +156,17 @@ async def test_esc_stops_what_is_asked_and_what_runs(tmp_path: Path) -> None:
         assert outcomes(chat) == ["stopped", "stopped"] and len(chat.engine.asked) == 2
 
 
+async def test_what_waits_has_its_turn_after_a_call_was_stopped(tmp_path: Path) -> None:
+    async with chatting(tmp_path) as chat:
+        with_tools(chat)
+        await chat.send("?")
+        await chat.send("And then?")
+        await chat.say(called({}))
+        await chat.pilot.press("escape")
+        await chat.pilot.pause()
+        assert chat.engine.messages()[-1] == {"role": "user", "content": "And then?"}
+
+
 async def test_calls_follow_calls_up_to_a_number_and_continue(tmp_path: Path) -> None:
     async with chatting(tmp_path) as chat:
         tools = with_tools(chat, "make")

@@ -91,39 +91,8 @@ def talking(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Talk
 # --- tools ----------------------------------------------------------------------------------------
 
 
-class Giving(ScriptedTools):
-    """Tools that give at once what they are asked for."""
-
-    def make(self, call: Call) -> None:
-        super().make(call)
-        self.give("a blue\x1b[2J sky")
-
-
-@pytest.mark.parametrize(
-    ("typed", "words", "made"),
-    [
-        (["maybe", "Once"], [], 1),
-        (["always"], [("look", "always")], 1),
-        (["never"], [("look", "never")], 0),
-        ([], [], 0),
-    ],
-)
-def test_a_call_waits_for_the_users_word(
-    talking: Talking, typed: list[str], words: list[tuple[str, str]], made: int
-) -> None:
-    tools = talking.session.tools = Giving()
-    answers: list[list[Event]] = [[called({"at": "the sky"})], [Text("Blue."), done("Blue.")]]
-    out, told = talking.type("what colour?", *typed, prepared=answers)
-    assert (len(tools.made), tools.words) == (made, words)
-    assert out == "Blue.\n"
-    assert "a tool of w: program" in told and '"at": "the sky"' in told
-    assert ("given: a blue" in told) == bool(made)
-    assert "\x1b" not in out + told
-    assert len(talking.engine.asked) == 2
-
-
 def test_tools_are_listed_and_turned_off(talking: Talking) -> None:
-    tools = talking.session.tools = Giving()
+    tools = talking.session.tools = ScriptedTools()
     _, told = talking.type("/tools", "/tools off", "/tools ask look", "/tools ask x", "/tools y")
     assert "w: ready" in told and "look (asks): Looks." in told and "\x1b" not in told
     assert not tools.is_on
@@ -187,6 +156,23 @@ def test_a_full_conversation_offers_ways_to_go_on(talking: Talking, way: str) ->
         assert talking.said() == ["second", "answer 3"]
     else:
         assert "something else" in asked  # no number: a message like any other
+
+
+@pytest.mark.parametrize(("word", "outcome"), [("once", "given"), ("ALWAYS", "given"), ("no", "refused"), ("", "")])
+def test_a_call_of_a_tool_is_asked_about(talking: Talking, word: str, outcome: str) -> None:
+    class Tools(ScriptedTools):
+        def make(self, call: Call) -> None:
+            super().make(call)
+            self.give("in the \x1b[2J box")
+
+    talking.session.tools = tools = Tools()
+    calls: list[Event] = [called({"where": "here\x1b[2J"})]
+    out, told = talking.type("Where is it?", "perhaps", word, prepared=[calls, [Text("There."), done("There.")]])
+    assert 'The model calls look with {"where": "here\\u001b[2J"}' in told and "That is none of the four." in told
+    steps = talking.store.message(talking.session.line[-1]).steps
+    assert [call.outcome for step in steps for call in step.calls][: bool(outcome)] == [outcome] * bool(outcome)
+    assert bool(tools.made) == (outcome == "given") and "\x1b" not in told
+    assert out == ("There.\n" if word else "")
 
 
 # --- commands -------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from tekken_files import (
 from tokenizer_folders import write_files
 
 from m7mlx.errors import ChatFormatError
-from m7mlx.request import encode_prompt
+from m7mlx.prompt import encode_prompt
 from m7mlx.tokens.load import load_tokenizer
 from m7mlx.tokens.mistral_format import MistralFormat
 from m7mlx.tokens.template_format import TemplateFormat

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from textual import on
 
 from m7mlx_chat.actions import is_command
-from m7mlx_chat.answering import UnderWay
 from m7mlx_chat.commands.copying import CopyCommands
 from m7mlx_chat.commands.models import ModelCommands
 from m7mlx_chat.commands.tools import ToolCommands
@@ -15,6 +14,7 @@ from m7mlx_chat.commands.turns import TurnCommands
 from m7mlx_chat.screens.approval import Approve
 from m7mlx_chat.screens.models import Models
 from m7mlx_chat.screens.settings import SettingsDrawer
+from m7mlx_chat.under_way import UnderWay
 from m7mlx_chat.view import Parts
 from m7mlx_chat.widgets.composer import Composer
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m7mlx.errors import InputError
-from m7mlx_chat.answering import UnderWay
 from m7mlx_chat.commands.asking import AskCommands
 from m7mlx_chat.events import Done, Failed
 from m7mlx_chat.screens.model_work import Chosen
 from m7mlx_chat.screens.versions import SideBySide
+from m7mlx_chat.under_way import UnderWay
 from m7mlx_chat.view import Parts
 
 

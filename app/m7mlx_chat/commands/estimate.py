@@ -6,6 +6,7 @@ import asyncio
 
 from textual import on, work
 
+from m7mlx.units import counted
 from m7mlx_chat.events import Done, Prefill
 from m7mlx_chat.pace import Pace, about
 from m7mlx_chat.view import ChatView, Parts
@@ -50,7 +51,7 @@ class EstimateCommands(ChatView):
     def _cost_of(self, tokens: int) -> str:
         """What there is to say of a message of so many tokens."""
         to_read = tokens + self.session.unread
-        told = f"about {round(tokens, -2):,} tokens" if tokens > _PART else f"{tokens:,} token{'s' * (tokens != 1)}"
+        told = f"about {counted(round(tokens, -2), 'token')}" if tokens > _PART else counted(tokens, "token")
         if to_read > tokens:
             told += f", and {to_read - tokens:,} before them to read again"
         seconds = self.pace.seconds(to_read)

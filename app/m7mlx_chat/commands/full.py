@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from m7mlx_chat.answering import UnderWay
 from m7mlx_chat.commands.compare import CompareCommands
 from m7mlx_chat.room import WAYS, is_full, summary_request
 from m7mlx_chat.screens.dialogs import Choose
+from m7mlx_chat.under_way import UnderWay
 from m7mlx_chat.unsent import folded
 
 

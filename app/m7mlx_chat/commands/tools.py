@@ -10,11 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from m7mlx.terminal import one_line
-from m7mlx_chat.answering import UnderWay
 from m7mlx_chat.events import Listing, Word
 from m7mlx_chat.screens.approval import Approve
 from m7mlx_chat.screens.dialogs import Figures
 from m7mlx_chat.tools.change import change_tools
+from m7mlx_chat.under_way import UnderWay
 from m7mlx_chat.view import ChatView, Parts
 
 _TYPING_SECONDS = 1.0
@@ -64,10 +64,7 @@ class ToolCommands(ChatView):
         """Show the calls of an answer as they are now, and its end if that is all."""
         answer = self.transcript.answer(under_way.answer)
         if self.session.under_way is not under_way:
-            if answer is not None:
-                await answer.finish(self.store.message(under_way.answer))
-            self.show_conversations()
-            self.show_state()
+            await self.show_end_between(under_way)
             return
         if answer is not None:
             await answer.show_steps(under_way.steps)
@@ -76,6 +73,10 @@ class ToolCommands(ChatView):
             self.show_state(f"{one_line(call.name)[:40]} {what} · Esc stops")
         else:
             self.show_state()
+
+    async def show_end_between(self, under_way: UnderWay) -> None:
+        """Show the end of an answer that the engine was not at work on."""
+        raise NotImplementedError  # the app knows what follows an answer
 
     async def action_tools(self, argument: str = "") -> None:
         """Show all tools; turn them on or off; have one asked about again."""

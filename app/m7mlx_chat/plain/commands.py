@@ -12,7 +12,6 @@ from m7mlx.errors import InputError
 from m7mlx.terminal import one_line
 from m7mlx.units import counted
 from m7mlx_chat.actions import ACTIONS, parse_command
-from m7mlx_chat.answering import UnderWay
 from m7mlx_chat.clipboard import copy_with_tool
 from m7mlx_chat.config import Config
 from m7mlx_chat.environment import Environment
@@ -27,6 +26,7 @@ from m7mlx_chat.prompts import Prompts, filled, kept_question, variables
 from m7mlx_chat.session import Session
 from m7mlx_chat.settings import ANSWER, ENGINE, FIELDS
 from m7mlx_chat.tools.change import change_tools
+from m7mlx_chat.under_way import UnderWay
 
 _LISTED = 20  # conversations and hits
 _RECAP = 500  # characters of a message that is told when its conversation is opened

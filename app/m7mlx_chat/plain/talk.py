@@ -10,19 +10,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast, get_args
 
 from m7mlx.command import EXIT_FAILED, EXIT_INTERRUPTED
 from m7mlx.errors import M7Error, RunError
 from m7mlx.files.hub import find_existing
-from m7mlx.terminal import one_line
 from m7mlx.units import counted
 from m7mlx_chat.actions import is_command
-from m7mlx_chat.answering import UnderWay
 from m7mlx_chat.attach import attached
 from m7mlx_chat.config import Config
 from m7mlx_chat.engine import Engine
 from m7mlx_chat.environment import Environment
-from m7mlx_chat.events import WORDS, AnyEngine, Called, Done, Event, Failed, Given, Note, Prefill, Text, Thought
+from m7mlx_chat.events import WORDS, AnyEngine, Done, Event, Failed, Given, Note, Prefill, Text, Thought, Word
 from m7mlx_chat.headless import ended_by_signals, fetch_models
 from m7mlx_chat.plain.commands import LineCommands
 from m7mlx_chat.plain.reading import Lines
@@ -31,14 +30,14 @@ from m7mlx_chat.room import WAYS, is_full, summary_request
 from m7mlx_chat.session import Session
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.steps import Call
-from m7mlx_chat.steps import written as written_call
 from m7mlx_chat.store import open_store
 from m7mlx_chat.tools.allowed import Allowed
 from m7mlx_chat.tools.start import start_tools
+from m7mlx_chat.under_way import UnderWay
 
 _WAIT = 0.1  # seconds to wait for an event at a time
+_SHOWN = 200  # characters of what a tool gave
 _RECALLED = 200  # questions that ↑ brings back
-_ARGUMENTS = 200  # characters of what a tool is given, and gives
 _MENTION = re.compile(r"(?<!\S)@(\S+)")
 _ENDED = {
     "length": "cut at the longest length; /continue goes on",
@@ -53,15 +52,15 @@ class Start:
     question  to be asked at once
     go_on     in the conversation spoken in last
     save      keep the conversations
-    notes     what is to be told at the start
     allowed   tools that may run unasked
+    notes     what is to be told at the start
     """
 
     question: str | None = None
     go_on: bool = False
     save: bool = True
-    notes: Sequence[str] = ()
     allowed: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
 class Talk(LineCommands):
@@ -145,21 +144,24 @@ class Talk(LineCommands):
                     self.written.tell("thinking ...")
                 self._print(event, progress)
                 self._offer_room(event, under_way)
-            if under_way.asking is not None:
-                self._ask_for_word(under_way.asking)
+            if under_way.asking is not None and self.session.under_way is under_way:
+                self._ask_for(under_way.asking)
 
-    def _ask_for_word(self, call: Call) -> None:
-        """Ask whether a call may be made. Where nobody can be asked, it may not."""
-        self.written.tell(f"It is for {self.session.tools.about(call)}. With:")
-        self.written.tell(written_call(call))
-        for word, means in WORDS.items():
-            self.written.tell(f"{word}: {means}")
-        while self.session.under_way is not None:
-            said = self.lines.message("May it? ")
-            word_given = next((word for word in WORDS if said is not None and word == said.strip().lower()), None)
-            if said is None or word_given is not None:
-                self.session.decide(word_given or "no")
-                return
+    def _ask_for(self, call: Call) -> None:
+        """Ask for the user's word on a call; without one the answer ends."""
+        self.written.tell(f"The model calls {call.name} with {call.arguments}\n{self.session.tools.about(call)}")
+        for meant, means in WORDS.items():
+            self.written.tell(f"{meant}: {means}")
+        try:
+            word = (self.lines.message("Shall it? once, always, no, never: ") or "").strip().lower()
+        except KeyboardInterrupt:
+            word = ""
+        if word in get_args(Word):
+            self.session.decide(cast(Word, word))
+        elif word:
+            self.written.tell("That is none of the four.")
+        else:
+            self.session.stop()
 
     def _print(self, event: Event, progress: Progress) -> None:
         match event:
@@ -167,17 +169,15 @@ class Talk(LineCommands):
                 progress(done, total)
             case Text(text):
                 self.written.answer(text)
-            case Called(_, calls):
-                self.written.end_line()
-                for call in calls:
-                    self.written.tell(f"calls {one_line(call.name)} {one_line(call.arguments)[:_ARGUMENTS]}")
             case Given(_, outcome, result):
-                self.written.tell(f"{outcome}: {one_line(result)[:_ARGUMENTS]}")
+                self.written.tell(f"the tool gave ({outcome}): {result[:_SHOWN]}{' …' * (len(result) > _SHOWN)}")
+            case Note(message):
+                self.written.tell(message)
             case Done(reason):
                 self.written.end_line()
                 if reason in _ENDED:
                     self.written.tell(f"({_ENDED[reason]})")
-            case Note(message) | Failed(message):
+            case Failed(message):
                 self._tell_error(message)
             case _:
                 pass
@@ -222,8 +222,11 @@ def run_lines(config: Config, settings: Settings, environment: Environment, star
         engine = Engine(copies=environment.copies if start.save else None)
         session = Session(store, engine, settings)
         session.rounds = config.tool_rounds
-        allowed = Allowed(start.allowed, asks=lines.is_terminal)
-        session.tools = start_tools(config.servers, allowed, environment.tools if start.save else None)
+        approvals = environment.tools if start.save else None
+        try:
+            session.tools = start_tools(config.servers, Allowed(start.allowed, asks=lines.is_terminal), approvals)
+        except M7Error as error:
+            written.tell(str(error))
         talk = Talk(session, engine, config, environment, lines, written)
         engine.start()
         try:
@@ -258,13 +261,10 @@ def _stopped_by_ctrl_c(session: Session) -> Iterator[None]:
 
     def stop(number: int, frame: object) -> None:
         under_way = session.under_way
-        if under_way is None or under_way in stopped:
+        if under_way is None or under_way in stopped or under_way.asking is not None:
             raise KeyboardInterrupt
-        waits_for_word = under_way.asking is not None
         stopped[:] = [under_way]
         session.stop()
-        if waits_for_word:  # at a prompt, which must be left
-            raise KeyboardInterrupt
 
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # nohup's wish
         yield

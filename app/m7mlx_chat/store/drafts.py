@@ -43,7 +43,8 @@ class DraftWriter(Writer):
 
     def keep_draft(self, place: Place, shown: str, pastes: Mapping[str, str]) -> None:
         """Keep our draft in the place of the one before; the last one kept is opened first."""
-        self._keep(place.key, place.conversation, shown, pastes)
+        with self._writing():
+            self._keep(place.key, place.conversation, shown, pastes)
 
     def drop_draft(self, place: Place) -> None:
         """Forget our draft: it has been sent, or is what it was made of."""
@@ -51,7 +52,7 @@ class DraftWriter(Writer):
 
     def draft(self, place: Place) -> tuple[str, dict[str, str]] | None:
         """The draft of a place, if there is one; nobody's becomes ours."""
-        return self._draft(place.key)
+        return self._take(place.key)
 
     def last_place(self, conversation: int | None) -> Place:
         """Where in a conversation a draft was written last, by us if we have written in it."""
@@ -65,21 +66,22 @@ class DraftWriter(Writer):
 
     def keep_waiting(self, place: Place, shown: str, pastes: Mapping[str, str]) -> None:
         """Keep what has been sent at a place, and waits for its turn."""
-        self._keep(f"waiting {place.key}", place.conversation, shown, pastes)
+        with self._writing():
+            self._keep(f"waiting {place.key}", place.conversation, shown, pastes)
 
     def drop_waiting(self, place: Place) -> None:
         """Forget it: nothing waits there any more."""
         self._drop(f"waiting {place.key}")
 
     def waiting(self, place: Place) -> tuple[str, dict[str, str]] | None:
-        """What waited for its turn at a place."""
-        return self._draft(f"waiting {place.key}")
+        """What waited for its turn at a place, here or in a window that has ended."""
+        return self._take(f"waiting {place.key}", "AND (owner = ? OR owner IS NULL)", [self._instance.name])
 
     def keep_cleared(self, shown: str, pastes: Mapping[str, str]) -> None:
         """Keep the draft that the user cleared last; those of windows that have ended go."""
         with self._writing():
             self._db.execute("DELETE FROM draft WHERE place = ? AND owner IS NULL", [_CLEARED])
-            self._put(_CLEARED, None, shown, pastes)
+            self._keep(_CLEARED, None, shown, pastes)
 
     def drop_cleared(self) -> None:
         """Forget it."""
@@ -95,8 +97,8 @@ class DraftWriter(Writer):
         return next((_text_of(Row(found)) for found in self._rows(ours, [_CLEARED, name, name])), None)
 
     def _keep(self, key: str, conversation: int | None, shown: str, pastes: Mapping[str, str]) -> None:
-        with self._writing():
-            self._put(key, conversation, shown, pastes)
+        values = [key, self._instance.name, conversation, self._clock(), encodable(shown), as_json(pastes)]
+        self._db.execute("INSERT OR REPLACE INTO draft VALUES (?, ?, ?, ?, ?, ?)", values)
 
     def _drop(self, key: str) -> None:
         ours = "FROM draft WHERE place = ? AND owner = ?"
@@ -104,18 +106,19 @@ class DraftWriter(Writer):
             with self._writing():
                 self._db.execute(f"DELETE {ours}", [key, self._instance.name])
 
-    def _draft(self, key: str) -> tuple[str, dict[str, str]] | None:
-        name = self._instance.name
-        for found in self._rows(f"SELECT rowid AS number, * FROM draft WHERE place = ? {_OURS_FIRST}", [key, name]):
+    def _take(self, key: str, whose: str = "", values: Sequence[str] = ()) -> tuple[str, dict[str, str]] | None:
+        """The first text of a place; what is nobody's becomes ours."""
+        name, first = (
+            self._instance.name,
+            f"SELECT rowid AS number, * FROM draft WHERE place = ? {whose} {_OURS_FIRST}",
+        )
+        for found in self._rows(first, [key, *values, name]):
             if found["owner"] is None:
-                with suppress(M7Error), self._writing():  # where nothing can be written, it is shown all the same
+                # where nothing can be written, it is shown all the same
+                with suppress(M7Error), self._writing():
                     self._db.execute("UPDATE draft SET owner = ? WHERE rowid = ?", [name, found["number"]])
             return _text_of(Row(found))
         return None
-
-    def _put(self, key: str, conversation: int | None, shown: str, pastes: Mapping[str, str]) -> None:
-        values = [key, self._instance.name, conversation, self._clock(), encodable(shown), as_json(pastes)]
-        self._db.execute("INSERT OR REPLACE INTO draft VALUES (?, ?, ?, ?, ?, ?)", values)
 
     def _release(self, whose: str, values: Sequence[str]) -> None:
         """Let the drafts of instances that have ended belong to nobody."""

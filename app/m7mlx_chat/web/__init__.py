@@ -15,7 +15,8 @@ _HOST = "127.0.0.1"
 def serve(arguments: Sequence[str], port: int, copies: Path | None) -> int:
     """Serve until Ctrl-C: each page runs a chat of its own, with the same `arguments` but --web.
 
-    One model answers all pages, in turn. Conversations are copied to the folder `copies`, if given.
+    One model answers all pages, in turn. Conversations are copied to `copies`, so that they go on
+    at once the next time.
     """
     if not 0 < port < 1 << 16:
         raise InputError(f"--port must lie between 1 and 65535, not {port}")
@@ -31,5 +32,5 @@ def serve(arguments: Sequence[str], port: int, copies: Path | None) -> int:
         raise RunError(f"port {port} cannot be opened ({error.strerror}); choose another with --port") from None
     passed = [argument for argument in arguments if argument != "--web"]
     with bound:
-        run(bound, copies, [sys.executable, "-m", "m7mlx_chat", "--interactive", *passed])
+        run(bound, [sys.executable, "-m", "m7mlx_chat", "--interactive", *passed], copies)
     return 0

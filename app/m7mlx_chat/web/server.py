@@ -66,10 +66,10 @@ _FULL = (
 )
 
 
-def run(bound: socket.socket, copies: Path | None, command: Sequence[str]) -> None:
+def run(bound: socket.socket, command: Sequence[str], copies: Path | None) -> None:
     """Serve on a bound socket until Ctrl-C or SIGTERM, with a chat of `command` for each page.
 
-    One engine, in this process, answers all of them, and copies conversations to `copies`.
+    One engine, in this process, answers all of them.
     """
     engine = SharedEngine(Engine(copies=copies))
     engine.start()

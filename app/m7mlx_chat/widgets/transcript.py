@@ -9,6 +9,7 @@ from textual.containers import VerticalScroll
 from textual.widget import Widget
 from textual.widgets import Static
 
+from m7mlx.units import counted
 from m7mlx_chat.session import Session
 from m7mlx_chat.widgets.messages import Answer, MessageView, view_of
 
@@ -95,7 +96,7 @@ class Transcript(VerticalScroll, can_focus=False):
     def show_seen(self, first: int, sinks: int = 0) -> None:
         """Dim what the model no longer sees: all before the index `first`, but for some sinks."""
         self._seen_from = first
-        kept = f", but for its first {sinks} tokens" if sinks else ""
+        kept = f", but for its first {counted(sinks, 'token')}" if sinks else ""
         self._horizon.update(f"▲ above: no longer seen by the model{kept}")
         self._dim()
 
