@@ -30,6 +30,9 @@ class Entry:
     nbytes  bytes of weights, or of the download
     memory  bytes that a chat takes, at the window or at 4,096 tokens
     problem why it cannot be used
+    label   what the picker calls it, where that is not its name
+    file    a GGUF file, which has to be converted before it is used
+    owner   the program that keeps it, where that is another one
     """
 
     name: str
@@ -41,6 +44,9 @@ class Entry:
     context: int = 0
     about: str = ""
     problem: str = ""
+    label: str = ""
+    file: Path | None = None
+    owner: str = ""
 
     @property
     def fit(self) -> Fit:
@@ -109,8 +115,10 @@ def on_this_machine(name: str, own: Path | None = None) -> Path | None:
 
 
 def shown_name(entry: Entry, own: Path | None) -> str:
-    """The name of a model in lists, which `full_name` takes: of one in `own` the folder's."""
-    return entry.folder.name if entry.folder is not None and entry.folder.parent == own else entry.name
+    """The name of a model in lists: of one in `own` the folder's, which `full_name` takes."""
+    if entry.folder is not None and entry.folder.parent == own:
+        return entry.folder.name
+    return entry.label or entry.name
 
 
 def full_name(name: str, own: Path | None) -> str:

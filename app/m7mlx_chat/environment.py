@@ -14,6 +14,18 @@ ENGINE_FILE = "M7MLX_ENGINE_FILE"  # for a page's process alone: those that it s
 
 
 @dataclass(frozen=True)
+class Programs:
+    """Where other programs keep models.
+
+    lm_studio  LM Studio's folders, which have `models` in them
+    ollama     Ollama's folders of models
+    """
+
+    lm_studio: tuple[Path, ...] = ()
+    ollama: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
 class Environment:
     """Where the chat's files lie, and where it is shown.
 
@@ -24,6 +36,7 @@ class Environment:
     in_browser  the screen is a browser's page: `m7mlx_chat.web` has started this process
     is_dumb     the terminal cannot place the cursor
     engine      the open file that leads to the engine of all pages, in a browser
+    programs    where other programs keep models
     """
 
     data: Path
@@ -33,6 +46,7 @@ class Environment:
     in_browser: bool = False
     is_dumb: bool = False
     engine: int | None = None
+    programs: Programs = Programs()
 
     @property
     def database(self) -> Path:
@@ -66,4 +80,13 @@ def read_environment() -> Environment:
         in_browser="TEXTUAL_DRIVER" in os.environ,
         is_dumb=os.environ.get("TERM") == "dumb",
         engine=int(engine) if (engine := os.environ.pop(ENGINE_FILE, "")).isdecimal() else None,
+        programs=_programs(),
     )
+
+
+def _programs() -> Programs:
+    home = Path(os.path.expanduser("~"))
+    named = os.environ.get("OLLAMA_MODELS")
+    # The last is where Ollama's service on Linux keeps them.
+    ollama = (Path(named),) if named else (home / ".ollama" / "models", Path("/usr/share/ollama/.ollama/models"))
+    return Programs(lm_studio=(home / ".lmstudio", home / ".cache" / "lm-studio"), ollama=ollama)

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from m7mlx.errors import RunError
+from m7mlx_chat.hub_search import Files, Offer
 
 _LINE = 1 << 20  # bytes: the longest line that is read
 _KILL_SECONDS = 5.0
+_NAME = 100  # characters of a folder's name
+_ASK_SECONDS = 30.0  # for the Hub to answer
 Progress = Callable[[int, int, str], None]
 
 
@@ -31,14 +34,55 @@ async def fetch(name: str, progress: Progress) -> Path:
 
 async def convert(source: str, bits: int | None, into: Path, progress: Progress) -> Path:
     """Run `m7mlx-convert` into a folder in `into`; return that folder. Raises RunError."""
-    stem = (
-        re.sub(r"[^\w.-]+", "-", source.rstrip("/").rpartition("/")[2].removesuffix(".gguf")).strip("-.") or "model"
-    )
-    target = into / (f"{stem}-{bits}bit" if bits else stem)
-    into.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "m7mlx_convert", source, "--mlx-path", str(target), "--json"]
-    await _run(command + (["--q-bits", str(bits)] if bits else []), progress)
+    target = target_folder(source.rstrip("/").rpartition("/")[2], bits, into)
+    return await convert_to(target, source, bits, progress)
+
+
+async def convert_to(target: Path, source: str, bits: int | None, progress: Progress) -> Path:
+    """Run `m7mlx-convert` into the folder `target`; return it. Raises RunError."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    await _run(_converter(source, bits, target), progress)
     return target
+
+
+async def plan(target: Path, source: str, bits: int | None) -> dict[str, Any]:
+    """Return what a conversion would give, as `m7mlx-convert --plan` tells it.
+
+    Raises RunError where the source cannot be converted, with the reason.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return await _run([*_converter(source, bits, target), "--plan"], lambda done, total, task: None)
+
+
+async def search(text: str) -> list[Offer]:
+    """Search the Hub for models that can be used here. Raises RunError."""
+    return [Offer(**offer) for offer in (await _ask("search", text))["offers"]]
+
+
+async def list_files(repo: str) -> Files:
+    """Return what a repository of the Hub holds of a model. Raises RunError."""
+    result = await _ask("files", repo)
+    return Files(result["nbytes"], result["is_native"], result["ggufs"])
+
+
+async def _ask(kind: str, text: str) -> dict[str, Any]:
+    try:
+        async with asyncio.timeout(_ASK_SECONDS):
+            command = [sys.executable, "-m", "m7mlx_chat.hub_search", kind, text]
+            return await _run(command, lambda done, total, task: None)
+    except TimeoutError:
+        raise RunError("the Hub does not answer; check the network, or try again later") from None
+
+
+def target_folder(name: str, bits: int | None, into: Path) -> Path:
+    """Return the folder for the result of converting what is called `name`."""
+    stem = re.sub(r"[^\w.-]+", "-", name.removesuffix(".gguf")).strip("-.")[:_NAME] or "model"
+    return into / (f"{stem}-{bits}bit" if bits else stem)
+
+
+def _converter(source: str, bits: int | None, target: Path) -> list[str]:
+    command = [sys.executable, "-m", "m7mlx_convert", source, "--mlx-path", str(target), "--json"]
+    return command + (["--q-bits", str(bits)] if bits else [])
 
 
 async def _run(command: list[str], progress: Progress) -> dict[str, Any]:
@@ -66,7 +110,7 @@ async def _run(command: list[str], progress: Progress) -> dict[str, Any]:
                     progress(int(event["done"]), int(event["total"]), str(event.get("task", "")))
                 case "error":
                     message = str(event.get("message") or event.get("text") or "")
-                case "result":
+                case "result" | "plan":
                     result = event
                 case _:
                     pass

@@ -15,7 +15,8 @@ from m7mlx_chat import catalog, jobs
 from m7mlx_chat.catalog import Entry, describe, models
 from m7mlx_chat.config import Config, read_config
 from m7mlx_chat.events import Failed
-from m7mlx_chat.screens.models import Chosen, Models
+from m7mlx_chat.screens.model_work import Chosen
+from m7mlx_chat.screens.models import Models
 from m7mlx_chat.screens.settings import SettingsDrawer
 from m7mlx_chat.settings import Settings
 from models import small_config, write_folder

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from m7mlx_chat.differences import differences
 from m7mlx_chat.events import Failed, Text
-from m7mlx_chat.screens.models import Chosen, Models
+from m7mlx_chat.screens.model_work import Chosen
+from m7mlx_chat.screens.models import Models
 from m7mlx_chat.screens.versions import SideBySide
 
 TEXTS = st.lists(st.sampled_from(["one", "two", " ", "\n", ".", "é", "👩‍👧"]), max_size=12).map("".join)

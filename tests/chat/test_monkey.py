@@ -198,7 +198,7 @@ def _seeds() -> list[int]:
 @pytest.mark.parametrize("seed", _seeds())
 async def test_whatever_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     monkeypatch.chdir(tmp_path)
-    for job in ("fetch", "convert"):
+    for job in ("fetch", "convert", "convert_to", "plan", "search", "list_files"):
         monkeypatch.setattr(f"m7mlx_chat.jobs.{job}", refused)
     monkeypatch.setattr("m7mlx_chat.screens.models.models", lambda *_: [])
     monkeypatch.setattr("m7mlx_chat.commands.copying.copy_with_tool", lambda text: False)

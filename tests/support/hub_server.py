@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 COMMIT = "0" * 39 + "1"
 LARGE = (".safetensors", ".gguf", ".bin", ".model")
@@ -32,6 +33,8 @@ class Hub:
     ranges        whether a part of a file can be asked for; else all of it comes
     padding       bytes that come behind every file of weights, unknown to its listing
     slow          seconds to wait between two pieces of 64 kB
+    listed        what a search goes through: models as the Hub tells of them
+    hangs         set: a search waits until this is cleared
     """
 
     def __init__(self, folder: Path, repo: str) -> None:
@@ -47,6 +50,8 @@ class Hub:
         self.created: list[dict[str, Any]] = []
         self.objects: dict[str, bytes] = {}  # large files, by checksum
         self.url = ""
+        self.listed: list[dict[str, Any]] = []
+        self.hangs = threading.Event()
 
 
 def checksum(path: Path) -> str:
@@ -99,12 +104,22 @@ class Handler(BaseHTTPRequestHandler):
             is_known = self.headers.get("Authorization") == "Bearer hf_right"
             user = {"type": "user", "name": "someone", "orgs": [{"name": "some-org"}], "auth": {}}
             self.reply(200 if is_known else 401, json.dumps(user if is_known else {}).encode(), {}, body)
+        elif path == "/api/models":
+            self.search(body)
         elif path.startswith(f"/api/models/{hub.repo}"):
             self.info(path, body)
         elif path.startswith(f"/{hub.repo}/resolve/"):
             self.file(hub.folder / path.split("/resolve/")[1].split("/", 1)[1], body)
         else:
             self.reply(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
+
+    def search(self, body: bool) -> None:
+        hub, asked = self.hub, parse_qs(self.path.partition("?")[2])
+        while hub.hangs.is_set():
+            time.sleep(0.01)
+        (text,), tags = asked["search"], asked.get("filter", [])
+        found = [m for m in hub.listed if text.lower() in m["id"].lower() and set(tags) <= set(m["tags"])]
+        self.reply(200, json.dumps(found).encode(), {"Content-Type": "application/json"}, body)
 
     def info(self, path: str, body: bool) -> None:
         hub = self.hub

@@ -8,7 +8,7 @@ from pathlib import Path
 from m7mlx.errors import InputError
 from m7mlx_chat.commands.asking import AskCommands
 from m7mlx_chat.events import Done, Failed
-from m7mlx_chat.screens.models import Chosen
+from m7mlx_chat.screens.model_work import Chosen
 from m7mlx_chat.screens.versions import SideBySide
 from m7mlx_chat.under_way import UnderWay
 from m7mlx_chat.view import Parts
@@ -62,6 +62,11 @@ class CompareCommands(AskCommands):
             raise InputError("there is no answer yet that another model's could stand beside")
         self._comparison = _Comparison(last.id, self.session.settings.model, self.folder)
         self.choose_model(argument)
+
+    def folders_in_use(self) -> list[Path]:
+        """Return those in use, and that of the model that comes back."""
+        before = self._comparison.folder if self._comparison is not None else None
+        return [*super().folders_in_use(), *([before] if before is not None else [])]
 
     async def model_chosen(self, chosen: Chosen | None) -> None:
         comparison = self._comparison

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from m7mlx.terminal import visible
+from m7mlx_chat.catalog import on_this_machine
 from m7mlx_chat.events import Failed
-from m7mlx_chat.screens.models import Chosen, Models
+from m7mlx_chat.screens.model_work import Chosen
+from m7mlx_chat.screens.models import Models
 from m7mlx_chat.settings import ENGINE, Settings
 from m7mlx_chat.view import ChatView, Parts
 
@@ -27,13 +29,27 @@ class ModelCommands(ChatView):
         """Let the user choose; a name is taken at once, if it can be."""
         if isinstance(self.screen, Models):
             return
-        used = {c.model for c in self.store.conversations(limit=200) if c.model}
+        used = dict.fromkeys(c.model for c in self.store.conversations(limit=200) if c.model)
         title = "Which model?" if self.session.ready is None and not self.is_loading else "Models"
         if self.failure is not None:
             title = f"✗ {visible(self.failure.message)}\n\n{title}"
         current = self.session.settings.model if self.session.ready is not None else ""
-        screen = Models(self.environment.models, current, sorted(used), title, name or None)
+        screen = Models(
+            self.environment.models,
+            current,
+            list(used),
+            title,
+            name or None,
+            programs=self.environment.programs,
+            loaded=self.folders_in_use(),
+        )
         self.push_screen(screen, self.model_chosen)
+
+    def folders_in_use(self) -> list[Path]:
+        """Return the folders of the model that answers, and of the one that drafts for it."""
+        found = [self.folder, on_this_machine(self.session.settings.speculate)]
+        is_used = self.session.ready is not None or self.is_loading
+        return [folder for folder in found if folder is not None] if is_used else []
 
     async def model_chosen(self, chosen: Chosen | None) -> None:
         """Load what was chosen, if anything was."""
