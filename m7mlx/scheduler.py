@@ -212,22 +212,25 @@ class Scheduler:
         for _ in range(len(self._reading)):
             if turns == _TURNS:
                 break
-            answer = self._reading.popleft()
+            answer = self._reading[0]
+            self._reading.rotate(-1)
             if self._may_wait(answer):
-                self._reading.append(answer)
                 continue
             turns += 1
             try:
                 logits = self._chunk(answer, told)
                 if logits is None:
-                    self._reading.append(answer)
-                elif answer.request.max_tokens == 0:
+                    continue
+                self._reading.remove(answer)
+                if answer.request.max_tokens == 0:
                     told.append((answer.number, answer.end("length")))
                 else:
                     self._rows.join(answer, self._rows.choose(answer, logits))
             except Exception as error:  # of this request alone
                 if self._shared:
                     raise
+                if answer in self._reading:
+                    self._reading.remove(answer)
                 told.append((answer.number, answer.fail(error)))
         return told
 
