@@ -26,6 +26,8 @@ from m7mlx.tokens.tokenizer import Tokenizer
 
 def pytest_configure() -> None:
     processes.take_signals()
+    for name in ("COLUMNS", "LINES"):  # pytest-xdist's, which programs would believe more than their terminal
+        os.environ.pop(name, None)
     if not blas.library:  # advice on what to install is not what tests of a program's lines are about
         os.environ["M7MLX_BLAS"] = "off"
     if not native.usable():

@@ -6,6 +6,7 @@ that it runs in.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -405,13 +406,13 @@ async def go_through(
         shown = time.monotonic()
         until = shown + 30  # a machine may be busy
         while time.monotonic() < until:
-            await chat.pilot.pause(0.05)
+            await asyncio.sleep(0.05)  # Pilot would wait until nothing is to be done
             if one.fades and time.monotonic() > shown + 7:
                 shown = time.monotonic()
                 await one.show(chat, work)
             seen = chat.shown().replace("\n", "")  # a toast may break a word
             if one.word in seen and one.word in written():
-                await chat.pilot.pause(0.1)  # Textual is still bringing it up
+                await asyncio.sleep(0.1)  # Textual is still bringing it up
                 break
         look(one)
         while len(chat.app.screen_stack) > 1:
