@@ -133,7 +133,7 @@ class Request:
             "stop": list(self.stop),
             "at_start": self.at_start,
             "begun": self.begun,
-            "continues": self.continues if isinstance(self.continues, str) else check_ids(self.continues),
+            "continues": self.continues if isinstance(self.continues, str) else _listed(self.continues),
             "logit_bias": list(self.logit_bias.items()),
             "logprobs": self.logprobs,
             "prompt_logprobs": self.prompt_logprobs,
@@ -141,7 +141,7 @@ class Request:
             "is_constrained": self.constraint is not None,
             "schema": asdict(self.schema) if isinstance(self.schema, Grammar) else self.schema,
             "is_grammar": isinstance(self.schema, Grammar),
-            "prediction": self.prediction if isinstance(self.prediction, str) else check_ids(self.prediction),
+            "prediction": self.prediction if isinstance(self.prediction, str) else _listed(self.prediction),
             "suffix": self.suffix,
             "effort": self.effort,
             "tools": [dict(tool) for tool in self.tools],
@@ -239,7 +239,11 @@ def kind_of(value: object) -> str:
 
 
 def _plain(prompt: Any) -> list[Any]:
-    return list(prompt) if is_messages(prompt) else list(check_ids(prompt))
+    return list(prompt) if is_messages(prompt) else _listed(prompt)
+
+
+def _listed(ids: Any) -> list[int]:
+    return list(check_ids(ids))
 
 
 def _is_list_of(values: Any, kind: Any) -> bool:

@@ -48,7 +48,8 @@ def test_a_request_crosses_as_json(request_: Request) -> None:
 
 @pytest.mark.parametrize("ids", [mx.array([1, 2]), np.array([[1, 2]]), array("i", [1, 2]), (1, 2)])
 def test_ids_cross_whatever_holds_them(ids: Any) -> None:
-    assert json.loads(json.dumps(Request(ids).to_dict()))["prompt"] == [1, 2]
+    told = json.loads(json.dumps(Request(ids, continues=ids, prediction=ids).to_dict()))
+    assert told["prompt"] == told["continues"] == told["prediction"] == [1, 2]
 
 
 def test_what_decides_here_is_only_told_of() -> None:
