@@ -240,6 +240,22 @@ async def test_a_folder_of_lm_studio_is_used_in_place(programs: Programs, tmp_pa
         assert [row.folder for row in screen._rows if isinstance(row, Entry) and row.folder] == [folder]  # once
 
 
+async def test_a_list_that_comes_after_the_screen_has_gone(tmp_path: Path) -> None:
+    async with chatting(tmp_path) as chat:
+        chat.app.choose_model()
+        await chat.settled()
+        screen = chat.app.screen
+        assert isinstance(screen, Models)
+        entries = screen._entries
+        leaving = chat.app.pop_screen()
+        await screen.query("*").remove()  # as it is for a moment: without its parts, and not yet removed itself
+        screen._listed(entries)  # raises nothing
+        await leaving
+        screen._listed(entries)
+        await chat.pilot.pause()
+        assert not chat.notices()
+
+
 async def test_hostile_names_are_shown_harmlessly(programs: Programs, tiny: bytes, tmp_path: Path) -> None:
     pulled(programs, tiny, "registry.ollama.ai/library/\x1b]0;x\x07[red]/\u202e7b")
     async with chatting(tmp_path, environment=using(tmp_path, programs)) as chat:

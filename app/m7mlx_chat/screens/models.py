@@ -131,7 +131,7 @@ class Models(ModelWork):
         self.app.call_from_thread(self._listed, [*ours, *theirs])
 
     def _listed(self, entries: list[Entry]) -> None:
-        if not self.is_mounted:  # left meanwhile
+        if not self.is_attached or self not in self.app.screen_stack:  # left meanwhile, or the app ends
             return
         self._entries = by_last_use(entries, self._used)
         self._show()
