@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from m7mlx.errors import ConfigError
 
@@ -15,14 +15,29 @@ _MOST = 16 << 20  # bytes of a file of settings; some list a vocabulary
 _KINDS: dict[str, tuple[type, ...]] = {"an object": (dict,), "a list": (list,), "a text": (str,)}
 
 
+class NotRegularError(OSError):
+    """A path that leads to no regular file: a folder, a pipe, a device."""
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file to read it; a pipe that nobody writes to keeps nobody waiting.
+
+    Raises OSError; NotRegularError for anything else.
+    """
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: SIM115  the caller closes it
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise NotRegularError(f"{path} is no regular file")
+
+
 def read_bytes(path: Path, most: int) -> bytes:
     """Read a regular file of at most so many bytes. Raises ConfigError, which names it."""
     try:
-        # Opening a pipe that nobody writes to would wait for ever.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ConfigError(f"{path} is no regular file")
+        with open_regular(path) as file:
             data = file.read(most + 1)
+    except NotRegularError as error:
+        raise ConfigError(str(error)) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if len(data) > most:

@@ -118,14 +118,7 @@ class Mistral(nn.Module):
         """
         if len(passes) == 1:
             return [self.logits(*passes[0])]
-        for ids, cache in passes:
-            cache.bind(self.identity, self.config)
-            cache.begin(ids.shape[1])
-        described = [(cache.rings, cache.positions.forward_passes(ids.shape[1])) for ids, cache in passes]
-        all_ids = mx.concatenate([ids.reshape(1, -1) for ids, _ in passes], axis=1)
-        logits = self.head(self.through(all_ids, described))
-        for ids, cache in passes:
-            cache.advance(ids.shape[1])
+        logits = self.head(self._run(mx.concatenate([ids.reshape(1, -1) for ids, _ in passes], axis=1), passes))
         ends = list(accumulate(ids.size for ids, _ in passes))
         parts = mx.split(logits, ends[:-1], axis=1)
         return [part.reshape(*ids.shape, -1) for part, (ids, _) in zip(parts, passes, strict=True)]
@@ -136,10 +129,17 @@ class Mistral(nn.Module):
         The cache advances by L.
         """
         cache = self.new_cache() if cache is None else cache
-        cache.bind(self.identity, self.config)
-        cache.begin(ids.shape[1])
-        hidden = self.through(ids, [(cache.rings, cache.positions.forward_passes(ids.shape[1]))])
-        cache.advance(ids.shape[1])
+        return self._run(ids, [(ids, cache)])
+
+    def _run(self, all_ids: mx.array, passes: Sequence[tuple[mx.array, KVCache]]) -> mx.array:
+        """Run passes over ids and caches, all of whose ids are `all_ids`; the caches go on."""
+        for ids, cache in passes:
+            cache.bind(self.identity, self.config)
+            cache.begin(ids.shape[1])
+        described = [(cache.rings, cache.positions.forward_passes(ids.shape[1])) for ids, cache in passes]
+        hidden = self.through(all_ids, described)
+        for ids, cache in passes:
+            cache.advance(ids.shape[1])
         return hidden
 
     def through(

@@ -355,20 +355,22 @@ class Rows:
             if not going:
                 self._batch, self._answers = None, []
             elif self._batch and (self._batch.outgrown(going) or is_deserted):
-                self._batch.keep(going)
-                self._answers, self._tokens = [self._answers[i] for i in going], self._tokens[mx.array(going)]
+                self._lay_out(going)
         except Exception as error:
             return self._lose(error)
         return []
 
     def _keep_rows(self, rows: list[int]) -> None:
-        assert self._batch is not None
         try:
-            self._batch.keep(rows)
+            self._lay_out(rows)
         except Exception as error:  # nobody knows what the batch holds now
             self.late += self._lose(error)
-        else:
-            self._answers, self._tokens = [self._answers[i] for i in rows], self._tokens[mx.array(rows)]
+
+    def _lay_out(self, rows: list[int]) -> None:
+        """Lay the batch out anew with these rows alone."""
+        assert self._batch is not None
+        self._batch.keep(rows)
+        self._answers, self._tokens = [self._answers[i] for i in rows], self._tokens[mx.array(rows)]
 
     def _lose(self, error: Exception) -> Told:
         """End all answers, whose pass has failed; return their last pieces."""

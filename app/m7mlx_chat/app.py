@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from m7mlx import Stats
 from m7mlx.errors import M7Error
 from m7mlx.units import counted
 from m7mlx_chat.actions import unknown_keys
@@ -222,18 +221,9 @@ class ChatApp(
             self.tell(event.message, is_error=True)
         if isinstance(event, Done):
             self.learn_pace(event)
-        self.show_conversations()
-        self.show_state()
-        self.show_seen()
-        compared = self.end_comparison(event, under_way)
-        if isinstance(event, Failed):
-            self.give_back_turns()
-            if not compared:
-                self.model_failed(event, was_loading)
-        elif under_way is not None:
-            with self.going_on():
-                self.first_text = 0.0
-                await self.next_turn()
+        compared = await self._go_on_after(under_way, event.message if isinstance(event, Failed) else None)
+        if isinstance(event, Failed) and not compared:
+            self.model_failed(event, was_loading)
         room = None if compared else self._lacking_room(event, under_way)
         if room is not None and under_way is not None and len(self.screen_stack) == 1:
             self.offer_room(under_way, room)
@@ -242,17 +232,25 @@ class ChatApp(
         message, answer = self.store.message(under_way.answer), self.transcript.answer(under_way.answer)
         if answer is not None:
             await answer.finish(message)
+        error = message.statistics.get("error")
+        await self._go_on_after(under_way, str(error) if error else None)
+
+    async def _go_on_after(self, under_way: UnderWay | None, failure: str | None) -> bool:
+        """Show what an answer's end has changed, and let what waits have its turn.
+
+        Returns whether the answer was another model's, to be compared.
+        """
         self.show_conversations()
         self.show_state()
         self.show_seen()
-        error = message.statistics.get("error")
-        if error:
-            self.end_comparison(Failed(str(error)), under_way)
+        compared = self.end_comparison(under_way, failure)
+        if failure is not None:
             self.give_back_turns()
-        else:
-            self.end_comparison(Done("stopped", message.text, [], Stats(), self.session.seen), under_way)
-            self.first_text = 0.0
-            await self.next_turn()
+        elif under_way is not None:
+            with self.going_on():
+                self.first_text = 0.0
+                await self.next_turn()
+        return compared
 
     def _lacking_room(self, event: Done | Failed, under_way: UnderWay | None) -> int | None:
         """How many tokens the model sees, if an answer lacked room for more."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from m7mlx.errors import InputError
 from m7mlx.units import counted
-from m7mlx_chat.files import MOST_BYTES, read_text
+from m7mlx_chat.files import MOST_BYTES, fenced, read_text
 from m7mlx_chat.pdf import read_pdf
 
 MOST_FILES = 20_000  # of a folder and all below it
@@ -77,6 +76,4 @@ def _folder(folder: Path) -> str:
 
 
 def _block(name: str, text: str) -> str:
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{name}:\n{fence}\n{text.rstrip(chr(10))}\n{fence}"
+    return f"{name}:\n{fenced(text.rstrip(chr(10)))}"

@@ -59,6 +59,11 @@ class Config:
     servers: tuple[Server, ...] = ()
     tool_rounds: int = ROUNDS
 
+    @property
+    def prompts(self) -> Path:
+        """The folder of the user's own prompts, beside the file."""
+        return self.path.parent / "prompts"
+
     def settings(self, preset: str | None = None) -> Settings:
         """The defaults, with the file's values and those of a preset.
 

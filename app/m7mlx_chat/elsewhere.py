@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,14 +18,14 @@ from typing import Any
 
 from m7mlx.config import ModelConfig
 from m7mlx.errors import ConfigError, M7Error, WeightsError
-from m7mlx.jsonfile import read_json, said
+from m7mlx.jsonfile import NotRegularError, open_regular, read_json, said
 from m7mlx_chat.catalog import Entry, describe
 from m7mlx_chat.environment import Programs
+from m7mlx_chat.hub_search import GGUF_ARCHITECTURES
 
 _MOST = 2000  # files and folders that are looked at in one program's place
 _MANIFEST = 1 << 20  # bytes
 _HEAD = 1 << 16  # bytes of a GGUF file among which the architecture stands: it comes first
-_ARCHITECTURES = ("llama", "mistral3")  # what llama.cpp calls models of the kind that we convert
 _MODEL, _ADAPTER = "application/vnd.ollama.image.model", "application/vnd.ollama.image.adapter"
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _PART = re.compile(r"-(\d{5})-of-\d{5}\.gguf", re.IGNORECASE)
@@ -163,7 +162,7 @@ def _gguf(file: Path, label: str, owner: str) -> Iterator[Entry]:
     except WeightsError as error:
         yield _unusable(label, owner, str(error))
         return
-    if architecture in _ARCHITECTURES:
+    if architecture in GGUF_ARCHITECTURES:
         yield Entry(label, None, nbytes, label=label, file=file, owner=owner)
 
 
@@ -177,20 +176,18 @@ def read_architecture(file: Path) -> tuple[str, int]:
     Raises WeightsError for a file that is not one, or that cannot be read.
     """
     try:
-        # Opening a pipe that nobody writes to would wait for ever.
-        with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as opened:
-            status = os.fstat(opened.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise WeightsError("it is no regular file")
-            head = opened.read(_HEAD)
+        with open_regular(file) as opened:
+            nbytes, head = os.fstat(opened.fileno()).st_size, opened.read(_HEAD)
+    except NotRegularError:
+        raise WeightsError("it is no regular file") from None
     except OSError as error:
         raise WeightsError(f"it cannot be read: {error.strerror}") from None
     if head[:4] != b"GGUF":
         raise WeightsError("it is not a GGUF file")
     try:
-        return _architecture(head), status.st_size
+        return _architecture(head), nbytes
     except (struct.error, KeyError, OverflowError, UnicodeDecodeError):  # the head ends before it, or is damaged
-        return "", status.st_size
+        return "", nbytes
 
 
 def _architecture(head: bytes) -> str:

@@ -32,8 +32,7 @@ def export(session: Session, argument: str) -> Path:
     if kind == "json":
         text = to_json(session.store.tree(head.id))
     else:
-        branch = session.store.branch(session.line[-1]) if session.line else []
-        text = (to_html if kind == "html" else to_markdown)(head, branch)
+        text = (to_html if kind == "html" else to_markdown)(head, session.branch)
     write_new(path, text)
     return path
 
@@ -41,8 +40,7 @@ def export(session: Session, argument: str) -> Path:
 def text_to_copy(session: Session, argument: str) -> tuple[str, str]:
     """What `/copy [N | all]` copies, and what to call it. Raises InputError for nothing."""
     if argument == "all" and session.conversation is not None:
-        branch = session.store.branch(session.line[-1]) if session.line else []
-        return to_markdown(session.store.conversation(session.conversation), branch), "the conversation"
+        return to_markdown(session.store.conversation(session.conversation), session.branch), "the conversation"
     answers = [m for m in map(session.message, session.line) if m.role == "assistant" and m.text]
     if not answers:
         raise InputError("there is no answer yet")

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
-import stat
 from pathlib import Path
 
 from m7mlx.errors import InputError
 from m7mlx.files.disk import write_whole
+from m7mlx.jsonfile import NotRegularError, open_regular
 
 MOST_BYTES = 2_000_000  # some 500,000 tokens: more than any model here reads
 
 
 def read_text(path: Path) -> str:
     """A text file, bounded. Raises InputError."""
-    try:
-        with open(path, "rb", opener=_without_waiting) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise InputError(f"{path} is no regular file")
-            data = file.read(MOST_BYTES + 1)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from None
-    if len(data) > MOST_BYTES:
-        raise InputError(f"{path} has more than {MOST_BYTES / 1e6:.0f} MB; give a part of it")
+    data = read_bounded(path, MOST_BYTES)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -34,9 +25,25 @@ def read_text(path: Path) -> str:
     return text.replace("\r\n", "\n")
 
 
-def _without_waiting(name: str, flags: int) -> int:
-    """Open a file; a pipe that nobody writes to keeps nobody waiting."""
-    return os.open(name, flags | os.O_NONBLOCK)
+def read_bounded(path: Path, most: int) -> bytes:
+    """A regular file of at most so many bytes. Raises InputError."""
+    try:
+        with open_regular(path) as file:
+            data = file.read(most + 1)
+    except NotRegularError as error:
+        raise InputError(str(error)) from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+    if len(data) > most:
+        raise InputError(f"{path} has more than {most / 1e6:.0f} MB; give a part of it")
+    return data
+
+
+def fenced(text: str, language: str = "") -> str:
+    """A text as a code block that nothing in it can end."""
+    longest = max((len(marks) for marks in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def free_name(folder: Path, title: str, suffix: str) -> Path:

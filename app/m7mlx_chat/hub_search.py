@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Form = Literal["MLX", "GGUF", "safetensors"]
 _ARCHITECTURES = ("mistral", "mistral3", "ministral", "ministral3")  # as config.json names them
 _FAMILY = "stral"  # in the names of GGUF files: Mistral, Ministral, Devstral, Codestral, …
-_GGUF_ARCHITECTURES = ("llama", "mistral3")
+GGUF_ARCHITECTURES = ("llama", "mistral3")  # what llama.cpp calls models of the kind that we convert
 # Nothing reads the first ones here; the others come from formats that are no whole model.
 _REFUSED = {"bitsandbytes", "exl2", "exl3", "onnx", "openvino", "peft", "lora", "adapter"}
 _PACKED = {"awq", "gptq", "fp8", "compressed-tensors"}  # converted before they are used
@@ -104,7 +104,7 @@ def _offer(model: ModelInfo) -> Offer | None:
         return None
     if "gguf" in tags:
         about: dict[str, Any] = model.gguf if isinstance(model.gguf, dict) else {}
-        if _FAMILY not in model.id.lower() or about.get("architecture") not in _GGUF_ARCHITECTURES:
+        if _FAMILY not in model.id.lower() or about.get("architecture") not in GGUF_ARCHITECTURES:
             return None
         return _made(model, "GGUF", 0, _count(about.get("total")), is_packed=True, is_full=False)
     config: dict[str, Any] = model.config if isinstance(model.config, dict) else {}

@@ -10,19 +10,14 @@ from pathlib import Path
 
 from m7mlx.errors import InputError, WorkerError
 from m7mlx.worker import Worker
+from m7mlx_chat.files import read_bounded
 
 _MOST_BYTES, _MEMORY, _SECONDS = 50_000_000, 1 << 30, 60.0
 
 
 def read_pdf(path: Path) -> str:
     """A PDF's text, page by page. Raises InputError."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MOST_BYTES + 1)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from None
-    if len(data) > _MOST_BYTES:
-        raise InputError(f"{path} has more than {_MOST_BYTES / 1e6:.0f} MB; give a part of it")
+    data = read_bounded(path, _MOST_BYTES)
     worker = Worker("m7mlx_chat.pdf_process", memory=_MEMORY)
     try:
         reply = json.loads(worker.ask(data, seconds=_SECONDS))

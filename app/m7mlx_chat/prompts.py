@@ -60,10 +60,10 @@ def kept_question(prompts: Prompts, session: Session, name: str) -> Path:
     """Keep the last question as a prompt; returns its file. Raises InputError."""
     if not name:
         raise InputError("/prompt save needs a name for it")
-    questions = [m for m in session.store.read(session.line[-2:]) if m.role == "user"]
-    if not questions:
+    question = session.last_question
+    if question is None:
         raise InputError("nothing has been asked yet that could be kept")
-    return prompts.save(name, questions[-1].text)
+    return prompts.save(name, question.text)
 
 
 def variables(text: str) -> list[str]:

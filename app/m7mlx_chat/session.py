@@ -124,6 +124,23 @@ class Session(Answering):
         if self.under_way is None:
             self._seen_to = None  # an answer has ended: what is stored of it has changed
 
+    @property
+    def branch(self) -> list[Message]:
+        """The messages shown, as they are stored."""
+        return self.store.branch(self.line[-1]) if self.line else []
+
+    @property
+    def last_question(self) -> Message | None:
+        """The question that the messages shown end with, answered or not."""
+        return next((m for m in reversed(self.store.read(self.line[-2:])) if m.role == "user"), None)
+
+    def delete(self, conversation: int) -> str:
+        """Delete a conversation, and what lies of it on the disk; returns its title."""
+        title = self.store.conversation(conversation).title
+        self.store.delete(conversation)
+        self._engine.forget(conversation)
+        return title
+
     def configure(self, settings: Settings) -> None:
         """Make the next answers with other settings; they are kept with the conversation."""
         self.settings = settings

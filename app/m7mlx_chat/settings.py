@@ -113,6 +113,14 @@ class Settings:
         """
         return replace(self, **{name: _checked(name, value) for name, value in values.items()})
 
+    def sets_engine_up_as(self, other: Settings) -> bool:
+        """Whether an engine that is set up with these answers by the others, too."""
+        return all(getattr(self, name) == getattr(other, name) for name in ENGINE)
+
+    def with_engine_of(self, other: Settings) -> Settings:
+        """Return settings that set the engine up as others do."""
+        return self.changed({name: getattr(other, name) for name in ENGINE})
+
     def parsed(self, name: str, text: str) -> Settings:
         """Return settings with a value that the user typed."""
         return self.changed({name: _parsed(name, text)})

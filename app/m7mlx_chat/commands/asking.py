@@ -88,9 +88,8 @@ class AskCommands(TurnCommands, ModelCommands, CopyCommands, ToolCommands):
     # --- editing a question -----------------------------------------------------------------------
 
     def action_edit(self) -> None:
-        questions = [m for m in self.store.read(self.session.line[-2:]) if m.role == "user"]
-        if questions:
-            self._edit(questions[-1].id)
+        if (question := self.session.last_question) is not None:
+            self._edit(question.id)
 
     def action_edit_message(self) -> None:
         if (selected := self.selected) is not None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from m7mlx.errors import InputError
 from m7mlx_chat.commands.asking import AskCommands
-from m7mlx_chat.events import Done, Failed
 from m7mlx_chat.screens.model_work import Chosen
 from m7mlx_chat.screens.versions import SideBySide
+from m7mlx_chat.store.rows import Message
 from m7mlx_chat.under_way import UnderWay
 from m7mlx_chat.view import Parts
 
@@ -41,16 +42,16 @@ class CompareCommands(AskCommands):
                 self.tell("there is one version only: r answers again, e edits the question")
                 return
             at = next(i for i, version in enumerate(versions) if version.id == selected.message.id)
-            self._show_versions(selected.message.id, max(at - 1, 0) if at else 1, at)
+            self._show_versions(versions, at - 1 if at else 1, at)
 
-    def _show_versions(self, message: int, left: int, right: int) -> None:
+    def _show_versions(self, versions: Sequence[Message], left: int, right: int) -> None:
         async def take(chosen: int | None) -> None:
             if chosen is not None:
                 self.session.show(chosen)
                 await self.transcript.sync(at=chosen)
                 self.composer.focus()
 
-        self.push_screen(SideBySide(self.store.siblings(message), left, right), take)
+        self.push_screen(SideBySide(versions, left, right), take)
 
     # --- another model ----------------------------------------------------------------------------
 
@@ -81,18 +82,22 @@ class CompareCommands(AskCommands):
             under_way = self.session.under_way
             comparison.question = under_way.question if under_way else None
 
-    def end_comparison(self, event: Done | Failed, under_way: UnderWay | None) -> bool:
-        """Bring the model of before back after the other one's answer; False if there was none."""
+    def end_comparison(self, under_way: UnderWay | None, failure: str | None) -> bool:
+        """Bring the model of before back after the other one's answer; False if there was none.
+
+        failure  why that could not be given
+        """
         comparison = self._comparison
         if comparison is None or under_way is None or under_way.question != comparison.question:
             return False
         self._comparison = None
         self._load(comparison.model, comparison.folder)
-        ids = [version.id for version in self.store.siblings(under_way.answer)]
-        if isinstance(event, Done) and comparison.answer in ids and len(self.screen_stack) == 1:
-            self._show_versions(under_way.answer, ids.index(comparison.answer), ids.index(under_way.answer))
-        elif isinstance(event, Failed):
-            self.tell(event.message, is_error=True)
+        versions = self.store.siblings(under_way.answer)
+        ids = [version.id for version in versions]
+        if failure is not None:
+            self.tell(failure, is_error=True)
+        elif comparison.answer in ids and len(self.screen_stack) == 1:
+            self._show_versions(versions, ids.index(comparison.answer), ids.index(under_way.answer))
         return True
 
     def _load(self, name: str, folder: Path | None) -> None:

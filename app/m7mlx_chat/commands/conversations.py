@@ -109,9 +109,7 @@ class ConversationCommands(ChatView):
         under_way = self.session.under_way
         if under_way is not None and under_way.conversation == conversation:
             raise InputError("it is being answered: Esc stops that")
-        title = self.store.conversation(conversation).title
-        self.store.delete(conversation)
-        self.engine.forget(conversation)
+        title = self.session.delete(conversation)
         self.tell(f"deleted “{title}” · /undo brings it back")
         if conversation == self.session.conversation:
             self.session.new()

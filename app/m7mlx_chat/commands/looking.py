@@ -30,8 +30,7 @@ class LookCommands(ChatView):
 
     def action_stats(self) -> None:
         """Show the figures of every answer of the branch, the newest first."""
-        branch = self.store.branch(self.session.line[-1]) if self.session.line else []
-        answers = [message for message in branch if message.role == "assistant"]
+        answers = [message for message in self.session.branch if message.role == "assistant"]
         table = Table.grid(padding=(0, 2))
         table.add_row(*(Text(heading, style="bold", justify="right") for heading in ("", *HEADINGS)))
         for message in reversed(answers[-_LISTED:]):

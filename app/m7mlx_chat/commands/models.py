@@ -9,7 +9,7 @@ from m7mlx_chat.catalog import on_this_machine
 from m7mlx_chat.events import Failed
 from m7mlx_chat.screens.model_work import Chosen
 from m7mlx_chat.screens.models import Models
-from m7mlx_chat.settings import ENGINE, Settings
+from m7mlx_chat.settings import Settings
 from m7mlx_chat.view import ChatView, Parts
 
 
@@ -78,5 +78,4 @@ class ModelCommands(ChatView):
             self.failure = failed
             self.choose_model()
         elif was_loading and self._working is not None:
-            engine = {name: getattr(self._working, name) for name in ENGINE}
-            self.session.configure(self.session.settings.changed(engine))
+            self.session.configure(self.session.settings.with_engine_of(self._working))

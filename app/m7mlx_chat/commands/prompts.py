@@ -13,7 +13,7 @@ class PromptCommands(ChatView):
 
     @property
     def _prompts(self) -> Prompts:
-        return Prompts(self.config.path.parent / "prompts")
+        return Prompts(self.config.prompts)
 
     def action_prompt(self, argument: str = "") -> None:
         """Use a prompt by name, or choose one; or keep the last question as one."""

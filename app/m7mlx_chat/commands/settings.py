@@ -10,7 +10,7 @@ from m7mlx.errors import InputError
 from m7mlx_chat.commands.models import ModelCommands
 from m7mlx_chat.config import read_config, save, save_preset
 from m7mlx_chat.screens.settings import SettingsDrawer
-from m7mlx_chat.settings import ENGINE, FIELDS, Settings
+from m7mlx_chat.settings import FIELDS, Settings
 
 
 class SettingsCommands(ModelCommands):
@@ -48,7 +48,7 @@ class SettingsCommands(ModelCommands):
         self.session.configure(replace(settings, model=before.model))
         if settings.model != before.model:
             self.choose_model(settings.model)  # which takes it, if it is one
-        elif any(getattr(settings, name) != getattr(before, name) for name in ENGINE):
+        elif not settings.sets_engine_up_as(before):
             self.load_model()
 
     @on(SettingsDrawer.Changed)

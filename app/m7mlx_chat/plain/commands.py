@@ -35,7 +35,8 @@ _RECAP = 500  # characters of a message that is told when its conversation is op
 class LineCommands(ModelLines):
     """A method `action_<name>` for each action with a slash that needs no screen.
 
-    left  the user leaves
+    left        the user leaves
+    has_failed  something could not be done
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class LineCommands(ModelLines):
         super().__init__(session, engine, environment, written)
         self.config = config
         self.lines = lines
-        self.left = False
+        self.left = self.has_failed = False
 
     def answer(self, begin: Callable[[], UnderWay]) -> None:
         """Begin an answer and print it."""
@@ -77,10 +78,9 @@ class LineCommands(ModelLines):
         self.answer(self.session.replay)
 
     def action_edit(self) -> None:
-        questions = [m for m in self.store.read(self.session.line[-2:]) if m.role == "user"]
-        if not questions:
+        question = self.session.last_question
+        if question is None:
             raise InputError("nothing has been asked yet")
-        question = questions[-1]
         if "\n" in question.text:
             self.written.tell(question.text)
         self.written.tell("Write the question anew; an empty line leaves it as it is.")
@@ -90,7 +90,7 @@ class LineCommands(ModelLines):
 
     def action_prompt(self, argument: str = "") -> None:
         """Send a prompt by name, its variables asked for; or keep the last question as one."""
-        prompts = Prompts(self.config.path.parent / "prompts")
+        prompts = Prompts(self.config.prompts)
         first, _, name = argument.partition(" ")
         if first == "save":
             self.written.tell(f"kept in {kept_question(prompts, self.session, name.strip())}")
@@ -185,8 +185,7 @@ class LineCommands(ModelLines):
             self.written.tell("put away; it is still found")
 
     def action_delete(self) -> None:
-        title = self.store.conversation(self._shown()).title
-        self.store.delete(self._shown())
+        title = self.session.delete(self._shown())
         self.session.new()
         self.written.tell(f"deleted “{title}”; /undo brings it back")
 
@@ -261,8 +260,7 @@ class LineCommands(ModelLines):
         self.written.tell(f"{text}, {seen.cache_bytes / 1e6:,.0f} MB")
 
     def action_stats(self) -> None:
-        branch = self.store.branch(self.session.line[-1]) if self.session.line else []
-        answers = [message for message in branch if message.role == "assistant"]
+        answers = [message for message in self.session.branch if message.role == "assistant"]
         for message in reversed(answers[-_LISTED:]):
             cost = ", ".join(f"{name} {figure}" for name, figure in zip(HEADINGS, figures(message), strict=True))
             self.written.tell(f"{' '.join(message.text.split())[:24]}: {cost}")

@@ -15,7 +15,7 @@ from m7mlx_chat.events import AnyEngine, Event, Failed, Loading, Ready
 from m7mlx_chat.headless import fetch_model
 from m7mlx_chat.plain.writing import Progress, Written
 from m7mlx_chat.session import Session
-from m7mlx_chat.settings import ENGINE, Settings
+from m7mlx_chat.settings import Settings
 
 _WAIT = 0.1  # seconds to wait for an event at a time: Ctrl-C is heard in between
 
@@ -61,8 +61,7 @@ class ModelLines:
                 if fatal or self._working is None:
                     raise (InputError if exit_status == InputError.exit_status else RunError)(message)
                 self.written.tell(f"error: {message}")
-                engine = {name: getattr(self._working, name) for name in ENGINE}
-                self.session.configure(self.session.settings.changed(engine))
+                self.session.configure(self.session.settings.with_engine_of(self._working))
             case _:
                 pass
         return isinstance(event, Ready)
@@ -81,7 +80,7 @@ class ModelLines:
             self._use(settings.model, settings)
         else:
             self.session.configure(settings)
-            if any(getattr(settings, name) != getattr(before, name) for name in ENGINE):
+            if not settings.sets_engine_up_as(before):
                 self.check_loaded() if self._folder is None else self.load(self._folder)
 
     # --- choosing another -------------------------------------------------------------------------

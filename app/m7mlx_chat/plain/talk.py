@@ -21,7 +21,7 @@ from m7mlx_chat.attach import attached
 from m7mlx_chat.config import Config
 from m7mlx_chat.engine import Engine
 from m7mlx_chat.environment import Environment
-from m7mlx_chat.events import WORDS, AnyEngine, Done, Event, Failed, Given, Note, Prefill, Text, Thought, Word
+from m7mlx_chat.events import WORDS, Done, Event, Failed, Given, Note, Prefill, Text, Thought, Word
 from m7mlx_chat.headless import ended_by_signals, fetch_models
 from m7mlx_chat.plain.commands import LineCommands
 from m7mlx_chat.plain.reading import Lines
@@ -66,18 +66,6 @@ class Start:
 class Talk(LineCommands):
     """The loop of messages, and how an answer is printed."""
 
-    def __init__(
-        self,
-        session: Session,
-        engine: AnyEngine,
-        config: Config,
-        environment: Environment,
-        lines: Lines,
-        written: Written,
-    ) -> None:
-        super().__init__(session, engine, config, environment, lines, written)
-        self._has_failed = False
-
     def run(self) -> int:
         """Read and answer until the end of input; returns the exit status."""
         while not self.left:
@@ -91,7 +79,7 @@ class Talk(LineCommands):
                     return EXIT_INTERRUPTED
                 self.written.prompt("\n")
                 self.written.tell("Ctrl-D or /bye leaves.")
-        return EXIT_FAILED if self._has_failed and not self.lines.is_terminal else 0
+        return EXIT_FAILED if self.has_failed and not self.lines.is_terminal else 0
 
     def take(self, text: str) -> None:
         """Do what a message wants; what goes wrong is told."""
@@ -111,7 +99,7 @@ class Talk(LineCommands):
             self._tell_error(str(error))
 
     def _tell_error(self, text: str) -> None:
-        self._has_failed = True
+        self.has_failed = True
         self.written.tell(f"error: {text}")
 
     def _with_files(self, text: str) -> str:

@@ -19,6 +19,7 @@ from pygments.lexers import get_lexer_by_name
 from pygments.util import ClassNotFound
 
 from m7mlx.terminal import visible
+from m7mlx_chat.files import fenced
 from m7mlx_chat.steps import Call
 from m7mlx_chat.store.rows import Conversation, Message
 
@@ -122,11 +123,8 @@ def to_html(conversation: Conversation, branch: Sequence[Message]) -> str:
 
 
 def _call_as_markdown(call: Call) -> str:
-    """A call of a tool, and what it gave, in a block that nothing in it can end."""
-    text = visible(f"{call.name} {call.arguments}\n\n{call.result or call.outcome}")
-    longest = max((len(marks) for marks in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{text}\n{fence}"
+    """A call of a tool, and what it gave."""
+    return fenced(visible(f"{call.name} {call.arguments}\n\n{call.result or call.outcome}"), "text")
 
 
 def _call_as_html(call: Call) -> str:

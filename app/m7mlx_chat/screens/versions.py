@@ -13,6 +13,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Static
 
 from m7mlx.terminal import visible
+from m7mlx.units import counted
 from m7mlx_chat.catalog import short_name
 from m7mlx_chat.differences import differences
 from m7mlx_chat.markdown import answer_markdown
@@ -107,7 +108,7 @@ def about(message: Message) -> str:
         short_name(message.model) if message.role == "assistant" else "",
     ]
     if tokens := s.get("generated_tokens"):
-        facts.append(f"{tokens:,} token{'s' * (tokens != 1)}")
+        facts.append(counted(tokens, "token"))
     if speed := s.get("generation_tps"):
         facts.append(f"{speed:.1f} tok/s")
     return visible(" · ".join(filter(None, facts)))

@@ -17,6 +17,7 @@ from m7mlx_chat.store.sound import Row
 from m7mlx_chat.store.writer import Writer, as_json
 
 _CLEARED = "cleared"
+_OURS_OR_NOBODYS = "AND (owner = ? OR owner IS NULL)"
 # Our own comes first, then what has a text, then the newest.
 _OURS_FIRST = "ORDER BY owner IS ? DESC, shown = '', updated DESC LIMIT 1"
 
@@ -75,7 +76,7 @@ class DraftWriter(Writer):
 
     def waiting(self, place: Place) -> tuple[str, dict[str, str]] | None:
         """What waited for its turn at a place, here or in a window that has ended."""
-        return self._take(f"waiting {place.key}", "AND (owner = ? OR owner IS NULL)", [self._instance.name])
+        return self._take(f"waiting {place.key}", _OURS_OR_NOBODYS, [self._instance.name])
 
     def keep_cleared(self, shown: str, pastes: Mapping[str, str]) -> None:
         """Keep the draft that the user cleared last; those of windows that have ended go."""
@@ -85,14 +86,11 @@ class DraftWriter(Writer):
 
     def drop_cleared(self) -> None:
         """Forget it."""
-        ours = "FROM draft WHERE place = ? AND (owner = ? OR owner IS NULL)"
-        if self._rows(f"SELECT 1 {ours}", [_CLEARED, self._instance.name]):
-            with self._writing():
-                self._db.execute(f"DELETE {ours}", [_CLEARED, self._instance.name])
+        self._drop(_CLEARED, _OURS_OR_NOBODYS)
 
     def cleared(self) -> tuple[str, dict[str, str]] | None:
         """The draft that was cleared last, here or in a window that has ended."""
-        ours = f"SELECT * FROM draft WHERE place = ? AND (owner = ? OR owner IS NULL) {_OURS_FIRST}"
+        ours = f"SELECT * FROM draft WHERE place = ? {_OURS_OR_NOBODYS} {_OURS_FIRST}"
         name = self._instance.name
         return next((_text_of(Row(found)) for found in self._rows(ours, [_CLEARED, name, name])), None)
 
@@ -100,18 +98,16 @@ class DraftWriter(Writer):
         values = [key, self._instance.name, conversation, self._clock(), encodable(shown), as_json(pastes)]
         self._db.execute("INSERT OR REPLACE INTO draft VALUES (?, ?, ?, ?, ?, ?)", values)
 
-    def _drop(self, key: str) -> None:
-        ours = "FROM draft WHERE place = ? AND owner = ?"
+    def _drop(self, key: str, whose: str = "AND owner = ?") -> None:
+        ours = f"FROM draft WHERE place = ? {whose}"
         if self._rows(f"SELECT 1 {ours}", [key, self._instance.name]):
             with self._writing():
                 self._db.execute(f"DELETE {ours}", [key, self._instance.name])
 
     def _take(self, key: str, whose: str = "", values: Sequence[str] = ()) -> tuple[str, dict[str, str]] | None:
         """The first text of a place; what is nobody's becomes ours."""
-        name, first = (
-            self._instance.name,
-            f"SELECT rowid AS number, * FROM draft WHERE place = ? {whose} {_OURS_FIRST}",
-        )
+        name = self._instance.name
+        first = f"SELECT rowid AS number, * FROM draft WHERE place = ? {whose} {_OURS_FIRST}"
         for found in self._rows(first, [key, *values, name]):
             if found["owner"] is None:
                 # where nothing can be written, it is shown all the same

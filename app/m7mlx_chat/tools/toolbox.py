@@ -13,6 +13,7 @@ from typing import Any
 
 from m7mlx.errors import InputError, RunError
 from m7mlx.terminal import one_line
+from m7mlx_chat.event_queue import EventQueue
 from m7mlx_chat.events import Event, Given, Listed, Listing, Verdict, Word
 from m7mlx_chat.servers import Server
 from m7mlx_chat.steps import Call, Outcome
@@ -38,14 +39,13 @@ class Toolbox:
         self._allowed = allowed
         self._approvals = Approvals(approvals)
         self._checker = Checker()
-        self._lock = threading.Lock()
-        self._events: list[Event] = []
+        self._events = EventQueue()
         self._future: Future[None] | None = None  # the call under way
         for name in ("mcp", "client", "httpx2", "asyncio"):  # what fails is told; the rest is noise
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self._loop = asyncio.new_event_loop()
         self._connections = [
-            Connection(server, partial(self._emit, Listed(server.name)))
+            Connection(server, partial(self._events.put, Listed(server.name)))
             for server in servers
             if allowed.wants(server)
         ]
@@ -90,7 +90,7 @@ class Toolbox:
         offer = self._named().get(call.name)
         values = call.values
         if offer is None or values is None:
-            self._emit(Given(call.id, "failed", "the tool is not there any more"))
+            self._events.put(Given(call.id, "failed", "the tool is not there any more"))
             return
         self._future = asyncio.run_coroutine_threadsafe(self._make(call.id, offer, values), self._loop)
 
@@ -100,9 +100,7 @@ class Toolbox:
             self._future = None
 
     def drain(self) -> list[Event]:
-        with self._lock:
-            events, self._events = self._events, []
-        return events
+        return self._events.drain()
 
     def check(self) -> None:
         """Raise RunError for a server that has failed, InputError for a tool that it has not.
@@ -179,8 +177,4 @@ class Toolbox:
                 outcome, result = await connection.call(offer.name, values)
         except Exception as error:  # nobody foresaw it: the answer goes on
             result = one_line(f"{type(error).__name__}: {error}")[:300]
-        self._emit(Given(call, outcome, result))
-
-    def _emit(self, event: Event) -> None:
-        with self._lock:
-            self._events.append(event)
+        self._events.put(Given(call, outcome, result))

@@ -18,7 +18,7 @@ from typing import Any
 
 from m7mlx import Request, Stats
 from m7mlx_chat.events import AnyEngine, Called, Done, Event, Failed, Ready, Seen, Waiting
-from m7mlx_chat.settings import ENGINE, Settings
+from m7mlx_chat.settings import Settings
 
 _WAIT = 0.1  # seconds to wait for an event at a time
 
@@ -31,11 +31,9 @@ class _Wanted:
     settings: Settings
 
     def is_met_by(self, other: _Wanted | None) -> bool:
-        return (
-            other is not None
-            and self.folder == other.folder
-            and all(getattr(self.settings, name) == getattr(other.settings, name) for name in ENGINE)
-        )
+        if other is None or self.folder != other.folder:
+            return False
+        return self.settings.sets_engine_up_as(other.settings)
 
 
 class _Page:

@@ -54,8 +54,7 @@ def ages(tokens: int, capacity: int, cells: int) -> list[float | None]:
 
 def copies_line(on_disk: OnDisk) -> str:
     """Say in a line what lies on the disk."""
-    count, size = on_disk.conversations, in_bytes(on_disk.nbytes)
-    what = f"{count:,} conversation{'s' * (count != 1)}"
+    what, size = counted(on_disk.conversations, "conversation"), in_bytes(on_disk.nbytes)
     return f"on the disk: {what}, {size} of {on_disk.most_bytes / 1e9:g} GB, to go on at once when opened again"
 
 

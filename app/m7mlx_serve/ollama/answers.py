@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime
@@ -108,10 +109,23 @@ class OllamaAnswers:
         }
 
 
-class EmbedAnswers:
-    """The vectors of one request."""
+class _VectorAnswers(ABC):
+    """Vectors, which come at once."""
 
     stream_type: ClassVar[str] = "application/x-ndjson"
+
+    @abstractmethod
+    async def whole(self) -> Iterator[str]:
+        """The JSON, in pieces."""
+
+    async def stream(self) -> AsyncGenerator[str, None]:
+        """The same: there is nothing to wait for."""
+        for text in await self.whole():
+            yield text
+
+
+class EmbedAnswers(_VectorAnswers):
+    """The vectors of one request."""
 
     def __init__(self, answerer: Answerer, read: ReadRequest) -> None:
         assert isinstance(read.body, EmbedRequest)
@@ -121,11 +135,6 @@ class EmbedAnswers:
         """The JSON of all vectors, in pieces."""
         vectors = await self._answerer.vectors(self._read, dimensions=self._body.dimensions)
         return iter(await asyncio.to_thread(self._written, vectors))
-
-    async def stream(self) -> AsyncGenerator[str, None]:
-        """The same: there is nothing to wait for."""
-        for text in await self.whole():
-            yield text
 
     def _written(self, vectors: Sequence[bytes]) -> list[str]:
         told = {
@@ -138,10 +147,8 @@ class EmbedAnswers:
         return [json.dumps(told).removesuffix("}"), ', "embeddings": [', *numbers, "]}"]
 
 
-class EmbedOneAnswers:
+class EmbedOneAnswers(_VectorAnswers):
     """The vector of one text."""
-
-    stream_type: ClassVar[str] = "application/x-ndjson"
 
     def __init__(self, answerer: Answerer, read: ReadRequest) -> None:
         self._answerer, self._read = answerer, read
@@ -150,11 +157,6 @@ class EmbedOneAnswers:
         """The JSON of the vector."""
         (vector,) = await self._answerer.vectors(self._read)
         return iter([f'{{"embedding": {numbers_in_json(vector)}}}'])
-
-    async def stream(self) -> AsyncGenerator[str, None]:
-        """The JSON of the vector: there is nothing to wait for."""
-        for text in await self.whole():
-            yield text
 
 
 def describe() -> _Fields:
