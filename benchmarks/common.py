@@ -36,7 +36,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 @contextmanager
 def serving(*options: str) -> Iterator[tuple[str, int]]:
-    """Start m7mlx-serve on a free port; yield its address and its process’s number; end it."""
+    """Start m7mlx-serve on a free port, yield its address and its process’s number, and end it.
+
+    Raises SystemExit if it does not start, or does not end well.
+    """
     command = [sys.executable, "-m", "m7mlx_serve", "--port", "0", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr
@@ -49,5 +52,7 @@ def serving(*options: str) -> Iterator[tuple[str, int]]:
             raise SystemExit("the server did not start")
     finally:
         process.terminate()
-        process.stderr.close()
-        process.wait(60)
+        with process.stderr:
+            print(process.stderr.read(), end="", file=sys.stderr)
+        if process.wait(60):
+            raise SystemExit(f"the server has ended with {process.returncode}")

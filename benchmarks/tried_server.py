@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import re
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import aiohttp
+import common
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))  # for small models and schemas
 from models import random_weights, small_config, write_folder
@@ -40,26 +39,9 @@ def ending_model(folder: Path) -> Path:
     return write_folder(folder / "ending", config, weights)
 
 
-@contextmanager
-def serving(folder: Path, *options: str) -> Iterator[tuple[str, int]]:
-    """Start a server; yield its address and the number of its process, which has to end well."""
-    command = [sys.executable, "-m", "m7mlx_serve", "--model", str(folder), "--name", NAME, "--port", "0"]
-    command += ["--prefix-disk", "0", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr
-    try:
-        for line in process.stderr:
-            if found := re.search(r"http://\S+", line):
-                yield found[0], process.pid
-                break
-        else:
-            raise SystemExit("the server did not start")
-    finally:
-        process.terminate()
-        with process.stderr:
-            print(process.stderr.read(), end="", file=sys.stderr)
-        if process.wait(30):
-            raise SystemExit(f"the server has ended with {process.returncode}")
+def serving(folder: Path, *options: str) -> AbstractContextManager[tuple[str, int]]:
+    """Start a server of the model `NAME`; yield its address and the number of its process."""
+    return common.serving("--model", str(folder), "--name", NAME, "--prefix-disk", "0", *options)
 
 
 async def open_requests(url: str) -> float:

@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 
 import mlx.core as mx
 import pytest
+from alone import alone, prompt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import mixed_config, small_config, small_model
 
 import m7mlx.rows
-from m7mlx import Piece, Request, Sampling, stream_generate
+from m7mlx import Piece, Request, Sampling
 from m7mlx.batch import BatchCache
 from m7mlx.constrain import Unconstrained
 from m7mlx.decode import prefill
@@ -74,24 +75,6 @@ def oracle(monkeypatch: pytest.MonkeyPatch, always: None) -> type[Oracle]:
     monkeypatch.setattr(Oracle, "quiet", range(0))
     monkeypatch.setattr(m7mlx.rows, "_PATIENCE", 3)
     return Oracle
-
-
-def prompt(seed: int, length: int) -> list[int]:
-    return [3 + (seed * 7919 + i * i * 31) % 31000 for i in range(length)]
-
-
-def alone(model: Any, tokenizer: Tokenizer, request: Request) -> list[Piece]:
-    return list(
-        stream_generate(
-            model,
-            tokenizer,
-            list(request.ids),
-            sampling=request.sampling,
-            max_tokens=request.max_tokens,
-            stop=request.stop,
-            logprobs=request.logprobs,
-        )
-    )
 
 
 def run(scheduler: Scheduler, pieces: dict[int, list[Piece]], steps: int = 10_000) -> int:

@@ -8,6 +8,8 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from alone import alone as pieces_alone
+from alone import prompt
 from effort import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -36,21 +38,8 @@ def tokenizer(mistral_tokenizers: dict[str, Tokenizer]) -> Tokenizer:
     return mistral_tokenizers["v1"]
 
 
-def prompt(seed: int, length: int) -> list[int]:
-    return [3 + (seed * 7919 + i * i * 31) % 31000 for i in range(length)]
-
-
 def alone(model: Any, tokenizer: Tokenizer, request: Request) -> tuple[str, list[int], str]:
-    pieces = list(
-        stream_generate(
-            model,
-            tokenizer,
-            list(request.ids),
-            sampling=request.sampling,
-            max_tokens=request.max_tokens,
-            stop=request.stop,
-        )
-    )
+    pieces = pieces_alone(model, tokenizer, request)
     assert pieces[-1].finish_reason is not None
     return "".join(p.text for p in pieces), [i for p in pieces for i in p.ids], pieces[-1].finish_reason
 
