@@ -37,6 +37,7 @@ _BUSY = 4  # times as many of the clock, on a busy machine
 _MASK_SECONDS = 1.0
 _SPENT_SECONDS, _SPENT_EACH = 2.0, 0.05  # for all masks of an answer: so much, and so much a token
 _AT_ONCE = 16  # schemas that have a process
+_NONE = -1  # instead of a token
 _REFUSED = 64  # schemas that could not be used, and are remembered as such
 _REMEMBERED_SECONDS = 60.0  # for so long: it may have been the machine that was too busy
 
@@ -47,20 +48,22 @@ class Constraint:
     is_whole  whether the answer is of no use if a stop text cuts it
     """
 
-    def __init__(self, grammar: _Grammar, number: int, vocab_size: int, is_whole: bool) -> None:
+    def __init__(self, grammars: _Grammars, schema: str, is_whole: bool) -> None:
         self.is_whole = is_whole
-        self._grammar, self._number, self._vocab_size = grammar, number, vocab_size
-        self._token = -1  # chosen, and not yet told to the grammar
-        self._tokens, self._spent = 0, 0.0
-        self._forget = weakref.finalize(self, grammar.ended.append, (grammar, number))
-        self._forget.atexit = False
+        self._grammars, self._schema = grammars, schema
+        self._tokens: list[int] = []  # chosen so far
+        self._known = 0  # how many of them the grammar has been told
+        self._spent = 0.0
         self._error: InputError | None = None
+        self._begin()
 
     def mask(self, vocab_size: int) -> mx.array:
         """Mark the ids that may come next: bool [vocab_size]. Raises InputError if none may."""
         if self._error is None:
             try:
                 return self._mask(vocab_size)
+            except InputError as error:
+                self._error = error
             except WorkerError as error:
                 self._error = InputError(f"{UNUSABLE}: {_why(error, 'to follow')}")
             except ValueError as error:
@@ -69,25 +72,44 @@ class Constraint:
 
     def accept(self, token: int) -> None:
         """Go on with `token`; the next mask tells whether the answer may."""
-        self._token = token
-        self._tokens += 1
+        self._tokens.append(token)
 
     def close(self) -> None:
         """Give up its place, since the answer has ended: an error may hold this object for long."""
         self._forget()
 
+    def _begin(self) -> None:
+        self._grammar, self._number = self._grammars.begin(self._schema)
+        self._known = 0
+        self._forget = weakref.finalize(self, self._grammar.ended.append, (self._grammar, self._number))
+        self._forget.atexit = False
+
     def _mask(self, vocab_size: int) -> mx.array:
         began = time.perf_counter()
-        bits = self._grammar.step(self._number, self._token)
+        try:
+            bits = self._follow()
+        except WorkerDiedError:  # another answer's fault, or from outside: once more in a new process
+            self._forget()
+            self._begin()
+            bits = self._follow()
         self._spent += time.perf_counter() - began
-        if self._spent > _SPENT_SECONDS + _SPENT_EACH * self._tokens:
+        if self._spent > _SPENT_SECONDS + _SPENT_EACH * len(self._tokens):
             raise WorkerTimeError
-        ids = min(vocab_size, self._vocab_size)
+        ids = min(vocab_size, self._grammars.vocab_size)
         allowed = np.zeros(vocab_size, bool)
         allowed[:ids] = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")[:ids]
         if not allowed.any():
             raise ValueError("no token can come next")
         return mx.array(allowed)
+
+    def _follow(self) -> bytes:
+        """Tell the grammar the tokens that it does not know, and ask what may come next."""
+        while self._known < len(self._tokens) - 1:
+            self._grammar.step(self._number, self._tokens[self._known])
+            self._known += 1
+        bits = self._grammar.step(self._number, self._tokens[-1] if self._known < len(self._tokens) else _NONE)
+        self._known = len(self._tokens)
+        return bits
 
 
 class Unconstrained(Constraint):
@@ -152,31 +174,31 @@ class _Grammars:
     """The grammars of one vocabulary, the last ones used kept."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._vocab_size = tokenizer.vocab_size
+        self.vocab_size = tokenizer.vocab_size
         self._vocabulary = Worker("m7mlx.grammar", _described(tokenizer), memory=_MEMORY)
         self._lock = threading.Lock()
         self._held: OrderedDict[str, _Grammar] = OrderedDict()  # by schema, the last one used last
         self._refused: OrderedDict[str, tuple[float, str]] = OrderedDict()  # until when, and why
         self._ended: deque[tuple[_Grammar, int]] = deque()  # by finalizers, which may take no lock
 
-    def constraint(self, schema: str, is_whole: bool) -> Constraint:
-        """Begin an answer that follows what a frame prepares (`m7mlx.grammar`).
+    def begin(self, schema: str) -> tuple[_Grammar, int]:
+        """Begin an answer that follows what a frame prepares (`m7mlx.grammar`); its number.
 
         Raises InputError for a schema that cannot be used, and BusyError.
         """
         try:
-            return self._begun(schema, is_whole)
+            return self._begin(schema)
         except WorkerDiedError:  # another answer's fault, or from outside: it is not the schema's
             pass
         try:
-            return self._begun(schema, is_whole)
+            return self._begin(schema)
         except WorkerError as error:
             raise InputError(f"{UNUSABLE}: {_why(error, 'to prepare')}") from None
 
-    def _begun(self, schema: str, is_whole: bool) -> Constraint:
+    def _begin(self, schema: str) -> tuple[_Grammar, int]:
         grammar = self._grammar(schema)
         try:
-            number = grammar.begin()
+            return grammar, grammar.begin()
         except (WorkerError, ValueError) as error:
             why = _why(error, "to follow") if isinstance(error, WorkerError) else str(error)
             is_lost = isinstance(error, WorkerDiedError)
@@ -191,7 +213,6 @@ class _Grammars:
             if is_lost:
                 raise
             raise InputError(f"{UNUSABLE}: {why}") from None
-        return Constraint(grammar, number, self._vocab_size, is_whole)
 
     def _grammar(self, schema: str) -> _Grammar:
         until = time.monotonic() + _PREPARE_SECONDS * _BUSY
@@ -259,7 +280,7 @@ def _begin(tokenizer: Tokenizer, frame: str, is_whole: bool) -> Constraint:
         if grammars is None:
             grammars = _all[tokenizer] = _Grammars(tokenizer)
             weakref.finalize(tokenizer, grammars.close).atexit = False
-    return grammars.constraint(frame, is_whole)
+    return Constraint(grammars, frame, is_whole)
 
 
 def close_grammars() -> None:

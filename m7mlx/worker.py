@@ -25,12 +25,13 @@ import subprocess
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Self
 
 from m7mlx.errors import WorkerDiedError, WorkerError, WorkerMemoryError, WorkerTimeError
 from m7mlx.worker_process import COPY, DONE, ENDED, MAX_FRAME, OUT_OF_MEMORY, PROCESS, REPLY, REQUEST, STATUS
-from m7mlx.worker_start import start_process
+from m7mlx.worker_start import Ends, start_process
 
 RLIMITS = True  # let the operating system bound the memory where it can, else watch it
 _LOOK = 0.2  # seconds between looks whether this process is ending
@@ -65,7 +66,7 @@ class Worker:
         self._closed = self._ready = self._lost = False
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | _Copy | None = None
-        self._line: socket.socket | None = None
+        self._ends: Ends | None = None
         self._seen: Any = None  # psutil's view of the process, where its memory is watched
         self._taken = 0  # bytes that the process takes without a job
         self._most = 0  # bytes that a job may take
@@ -112,29 +113,31 @@ class Worker:
 
         What the copy learns is its own, and is lost when it ends.
         """
-        ours, its = socket.socketpair()
+        ends = Ends()
         try:
-            with its:
-                (number,) = PROCESS.unpack(self._tell(REQUEST.pack(COPY, 0, 0, 0), its.fileno()))
+            its = ends.its_line.fileno(), ends.its_rope.fileno()
+            (number,) = PROCESS.unpack(self._tell(REQUEST.pack(COPY, 0, 0, 0), its))
         except BaseException:
-            ours.close()
+            ends.close()
             raise
+        finally:
+            ends.given()
         copy = Worker(self._module, memory=self._memory, restart=False)
-        copy._line, copy._process, copy._ready = ours, _Copy(number, self), True
+        copy._ends, copy._process, copy._ready = ends, _Copy(number, self), True
         if self._seen:
             copy._begin_to_look()
         return copy
 
-    def _tell(self, request: bytes, file: int | None = None) -> bytes:
-        """Send a request that is no job, perhaps with an open file, and return the reply."""
+    def _tell(self, request: bytes, files: Sequence[int] = ()) -> bytes:
+        """Send a request that is no job, perhaps with open files, and return the reply."""
         with self._lock:
             self._get_ready()
-            assert self._line
+            assert self._ends
             try:
-                self._line.settimeout(self._startup)
-                self._line.sendall(request)
-                if file is not None:
-                    socket.send_fds(self._line, [b"."], [file])
+                self._ends.line.settimeout(self._startup)
+                self._ends.line.sendall(request)
+                if files:
+                    socket.send_fds(self._ends.line, [b"."], files)
                 return self._reply(time.monotonic() + self._startup)
             except OSError:
                 died = self._death()
@@ -147,10 +150,10 @@ class Worker:
     def close(self) -> None:
         """End the process, even during a job; whoever waits or asks later gets an error."""
         self._closed = True
-        line = self._line
-        if line:
+        ends = self._ends
+        if ends:
             with suppress(OSError):
-                line.shutdown(socket.SHUT_RDWR)  # wakes whoever waits for an answer
+                ends.line.shutdown(socket.SHUT_RDWR)  # wakes whoever waits for an answer
         with self._lock:
             self._end()
 
@@ -184,16 +187,16 @@ class Worker:
     def _spawn(self) -> None:
         if self._closed or (self._lost and not self._restart):
             raise WorkerDiedError("a worker process is closed")
-        self._process, self._line = start_process(self._module, self._memory if RLIMITS else 0)
+        self._process, self._ends = start_process(self._module, self._memory if RLIMITS else 0)
 
     def _exchange(self, data: bytes, seconds: float, cpu: float, memory: int) -> bytes:
         deadline = time.monotonic() + seconds
-        assert self._line
+        assert self._ends
         self._most = memory
         try:
-            self._line.settimeout(seconds)
+            self._ends.line.settimeout(seconds)
             try:
-                self._line.sendall(REQUEST.pack(len(data), cpu, seconds, memory) + data)
+                self._ends.line.sendall(REQUEST.pack(len(data), cpu, seconds, memory) + data)
             except TimeoutError:
                 raise WorkerTimeError(_LATE) from None
             except OSError:
@@ -215,16 +218,16 @@ class Worker:
         raise WorkerDiedError(f"a worker process failed: {body.decode(errors='replace')}")
 
     def _read(self, size: int, deadline: float) -> bytearray:
-        assert self._line
+        assert self._ends
         data = bytearray(size)
         view, got = memoryview(data), 0
         while got < size:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise WorkerTimeError(_LATE)
-            self._line.settimeout(min(left, _LOOK_AT_MEMORY if self._seen else _LOOK))
+            self._ends.line.settimeout(min(left, _LOOK_AT_MEMORY if self._seen else _LOOK))
             try:
-                more = self._line.recv_into(view[got:])
+                more = self._ends.line.recv_into(view[got:])
             except TimeoutError:
                 self._look()
                 continue
@@ -272,23 +275,23 @@ class Worker:
 
     def _end(self) -> None:
         """Kill the process, wait for its end and forget it."""
-        if self._line:
-            self._line.close()
+        if self._ends:
+            self._ends.close()
         if self._process:
             self._process.kill()
             self._process.wait()
             self._lost = True
-        self._line = self._process = self._seen = None
+        self._ends = self._process = self._seen = None
         self._ready = False
 
     def _forget(self) -> None:
         """After a fork, leave the process and its line to the parent."""
         self._lock = threading.Lock()
-        if self._line:
-            self._line.close()
+        if self._ends:
+            self._ends.close()
         if self._process:
             self._process.returncode = 0  # so that nobody waits for it here
-        self._line = self._process = self._seen = None
+        self._ends = self._process = self._seen = None
         self._ready = False
 
 

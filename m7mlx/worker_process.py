@@ -8,10 +8,12 @@ over a socket, the line, which is the process's standard input:
     reply      what became of it, number of bytes; bytes
 
 The first reply, before any request, says whether the operating system bounds the memory; the first
-request is the setup. When the line ends, so does the process, even during a job.
+request is the setup. When the line ends, so does the process. Beside it there is a second socket,
+the rope, which carries nothing: when it ends, so does the process even during a job. (The line
+cannot say so: the signal of a request may arrive late, in the middle of the request's job.)
 
-A process can make copies of itself, with all that it knows, each with a line of its own (COPY, with
-the other end of that line), and can be asked how they have ended (ENDED).
+A process can make copies of itself, with all that it knows, each with a line and a rope of its own
+(COPY, with the other ends of both), and can be asked how they have ended (ENDED).
 """
 
 from __future__ import annotations
@@ -44,14 +46,16 @@ _LINE = 0
 SIGIO_ENDS = sys.platform == "linux"
 
 
-def serve(module: str, memory: int) -> NoReturn:
+def serve(module: str, memory: int, rope: int) -> NoReturn:
     """Answer requests with the function that `module.handler(setup)` returns, until the line ends.
 
     memory  bytes that jobs may take, beside what the module takes; with 0 the other side watches
             that
+    rope    the open file whose end ends this process
     """
     try:
         _reset_signals()
+        _hold(rope)
         handler = importlib.import_module(module).handler  # before the limits: imports open files
         _limit_files()
         taken = _limit_memory(memory)
@@ -61,7 +65,7 @@ def serve(module: str, memory: int) -> NoReturn:
         while True:
             size, cpu, clock, most = REQUEST.unpack(_read(REQUEST.size))
             if size in (COPY, ENDED):
-                _copy() if size == COPY else _tell_end(PROCESS.unpack(_read(PROCESS.size))[0])
+                _copy(rope) if size == COPY else _tell_end(PROCESS.unpack(_read(PROCESS.size))[0])
                 continue
             if size > MAX_FRAME:
                 raise MemoryError
@@ -77,7 +81,6 @@ def serve(module: str, memory: int) -> NoReturn:
                 reply = answer(data)
             if len(reply) > MAX_FRAME:
                 raise MemoryError
-            _signal_the_end(False)
             _send(DONE, reply)
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.setitimer(signal.ITIMER_PROF, 0)
@@ -86,7 +89,6 @@ def serve(module: str, memory: int) -> NoReturn:
     except BaseException as error:  # a panic of Rust too, which is no Exception
         kind, text = FAILED, f"{type(error).__name__}: {error}"[:2000]
     with suppress(BaseException):
-        _signal_the_end(False)
         _send(kind, text.encode(errors="replace"))
     os._exit(1)
 
@@ -97,8 +99,15 @@ def _reset_signals() -> None:
     for one in (signal.SIGPROF, signal.SIGALRM, signal.SIGXCPU, signal.SIGTERM, signal.SIGINT):
         signal.signal(one, signal.SIG_DFL)
     signal.signal(signal.SIGIO, signal.SIG_DFL if SIGIO_ENDS else lambda *_: os._exit(1))
-    with suppress(OSError):
-        fcntl.fcntl(_LINE, fcntl.F_SETOWN, os.getpid())
+
+
+def _hold(rope: int) -> None:
+    """Have the process end when the rope does, whatever it is doing."""
+    with suppress(OSError):  # where there is no SIGIO the clock ends jobs
+        fcntl.fcntl(rope, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(rope, fcntl.F_SETFL, fcntl.fcntl(rope, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([rope], [], [], 0)[0]:  # it ended before
+        os._exit(0)
 
 
 def _limit_files() -> None:
@@ -135,25 +144,22 @@ def _limit_memory(memory: int) -> int | None:
 
 
 def _begin_job(cpu: float, clock: float) -> None:
-    """Have the process end when its time is up or the line ends, whatever the job does."""
+    """Have the process end when its time is up, whatever the job does."""
     signal.setitimer(signal.ITIMER_PROF, cpu)
     signal.setitimer(signal.ITIMER_REAL, clock)
-    _signal_the_end(True)
-    # Nothing is sent during a job, so whatever can be read now is the end of the line.
-    if select.select([_LINE], [], [], 0)[0]:
-        os._exit(0)
 
 
-def _copy() -> None:
+def _copy(rope: int) -> None:
     """Make a copy of this process, which answers on the line that came with the request."""
     with socket.socket(fileno=os.dup(_LINE)) as line:
-        _, (given,), *_ = socket.recv_fds(line, 1, 1)
+        _, given, *_ = socket.recv_fds(line, 1, 2)
     number = os.fork()
     if not number:
-        os.dup2(given, _LINE)
-        with suppress(OSError):
-            fcntl.fcntl(_LINE, fcntl.F_SETOWN, os.getpid())
-    os.close(given)
+        for new, old in zip(given, (_LINE, rope), strict=True):
+            os.dup2(new, old)
+        _hold(rope)
+    for new in given:
+        os.close(new)
     if number:
         _send(DONE, PROCESS.pack(number))
 
@@ -169,13 +175,6 @@ def _tell_end(number: int) -> None:
         os.kill(number, signal.SIGKILL)
         _, status = os.waitpid(number, 0)
     _send(DONE, STATUS.pack(os.waitstatus_to_exitcode(status)))
-
-
-def _signal_the_end(on: bool) -> None:
-    """Turn on, or off, that whatever happens on the line is a SIGIO."""
-    flags = fcntl.fcntl(_LINE, fcntl.F_GETFL)
-    with suppress(OSError):  # where there is no SIGIO the clock ends jobs
-        fcntl.fcntl(_LINE, fcntl.F_SETFL, flags | os.O_ASYNC if on else flags & ~os.O_ASYNC)
 
 
 def _read(size: int) -> bytes:

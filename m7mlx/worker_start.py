@@ -23,14 +23,41 @@ for name, places in given["packages"].items():
     package = sys.modules[name] = types.ModuleType(name)
     package.__path__ = places
 from m7mlx.worker_process import serve
-serve(given["module"], given["memory"])
+serve(given["module"], given["memory"], given["rope"])
 """
 
 
-def start_process(module: str, memory: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
+class Ends:
+    """Our ends of the two sockets of a process, and its ends until it has them.
+
+    line, its_line  requests and replies
+    rope, its_rope  nothing: that it ends is what it says
+    """
+
+    def __init__(self) -> None:
+        self.line, self.its_line = socket.socketpair()
+        try:
+            self.rope, self.its_rope = socket.socketpair()
+        except OSError:
+            self.line.close()
+            self.its_line.close()
+            raise
+
+    def given(self) -> None:
+        """Close the process's ends here: it has them."""
+        self.its_line.close()
+        self.its_rope.close()
+
+    def close(self) -> None:
+        """Close our ends, which ends the process."""
+        self.line.close()
+        self.rope.close()
+
+
+def start_process(module: str, memory: int) -> tuple[subprocess.Popen[bytes], Ends]:
     """Start a process that serves `module` (`m7mlx.worker_process.serve`).
 
-    Returns it and our end of its line. Raises WorkerDiedError.
+    Returns it and our ends of its sockets. Raises WorkerDiedError.
     """
     places = {name: _places(name) for name in {"m7mlx", module.partition(".")[0]}}
     given = {
@@ -39,11 +66,16 @@ def start_process(module: str, memory: int) -> tuple[subprocess.Popen[bytes], so
         "module": module,
         "memory": memory,
     }
-    ours, its = socket.socketpair()
+    try:
+        ends = Ends()
+    except OSError as error:
+        raise WorkerDiedError(f"a worker process cannot be started: {error}") from None
+    given["rope"] = ends.its_rope.fileno()
     try:
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-X", "utf8", "-c", _START, json.dumps(given)],
-            stdin=its.fileno(),
+            stdin=ends.its_line.fileno(),
+            pass_fds=[ends.its_rope.fileno()],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd="/",
@@ -51,11 +83,11 @@ def start_process(module: str, memory: int) -> tuple[subprocess.Popen[bytes], so
             start_new_session=True,  # Ctrl-C in a terminal is not for it
         )
     except (OSError, ValueError) as error:
-        ours.close()
+        ends.close()
         raise WorkerDiedError(f"a worker process cannot be started: {error}") from None
     finally:
-        its.close()
-    return process, ours
+        ends.given()
+    return process, ends
 
 
 def _places(package: str) -> list[str]:

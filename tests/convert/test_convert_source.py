@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -209,14 +208,7 @@ def test_default_name_of_the_result(
     assert load(tmp_path / folder)
 
 
-def test_help_is_quick_and_imports_no_libraries() -> None:
-    def cpu(*command: str) -> float:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, *command], check=True, capture_output=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-    assert cpu("-m", "m7mlx_convert", "--help") - cpu("-c", "pass") < 0.5
+def test_help_imports_no_libraries() -> None:
     libraries = "{'gguf', 'huggingface_hub', 'rich', 'sentencepiece', 'tokenizers', 'transformers'}"
     code = f"import sys, m7mlx_convert.cli; sys.exit(({libraries} & set(sys.modules)) or 0)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -19,13 +19,14 @@ import pytest
 from models import small_config, small_model
 from pydantic import BaseModel
 
-from m7mlx import Piece, Request, constrain, stream_generate
+from m7mlx import Piece, Request, constrain, generate, stream_generate
 from m7mlx.constrain import CUT, Constraint, close_grammars, json_constraint
 from m7mlx.errors import BusyError, InputError, WorkerError
 from m7mlx.sampling import Sampling
 from m7mlx.scheduler import Scheduler
 from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx.tools.schema import calls_schema
+from m7mlx.worker import Worker
 
 INTEGER = {"type": "integer"}
 MODEL = small_model(small_config(vocab_size=32768, n_layers=1))
@@ -191,7 +192,11 @@ def run(scheduler: Scheduler, until: int | None = None) -> dict[int, list[Piece]
     return found
 
 
-def test_a_grammar_whose_process_dies_ends_its_answers_and_no_other(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("is_for_good", [False, True])
+def test_a_grammar_whose_process_dies(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, is_for_good: bool
+) -> None:
+    """Another process goes on with its answers; where there can be none they fail, and no other."""
     scheduler = Scheduler(MODEL, tokenizer, rows=3)
     text = {"type": "string", "minLength": 60, "maxLength": 90}
     sampling = Sampling(temperature=1.0, seed=1)
@@ -203,8 +208,18 @@ def test_a_grammar_whose_process_dies_ends_its_answers_and_no_other(tokenizer: T
     plain = scheduler.add(Request([1, 7], max_tokens=20))
     run(scheduler, until=6)
     os.kill(pid, signal.SIGSEGV)
+    if is_for_good:
+        monkeypatch.setattr(Worker, "copy", lambda _: Worker("no_such_module", restart=False))
     found = run(scheduler)
-    assert found[bad][-1].finish_reason == "failed" and isinstance(found[bad][-1].error, InputError)
+    if is_for_good:
+        assert found[bad][-1].finish_reason == "failed" and isinstance(found[bad][-1].error, InputError)
+    else:
+        whole = generate(
+            MODEL, tokenizer, [1, 5], sampling=sampling, max_tokens=200, constraint=json_constraint(tokenizer, text)
+        )
+        rest = "".join(piece.text for piece in found[bad])
+        assert rest and whole.endswith(rest)
+        assert found[bad][-1].finish_reason == "stop"
     assert found[good][-1].finish_reason == "stop"
     assert found[plain][-1].finish_reason in ("stop", "length")
 
