@@ -10,6 +10,7 @@ from pathlib import Path
 from m7mlx.errors import M7Error
 from m7mlx.units import counted
 from m7mlx_chat.actions import unknown_keys
+from m7mlx_chat.commands.background import BackgroundCommands
 from m7mlx_chat.commands.conversations import ConversationCommands
 from m7mlx_chat.commands.estimate import EstimateCommands
 from m7mlx_chat.commands.files import FileCommands
@@ -47,6 +48,7 @@ _SIDEBAR_FROM = 120  # columns: where there is room for the conversations at the
 
 
 class ChatApp(
+    BackgroundCommands,
     EstimateCommands,
     FullCommands,
     VersionCommands,
@@ -250,6 +252,8 @@ class ChatApp(
             with self.going_on():
                 self.first_text = 0.0
                 await self.next_turn()
+        if under_way is not None and self.session.under_way is None:
+            self.announce_end(under_way)
         return compared
 
     def _lacking_room(self, event: Done | Failed, under_way: UnderWay | None) -> int | None:

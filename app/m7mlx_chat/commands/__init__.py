@@ -12,6 +12,7 @@ models         choose and load a model
 settings       settings, presets, the system prompt, the theme
 copying        copy a message, its code, the conversation
 files          export and import
+background     the terminal's title and bell, for who looks elsewhere
 looking        help, figures, the rolling buffer; select and scroll
 
 A group is a class on `view.ChatView` with its own few attributes. `actions.ACTIONS` lists all
