@@ -300,7 +300,7 @@ class Answering:
         if ended.calling is not None:
             self.tools.cancel()
         ended.steps = closed(ended.steps)
-        statistics = ended.with_steps(statistics)
+        statistics = ended.with_steps(statistics) | {"ended": self.store.clock()}
         if ended.thought:
             statistics |= {"thought": ended.thought}
         self._unsaved.append(lambda: self.store.finish(ended.answer, status, ended.text, statistics, ids))

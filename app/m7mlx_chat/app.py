@@ -9,6 +9,7 @@ from pathlib import Path
 
 from m7mlx.errors import M7Error
 from m7mlx.units import counted
+from m7mlx_chat import dates
 from m7mlx_chat.actions import unknown_keys
 from m7mlx_chat.commands.background import BackgroundCommands
 from m7mlx_chat.commands.conversations import ConversationCommands
@@ -85,6 +86,7 @@ class ChatApp(
         # when to drain next; the work of this thread until the last time
         self._not_before = self._worked = 0.0
         self.is_loading = folder is not None
+        self._day = dates.today()
 
     async def on_mount(self) -> None:
         self._take_config()
@@ -136,6 +138,10 @@ class ChatApp(
             self.session.save_again()
             if self.store.changed_elsewhere():
                 self.show_conversations()
+        if self._day != dates.today():  # yesterday's times are days now
+            self._day = dates.today()
+            self.transcript.show_times()
+            self.show_conversations()
 
     # --- what the engine says ---------------------------------------------------------------------
 

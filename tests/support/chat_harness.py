@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any, cast
@@ -151,10 +152,11 @@ async def chatting(
     environment: Environment | None = None,
     model: Path | None = Path("/models/small"),
     notifications: bool = False,
+    clock: Callable[[], float] = time.time,
     **options: Any,
 ) -> AsyncIterator[Chat]:
     """The app over a database in `folder`."""
-    with Store(folder / "chats.db") as store:
+    with Store(folder / "chats.db", clock=clock) as store:
         engine = ScriptedEngine()
         session = Session(store, engine, settings or Settings(model="a[b]/model"))
         environment = environment or environment_in(folder)

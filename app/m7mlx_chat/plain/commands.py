@@ -14,6 +14,7 @@ from m7mlx.units import counted
 from m7mlx_chat.actions import ACTIONS, parse_command
 from m7mlx_chat.clipboard import copy_with_tool
 from m7mlx_chat.config import Config
+from m7mlx_chat.dates import short_time
 from m7mlx_chat.environment import Environment
 from m7mlx_chat.events import AnyEngine
 from m7mlx_chat.exporting import export, text_to_copy
@@ -170,7 +171,8 @@ class LineCommands(ModelLines):
         self.written.tell(f"{head.title} ({counted(len(self.session.line), 'message')})")
         for message in self.store.read(self.session.line[-2:]):
             text = message.text if len(message.text) <= _RECAP else f"{message.text[:_RECAP]} …"
-            self.written.tell(f"{'you' if message.role == 'user' else 'model'}: {text}")
+            who, when = "you" if message.role == "user" else "model", short_time(message.said_at)
+            self.written.tell(f"{who} ({when}): {text}" if when else f"{who}: {text}")
 
     def action_rename(self, argument: str = "") -> None:
         self.store.rename(self._shown(), argument)

@@ -38,7 +38,7 @@ class ConversationWriter(DraftWriter):
 
     def delete(self, conversation: int) -> None:
         """Hide a conversation; it is erased when the store is opened 30 days later."""
-        self._change(conversation, {"deleted_at": self._clock()})
+        self._change(conversation, {"deleted_at": self.clock()})
 
     def undo_delete(self, conversation: int) -> None:
         """Undo `delete`, as long as the conversation has not been erased."""
@@ -50,5 +50,5 @@ class ConversationWriter(DraftWriter):
             self._db.execute(
                 """DELETE FROM conversation WHERE deleted_at < ? AND NOT EXISTS
                 (SELECT 1 FROM message m WHERE m.conversation = conversation.id AND m.status = 'answering')""",
-                [self._clock() - _KEEP_DELETED],
+                [self.clock() - _KEEP_DELETED],
             )

@@ -61,6 +61,13 @@ class Node:
         return steps_of(self.statistics.get("steps"))
 
     @property
+    def said_at(self) -> float:
+        """When it was said to its end, in seconds since 1970: asked, or answered."""
+        ended = self.statistics.get("ended")
+        is_time = type(ended) in (int, float) and 0 < ended <= LATEST
+        return float(ended) if is_time else self.created
+
+    @property
     def ids(self) -> list[int] | None:
         """The token ids of an answer, if they are known."""
         try:

@@ -29,7 +29,7 @@ class Writer(Reader):
         clock: Callable[[], float],
     ) -> None:
         super().__init__(path, db)
-        self._clock = clock
+        self.clock = clock
         self._instance = instance
 
     @contextmanager

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 from textual import events
 from textual.app import ComposeResult
-from textual.containers import Vertical
+from textual.containers import Horizontal, Vertical
 from textual.widgets import Markdown, Static
 
 from m7mlx.terminal import visible
 from m7mlx.units import counted
 from m7mlx_chat.actions import bindings
+from m7mlx_chat.dates import full_time, short_time
 from m7mlx_chat.markdown import Part, answer_markdown, parts
 from m7mlx_chat.steps import Step
 from m7mlx_chat.store.rows import Message
@@ -19,6 +20,7 @@ from m7mlx_chat.widgets.calls import StepsView
 
 _LINE = 80  # characters: about a line, where a text has no line ends
 _BAR = 2  # columns at the left of a message that select it: the bar, and the space beside it
+_ROOMY = 56  # columns of a message from which there is room for its time
 _SHOWN = 200_000  # characters of a message; /copy and /export have all of it
 _NOTES = {
     "stopped": "stopped",
@@ -27,6 +29,22 @@ _NOTES = {
     "interrupted": "interrupted",
     "answering": "being answered in another window",
 }
+
+
+class When(Static):
+    """When a message was asked or answered; in full where the message is selected."""
+
+    ALLOW_SELECT = False
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__("", classes="when", markup=False)
+        self.seconds = seconds
+        self.show()
+
+    def show(self, *, in_full: bool = False) -> None:
+        """Show the time as it is told today."""
+        self.tooltip = full_time(self.seconds) or None
+        self.update(full_time(self.seconds) if in_full else short_time(self.seconds))
 
 
 class MessageView(Vertical, can_focus=False):
@@ -41,20 +59,32 @@ class MessageView(Vertical, can_focus=False):
     MessageView { height: auto; margin: 0 0 1 0; padding: 0 2; border-left: outer $secondary 50%; }
     MessageView:focus, MessageView.-found { border-left: outer $accent; background: $accent 12%; }
     MessageView .versions { width: auto; height: 1; color: $text-accent; }
-    MessageView .footer { color: $text-muted; height: auto; }
+    MessageView .footer { color: $text-muted; height: auto; width: 1fr; }
+    MessageView .end { height: auto; }
+    MessageView .when { color: $text-muted; width: auto; height: 1; margin-left: 1; }
+    MessageView.-tight .when { display: none; }
+    MessageView.-tight:focus .when { display: block; }
     """
 
     def __init__(self, message: Message) -> None:
         super().__init__()
         self.message = message
+        self.when = When(message.said_at)
 
     def select(self) -> None:
         """Select the message, until something else gets the focus."""
         self.can_focus = True
         self.screen.set_focus(self)  # at once: the next key may be under way already
 
+    def on_focus(self) -> None:
+        self.when.show(in_full=True)
+
     def on_blur(self) -> None:
         self.can_focus = self.screen.focused is self
+        self.when.show()
+
+    def on_resize(self, event: events.Resize) -> None:
+        self.set_class(event.size.width < _ROOMY, "-tight")
 
     def on_click(self, event: events.Click) -> None:
         """Select the message by a click on the bar at its left."""
@@ -108,6 +138,7 @@ class Question(MessageView):
     DEFAULT_CSS = """
     Question { border-left: outer $primary; background: $boost; }
     Question .body { height: auto; }
+    Question .when { dock: right; }
     Question .more { height: 1; color: $text-muted; display: none; }
     Question.-long .more { display: block; }
     Question.-long.-folded .body { max-height: 8; overflow: hidden; }
@@ -116,6 +147,7 @@ class Question(MessageView):
     SHOWN = 20_000  # characters; a long paste is in the conversation whole, on the screen in part
 
     def compose(self) -> ComposeResult:
+        yield self.when
         if self.message.siblings > 1:
             yield Versions(self.message)
         shown = visible(self.message.text)
@@ -209,10 +241,12 @@ class Answer(MessageView):
         yield self._steps
         yield self._parts
         yield self._error
-        yield self._footer
+        with Horizontal(classes="end"):
+            yield self._footer
+            yield self.when
 
     async def on_mount(self) -> None:
-        self._error.display = False
+        self._error.display = self.when.display = False
         await self.write(self.message.text)
         if not self._live:
             self._show_end(self.message)
@@ -291,12 +325,15 @@ class Answer(MessageView):
         if not self._live:
             self._live = True
             self._footer.update("")
+            self.when.display = False
 
     def _show_end(self, message: Message) -> None:
         footer = footer_of(message)
         if len(message.text) > _SHOWN:
             footer = f"… ({len(message.text) - _SHOWN:,} more characters: /copy or /export) · {footer}"
         self._footer.update(footer)
+        self.when.seconds, self.when.display = message.said_at, message.status != "answering"
+        self.when.show(in_full=self.has_focus)
         error = message.statistics.get("error")
         self._error.display = bool(error)
         self._error.update(f"✗ {visible(str(error))}" if error else "")

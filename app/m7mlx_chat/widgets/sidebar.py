@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from datetime import date, timedelta
 from typing import Literal
 
 from rich.text import Text
 from textual import on
 from textual.app import ComposeResult
 from textual.containers import Vertical
-from textual.events import Key
+from textual.events import DescendantBlur, DescendantFocus, Key
 from textual.message import Message
 from textual.timer import Timer
 from textual.widgets import Input, OptionList, Static
@@ -21,6 +19,7 @@ from textual.widgets.option_list import Option, OptionDoesNotExist
 from m7mlx.terminal import visible
 from m7mlx.units import counted
 from m7mlx_chat.actions import bindings
+from m7mlx_chat.dates import full_time, group_of, short_time
 from m7mlx_chat.store import Store
 from m7mlx_chat.store.rows import Conversation, Hit
 
@@ -94,6 +93,7 @@ class Sidebar(Vertical):
         self._searched = ""  # what the hits that are listed were searched for
         self._shown: int | None = None
         self._pause: Timer | None = None
+        self._listed = ""  # how many there are, or were found
 
     def compose(self) -> ComposeResult:
         yield Input(placeholder="Search all conversations", id="search", compact=False)
@@ -181,6 +181,18 @@ class Sidebar(Vertical):
             self.conversations.scroll_to(y=scroll, animate=False)
 
     def _hint(self, text: str) -> None:
+        self._listed = text
+        self._show_hint()
+
+    @on(DescendantFocus)
+    @on(DescendantBlur)
+    @on(OptionList.OptionHighlighted)
+    def _show_hint(self) -> None:
+        """Tell of the conversation that is chosen in the list, or how many there are."""
+        chosen, text = self.conversations.chosen, self._listed
+        if self.conversations.has_focus and chosen is not None:
+            head = self._store.conversation(chosen)
+            text = f"{full_time(head.updated)} · {counted(head.messages, 'message')}"
         self.query_one(".hint", Static).update(text)
 
     # --- what the user does -----------------------------------------------------------------------
@@ -230,7 +242,7 @@ def _grouped(conversations: list[Conversation]) -> Iterator[Option]:
     """Options under headings: today, yesterday, …"""
     heading = ""
     for conversation in conversations:
-        when = _when(conversation.deleted_at or conversation.updated)
+        when = group_of(conversation.deleted_at or conversation.updated)
         if when != heading:
             heading = when
             yield _heading(heading)
@@ -246,16 +258,10 @@ def _titled(conversation: Conversation) -> Option:
     return Option(title, id=f"conversation-{conversation.id}")
 
 
-def _when(seconds: float, today: date | None = None) -> str:
-    day, today = date.fromtimestamp(seconds), today or date.fromtimestamp(time.time())
-    for days, name in ((0, "Today"), (1, "Yesterday"), (7, "This week"), (31, "This month")):
-        if day >= today - timedelta(days=days):
-            return name
-    return str(day.year)
-
-
 def _hit(hit: Hit) -> Text:
     who = "you" if hit.role == "user" else "model"
+    when = short_time(hit.created)
+    who += f", {when}" if when else ""
     text = Text(visible(hit.title), style="bold", no_wrap=True, overflow="ellipsis")
     snippet = Text(f"{who}: {visible(hit.snippet)}", style="dim")
     for first, last in hit.marks:
