@@ -53,7 +53,7 @@ class OpenApp(App[None]):
         return size
 
     def send_to_terminal(self, sequence: str) -> None:
-        """Send a control sequence to the terminal, where there is one: not in a browser, not in tests."""
+        """Send a control sequence to the terminal; a browser's page, or a test, has none."""
         driver = self._driver
         if driver is not None and not (driver.is_headless or driver.is_web or self.is_leaving):
             driver.write(sequence)

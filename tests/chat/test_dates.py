@@ -10,7 +10,7 @@ from chat_harness import Chat, chatting, done
 from m7mlx_chat import dates
 from m7mlx_chat.portable.page import to_html
 from m7mlx_chat.store.rows import Message
-from m7mlx_chat.widgets.messages import When
+from m7mlx_chat.widgets.message_parts import When
 from m7mlx_chat.widgets.sidebar import Conversations
 
 NOW = datetime(2026, 3, 10, 14, 2, 30)

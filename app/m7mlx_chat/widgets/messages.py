@@ -12,16 +12,15 @@ from textual.widgets import Markdown, Static
 from m7mlx.terminal import visible
 from m7mlx.units import counted
 from m7mlx_chat.actions import bindings
-from m7mlx_chat.dates import full_time, short_time
 from m7mlx_chat.markdown import Part, answer_markdown, parts
 from m7mlx_chat.steps import Step
 from m7mlx_chat.store.rows import Message
 from m7mlx_chat.widgets.calls import StepsView
+from m7mlx_chat.widgets.message_parts import SHOWN, Thoughts, Versions, When
 
 _LINE = 80  # characters: about a line, where a text has no line ends
 _BAR = 2  # columns at the left of a message that select it: the bar, and the space beside it
 _ROOMY = 56  # columns of a message from which there is room for its time
-_SHOWN = 200_000  # characters of a message; /copy and /export have all of it
 _NOTES = {
     "stopped": "stopped",
     "length": "cut at the longest length",
@@ -29,22 +28,6 @@ _NOTES = {
     "interrupted": "interrupted",
     "answering": "being answered in another window",
 }
-
-
-class When(Static):
-    """When a message was asked or answered; in full where the message is selected."""
-
-    ALLOW_SELECT = False
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__("", classes="when", markup=False)
-        self.seconds = seconds
-        self.show()
-
-    def show(self, *, in_full: bool = False) -> None:
-        """Show the time as it is told today."""
-        self.tooltip = full_time(self.seconds) or None
-        self.update(full_time(self.seconds) if in_full else short_time(self.seconds))
 
 
 class MessageView(Vertical, can_focus=False):
@@ -64,6 +47,7 @@ class MessageView(Vertical, can_focus=False):
     MessageView .when { color: $text-muted; width: auto; height: 1; margin-left: 1; }
     MessageView.-tight .when { display: none; }
     MessageView.-tight:focus .when { display: block; }
+    MessageView .when.-to-come { display: none; }
     """
 
     def __init__(self, message: Message) -> None:
@@ -98,20 +82,6 @@ class MessageView(Vertical, can_focus=False):
 
     def toggle_fold(self) -> None:
         """Show what is folded of the message, or fold it again."""
-
-
-class Versions(Static):
-    """‹2/3›: which of several versions is shown; a click on either side shows the next."""
-
-    def __init__(self, message: Message) -> None:
-        super().__init__(f"‹ {message.place}/{message.siblings} ›", classes="versions", markup=False)
-        self._message = message.id
-
-    def on_click(self, event: events.Click) -> None:
-        direction = -1 if event.x < self.size.width // 2 else 1
-        # Not from here: it removes this very widget, and would wait for it for ever.
-        self.app.call_later(self.run_action, f"app.sibling_of({self._message}, {direction})")
-        event.stop()
 
 
 class Fold(Static):
@@ -163,48 +133,6 @@ class Question(MessageView):
         self.query_one(Fold).show(is_open=not self.has_class("-folded"))
 
 
-class Thoughts(Vertical):
-    """What a model thought, folded into a line; a click on that shows or hides it."""
-
-    DEFAULT_CSS = """
-    Thoughts { height: auto; color: $text-muted; }
-    Thoughts Static { height: auto; }
-    Thoughts .thought { display: none; padding: 0 0 1 2; }
-    Thoughts.-shown .thought { display: block; }
-    """
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.text = ""
-        self._title = Static("", classes="fold", markup=False)
-        self._body = Static("", classes="thought", markup=False)
-        self.add(text)
-
-    def compose(self) -> ComposeResult:
-        yield self._title
-        yield self._body
-
-    def add(self, text: str) -> None:
-        """Add more of it. There is nothing to see while it is empty."""
-        self.text += text
-        self.display = bool(self.text)
-        self._show()
-
-    def toggle(self) -> None:
-        """Show the thoughts, or hide them again."""
-        self.toggle_class("-shown")
-        self._show()
-
-    def on_click(self) -> None:
-        self.toggle()
-
-    def _show(self) -> None:
-        is_shown = self.has_class("-shown")
-        self._title.update(f"{'▾' if is_shown else '▸'} thinking · {counted(len(self.text), 'character')}")
-        if is_shown:
-            self._body.update(visible(self.text[:_SHOWN]))
-
-
 class Answer(MessageView):
     """An answer: Markdown or plain parts, of which the last grows, and a line with what it cost."""
 
@@ -246,7 +174,8 @@ class Answer(MessageView):
             yield self.when
 
     async def on_mount(self) -> None:
-        self._error.display = self.when.display = False
+        self._error.display = False
+        self.when.add_class("-to-come")
         await self.write(self.message.text)
         if not self._live:
             self._show_end(self.message)
@@ -270,7 +199,7 @@ class Answer(MessageView):
     async def write(self, text: str) -> None:
         """Show more of the answer."""
         before, self._text = len(self._text), self._text + text
-        text = visible(text[: max(0, _SHOWN - before)])
+        text = visible(text[: max(0, SHOWN - before)])
         if not text:
             return
         *done, last = parts(self._part.text + text, self._fence)
@@ -325,14 +254,15 @@ class Answer(MessageView):
         if not self._live:
             self._live = True
             self._footer.update("")
-            self.when.display = False
+            self.when.add_class("-to-come")
 
     def _show_end(self, message: Message) -> None:
         footer = footer_of(message)
-        if len(message.text) > _SHOWN:
-            footer = f"… ({len(message.text) - _SHOWN:,} more characters: /copy or /export) · {footer}"
+        if len(message.text) > SHOWN:
+            footer = f"… ({len(message.text) - SHOWN:,} more characters: /copy or /export) · {footer}"
         self._footer.update(footer)
-        self.when.seconds, self.when.display = message.said_at, message.status != "answering"
+        self.when.seconds = message.said_at
+        self.when.set_class(message.status == "answering", "-to-come")
         self.when.show(in_full=self.has_focus)
         error = message.statistics.get("error")
         self._error.display = bool(error)
