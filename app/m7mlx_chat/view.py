@@ -216,8 +216,9 @@ class ChatView(DispatchingApp):
         if self.session.conversation is None:
             self.title = self.TITLE
         else:
-            self.title = self.store.conversation(self.session.conversation).title
-            shown += f" · {self.title}"
+            head = self.store.conversation(self.session.conversation)
+            self.title = head.title
+            shown += f" · {head.title}  {head.hashtags}".rstrip()
         self.screen_stack[0].query_one("#model", Static).update(visible(shown))
 
     def show_state(self, text: str = "") -> None:

@@ -197,6 +197,24 @@ def test_conversations_are_found_and_opened_by_number(talking: Talking) -> None:
     assert {one.title for one in talking.store.conversations()} == {"about bees", "Cats"}
 
 
+def test_conversations_are_pinned_tagged_and_found_by_tag(talking: Talking) -> None:
+    _, told = talking.type(
+        "about bees", "/tag Work #home", "/tag -home", "/tag", "/pin", "/new", "about ants", "/find"
+    )
+    assert "tags: #work #home\ntags: #work\ntags: #work\npinned" in told
+    first, second = (line for line in told.splitlines() if line[:3] in ("1  ", "2  "))
+    assert "about bees (" in first and ", pinned, #work)" in first and "about ants (" in second
+    _, told = talking.type("/find #work", "1", "/pin", "/find #nothing")
+    assert "1  about bees (" in told and "2  " not in told and "no longer pinned" in told
+    assert "nothing found" in told
+    assert talking.said()[0] == "about bees"
+
+
+def test_what_is_opened_tells_when_it_was_said(talking: Talking) -> None:
+    _, told = talking.type("about bees", "/new", "/find bees", "1")
+    assert re.search(r"^you \(\d\d:\d\d\): about bees\nmodel \(\d\d:\d\d\): answer 1$", told, re.MULTILINE)
+
+
 def test_settings_and_presets(talking: Talking) -> None:
     _, told = talking.type(
         "/set temperature 0.3", "/set", "/set nothing", "/system Be brief", "/preset warm", "Hello"

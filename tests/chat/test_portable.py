@@ -17,7 +17,7 @@ from m7mlx_chat import dates, portable
 from m7mlx_chat.portable import parse, parse_all, to_json
 from m7mlx_chat.portable.page import to_html, to_markdown
 from m7mlx_chat.store import Store
-from m7mlx_chat.store.rows import Node, Tree, encodable, title_of
+from m7mlx_chat.store.rows import Node, Tree, encodable, tags_of, title_of
 from markdown_it import MarkdownIt
 
 from m7mlx.errors import InputError
@@ -50,6 +50,8 @@ def trees(draw: st.DrawFn) -> Tree:
         created=draw(TIMES),
         updated=draw(TIMES),
         archived=draw(st.booleans()),
+        pinned=draw(st.booleans()),
+        tags=tags_of(draw(st.text("ab #-,éÉß\x1b\n", max_size=60))),
         model=draw(TEXT),
         system=draw(TEXT),
         settings=draw(VALUES),
@@ -394,7 +396,9 @@ class Page(HTMLParser):
         | {"div", "span", "pre", "code", "em", "strong", "s", "ul", "ol", "li", "blockquote", "hr", "br", "a"}
         | {"table", "thead", "tbody", "tr", "th", "td"}
     )
-    ATTRIBUTES = frozenset({"class", "datetime", "href", "start", "charset", "name", "content", "http-equiv", "style", "title"})
+    ATTRIBUTES = frozenset(
+        {"class", "datetime", "href", "start", "charset", "name", "content", "http-equiv", "style", "title"}
+    )
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -502,7 +506,5 @@ def test_markdown_of_a_branch(store: Store) -> None:
     text = to_markdown(conversation, branch)
     assert text.startswith("# What is <b>bold</b>?\n\n") and "> Be brief.\n> <script>" in text
     asked, answered = (dates.full_time(message.said_at) for message in branch[:2])
-    assert (
-        f"## You · {asked}\n\nWhat is <b>bold</b>?\n\n## mistral · {answered}\n\nIt is **bold**.\n" in text
-    )
+    assert f"## You · {asked}\n\nWhat is <b>bold</b>?\n\n## mistral · {answered}\n\nIt is **bold**.\n" in text
     assert text.endswith("```python\nx = 1 < 2\n```\n\n*(stopped)*\n")

@@ -7,7 +7,7 @@ compare        see versions beside each other, ask another model, too
 versions       go through the versions of a message, fork a conversation
 unsent_text    write in $EDITOR, bring back what was asked before
 prompts        use a prompt of one's own, keep one
-conversations  open, search, rename, put away, delete and bring back
+conversations  open, search, rename, pin, tag, put away, delete and bring back
 models         choose and load a model
 settings       settings, presets, the system prompt, the theme
 copying        copy a message, its code, the conversation

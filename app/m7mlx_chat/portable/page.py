@@ -168,7 +168,8 @@ def _plain(text: str) -> str:
 
 
 def _about(conversation: Conversation) -> str:
-    return " · ".join(filter(None, [full_time(conversation.created), " ".join(visible(conversation.model).split())]))
+    model = " ".join(visible(conversation.model).split())
+    return " · ".join(filter(None, [full_time(conversation.created), model, visible(conversation.hashtags)]))
 
 
 def _when(message: Message) -> str:

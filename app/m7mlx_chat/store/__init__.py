@@ -218,7 +218,7 @@ class Store(ConversationWriter):
         copy = tree_of(head, self.branch(message), message)
         now = self.clock()
         title = title_of(f"{head.title} (fork)", CHOSEN_TITLE_LENGTH)
-        return self.plant([replace(copy, title=title, created=now, updated=now, archived=False)])[0]
+        return self.plant([replace(copy, title=title, created=now, updated=now, archived=False, pinned=False)])[0]
 
     def plant(self, trees: Iterable[Tree]) -> list[int]:
         """Store whole conversations, all of them or none; returns their ids."""

@@ -1,9 +1,11 @@
-"""What is done to a whole conversation: settings, title, putting away, deleting."""
+"""What is done to a whole conversation: settings, title, pin, tags, putting away, deleting."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from m7mlx_chat.store.drafts import DraftWriter
-from m7mlx_chat.store.rows import CHOSEN_TITLE_LENGTH, encodable, title_of
+from m7mlx_chat.store.rows import CHOSEN_TITLE_LENGTH, encodable, tags_of, title_of
 from m7mlx_chat.store.writer import Values, as_json
 
 _KEEP_DELETED = 30 * 86400  # seconds
@@ -35,6 +37,14 @@ class ConversationWriter(DraftWriter):
     def unarchive(self, conversation: int) -> None:
         """Undo `archive`."""
         self._change(conversation, {"archived": False})
+
+    def pin(self, conversation: int, *, is_pinned: bool) -> None:
+        """Keep a conversation at the top of the list, or no longer."""
+        self._change(conversation, {"pinned": is_pinned})
+
+    def tag(self, conversation: int, tags: Sequence[str]) -> None:
+        """Give a conversation these tags, in the place of those before."""
+        self._change(conversation, {"tags": " ".join(tags_of(" ".join(tags)))})
 
     def delete(self, conversation: int) -> None:
         """Hide a conversation; it is erased when the store is opened 30 days later."""

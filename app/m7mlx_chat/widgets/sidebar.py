@@ -128,7 +128,11 @@ class Sidebar(Vertical):
         text = self.query_one(Input).value
         is_new, self._searched = text != self._searched, text
         if text.strip():
-            self._list_hits(self._store.titled(text, _TITLES), self._store.search(text, _FOUND), is_new)
+            tags, rest = self._store.tags_in(text)
+            is_tag = bool(tags) and not rest
+            titled = self._store.titled(text, _PAGE if is_tag else _TITLES)
+            heading = " ".join(f"#{tag}" for tag in tags) if is_tag else "Titles"
+            self._list_hits(heading, titled, self._store.search(text, _FOUND), is_new)
         else:
             self._list_shelf()
 
@@ -137,11 +141,13 @@ class Sidebar(Vertical):
     def _list_shelf(self, *, is_longer: bool = False) -> None:
         """List a shelf; `is_longer`: only a page has been added, and the user is at its end."""
         limit = self._pages * _PAGE
+        pinned: list[Conversation] = []
         if self.shelf == "deleted":
             listed = self._store.deleted(limit)
             hint = f"{len(listed) or 'none'} deleted · Enter brings back"
         else:
             away = self.shelf == "put away"
+            pinned = self._store.pinned(away)
             listed = self._store.conversations(away, limit)
             count = self._store.count(away)
             if away:
@@ -149,17 +155,17 @@ class Sidebar(Vertical):
             else:
                 what = counted(count, "conversation") if count else "no conversations"
             hint = f"{what} · F1: keys"
-        self._fill(list(_grouped(listed)))
+        self._fill(list(_grouped(pinned, listed)))
         self._hint(hint)
         here = f"conversation-{self._shown}"
         with suppress(OptionDoesNotExist):
             if not is_longer:
                 self.conversations.highlighted = self.conversations.get_option_index(here)
 
-    def _list_hits(self, titled: list[Conversation], hits: list[Hit], is_new: bool) -> None:
+    def _list_hits(self, heading: str, titled: list[Conversation], hits: list[Hit], is_new: bool) -> None:
         options: list[Option | None] = []
         if titled:
-            options += [_heading("Titles"), *map(_titled, titled)]
+            options += [_heading(visible(heading)), *map(_titled, titled)]
         if titled and hits:
             options.append(_heading("Messages"))
         for hit in hits:
@@ -167,7 +173,7 @@ class Sidebar(Vertical):
         self._fill(options[:-1] if hits else options)
         if is_new or self.conversations.highlighted is None:
             self.conversations.highlighted = (1 if titled else 0) if options else None
-        found = [counted(len(titled), "title")] if titled else []
+        found = [counted(len(titled), "title" if heading == "Titles" else "conversation")] if titled else []
         found += [f"{_FOUND}+ messages" if len(hits) == _FOUND else counted(len(hits), "message")] if hits else []
         self._hint(f"{', '.join(found)} found" if found else "nothing found")
 
@@ -238,10 +244,15 @@ class Sidebar(Vertical):
         self.post_message(self.Chosen(int(number)) if kind == "conversation" else self.Found(int(number)))
 
 
-def _grouped(conversations: list[Conversation]) -> Iterator[Option]:
-    """Options under headings: today, yesterday, …"""
-    heading = ""
+def _grouped(pinned: list[Conversation], conversations: list[Conversation]) -> Iterator[Option]:
+    """Options under headings: pinned, today, yesterday, …"""
+    if pinned:
+        yield _heading("Pinned")
+    yield from map(_titled, pinned)
+    heading, first = "", {conversation.id for conversation in pinned}
     for conversation in conversations:
+        if conversation.id in first:
+            continue
         when = group_of(conversation.deleted_at or conversation.updated)
         if when != heading:
             heading = when
@@ -254,7 +265,9 @@ def _heading(text: str) -> Option:
 
 
 def _titled(conversation: Conversation) -> Option:
-    title = Text(visible(conversation.title), no_wrap=True, overflow="ellipsis")
+    title = Text("★ " * conversation.pinned + visible(conversation.title), no_wrap=True, overflow="ellipsis")
+    if conversation.tags:
+        title.append(f"\n{visible(conversation.hashtags)}", style="dim")
     return Option(title, id=f"conversation-{conversation.id}")
 
 
