@@ -19,6 +19,7 @@ from m7mlx_chat.commands.full import FullCommands
 from m7mlx_chat.commands.looking import LookCommands
 from m7mlx_chat.commands.prompts import PromptCommands
 from m7mlx_chat.commands.settings import SettingsCommands
+from m7mlx_chat.commands.titles import TitleCommands
 from m7mlx_chat.commands.unsent_text import UnsentTextCommands
 from m7mlx_chat.commands.versions import VersionCommands
 from m7mlx_chat.events import (
@@ -33,6 +34,7 @@ from m7mlx_chat.events import (
     Ready,
     Text,
     Thought,
+    Titled,
     Waiting,
 )
 from m7mlx_chat.under_way import UnderWay
@@ -50,6 +52,7 @@ _SIDEBAR_FROM = 120  # columns: where there is room for the conversations at the
 
 class ChatApp(
     BackgroundCommands,
+    TitleCommands,
     EstimateCommands,
     FullCommands,
     VersionCommands,
@@ -138,6 +141,8 @@ class ChatApp(
             self.session.save_again()
             if self.store.changed_elsewhere():
                 self.show_conversations()
+        with self.going_on():
+            self.write_title_when_quiet()
         if self._day != dates.today():  # yesterday's times are days now
             self._day = dates.today()
             self.transcript.show_times()
@@ -188,6 +193,8 @@ class ChatApp(
                 await self._show_text(event, answer)
             case Thought():
                 self._show_thought(event, answer)
+            case Titled():
+                self.show_conversations()
             case Called() | Given() if under_way is not None:
                 self.first_text = 0.0
                 await self.show_calls(under_way)
@@ -258,6 +265,7 @@ class ChatApp(
             with self.going_on():
                 self.first_text = 0.0
                 await self.next_turn()
+        self.stir()
         if under_way is not None and self.session.under_way is None:
             self.announce_end(under_way)
         return compared

@@ -34,7 +34,7 @@ from m7mlx_chat.settings import FIELDS, Settings
 
 _TABLES = ("presets", "keys", "tools")
 # what is true or false, and which of it where the file does not say
-_SWITCHES = {"no_save": False, "bell": True, "terminal_title": True}
+_SWITCHES = {"no_save": False, "bell": True, "terminal_title": True, "model_titles": True}
 _MOST_ROUNDS = 100
 
 
@@ -51,6 +51,7 @@ class Config:
     tool_rounds     how often the model may call tools in one answer
     bell            ring when an answer has ended that nobody was looking at
     terminal_title  have the terminal's title tell the conversation
+    model_titles    have the model write titles when nothing else is asked for
     """
 
     path: Path
@@ -64,6 +65,7 @@ class Config:
     tool_rounds: int = ROUNDS
     bell: bool = True
     terminal_title: bool = True
+    model_titles: bool = True
 
     @property
     def prompts(self) -> Path:

@@ -34,6 +34,7 @@ class ScriptedEngine:
         self.loaded: list[tuple[Path, Settings]] = []
         self.cancelled = 0
         self.forgotten: list[int] = []
+        self.titles: list[tuple[int, Request]] = []
 
     def start(self) -> None: ...
 
@@ -48,6 +49,9 @@ class ScriptedEngine:
     def messages(self, number: int = -1) -> list[dict[str, Any]]:
         """The messages that it was asked to answer: the last ones, or another time's."""
         return cast("list[dict[str, Any]]", self.asked[number].prompt)
+
+    def write_title(self, conversation: int, request: Request) -> None:
+        self.titles.append((conversation, request))
 
     def cancel(self) -> None:
         self.cancelled += 1

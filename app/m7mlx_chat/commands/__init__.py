@@ -13,6 +13,7 @@ settings       settings, presets, the system prompt, the theme
 copying        copy a message, its code, the conversation
 files          export and import
 background     the terminal's title and bell, for who looks elsewhere
+titles         have the model write a title when nothing is asked for
 looking        help, figures, the rolling buffer; select and scroll
 
 A group is a class on `view.ChatView` with its own few attributes. `actions.ACTIONS` lists all

@@ -24,11 +24,14 @@ class ConversationWriter(DraftWriter):
     def rename(self, conversation: int, title: str) -> None:
         """Give a title; an empty one brings the automatic title back."""
         automatic = not title.strip()
-        if automatic:
-            first = "SELECT text FROM message WHERE conversation = ? AND role = 'user' ORDER BY id LIMIT 1"
-            title = "".join(row["text"] for row in self._rows(first, [conversation]))
-        title = title_of(title) if automatic else title_of(title, CHOSEN_TITLE_LENGTH)
+        title = self.first_words(conversation) if automatic else title_of(title, CHOSEN_TITLE_LENGTH)
         self._change(conversation, {"title": title, "automatic": automatic})
+
+    def suggest_title(self, conversation: int, title: str) -> None:
+        """Give a better automatic title; one that somebody chose stays."""
+        with self._writing():
+            sql = "UPDATE conversation SET title = ? WHERE id = ? AND automatic"
+            self._db.execute(sql, [title_of(title), conversation])
 
     def archive(self, conversation: int) -> None:
         """Move a conversation out of the way; it is still found."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from m7mlx_chat.store.errors import StoreError
-from m7mlx_chat.store.rows import Conversation, Ending, Head, Hit, Message, Node, Role, Tree, tags_of
+from m7mlx_chat.store.rows import Conversation, Ending, Head, Hit, Message, Node, Role, Tree, tags_of, title_of
 from m7mlx_chat.store.schema import damaged, one_line
 from m7mlx_chat.store.sound import Row, conversation_of, message_of
 from m7mlx_chat.store.words import HAS_TAG, hit, match_of, parts_query, plain, words_query
@@ -194,6 +194,11 @@ class Reader:
         ids = [row["id"] for row in rows if all(part in plain(Row(row).text("title")) for part in parts)][:limit]
         marks = ", ".join("?" * len(ids))
         return self._conversations(f"{_COUNTED} conversation c WHERE id IN ({marks}) {_NEWEST}", ids)
+
+    def first_words(self, conversation: int) -> str:
+        """The title that a conversation has from its first question."""
+        first = "SELECT text FROM message WHERE conversation = ? AND role = 'user' ORDER BY id LIMIT 1"
+        return title_of("".join(Row(row).text("text") for row in self._rows(first, [conversation])))
 
     def prompts(self, containing: str = "", limit: int = 100) -> list[str]:
         """What the user has asked and contains a text, in any case: each once, the newest first."""

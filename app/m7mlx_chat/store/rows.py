@@ -64,7 +64,7 @@ class Node:
     @property
     def said_at(self) -> float:
         """When it was said to its end, in seconds since 1970: asked, or answered."""
-        ended = self.statistics.get("ended")
+        ended: Any = self.statistics.get("ended")
         is_time = type(ended) in (int, float) and 0 < ended <= LATEST
         return float(ended) if is_time else self.created
 

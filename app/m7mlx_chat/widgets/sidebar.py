@@ -196,7 +196,7 @@ class Sidebar(Vertical):
     def _show_hint(self) -> None:
         """Tell of the conversation that is chosen in the list, or how many there are."""
         chosen, text = self.conversations.chosen, self._listed
-        if self.conversations.has_focus and chosen is not None:
+        if self.conversations.has_focus and chosen is not None and self.shelf != "deleted":
             head = self._store.conversation(chosen)
             text = f"{full_time(head.updated)} · {counted(head.messages, 'message')}"
         self.query_one(".hint", Static).update(text)
