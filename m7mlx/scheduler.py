@@ -20,8 +20,9 @@ from m7mlx.decode import default_chunk, goes_on, read_chunk, reusable, reuse, sh
 from m7mlx.errors import InputError, PromptTooLongError
 from m7mlx.memory import UNDO_SLACK
 from m7mlx.model import Mistral
+from m7mlx.numbered import NumberedAnswer
 from m7mlx.request import Request, prepare
-from m7mlx.rows import NumberedAnswer, Rows, Told
+from m7mlx.rows import Rows, Told
 from m7mlx.tokens.tokenizer import Tokenizer
 
 _SCORED = 128  # positions of a prompt whose logits are held at one time
