@@ -66,6 +66,7 @@ class Scheduler:
 
     rows     answers at a time; kept, how many conversations that have ended are kept for prefixes
     slack    tokens that a kept conversation can be cut back by once its window has turned
+    max_kv_size  keys that layers without a window keep (`RollingCache`)
     drafted  answers at a time that may get several tokens from one pass, of those that are looked
              up in their prompts and predictions (`m7mlx.rows`)
     """
@@ -79,6 +80,7 @@ class Scheduler:
         kept: int = 8,
         slack: int = UNDO_SLACK,
         kv_bits: int | None = None,
+        max_kv_size: int | None = None,
         drafted: int = 0,
     ) -> None:
         """Make a scheduler. Raises InputError for numbers that make no sense."""
@@ -88,10 +90,17 @@ class Scheduler:
                 f"not {rows}, {kept} and {drafted}"
             )
         self._model, self._tokenizer, self._most_rows = model, tokenizer, rows
-        self.options = {"rows": rows, "kept": kept, "slack": slack, "kv_bits": kv_bits, "drafted": drafted}
+        self.options = {
+            "rows": rows,
+            "kept": kept,
+            "slack": slack,
+            "kv_bits": kv_bits,
+            "max_kv_size": max_kv_size,
+            "drafted": drafted,
+        }
         # What fails here alone would leave the other processes waiting.
         self._shared = model.exchange is not None
-        self._new = model.new_cache(slack=slack, kv_bits=kv_bits)
+        self._new = model.new_cache(slack=slack, kv_bits=kv_bits, max_kv_size=max_kv_size)
         self._waiting: deque[_Numbered] = deque()
         self._reading: deque[_Numbered] = deque()  # their prompts take turns
         self._rows = Rows(model, tokenizer, kept > 0, drafted)

@@ -130,7 +130,7 @@ arrivals = st.lists(
 @pytest.mark.usefixtures("computed_by")
 @given(
     coming=arrivals,
-    window=st.sampled_from([7, None, "mixed"]),
+    window=st.sampled_from([7, None, "mixed", "bounded"]),
     rows=st.integers(1, 4),
     drafted=st.integers(1, 3),
     wrong=st.sets(st.integers(0, 30)),
@@ -150,14 +150,15 @@ def test_everybody_is_answered_as_if_alone(
     quiet: range,
 ) -> None:
     """Whatever is guessed, whoever comes and goes, and so is who goes on from them."""
-    model = MODELS[window]
-    scheduler = Scheduler(model, tokenizer, rows=rows, kept=2, slack=slack, drafted=drafted)
+    size = 11 if window == "bounded" else None
+    model = MODELS[None if size else window]
+    scheduler = Scheduler(model, tokenizer, rows=rows, kept=2, slack=slack, drafted=drafted, max_kv_size=size)
     oracle.wrong, oracle.quiet = wrong, quiet
     pieces: dict[int, list[Piece]] = defaultdict(list)
     asked: dict[int, tuple[Request, list[Piece]]] = {}
     for seed, (wait, length, wanted, sampling, logprobs, stays) in enumerate(coming):
         request = Request(prompt(seed % 3, length), sampling, wanted, logprobs=logprobs)
-        expected = alone(model, tokenizer, request)
+        expected = alone(model, tokenizer, request, size)
         oracle.answers[tuple(request.ids)] = ids_of(expected)
         number = scheduler.add(request)
         asked[number] = request, expected
@@ -173,7 +174,7 @@ def test_everybody_is_answered_as_if_alone(
         else:
             assert_same(pieces[number], expected)
         later = Request([*request.ids, *ids_of(pieces[number]), 5, 6], max_tokens=4)
-        expected = alone(model, tokenizer, later)
+        expected = alone(model, tokenizer, later, size)
         oracle.answers[tuple(later.ids)] = ids_of(expected)
         number = scheduler.add(later)
         run(scheduler, pieces)
