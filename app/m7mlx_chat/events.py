@@ -176,6 +176,14 @@ class Waiting:
     """The model is answering elsewhere; what was asked here waits its turn."""
 
 
+@dataclass(frozen=True)
+class Counted:
+    """How many tokens one of the texts has that another process counts; None if nobody knows."""
+
+    number: int
+    tokens: int | None
+
+
 Event = (
     Loading
     | Ready
@@ -197,7 +205,7 @@ Event = (
 class AnyEngine(Protocol):
     """What answers: `m7mlx_chat.engine.Engine`, or a scripted one in tests.
 
-    Every method returns at once.
+    Every method returns at once, but for `count`.
     """
 
     def start(self) -> None:
@@ -219,7 +227,7 @@ class AnyEngine(Protocol):
         """End what was submitted so far."""
 
     def count(self, text: str) -> int | None:
-        """Count the tokens of a text, at once, on any thread; None where no model is loaded."""
+        """Count the tokens of a text, on a thread that may wait; None where no model is loaded."""
 
     def forget(self, conversation: int) -> None:
         """Keep nothing on the disk of a conversation that was deleted."""
