@@ -313,7 +313,7 @@ async def test_control_c_copies_clears_stops_and_quits(tmp_path: Path, monkeypat
 
 async def test_help_shows_every_action(tmp_path: Path) -> None:
     config = Config(tmp_path / "config.toml", keys={"new": "ctrl+t"})
-    async with chatting(tmp_path, size=(100, 120), config=config) as chat:
+    async with chatting(tmp_path, size=(100, 140), config=config) as chat:
         await chat.pilot.press("f1")
         await chat.pilot.pause()
         assert isinstance(chat.app.screen, Help)
