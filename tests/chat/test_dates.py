@@ -96,7 +96,10 @@ async def test_there_is_no_time_where_there_is_no_room(tmp_path: Path) -> None:
         assert "14:02" not in chat.shown()
         await chat.pilot.press("alt+up")
         await chat.pilot.pause()
-        assert "2026-03-10 14:02" in chat.shown()
+        assert "▌  2 tokens · 21.5 tok/s · first\n  ▌  after 0.30 s\n  ▌  2026-03-10 14:02\n" in chat.shown()
+        await chat.pilot.press("alt+up")
+        await chat.pilot.pause()
+        assert "▌  2026-03-10 14:02\n  ▌  What is it?\n" in chat.shown()
 
 
 async def test_the_list_tells_when_the_chosen_conversation_was_spoken_in(tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ class MessageView(Vertical, can_focus=False):
     MessageView .footer { color: $text-muted; height: auto; width: 1fr; }
     MessageView .end { height: auto; }
     MessageView .when { color: $text-muted; width: auto; height: 1; margin-left: 1; }
-    MessageView.-tight .when { display: none; }
+    MessageView.-tight .when { display: none; margin-left: 0; }
+    MessageView.-tight .end { layout: vertical; }
     MessageView.-tight:focus .when { display: block; }
     MessageView .when.-to-come { display: none; }
     """
@@ -109,6 +110,7 @@ class Question(MessageView):
     Question { border-left: outer $primary; background: $boost; }
     Question .body { height: auto; }
     Question .when { dock: right; }
+    Question.-tight .when { dock: none; }
     Question .more { height: 1; color: $text-muted; display: none; }
     Question.-long .more { display: block; }
     Question.-long.-folded .body { max-height: 8; overflow: hidden; }
