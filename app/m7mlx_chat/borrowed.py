@@ -57,6 +57,9 @@ class BorrowedEngine:
         """Keep nothing on the disk of a conversation that was deleted."""
         self._send("forget", conversation)
 
+    def write_title(self, conversation: int, request: Request) -> None:
+        """No titles are written for pages: the model may be at work for another one."""
+
     def cancel(self) -> None:
         """End what was submitted from here."""
         self._send("cancel")

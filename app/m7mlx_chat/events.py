@@ -147,6 +147,17 @@ class Listed:
 
 
 @dataclass(frozen=True)
+class Titled:
+    """What the model wrote when it was asked for a conversation's title.
+
+    text  None: it was broken off
+    """
+
+    conversation: int
+    text: str | None
+
+
+@dataclass(frozen=True)
 class Failed:
     """A command failed, in one line; the engine goes on.
 
@@ -173,7 +184,22 @@ class Counted:
     tokens: int | None
 
 
-Event = Loading | Ready | OnDisk | Note | Waiting | Prefill | Text | Thought | Called | Given | Listed | Done | Failed
+Event = (
+    Loading
+    | Ready
+    | OnDisk
+    | Note
+    | Waiting
+    | Prefill
+    | Text
+    | Thought
+    | Called
+    | Given
+    | Listed
+    | Titled
+    | Done
+    | Failed
+)
 
 
 class AnyEngine(Protocol):
@@ -190,6 +216,12 @@ class AnyEngine(Protocol):
 
     def submit(self, request: Request) -> None:
         """Answer a request. The events end with one Done or Failed."""
+
+    def write_title(self, conversation: int, request: Request) -> None:
+        """Answer a request for a title on the side; whatever is wanted next breaks it off.
+
+        The events end with one Titled.
+        """
 
     def cancel(self) -> None:
         """End what was submitted so far."""

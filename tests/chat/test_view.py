@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 from chat_harness import READY, Chat, chatting, done
-from m7mlx_chat import catalog
+from m7mlx_chat import catalog, dates
 from m7mlx_chat.catalog import Entry
 from m7mlx_chat.config import Config
 from m7mlx_chat.events import Failed, Loading, Prefill, Seen, Text
@@ -22,6 +23,7 @@ from scripted_tools import ScriptedTools, called
 from textual.widgets import Input
 
 FOLDER = Path(__file__).parent / "screens"
+NOW = datetime(2026, 3, 10, 14, 2)
 ANSWER = """A **rolling buffer** keeps the last *W* keys and values:
 
 ```python
@@ -167,6 +169,7 @@ def _the_same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models_screen, "models", lambda own, used: [here, windowed, demo, broken])
     monkeypatch.setattr(models_screen, "machine_memory", lambda: 17_179_869_184)
     monkeypatch.setattr(catalog, "budget", lambda: 17_179_869_184)
+    monkeypatch.setattr(dates, "today", NOW.date)
 
 
 @pytest.mark.parametrize("size", [(80, 24), (140, 44)], ids=lambda size: f"{size[0]}x{size[1]}")
@@ -177,7 +180,7 @@ async def test_a_screen_is_as_it_was(
     tmp_path: Path,
 ) -> None:
     config = Config(Path("/home/me/.config/m7mlx/config.toml"), presets={"precise": {"temperature": 0}})
-    async with chatting(tmp_path, size=size, config=config) as chat:
+    async with chatting(tmp_path, size=size, config=config, clock=NOW.timestamp) as chat:
         await screen(chat)
         await chat.pilot.pause()
         await chat.pilot.pause()
