@@ -198,7 +198,7 @@ async def test_a_screen_is_as_it_was(
 async def test_every_text_can_be_read(screen: Callable[[Chat], Awaitable[None]], theme: str, tmp_path: Path) -> None:
     """Every text has enough contrast, by the WCAG's ratio of luminances.
 
-    What themes themselves mute has less than its 4.5.
+    What themes themselves mute, times and costs among them, has less than its 4.5.
     """
     async with chatting(tmp_path, size=(140, 44), config=Config(tmp_path / "c.toml", theme=theme)) as chat:
         await chat.say(READY)
@@ -217,7 +217,7 @@ async def test_every_text_can_be_read(screen: Callable[[Chat], Awaitable[None]],
     ratios.sort()
     if not dim:
         assert ratios[0] >= 2.3
-        assert ratios[len(ratios) // 5] >= 3.7
+        assert ratios[len(ratios) // 4] >= 3.7
 
 
 def contrast(a: Color, b: Color) -> float:
