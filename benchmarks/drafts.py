@@ -5,7 +5,8 @@
 The tokens are the same, which each run checks: where they are not, the model's logits of both are
 looked at, which may differ by rounding alone. "copy" repeats what the prompt says, "free" does
 not; "predicted" is a free answer whose request has a prediction, the answer with some words
-changed. What passes cost is learned anew in each run.
+changed. As in a server that has run for a while, a scheduler goes through all rounds of a row, and
+has learned in one before them what passes cost.
 """
 
 from __future__ import annotations
@@ -58,12 +59,15 @@ def main() -> None:
         requests = asked(model, tokenizer, kinds, args.tokens)
         plain, drafted = list[list[float]](), list[list[float]]()
         ids: list[list[int]] = []
-        for _ in range(args.rounds):
-            plain.append(speeds(model, tokenizer, requests, 0, ids))
-            drafted.append(speeds(model, tokenizer, requests, args.drafted, ids))
+        one, other = (Scheduler(model, tokenizer, rows=len(requests), kept=0, drafted=n) for n in (0, args.drafted))
+        for round_ in range(args.rounds + 1):
+            speeds_now = [speeds(model, requests, scheduler, ids) for scheduler in (one, other)]
+            if round_:
+                plain.append(speeds_now[0])
+                drafted.append(speeds_now[1])
         for kind in dict.fromkeys(kinds):
             which = [i for i, one in enumerate(kinds) if one == kind]
-            before, after = ([sum(round_[i] for i in which) for round_ in found] for found in (plain, drafted))
+            before, after = ([sum(each[i] for i in which) for each in found] for found in (plain, drafted))
             ratios = [a / b for a, b in zip(after, before, strict=True)]
             others = " + ".join(kinds)
             rows.append([others, kind, spread(before, 1), spread(after, 1), spread(ratios, 2, "×")])
@@ -80,7 +84,7 @@ def asked(model: Mistral, tokenizer: Tokenizer, kinds: tuple[str, ...], tokens: 
         request = Request(ids, max_tokens=tokens, logit_bias=dict.fromkeys(tokenizer.eos_ids, -100.0))
         if kind == "predicted":
             answer: list[list[int]] = []
-            speeds(model, tokenizer, [request], 0, answer)
+            speeds(model, [request], Scheduler(model, tokenizer, kept=0), answer)
             changed = [token if at % 25 else tokenizer.encode(" else")[-1] for at, token in enumerate(answer[0], 1)]
             request = replace(request, prediction=changed)
         found.append(request)
@@ -89,16 +93,14 @@ def asked(model: Mistral, tokenizer: Tokenizer, kinds: tuple[str, ...], tokens: 
 
 def speeds(
     model: Mistral,
-    tokenizer: Tokenizer,
     requests: list[Request],
-    drafted: int,
+    scheduler: Scheduler,
     expected: list[list[int]],
 ) -> list[float]:
     """Tokens per second of each answer, from the moment when all prompts have been read.
 
     They must be those in `expected`, which the first call fills.
     """
-    scheduler = Scheduler(model, tokenizer, rows=len(requests), kept=0, drafted=drafted)
     numbers = [scheduler.add(request) for request in requests]
     ids: dict[int, list[int]] = {number: [] for number in numbers}
     ended: dict[int, float] = {}

@@ -55,6 +55,7 @@ class Constraint:
         self._known = 0  # how many of them the grammar has been told
         self._spent = 0.0
         self._error: InputError | None = None
+        self._has_moved = False  # to a new process, which it does once
         self._begin()
 
     def mask(self, vocab_size: int) -> mx.array:
@@ -88,7 +89,10 @@ class Constraint:
         began = time.perf_counter()
         try:
             bits = self._follow()
-        except WorkerDiedError:  # another answer's fault, or from outside: once more in a new process
+        except WorkerDiedError:  # another answer's fault, or from outside
+            if self._has_moved:
+                raise
+            self._has_moved = True
             self._forget()
             self._begin()
             bits = self._follow()

@@ -20,6 +20,19 @@ class Odds:
         self._counts = {False: list(self._PRIOR), True: list(self._PRIOR)}
         self._copying = False  # the last draft was right to its end
 
+    @classmethod
+    def best(cls) -> Odds:
+        """Odds of a text whose drafts are nearly always right."""
+        odds = cls()
+        for _ in range(2):  # at the beginning of a copy, and within it
+            odds.checked(19, 19)
+        return odds
+
+    @property
+    def is_copying(self) -> bool:
+        """Whether what was guessed last was right."""
+        return self._copying
+
     @property
     def chance(self) -> float:
         """How likely the next drafted token is right."""
@@ -63,7 +76,7 @@ class Costs:
     _SHARE = 0.015  # of all time, that may be lost
     _LOAN = 2.0  # plain passes, to begin with
     _GAIN = 1.05  # times as many tokens a second, at least, of all and of each that has a draft
-    _SLOWED = 1.25  # times as long as a plain pass, at most, where an answer has no draft
+    _SLOWED = 1.1  # times as long as a plain pass, at most, where an answer has no draft
 
     def __init__(self, rows: int = 1) -> None:
         self._rows = rows
@@ -89,6 +102,10 @@ class Costs:
         risk = self._cost(sum(best), one) - one
         is_bearable = self._saved - risk >= -self._LOAN * one - self._SHARE * self._elapsed
         return best if is_bearable else [0] * len(texts)
+
+    def may_pay(self, drafted: int) -> bool:
+        """Whether drafts for so many answers would pay if nearly all of them were right."""
+        return any(self.plan([(Odds.best(), MAX_DRAFT)] * min(drafted, self._rows)))
 
     def plain(self, seconds: float) -> None:
         """Note a pass over one token of every answer, with the next under way."""

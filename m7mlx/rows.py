@@ -1,80 +1,40 @@
 """The answers under way, and the passes that give each of them a token, or several.
 
-Most are rows of one batch, whose clock they share: what one of them undid, all would. So the
-answers that are drafted for stay apart, each in the cache that its prompt was read into. All go
-through the model side by side, and weights are read once; an answer that is apart may bring a draft
-with it, and what of that is wrong is undone in its own cache alone. Its tokens are those that it
-gets without drafts (`m7mlx.speculative`).
+Most are rows of one batch, whose clock they share: what one of them undid, all would. So an answer
+that is drafted for goes apart, into a cache of its own. All go through the model side by side, and
+weights are read once; an answer that is apart may bring a draft with it, and what of that is wrong
+is undone in its own cache alone. Its tokens are those that it gets without drafts
+(`m7mlx.speculative`).
+
+Caches apart cost time, so an answer goes there when it has been seen to copy: as long as it is a
+row of the batch, the next token is guessed and the guess compared with what comes, which costs
+nothing. An answer that is alone is apart from the beginning: it shares its pass with nobody.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from m7mlx.answer import Answer, Piece
+from m7mlx.answer import Piece
 from m7mlx.batch import BatchCache
 from m7mlx.cache import KVCache, RollingCache
 from m7mlx.compiled import step_of
 from m7mlx.model import Mistral
-from m7mlx.pace import MAX_DRAFT, Costs, Odds
-from m7mlx.request import Request
+from m7mlx.numbered import Apart, Lookup, NumberedAnswer, room
+from m7mlx.pace import Costs
 from m7mlx.sampling import known
 from m7mlx.speculative import PromptLookup, settle
 from m7mlx.tokens.tokenizer import Tokenizer
 
 _PATIENCE = 16  # steps without a draft, after which an answer that is not alone joins the batch
+_SURE = 4  # guesses that are right, one after the other, before an answer goes apart
+_ASK = 16  # steps between two looks whether any draft could pay
 
 Told = list[tuple[int, Piece]]
 """Pieces of answers, each with the number that `Scheduler.add` gave to its request."""
-
-
-class NumberedAnswer(Answer):
-    """An answer among others.
-
-    error   why its next token could not be chosen; chosen, how many were before that
-    """
-
-    def __init__(self, number: int, request: Request, model: Mistral, tokenizer: Tokenizer) -> None:
-        super().__init__(request, model, tokenizer)
-        self.number = number
-        self.error: Exception | None = None
-        self.chosen = 0
-
-    @property
-    def may_be_drafted(self) -> bool:
-        """Whether its tokens are the same when several are looked at in one pass."""
-        return self.sampler.looks_ahead and self.request.max_tokens != 1
-
-
-@dataclass(eq=False)
-class _Apart:
-    """An answer in a cache of its own.
-
-    token         chosen [1], and not in the cache yet; `value`, if it has been read
-    is_promising  whether a draft may be found once the token is known
-    draft         what is looked at together with the token in this step
-    idle          steps since the last draft
-    """
-
-    answer: NumberedAnswer
-    cache: RollingCache
-    token: mx.array
-    drafter: PromptLookup
-    odds: Odds = field(default_factory=Odds)
-    value: int | None = None
-    is_promising: bool = False
-    draft: list[int] = field(default_factory=list)
-    idle: int = 0
-
-    @property
-    def room(self) -> int:
-        """The most tokens of a draft: all of them can be undone, and the answer may have them."""
-        left = self.answer.left
-        return min(MAX_DRAFT, self.cache.slack - 1, MAX_DRAFT if left is None else left - 1)
 
 
 class Rows:
@@ -101,9 +61,10 @@ class Rows:
         self._batch: BatchCache | None = None
         self._answers: list[NumberedAnswer | None] = []  # by row of the batch; None where one has ended
         self._tokens = mx.array([0])  # chosen for each row, not yet read, nor in the batch
-        self._apart: list[_Apart] = []
+        self._apart: list[Apart] = []
         self._costs: dict[int, Costs] = {}  # by the number of answers
         self._is_steady = False  # the last pass had no draft, and what it costs can be measured
+        self._looks_up = (0, 0, False)  # answers, steps until it is asked again, whether a draft could pay
         self.late: Told = []
         self.ended: list[tuple[NumberedAnswer, RollingCache]] = []
 
@@ -122,12 +83,14 @@ class Rows:
         cache, answer.cache = answer.cache, None
         assert cache is not None
         mx.async_eval(token)
-        if len(self._apart) < self._drafted and answer.may_be_drafted:
-            drafter = PromptLookup(answer.request.prediction)  # type: ignore[arg-type]
-            drafter.begin(cache.ids)
-            self._apart.append(_Apart(answer, cache, token, drafter))
+        if self._drafted and answer.may_be_drafted:
+            answer.lookup = Lookup(PromptLookup(answer.request.prediction), cache.ids)  # type: ignore[arg-type]
+        if answer.lookup is not None and not self.answers:
+            self._apart.append(Apart(answer, cache, token, answer.lookup))
         else:
             self._join_batch(answer, cache, token)
+            for one in self._apart:  # that were alone
+                one.idle = one.idle if one.lookup.odds.is_copying else _PATIENCE
 
     def _join_batch(self, answer: NumberedAnswer, cache: RollingCache, token: mx.array) -> None:
         """Put an answer into the row of one that has ended, or into a new row."""
@@ -161,51 +124,105 @@ class Rows:
         others_come  whether answers are about to join: rows that have ended wait for them
         is_alone     whether the device has done nothing else, so that its time can be measured
         """
-        begun, apart = time.perf_counter(), list(self._apart)
-        costs = self._costs.setdefault(len(self.answers), Costs(len(self.answers)))
+        begun, apart, costs = time.perf_counter(), list(self._apart), self._costs_now
         try:
             waited = self._draft(costs)
             drafted = sum(len(one.draft) for one in apart)
             told = self._advance(apart)
         except Exception as error:  # of all that share the pass
             return self._lose(error)
-        seconds, count = time.perf_counter() - begun, sum(len(piece.ids) for _, piece in told)
-        if not is_alone:
-            pass
-        elif drafted:
-            costs.checked(drafted, count, seconds - waited)
-            costs.waited(waited, 0)
-        elif waited:
-            costs.waited(seconds, count)
-        elif self._is_steady:
-            costs.plain(seconds)
+        if is_alone:
+            tokens = sum(len(piece.ids) for _, piece in told)
+            self._note(costs, time.perf_counter() - begun, waited, drafted, tokens)
         self._is_steady = is_alone and not drafted and not waited
         for one in self._apart:
             if not drafted and not waited:
-                one.odds.plain()
+                one.lookup.odds.plain()
             elif not one.draft:
-                one.odds.waited()
+                one.lookup.odds.waited()
             one.idle = 0 if one.draft else one.idle + 1
             one.draft = []
-            one.is_promising = one.value is None and one.drafter.promising(one.cache.ids)
-        return told + self._shrink(others_come) + self._settle_in()
-
-    def _settle_in(self) -> Told:
-        """Let answers without a draft for a while join the batch: a cache apart costs time."""
-        told: Told = []
-        if len(self.answers) > 1:
-            for one in [one for one in self._apart if one.idle >= _PATIENCE]:
-                self._apart.remove(one)
-                try:
-                    self._join_batch(one.answer, one.cache, one.token)
-                except Exception as error:  # of this answer alone
-                    told.append((one.answer.number, one.answer.fail(error)))
+            one.is_promising = one.value is None and one.lookup.drafter.promising(one.cache.ids)
+        told += self._shrink(others_come)
+        begun = time.perf_counter()
+        if self._settle_in(told) + self._part():
+            told += self._shrink(others_come)
+            self._costs_now.waited(time.perf_counter() - begun, 0)
+            self._is_steady = False
         return told
+
+    @property
+    def _costs_now(self) -> Costs:
+        """What passes cost with as many answers as there are."""
+        count = len(self.answers)
+        return self._costs.setdefault(count, Costs(count))
+
+    def _note(self, costs: Costs, seconds: float, waited: float, drafted: int, tokens: int) -> None:
+        """Note what a pass cost, of which so much was waiting for tokens to be read."""
+        if drafted:
+            costs.checked(drafted, tokens, seconds - waited)
+            costs.waited(waited, 0)
+        elif waited or (self._is_steady and self._apart and len(self.answers) > 1):
+            costs.waited(seconds, tokens)
+        elif self._is_steady:
+            costs.plain(seconds)
+
+    def _settle_in(self, told: Told) -> int:
+        """Let answers without a draft for a while join the batch; return how many."""
+        if len(self.answers) == 1:
+            return 0
+        idle = [one for one in self._apart if one.idle >= _PATIENCE]
+        for one in idle:
+            self._apart.remove(one)
+            try:
+                self._join_batch(one.answer, one.cache, one.token)
+            except Exception as error:  # of this answer alone
+                told.append((one.answer.number, one.answer.fail(error)))
+        return len(idle)
+
+    def _part(self) -> int:
+        """Let rows that are seen to copy go apart, where drafts pay for them; return how many."""
+        batch, room_apart = self._batch, self._drafted - len(self._apart)
+        if batch is None or not room_apart or not self._may_pay():
+            return 0
+        for row, answer in enumerate(self._answers):
+            if answer is not None and answer.lookup is not None:
+                answer.lookup.saw(batch.ids[row])
+        copying = [
+            (row, answer, answer.lookup)
+            for row, answer in enumerate(self._answers)
+            if answer is not None and answer.lookup is not None and answer.lookup.run >= _SURE
+        ][:room_apart]
+        if not copying:
+            return 0
+        texts = [(one.lookup.odds, one.room) for one in self._apart]
+        texts += [(lookup.odds, room(answer, batch.slack)) for _, answer, lookup in copying]
+        plan = self._costs_now.plan(texts)[len(self._apart) :]
+        parted = 0
+        for (row, answer, lookup), most in zip(copying, plan, strict=True):
+            if not most:
+                continue
+            try:
+                cache = batch.row(row)
+            except Exception:  # there is no room for it, say: it stays where it is
+                break
+            self._apart.append(Apart(answer, cache, self._tokens[row : row + 1], lookup, is_promising=True))
+            self._answers[row] = None
+            parted += 1
+        return parted
+
+    def _may_pay(self) -> bool:
+        """Whether any draft could pay with as many answers as there are."""
+        count, left, may = self._looks_up
+        if count != len(self.answers) or not left:
+            count, left, may = len(self.answers), _ASK, self._costs_now.may_pay(self._drafted)
+        self._looks_up = count, left - 1, may
+        return may
 
     def _draft(self, costs: Costs) -> float:
         """Draft where it pays; return the seconds that this took, where tokens were waited for."""
         able = [one for one in self._apart if one.value is not None or one.is_promising]
-        plan = costs.plan([(one.odds, one.room) for one in able]) if able else []
+        plan = costs.plan([(one.lookup.odds, one.room) for one in able]) if able else []
         if not any(plan):
             return 0.0
         begun, must_wait = time.perf_counter(), any(one.value is None for one in able)
@@ -214,10 +231,10 @@ class Rows:
                 one.value = one.token.item()  # type: ignore[assignment]
             assert one.value is not None
             if most:
-                one.draft = one.drafter.draft(one.cache.ids, one.value, most, one.answer.sampler)
+                one.draft = one.lookup.drafter.draft(one.cache.ids, one.value, most, one.answer.sampler)
         return time.perf_counter() - begun if must_wait else 0.0
 
-    def _advance(self, apart: Sequence[_Apart]) -> Told:
+    def _advance(self, apart: Sequence[Apart]) -> Told:
         """Run a pass over the tokens that were chosen, and the drafts.
 
         Tell the tokens, and what is right of the drafts.
@@ -250,14 +267,14 @@ class Rows:
                     self._retire(row)
         return told
 
-    def _tell_token(self, one: _Apart, following: mx.array) -> Told:
+    def _tell_token(self, one: Apart, following: mx.array) -> Told:
         value: int = one.token.item() if one.value is None else one.value  # type: ignore[assignment]
         one.token, one.value = following, None
         return self._tell_apart(one, [value])
 
-    def _tell_draft(self, one: _Apart, logits: mx.array) -> Told:
+    def _tell_draft(self, one: Apart, logits: mx.array) -> Told:
         assert one.value is not None
-        answer, predicted = one.answer, one.drafter.predicted
+        answer, predicted = one.answer, one.lookup.drafter.predicted
         try:
             right, following = settle(logits, one.cache, answer.sampler, one.draft)
         except Exception as error:  # nobody knows what its cache holds now
@@ -265,12 +282,12 @@ class Rows:
             return [(answer.number, answer.fail(error))]
         answer.chosen += right + 1
         answer.rejected += max(0, predicted - right)
-        one.odds.checked(len(one.draft), right)
+        one.lookup.odds.checked(len(one.draft), right)
         told = self._tell_apart(one, [one.value, *one.draft[:right]], predicted)
         one.token, one.value = mx.array([following]), following
         return told
 
-    def _tell_apart(self, one: _Apart, tokens: Sequence[int], predicted: int = 0) -> Told:
+    def _tell_apart(self, one: Apart, tokens: Sequence[int], predicted: int = 0) -> Told:
         """Tell tokens of an answer that are in its cache.
 
         predicted  how many of them, behind the first, were taken from its prediction
@@ -328,7 +345,7 @@ class Rows:
         self._answers[row] = None
         self._hand_over(answer, lambda: batch.row(row))
 
-    def _retire_apart(self, one: _Apart) -> None:
+    def _retire_apart(self, one: Apart) -> None:
         self._apart.remove(one)
 
         def conversation() -> RollingCache:

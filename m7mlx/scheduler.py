@@ -20,8 +20,9 @@ from m7mlx.decode import default_chunk, goes_on, read_chunk, reusable, reuse, sh
 from m7mlx.errors import InputError, PromptTooLongError
 from m7mlx.memory import UNDO_SLACK
 from m7mlx.model import Mistral
+from m7mlx.numbered import NumberedAnswer
 from m7mlx.request import Request, prepare
-from m7mlx.rows import NumberedAnswer, Rows, Told
+from m7mlx.rows import Rows, Told
 from m7mlx.tokens.tokenizer import Tokenizer
 
 _SCORED = 128  # positions of a prompt whose logits are held at one time
@@ -65,6 +66,7 @@ class Scheduler:
 
     rows     answers at a time; kept, how many conversations that have ended are kept for prefixes
     slack    tokens that a kept conversation can be cut back by once its window has turned
+    max_kv_size  keys that layers without a window keep (`RollingCache`)
     drafted  answers at a time that may get several tokens from one pass, of those that are looked
              up in their prompts and predictions (`m7mlx.rows`)
     """
@@ -78,6 +80,7 @@ class Scheduler:
         kept: int = 8,
         slack: int = UNDO_SLACK,
         kv_bits: int | None = None,
+        max_kv_size: int | None = None,
         drafted: int = 0,
     ) -> None:
         """Make a scheduler. Raises InputError for numbers that make no sense."""
@@ -87,10 +90,17 @@ class Scheduler:
                 f"not {rows}, {kept} and {drafted}"
             )
         self._model, self._tokenizer, self._most_rows = model, tokenizer, rows
-        self.options = {"rows": rows, "kept": kept, "slack": slack, "kv_bits": kv_bits, "drafted": drafted}
+        self.options = {
+            "rows": rows,
+            "kept": kept,
+            "slack": slack,
+            "kv_bits": kv_bits,
+            "max_kv_size": max_kv_size,
+            "drafted": drafted,
+        }
         # What fails here alone would leave the other processes waiting.
         self._shared = model.exchange is not None
-        self._new = model.new_cache(slack=slack, kv_bits=kv_bits)
+        self._new = model.new_cache(slack=slack, kv_bits=kv_bits, max_kv_size=max_kv_size)
         self._waiting: deque[_Numbered] = deque()
         self._reading: deque[_Numbered] = deque()  # their prompts take turns
         self._rows = Rows(model, tokenizer, kept > 0, drafted)

@@ -99,15 +99,10 @@ class PromptLookup:
         return self._find(self._SIZES[-1]) >= 0 or self._find_near(self._ids[-1:]) >= 0
 
     def draft(self, ids: Sequence[int], token: int, most: int, sampler: Sampler) -> list[int]:
-        self._take([*ids[self._taken :], token])
-        known = self._ids
-        found = next((at for n in self._SIZES if (at := self._find(n)) >= 0), -1)
-        if found < 0:
-            found = self._find_near(known[-2:])
+        found, known = self._locate([*ids[self._taken :], token]), self._ids
         self.predicted = 0
         if found < 0:
             return []
-        self._source, self._at = found, len(known)
         guess = known[found : found + most]
         if found in self._predicted_at:
             guess = guess[: self._predicted_at.stop - found]
@@ -117,6 +112,23 @@ class PromptLookup:
         while len(guess) < most:  # what repeats itself goes on repeating
             guess.append(guess[-period])
         return guess
+
+    def guess(self, ids: Sequence[int]) -> int:
+        """Guess the token that follows `ids`, as a draft would; −1 if nothing is found."""
+        found = self._locate(ids[self._taken :])
+        return self._ids[found] if found >= 0 else -1
+
+    def _locate(self, new: Sequence[int]) -> int:
+        """Find what follows once `new` has been said; −1 if that never stood there before."""
+        self._take(new)
+        found = self._find(self._SIZES[-1])
+        if found >= 0:
+            found = next((at for n in self._SIZES[:-1] if (at := self._find(n)) >= 0), found)
+        else:
+            found = self._find_near(self._ids[-2:])
+        if found >= 0:
+            self._source, self._at = found, len(self._ids)
+        return found
 
     def _take(self, new: Sequence[int]) -> None:
         """Search more of the conversation from now on."""

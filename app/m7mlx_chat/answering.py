@@ -25,6 +25,7 @@ from m7mlx_chat.events import (
     Seen,
     Text,
     Thought,
+    Titled,
     Word,
 )
 from m7mlx_chat.history import history, ids_for
@@ -32,6 +33,7 @@ from m7mlx_chat.servers import ROUNDS
 from m7mlx_chat.steps import Call, Step, closed, messages_of
 from m7mlx_chat.store import Store
 from m7mlx_chat.store.rows import Ending
+from m7mlx_chat.titles import Titles
 from m7mlx_chat.under_way import UnderWay
 
 # between two saves of an answer under way: less than a second, whatever the timers do
@@ -67,6 +69,7 @@ class Answering:
         self.schema: Mapping[str, Any] | None = None
         self.tools: AnyTools = NoTools()
         self.rounds = ROUNDS
+        self._titles = Titles(store)
         self._engine = engine
         self._unsaved: list[Callable[[], None]] = []
 
@@ -138,7 +141,10 @@ class Answering:
                 self.seen = event.seen
                 if self.under_way is not None:
                     self.in_memory.add(self.under_way.conversation)
+                    self._titles.answered(self.under_way.conversation)
                     self._done(self.under_way, event)
+            case Titled():
+                self._titles.take(event)
             case Failed(message, fatal):
                 if fatal:
                     self.ready = None
@@ -146,6 +152,11 @@ class Answering:
                     self._fail(self.under_way, message)
             case _:
                 pass
+
+    def write_title(self, model: str) -> None:
+        """Have the model that is loaded write a title, if one is wanted and nothing else is."""
+        if self.under_way is None and self.ready is not None and (wanted := self._titles.wanted(model)) is not None:
+            self._engine.write_title(*wanted)
 
     def end(self) -> None:
         """End the answer under way with all that was said, then the engine.
@@ -300,7 +311,7 @@ class Answering:
         if ended.calling is not None:
             self.tools.cancel()
         ended.steps = closed(ended.steps)
-        statistics = ended.with_steps(statistics)
+        statistics = ended.with_steps(statistics) | {"ended": self.store.clock()}
         if ended.thought:
             statistics |= {"thought": ended.thought}
         self._unsaved.append(lambda: self.store.finish(ended.answer, status, ended.text, statistics, ids))

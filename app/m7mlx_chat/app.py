@@ -9,7 +9,9 @@ from pathlib import Path
 
 from m7mlx.errors import M7Error
 from m7mlx.units import counted
+from m7mlx_chat import dates
 from m7mlx_chat.actions import unknown_keys
+from m7mlx_chat.commands.background import BackgroundCommands
 from m7mlx_chat.commands.conversations import ConversationCommands
 from m7mlx_chat.commands.estimate import EstimateCommands
 from m7mlx_chat.commands.files import FileCommands
@@ -17,6 +19,7 @@ from m7mlx_chat.commands.full import FullCommands
 from m7mlx_chat.commands.looking import LookCommands
 from m7mlx_chat.commands.prompts import PromptCommands
 from m7mlx_chat.commands.settings import SettingsCommands
+from m7mlx_chat.commands.titles import TitleCommands
 from m7mlx_chat.commands.unsent_text import UnsentTextCommands
 from m7mlx_chat.commands.versions import VersionCommands
 from m7mlx_chat.events import (
@@ -31,6 +34,7 @@ from m7mlx_chat.events import (
     Ready,
     Text,
     Thought,
+    Titled,
     Waiting,
 )
 from m7mlx_chat.under_way import UnderWay
@@ -47,6 +51,8 @@ _SIDEBAR_FROM = 120  # columns: where there is room for the conversations at the
 
 
 class ChatApp(
+    BackgroundCommands,
+    TitleCommands,
     EstimateCommands,
     FullCommands,
     VersionCommands,
@@ -83,6 +89,7 @@ class ChatApp(
         # when to drain next; the work of this thread until the last time
         self._not_before = self._worked = 0.0
         self.is_loading = folder is not None
+        self._day = dates.today()
 
     async def on_mount(self) -> None:
         self._take_config()
@@ -134,6 +141,12 @@ class ChatApp(
             self.session.save_again()
             if self.store.changed_elsewhere():
                 self.show_conversations()
+        with self.going_on():
+            self.write_title_when_quiet()
+        if self._day != dates.today():  # yesterday's times are days now
+            self._day = dates.today()
+            self.transcript.show_times()
+            self.show_conversations()
 
     # --- what the engine says ---------------------------------------------------------------------
 
@@ -180,6 +193,8 @@ class ChatApp(
                 await self._show_text(event, answer)
             case Thought():
                 self._show_thought(event, answer)
+            case Titled():
+                self.show_conversations()
             case Called() | Given() if under_way is not None:
                 self.first_text = 0.0
                 await self.show_calls(under_way)
@@ -250,6 +265,9 @@ class ChatApp(
             with self.going_on():
                 self.first_text = 0.0
                 await self.next_turn()
+        self.stir()
+        if under_way is not None and self.session.under_way is None:
+            self.announce_end(under_way)
         return compared
 
     def _lacking_room(self, event: Done | Failed, under_way: UnderWay | None) -> int | None:

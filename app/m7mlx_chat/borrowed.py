@@ -7,11 +7,14 @@ import threading
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
 from m7mlx import Request
 from m7mlx_chat.event_queue import EventQueue
-from m7mlx_chat.events import Event, Failed
+from m7mlx_chat.events import Counted, Event, Failed
 from m7mlx_chat.settings import Settings
+
+_COUNT_SECONDS = 10.0  # for a text to be counted
 
 
 class BorrowedEngine:
@@ -22,6 +25,9 @@ class BorrowedEngine:
         os.set_inheritable(file, False)
         self._connection = Connection(file)
         self._events = EventQueue()
+        self._counting = threading.Lock()
+        self._to_count = 0  # texts so far
+        self._counted: SimpleQueue[Counted] = SimpleQueue()
         self._thread = threading.Thread(target=self._read, name="borrowed engine", daemon=True)
 
     def start(self) -> None:
@@ -37,12 +43,22 @@ class BorrowedEngine:
         self._send("submit", request)
 
     def count(self, text: str) -> int | None:
-        """The tokenizer is in the other process: nothing is counted here."""
+        """Count the tokens of a text; None where another page's model is loaded, too."""
+        with self._counting:
+            self._to_count += 1
+            self._send("count", self._to_count, text)
+            with suppress(Empty):
+                while (told := self._counted.get(timeout=_COUNT_SECONDS)).number != self._to_count:
+                    pass  # the answer to an earlier text came too late
+                return told.tokens
         return None
 
     def forget(self, conversation: int) -> None:
         """Keep nothing on the disk of a conversation that was deleted."""
         self._send("forget", conversation)
+
+    def write_title(self, conversation: int, request: Request) -> None:
+        """No titles are written for pages: the model may be at work for another one."""
 
     def cancel(self) -> None:
         """End what was submitted from here."""
@@ -63,5 +79,6 @@ class BorrowedEngine:
     def _read(self) -> None:
         with suppress(EOFError, OSError):
             while True:
-                self._events.put(self._connection.recv())
+                told = self._connection.recv()
+                self._counted.put(told) if isinstance(told, Counted) else self._events.put(told)
         self._events.put(Failed("the server of this page has ended"))

@@ -33,6 +33,8 @@ from m7mlx_chat.servers import ROUNDS, Server, read_servers
 from m7mlx_chat.settings import FIELDS, Settings
 
 _TABLES = ("presets", "keys", "tools")
+# what is true or false, and which of it where the file does not say
+_SWITCHES = {"no_save": False, "bell": True, "terminal_title": True, "model_titles": True}
 _MOST_ROUNDS = 100
 
 
@@ -40,13 +42,16 @@ _MOST_ROUNDS = 100
 class Config:
     """What the file says.
 
-    values      settings
-    presets     settings under a name
-    keys        action → keys
-    max_memory  bytes, as --max-memory
-    no_save     keep nothing, as --no-save
-    servers     servers of tools
-    tool_rounds how often the model may call tools in one answer
+    values          settings
+    presets         settings under a name
+    keys            action → keys
+    max_memory      bytes, as --max-memory
+    no_save         keep nothing, as --no-save
+    servers         servers of tools
+    tool_rounds     how often the model may call tools in one answer
+    bell            ring when an answer has ended that nobody was looking at
+    terminal_title  have the terminal's title tell the conversation
+    model_titles    have the model write titles when nothing else is asked for
     """
 
     path: Path
@@ -58,6 +63,9 @@ class Config:
     no_save: bool = False
     servers: tuple[Server, ...] = ()
     tool_rounds: int = ROUNDS
+    bell: bool = True
+    terminal_title: bool = True
+    model_titles: bool = True
 
     @property
     def prompts(self) -> Path:
@@ -104,9 +112,10 @@ def _checked(path: Path, data: dict[str, Any]) -> Config:
         raise InputError('keys are texts: new = "ctrl+t"')
     if not isinstance(theme, str):
         raise InputError('theme is a name: theme = "nord"')
-    most, no_save = data.pop("max_memory", None), data.pop("no_save", False)
-    if not isinstance(no_save, bool):
-        raise InputError("no_save is true or false")
+    most, switches = data.pop("max_memory", None), {name: data.pop(name, is_on) for name, is_on in _SWITCHES.items()}
+    for name, is_on in switches.items():
+        if not isinstance(is_on, bool):
+            raise InputError(f"{name} is true or false")
     servers, rounds = read_servers(data.pop("tools", {})), data.pop("tool_rounds", ROUNDS)
     if type(rounds) is not int or not 1 <= rounds <= _MOST_ROUNDS:
         raise InputError(f"tool_rounds is a whole number from 1 to {_MOST_ROUNDS}")
@@ -117,7 +126,7 @@ def _checked(path: Path, data: dict[str, Any]) -> Config:
         except InputError as error:
             raise InputError(f"preset {name}: {error}") from None
     limit = None if most is None else _bytes(most)
-    return Config(path, data, presets, theme, keys, limit, no_save, servers, rounds)
+    return Config(path, data, presets, theme, keys, limit, servers=servers, tool_rounds=rounds, **switches)
 
 
 def _bytes(gigabytes: object) -> int:

@@ -23,7 +23,7 @@ from m7mlx.errors import M7Error, PromptTooLongError
 from m7mlx.parallel.world import World
 from m7mlx_chat import ENGINE_THREAD
 from m7mlx_chat.event_queue import EventQueue
-from m7mlx_chat.events import Event, Failed, Loading
+from m7mlx_chat.events import Event, Failed, Loading, Titled
 from m7mlx_chat.loaded import LoadedModel
 from m7mlx_chat.settings import Settings
 
@@ -77,6 +77,13 @@ class Engine:
         self._submitted += 1
         number = self._submitted
         self._commands.put(lambda: self._answer(number, request))
+
+    def write_title(self, conversation: int, request: Request) -> None:
+        """Answer a request for a title on the side; the next command breaks it off.
+
+        The events end with one Titled.
+        """
+        self._commands.put(lambda: self._write_title(conversation, request))
 
     def cancel(self) -> None:
         """End what was submitted so far, within one token; an answer's text so far is kept."""
@@ -178,6 +185,16 @@ class Engine:
         assert self._loaded is not None, "nothing is loaded"
         self._answering = number
         self._loaded.answer(request, lambda: self._answering <= self._cancelled)
+
+    def _write_title(self, conversation: int, request: Request) -> None:
+        text: str | None = None
+        if self._loaded is not None and self._world is None:
+            try:
+                text = self._loaded.write_title(request, lambda: self._closing.is_set() or not self._commands.empty())
+            except Exception as error:  # nobody has asked for it: there is no title then
+                _failed(error)
+                text = ""
+        self._events.put(Titled(conversation, text))
 
 
 def _failed(error: Exception, fatal: bool = False) -> Failed:

@@ -147,6 +147,17 @@ class Listed:
 
 
 @dataclass(frozen=True)
+class Titled:
+    """What the model wrote when it was asked for a conversation's title.
+
+    text  None: it was broken off
+    """
+
+    conversation: int
+    text: str | None
+
+
+@dataclass(frozen=True)
 class Failed:
     """A command failed, in one line; the engine goes on.
 
@@ -165,13 +176,36 @@ class Waiting:
     """The model is answering elsewhere; what was asked here waits its turn."""
 
 
-Event = Loading | Ready | OnDisk | Note | Waiting | Prefill | Text | Thought | Called | Given | Listed | Done | Failed
+@dataclass(frozen=True)
+class Counted:
+    """How many tokens one of the texts has that another process counts; None if nobody knows."""
+
+    number: int
+    tokens: int | None
+
+
+Event = (
+    Loading
+    | Ready
+    | OnDisk
+    | Note
+    | Waiting
+    | Prefill
+    | Text
+    | Thought
+    | Called
+    | Given
+    | Listed
+    | Titled
+    | Done
+    | Failed
+)
 
 
 class AnyEngine(Protocol):
     """What answers: `m7mlx_chat.engine.Engine`, or a scripted one in tests.
 
-    Every method returns at once.
+    Every method returns at once, but for `count`.
     """
 
     def start(self) -> None:
@@ -183,11 +217,17 @@ class AnyEngine(Protocol):
     def submit(self, request: Request) -> None:
         """Answer a request. The events end with one Done or Failed."""
 
+    def write_title(self, conversation: int, request: Request) -> None:
+        """Answer a request for a title on the side; whatever is wanted next breaks it off.
+
+        The events end with one Titled.
+        """
+
     def cancel(self) -> None:
         """End what was submitted so far."""
 
     def count(self, text: str) -> int | None:
-        """Count the tokens of a text, at once, on any thread; None where no model is loaded."""
+        """Count the tokens of a text, on a thread that may wait; None where no model is loaded."""
 
     def forget(self, conversation: int) -> None:
         """Keep nothing on the disk of a conversation that was deleted."""

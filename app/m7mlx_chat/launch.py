@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from m7mlx.command import EXIT_FAILED
@@ -51,6 +51,7 @@ class Start:
 def launch(config: Config, settings: Settings, environment: Environment, start: Start) -> int:
     """Show the chat until the user leaves; returns the exit status."""
     notes = list(start.notes)
+    config = config if start.save else replace(config, model_titles=False)
     with open_store(environment.database if start.save else None) as store:
         engine: AnyEngine
         if environment.engine is None:
@@ -70,7 +71,8 @@ def launch(config: Config, settings: Settings, environment: Environment, start: 
         except M7Error as error:
             notes.append(str(error))
         folder = _folder(settings.model)
-        with _stderr_to_log(environment.log), _keys_from_terminal(environment):
+        is_titled = config.terminal_title and not environment.in_browser
+        with _stderr_to_log(environment.log), _title_kept(is_titled), _keys_from_terminal(environment):
             app = ChatApp(
                 Parts(engine, session, config, environment),
                 folder=folder,
@@ -129,6 +131,24 @@ def _keys_from_terminal(environment: Environment) -> Iterator[None]:
             yield
         finally:
             sys.__stdin__ = before  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def _title_kept(is_titled: bool) -> Iterator[None]:
+    """Give the terminal the title that it had before, or none where it cannot keep titles."""
+    _send_to_terminal("\x1b[22;0t" * is_titled)
+    try:
+        yield
+    finally:
+        _send_to_terminal("\x1b]0;\x07\x1b[23;0t" * is_titled)
+
+
+def _send_to_terminal(sequence: str) -> None:
+    """Send a control sequence by the stream that Textual draws through."""
+    if sys.__stderr__ is not None:
+        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
+            sys.__stderr__.write(sequence)
+            sys.__stderr__.flush()
 
 
 @contextlib.contextmanager

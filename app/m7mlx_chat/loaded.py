@@ -28,6 +28,7 @@ from m7mlx_chat.steps import Call
 
 _BRANCHES = 0.1  # of the machine's memory, for caches of branches that were left
 _TOLD_SECONDS = 0.1  # between two looks at the cache
+_SIDE_CHUNK = 32  # tokens of a title's prompt at a time: a question that comes waits for no more
 _CALLS = 8  # of tools, at once; what a model calls beyond is not heard
 _QUIET_SECONDS = 20.0  # without a command, after which the conversation is copied
 _LAST_SECONDS = 3.0  # for copying it at the end
@@ -125,6 +126,27 @@ class LoadedModel:
         )
         ended = self._tell(pieces, AnswerReader(self.tokenizer, tool_use))
         self._emit(replace(ended, from_disk=from_disk) if isinstance(ended, Done) else ended)
+
+    def write_title(self, request: Request, is_cancelled: Callable[[], bool]) -> str | None:
+        """Answer a request in a cache of its own; that of the conversation stays as it is.
+
+        Returns the lines that are whole, None if it was broken off.
+        """
+        cache = self._model.new_cache()
+        request = prepare(request, self._model, self.tokenizer, cache)
+        text, piece = "", Piece()
+        for piece in stream_answer(
+            self._model,
+            self.tokenizer,
+            request,
+            cache,
+            prefill_chunk=_SIDE_CHUNK,
+            is_cancelled=is_cancelled,
+        ):
+            text += piece.text
+        if piece.finish_reason not in _REASONS:
+            return None
+        return text if piece.finish_reason == "stop" else text.rpartition("\n")[0]
 
     # --- copies on the disk -----------------------------------------------------------------------
 

@@ -52,10 +52,16 @@ class OpenApp(App[None]):
         """The size to draw for a terminal of `size`."""
         return size
 
+    def send_to_terminal(self, sequence: str) -> None:
+        """Send a control sequence to the terminal; a browser's page, or a test, has none."""
+        driver = self._driver
+        if driver is not None and not (driver.is_headless or driver.is_web or self.is_leaving):
+            driver.write(sequence)
+
     @property
     def is_leaving(self) -> bool:
-        """Whether the app has been told to end."""
-        return self._exit or self._closing
+        """Whether the app has been told to end, or what it shows is just being taken away."""
+        return self._exit or self._closing or any(screen._pruning for screen in self.screen_stack[:1])
 
     @property
     def has_exited(self) -> bool:

@@ -212,11 +212,14 @@ class ChatView(DispatchingApp):
 
     def show_title(self) -> None:
         """Show which model answers, and the title of the conversation."""
-        title = ""
-        if self.session.conversation is not None:
-            title = f" · {self.store.conversation(self.session.conversation).title}"
-        model = short_name(self.session.settings.model)
-        self.screen_stack[0].query_one("#model", Static).update(visible(model + title))
+        shown = short_name(self.session.settings.model)
+        if self.session.conversation is None:
+            self.title = self.TITLE
+        else:
+            head = self.store.conversation(self.session.conversation)
+            self.title = head.title
+            shown += f" · {head.title}  {head.hashtags}".rstrip()
+        self.screen_stack[0].query_one("#model", Static).update(visible(shown))
 
     def show_state(self, text: str = "") -> None:
         """Say in the last line what the model is doing; `text` says it better than `state` does."""

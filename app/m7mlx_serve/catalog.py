@@ -61,7 +61,8 @@ def about(folder: Path, limits: Limits) -> About:
     """What the model in a folder is. Raises InputError and the errors of a folder that is none."""
     config = ModelConfig.from_folder(folder)
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    positions = planned_length(config) + (UNDO_SLACK if config.window else 0)
+    bound = config.window or limits.bound(config)
+    positions = bound + UNDO_SLACK if bound else planned_length(config)
     keys = cache_bytes(config, positions, limits.kv_bits or default_kv_bits(config, stored))
     needed = loaded_bytes(config, stored) + limits.rows * keys
     return About(stored, config.max_position_embeddings, needed)

@@ -38,10 +38,12 @@ browser on this machine.
 
 The server answers this machine alone. To listen on any other address it needs a key, which clients
 send as `Authorization: Bearer …`."""
+_LEAST_KEYS = 16  # of a conversation: the sinks, and some to see
 _EPILOG = """\
 examples:
   m7mlx-serve --model demo                                     http://127.0.0.1:8080/v1, and a page at /
   m7mlx-serve --model mistral --rows 16 --kv-bits 8            sixteen answers at a time, in half the memory
+  m7mlx-serve --model mistral-nemo --max-kv-size 16384         prompts of any length, in memory that does not grow
   m7mlx-serve --models-dir ~/models --idle-unload 10m          many models, loaded when they are asked for
   m7mlx-serve --host 0.0.0.0 --api-key-file ~/.config/m7mlx/key --allow-host studio.local
   mlx.launch --hostfile macs.json -- "$(which m7mlx-serve)" --model mistral      one model over several Macs
@@ -146,6 +148,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="how much they may take there (8); 0 keeps none",
     )
     add_kv_bits(limits)
+    limits.add_argument(
+        "--max-kv-size",
+        type=int,
+        metavar="N",
+        help="models without a window: keep the first 4 and the last N - 4 tokens of a conversation, however long",
+    )
     limits.add_argument("--max-tokens", type=int, metavar="N", help="most tokens in an answer")
     limits.add_argument(
         "--max-seconds",
@@ -186,7 +194,7 @@ def _serve(args: argparse.Namespace) -> int | None:
     hosts = _host_names(args.host, args.allow_host, keys)
     if args.max_memory is not None:
         limit_memory(args.max_memory)
-    limits = Limits(args.rows, args.queue, args.keep, args.kv_bits, args.draft_rows)
+    limits = Limits(args.rows, args.queue, args.keep, args.kv_bits, args.draft_rows, args.max_kv_size)
     # A port that is taken is told before the model loads, which may take minutes. Of several
     # processes, only the first opens it.
     bound = None if is_launched() else bind(args.host, args.port)
@@ -282,6 +290,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
         if not low <= getattr(args, name) <= 1024:
             option = name.replace("_", "-")
             raise InputError(f"--{option} must lie between {low} and 1024, not {getattr(args, name)}")
+    if args.max_kv_size is not None and args.max_kv_size < _LEAST_KEYS:
+        raise InputError(f"--max-kv-size must be at least {_LEAST_KEYS}, not {args.max_kv_size}")
     if args.max_tokens is not None and args.max_tokens < 1:
         raise InputError(f"--max-tokens must be at least 1, not {args.max_tokens}")
     if not 0 < args.max_seconds <= 86_400:

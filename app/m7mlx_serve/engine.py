@@ -254,6 +254,7 @@ class Engine:
             rows=limits.rows,
             kept=limits.kept,
             kv_bits=limits.kv_bits,
+            max_kv_size=limits.bound(config),
             drafted=limits.drafted,
         )
         self._scheduler = scheduler if self._world is None else Leader(scheduler, self._world)

@@ -152,7 +152,15 @@ def test_what_is_no_setting_of_an_answer(tmp_path: Path) -> None:
     path.write_text("max_memory = 1.5\nno_save = true\n")
     config = read_config(path)
     assert (config.max_memory, config.no_save, config.values) == (1_500_000_000, True, {})
-    for line, said in (("max_memory = 'x'", "gigabytes"), ("max_memory = 0", "gigabytes"), ("no_save = 1", "true")):
+    assert config.bell and config.terminal_title
+    path.write_text("bell = false\nterminal_title = false\n")
+    assert not (read_config(path).bell or read_config(path).terminal_title)
+    for line, said in (
+        ("max_memory = 'x'", "gigabytes"),
+        ("max_memory = 0", "gigabytes"),
+        ("no_save = 1", "true"),
+        ("bell = 'no'", "bell is true or false"),
+    ):
         path.write_text(line)
         with pytest.raises(InputError, match=said):
             read_config(path)

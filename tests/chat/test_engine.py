@@ -13,7 +13,7 @@ import pytest
 from m7mlx_chat import loaded
 from m7mlx_chat.branches import Branches
 from m7mlx_chat.engine import Engine
-from m7mlx_chat.events import Done, Event, Failed, Loading, Prefill, Ready, Text
+from m7mlx_chat.events import Done, Event, Failed, Loading, Prefill, Ready, Text, Titled
 from m7mlx_chat.settings import Settings
 from models import random_weights, small_config, write_folder
 
@@ -89,6 +89,26 @@ def test_loading_and_two_turns_over_one_cache(start: Callable[..., Asking]) -> N
     assert isinstance(second, Done)
     assert second.statistics.reused_tokens == done.seen.tokens
     assert second.seen.cache_bytes == done.seen.cache_bytes
+
+
+def test_a_title_is_written_on_the_side_and_whatever_comes_breaks_it_off(start: Callable[..., Asking]) -> None:
+    engine = start()
+    engine.ask(user("Hello"))
+    done = wait(engine, ended)[-1]
+    assert isinstance(done, Done)
+    engine.write_title(7, Request([user("Which title?")], max_tokens=6))
+    (titled,) = wait(engine, bool)
+    assert isinstance(titled, Titled) and (titled.conversation, titled.text is None) == (7, False)
+    engine.write_title(8, Request([user("Which title?")], max_tokens=LONG))
+    answer = {"role": "assistant", "content": done.text, "ids": done.ids}
+    engine.ask(user("Hello"), answer, user("Again"))
+    events = wait(engine, ended)
+    assert events[0] == Titled(8, None)
+    second = events[-1]
+    assert isinstance(second, Done)
+    assert second.statistics.reused_tokens == done.seen.tokens  # the conversation's cache is as it was
+    engine.write_title(9, Request([user("word " * 20_000)], max_tokens=6))  # no room: there is no title then
+    assert wait(engine, bool) == [Titled(9, "")]
 
 
 def test_cancel_keeps_the_text_and_the_cache(start: Callable[..., Asking]) -> None:

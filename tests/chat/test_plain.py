@@ -19,7 +19,7 @@ from chat_harness import READY, ScriptedEngine, done, environment_in
 from m7mlx_chat.actions import ACTIONS
 from m7mlx_chat.config import Config
 from m7mlx_chat.environment import read_environment
-from m7mlx_chat.events import Event, Failed, Text, Thought
+from m7mlx_chat.events import Event, Failed, Text, Thought, Titled
 from m7mlx_chat.plain.reading import Lines, completions
 from m7mlx_chat.plain.talk import Talk
 from m7mlx_chat.plain.writing import Progress, Written
@@ -61,6 +61,14 @@ class Typed(Lines):
         return self._left.pop(0) if self._left else None
 
 
+class ByHand(Typed):
+    """Lines that are typed by a person, at a terminal."""
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__(*lines)
+        self.is_terminal = True
+
+
 class Talking:
     """A talk over a database in a folder, and what it wrote."""
 
@@ -68,12 +76,14 @@ class Talking:
         self.store, self.engine, self._capsys, self._folder = store, Answering(), capsys, folder
         self.session = Session(store, self.engine, Settings(model="a/model"))
         self.config = Config(folder / "config.toml", presets={"warm": {"temperature": 0.5}})
+        self.kind = Typed
 
     def type(self, *lines: str, prepared: list[list[Event]] | None = None) -> tuple[str, str]:
         """Type lines and leave; returns what came on standard output and standard error."""
         self.engine.prepared += prepared or []
         written = Written()
-        talk = Talk(self.session, self.engine, self.config, environment_in(self._folder), Typed(*lines), written)
+        environment, typed = environment_in(self._folder), self.kind(*lines)
+        talk = Talk(self.session, self.engine, self.config, environment, typed, written)
         talk.load(self._folder)
         self.status = talk.run()
         return self._capsys.readouterr()
@@ -195,6 +205,34 @@ def test_conversations_are_found_and_opened_by_number(talking: Talking) -> None:
     talking.type("/find", "2", "/rename Cats", "/delete", "/undo", "7")
     assert talking.said()[0] == "about cats" and talking.said()[2] == "7"
     assert {one.title for one in talking.store.conversations()} == {"about bees", "Cats"}
+
+
+def test_conversations_are_pinned_tagged_and_found_by_tag(talking: Talking) -> None:
+    _, told = talking.type(
+        "about bees", "/tag Work #home", "/tag -home", "/tag", "/pin", "/new", "about ants", "/find"
+    )
+    assert "tags: #work #home\ntags: #work\ntags: #work\npinned" in told
+    first, second = (line for line in told.splitlines() if line[:3] in ("1  ", "2  "))
+    assert "about bees (" in first and ", pinned, #work)" in first and "about ants (" in second
+    _, told = talking.type("/find #work", "1", "/pin", "/find #nothing")
+    assert "1  about bees (" in told and "2  " not in told and "no longer pinned" in told
+    assert "nothing found" in told
+    assert talking.said()[0] == "about bees"
+
+
+def test_what_is_opened_tells_when_it_was_said(talking: Talking) -> None:
+    _, told = talking.type("about bees", "/new", "/find bees", "1")
+    assert re.search(r"^you \(\d\d:\d\d\): about bees\nmodel \(\d\d:\d\d\): answer 1$", told, re.MULTILINE)
+
+
+def test_a_title_is_written_while_the_user_reads(talking: Talking, monkeypatch: pytest.MonkeyPatch) -> None:
+    talking.kind = ByHand
+    monkeypatch.setattr(
+        talking.engine, "write_title", lambda number, _: talking.engine.events.append(Titled(number, "Insects"))
+    )
+    first: list[Event] = [Text("many"), done("many", prompt_tps=500.0)]
+    talking.type("about bees", "/find", prepared=[first])
+    assert [one.title for one in talking.store.conversations()] == ["Insects"]
 
 
 def test_settings_and_presets(talking: Talking) -> None:

@@ -13,11 +13,11 @@ import pytest
 from effort import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from m7mlx_chat import portable
+from m7mlx_chat import dates, portable
 from m7mlx_chat.portable import parse, parse_all, to_json
 from m7mlx_chat.portable.page import to_html, to_markdown
 from m7mlx_chat.store import Store
-from m7mlx_chat.store.rows import Node, Tree, encodable, title_of
+from m7mlx_chat.store.rows import Node, Tree, encodable, tags_of, title_of
 from markdown_it import MarkdownIt
 
 from m7mlx.errors import InputError
@@ -50,6 +50,8 @@ def trees(draw: st.DrawFn) -> Tree:
         created=draw(TIMES),
         updated=draw(TIMES),
         archived=draw(st.booleans()),
+        pinned=draw(st.booleans()),
+        tags=tags_of(draw(st.text("ab #-,éÉß\x1b\n", max_size=60))),
         model=draw(TEXT),
         system=draw(TEXT),
         settings=draw(VALUES),
@@ -377,6 +379,7 @@ class Page(HTMLParser):
             "html",
             "head",
             "meta",
+            "time",
             "title",
             "style",
             "body",
@@ -393,7 +396,9 @@ class Page(HTMLParser):
         | {"div", "span", "pre", "code", "em", "strong", "s", "ul", "ol", "li", "blockquote", "hr", "br", "a"}
         | {"table", "thead", "tbody", "tr", "th", "td"}
     )
-    ATTRIBUTES = frozenset({"class", "href", "start", "charset", "name", "content", "http-equiv", "style", "title"})
+    ATTRIBUTES = frozenset(
+        {"class", "datetime", "href", "start", "charset", "name", "content", "http-equiv", "style", "title"}
+    )
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -492,7 +497,7 @@ def test_a_code_block_left_open_does_not_swallow_what_follows(store: Store, text
     markdown = to_markdown(store.conversation(asked.conversation), store.branch(more.answer))
     tokens = MarkdownIt("commonmark").parse(markdown)
     headings = [tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open"]
-    assert headings == ["q", "You", "Answer", "You", "Answer"]
+    assert [heading.partition(" · ")[0] for heading in headings] == ["q", "You", "Answer", "You", "Answer"]
     assert "after it" in [token.content for token in tokens if token.type == "inline"]
 
 
@@ -500,5 +505,6 @@ def test_markdown_of_a_branch(store: Store) -> None:
     conversation, branch = exported(store)
     text = to_markdown(conversation, branch)
     assert text.startswith("# What is <b>bold</b>?\n\n") and "> Be brief.\n> <script>" in text
-    assert "## You\n\nWhat is <b>bold</b>?\n\n## mistral\n\nIt is **bold**.\n" in text
+    asked, answered = (dates.full_time(message.said_at) for message in branch[:2])
+    assert f"## You · {asked}\n\nWhat is <b>bold</b>?\n\n## mistral · {answered}\n\nIt is **bold**.\n" in text
     assert text.endswith("```python\nx = 1 < 2\n```\n\n*(stopped)*\n")

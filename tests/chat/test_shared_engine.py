@@ -6,12 +6,13 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from chat_harness import READY, ScriptedEngine, done
 from m7mlx_chat.borrowed import BorrowedEngine
-from m7mlx_chat.events import Done, Event, Failed, Loading, Ready, Text, Waiting
+from m7mlx_chat.events import Counted, Done, Event, Failed, Loading, Ready, Text, Waiting
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.web.shared import SharedEngine
 
@@ -95,6 +96,20 @@ def test_a_model_is_loaded_once_and_answers_in_turn(shared: SharedEngine, engine
     assert second.hears(Done) == done("II")
     assert [one.prompt for one in engine.asked] == ["one", "two"]
     assert Text("II") not in first.said and Text("I") not in second.said
+
+
+def test_a_text_is_counted_by_the_pages_own_model(shared: SharedEngine, engine: Engine) -> None:
+    """In whatever order others count; nobody knows where another's model is loaded."""
+    first, second = Page(shared), Page(shared)
+    assert first.engine.count("one two") is None
+    first.loaded(A)
+    assert first.engine.count("one two") == 2 and first.engine.count("") == 0
+    with ThreadPoolExecutor(4) as pool:
+        texts = ["word " * n for n in range(12)]
+        assert list(pool.map(first.engine.count, texts)) == list(range(12))
+    second.loaded(B)
+    assert first.engine.count("one two") is None and second.engine.count("one") == 1
+    assert all(not isinstance(event, Counted) for event in first.said)
 
 
 def test_each_page_has_its_own_model(shared: SharedEngine, engine: Engine) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 from chat_harness import Chat, chatting, done
+from m7mlx_chat import dates
 from m7mlx_chat.screens.dialogs import Ask
 from m7mlx_chat.store import Store
 from m7mlx_chat.widgets.messages import MessageView
-from m7mlx_chat.widgets.sidebar import Conversations, _when
+from m7mlx_chat.widgets.sidebar import Conversations
 from textual.widgets import Input
 
 
@@ -214,9 +215,11 @@ async def test_what_another_window_says_appears(tmp_path: Path) -> None:
             assert chat.app.state == "ready"
 
 
-def test_headings() -> None:
+def test_headings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dates, "today", lambda: date(2026, 3, 10))
+
     def when(day: date) -> str:
-        return _when(time.mktime(day.timetuple()) + 3600, date(2026, 3, 10))
+        return dates.group_of(time.mktime(day.timetuple()) + 3600)
 
     assert when(date(2026, 3, 10)) == "Today"
     assert when(date(2026, 3, 11)) == "Today"  # a clock that was wrong

@@ -8,7 +8,8 @@ from chat_harness import Chat, chatting, done
 from m7mlx_chat.engine import Engine
 from m7mlx_chat.events import Done, Event, Failed, Text, Thought
 from m7mlx_chat.settings import Settings
-from m7mlx_chat.widgets.messages import Answer, Thoughts
+from m7mlx_chat.widgets.message_parts import Thoughts
+from m7mlx_chat.widgets.messages import Answer
 from models import small_config, write_folder
 from tekken_files import SIZE, write_tekken
 

@@ -9,7 +9,8 @@ import pytest
 from chat_harness import READY, Chat, chatting, done
 from m7mlx_chat.events import Text
 from m7mlx_chat.settings import Settings
-from m7mlx_chat.widgets.messages import Answer, Versions
+from m7mlx_chat.widgets.message_parts import Versions
+from m7mlx_chat.widgets.messages import Answer
 from textual.widgets import Static
 
 

@@ -38,8 +38,10 @@ def tokenizer(mistral_tokenizers: dict[str, Tokenizer]) -> Tokenizer:
     return mistral_tokenizers["v1"]
 
 
-def alone(model: Any, tokenizer: Tokenizer, request: Request) -> tuple[str, list[int], str]:
-    pieces = pieces_alone(model, tokenizer, request)
+def alone(
+    model: Any, tokenizer: Tokenizer, request: Request, max_kv_size: int | None = None
+) -> tuple[str, list[int], str]:
+    pieces = pieces_alone(model, tokenizer, request, max_kv_size)
     assert pieces[-1].finish_reason is not None
     return "".join(p.text for p in pieces), [i for p in pieces for i in p.ids], pieces[-1].finish_reason
 
@@ -88,13 +90,19 @@ arrivals = st.lists(
 )
 
 
-@given(arrivals, st.sampled_from([7, None]), st.integers(1, 4), st.integers(0, 3))
+@given(arrivals, st.sampled_from([(7, None), (None, None), (None, 11)]), st.integers(1, 4), st.integers(0, 3))
 @settings(max_examples=examples(10), deadline=None, suppress_health_check=list(HealthCheck))
 def test_everybody_is_answered_as_if_alone(
-    tokenizer: Tokenizer, coming: list[tuple[int, int, int, Sampling, int]], window: int | None, rows: int, kept: int
+    tokenizer: Tokenizer,
+    coming: list[tuple[int, int, int, Sampling, int]],
+    bounds: tuple[int | None, int | None],
+    rows: int,
+    kept: int,
 ) -> None:
+    """In a window, with everything in sight, or with sinks and the last keys."""
+    window, max_kv_size = bounds
     model = MODELS[window]
-    clients = Clients(Scheduler(model, tokenizer, rows=rows, kept=kept))
+    clients = Clients(Scheduler(model, tokenizer, rows=rows, kept=kept, max_kv_size=max_kv_size))
     requests: dict[int, Request] = {}
     leaving: dict[int, int] = {}
     for seed, (wait, length, wanted, sampling, stays) in enumerate(coming):
@@ -112,7 +120,7 @@ def test_everybody_is_answered_as_if_alone(
             leaving[number] = stays
     clients.run()
     for number, request in requests.items():
-        text, ids, reason = alone(model, tokenizer, request)
+        text, ids, reason = alone(model, tokenizer, request, max_kv_size)
         found = clients.answer(number)
         if found[2] == "cancelled":
             assert found[1] == ids[: len(found[1])]

@@ -73,6 +73,18 @@ def test_what_was_read_is_not_read_again_after_a_restart(
         assert reused(url, LONG)[0] == 0 and told(url)["m7mlx_prefix_hits"] == 0
 
 
+def test_a_bounded_conversation_goes_beyond_the_models_context(chatml_folder: Path, options: list[str]) -> None:
+    """It is answered, and comes back from the disk; without a bound the prompt is refused."""
+    text = LONG * 20  # more than the 8,192 tokens of this model
+    with ended(chatml_folder, options) as url, pytest.raises(KeyError):
+        reused(url, text)
+    for expected in (0, 1):
+        with ended(chatml_folder, [*options, "--max-kv-size", "256"]) as url:
+            held, length = reused(url, text)
+            assert length > 8192 and held == expected * (length - 1)
+            assert told(url)["m7mlx_prefix_hits"] == expected
+
+
 def test_servers_of_tests_write_nothing_into_the_users_cache(
     chatml_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,13 +13,14 @@ def prompt(seed: int, length: int) -> list[int]:
     return [3 + (seed * 7919 + i * i * 31) % 31000 for i in range(length)]
 
 
-def alone(model: Any, tokenizer: Tokenizer, request: Request) -> list[Piece]:
+def alone(model: Any, tokenizer: Tokenizer, request: Request, max_kv_size: int | None = None) -> list[Piece]:
     """All pieces of the answer."""
     return list(
         stream_generate(
             model,
             tokenizer,
             list(request.ids),
+            cache=model.new_cache(max_kv_size=max_kv_size),
             sampling=request.sampling,
             max_tokens=request.max_tokens,
             stop=request.stop,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any, cast
@@ -33,6 +34,7 @@ class ScriptedEngine:
         self.loaded: list[tuple[Path, Settings]] = []
         self.cancelled = 0
         self.forgotten: list[int] = []
+        self.titles: list[tuple[int, Request]] = []
 
     def start(self) -> None: ...
 
@@ -47,6 +49,9 @@ class ScriptedEngine:
     def messages(self, number: int = -1) -> list[dict[str, Any]]:
         """The messages that it was asked to answer: the last ones, or another time's."""
         return cast("list[dict[str, Any]]", self.asked[number].prompt)
+
+    def write_title(self, conversation: int, request: Request) -> None:
+        self.titles.append((conversation, request))
 
     def cancel(self) -> None:
         self.cancelled += 1
@@ -151,10 +156,11 @@ async def chatting(
     environment: Environment | None = None,
     model: Path | None = Path("/models/small"),
     notifications: bool = False,
+    clock: Callable[[], float] = time.time,
     **options: Any,
 ) -> AsyncIterator[Chat]:
     """The app over a database in `folder`."""
-    with Store(folder / "chats.db") as store:
+    with Store(folder / "chats.db", clock=clock) as store:
         engine = ScriptedEngine()
         session = Session(store, engine, settings or Settings(model="a[b]/model"))
         environment = environment or environment_in(folder)

@@ -55,6 +55,7 @@ OURS = re.compile(
     r"\x1b\[[<=>?]?[0-9;:]*[ $]?[@-~]"  # colours, places, modes
     r"|\x1b\]52;c;[A-Za-z0-9+/=]*\x07"  # a copy
     r"|\x1b\]22;[a-z-]*\x07"  # the pointer's shape
+    r"|\x1b\]0;[^\x00-\x1f\x7f-\x9f]*\x07"  # the title
     r"|\x1b[=>78]"
 )
 

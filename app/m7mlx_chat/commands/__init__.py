@@ -7,11 +7,13 @@ compare        see versions beside each other, ask another model, too
 versions       go through the versions of a message, fork a conversation
 unsent_text    write in $EDITOR, bring back what was asked before
 prompts        use a prompt of one's own, keep one
-conversations  open, search, rename, put away, delete and bring back
+conversations  open, search, rename, pin, tag, put away, delete and bring back
 models         choose and load a model
 settings       settings, presets, the system prompt, the theme
 copying        copy a message, its code, the conversation
 files          export and import
+background     the terminal's title and bell, for who looks elsewhere
+titles         have the model write a title when nothing is asked for
 looking        help, figures, the rolling buffer; select and scroll
 
 A group is a class on `view.ChatView` with its own few attributes. `actions.ACTIONS` lists all

@@ -1,4 +1,4 @@
-"""The conversations: open, search, rename, put away, delete and bring back."""
+"""The conversations: open, search, rename, pin, tag, put away, delete and bring back."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from textual.events import DescendantFocus
 
 from m7mlx.errors import InputError
 from m7mlx_chat.screens.dialogs import Ask
+from m7mlx_chat.store.rows import changed_tags, tags_of
 from m7mlx_chat.view import BESIDE_FROM, ChatView
 from m7mlx_chat.widgets.sidebar import Sidebar
 
@@ -79,6 +80,45 @@ class ConversationCommands(ChatView):
         else:
             before = self.store.conversation(conversation).title
             self.push_screen(Ask("Title (empty: the automatic one)", before), rename)
+
+    def action_pin(self) -> None:
+        if self.session.conversation is not None:
+            self._pin(self.session.conversation)
+
+    def action_pin_chosen(self) -> None:
+        if (chosen := self.sidebar.conversations.chosen) is not None:
+            self._pin(chosen)
+
+    def _pin(self, conversation: int) -> None:
+        is_pinned = not self.store.conversation(conversation).pinned
+        self.store.pin(conversation, is_pinned=is_pinned)
+        self.tell("pinned: it stands first in the list" if is_pinned else "no longer pinned")
+        self.show_conversations()
+
+    def action_tag(self, argument: str = "") -> None:
+        conversation = self.session.conversation
+        if conversation is None:
+            raise InputError("the conversation has not begun yet")
+        if argument:
+            self.store.tag(conversation, changed_tags(self.store.conversation(conversation).tags, argument))
+            self.show_conversations()
+            self.tell(f"tags: {self.store.conversation(conversation).hashtags or 'none'}")
+        else:
+            self._tag(conversation)
+
+    def action_tag_chosen(self) -> None:
+        if (chosen := self.sidebar.conversations.chosen) is not None:
+            self._tag(chosen)
+
+    def _tag(self, conversation: int) -> None:
+        """Let the user write all tags of a conversation."""
+
+        def tag(text: str | None) -> None:
+            if text is not None:
+                self.store.tag(conversation, tags_of(text))
+                self.show_conversations()
+
+        self.push_screen(Ask("Tags, with a space between two", self.store.conversation(conversation).hashtags), tag)
 
     async def action_archive(self) -> None:
         if self.session.conversation is not None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from datetime import date
-from functools import partial
 from pathlib import Path
 
 from m7mlx.errors import InputError
@@ -18,7 +16,7 @@ from m7mlx_chat.environment import Environment
 from m7mlx_chat.events import AnyEngine
 from m7mlx_chat.exporting import export, text_to_copy
 from m7mlx_chat.figures import HEADINGS, figures
-from m7mlx_chat.plain.models import ModelLines
+from m7mlx_chat.plain.conversations import ConversationLines
 from m7mlx_chat.plain.reading import Lines
 from m7mlx_chat.plain.writing import Written
 from m7mlx_chat.portable import read_file
@@ -28,11 +26,10 @@ from m7mlx_chat.settings import ANSWER, ENGINE, FIELDS
 from m7mlx_chat.tools.change import change_tools
 from m7mlx_chat.under_way import UnderWay
 
-_LISTED = 20  # conversations and hits
-_RECAP = 500  # characters of a message that is told when its conversation is opened
+_LISTED = 20  # answers, of which figures are told
 
 
-class LineCommands(ModelLines):
+class LineCommands(ConversationLines):
     """A method `action_<name>` for each action with a slash that needs no screen.
 
     left        the user leaves
@@ -125,82 +122,6 @@ class LineCommands(ModelLines):
         finally:
             self.action_model(before)
 
-    # --- conversations ----------------------------------------------------------------------------
-
-    def action_new(self) -> None:
-        self.session.new()
-        self.written.tell("a new conversation")
-
-    def action_fork(self) -> None:
-        if not self.session.line:
-            raise InputError("there is nothing to copy yet")
-        self.session.fork(self.session.line[-1])
-        self.written.tell("a new conversation, with all up to here")
-
-    def action_find(self, argument: str = "") -> None:
-        """List the conversations, or what has the text; a number opens one."""
-        offered: list[Callable[[], None]] = []
-        listed = self.store.titled(argument, _LISTED) if argument else self.store.conversations(limit=_LISTED)
-        for conversation in listed:
-            day = date.fromtimestamp(conversation.updated).isoformat()
-            self._offer(offered, f"{conversation.title} ({day})", partial(self._open, conversation.id))
-        for hit in self.store.search(argument, _LISTED) if argument else ():
-            who = "you" if hit.role == "user" else "model"
-            self._offer(offered, f"{hit.title}: {who}: {hit.snippet}", partial(self._open_at, hit.message))
-        self.offered = offered
-        self.written.tell("A number opens one." if offered else "nothing found")
-
-    def _offer(self, offered: list[Callable[[], None]], text: str, do: Callable[[], None]) -> None:
-        offered.append(do)
-        self.written.tell(f"{len(offered)}  {text}")
-
-    def _open(self, conversation: int) -> None:
-        self.session.open(conversation)
-        self._tell_end()
-
-    def _open_at(self, message: int) -> None:
-        self.session.show(message)
-        self._tell_end()
-
-    def _tell_end(self) -> None:
-        """Tell which conversation goes on, and what was said last in it."""
-        if self.session.conversation is None:
-            return
-        head = self.store.conversation(self.session.conversation)
-        self.written.tell(f"{head.title} ({counted(len(self.session.line), 'message')})")
-        for message in self.store.read(self.session.line[-2:]):
-            text = message.text if len(message.text) <= _RECAP else f"{message.text[:_RECAP]} …"
-            self.written.tell(f"{'you' if message.role == 'user' else 'model'}: {text}")
-
-    def action_rename(self, argument: str = "") -> None:
-        self.store.rename(self._shown(), argument)
-        self.written.tell(f"title: {self.store.conversation(self._shown()).title}")
-
-    def action_archive(self) -> None:
-        if self.store.conversation(self._shown()).archived:
-            self.store.unarchive(self._shown())
-            self.written.tell("brought back")
-        else:
-            self.store.archive(self._shown())
-            self.written.tell("put away; it is still found")
-
-    def action_delete(self) -> None:
-        title = self.session.delete(self._shown())
-        self.session.new()
-        self.written.tell(f"deleted “{title}”; /undo brings it back")
-
-    def action_undo(self) -> None:
-        last = self.store.deleted(limit=1)
-        if not last:
-            raise InputError("nothing has been deleted")
-        self.store.undo_delete(last[0].id)
-        self._open(last[0].id)
-
-    def _shown(self) -> int:
-        if self.session.conversation is None:
-            raise InputError("the conversation has not begun yet")
-        return self.session.conversation
-
     # --- out and in -------------------------------------------------------------------------------
 
     def action_export(self, argument: str = "") -> None:
@@ -212,7 +133,7 @@ class LineCommands(ModelLines):
         imported = read_file(Path(os.path.expanduser(argument)))
         planted = self.store.plant(imported.trees)
         self.written.tell(imported.told())
-        self._open(planted[-1])
+        self.open_conversation(planted[-1])
 
     def action_copy(self, argument: str = "") -> None:
         text, what = text_to_copy(self.session, argument)

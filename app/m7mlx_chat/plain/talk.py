@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast, get_args
 
@@ -70,7 +70,9 @@ class Talk(LineCommands):
         """Read and answer until the end of input; returns the exit status."""
         while not self.left:
             try:
+                self._have_title_written()
                 text = self.lines.message()
+                self._hear()
                 if text is None:
                     break
                 self.take(text)
@@ -80,6 +82,17 @@ class Talk(LineCommands):
                 self.written.prompt("\n")
                 self.written.tell("Ctrl-D or /bye leaves.")
         return EXIT_FAILED if self.has_failed and not self.lines.is_terminal else 0
+
+    def _have_title_written(self) -> None:
+        """Have the model write a title while a person reads and types; a question ends that."""
+        if self.config.model_titles and self.lines.is_terminal:
+            self.session.write_title(self.session.settings.model)
+
+    def _hear(self) -> None:
+        """Take what the engine has said since the last answer."""
+        for event in self.engine.drain():
+            self.session.handle(event)
+            self._print(event, Progress(self.written, ""))
 
     def take(self, text: str) -> None:
         """Do what a message wants; what goes wrong is told."""
@@ -202,6 +215,7 @@ def run_lines(config: Config, settings: Settings, environment: Environment, star
         raise RunError("standard output is closed; there is nowhere to print answers")
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
     written = Written()
+    config = config if start.save else replace(config, model_titles=False)
     for note in start.notes:
         written.tell(note)
     with ended_by_signals((signal.SIGTERM, signal.SIGHUP)), open_store(_database(environment, start)) as store:

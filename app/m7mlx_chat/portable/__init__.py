@@ -1,7 +1,8 @@
 """Conversations as files: our own JSON, which holds all of one, and files from elsewhere.
 
     {"format": "m7mlx-chat", "version": 1, "title": …, "automatic": …, "created": …,
-     "updated": …, "archived": …, "model": …, "system": …, "settings": {…}, "leaf": 3,
+     "updated": …, "archived": …, "pinned": …, "tags": ["work", …], "model": …, "system": …,
+     "settings": {…}, "leaf": 3,
      "messages": [{"parent": null, "role": "user", "text": …, "status": …, "created": …, "model": …,
                    "settings": {…}, "statistics": {…}}, …]}
 
@@ -24,7 +25,7 @@ from m7mlx.errors import InputError
 from m7mlx.units import counted
 from m7mlx_chat.portable import chatgpt
 from m7mlx_chat.portable.checked import Record
-from m7mlx_chat.store.rows import CHOSEN_TITLE_LENGTH, Ending, Node, Role, Tree, title_of
+from m7mlx_chat.store.rows import CHOSEN_TITLE_LENGTH, Ending, Node, Role, Tree, tags_of, title_of
 
 FORMAT, VERSION = "m7mlx-chat", 1
 # ChatGPT's exports of years are some 100 MB; in memory they take ten times as much
@@ -57,6 +58,8 @@ def to_json(tree: Tree) -> str:
         "created": tree.created,
         "updated": tree.updated,
         "archived": tree.archived,
+        "pinned": tree.pinned,
+        "tags": list(tree.tags),
         "model": tree.model,
         "system": tree.system,
         "settings": tree.settings,
@@ -154,6 +157,9 @@ def _tree(record: Record) -> Tree:
         created=record.time("created"),
         updated=record.time("updated"),
         archived=record.flag("archived"),
+        # older files have neither
+        pinned="pinned" in record and record.flag("pinned"),
+        tags=tags_of(" ".join(record.texts("tags"))) if "tags" in record else (),
         model=record.text("model"),
         system=record.text("system"),
         settings=record.values("settings"),

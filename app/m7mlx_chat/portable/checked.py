@@ -42,6 +42,10 @@ class Record:
     def array(self, key: str) -> list[Any]:
         return list(self._typed(key, list, "a list"))
 
+    def texts(self, key: str) -> list[str]:
+        values = self.array(key)
+        return values if all(isinstance(value, str) for value in values) else self._wrong(key, "a list of texts")
+
     def record(self, key: str) -> Record:
         """An object in this one; an empty one if there is none."""
         return Record(self.get(key) if self.get(key) is not None else {}, f"{key!r} of {self.name}")

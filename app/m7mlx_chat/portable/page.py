@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from datetime import datetime
 from functools import cache
 from html import escape
 
@@ -19,6 +18,7 @@ from pygments.lexers import get_lexer_by_name
 from pygments.util import ClassNotFound
 
 from m7mlx.terminal import visible
+from m7mlx_chat.dates import exact_time, full_time
 from m7mlx_chat.files import fenced
 from m7mlx_chat.steps import Call
 from m7mlx_chat.store.rows import Conversation, Message
@@ -51,7 +51,8 @@ article {{ margin: 1.5rem 0; }}
 article.user {{ background: var(--back); border-radius: .6rem; padding: .2rem 1rem; }}
 .text {{ white-space: pre-wrap; }}
 h1 {{ font-size: 1.5rem; }}
-h2, footer, .about {{ font-size: .8rem; font-weight: normal; opacity: .7; margin: .4rem 0; }}
+time {{ float: right; }}
+h2, time, footer, .about {{ font-size: .8rem; font-weight: normal; opacity: .7; margin: .4rem 0; }}
 pre {{ background: var(--back); border-radius: .4rem; padding: .8rem; overflow-x: auto; }}
 code {{ font-family: ui-monospace, monospace; font-size: .9em; }}
 table {{ border-collapse: collapse; }}
@@ -84,7 +85,7 @@ def to_markdown(conversation: Conversation, branch: Sequence[Message]) -> str:
     if conversation.system:
         parts.append("\n".join(f"> {line}" for line in visible(conversation.system).splitlines()))
     for message in branch:
-        parts.append(f"## {_speaker(message)}")
+        parts.append("## " + " · ".join(filter(None, [_speaker(message), full_time(message.said_at)])))
         for step in message.steps:
             parts += [_closed(visible(step.text))] if step.text else []
             parts += map(_call_as_markdown, step.calls)
@@ -112,7 +113,8 @@ def to_html(conversation: Conversation, branch: Sequence[Message]) -> str:
             body = said + "".join(map(_call_as_html, step.calls)) + body
         note = f"<footer>{escape(_NOTES[message.status])}</footer>\n" if _NOTES[message.status] else ""
         articles.append(
-            f'<article class="{message.role}"><h2>{escape(_speaker(message))}</h2>\n{body}{note}</article>'
+            f'<article class="{message.role}">{_when(message)}<h2>{escape(_speaker(message))}</h2>\n'
+            f"{body}{note}</article>"
         )
     return _PAGE.format(
         title=escape(visible(conversation.title)),
@@ -166,8 +168,13 @@ def _plain(text: str) -> str:
 
 
 def _about(conversation: Conversation) -> str:
-    date = datetime.fromtimestamp(conversation.created).strftime("%Y-%m-%d %H:%M")
-    return " · ".join(filter(None, [date, " ".join(visible(conversation.model).split())]))
+    model = " ".join(visible(conversation.model).split())
+    return " · ".join(filter(None, [full_time(conversation.created), model, visible(conversation.hashtags)]))
+
+
+def _when(message: Message) -> str:
+    time = full_time(message.said_at)
+    return f'<time datetime="{exact_time(message.said_at)}">{time}</time>' if time else ""
 
 
 def _speaker(message: Message) -> str:

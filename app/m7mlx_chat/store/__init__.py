@@ -123,7 +123,7 @@ class Store(ConversationWriter):
         for a first question; an edited question has the parent of the old one. The answer keeps
         what it is made with: `model`, `settings` and, as settings["system"], the system prompt.
         """
-        now = self._clock()
+        now = self.clock()
         with self._writing():
             if conversation is None:
                 conversation = self._add_conversation(
@@ -188,7 +188,7 @@ class Store(ConversationWriter):
         with self._writing():
             self._update_answer(answer, {**values, "ids": None if ids is None else pack(ids)})
             spoken = "UPDATE conversation SET updated = ? WHERE id = (SELECT conversation FROM message WHERE id = ?)"
-            self._db.execute(spoken, [self._clock(), answer])
+            self._db.execute(spoken, [self.clock(), answer])
 
     def recover(self) -> None:
         """Make the answers of instances that died `interrupted`; their drafts are nobody's now."""
@@ -216,9 +216,9 @@ class Store(ConversationWriter):
         """Copy the path from the root to a message into a new conversation; returns its id."""
         head = self.conversation(self.message(message).conversation)
         copy = tree_of(head, self.branch(message), message)
-        now = self._clock()
+        now = self.clock()
         title = title_of(f"{head.title} (fork)", CHOSEN_TITLE_LENGTH)
-        return self.plant([replace(copy, title=title, created=now, updated=now, archived=False)])[0]
+        return self.plant([replace(copy, title=title, created=now, updated=now, archived=False, pinned=False)])[0]
 
     def plant(self, trees: Iterable[Tree]) -> list[int]:
         """Store whole conversations, all of them or none; returns their ids."""
@@ -237,7 +237,7 @@ class Store(ConversationWriter):
     # --- writing ----------------------------------------------------------------------------------
 
     def _add_answer(self, conversation: int, question: int, model: str, system: str, settings: Values | None) -> int:
-        now = self._clock()
+        now = self.clock()
         made_with = {**(settings or {}), "system": system}
         node = Node(
             parent=question,

@@ -1,9 +1,11 @@
-"""What is done to a whole conversation: settings, title, putting away, deleting."""
+"""What is done to a whole conversation: settings, title, pin, tags, putting away, deleting."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from m7mlx_chat.store.drafts import DraftWriter
-from m7mlx_chat.store.rows import CHOSEN_TITLE_LENGTH, encodable, title_of
+from m7mlx_chat.store.rows import CHOSEN_TITLE_LENGTH, encodable, tags_of, title_of
 from m7mlx_chat.store.writer import Values, as_json
 
 _KEEP_DELETED = 30 * 86400  # seconds
@@ -22,11 +24,14 @@ class ConversationWriter(DraftWriter):
     def rename(self, conversation: int, title: str) -> None:
         """Give a title; an empty one brings the automatic title back."""
         automatic = not title.strip()
-        if automatic:
-            first = "SELECT text FROM message WHERE conversation = ? AND role = 'user' ORDER BY id LIMIT 1"
-            title = "".join(row["text"] for row in self._rows(first, [conversation]))
-        title = title_of(title) if automatic else title_of(title, CHOSEN_TITLE_LENGTH)
+        title = self.first_words(conversation) if automatic else title_of(title, CHOSEN_TITLE_LENGTH)
         self._change(conversation, {"title": title, "automatic": automatic})
+
+    def suggest_title(self, conversation: int, title: str) -> None:
+        """Give a better automatic title; one that somebody chose stays."""
+        with self._writing():
+            sql = "UPDATE conversation SET title = ? WHERE id = ? AND automatic"
+            self._db.execute(sql, [title_of(title), conversation])
 
     def archive(self, conversation: int) -> None:
         """Move a conversation out of the way; it is still found."""
@@ -36,9 +41,17 @@ class ConversationWriter(DraftWriter):
         """Undo `archive`."""
         self._change(conversation, {"archived": False})
 
+    def pin(self, conversation: int, *, is_pinned: bool) -> None:
+        """Keep a conversation at the top of the list, or no longer."""
+        self._change(conversation, {"pinned": is_pinned})
+
+    def tag(self, conversation: int, tags: Sequence[str]) -> None:
+        """Give a conversation these tags, in the place of those before."""
+        self._change(conversation, {"tags": " ".join(tags_of(" ".join(tags)))})
+
     def delete(self, conversation: int) -> None:
         """Hide a conversation; it is erased when the store is opened 30 days later."""
-        self._change(conversation, {"deleted_at": self._clock()})
+        self._change(conversation, {"deleted_at": self.clock()})
 
     def undo_delete(self, conversation: int) -> None:
         """Undo `delete`, as long as the conversation has not been erased."""
@@ -50,5 +63,5 @@ class ConversationWriter(DraftWriter):
             self._db.execute(
                 """DELETE FROM conversation WHERE deleted_at < ? AND NOT EXISTS
                 (SELECT 1 FROM message m WHERE m.conversation = conversation.id AND m.status = 'answering')""",
-                [self._clock() - _KEEP_DELETED],
+                [self.clock() - _KEEP_DELETED],
             )

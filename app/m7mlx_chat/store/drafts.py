@@ -95,7 +95,7 @@ class DraftWriter(Writer):
         return next((_text_of(Row(found)) for found in self._rows(ours, [_CLEARED, name, name])), None)
 
     def _keep(self, key: str, conversation: int | None, shown: str, pastes: Mapping[str, str]) -> None:
-        values = [key, self._instance.name, conversation, self._clock(), encodable(shown), as_json(pastes)]
+        values = [key, self._instance.name, conversation, self.clock(), encodable(shown), as_json(pastes)]
         self._db.execute("INSERT OR REPLACE INTO draft VALUES (?, ?, ?, ?, ?, ?)", values)
 
     def _drop(self, key: str, whose: str = "AND owner = ?") -> None:

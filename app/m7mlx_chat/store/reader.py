@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from m7mlx_chat.store.errors import StoreError
-from m7mlx_chat.store.rows import Conversation, Ending, Head, Hit, Message, Node, Role, Tree
+from m7mlx_chat.store.rows import Conversation, Ending, Head, Hit, Message, Node, Role, Tree, tags_of, title_of
 from m7mlx_chat.store.schema import damaged, one_line
 from m7mlx_chat.store.sound import Row, conversation_of, message_of
-from m7mlx_chat.store.words import SEARCH, hit, match_of, parts_query, plain
+from m7mlx_chat.store.words import HAS_TAG, hit, match_of, parts_query, plain, words_query
 
 EVERYTHING = -1  # SQLite's LIMIT
 _T = TypeVar("_T")
@@ -62,7 +62,9 @@ _LIST = f"""
     ) c {_NEWEST}
 """
 _DELETED = f"{_COUNTED} conversation c WHERE deleted_at IS NOT NULL ORDER BY deleted_at DESC, id DESC LIMIT ?"
-_TITLES = f"SELECT id, title FROM conversation WHERE deleted_at IS NULL {_NEWEST}"
+_PINNED = f"{_COUNTED} conversation c WHERE pinned AND archived = ? AND deleted_at IS NULL {_NEWEST}"
+_TITLES = f"SELECT id, title FROM conversation WHERE deleted_at IS NULL{{}} {_NEWEST}"
+_IS_A_TAG = f"SELECT 1 FROM conversation WHERE tags != '' AND deleted_at IS NULL{HAS_TAG} LIMIT 1"
 _PROMPTS = """
     SELECT CAST(text AS TEXT) FROM message m CROSS JOIN conversation ON conversation.id = m.conversation
     WHERE m.role = 'user' AND deleted_at IS NULL ORDER BY m.created DESC, m.id DESC
@@ -132,6 +134,10 @@ class Reader:
         """Those that are not deleted, and archived or not; the last one spoken in first."""
         return self._conversations(_LIST, [archived, limit, offset])
 
+    def pinned(self, archived: bool = False) -> list[Conversation]:
+        """Those of `conversations` that are pinned."""
+        return self._conversations(_PINNED, [archived])
+
     def count(self, archived: bool = False) -> int:
         """How many `conversations` there are."""
         sql = "SELECT count(*) FROM conversation WHERE archived = ? AND deleted_at IS NULL"
@@ -147,25 +153,52 @@ class Reader:
         messages = self._messages(f"{_MESSAGE} WHERE m.conversation = ? ORDER BY m.id", [conversation])
         return tree_of(head, messages, head.leaf)
 
+    def tags_in(self, text: str) -> tuple[list[str], str]:
+        """The tags that `text` searches for, and the rest of it.
+
+        "#work" is a tag where a conversation has one that begins so, and text elsewhere.
+        """
+        tags, rest = list[str](), list[str]()
+        for word in text.split():
+            tag = tags_of(word) if word.startswith("#") else ()
+            if tag and self._rows(_IS_A_TAG, tag[:1]):
+                tags += tag[:1]
+            else:
+                rest.append(word)
+        return (tags, " ".join(rest)) if tags else ([], text)
+
     def search(self, text: str, limit: int = 50) -> list[Hit]:
-        """The messages with all words of `text`, the best first; then those with all its parts."""
+        """The messages with all words of `text`, the best first; then those with all its parts.
+
+        Where it has tags, those of conversations that have them.
+        """
+        tags, text = self.tags_in(text)
         match = match_of(text)
-        found = [hit(row) for row in self._rows(SEARCH, [match, limit])] if match else []
-        parts = parts_query(text, limit) if len(found) < limit else None
+        found = [hit(row) for row in self._rows(*words_query(match, limit, tags))] if match else []
+        parts = parts_query(text, limit, tags) if len(found) < limit else None
         if parts is not None:
             known = {one.message for one in found}
             found += [hit(row) for row in self._rows(*parts) if row["id"] not in known]
         return found[:limit]
 
     def titled(self, text: str, limit: int = 20) -> list[Conversation]:
-        """The conversations whose titles have all parts of `text`, the last one spoken in first."""
+        """The conversations whose titles have all parts of `text`, the last one spoken in first.
+
+        Where it has tags, those that have them.
+        """
+        tags, text = self.tags_in(text)
         parts = plain(text).split()
-        if not parts:
+        if not parts and not tags:
             return []
-        rows = self._rows(_TITLES, [])
+        rows = self._rows(_TITLES.format(HAS_TAG * len(tags)), tags)
         ids = [row["id"] for row in rows if all(part in plain(Row(row).text("title")) for part in parts)][:limit]
         marks = ", ".join("?" * len(ids))
         return self._conversations(f"{_COUNTED} conversation c WHERE id IN ({marks}) {_NEWEST}", ids)
+
+    def first_words(self, conversation: int) -> str:
+        """The title that a conversation has from its first question."""
+        first = "SELECT text FROM message WHERE conversation = ? AND role = 'user' ORDER BY id LIMIT 1"
+        return title_of("".join(Row(row).text("text") for row in self._rows(first, [conversation])))
 
     def prompts(self, containing: str = "", limit: int = 100) -> list[str]:
         """What the user has asked and contains a text, in any case: each once, the newest first."""
@@ -231,6 +264,8 @@ def tree_of(head: Head, messages: Iterable[Message], leaf: int | None) -> Tree:
         created=head.created,
         updated=head.updated,
         archived=head.archived,
+        pinned=head.pinned,
+        tags=head.tags,
         model=head.model,
         system=head.system,
         settings=head.settings,

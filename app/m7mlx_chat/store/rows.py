@@ -27,6 +27,7 @@ Status = Ending | Literal["answering", "interrupted"]
 LATEST = 253370764800.0  # the year 9999, the last one that datetime knows
 UNTITLED = "Untitled"
 TITLE_LENGTH, CHOSEN_TITLE_LENGTH = 60, 200
+_TAG_LENGTH, _MOST_TAGS = 40, 20  # characters of a tag, tags of a conversation
 _MOST_BYTES = 1 << 26  # of unpacked ids: 16 million tokens
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
@@ -61,6 +62,13 @@ class Node:
         return steps_of(self.statistics.get("steps"))
 
     @property
+    def said_at(self) -> float:
+        """When it was said to its end, in seconds since 1970: asked, or answered."""
+        ended: Any = self.statistics.get("ended")
+        is_time = type(ended) in (int, float) and 0 < ended <= LATEST
+        return float(ended) if is_time else self.created
+
+    @property
     def ids(self) -> list[int] | None:
         """The token ids of an answer, if they are known."""
         try:
@@ -84,17 +92,29 @@ class Message(Node):
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """What there is to a conversation besides its messages. `automatic`: nobody chose the title."""
+    """What there is to a conversation besides its messages.
+
+    automatic  nobody chose the title
+    pinned     it stands first in the list
+    tags       words that it is found by, as `tags_of` makes them
+    """
 
     title: str
     automatic: bool
     created: float
     updated: float
     archived: bool = False
+    pinned: bool = False
+    tags: tuple[str, ...] = ()
     model: str = ""
     system: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     leaf: int | None = None
+
+    @property
+    def hashtags(self) -> str:
+        """The tags as they are shown, and searched for: "#work #garden"."""
+        return " ".join(f"#{tag}" for tag in self.tags)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +168,21 @@ def title_of(text: str, length: int = TITLE_LENGTH) -> str:
     if len(line) <= length:
         return line
     return (line[:length].rpartition(" ")[0] or line[: length - 1]) + "…"
+
+
+def tags_of(text: str) -> tuple[str, ...]:
+    """The words of a text as tags: in small letters, without "#" before them, each once."""
+    words = unicodedata.normalize("NFC", text.casefold()).replace(",", " ").split()
+    tags = (_printable(word).strip("#-")[:_TAG_LENGTH].rstrip("#-") for word in words)
+    return tuple(dict.fromkeys(filter(None, tags)))[:_MOST_TAGS]
+
+
+def changed_tags(tags: Sequence[str], text: str) -> tuple[str, ...]:
+    """Tags with those of a text added; "-work" takes one away."""
+    words = text.replace(",", " ").split()
+    gone = tags_of(" ".join(word[1:] for word in words if word.startswith("-")))
+    added = tags_of(" ".join(word for word in words if not word.startswith("-")))
+    return tags_of(" ".join([*(tag for tag in tags if tag not in gone), *added]))
 
 
 def _printable(text: str) -> str:

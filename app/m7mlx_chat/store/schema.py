@@ -112,7 +112,14 @@ _VERSION_4 = (
     "ALTER TABLE owned_draft RENAME TO draft",
     "CREATE INDEX draft_conversation ON draft (conversation)",
 )
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1, _VERSION_2, _VERSION_3, _VERSION_4)
+# Tags are words, with a space between two. The indexes hold the few that have them, or are pinned.
+_VERSION_5 = (
+    "ALTER TABLE conversation ADD COLUMN pinned INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE conversation ADD COLUMN tags TEXT NOT NULL DEFAULT ''",
+    "CREATE INDEX conversation_pinned ON conversation (archived, updated) WHERE pinned",
+    "CREATE INDEX conversation_tagged ON conversation (tags) WHERE tags != ''",
+)
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1, _VERSION_2, _VERSION_3, _VERSION_4, _VERSION_5)
 
 
 def open_database(path: Path, migrations: Sequence[Sequence[str]] = MIGRATIONS) -> sqlite3.Connection:

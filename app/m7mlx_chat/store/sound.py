@@ -12,7 +12,7 @@ import sqlite3
 from collections.abc import Sequence
 from typing import Any, TypeVar, get_args
 
-from m7mlx_chat.store.rows import LATEST, Conversation, Ending, Message, Role, encodable
+from m7mlx_chat.store.rows import LATEST, Conversation, Ending, Message, Role, encodable, tags_of
 
 _LONGEST = 1000  # characters of a title or a model's name
 _FIGURES = (
@@ -119,6 +119,8 @@ def conversation_of(row: Row) -> Conversation:
         created=row.number("created"),
         updated=row.number("updated"),
         archived=bool(row.whole("archived")),
+        pinned=bool(row.whole("pinned")),
+        tags=tags_of(row.text("tags", _LONGEST)),
         deleted_at=row.number("deleted_at") if row.has("deleted_at") else None,
         model=row.text("model", _LONGEST),
         system=row.text("system"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import sqlite3
 import unicodedata
+from collections.abc import Sequence
 from typing import Any, get_args
 
 from m7mlx_chat.store.rows import Hit, Role, encodable
@@ -26,14 +27,15 @@ _TRIGRAM = 3  # characters: what is shorter is not in the index of parts
 _COLUMNS = """
     SELECT message.id, message.conversation, message.role, message.created, conversation.title, conversation.archived,
 """
+# Of a conversation: it has a tag that begins so.
+HAS_TAG = " AND instr(' ' || conversation.tags, ' ' || ?)"
 # The words first (CROSS JOIN keeps the order): the best come out of FTS5 in order, and LIMIT ends
 # the work.
-SEARCH = f"""
+_SEARCH = f"""
     {_COLUMNS} snippet(message_words, 0, '{_OPEN}', '{_CLOSE}', '…', {_WORDS_AROUND}) AS snippet
     FROM message_words CROSS JOIN message ON message.id = message_words.rowid
          CROSS JOIN conversation ON conversation.id = message.conversation
     WHERE message_words MATCH ? AND conversation.deleted_at IS NULL
-    ORDER BY message_words.rank LIMIT ?
 """
 _PARTS = f"""
     {_COLUMNS} snippet(message_parts, 0, '{_OPEN}', '{_CLOSE}', '…', {_CHARACTERS_AROUND}) AS snippet
@@ -62,7 +64,16 @@ def match_of(text: str) -> str:
     return " ".join(quoted) + "*" if quoted else ""
 
 
-def parts_query(text: str, limit: int) -> tuple[str, list[Any]] | None:
+def words_query(match: str, limit: int, tags: Sequence[str] = ()) -> tuple[str, list[Any]]:
+    """SQL, and its values, for messages that an expression of `match_of` finds, the best first.
+
+    tags  that their conversations have
+    """
+    sql = _SEARCH + HAS_TAG * len(tags)
+    return f"{sql} ORDER BY message_words.rank LIMIT ?", [match, *tags, limit]
+
+
+def parts_query(text: str, limit: int, tags: Sequence[str] = ()) -> tuple[str, list[Any]] | None:
     """SQL, and its values, for messages with all parts of `text`; None for no parts."""
     parts = list(dict.fromkeys(encodable(text[:_LONGEST]).replace("\0", " ").split()))
     parts = [part for part in parts if any(c.isalnum() or not c.isascii() for c in part)]
@@ -74,7 +85,8 @@ def parts_query(text: str, limit: int) -> tuple[str, list[Any]] | None:
     sql, values = (_PARTS, [quoted]) if long else (_SCAN, [short[0]])
     sql += " AND message.text LIKE ? ESCAPE '\\'" * len(short)
     values += ["%" + re.sub(r"([%_\\])", r"\\\1", part) + "%" for part in short]
-    return f"{sql} ORDER BY message.id DESC LIMIT ?", [*values, limit]
+    sql += HAS_TAG * len(tags)
+    return f"{sql} ORDER BY message.id DESC LIMIT ?", [*values, *tags, limit]
 
 
 def plain(text: str) -> str:
@@ -84,7 +96,7 @@ def plain(text: str) -> str:
 
 
 def hit(row: sqlite3.Row) -> Hit:
-    """A row of SEARCH."""
+    """A row of `words_query` or `parts_query`."""
     found = Row(row)
     text, marks = _unmarked(" ".join(found.text("snippet", _MOST_AROUND).split()))
     return Hit(

@@ -12,7 +12,7 @@ from typing import Any
 from m7mlx_chat.store.errors import StoreError
 from m7mlx_chat.store.instances import Instance
 from m7mlx_chat.store.reader import Reader
-from m7mlx_chat.store.rows import Head, Node, encodable
+from m7mlx_chat.store.rows import Head, Node, encodable, tags_of
 from m7mlx_chat.store.schema import one_line, transaction
 
 Values = Mapping[str, Any]  # as JSON knows them
@@ -29,7 +29,7 @@ class Writer(Reader):
         clock: Callable[[], float],
     ) -> None:
         super().__init__(path, db)
-        self._clock = clock
+        self.clock = clock
         self._instance = instance
 
     @contextmanager
@@ -44,6 +44,8 @@ class Writer(Reader):
             "created": head.created,
             "updated": head.updated,
             "archived": head.archived,
+            "pinned": head.pinned,
+            "tags": " ".join(tags_of(" ".join(head.tags))),
             "model": encodable(head.model),
             "system": encodable(head.system),
             "settings": as_json(head.settings),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from m7mlx import Request, Stats
-from m7mlx_chat.events import AnyEngine, Called, Done, Event, Failed, Ready, Seen, Waiting
+from m7mlx_chat.events import AnyEngine, Called, Counted, Done, Event, Failed, Ready, Seen, Waiting
 from m7mlx_chat.settings import Settings
 
 _WAIT = 0.1  # seconds to wait for an event at a time
@@ -43,7 +43,7 @@ class _Page:
         self.connection = connection
         self.wanted: _Wanted | None = None
 
-    def send(self, event: Event) -> None:
+    def send(self, event: Event | Counted) -> None:
         with suppress(OSError, ValueError):  # it has left
             self.connection.send(event)
 
@@ -117,10 +117,21 @@ class SharedEngine:
                 self._queue(_Turn(page, page.wanted, request))
             case "forget", (conversation,):
                 self._engine.forget(conversation)
+            case "count", (number, text):
+                page.send(Counted(number, self._count(page, text)))
             case "cancel", _:
                 self._cancel(page, only_answers=True)
             case _:
                 page.send(Failed("no model has been chosen"))
+
+    def _count(self, page: _Page, text: str) -> int | None:
+        """Count the tokens of a text, if the model that is loaded is the page's."""
+        if page.wanted is None or not page.wanted.is_met_by(self._loaded):
+            return None
+        try:
+            return self._engine.count(text)
+        except Exception:  # it only goes without saying; the page must be listened to
+            return None
 
     def _queue(self, turn: _Turn) -> None:
         with self._changed:

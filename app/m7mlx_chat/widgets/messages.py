@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from textual import events
 from textual.app import ComposeResult
-from textual.containers import Vertical
+from textual.containers import Horizontal, Vertical
 from textual.widgets import Markdown, Static
 
 from m7mlx.terminal import visible
@@ -16,10 +16,11 @@ from m7mlx_chat.markdown import Part, answer_markdown, parts
 from m7mlx_chat.steps import Step
 from m7mlx_chat.store.rows import Message
 from m7mlx_chat.widgets.calls import StepsView
+from m7mlx_chat.widgets.message_parts import SHOWN, Thoughts, Versions, When
 
 _LINE = 80  # characters: about a line, where a text has no line ends
 _BAR = 2  # columns at the left of a message that select it: the bar, and the space beside it
-_SHOWN = 200_000  # characters of a message; /copy and /export have all of it
+_ROOMY = 56  # columns of a message from which there is room for its time
 _NOTES = {
     "stopped": "stopped",
     "length": "cut at the longest length",
@@ -41,20 +42,33 @@ class MessageView(Vertical, can_focus=False):
     MessageView { height: auto; margin: 0 0 1 0; padding: 0 2; border-left: outer $secondary 50%; }
     MessageView:focus, MessageView.-found { border-left: outer $accent; background: $accent 12%; }
     MessageView .versions { width: auto; height: 1; color: $text-accent; }
-    MessageView .footer { color: $text-muted; height: auto; }
+    MessageView .footer { color: $text-muted; height: auto; width: 1fr; }
+    MessageView .end { height: auto; }
+    MessageView .when { color: $text-muted; width: auto; height: 1; margin-left: 1; }
+    MessageView.-tight .when { display: none; }
+    MessageView.-tight:focus .when { display: block; }
+    MessageView .when.-to-come { display: none; }
     """
 
     def __init__(self, message: Message) -> None:
         super().__init__()
         self.message = message
+        self.when = When(message.said_at)
 
     def select(self) -> None:
         """Select the message, until something else gets the focus."""
         self.can_focus = True
         self.screen.set_focus(self)  # at once: the next key may be under way already
 
+    def on_focus(self) -> None:
+        self.when.show(in_full=True)
+
     def on_blur(self) -> None:
         self.can_focus = self.screen.focused is self
+        self.when.show()
+
+    def on_resize(self, event: events.Resize) -> None:
+        self.set_class(event.size.width < _ROOMY, "-tight")
 
     def on_click(self, event: events.Click) -> None:
         """Select the message by a click on the bar at its left."""
@@ -68,20 +82,6 @@ class MessageView(Vertical, can_focus=False):
 
     def toggle_fold(self) -> None:
         """Show what is folded of the message, or fold it again."""
-
-
-class Versions(Static):
-    """‹2/3›: which of several versions is shown; a click on either side shows the next."""
-
-    def __init__(self, message: Message) -> None:
-        super().__init__(f"‹ {message.place}/{message.siblings} ›", classes="versions", markup=False)
-        self._message = message.id
-
-    def on_click(self, event: events.Click) -> None:
-        direction = -1 if event.x < self.size.width // 2 else 1
-        # Not from here: it removes this very widget, and would wait for it for ever.
-        self.app.call_later(self.run_action, f"app.sibling_of({self._message}, {direction})")
-        event.stop()
 
 
 class Fold(Static):
@@ -108,6 +108,7 @@ class Question(MessageView):
     DEFAULT_CSS = """
     Question { border-left: outer $primary; background: $boost; }
     Question .body { height: auto; }
+    Question .when { dock: right; }
     Question .more { height: 1; color: $text-muted; display: none; }
     Question.-long .more { display: block; }
     Question.-long.-folded .body { max-height: 8; overflow: hidden; }
@@ -116,6 +117,7 @@ class Question(MessageView):
     SHOWN = 20_000  # characters; a long paste is in the conversation whole, on the screen in part
 
     def compose(self) -> ComposeResult:
+        yield self.when
         if self.message.siblings > 1:
             yield Versions(self.message)
         shown = visible(self.message.text)
@@ -129,48 +131,6 @@ class Question(MessageView):
     def toggle_fold(self) -> None:
         self.toggle_class("-folded")
         self.query_one(Fold).show(is_open=not self.has_class("-folded"))
-
-
-class Thoughts(Vertical):
-    """What a model thought, folded into a line; a click on that shows or hides it."""
-
-    DEFAULT_CSS = """
-    Thoughts { height: auto; color: $text-muted; }
-    Thoughts Static { height: auto; }
-    Thoughts .thought { display: none; padding: 0 0 1 2; }
-    Thoughts.-shown .thought { display: block; }
-    """
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.text = ""
-        self._title = Static("", classes="fold", markup=False)
-        self._body = Static("", classes="thought", markup=False)
-        self.add(text)
-
-    def compose(self) -> ComposeResult:
-        yield self._title
-        yield self._body
-
-    def add(self, text: str) -> None:
-        """Add more of it. There is nothing to see while it is empty."""
-        self.text += text
-        self.display = bool(self.text)
-        self._show()
-
-    def toggle(self) -> None:
-        """Show the thoughts, or hide them again."""
-        self.toggle_class("-shown")
-        self._show()
-
-    def on_click(self) -> None:
-        self.toggle()
-
-    def _show(self) -> None:
-        is_shown = self.has_class("-shown")
-        self._title.update(f"{'▾' if is_shown else '▸'} thinking · {counted(len(self.text), 'character')}")
-        if is_shown:
-            self._body.update(visible(self.text[:_SHOWN]))
 
 
 class Answer(MessageView):
@@ -209,10 +169,13 @@ class Answer(MessageView):
         yield self._steps
         yield self._parts
         yield self._error
-        yield self._footer
+        with Horizontal(classes="end"):
+            yield self._footer
+            yield self.when
 
     async def on_mount(self) -> None:
         self._error.display = False
+        self.when.add_class("-to-come")
         await self.write(self.message.text)
         if not self._live:
             self._show_end(self.message)
@@ -236,7 +199,7 @@ class Answer(MessageView):
     async def write(self, text: str) -> None:
         """Show more of the answer."""
         before, self._text = len(self._text), self._text + text
-        text = visible(text[: max(0, _SHOWN - before)])
+        text = visible(text[: max(0, SHOWN - before)])
         if not text:
             return
         *done, last = parts(self._part.text + text, self._fence)
@@ -291,12 +254,16 @@ class Answer(MessageView):
         if not self._live:
             self._live = True
             self._footer.update("")
+            self.when.add_class("-to-come")
 
     def _show_end(self, message: Message) -> None:
         footer = footer_of(message)
-        if len(message.text) > _SHOWN:
-            footer = f"… ({len(message.text) - _SHOWN:,} more characters: /copy or /export) · {footer}"
+        if len(message.text) > SHOWN:
+            footer = f"… ({len(message.text) - SHOWN:,} more characters: /copy or /export) · {footer}"
         self._footer.update(footer)
+        self.when.seconds = message.said_at
+        self.when.set_class(message.status == "answering", "-to-come")
+        self.when.show(in_full=self.has_focus)
         error = message.statistics.get("error")
         self._error.display = bool(error)
         self._error.update(f"✗ {visible(str(error))}" if error else "")

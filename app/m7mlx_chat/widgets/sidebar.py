@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from datetime import date, timedelta
 from typing import Literal
 
 from rich.text import Text
 from textual import on
 from textual.app import ComposeResult
 from textual.containers import Vertical
-from textual.events import Key
+from textual.events import DescendantBlur, DescendantFocus, Key
 from textual.message import Message
 from textual.timer import Timer
 from textual.widgets import Input, OptionList, Static
@@ -21,6 +19,7 @@ from textual.widgets.option_list import Option, OptionDoesNotExist
 from m7mlx.terminal import visible
 from m7mlx.units import counted
 from m7mlx_chat.actions import bindings
+from m7mlx_chat.dates import full_time, group_of, short_time
 from m7mlx_chat.store import Store
 from m7mlx_chat.store.rows import Conversation, Hit
 
@@ -94,6 +93,7 @@ class Sidebar(Vertical):
         self._searched = ""  # what the hits that are listed were searched for
         self._shown: int | None = None
         self._pause: Timer | None = None
+        self._listed = ""  # how many there are, or were found
 
     def compose(self) -> ComposeResult:
         yield Input(placeholder="Search all conversations", id="search", compact=False)
@@ -128,7 +128,11 @@ class Sidebar(Vertical):
         text = self.query_one(Input).value
         is_new, self._searched = text != self._searched, text
         if text.strip():
-            self._list_hits(self._store.titled(text, _TITLES), self._store.search(text, _FOUND), is_new)
+            tags, rest = self._store.tags_in(text)
+            is_tag = bool(tags) and not rest
+            titled = self._store.titled(text, _PAGE if is_tag else _TITLES)
+            heading = " ".join(f"#{tag}" for tag in tags) if is_tag else "Titles"
+            self._list_hits(heading, titled, self._store.search(text, _FOUND), is_new)
         else:
             self._list_shelf()
 
@@ -137,11 +141,13 @@ class Sidebar(Vertical):
     def _list_shelf(self, *, is_longer: bool = False) -> None:
         """List a shelf; `is_longer`: only a page has been added, and the user is at its end."""
         limit = self._pages * _PAGE
+        pinned: list[Conversation] = []
         if self.shelf == "deleted":
             listed = self._store.deleted(limit)
             hint = f"{len(listed) or 'none'} deleted · Enter brings back"
         else:
             away = self.shelf == "put away"
+            pinned = self._store.pinned(away)
             listed = self._store.conversations(away, limit)
             count = self._store.count(away)
             if away:
@@ -149,17 +155,17 @@ class Sidebar(Vertical):
             else:
                 what = counted(count, "conversation") if count else "no conversations"
             hint = f"{what} · F1: keys"
-        self._fill(list(_grouped(listed)))
+        self._fill(list(_grouped(pinned, listed)))
         self._hint(hint)
         here = f"conversation-{self._shown}"
         with suppress(OptionDoesNotExist):
             if not is_longer:
                 self.conversations.highlighted = self.conversations.get_option_index(here)
 
-    def _list_hits(self, titled: list[Conversation], hits: list[Hit], is_new: bool) -> None:
+    def _list_hits(self, heading: str, titled: list[Conversation], hits: list[Hit], is_new: bool) -> None:
         options: list[Option | None] = []
         if titled:
-            options += [_heading("Titles"), *map(_titled, titled)]
+            options += [_heading(visible(heading)), *map(_titled, titled)]
         if titled and hits:
             options.append(_heading("Messages"))
         for hit in hits:
@@ -167,7 +173,7 @@ class Sidebar(Vertical):
         self._fill(options[:-1] if hits else options)
         if is_new or self.conversations.highlighted is None:
             self.conversations.highlighted = (1 if titled else 0) if options else None
-        found = [counted(len(titled), "title")] if titled else []
+        found = [counted(len(titled), "title" if heading == "Titles" else "conversation")] if titled else []
         found += [f"{_FOUND}+ messages" if len(hits) == _FOUND else counted(len(hits), "message")] if hits else []
         self._hint(f"{', '.join(found)} found" if found else "nothing found")
 
@@ -181,6 +187,18 @@ class Sidebar(Vertical):
             self.conversations.scroll_to(y=scroll, animate=False)
 
     def _hint(self, text: str) -> None:
+        self._listed = text
+        self._show_hint()
+
+    @on(DescendantFocus)
+    @on(DescendantBlur)
+    @on(OptionList.OptionHighlighted)
+    def _show_hint(self) -> None:
+        """Tell of the conversation that is chosen in the list, or how many there are."""
+        chosen, text = self.conversations.chosen, self._listed
+        if self.conversations.has_focus and chosen is not None and self.shelf != "deleted":
+            head = self._store.conversation(chosen)
+            text = f"{counted(head.messages, 'message')} · {full_time(head.updated)}"
         self.query_one(".hint", Static).update(text)
 
     # --- what the user does -----------------------------------------------------------------------
@@ -226,11 +244,16 @@ class Sidebar(Vertical):
         self.post_message(self.Chosen(int(number)) if kind == "conversation" else self.Found(int(number)))
 
 
-def _grouped(conversations: list[Conversation]) -> Iterator[Option]:
-    """Options under headings: today, yesterday, …"""
-    heading = ""
+def _grouped(pinned: list[Conversation], conversations: list[Conversation]) -> Iterator[Option]:
+    """Options under headings: pinned, today, yesterday, …"""
+    if pinned:
+        yield _heading("Pinned")
+    yield from map(_titled, pinned)
+    heading, first = "", {conversation.id for conversation in pinned}
     for conversation in conversations:
-        when = _when(conversation.deleted_at or conversation.updated)
+        if conversation.id in first:
+            continue
+        when = group_of(conversation.deleted_at or conversation.updated)
         if when != heading:
             heading = when
             yield _heading(heading)
@@ -242,20 +265,16 @@ def _heading(text: str) -> Option:
 
 
 def _titled(conversation: Conversation) -> Option:
-    title = Text(visible(conversation.title), no_wrap=True, overflow="ellipsis")
+    title = Text("★ " * conversation.pinned + visible(conversation.title), no_wrap=True, overflow="ellipsis")
+    if conversation.tags:
+        title.append(f"\n{visible(conversation.hashtags)}", style="dim")
     return Option(title, id=f"conversation-{conversation.id}")
-
-
-def _when(seconds: float, today: date | None = None) -> str:
-    day, today = date.fromtimestamp(seconds), today or date.fromtimestamp(time.time())
-    for days, name in ((0, "Today"), (1, "Yesterday"), (7, "This week"), (31, "This month")):
-        if day >= today - timedelta(days=days):
-            return name
-    return str(day.year)
 
 
 def _hit(hit: Hit) -> Text:
     who = "you" if hit.role == "user" else "model"
+    when = short_time(hit.created)
+    who += f", {when}" if when else ""
     text = Text(visible(hit.title), style="bold", no_wrap=True, overflow="ellipsis")
     snippet = Text(f"{who}: {visible(hit.snippet)}", style="dim")
     for first, last in hit.marks:

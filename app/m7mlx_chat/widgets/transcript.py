@@ -136,6 +136,11 @@ class Transcript(VerticalScroll, can_focus=False):
             view.select()
         self.call_after_refresh(self.scroll_to_widget, view, animate=False, top=True)
 
+    def show_times(self) -> None:
+        """Show when messages were said as it is told today."""
+        for view in self.views:
+            view.when.show(in_full=view.has_focus)
+
     # --- pages ------------------------------------------------------------------------------------
 
     def watch_scroll_y(self, old_value: float, new_value: float) -> None:
