@@ -1,7 +1,7 @@
-"""What is installed of each client, and the program that tries it.
+"""Clients that pip installs, and the program that tries each; what npm installs is beside it.
 
-Agents ask the model `long`, which has random weights: their prompts have more tokens than the
-context of a small model.
+Agents ask the model `long`: their prompts have more tokens than the context of a small model. It
+knows nothing; it calls a tool, whichever it is, and says "Hello, here I am." to what that gave.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ class Client(NamedTuple):
 
     installer  "pip"; "npm"; "" for packages that must be here already
     is_script  whether the program is JavaScript, not Python
+    left_out   packages that a client says it needs, which are large and not used here
     """
 
     packages: str
     program: str
     installer: str = "pip"
     is_script: bool = False
+    left_out: str = ""
 
 
-CLIENTS = {
+PIP_CLIENTS = {
     "huggingface_hub": Client(
         "huggingface_hub",
         """
@@ -39,7 +41,7 @@ assert list(api.chat_completion([{"role": "user", "content": "Hi"}], max_tokens=
 """,
     ),
     "llm": Client(
-        "llm",
+        "llm llm-ollama",
         """
 import pathlib, llm, os
 folder = pathlib.Path(os.environ["LLM_USER_PATH"])
@@ -52,6 +54,14 @@ conversation = model.conversation()
 assert conversation.prompt("Hi", max_tokens=4).text() is not None
 assert conversation.prompt("And?", max_tokens=4, stream=False).text() is not None
 found = model.prompt("?", schema={"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}).json()
+os.environ["OLLAMA_HOST"] = "{url}"
+def weather(day: str) -> str:
+    return "sunny"
+model = llm.get_model("ollama/long:latest")
+conversation = model.conversation()
+assert conversation.chain("Is it sunny?", tools=[weather]).text() == "Hello, here I am."
+assert conversation.prompt("And now?").text() == "Hello, here I am."
+assert len(llm.get_embedding_model("ollama/long:latest").embed("Hi")) > 1
 """,
     ),
     "pydantic-ai": Client(
@@ -83,6 +93,102 @@ for mode in (instructor.Mode.TOOLS, instructor.Mode.JSON_SCHEMA):
     assert isinstance(found, City)
 """,
     ),
+    "smolagents": Client(
+        "smolagents[openai]",
+        """
+from smolagents import CodeAgent, OpenAIServerModel, ToolCallingAgent, tool
+@tool
+def weather(day: str) -> str:
+    \"""Tell the weather.
+
+    Args:
+        day: the day
+    \"""
+    return "sunny"
+model = OpenAIServerModel("long", api_base="{url}/v1", api_key="none")
+for kind in (ToolCallingAgent, CodeAgent):
+    for stream_outputs in (False, True):
+        agent = kind(tools=[weather], model=model, max_steps=2, verbosity_level=0, stream_outputs=stream_outputs)
+        found = agent.run("Is it sunny?")  # one calls a tool, which may be the one that ends; the other writes code
+        assert found is not None and (kind is ToolCallingAgent or "Hello, here I am." in found), found
+""",
+    ),
+    "aider": Client(
+        "aider-chat",
+        """
+import os, pathlib, subprocess, sys
+os.environ |= {"OPENAI_API_BASE": "{url}/v1", "OPENAI_API_KEY": "none", "OLLAMA_API_BASE": "{url}"}
+subprocess.run(["git", "init", "-q"], check=True)
+aider = pathlib.Path(sys.executable).with_name("aider")
+options = ["--yes-always", "--no-analytics", "--no-check-update", "--no-show-model-warnings", "--no-auto-commits"]
+for model in ("openai/long", "ollama_chat/long"):
+    for more in ([], ["--restore-chat-history"]):
+        command = [aider, "--model", model, *options, *more, "--message", "Say hello."]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+        assert not done.returncode and "Hello, here I am." in done.stdout, done.stdout[-500:]
+""",
+    ),
+    "Open WebUI": Client(
+        "open-webui",
+        """
+import os, pathlib, subprocess, sys, time
+import httpx
+os.environ |= {
+    "DATA_DIR": "{place}/data", "WEBUI_SECRET_KEY": "x", "OPENAI_API_BASE_URL": "{url}/v1", "OPENAI_API_KEY": "none",
+    "OLLAMA_BASE_URL": "{url}", "RAG_EMBEDDING_ENGINE": "ollama", "RAG_OLLAMA_BASE_URL": "{url}",
+    "RAG_EMBEDDING_MODEL": "long:latest", "OFFLINE_MODE": "true", "ENABLE_VERSION_UPDATE_CHECK": "false",
+    "DO_NOT_TRACK": "true", "SCARF_NO_ANALYTICS": "true", "ANONYMIZED_TELEMETRY": "false"}
+pathlib.Path("{place}/data").mkdir(exist_ok=True)
+command = [pathlib.Path(sys.executable).with_name("open-webui"), "serve", "--host", "127.0.0.1", "--port", "18092"]
+def ask(path, **body):
+    answer = api.post(path, json=body)
+    assert answer.status_code == 200 and "Hello, here I am." in answer.text, (path, body, answer.text[:300])
+    return answer
+with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+    try:
+        with httpx.Client(base_url="http://127.0.0.1:18092", timeout=300) as api:
+            until = time.monotonic() + 500
+            while time.monotonic() < until:
+                try:
+                    if api.get("/health").status_code == 200:
+                        break
+                except httpx.TransportError:
+                    time.sleep(1)
+            me = {"name": "a", "email": "a@example.com", "password": "A-secret-of-1"}
+            found = api.post("/api/v1/auths/signup", json=me)
+            if found.status_code != 200:
+                found = api.post("/api/v1/auths/signin", json=me)
+            api.headers["Authorization"] = "Bearer " + found.json()["token"]
+            models = {model["id"] for model in api.get("/api/models").json()["data"]}
+            assert models >= {"long", "long:latest"}, models  # by OpenAI's API, and by Ollama's
+            assert api.get("/ollama/api/version").json()["version"]
+            parameters = {"type": "object", "properties": {"day": {"type": "string"}}, "required": ["day"]}
+            function = {"name": "weather", "parameters": parameters}
+            settings = {"temperature": 0.5, "num_ctx": 4096, "use_mmap": True, "reasoning_effort": "low"}
+            for model in ("long", "long:latest"):
+                said = [{"role": "user", "content": "Say hello."}]
+                answer = ask("/api/chat/completions", model=model, messages=said, stream=False).json()
+                said += [answer["choices"][0]["message"], {"role": "user", "content": "And now?"}]
+                answer = api.post("/api/chat/completions", json={
+                    "model": model, "messages": said, "stream": True, "params": settings}).text
+                assert "Hello" in answer and "error" not in answer, answer
+                tools = [{"type": "function", "function": function}]
+                answer = api.post("/api/chat/completions", json={
+                    "model": model, "messages": said, "tools": tools, "stream": False}).json()
+                assert answer["choices"][0]["message"]["tool_calls"], answer
+                for task in ("title", "tags", "follow_up", "queries"):
+                    ask(f"/api/v1/tasks/{task}/completions", model=model, messages=said, type="web_search")
+            ask("/api/v1/messages", model="long", max_tokens=20, messages=said[:1])
+            # A file is read by its vectors.
+            upload = {"file": ("a.txt", b"The window is sixteen tokens long. " * 20, "text/plain")}
+            file = api.post("/api/v1/files/", files=upload, params={"process_in_background": False}).json()["id"]
+            files = [{"type": "file", "id": file}]
+            ask("/api/chat/completions", model="long", messages=said, stream=False, files=files)
+    finally:
+        server.terminate()
+""",
+        left_out="torch onnxruntime faster-whisper ctranslate2 opencv-python opencv-python-headless playwright",
+    ),
     "mistral-vibe": Client(
         "mistral-vibe",
         """
@@ -101,7 +207,7 @@ provider = "here"
 alias = "here"
 ''')
 vibe = pathlib.Path(sys.executable).with_name("vibe")
-done = subprocess.run([vibe, "-p", "Say hello.", "--max-turns", "1"], capture_output=True, text=True, timeout=500,
+done = subprocess.run([vibe, "-p", "Say hello.", "--max-turns", "3"], capture_output=True, text=True, timeout=500,
                       stdin=subprocess.DEVNULL)
 assert not done.returncode and "error" not in done.stderr.lower(), done.stderr[-500:]
 """,
@@ -154,86 +260,5 @@ for task, figures in ours.items():
             assert math.isclose(value, theirs[task][name], rel_tol=1e-3), (task, name, value, theirs[task][name])
 """,
         installer="",
-    ),
-    "claude-code": Client(
-        "@anthropic-ai/claude-code",
-        """
-import json, os, pathlib, subprocess
-package = pathlib.Path("{place}/node_modules/@anthropic-ai/claude-code")
-subprocess.run(["node", package / "install.cjs"], check=True, capture_output=True)
-os.environ |= {"ANTHROPIC_BASE_URL": "{url}", "ANTHROPIC_AUTH_TOKEN": "none", "ANTHROPIC_MODEL": "long",
-    "ANTHROPIC_DEFAULT_HAIKU_MODEL": "long", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"}
-command = [package.parents[1] / ".bin" / "claude", "-p", "Say hello.", "--output-format", "json"]
-for more in ([], ["--continue"]):
-    done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
-    assert not json.loads(done.stdout)["is_error"], done.stdout
-""",
-        installer="npm",
-    ),
-    "codex": Client(
-        "@openai/codex",
-        """
-import os, pathlib, subprocess
-home = pathlib.Path(os.environ["HOME"]) / ".codex"
-home.mkdir(exist_ok=True)
-(home / "config.toml").write_text('''
-model = "long"
-model_provider = "m7mlx"
-[model_providers.m7mlx]
-name = "m7mlx"
-base_url = "{url}/v1"
-wire_api = "responses"
-''')
-command = ["{place}/node_modules/.bin/codex", "exec", "--skip-git-repo-check", "--json"]
-for more in (["Say hello."], ["resume", "--last", "And now?"]):
-    done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
-    assert not done.returncode and "turn.completed" in done.stdout, done.stdout[-500:]
-""",
-        installer="npm",
-    ),
-    "ollama (JavaScript)": Client(
-        "ollama",
-        """
-import { Ollama } from "ollama";
-const api = new Ollama({ host: "{url}" }), model = (await api.list()).models[0].name;
-const messages = [{ role: "user", content: "Hello" }], options = { num_predict: 4, num_ctx: 4096 };
-const { message } = await api.chat({ model, messages, options });
-const more = [...messages, message, { role: "user", content: "And?" }];
-for await (const part of await api.chat({ model, messages: more, options, stream: true, think: false }));
-await api.generate({ model, prompt: "Once", options, raw: true });
-await api.show({ model });
-await api.embeddings({ model, prompt: "a" });
-await api.embed({ model, input: ["a", "b"] });
-""",
-        installer="npm",
-        is_script=True,
-    ),
-    "Vercel AI SDK": Client(
-        "ai @ai-sdk/openai-compatible @ai-sdk/openai @ai-sdk/anthropic zod",
-        """
-import { Output, generateText, stepCountIs, streamText, tool } from "ai";
-import { createAnthropic } from "@ai-sdk/anthropic";
-import { createOpenAI } from "@ai-sdk/openai";
-import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
-import { z } from "zod";
-const baseURL = "{url}/v1", openai = createOpenAI({ baseURL, apiKey: "none" });
-const compatible = createOpenAICompatible({ name: "m7mlx", baseURL, supportsStructuredOutputs: true });
-const anthropic = createAnthropic({ baseURL, apiKey: "none" });
-const inputSchema = z.object({ day: z.number().int().min(0).max(6) });
-const tools = { weather: tool({ description: "Weather", inputSchema, execute: async () => "sunny" }) };
-const output = Output.object({ schema: z.object({ ok: z.boolean() }) });
-const prompt = "Is it sunny?", maxOutputTokens = 60;
-for (const model of [compatible("devstral"), openai.chat("devstral"), openai("devstral"), anthropic("devstral")]) {
-  await generateText({ model, prompt, maxOutputTokens: 4, presencePenalty: 0.1, frequencyPenalty: 0.1 });
-  const found = await generateText({ model, prompt, maxOutputTokens, output });
-  if (typeof found.output.ok != "boolean") throw new Error("no object");
-  const prepareStep = ({ stepNumber }) => (stepNumber ? { toolChoice: "none" } : {});
-  const options = { model, prompt, maxOutputTokens, tools, toolChoice: "required", stopWhen: stepCountIs(2) };
-  for await (const part of streamText({ ...options, prepareStep }).fullStream)
-    if (part.type == "error") throw part.error;
-}
-""",
-        installer="npm",
-        is_script=True,
     ),
 }

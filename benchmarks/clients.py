@@ -19,13 +19,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-from client_programs import CLIENTS, LONG, NAME, Client
+from client_programs import LONG, NAME, PIP_CLIENTS, Client
+from client_programs_npm import NPM_CLIENTS
 from common import serving
-from tried_server import ending_model
+from tried_server import calling_model
 
 from m7mlx.files.hub import resolve
 
-_MOST = 64  # tokens of an answer
+CLIENTS = PIP_CLIENTS | NPM_CLIENTS
+_MOST = 256  # tokens of an answer
 
 
 def main() -> None:
@@ -38,7 +40,7 @@ def main() -> None:
     names = args.only.split(",") if args.only else list(CLIENTS)
     model = resolve(args.model).absolute()
     with tempfile.TemporaryDirectory() as scratch:
-        long = ending_model(Path(scratch))
+        long = calling_model(Path(scratch))
         options = ["--model", str(model), "--name", NAME, "--model", str(long), "--name", LONG]
         with serving(*options, "--prefix-disk", "0", "--max-tokens", str(_MOST)) as (url, _):
             print("| client | version | result |\n| --- | --- | --- |")
@@ -55,8 +57,9 @@ def _tried(client: Client, place: Path, url: str, model: Path) -> tuple[str, str
         return "–", f"not tried: {why}"
     values = {"url": url, "folder": model, "place": place, "support": Path(__file__).parents[1] / "tests" / "support"}
     program = re.sub(r"\{(url|folder|place|support)\}", lambda found: str(values[found[1]]), client.program)
-    (place / "program.mjs").write_text(program)
-    command = ["node", "program.mjs"] if client.is_script else [str(_python(client, place)), "-c", program]
+    file = place / ("program.mjs" if client.is_script else "program.py")
+    file.write_text(program)
+    command = ["node" if client.is_script else str(_python(client, place)), str(file)]
     folder = place / "work"
     folder.mkdir(exist_ok=True)
     homes = {"HOME": str(place), "LLM_USER_PATH": str(place / "llm"), "VIBE_HOME": str(place / "vibe")}
@@ -87,11 +90,23 @@ def _install(client: Client, place: Path) -> str:
     else:
         if _python(client, place).exists():
             return ""
-        python = shutil.which("python3.12") or sys.executable  # which some of them need
-        made = subprocess.run([python, "-m", "venv", str(place)], capture_output=True, text=True)
-        if made.returncode:
+        for python in ("python3.12", sys.executable):  # some of them need the first
+            if shutil.which(python):
+                made = subprocess.run([python, "-m", "venv", str(place)], capture_output=True, text=True)
+                if not made.returncode:
+                    break
+        else:
             return _last(made.stderr)
-        command = [str(_python(client, place)), "-m", "pip", "install", "-q", *packages]
+        # Not pip itself, which cannot leave out what a package says that it needs.
+        found = subprocess.run(
+            [_python(client, place), "-m", "pip", "install", "-q", "uv"], capture_output=True, text=True
+        )
+        if found.returncode:
+            return _last(found.stderr)
+        nowhere = place / "left-out.txt"
+        nowhere.write_text("\n".join(f'{name}; sys_platform == "nowhere"' for name in client.left_out.split()))
+        command = [str(_python(client, place)), "-m", "uv", "pip", "install", "-q", "--native-tls"]
+        command += ["--python", str(_python(client, place)), "--override", str(nowhere), *packages]
     done = subprocess.run(command, capture_output=True, text=True)
     return _last(done.stderr) if done.returncode else ""
 

@@ -6,6 +6,7 @@ import asyncio
 import re
 import sys
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from pathlib import Path
 
 import aiohttp
@@ -15,9 +16,28 @@ sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))  # for sma
 from models import random_weights, small_config, write_folder
 from schemas import PERSON, object_of
 
-__all__ = ["NAME", "PERSON", "ending_model", "object_of", "open_requests", "serving", "settled", "small_model"]
+from m7mlx.tokens.load import load_tokenizer
+
+__all__ = [
+    "NAME",
+    "PERSON",
+    "WORDS",
+    "calling_model",
+    "object_of",
+    "open_requests",
+    "serving",
+    "settled",
+    "small_model",
+]
 
 NAME = "soak"
+WORDS = "Hello, here I am."
+_CLOSING = ('"}}', '"}', "}}", "}", '"]', "]", '"')  # what comes first, if the grammar lets it
+_TEMPLATE = """\
+{%- for message in messages %}<|{{ message.role }}|> {{ message.content }}
+{% endfor -%}
+{%- set said = messages | map(attribute="content") | join -%}
+{{ "Calls" if "function signatures" in said and "<tool_response>" not in said else "Says" }}"""
 
 
 def small_model(folder: Path) -> Path:
@@ -25,18 +45,32 @@ def small_model(folder: Path) -> Path:
     return write_folder(folder / "small", small_config(vocab_size=32768, sliding_window=16, n_layers=2))
 
 
-def ending_model(folder: Path) -> Path:
-    """Write such a model whose answers end by themselves after some tokens, as agents expect."""
+def calling_model(folder: Path) -> Path:
+    """Write a model that calls a tool, where there are any, and says `WORDS` to what that gave.
+
+    Its template ends a prompt with the word that says which; each token tells the next one. In a
+    call the grammar says what must come; texts, lists and objects end as soon as it lets them.
+    """
     config = small_config(vocab_size=32768, sliding_window=16, n_layers=1)
     weights = random_weights(config)
-    # All tokens have one number in common, which the end's row of the head alone looks at.
-    weights["model.embed_tokens.weight"][:, 0] = 12
-    weights["model.layers.0.self_attn.o_proj.weight"] *= 0.05
-    weights["model.norm.weight"][0] = 1
-    head = weights["lm_head.weight"]
-    head[:, 0] = head[:800] = 0  # the control tokens do not come either
-    head[2, 0] = 1.3  # one time in five
-    return write_folder(folder / "ending", config, weights)
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        weights[f"model.layers.0.{name}.weight"][:] = 0
+    weights["model.norm.weight"][:] = 1
+    embed, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
+    embed[:], head[:] = 0, 0
+    embed[:, 0] = 1  # what all have in common
+    found = write_folder(folder / "calling", config)
+    (found / "chat_template.jinja").write_text(_TEMPLATE)
+    tokenizer = load_tokenizer(found)
+    for token in range(3, config.vocab_size):
+        text = tokenizer.decode([token])
+        head[token, 0] = 20 - _CLOSING.index(text) if text in _CLOSING else 0
+    (end,) = tokenizer.eos_ids
+    head[end, 0] = 30
+    chains = [*tokenizer.encode("Calls <tool_call>\n")], [*tokenizer.encode(f"Says {WORDS}"), end]
+    for channel, (before, after) in enumerate(pair for chain in chains for pair in pairwise(chain)):
+        embed[before, channel + 1], head[after, channel + 1] = 2, 40
+    return write_folder(found, config, weights)
 
 
 def serving(folder: Path, *options: str) -> AbstractContextManager[tuple[str, int]]:

@@ -60,8 +60,8 @@ class OpenApp(App[None]):
 
     @property
     def is_leaving(self) -> bool:
-        """Whether the app has been told to end."""
-        return self._exit or self._closing
+        """Whether the app has been told to end, or what it shows is just being taken away."""
+        return self._exit or self._closing or any(screen._pruning for screen in self.screen_stack[:1])
 
     @property
     def has_exited(self) -> bool:

@@ -26,6 +26,9 @@ _ONCE = ("authorization", "content-encoding", "content-type", "host", "origin", 
 _SCHEMES = ("http", "https")
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::([0-9]{1,5}))?")
 _HEADER_NAME = re.compile(r"[A-Za-z0-9-]{1,64}")
+# What says that a body is JSON. Some programs say nothing, and curl calls it a form unless it is
+# told otherwise; browsers send neither without Origin.
+_JSON, _UNSAID = "application/json", ("", "application/x-www-form-urlencoded")
 _OPEN = ("/", "/page.js", "/page.css", "/health")  # without a key
 
 
@@ -116,7 +119,9 @@ def _space(key: str) -> str:
 
 def _largest_body(headers: Headers) -> int:
     """The most bytes that the body may have. Raises ApiError for a body that cannot be read."""
-    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    is_a_pages = "origin" in headers or "sec-fetch-site" in headers
+    if kind != _JSON and (kind not in _UNSAID or is_a_pages):
         raise ApiError(415, "the body must be JSON: Content-Type: application/json", "unsupported_media_type")
     if "transfer-encoding" in headers or _is_compressed(headers):
         return MAX_BODY  # room for what comes of it

@@ -249,7 +249,13 @@ async def _input_error(request: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return ApiError(error.status_code, str(error.detail), None, dict(error.headers or {})).response()
+    path = request.scope["path"]
+    words = {
+        404: f"there is nothing at {path[:100]}; /docs says what this server understands",
+        405: f"{path[:100]} does not take {request.method}; /docs says what it takes",
+    }
+    message = words.get(error.status_code, str(error.detail))
+    return error_response(path, ApiError(error.status_code, message, None, dict(error.headers or {})))
 
 
 async def _too_deep(request: Request, error: Exception) -> Response:

@@ -25,7 +25,11 @@ ENDPOINTS: Mapping[str, Endpoint] = {
 }
 
 
+# Whose clients ask for other paths that begin like this.
+_APIS = {"/api/": ollama_chat.ENDPOINT, "/v1/messages": messages.ENDPOINT}
+
+
 def error_response(path: str, error: ApiError) -> Response:
     """The response that tells a client of `path` what is wrong, in the words of its API."""
-    endpoint = ENDPOINTS.get(path)
+    endpoint = ENDPOINTS.get(path) or next((one for start, one in _APIS.items() if path.startswith(start)), None)
     return error.response() if endpoint is None else error.response(endpoint.error(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from m7mlx_serve.reading import parse
 
 _Told = TypeVar("_Told")
 _VERSION = "0.12.0"  # of Ollama, whose API this is
+_FOR_GOOD = "2318-01-01T00:00:00Z"  # when a model leaves: Ollama's word for one that nobody sends away
 
 
 def openai_routes(models: Models) -> list[Route]:
@@ -54,14 +56,19 @@ def ollama_routes(models: Models) -> list[Route]:
     since = now()
 
     def tag(name: str, size: int) -> dict[str, Any]:
-        told = {"name": tagged(name), "model": tagged(name), "modified_at": since, "size": size, "digest": "0" * 64}
+        digest = hashlib.sha256(name.encode()).hexdigest()
+        told = {"name": tagged(name), "model": tagged(name), "modified_at": since, "size": size, "digest": digest}
         return told | {"details": describe()}
+
+    def running(name: str, size: int) -> dict[str, Any]:
+        told = {"size_vram": size, "expires_at": _FOR_GOOD, "context_length": models.about(name).context}
+        return tag(name, size) | told
 
     def list_tags(request: Request) -> Response:
         return JSONResponse({"models": _of_each(models, lambda name: tag(name, models.about(name).stored))})
 
     async def list_loaded(request: Request) -> Response:
-        return JSONResponse({"models": [tag(slot.name, slot.engine.weights) for slot in models.loaded]})
+        return JSONResponse({"models": [running(slot.name, slot.engine.weights) for slot in models.loaded]})
 
     async def show_model(request: Request) -> Response:
         """What a model is; it is not loaded for that, since clients ask of all."""

@@ -24,7 +24,7 @@ _GETS: dict[str, tuple[_Model | None, str]] = {
     "/v1/models": (replies.ModelList, "The models that are served, loaded or not"),
     "/v1/models/{name}": (replies.ModelCard, "A model by its name"),
     "/api/tags": (ollama.TagList, "The models that are served, by Ollama's API"),
-    "/api/ps": (ollama.TagList, "Those that are loaded, by Ollama's API"),
+    "/api/ps": (ollama.RunningList, "Those that are loaded, by Ollama's API"),
     "/api/version": (ollama.OllamaVersion, "The version of Ollama whose API this is"),
     "/health": (replies.Health, "Whether requests can be answered"),
     "/metrics": (None, "Figures for Prometheus"),

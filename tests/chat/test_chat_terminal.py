@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -118,7 +119,7 @@ def test_a_kill_in_mid_answer_loses_less_than_a_second(
     assert len(answer.text) > 100
     window = terminal(f"{CHAT} --model {model_folder} -c; echo status=$?; sleep 60")
     screen = window.wait(lambda s: "interrupted" in s)
-    assert " ".join(answer.text.split())[-20:].split()[-1] in screen
+    assert re.findall("[A-Za-z]{3,}", answer.text)[-1] in screen
 
 
 def test_an_error_before_the_app_starts(terminal: Callable[[str], Terminal]) -> None:
@@ -163,11 +164,11 @@ def test_a_piped_question_is_answered_in_the_chat_and_the_chat_stays(
     window = terminal(
         f"echo piped | {CHAT} --model {model_folder} --max-tokens 3 -i -p first; echo status=$?; sleep 60"
     )
-    window.wait(lambda s: "3 tokens" in s)
+    screen = window.wait(lambda s: "3 tokens" in s)
+    assert screen.index("first") < screen.index("piped")
     window.type("second")  # the keyboard is the terminal's, although standard input was a pipe
     window.press("Enter")
-    screen = window.wait(lambda s: s.count("3 tokens") == 2)
-    assert screen.index("first") < screen.index("piped") < screen.index("second")
+    window.wait(lambda s: "3 tokens" in s.partition("second")[2])
     window.press("C-q")
     window.wait(lambda s: "status=0" in s)
 

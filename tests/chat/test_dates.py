@@ -109,7 +109,7 @@ async def test_the_list_tells_when_the_chosen_conversation_was_spoken_in(tmp_pat
         chat.app.query_one(Conversations).focus()
         await chat.pilot.press("home")
         await chat.pilot.pause()
-        assert "2026-03-10 14:02 · 2 messages" in chat.shown()
+        assert "2 messages · 2026-03-10 14:02" in chat.shown()
         chat.app.composer.focus()
         await chat.pilot.pause()
         assert "1 conversation · F1: keys" in chat.shown()

@@ -294,6 +294,18 @@ async def test_one_error_again_and_again_is_told_once_at_a_time(caplog: pytest.L
     caplog.clear()
 
 
+async def test_what_does_not_find_widgets_that_are_being_taken_away_is_no_fault(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """An answer's event may come while the app that shows it ends."""
+    async with running("action", ValueError("never")) as (app, _, _):
+        leaving, taken = app.is_leaving, app._prune(app.screen)
+        with app.going_on():
+            app.screen.query_one("#gone")
+        assert (leaving, app.is_leaving) == (False, True) and not caplog.records
+        await taken
+
+
 class Draws(Trouble):
     def render(self) -> str:
         if self.lives:

@@ -15,6 +15,7 @@ import pytest
 from chat_harness import READY, Chat, chatting, done
 from m7mlx_chat import catalog, dates
 from m7mlx_chat.catalog import Entry
+from m7mlx_chat.commands import estimate
 from m7mlx_chat.config import Config
 from m7mlx_chat.events import Failed, Loading, Prefill, Seen, Text
 from m7mlx_chat.screens import models as models_screen
@@ -170,6 +171,7 @@ def _the_same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models_screen, "machine_memory", lambda: 17_179_869_184)
     monkeypatch.setattr(catalog, "budget", lambda: 17_179_869_184)
     monkeypatch.setattr(dates, "today", NOW.date)
+    monkeypatch.setattr(estimate, "_PAUSE_SECONDS", 3600.0)  # a slow machine would show tokens, a fast one none
 
 
 @pytest.mark.parametrize("size", [(80, 24), (140, 44)], ids=lambda size: f"{size[0]}x{size[1]}")
@@ -198,7 +200,7 @@ async def test_a_screen_is_as_it_was(
 async def test_every_text_can_be_read(screen: Callable[[Chat], Awaitable[None]], theme: str, tmp_path: Path) -> None:
     """Every text has enough contrast, by the WCAG's ratio of luminances.
 
-    What themes themselves mute has less than its 4.5.
+    What themes themselves mute, times and costs among them, has less than its 4.5.
     """
     async with chatting(tmp_path, size=(140, 44), config=Config(tmp_path / "c.toml", theme=theme)) as chat:
         await chat.say(READY)
@@ -217,7 +219,7 @@ async def test_every_text_can_be_read(screen: Callable[[Chat], Awaitable[None]],
     ratios.sort()
     if not dim:
         assert ratios[0] >= 2.3
-        assert ratios[len(ratios) // 5] >= 3.7
+        assert ratios[len(ratios) // 4] >= 3.7
 
 
 def contrast(a: Color, b: Color) -> float:

@@ -106,7 +106,7 @@ async def test_in_a_narrow_terminal_the_conversations_lie_over_the_talk(tmp_path
         await chat.exchange("the question", "the answer")
         await chat.pilot.press("ctrl+b")
         await chat.pilot.pause()
-        assert "1 conversation" in chat.shown()
+        assert "2 messages" in chat.shown()
         assert "Write" not in chat.shown()
         await chat.pilot.press("enter")
         await chat.pilot.pause()

@@ -211,6 +211,7 @@ def test_a_server_of_two_processes_and_a_rank_that_is_killed(folder: Path) -> No
             for _ in range(2):  # it goes on in a new process; then it fails, and the processes go on together
                 while not (grammar := set(psutil.Process(first).children(recursive=True)) - before):
                     assert not going.done()
+                    time.sleep(0.05)
                 time.sleep(0.5)
                 before |= grammar
                 for one in grammar:

@@ -38,6 +38,19 @@ def test_what_is_sent_is_bounded(url: str, body: bytes, headers: dict[str, str],
     assert "access-control-allow-origin" not in found.headers
 
 
+@pytest.mark.parametrize("kind", [None, "application/x-www-form-urlencoded", "application/json; charset=utf-8"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/api/chat"])
+def test_programs_need_not_say_that_a_body_is_json(url: str, path: str, kind: str | None) -> None:
+    """litellm says nothing to Ollama's API, and curl -d that it is a form; pages must say it."""
+    short: dict[str, object] = {"options": {"num_predict": 1}} if path == "/api/chat" else {"max_tokens": 1}
+    body = json.dumps({"messages": user("Hi"), "stream": False} | short)
+    said = {} if kind is None else {"Content-Type": kind}
+    assert httpx.post(url + path, content=body.encode(), headers=said, timeout=30).status_code == 200
+    for more in ({"Origin": url}, {"Sec-Fetch-Site": "cross-site"}):
+        found = httpx.post(url + path, content=body.encode(), headers=said | more, timeout=30)
+        assert found.status_code == (200 if kind and "json" in kind else 415)
+
+
 def test_lengths_that_lie(url: str) -> None:
     host, port = url.removeprefix("http://").split(":")
     for length, status in ((b"-1", b"400"), (b"99999999999", b"413"), (b"x", b"400")):
@@ -57,6 +70,11 @@ def test_paths_and_methods_that_are_not_there(url: str) -> None:
     ):
         found = httpx.request(method, url + path)
         assert (found.status_code, found.json()["error"]["type"]) == (status, "invalid_request_error")
+    pulled = httpx.post(f"{url}/api/pull", json={"model": "x"})
+    assert pulled.status_code == 404 and pulled.json()["error"].startswith("there is nothing at /api/pull")
+    assert httpx.get(f"{url}/api/chat").json()["error"].startswith("/api/chat does not take GET")
+    batches = httpx.post(f"{url}/v1/messages/batches", json={})
+    assert (batches.status_code, batches.json()["error"]["type"]) == (404, "not_found_error")
 
 
 def test_the_page_may_run_nothing_but_its_own(url: str) -> None:

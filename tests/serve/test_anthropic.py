@@ -157,6 +157,13 @@ def test_answers_are_those_of_the_library(api: Any, model_folder: Path) -> None:
     assert (final.stop_reason, final.usage) == (whole.stop_reason, whole.usage)
     counted = api.messages.count_tokens(model=NAME, system="Be brief.", messages=user("Hello"))
     assert counted.input_tokens == whole.usage.input_tokens
+    again = api.messages.count_tokens(  # as Open WebUI asks: with all that it asks the model
+        model=NAME,
+        system="Be brief.",
+        messages=user("Hello"),
+        extra_body={"max_tokens": 9, "temperature": 0.5, "stop_sequences": ["a"]},
+    )
+    assert again == counted
     stop = expected[5]
     stopped = api.messages.create(**asked, stop_sequences=["\u1234", stop])
     assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", stop)

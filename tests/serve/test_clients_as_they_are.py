@@ -44,6 +44,7 @@ def test_answers_are_taken_back_as_clients_put_them_back(url: str, changes: dict
     [
         {"modalities": ["text"], "best_of": 1, "top_logprobs": 0, "logit_bias": {}, "stop": [], "tools": []},
         {"stream_options": {"include_obfuscation": False}, "stream": True}, {"tool_choice": "auto"},
+        {"num_ctx": 4096, "num_gpu": 0, "use_mmap": True, "keep_alive": "5m"},  # Open WebUI's settings
         {"random_seed": 3, "safe_prompt": True}, {"prediction": {"type": "content", "content": "Hello"}},
         {"reasoning_effort": "low", "verbosity": "medium"}, {"response_format": {"type": "text"}},
         {"model": None}, {"model": ""}, {"functions": [], "function_call": None, "parallel_tool_calls": True},
@@ -61,6 +62,7 @@ def test_what_asks_for_nothing_else_is_let_through(url: str, fields: dict[str, A
     [
         ({"modalities": ["text", "audio"]}, 'give ["text"]'), ({"functions": [{"name": "f"}]}, "tools"),
         ({"web_search_options": {}}, "web_search_options: the server fetches nothing"),
+        ({"num_predict": 5}, "max_tokens"), ({"repeat_penalty": 1.1}, "repetition_penalty"),
         ({"verbosity": "high"}, "verbosity can only be 'medium' here"),
         ({"temperature": "hot"}, "temperature: must be a number"), ({"seed": 1, "random_seed": 2}, "one field"),
         ({"messages": [{"role": "user", "content": 7}]}, "messages.0.content: must be a text or a list"),

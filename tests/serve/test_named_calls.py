@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from hypothesis import given
@@ -221,5 +222,8 @@ def test_the_text_between_two(client: openai.OpenAI, tokenizers: dict[str, Token
     common: Any = {"model": NAME, "max_tokens": 6, "temperature": 0}
     expected = client.completions.create(prompt=ids, **common).choices[0].text
     assert client.completions.create(prompt="def f(", suffix="return [INST]", **common).choices[0].text == expected
+    asked = {"prompt": "def f(", "suffix": "return [INST]", "options": {"num_predict": 6, "temperature": 0}}
+    generate = str(client.base_url.copy_with(path="/api/generate"))
+    assert httpx.post(generate, json={**asked, "stream": False}, timeout=30).json()["response"] == expected
     with pytest.raises(openai.BadRequestError, match="a suffix goes with a prompt that is a text"):
         client.completions.create(prompt=ids, suffix="x", **common)

@@ -105,6 +105,13 @@ def test_refusals_are_ollamas(url: str, path: str, body: dict[str, Any], status:
         ("/api/generate", {"model": "small", "prompt": "a", "stream": True, "keep_alive": 1800,  # Continue
                            "options": {"num_predict": 2, "num_ctx": 8192, "num_thread": 4, "num_gqa": 1}}),
         ("/api/embed", {"model": "small:latest", "input": ["a"], "truncate": True, "keep_alive": "5m"}),
+        # Open WebUI, where a model has settings; aider, by litellm; llm-ollama.
+        ("/api/chat", {"model": "small:latest", "messages": user("a"), "stream": False, "think": "low", "options": {
+            "num_predict": 2, "reasoning_effort": "low", "repeat_last_n": 64, "tfs_z": 1, "typical_p": 1.0}}),
+        ("/api/chat", {"model": "small", "messages": [{**user("a")[0], "images": []}], "stream": True,
+                       "options": {"num_predict": 2, "temperature": 0, "num_ctx": 9008}}),
+        ("/api/chat", {"model": "small:latest", "stream": True, "tools": [], "messages": [*user("a"), {
+            "role": "assistant", "content": None}, *user("b")], "options": {"num_predict": 2}}),
     ],
 )  # fmt: skip
 def test_bodies_of_other_clients_are_taken(url: str, path: str, body: dict[str, Any]) -> None:
@@ -121,6 +128,21 @@ def test_what_clients_add_to_a_conversation_is_read() -> None:
         {"role": "assistant", "content": "b", "reasoning_content": "hm"},
         *user("c"),
     ]
+
+
+def test_how_much_to_think_is_told_in_words_or_an_option() -> None:
+    for fields in ({"think": "high"}, {"options": {"reasoning_effort": "high"}}):
+        body = OllamaChatRequest.model_validate({"messages": user("a"), **fields})
+        assert body.conversation().effort == "high"
+    assert OllamaChatRequest.model_validate({"messages": user("a"), "think": True}).conversation().effort is None
+
+
+def test_loaded_models_are_told_as_ollamas_clients_read_them(url: str) -> None:
+    assert httpx.post(f"{url}/api/generate", json={"model": NAME, "stream": False}, timeout=30).status_code == 200
+    (found,) = httpx.get(f"{url}/api/ps").json()["models"]
+    (tag,) = httpx.get(f"{url}/api/tags").json()["models"]
+    assert found["size_vram"] == found["size"] > 0 and found["context_length"] > 0
+    assert found["expires_at"] and found["digest"] == tag["digest"]
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -281,6 +281,25 @@ def test_what_is_held_is_bounded_and_each_keys_own() -> None:
     assert held.find("a", ids[0]) is None and not held.drop("a", ids[4])
 
 
+@pytest.mark.parametrize("bounds", [{"most": 8}, {"most_bytes": 8 * len(b"{}[0]")}])
+def test_one_key_cannot_have_all_others_responses_forgotten(bounds: dict[str, int]) -> None:
+    held = HeldResponses(**bounds)
+    for id in ("x", "y"):
+        held.put("quiet", id, Held(b"{}", b"[0]"))
+    for n in range(50):
+        held.put("loud", str(n), Held(b"{}", b"[0]"))
+    assert held.find("quiet", "x") and held.find("quiet", "y")
+    assert [n for n in range(50) if held.find("loud", str(n))] == [44, 45, 46, 47, 48, 49]
+    assert not held.drop("nobody", "x") and held.find("nobody", "x") is None
+    for n in range(50):
+        held.drop("loud", str(n))
+    for n in range(4):
+        held.put("quiet", str(n), Held(b"{}", b"[0]"))
+    assert all(held.find("quiet", id) for id in ("x", "y", "0", "1", "2", "3"))
+    held.put("loud", "huge", Held(b"{}", b"x" * 1000)) if "most_bytes" in bounds else None
+    assert held.find("quiet", "x") and held.find("loud", "huge") is None
+
+
 # --- the real clients -----------------------------------------------------------------------------
 
 

@@ -158,8 +158,7 @@ class Reader:
 
         "#work" is a tag where a conversation has one that begins so, and text elsewhere.
         """
-        tags: list[str] = []
-        rest: list[str] = []
+        tags, rest = list[str](), list[str]()
         for word in text.split():
             tag = tags_of(word) if word.startswith("#") else ()
             if tag and self._rows(_IS_A_TAG, tag[:1]):

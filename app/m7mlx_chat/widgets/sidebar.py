@@ -198,7 +198,7 @@ class Sidebar(Vertical):
         chosen, text = self.conversations.chosen, self._listed
         if self.conversations.has_focus and chosen is not None and self.shelf != "deleted":
             head = self._store.conversation(chosen)
-            text = f"{full_time(head.updated)} · {counted(head.messages, 'message')}"
+            text = f"{counted(head.messages, 'message')} · {full_time(head.updated)}"
         self.query_one(".hint", Static).update(text)
 
     # --- what the user does -----------------------------------------------------------------------

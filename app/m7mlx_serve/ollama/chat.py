@@ -69,6 +69,7 @@ class OllamaChatRequest(Generation):
     system: Text = ""
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000, fail_fast=True)]
     tools: Annotated[list[Tool], Field(max_length=512, fail_fast=True)] = Field(default_factory=list)
+    neutral: ClassVar[Mapping[str, Sequence[Any]]] = {**Generation.neutral, "suffix": [""]}
 
     def conversation(self) -> Conversation:
         """What is to be answered. Calls have no ids here: results follow them in their order."""
@@ -89,7 +90,7 @@ class OllamaChatRequest(Generation):
                 found |= {"name": message.tool_name} if message.tool_name else {}
             messages.append(found)
         functions = [tool.function.model_dump() for tool in self.tools]
-        return Conversation(messages, functions, schema=self.schema_wanted)
+        return Conversation(messages, functions, schema=self.schema_wanted, effort=self.effort)
 
     def prompts(self, tokenizer: Tokenizer) -> Prompts:
         """The ids of the conversation, and what the answer follows."""

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from m7mlx_serve.endpoint import Body, Wanted
 from m7mlx_serve.errors import ApiError
-from m7mlx_serve.strict import Finite, Strict
+from m7mlx_serve.strict import Finite, Name, Strict
 
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
@@ -25,6 +25,7 @@ class Options(Strict):
     presence_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
+    reasoning_effort: Name | None = None  # as Open WebUI gives it
     num_predict: Annotated[int, Field(ge=-2)] | None = None  # below 1: as many as there is room for
     stop: Stop | Annotated[list[Stop], Field(max_length=64, fail_fast=True)] | None = None
     ignored = frozenset(
@@ -38,13 +39,17 @@ class Options(Strict):
 
 
 class Generation(Body):
-    """How to answer, whatever the prompt. Answers are streamed unless that is declined."""
+    """How to answer, whatever the prompt. Answers are streamed unless that is declined.
+
+    think  how much to think, in a word, for models that are told so; true and false say nothing
+    """
 
     stream: bool = True
     format: Literal["", "json"] | dict[str, Any] = ""
+    think: bool | Name = False
     options: Options = Field(default_factory=Options)
-    ignored = frozenset({"keep_alive", "think", "context", "truncate", "shift"})
-    neutral: ClassVar[Mapping[str, Sequence[Any]]] = {"images": [[]], "suffix": [""], "logprobs": [False]}
+    ignored = frozenset({"keep_alive", "context", "truncate", "shift"})
+    neutral: ClassVar[Mapping[str, Sequence[Any]]] = {"images": [[]], "logprobs": [False]}
     advice: ClassVar[Mapping[str, str]] = {
         "images": "this model reads text alone; leave it out",
         "template": "the model's own chat format is used; with raw, the prompt is read as it is",
@@ -54,6 +59,11 @@ class Generation(Body):
     def schema_wanted(self) -> Mapping[str, Any] | None:
         """The JSON schema that the answer must fit."""
         return {"type": "object"} if self.format == "json" else self.format or None
+
+    @property
+    def effort(self) -> str | None:
+        """How much the model shall think, if it can be told so."""
+        return self.think if isinstance(self.think, str) else self.options.reasoning_effort
 
     def wanted(self) -> Wanted:
         """How the answer is wanted."""

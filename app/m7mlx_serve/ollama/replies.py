@@ -95,6 +95,15 @@ class TagList(_Reply):
     models: list[Tag]
 
 
+class RunningList(_Reply):
+    class Running(TagList.Tag):
+        size_vram: Count
+        expires_at: str
+        context_length: Count
+
+    models: list[Running]
+
+
 class OllamaVersion(_Reply):
     version: str
 

@@ -13,7 +13,7 @@ from m7mlx.tokens.tokenizer import Tokenizer
 from m7mlx_serve.conversation import Conversation
 from m7mlx_serve.endpoint import Endpoint, Prompts
 from m7mlx_serve.errors import ApiError
-from m7mlx_serve.openai.fields import MEANINGLESS, NEUTRAL, Generation
+from m7mlx_serve.openai.fields import ADVICE, MEANINGLESS, NEUTRAL, Generation
 from m7mlx_serve.openai.messages import ChatMessage, TextPart
 from m7mlx_serve.openai.replies import ChatChunk, ChatCompletion, ErrorReply
 from m7mlx_serve.openai.shape import Fields, Scored, Shape
@@ -175,6 +175,7 @@ class ChatRequest(Generation):
         "use_beam_search": [False],
     }
     advice: ClassVar[Mapping[str, str]] = {
+        **ADVICE,
         "functions": "this old field is not read; give the functions in tools",
         "function_call": "this old field is not read; use tool_choice",
         "modalities": 'the model answers with text alone; leave it out, or give ["text"]',

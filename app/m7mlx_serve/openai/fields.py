@@ -24,12 +24,20 @@ MEANINGLESS = frozenset(
     {
         *("user", "metadata", "store", "service_tier", "safety_identifier"),
         *("prompt_cache_key", "prompt_cache_retention"),
+        # How Ollama is to load a model, which Open WebUI sends with its other settings.
+        *("num_ctx", "num_batch", "num_gpu", "num_thread", "num_keep", "use_mmap", "use_mlock", "keep_alive"),
     }
 )
 NEUTRAL: Mapping[str, Sequence[Any]] = {
     "min_tokens": [0],
     "prompt_logprobs": [False],
     "guardrails": [[]],
+}
+ADVICE: Mapping[str, str] = {
+    "num_predict": "its name is max_tokens here",
+    "repeat_penalty": "its name is repetition_penalty here",
+    "format": "its name is response_format here",
+    "options": "options of Ollama's API have their places beside the messages here",
 }
 _MOST_BIASED = 1024
 
@@ -62,6 +70,7 @@ class Generation(Body):
     ) = None
     ignored = MEANINGLESS
     neutral = NEUTRAL
+    advice = ADVICE
     shape: ClassVar[Shape]
 
     def wanted(self) -> Wanted:
