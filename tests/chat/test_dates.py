@@ -114,7 +114,8 @@ async def test_the_list_tells_when_the_chosen_conversation_was_spoken_in(tmp_pat
         await chat.pilot.pause()
         assert "1 conversation · F1: keys" in chat.shown()
         chat.app.action_find("answer")
-        await chat.pilot.pause(0.3)
+        chat.app.sidebar.refresh_list()  # now, not after a pause in typing
+        await chat.pilot.pause()
         assert "model, 14:02: An answer." in " ".join(chat.shown().split())
 
 

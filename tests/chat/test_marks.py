@@ -33,7 +33,8 @@ async def three(chat: Chat) -> None:
 async def search(chat: Chat, text: str) -> list[str]:
     await chat.pilot.press("ctrl+f")
     chat.app.query_one("#search", Input).value = text
-    await chat.pilot.pause(0.3)
+    chat.app.sidebar.refresh_list()  # now, not after a pause in typing
+    await chat.pilot.pause()
     return listed(chat)
 
 
