@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from chat_harness import Chat, chatting, done
+from m7mlx_chat import app
 from m7mlx_chat.commands import titles as quiet
 from m7mlx_chat.config import Config, read_config
 from m7mlx_chat.events import Text, Titled
@@ -22,6 +23,7 @@ FAST: dict[str, Any] = {"prompt_tps": 500.0}
 async def answered(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> AsyncIterator[Chat]:
     """A chat in which one question has been answered, and nothing been done for a while."""
     monkeypatch.setattr(quiet, "_QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(app, "_LOOK_SECONDS", 3600.0)  # the tests look around themselves
     async with chatting(folder, size=(130, 30), **options) as chat:
         await chat.exchange("Tell me about apples, please", "Apples are " + "red " * 1000, **FAST)
         yield chat
