@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
+import contextlib
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Generator,
+    Iterator,
+    Mapping,
+)
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -21,7 +32,7 @@ from starlette.types import Receive, Scope, Send
 
 from m7mlx.errors import InputError
 from m7mlx_serve.admission import SPACE_KEY, Admission
-from m7mlx_serve.answering import Answerer, Answers
+from m7mlx_serve.answering import Answerer, Answers, VectorAnswers
 from m7mlx_serve.anthropic import count, messages
 from m7mlx_serve.anthropic.answers import CountAnswers, MessageAnswers
 from m7mlx_serve.bodies import SCOPE_KEY
@@ -45,8 +56,10 @@ from m7mlx_serve.responses import create
 from m7mlx_serve.responses.answers import ResponseAnswers
 from m7mlx_serve.responses.held import HeldResponses
 from m7mlx_serve.responses.routes import response_routes
+from m7mlx_serve.vector_room import VectorPlace, VectorRoom
 
 _Found = TypeVar("_Found")
+_AT_ONCE = 16  # vectors that are written at a time
 # What answers each endpoint. Unlike `m7mlx_serve.endpoints`, it needs MLX.
 _ANSWERS: Mapping[str, Callable[[Answerer, ReadRequest], Answers]] = {
     messages.ENDPOINT.path: MessageAnswers,
@@ -85,7 +98,7 @@ class Server:
         origins: Collection[str] = (),
     ) -> None:
         self._models, self._served = models, served
-        self._metrics, self._held = Metrics(models), HeldResponses()
+        self._metrics, self._held, self._room = Metrics(models), HeldResponses(), VectorRoom()
         self._answers: Mapping[str, Callable[[Answerer, ReadRequest], Answers]] = {
             **_ANSWERS,
             create.ENDPOINT.path: partial(ResponseAnswers, self._held),
@@ -141,12 +154,23 @@ class Server:
             del reading
             request.scope[SCOPE_KEY].drop()
             answers = self._answers[path](self._answerer(model, space), read)
+            if isinstance(answers, VectorAnswers):
+                return await _unless_gone(request, self._made(answers))
             if not read.body.stream:
                 return _send_whole(await _unless_gone(request, answers.whole()))
             events = answers.stream()
             # The first event is awaited here, so that a refusal has a status of its own.
             first = await _unless_gone(request, anext(events))
             return _Stream(first, events, answers.stream_type, using.pop_all())
+
+    async def _made(self, answers: VectorAnswers) -> Response:
+        """Vectors, for which there has to be room until their client has read them."""
+        place = await self._room.take(answers.size)
+        try:
+            return _SentVectors(await answers.whole(), place)
+        except BaseException:
+            place.release()
+            raise
 
     async def _named(self, path: str, data: bytes) -> str:
         """The model that a body names; "" where there is but one, which whoever reads it checks."""
@@ -211,6 +235,28 @@ def _send_whole(answer: Iterator[str]) -> Response:
 
     size = {"Content-Length": str(sum(map(len, pieces)))}
     return StreamingResponse(sent(), media_type="application/json", headers=size)
+
+
+class _SentVectors(StreamingResponse):
+    """Vectors, each written when its client has read those before; their room is given back."""
+
+    def __init__(self, pieces: Generator[str, None, None], place: VectorPlace) -> None:
+        super().__init__(self._written(), media_type="application/json")
+        self._pieces, self._place = pieces, place
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with contextlib.suppress(TimeoutError):  # the connection is closed then, amid the answer
+            async with self._place.reading():
+                try:
+                    await super().__call__(scope, receive, send)
+                finally:
+                    with contextlib.suppress(ValueError):  # it is just being asked for more
+                        self._pieces.close()  # which forgets the vectors
+
+    async def _written(self) -> AsyncIterator[bytes]:
+        # On a thread: there may be millions of numbers.
+        while some := await asyncio.to_thread(lambda: "".join(islice(self._pieces, _AT_ONCE))):
+            yield some.encode()
 
 
 class _Stream(StreamingResponse):

@@ -300,7 +300,6 @@ def test_one_key_cannot_have_all_others_responses_forgotten(bounds: dict[str, in
     assert held.find("quiet", "x") and held.find("loud", "huge") is None
 
 
-
 # --- the real clients -----------------------------------------------------------------------------
 
 
