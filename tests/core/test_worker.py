@@ -237,7 +237,7 @@ def test_closing_in_the_middle_of_a_job(worker: Worker) -> None:
         for one in asked:
             with pytest.raises(WorkerDiedError, match="closed"):
                 one.result()
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < SECONDS  # not 600
     assert is_gone(pid, 0)
     with pytest.raises(WorkerDiedError, match="closed"):
         worker.ask(ECHO, SECONDS)
