@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import (
-    AsyncGenerator,
     AsyncIterator,
     Awaitable,
     Callable,
     Collection,
-    Generator,
-    Iterator,
     Mapping,
 )
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -26,9 +21,8 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from m7mlx.errors import InputError
 from m7mlx_serve.admission import SPACE_KEY, Admission
@@ -56,10 +50,10 @@ from m7mlx_serve.responses import create
 from m7mlx_serve.responses.answers import ResponseAnswers
 from m7mlx_serve.responses.held import HeldResponses
 from m7mlx_serve.responses.routes import response_routes
-from m7mlx_serve.vector_room import VectorPlace, VectorRoom
+from m7mlx_serve.sending import SentVectors, Stream, send_whole
+from m7mlx_serve.vector_room import VectorRoom
 
 _Found = TypeVar("_Found")
-_AT_ONCE = 16  # vectors that are written at a time
 # What answers each endpoint. Unlike `m7mlx_serve.endpoints`, it needs MLX.
 _ANSWERS: Mapping[str, Callable[[Answerer, ReadRequest], Answers]] = {
     messages.ENDPOINT.path: MessageAnswers,
@@ -157,17 +151,17 @@ class Server:
             if isinstance(answers, VectorAnswers):
                 return await _unless_gone(request, self._made(answers))
             if not read.body.stream:
-                return _send_whole(await _unless_gone(request, answers.whole()))
+                return send_whole(await _unless_gone(request, answers.whole()))
             events = answers.stream()
             # The first event is awaited here, so that a refusal has a status of its own.
             first = await _unless_gone(request, anext(events))
-            return _Stream(first, events, answers.stream_type, using.pop_all())
+            return Stream(first, events, answers.stream_type, using.pop_all())
 
     async def _made(self, answers: VectorAnswers) -> Response:
         """Vectors, for which there has to be room until their client has read them."""
         place = await self._room.take(answers.size)
         try:
-            return _SentVectors(await answers.whole(), place)
+            return SentVectors(await answers.whole(), place)
         except BaseException:
             place.release()
             raise
@@ -224,63 +218,6 @@ async def _unless_gone(request: Request, answer: Awaitable[_Found]) -> _Found:
         for task in (work, left):
             task.cancel()
         await asyncio.gather(work, left, return_exceptions=True)
-
-
-def _send_whole(answer: Iterator[str]) -> Response:
-    pieces = [piece.encode() for piece in answer]
-
-    async def sent() -> AsyncIterator[bytes]:
-        for piece in pieces:
-            yield piece
-
-    size = {"Content-Length": str(sum(map(len, pieces)))}
-    return StreamingResponse(sent(), media_type="application/json", headers=size)
-
-
-class _SentVectors(StreamingResponse):
-    """Vectors, each written when its client has read those before; their room is given back."""
-
-    def __init__(self, pieces: Generator[str, None, None], place: VectorPlace) -> None:
-        super().__init__(self._written(), media_type="application/json")
-        self._pieces, self._place = pieces, place
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with contextlib.suppress(TimeoutError):  # the connection is closed then, amid the answer
-            async with self._place.reading():
-                try:
-                    await super().__call__(scope, receive, send)
-                finally:
-                    with contextlib.suppress(ValueError):  # it is just being asked for more
-                        self._pieces.close()  # which forgets the vectors
-
-    async def _written(self) -> AsyncIterator[bytes]:
-        # On a thread: there may be millions of numbers.
-        while some := await asyncio.to_thread(lambda: "".join(islice(self._pieces, _AT_ONCE))):
-            yield some.encode()
-
-
-class _Stream(StreamingResponse):
-    """The events of answers; what they use is given back however it ends."""
-
-    def __init__(self, first: str, events: AsyncGenerator[str, None], kind: str, using: AsyncExitStack) -> None:
-        super().__init__(_joined(first, events), media_type=kind, headers={"Cache-Control": "no-store"})
-        self._events, self._using = events, using
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._events.aclose()
-            await self._using.aclose()
-
-
-async def _joined(first: str, rest: AsyncGenerator[str, None]) -> AsyncIterator[str]:
-    try:
-        yield first
-        async for event in rest:
-            yield event
-    finally:
-        await rest.aclose()
 
 
 async def _api_error(request: Request, error: Exception) -> Response:
