@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from array import array
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
@@ -154,6 +155,29 @@ class Answers(Protocol):
 
         What fails before the first token raises ApiError; later, it is an event of its own.
         """
+
+
+class VectorAnswers(ABC):
+    """Vectors, which come at once."""
+
+    stream_type: ClassVar[str] = "application/json"
+
+    def __init__(self, answerer: Answerer, read: ReadRequest) -> None:
+        self._answerer, self._read = answerer, read
+
+    @property
+    def size(self) -> int:
+        """The bytes of all vectors."""
+        return 4 * self._answerer.width * len(self._read.prompts.ids)
+
+    @abstractmethod
+    async def whole(self) -> Generator[str, None, None]:
+        """The JSON, in pieces that are written one by one as the client reads them."""
+
+    async def stream(self) -> AsyncGenerator[str, None]:
+        """The same: there is nothing to wait for."""
+        for text in await self.whole():
+            yield text
 
 
 def _busy(error: BusyError) -> ApiError:

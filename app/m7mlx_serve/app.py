@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Mapping,
+)
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -15,13 +21,12 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from m7mlx.errors import InputError
 from m7mlx_serve.admission import SPACE_KEY, Admission
-from m7mlx_serve.answering import Answerer, Answers
+from m7mlx_serve.answering import Answerer, Answers, VectorAnswers
 from m7mlx_serve.anthropic import count, messages
 from m7mlx_serve.anthropic.answers import CountAnswers, MessageAnswers
 from m7mlx_serve.bodies import SCOPE_KEY
@@ -45,6 +50,8 @@ from m7mlx_serve.responses import create
 from m7mlx_serve.responses.answers import ResponseAnswers
 from m7mlx_serve.responses.held import HeldResponses
 from m7mlx_serve.responses.routes import response_routes
+from m7mlx_serve.sending import SentVectors, Stream, send_whole
+from m7mlx_serve.vector_room import VectorRoom
 
 _Found = TypeVar("_Found")
 # What answers each endpoint. Unlike `m7mlx_serve.endpoints`, it needs MLX.
@@ -85,7 +92,7 @@ class Server:
         origins: Collection[str] = (),
     ) -> None:
         self._models, self._served = models, served
-        self._metrics, self._held = Metrics(models), HeldResponses()
+        self._metrics, self._held, self._room = Metrics(models), HeldResponses(), VectorRoom()
         self._answers: Mapping[str, Callable[[Answerer, ReadRequest], Answers]] = {
             **_ANSWERS,
             create.ENDPOINT.path: partial(ResponseAnswers, self._held),
@@ -141,12 +148,23 @@ class Server:
             del reading
             request.scope[SCOPE_KEY].drop()
             answers = self._answers[path](self._answerer(model, space), read)
+            if isinstance(answers, VectorAnswers):
+                return await _unless_gone(request, self._made(answers))
             if not read.body.stream:
-                return _send_whole(await _unless_gone(request, answers.whole()))
+                return send_whole(await _unless_gone(request, answers.whole()))
             events = answers.stream()
             # The first event is awaited here, so that a refusal has a status of its own.
             first = await _unless_gone(request, anext(events))
-            return _Stream(first, events, answers.stream_type, using.pop_all())
+            return Stream(first, events, answers.stream_type, using.pop_all())
+
+    async def _made(self, answers: VectorAnswers) -> Response:
+        """Vectors, for which there has to be room until their client has read them."""
+        place = await self._room.take(answers.size)
+        try:
+            return SentVectors(await answers.whole(), place)
+        except BaseException:
+            place.release()
+            raise
 
     async def _named(self, path: str, data: bytes) -> str:
         """The model that a body names; "" where there is but one, which whoever reads it checks."""
@@ -200,41 +218,6 @@ async def _unless_gone(request: Request, answer: Awaitable[_Found]) -> _Found:
         for task in (work, left):
             task.cancel()
         await asyncio.gather(work, left, return_exceptions=True)
-
-
-def _send_whole(answer: Iterator[str]) -> Response:
-    pieces = [piece.encode() for piece in answer]
-
-    async def sent() -> AsyncIterator[bytes]:
-        for piece in pieces:
-            yield piece
-
-    size = {"Content-Length": str(sum(map(len, pieces)))}
-    return StreamingResponse(sent(), media_type="application/json", headers=size)
-
-
-class _Stream(StreamingResponse):
-    """The events of answers; what they use is given back however it ends."""
-
-    def __init__(self, first: str, events: AsyncGenerator[str, None], kind: str, using: AsyncExitStack) -> None:
-        super().__init__(_joined(first, events), media_type=kind, headers={"Cache-Control": "no-store"})
-        self._events, self._using = events, using
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._events.aclose()
-            await self._using.aclose()
-
-
-async def _joined(first: str, rest: AsyncGenerator[str, None]) -> AsyncIterator[str]:
-    try:
-        yield first
-        async for event in rest:
-            yield event
-    finally:
-        await rest.aclose()
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

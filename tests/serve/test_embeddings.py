@@ -12,7 +12,9 @@ import httpx
 import mlx.core as mx
 import numpy as np
 import pytest
+from m7mlx_serve import vector_room
 from m7mlx_serve.embedding_job import EmbeddingJob
+from m7mlx_serve.errors import ApiError
 from serving import ENDLESS, NAME, client, settle
 
 from m7mlx import InputError, Mistral, Tokenizer, embed, load
@@ -91,6 +93,33 @@ async def test_a_job_is_done_a_pass_at_a_time(loaded: tuple[Mistral, Tokenizer])
     left = EmbeddingJob(asyncio.get_running_loop(), prompts, "mean", normalize=True)
     left.is_wanted = False
     assert left.advance(model) and not left.vectors.done()
+
+
+async def test_vectors_share_a_bound_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few always find room; who does not read what it has asked for gives way."""
+    monkeypatch.setattr(vector_room, "ROOM_SECONDS", 0.5)
+    monkeypatch.setattr(vector_room, "READING_SECONDS", 0.0)
+    room, size = vector_room.VectorRoom(1 << 20), 600 << 10
+    first = await room.take(size)  # it is being made: that is not cut short
+    assert await room.take(1 << 10)
+    with pytest.raises(ApiError, match="ask for fewer") as full:
+        await room.take(size)
+    assert full.value.status == 503
+
+    async def read() -> None:
+        async with first.reading():
+            await asyncio.Event().wait()  # for ever
+
+    reader = asyncio.create_task(read())
+    await asyncio.sleep(0)
+    second = await room.take(size)
+    with pytest.raises(TimeoutError):
+        await reader
+    async with second.reading():
+        pass
+    huge = await room.take(2 << 20)  # alone, since there is nobody else
+    huge.release()
+    assert await room.take(size)
 
 
 @pytest.mark.clients

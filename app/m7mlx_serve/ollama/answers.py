@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
-from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
 from m7mlx import Piece, Stats
 from m7mlx.answer_reader import AnswerReader, read_arguments
-from m7mlx_serve.answering import Answerer, numbers_in_json
+from m7mlx_serve.answering import Answerer, VectorAnswers, numbers_in_json
 from m7mlx_serve.endpoint import ReadRequest
 from m7mlx_serve.errors import ApiError
 from m7mlx_serve.ollama.chat import OllamaChatRequest
@@ -109,54 +107,39 @@ class OllamaAnswers:
         }
 
 
-class _VectorAnswers(ABC):
-    """Vectors, which come at once."""
-
-    stream_type: ClassVar[str] = "application/x-ndjson"
-
-    @abstractmethod
-    async def whole(self) -> Iterator[str]:
-        """The JSON, in pieces."""
-
-    async def stream(self) -> AsyncGenerator[str, None]:
-        """The same: there is nothing to wait for."""
-        for text in await self.whole():
-            yield text
-
-
-class EmbedAnswers(_VectorAnswers):
+class EmbedAnswers(VectorAnswers):
     """The vectors of one request."""
 
     def __init__(self, answerer: Answerer, read: ReadRequest) -> None:
         assert isinstance(read.body, EmbedRequest)
-        self._answerer, self._read, self._body, self._began = answerer, read, read.body, time.perf_counter()
+        super().__init__(answerer, read)
+        self._body, self._began = read.body, time.perf_counter()
 
-    async def whole(self) -> Iterator[str]:
+    async def whole(self) -> Generator[str, None, None]:
         """The JSON of all vectors, in pieces."""
         vectors = await self._answerer.vectors(self._read, dimensions=self._body.dimensions)
-        return iter(await asyncio.to_thread(self._written, vectors))
+        return self._written(vectors)
 
-    def _written(self, vectors: Sequence[bytes]) -> list[str]:
+    def _written(self, vectors: Sequence[bytes]) -> Generator[str, None, None]:
         told = {
             "model": self._answerer.model,
             "total_duration": int((time.perf_counter() - self._began) * _SECOND),
             "load_duration": 0,
             "prompt_eval_count": sum(map(len, self._read.prompts.ids)),
         }
-        numbers = [f"{', ' if i else ''}{numbers_in_json(vector)}" for i, vector in enumerate(vectors)]
-        return [json.dumps(told).removesuffix("}"), ', "embeddings": [', *numbers, "]}"]
+        yield json.dumps(told).removesuffix("}") + ', "embeddings": ['
+        for i, vector in enumerate(vectors):
+            yield f"{', ' if i else ''}{numbers_in_json(vector)}"
+        yield "]}"
 
 
-class EmbedOneAnswers(_VectorAnswers):
+class EmbedOneAnswers(VectorAnswers):
     """The vector of one text."""
 
-    def __init__(self, answerer: Answerer, read: ReadRequest) -> None:
-        self._answerer, self._read = answerer, read
-
-    async def whole(self) -> Iterator[str]:
+    async def whole(self) -> Generator[str, None, None]:
         """The JSON of the vector."""
         (vector,) = await self._answerer.vectors(self._read)
-        return iter([f'{{"embedding": {numbers_in_json(vector)}}}'])
+        return (piece for piece in [f'{{"embedding": {numbers_in_json(vector)}}}'])
 
 
 def describe() -> _Fields:
