@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from m7mlx_chat.store import Store
 from m7mlx_chat.store.drafts import Place
 from m7mlx_chat.store.errors import StoreError
+from m7mlx_chat.store.rows import Role
 from m7mlx_chat.turns import Turns
 from m7mlx_chat.unsent import UnsentText, folded, joined
 from m7mlx_chat.widgets.composer import Composer
@@ -34,15 +35,15 @@ class Drafts:
         self._composer = composer
         self._telling = telling
         self._place: Place | None = None  # None: nothing has been shown yet
-        self._begun = UnsentText()  # what the place shows without a draft: "", or its question
+        self._begun = UnsentText()  # what the place shows without a draft: "", or its message
         self._kept = UnsentText()  # what the composer held when it was looked at last
         self._waiting: dict[Place, UnsentText] = {}  # to be written
         self.turns = Turns(store, telling)
 
     @property
-    def question(self) -> int | None:
-        """The question that the draft takes the place of."""
-        return None if self._place is None else self._place.question
+    def edited(self) -> int | None:
+        """The question or the answer that the draft takes the place of."""
+        return None if self._place is None else self._place.message
 
     # --- from one place to another ----------------------------------------------------------------
 
@@ -55,13 +56,13 @@ class Drafts:
                 place = self._store.last_place(conversation)
             self._show(place)
 
-    def edit(self, conversation: int, question: int) -> None:
-        """Show a question, or what has become of it, to be changed."""
+    def edit(self, conversation: int, message: int) -> None:
+        """Show a message, or what has become of it, to be changed."""
         self._leave()
-        self._show(Place(conversation, question))
+        self._show(Place(conversation, message))
 
     def leave_edit(self) -> None:
-        """Go back to the draft that was left for a question; what has become of that is kept."""
+        """Go back to the draft that was left for a message; what has become of that is kept."""
         self._leave()
         if self._place is not None:
             self._show(Place(self._place.conversation))
@@ -77,11 +78,13 @@ class Drafts:
 
     def _show(self, place: Place) -> None:
         self._place, self._begun = place, UnsentText()
-        if place.question is not None:
+        what: Role | None = None
+        if place.message is not None:
             with self._telling():
-                self._begun = folded(self._store.message(place.question).text)
+                message = self._store.message(place.message)
+                what, self._begun = message.role, folded(message.text)
         self._kept = self._waiting.get(place) or self._read(place) or self._begun
-        self._composer().show_editing(place.question is not None)
+        self._composer().show_editing(what)
         self._composer().load(self._kept)
         self._take_left_over()
 
@@ -99,7 +102,7 @@ class Drafts:
         with self._telling():
             for place, unsent in list(self._waiting.items()):
                 try:
-                    if place == self._place and place.question is not None and unsent.shown == self._begun.shown:
+                    if place == self._place and place.message is not None and unsent.shown == self._begun.shown:
                         self._store.drop_draft(place)
                     else:
                         self._store.keep_draft(place, unsent.shown, unsent.pastes)
@@ -121,9 +124,9 @@ class Drafts:
             self._store.drop_draft(place)
             self._store.drop_cleared()
         left = self._composer().aside
-        if place.question is not None:
+        if place.message is not None:
             left = self._waiting.get(self._place) or self._read(self._place)
-        self._composer().show_editing(False)
+        self._composer().show_editing(None)
         self._composer().reset(left)
         self._kept = UnsentText()
 
@@ -162,13 +165,13 @@ class Drafts:
     def give_back(self) -> None:
         """Make drafts of all that waits."""
         self.turns.give_up()
-        if self._place is not None and self._place.question is None:
+        if self._place is not None and self._place.message is None:
             self._take_left_over()
 
     def _take_left_over(self) -> None:
         """Take into the draft what waited here and will not have its turn."""
         place = self._place
-        if place is not None and place.question is None and (left := self.turns.left_over(place)) is not None:
+        if place is not None and place.message is None and (left := self.turns.left_over(place)) is not None:
             self._put_before([left])
             self.turns.drop(place)
 

@@ -202,6 +202,26 @@ class Session(Answering):
         made_with = known(message.settings, ANSWER)
         return self._again(self._question(answer).id, Settings(model=self.settings.model).changed(made_with))
 
+    def write(self, message: int | None, text: str) -> int:
+        """Put the user's words in the place of an answer, which stays as another version.
+
+        message  an answer, or its question; None: the last one
+        Returns the new answer, which `resume` goes on with.
+        """
+        self.check_free()
+        question, settings = self._question(message), self.settings
+        values = settings.given(ANSWER)
+        values.pop("system", None)
+        written = self.store.write(question.id, text, model=settings.model, system=settings.system, settings=values)
+        self.conversation = question.conversation
+        self.line = self.store.line(written)
+        return written
+
+    def begin_with(self, text: str) -> UnderWay:
+        """Answer the last question once more, beginning with a text."""
+        self.write(None, text)
+        return self.resume()
+
     def resume(self) -> UnderWay:
         """Go on with the last answer, which was broken off. Raises InputError if there is none."""
         self.check_free()

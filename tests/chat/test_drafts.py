@@ -60,11 +60,11 @@ async def test_each_conversation_has_its_draft(tmp_path: Path) -> None:
 async def test_escape_in_an_edit_brings_back_what_was_there_and_loses_neither(tmp_path: Path) -> None:
     async with chatting(tmp_path) as chat:
         await chat.exchange("question", "answer")
-        await chat.pilot.press(*"mine", "alt+up", "e")
+        await chat.pilot.press(*"mine", "alt+up", "alt+up", "e")
         assert draft(chat) == "question"
         await chat.pilot.press("!", "escape")
         assert draft(chat) == "mine"
-        await chat.pilot.press("alt+up", "e")
+        await chat.pilot.press("alt+up", "alt+up", "e")
         assert draft(chat) == "question!"
         await chat.pilot.press("?")
         await quits(chat)

@@ -253,6 +253,13 @@ def test_a_question_is_edited_and_answered_again(talking: Talking) -> None:
     assert len(talking.store.siblings(talking.session.line[0])) == 2
 
 
+def test_the_beginning_of_an_answer_is_given(talking: Talking) -> None:
+    _, told = talking.type("/begin Well", "Hello", "/begin", "/begin Well, yes:")
+    assert "nothing has been asked yet" in told and "/begin needs the words" in told
+    assert talking.engine.asked[-1].continues == "Well, yes:"
+    assert talking.said()[0] == "Hello" and talking.said()[1].startswith("Well, yes:")
+
+
 def test_prompts_are_kept_and_filled_in(talking: Talking) -> None:
     kept = "Translate {{text}} to {{language}}."
     _, told = talking.type(kept, "/prompt save translate", "/prompt", "/prompt translate", "bread", "French")

@@ -54,6 +54,66 @@ async def test_an_edited_question_is_another_branch(tmp_path: Path, by_key: bool
         assert chat.line() == ["one", "first", "two!", "other"]
 
 
+async def test_an_edited_answer_is_another_version_and_can_be_gone_on_with(tmp_path: Path) -> None:
+    async with chatting(tmp_path) as chat:
+        await two_turns(chat)
+        await chat.pilot.press("alt+up", "e")
+        assert chat.app.composer.text == "second"
+        assert "editing an answer" in str(chat.app.composer.border_title)
+        await chat.pilot.press("escape")
+        assert chat.app.composer.text == "" and chat.line()[-1] == "second"
+        await chat.pilot.press("alt+up", "e", *"s, but", "enter")
+        await chat.pilot.pause()
+        assert chat.line() == ["one", "first", "two", "seconds, but"]
+        assert versions(chat) == ["‹ 2/2 ›"] and len(chat.engine.asked) == 2  # nobody was asked
+        assert "written by you" in chat.shown() and chat.app.composer.text == ""
+        await chat.send("three")
+        assert said(chat) == ["one", "first", "two", "seconds, but", "three"]
+        await chat.say(done("third"))
+        await chat.pilot.press("alt+up", "alt+up", "alt+up", "left_square_bracket")
+        await chat.pilot.pause()
+        assert chat.line() == ["one", "first", "two", "second"]
+        await chat.pilot.press("right_square_bracket", "f")
+        await chat.pilot.pause()
+        await chat.send("/continue")
+        assert chat.engine.asked[-1].continues == "seconds, but"
+        await chat.say(Text(" more"), done(" more"))
+        assert chat.line() == ["one", "first", "two", "seconds, but more"]
+
+
+async def test_the_beginning_of_an_answer_can_be_given(tmp_path: Path) -> None:
+    async with chatting(tmp_path) as chat:
+        await chat.send("/begin Well")
+        assert "nothing has been asked yet" in chat.notices()
+        await two_turns(chat)
+        await chat.send("/begin")
+        assert "/begin needs the words" in chat.notices()
+        await chat.send("/begin Well, yes:")
+        assert said(chat) == ["one", "first", "two"] and chat.engine.asked[-1].continues == "Well, yes:"
+        await chat.send("/begin No")
+        assert "still answering" in chat.notices()
+        await chat.say(Text(" it is"), done(" it is"))
+        assert chat.line() == ["one", "first", "two", "Well, yes: it is"]
+        assert versions(chat) == ["‹ 2/2 ›"]
+
+
+async def test_the_answer_under_way_cannot_be_edited(tmp_path: Path) -> None:
+    """Others can, and are kept once the model has ended."""
+    async with chatting(tmp_path) as chat:
+        await two_turns(chat)
+        await chat.send("three")
+        await chat.say(Text("thi"))
+        await chat.pilot.press("alt+up", "e")
+        assert "still answering" in chat.notices() and chat.app.drafts.edited is None
+        await chat.pilot.press("alt+up", "alt+up", "e", "!", "enter")
+        await chat.pilot.pause()
+        assert chat.app.composer.text == "second!"  # not lost
+        await chat.say(done("third"))
+        await chat.pilot.press("enter")
+        await chat.pilot.pause()
+        assert chat.line() == ["one", "first", "two", "second!"]
+
+
 async def test_escape_leaves_a_question_as_it_is(tmp_path: Path) -> None:
     async with chatting(tmp_path) as chat:
         await two_turns(chat)

@@ -419,7 +419,7 @@ async def go_through(
             chat.app.pop_screen()
             await chat.pilot.pause()
         chat.app.composer.reset()
-        if chat.app.drafts.question is not None:
+        if chat.app.drafts.edited is not None:
             chat.app.drafts.leave_edit()
             chat.app.composer.reset()
         chat.app.clear_notifications()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from textual import on
 
+from m7mlx.errors import InputError
 from m7mlx_chat.actions import is_command
 from m7mlx_chat.commands.copying import CopyCommands
 from m7mlx_chat.commands.models import ModelCommands
@@ -45,18 +46,27 @@ class AskCommands(TurnCommands, ModelCommands, CopyCommands, ToolCommands):
             finally:
                 if not done and not self.composer.text:  # there is no such command, or it has failed
                     self.composer.reset(event.unsent)
+        elif (edited := self.drafts.edited) is not None and self.store.message(edited).role == "assistant":
+            await self._write(edited, text)
         elif self.state == "no model":
             self.action_model()
-        elif self.state == "answering" and self.drafts.question is None:
+        elif self.state == "answering" and edited is None:
             self.wait_for_turn(event.unsent)
         else:
             await self._begin(lambda: self._ask(text))
 
     def _ask(self, text: str) -> UnderWay:
-        question = self.drafts.question
+        question = self.drafts.edited
         asked = self.session.ask(text) if question is None else self.session.edit(question, text)
         self.drafts.sent(self.session.conversation)
         return asked
+
+    async def _write(self, answer: int, text: str) -> None:
+        """Keep what the user made of an answer as another version of it."""
+        self.session.write(answer, text)
+        self.drafts.sent(self.session.conversation)
+        self.composer.focus()
+        await self.show_all()
 
     async def _begin(self, begin: Callable[[], UnderWay]) -> None:
         """Begin an answer, and show it. What is not sent stays in the composer."""
@@ -85,7 +95,16 @@ class AskCommands(TurnCommands, ModelCommands, CopyCommands, ToolCommands):
     async def action_replay(self) -> None:
         await self._begin(self.session.replay)
 
-    # --- editing a question -----------------------------------------------------------------------
+    async def action_begin(self, text: str = "") -> None:
+        """Have the last question answered again, beginning with a text."""
+        if not text.strip():
+            raise InputError("/begin needs the words that the answer is to begin with")
+        if self.state == "no model":
+            self.action_model()
+        else:
+            await self._begin(lambda: self.session.begin_with(text))
+
+    # --- editing a question, or an answer ---------------------------------------------------------
 
     def action_edit(self) -> None:
         if (question := self.session.last_question) is not None:
@@ -93,13 +112,15 @@ class AskCommands(TurnCommands, ModelCommands, CopyCommands, ToolCommands):
 
     def action_edit_message(self) -> None:
         if (selected := self.selected) is not None:
-            message = selected.message
-            self._edit(message.id if message.role == "user" else message.parent)
+            self._edit(selected.message.id)
 
-    def _edit(self, question: int | None) -> None:
-        """Let what is written take the place of a question."""
-        if question is not None and self.session.conversation is not None:
-            self.drafts.edit(self.session.conversation, question)
+    def _edit(self, message: int) -> None:
+        """Let what is written take the place of a message. Raises Busy for the answer under way."""
+        under_way = self.session.under_way
+        if under_way is not None and under_way.answer == message:
+            self.session.check_free()
+        if self.session.conversation is not None:
+            self.drafts.edit(self.session.conversation, message)
             self.composer.focus()
 
     # --- stopping ---------------------------------------------------------------------------------
@@ -114,7 +135,7 @@ class AskCommands(TurnCommands, ModelCommands, CopyCommands, ToolCommands):
             self.pop_screen()
         elif self.composer.close_completion():
             pass
-        elif self.waits_here and self.drafts.question is None:
+        elif self.waits_here and self.drafts.edited is None:
             self.action_take_back()
         elif (under_way := self.session.under_way) is not None:
             self.session.stop()
@@ -122,7 +143,7 @@ class AskCommands(TurnCommands, ModelCommands, CopyCommands, ToolCommands):
                 self.call_later(self.show_calls, under_way)
             else:
                 self.show_state("stopping …")
-        elif self.drafts.question is not None:
+        elif self.drafts.edited is not None:
             self.drafts.leave_edit()
             self.composer.focus()
         else:

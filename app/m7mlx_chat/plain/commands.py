@@ -85,6 +85,12 @@ class LineCommands(ConversationLines):
         if text is not None and text.strip() and text != question.text:
             self.answer(lambda: self.session.edit(question.id, text))
 
+    def action_begin(self, text: str = "") -> None:
+        """Have the last question answered again, beginning with a text."""
+        if not text.strip():
+            raise InputError("/begin needs the words that the answer is to begin with")
+        self.answer(lambda: self.session.begin_with(text))
+
     def action_prompt(self, argument: str = "") -> None:
         """Send a prompt by name, its variables asked for; or keep the last question as one."""
         prompts = Prompts(self.config.prompts)

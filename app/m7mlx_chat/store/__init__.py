@@ -41,6 +41,7 @@ from m7mlx_chat.store.rows import (
     Asked,
     Ending,
     Head,
+    Message,
     Node,
     Tree,
     encodable,
@@ -148,10 +149,31 @@ class Store(ConversationWriter):
     def again(self, question: int, *, model: str = "", system: str = "", settings: Values | None = None) -> int:
         """Store one more answer to come to a question, as `ask` does; returns its id."""
         with self._writing():
-            message = self.message(question)
-            if message.role != "user":
-                raise StoreError(f"message {question} is an answer; choose a question to answer again")
-            return self._add_answer(message.conversation, question, model, system, settings)
+            return self._add_answer(self._question(question).conversation, question, model, system, settings)
+
+    def write(
+        self,
+        question: int,
+        text: str,
+        *,
+        model: str = "",
+        system: str = "",
+        settings: Values | None = None,
+    ) -> int:
+        """Store an answer that the user has written; it can be gone on with. Returns its id."""
+        with self._writing():
+            head = self._question(question)
+            answer = self._add_answer(head.conversation, question, model, system, settings)
+            written = as_json({"written": True, "ended": self.clock()})
+            values = {"status": "stopped", "owner": None, "text": encodable(text), "statistics": written}
+            self._update_answer(answer, values)
+        return answer
+
+    def _question(self, message: int) -> Message:
+        found = self.message(message)
+        if found.role != "user":
+            raise StoreError(f"message {message} is an answer; choose a question to answer again")
+        return found
 
     def resume(self, answer: int) -> None:
         """Let an answer that has ended go on: it is under way here, with the text that it has."""

@@ -23,19 +23,19 @@ _OURS_FIRST = "ORDER BY owner IS ? DESC, shown = '', updated DESC LIMIT 1"
 
 
 class Place(NamedTuple):
-    """Where a draft belongs: at the end of a conversation, or in the place of a question in it.
+    """Where a draft belongs: at the end of a conversation, or in the place of a message in it.
 
     Without a conversation it is the first question of a new one.
     """
 
     conversation: int | None = None
-    question: int | None = None
+    message: int | None = None
 
     @property
     def key(self) -> str:
         """The name of the row."""
-        if self.question is not None:
-            return f"question {self.question}"
+        if self.message is not None:
+            return f"question {self.message}"  # or an answer: ids say which
         return "new" if self.conversation is None else f"conversation {self.conversation}"
 
 

@@ -15,6 +15,7 @@ from m7mlx.errors import InputError
 from m7mlx.terminal import visible
 from m7mlx_chat.attach import attached, takes_long
 from m7mlx_chat.completing import Choice, FilesBelow, commands, paths
+from m7mlx_chat.store.rows import Role
 from m7mlx_chat.textual_internals import read_alt_enter_as_ctrl_j
 from m7mlx_chat.unsent import UnsentText, folded, is_long, marker_of
 from m7mlx_chat.widgets.completion import Completion
@@ -89,10 +90,11 @@ class Composer(TextArea):
         self._back = 0
         self._fill(unsent or UnsentText())
 
-    def show_editing(self, is_editing: bool) -> None:
-        """Show whether the text takes the place of a question."""
-        self.set_class(is_editing, "-editing")
-        self.border_title = "editing a question · Esc leaves it as it is" if is_editing else ""
+    def show_editing(self, what: Role | None) -> None:
+        """Show what the text takes the place of: a question of the user's, or an answer."""
+        self.set_class(what is not None, "-editing")
+        name = {"user": "a question", "assistant": "an answer"}
+        self.border_title = f"editing {name[what]} · Esc leaves it as it is" if what else ""
 
     def recall(self, text: str) -> None:
         """Put a text in the place of the unsent one, to edit and send it again."""

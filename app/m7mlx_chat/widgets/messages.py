@@ -284,6 +284,8 @@ def view_of(message: Message, is_live: bool = False) -> MessageView:
 def footer_of(message: Message) -> str:
     """The line below an answer: how it ended, how much and how fast it was."""
     s = message.statistics
+    if s.get("written") and message.status == "stopped":
+        return "written by you · /continue goes on with it"
     found = [_NOTES[message.status]] if message.status in _NOTES else []
     if message.status == "error" and message.text:
         found = ["failed on the way"]
