@@ -194,18 +194,20 @@ class SharedEngine:
         self._engine.load(turn.wanted.folder, turn.wanted.settings)
         while not self._is_closing:
             for event in self._engine.drain(_WAIT):
-                turn.send(event)
                 if isinstance(event, Failed):
                     failed = event
                     if event.fatal:
                         self._loaded = self._ready = None
-                        return False
                 elif isinstance(event, Ready):
                     self._ready = event
                     if failed is None:
                         self._loaded = turn.wanted
                     elif self._loaded is not None:  # the engine goes on as it was, and so does the page
                         turn.page.wanted = self._loaded
+                turn.send(event)  # what it changes is known by then
+                if isinstance(event, Failed) and event.fatal:
+                    return False
+                if isinstance(event, Ready):
                     return failed is None or turn.request is None
         return False
 
