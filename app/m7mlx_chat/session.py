@@ -212,7 +212,15 @@ class Session(Answering):
         question, settings = self._question(message), self.settings
         values = settings.given(ANSWER)
         values.pop("system", None)
-        written = self.store.write(question.id, text, model=settings.model, system=settings.system, settings=values)
+        before = [] if message is None else self.store.message(message).steps  # the calls that it rests on
+        written = self.store.write(
+            question.id,
+            text,
+            model=settings.model,
+            system=settings.system,
+            settings=values,
+            statistics={"steps": values_of(before)} if before else {},
+        )
         self.conversation = question.conversation
         self.line = self.store.line(written)
         return written

@@ -224,6 +224,22 @@ async def test_steps_are_there_after_reopening_forking_and_another_answer(tmp_pa
         assert last(chat).siblings == 2
 
 
+async def test_an_edited_answer_keeps_the_calls_that_it_rests_on(tmp_path: Path) -> None:
+    async with chatting(tmp_path) as chat:
+        tools = with_tools(chat, "make")
+        await chat.send("?")
+        await chat.say(called({}, text="I look."))
+        tools.give("a box")
+        await chat.say(Text("Ye"))
+        await chat.say(Text("s"), done("Yes"))
+        await chat.pilot.press("alt+up", "e", "!", "enter")
+        await chat.pilot.pause()
+        assert chat.line()[-1] == "Yes!" and outcomes(chat) == ["given"]
+        await chat.send("/continue")
+        assert [m["role"] for m in chat.engine.messages()] == ["user", "assistant", "tool"]
+        assert chat.engine.asked[-1].continues == "Yes!"
+
+
 def _stored(folder: Path) -> str:
     with Store(folder / "chats.db") as other:
         message = other.read([2])[0]

@@ -159,12 +159,13 @@ class Store(ConversationWriter):
         model: str = "",
         system: str = "",
         settings: Values | None = None,
+        statistics: Values | None = None,
     ) -> int:
         """Store an answer that the user has written; it can be gone on with. Returns its id."""
         with self._writing():
             head = self._question(question)
             answer = self._add_answer(head.conversation, question, model, system, settings)
-            written = as_json({"written": True, "ended": self.clock()})
+            written = as_json({**(statistics or {}), "written": True, "ended": self.clock()})
             values = {"status": "stopped", "owner": None, "text": encodable(text), "statistics": written}
             self._update_answer(answer, values)
         return answer
