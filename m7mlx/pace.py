@@ -10,7 +10,10 @@ MAX_DRAFT = 15  # with the token before it 16 queries: beyond, a pass costs more
 
 
 class Odds:
-    """How often what is drafted for one text is right."""
+    """How often what is drafted for one text is right.
+
+    is_copying  whether the last draft, or guess, was right to its end
+    """
 
     _PRIOR = (1.4, 0.6)
 
@@ -18,7 +21,7 @@ class Odds:
         # Drafted tokens that were right and wrong, as if two had been tried: at the beginning of a
         # copy, and within it.
         self._counts = {False: list(self._PRIOR), True: list(self._PRIOR)}
-        self._copying = False  # the last draft was right to its end
+        self.is_copying = False
 
     @classmethod
     def best(cls) -> Odds:
@@ -29,14 +32,9 @@ class Odds:
         return odds
 
     @property
-    def is_copying(self) -> bool:
-        """Whether what was guessed last was right."""
-        return self._copying
-
-    @property
     def chance(self) -> float:
         """How likely the next drafted token is right."""
-        right, wrong = self._counts[self._copying]
+        right, wrong = self._counts[self.is_copying]
         return right / (right + wrong)
 
     def tokens(self, drafted: int) -> float:
@@ -46,19 +44,19 @@ class Odds:
 
     def plain(self) -> None:
         """Note that a token was decoded without a draft, with the next pass under way."""
-        self._copying = False
+        self.is_copying = False
         for counts in self._counts.values():  # what was learned fades, for other parts of the text
             counts[:] = [n + 0.01 * (prior - n) for n, prior in zip(counts, self._PRIOR, strict=True)]
 
     def waited(self) -> None:
         """Note that a token was waited for, and nothing was drafted."""
-        self._copying = False
+        self.is_copying = False
 
     def checked(self, drafted: int, accepted: int) -> None:
         """Note that `accepted` tokens of a draft were right."""
-        right, wrong = self._counts[self._copying]
-        self._counts[self._copying] = [0.8 * right + accepted, 0.8 * wrong + (accepted < drafted)]
-        self._copying = accepted == drafted
+        right, wrong = self._counts[self.is_copying]
+        self._counts[self.is_copying] = [0.8 * right + accepted, 0.8 * wrong + (accepted < drafted)]
+        self.is_copying = accepted == drafted
 
 
 class Costs:

@@ -185,14 +185,13 @@ class Rows:
         batch, room_apart = self._batch, self._drafted - len(self._apart)
         if batch is None or not room_apart or not self._may_pay():
             return 0
+        copying = []
         for row, answer in enumerate(self._answers):
             if answer is not None and answer.lookup is not None:
                 answer.lookup.saw(batch.ids[row])
-        copying = [
-            (row, answer, answer.lookup)
-            for row, answer in enumerate(self._answers)
-            if answer is not None and answer.lookup is not None and answer.lookup.run >= _SURE
-        ][:room_apart]
+                if answer.lookup.run >= _SURE:
+                    copying.append((row, answer, answer.lookup))
+        del copying[room_apart:]
         if not copying:
             return 0
         texts = [(one.lookup.odds, one.room) for one in self._apart]

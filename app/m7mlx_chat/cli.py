@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -201,6 +202,8 @@ def _chat(args: argparse.Namespace) -> int:
             raise
         config = Config(environment.config)  # the chat comes up and says so
         notes = [str(error)]
+    if args.no_save or config.no_save:  # and there is no place to keep a title for
+        config = replace(config, no_save=True, model_titles=False)
     given = {name: value for name in FIELDS if (value := getattr(args, name)) is not None}
     settings = config.settings(args.preset).changed(given)
     most = args.max_memory if args.max_memory is not None else config.max_memory
@@ -212,7 +215,7 @@ def _chat(args: argparse.Namespace) -> int:
     if args.web:
         from m7mlx_chat.web import serve
 
-        return serve(sys.argv[1:], args.port, None if args.no_save or config.no_save else environment.copies)
+        return serve(sys.argv[1:], args.port, None if config.no_save else environment.copies)
     if args.import_file:
         return _import_file(args.import_file, environment)
     preset = config.preset(args.preset) if args.preset is not None else {}
@@ -228,7 +231,7 @@ def _chat(args: argparse.Namespace) -> int:
         start = Start(
             question=question_of(args.prompt, args.file) if asked or not in_terminal else None,
             go_on=args.go_on,
-            save=not (args.no_save or config.no_save),
+            save=not config.no_save,
             fetch=choice.is_wanted,
             notes=[*notes, *choice.notes],
             allowed=args.allow_tool,
@@ -236,7 +239,7 @@ def _chat(args: argparse.Namespace) -> int:
         return launch(config, settings, environment, start)
     for note in choice.notes:
         say(f"{PROG}: {note}")
-    return _answer(args, settings, config, None if args.no_save or config.no_save else environment)
+    return _answer(args, settings, config, None if config.no_save else environment)
 
 
 def _is_typed() -> bool:
@@ -273,8 +276,7 @@ def _talk_in_lines(
     if asked and not _is_typed() and sys.stdout and sys.stdout.isatty():
         # The question came through a pipe: what follows is typed.
         os.dup2(os.open(os.ttyname(1), os.O_RDWR), 0)
-    save = not (args.no_save or config.no_save)
-    start = Start(question=question, go_on=args.go_on, save=save, allowed=args.allow_tool, notes=notes)
+    start = Start(question=question, go_on=args.go_on, save=not config.no_save, allowed=args.allow_tool, notes=notes)
     return run_lines(config, settings, environment, start)
 
 

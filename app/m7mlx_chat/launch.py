@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from m7mlx.command import EXIT_FAILED
@@ -51,7 +51,6 @@ class Start:
 def launch(config: Config, settings: Settings, environment: Environment, start: Start) -> int:
     """Show the chat until the user leaves; returns the exit status."""
     notes = list(start.notes)
-    config = config if start.save else replace(config, model_titles=False)
     with open_store(environment.database if start.save else None) as store:
         engine: AnyEngine
         if environment.engine is None:

@@ -145,9 +145,8 @@ class Session(Answering):
         """Make the next answers with other settings; they are kept with the conversation."""
         self.settings = settings
         if self.conversation is not None:
-            values = settings.given(ANSWER)
-            system = values.pop("system", "")
-            self.store.configure(self.conversation, model=settings.model, system=system, settings=values)
+            values = _values(settings)
+            self.store.configure(self.conversation, model=settings.model, system=settings.system, settings=values)
 
     # --- asking -----------------------------------------------------------------------------------
 
@@ -210,15 +209,13 @@ class Session(Answering):
         """
         self.check_free()
         question, settings = self._question(message), self.settings
-        values = settings.given(ANSWER)
-        values.pop("system", None)
         before = [] if message is None else self.store.message(message).steps  # the calls that it rests on
         written = self.store.write(
             question.id,
             text,
             model=settings.model,
             system=settings.system,
-            settings=values,
+            settings=_values(settings),
             statistics={"steps": values_of(before)} if before else {},
         )
         self.conversation = question.conversation
@@ -226,7 +223,9 @@ class Session(Answering):
         return written
 
     def begin_with(self, text: str) -> UnderWay:
-        """Answer the last question once more, beginning with a text."""
+        """Answer the last question once more, beginning with a text. Raises InputError for none."""
+        if not text.strip():
+            raise InputError("/begin needs the words that the answer is to begin with")
         self.write(None, text)
         return self.resume()
 
@@ -291,6 +290,9 @@ def _with_seed(settings: Settings) -> tuple[Settings, dict[str, Any]]:
     """Give settings a seed, so that the answer can be made again; also their values to store."""
     if settings.seed is None and settings.temperature > 0:
         settings = replace(settings, seed=secrets.randbits(32))
-    values = settings.given(ANSWER)
-    values.pop("system", None)
-    return settings, values
+    return settings, _values(settings)
+
+
+def _values(settings: Settings) -> dict[str, Any]:
+    """What is stored of settings; the system prompt has a place of its own."""
+    return {name: value for name, value in settings.given(ANSWER).items() if name != "system"}

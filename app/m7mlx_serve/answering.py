@@ -158,9 +158,7 @@ class Answers(Protocol):
 
 
 class VectorAnswers(ABC):
-    """Vectors, which come at once."""
-
-    stream_type: ClassVar[str] = "application/json"
+    """Vectors, which come at once, where a stream is asked for, too."""
 
     def __init__(self, answerer: Answerer, read: ReadRequest) -> None:
         self._answerer, self._read = answerer, read
@@ -173,11 +171,6 @@ class VectorAnswers(ABC):
     @abstractmethod
     async def whole(self) -> Generator[str, None, None]:
         """The JSON, in pieces that are written one by one as the client reads them."""
-
-    async def stream(self) -> AsyncGenerator[str, None]:
-        """The same: there is nothing to wait for."""
-        for text in await self.whole():
-            yield text
 
 
 def _busy(error: BusyError) -> ApiError:

@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Collection,
-    Mapping,
-)
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -55,7 +49,7 @@ from m7mlx_serve.vector_room import VectorRoom
 
 _Found = TypeVar("_Found")
 # What answers each endpoint. Unlike `m7mlx_serve.endpoints`, it needs MLX.
-_ANSWERS: Mapping[str, Callable[[Answerer, ReadRequest], Answers]] = {
+_ANSWERS: Mapping[str, Callable[[Answerer, ReadRequest], Answers | VectorAnswers]] = {
     messages.ENDPOINT.path: MessageAnswers,
     count.ENDPOINT.path: CountAnswers,
     ollama_chat.ENDPOINT.path: OllamaAnswers,
@@ -93,7 +87,7 @@ class Server:
     ) -> None:
         self._models, self._served = models, served
         self._metrics, self._held, self._room = Metrics(models), HeldResponses(), VectorRoom()
-        self._answers: Mapping[str, Callable[[Answerer, ReadRequest], Answers]] = {
+        self._answers: Mapping[str, Callable[[Answerer, ReadRequest], Answers | VectorAnswers]] = {
             **_ANSWERS,
             create.ENDPOINT.path: partial(ResponseAnswers, self._held),
         }

@@ -37,6 +37,15 @@ def outcomes(chat: Chat) -> list[str]:
     return [call.outcome for step in last(chat).steps for call in step.calls]
 
 
+async def answered_after_a_call(chat: Chat) -> None:
+    """Begin an answer that rests on what a tool gave."""
+    tools = with_tools(chat, "make")
+    await chat.send("?")
+    await chat.say(called({}, text="I look."))
+    tools.give("a box")
+    await chat.say(Text("Ye"))
+
+
 async def choose(chat: Chat, place: int) -> None:
     """Choose the nth word of the dialog that asks."""
     await chat.pilot.press(*["down"] * place, "enter")
@@ -201,11 +210,7 @@ async def test_failures_are_told_and_the_answer_goes_on(tmp_path: Path) -> None:
 
 async def test_steps_are_there_after_reopening_forking_and_another_answer(tmp_path: Path) -> None:
     async with chatting(tmp_path) as chat:
-        tools = with_tools(chat, "make")
-        await chat.send("?")
-        await chat.say(called({}, text="I look."))
-        tools.give("a box")
-        await chat.say(Text("Ye"))
+        await answered_after_a_call(chat)
         # at any moment: the process may be killed
         assert steps_of(json.loads(_stored(tmp_path)))[0].calls[0].result == "a box"
         await chat.say(Text("s"), done("Yes"))
@@ -226,11 +231,7 @@ async def test_steps_are_there_after_reopening_forking_and_another_answer(tmp_pa
 
 async def test_an_edited_answer_keeps_the_calls_that_it_rests_on(tmp_path: Path) -> None:
     async with chatting(tmp_path) as chat:
-        tools = with_tools(chat, "make")
-        await chat.send("?")
-        await chat.say(called({}, text="I look."))
-        tools.give("a box")
-        await chat.say(Text("Ye"))
+        await answered_after_a_call(chat)
         await chat.say(Text("s"), done("Yes"))
         await chat.pilot.press("alt+up", "e", "!", "enter")
         await chat.pilot.pause()

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from textual import on
 
-from m7mlx.errors import InputError
 from m7mlx_chat.actions import is_command
 from m7mlx_chat.commands.copying import CopyCommands
 from m7mlx_chat.commands.models import ModelCommands
@@ -97,9 +96,7 @@ class AskCommands(TurnCommands, ModelCommands, CopyCommands, ToolCommands):
 
     async def action_begin(self, text: str = "") -> None:
         """Have the last question answered again, beginning with a text."""
-        if not text.strip():
-            raise InputError("/begin needs the words that the answer is to begin with")
-        if self.state == "no model":
+        if text.strip() and self.state == "no model":
             self.action_model()
         else:
             await self._begin(lambda: self.session.begin_with(text))

@@ -7,7 +7,7 @@ from textual.events import DescendantFocus
 
 from m7mlx.errors import InputError
 from m7mlx_chat.screens.dialogs import Ask
-from m7mlx_chat.store.rows import changed_tags, tags_of
+from m7mlx_chat.store.rows import tags_of
 from m7mlx_chat.view import BESIDE_FROM, ChatView
 from m7mlx_chat.widgets.sidebar import Sidebar
 
@@ -100,7 +100,7 @@ class ConversationCommands(ChatView):
         if conversation is None:
             raise InputError("the conversation has not begun yet")
         if argument:
-            self.store.tag(conversation, changed_tags(self.store.conversation(conversation).tags, argument))
+            self.store.change_tags(conversation, argument)
             self.show_conversations()
             self.tell(f"tags: {self.store.conversation(conversation).hashtags or 'none'}")
         else:

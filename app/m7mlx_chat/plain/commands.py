@@ -87,8 +87,6 @@ class LineCommands(ConversationLines):
 
     def action_begin(self, text: str = "") -> None:
         """Have the last question answered again, beginning with a text."""
-        if not text.strip():
-            raise InputError("/begin needs the words that the answer is to begin with")
         self.answer(lambda: self.session.begin_with(text))
 
     def action_prompt(self, argument: str = "") -> None:

@@ -10,7 +10,6 @@ from m7mlx.errors import InputError
 from m7mlx.units import counted
 from m7mlx_chat.dates import short_time
 from m7mlx_chat.plain.models import ModelLines
-from m7mlx_chat.store.rows import changed_tags
 
 _LISTED = 20  # conversations and hits
 _RECAP = 500  # characters of a message that is told when its conversation is opened
@@ -81,7 +80,7 @@ class ConversationLines(ModelLines):
 
     def action_tag(self, argument: str = "") -> None:
         if argument:
-            self.store.tag(self._shown(), changed_tags(self.store.conversation(self._shown()).tags, argument))
+            self.store.change_tags(self._shown(), argument)
         self.written.tell(f"tags: {self.store.conversation(self._shown()).hashtags or 'none'}")
 
     def action_archive(self) -> None:

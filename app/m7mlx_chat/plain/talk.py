@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast, get_args
 
@@ -215,7 +215,6 @@ def run_lines(config: Config, settings: Settings, environment: Environment, star
         raise RunError("standard output is closed; there is nowhere to print answers")
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
     written = Written()
-    config = config if start.save else replace(config, model_titles=False)
     for note in start.notes:
         written.tell(note)
     with ended_by_signals((signal.SIGTERM, signal.SIGHUP)), open_store(_database(environment, start)) as store:

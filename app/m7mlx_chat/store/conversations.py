@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from m7mlx_chat.store.drafts import DraftWriter
-from m7mlx_chat.store.rows import CHOSEN_TITLE_LENGTH, encodable, tags_of, title_of
+from m7mlx_chat.store.rows import CHOSEN_TITLE_LENGTH, changed_tags, encodable, stored_tags, title_of
 from m7mlx_chat.store.writer import Values, as_json
 
 _KEEP_DELETED = 30 * 86400  # seconds
@@ -47,7 +47,11 @@ class ConversationWriter(DraftWriter):
 
     def tag(self, conversation: int, tags: Sequence[str]) -> None:
         """Give a conversation these tags, in the place of those before."""
-        self._change(conversation, {"tags": " ".join(tags_of(" ".join(tags)))})
+        self._change(conversation, {"tags": stored_tags(tags)})
+
+    def change_tags(self, conversation: int, text: str) -> None:
+        """Add the tags of a text to those of a conversation; "-work" takes one away."""
+        self.tag(conversation, changed_tags(self.conversation(conversation).tags, text))
 
     def delete(self, conversation: int) -> None:
         """Hide a conversation; it is erased when the store is opened 30 days later."""

@@ -185,6 +185,11 @@ def changed_tags(tags: Sequence[str], text: str) -> tuple[str, ...]:
     return tags_of(" ".join([*(tag for tag in tags if tag not in gone), *added]))
 
 
+def stored_tags(tags: Sequence[str]) -> str:
+    """Tags as they are stored: words, with a space between two."""
+    return " ".join(tags_of(" ".join(tags)))
+
+
 def _printable(text: str) -> str:
     """Drop control and format characters, bidi overrides among them; tabs become spaces."""
     kept = (c for c in encodable(text).replace("\t", " ") if unicodedata.category(c) not in ("Cc", "Cf"))

@@ -12,7 +12,7 @@ from typing import Any
 from m7mlx_chat.store.errors import StoreError
 from m7mlx_chat.store.instances import Instance
 from m7mlx_chat.store.reader import Reader
-from m7mlx_chat.store.rows import Head, Node, encodable, tags_of
+from m7mlx_chat.store.rows import Head, Node, encodable, stored_tags
 from m7mlx_chat.store.schema import one_line, transaction
 
 Values = Mapping[str, Any]  # as JSON knows them
@@ -45,7 +45,7 @@ class Writer(Reader):
             "updated": head.updated,
             "archived": head.archived,
             "pinned": head.pinned,
-            "tags": " ".join(tags_of(" ".join(head.tags))),
+            "tags": stored_tags(head.tags),
             "model": encodable(head.model),
             "system": encodable(head.system),
             "settings": as_json(head.settings),
