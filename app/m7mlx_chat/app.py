@@ -37,6 +37,7 @@ from m7mlx_chat.events import (
     Titled,
     Waiting,
 )
+from m7mlx_chat.focus import give_focus
 from m7mlx_chat.under_way import UnderWay
 from m7mlx_chat.view import Parts
 from m7mlx_chat.widgets.composer import Composer
@@ -95,7 +96,7 @@ class ChatApp(
         self._take_config()
         for note in self._notes:
             self.tell(note, is_error=True)
-        self.composer.focus()
+        give_focus(self.composer)
         self.engine.start()
         self.set_interval(_DRAIN_SECONDS, self._drain_in_time)
         self.set_interval(_LOOK_SECONDS, self.look_around)

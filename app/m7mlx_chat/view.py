@@ -21,6 +21,7 @@ from m7mlx_chat.dispatch import DispatchingApp
 from m7mlx_chat.drafts import Drafts
 from m7mlx_chat.environment import Environment
 from m7mlx_chat.events import AnyEngine
+from m7mlx_chat.focus import give_focus
 from m7mlx_chat.gate import Gate
 from m7mlx_chat.session import Session
 from m7mlx_chat.sight import first_seen
@@ -162,7 +163,7 @@ class ChatView(DispatchingApp):
         """Give the composer what is typed where no text is expected; returns whether it was."""
         is_text = event.is_printable and event.character is not None
         if is_text and len(self.screen_stack) == 1:
-            self.composer.focus()
+            give_focus(self.composer)
             self.composer.insert(event.character or "")
             return True
         return False
@@ -170,7 +171,7 @@ class ChatView(DispatchingApp):
     def on_paste(self, event: Paste) -> None:
         """Give the composer what is pasted where no text is expected."""
         if len(self.screen_stack) == 1:
-            self.composer.focus()
+            give_focus(self.composer)
             self.composer.paste(event.text)
 
     @on(DescendantFocus)

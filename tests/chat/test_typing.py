@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from chat_harness import Chat, chatting, done
 from m7mlx_chat.widgets.messages import MessageView
 from m7mlx_chat.widgets.sidebar import Conversations
 from textual import events
 from textual.widget import Widget
+from textual.widgets import Input
 
 LETTERS = "creftyduav[]x"  # every letter that is a command somewhere
 
@@ -98,3 +100,44 @@ async def test_the_list_has_its_keys_where_they_were_asked_for(tmp_path: Path) -
         assert len(chat.store.conversations()) == 1
         await chat.pilot.press("ctrl+b", "ctrl+b", "d")
         assert chat.store.conversations() == []
+
+
+async def press_ahead(chat: Chat, key: str, text: str) -> None:
+    """Press a key and type a text before the app takes notice of either, as when it is busy."""
+    for one in (key, *text):
+        event = events.Key(one, one if len(one) == 1 else None)
+        event.set_sender(chat.app)
+        chat.app.post_message(event)
+    await chat.pilot.pause()
+    await chat.pilot.pause()
+
+
+async def test_what_is_typed_ahead_goes_where_the_key_before_leads(tmp_path: Path) -> None:
+    async with chatting(tmp_path, size=(100, 30)) as chat:
+        await chat.exchange("question", "answer")
+        field = chat.app.query_one("#search", Input)
+        await press_ahead(chat, "ctrl+f", "abc")
+        assert (field.value, chat.app.composer.text) == ("abc", "")
+        await press_ahead(chat, "ctrl+n", "def")
+        assert (field.value, chat.app.composer.text) == ("abc", "def")
+        await press_ahead(chat, "ctrl+b", "")  # hides the list
+        await press_ahead(chat, "ctrl+b", "v")  # shows it: v lists what was put away
+        assert (chat.app.sidebar.shelf, chat.app.composer.text) == ("put away", "def")
+        await press_ahead(chat, "escape", "gh")
+        assert chat.app.composer.text == "defgh"
+
+
+@pytest.mark.parametrize("key", ["ctrl+o", "ctrl+r"])
+async def test_what_is_typed_ahead_goes_to_the_screen_that_a_key_opens(tmp_path: Path, key: str) -> None:
+    async with chatting(tmp_path) as chat:
+        await press_ahead(chat, key, "abc")
+        assert (chat.app.screen.query_one(Input).value, chat.app.composer.text) == ("abc", "")
+        await press_ahead(chat, "escape", "def")
+        assert chat.app.composer.text == "def"
+
+
+async def test_a_key_for_a_message_may_be_pressed_right_after_the_one_that_selects_it(tmp_path: Path) -> None:
+    async with chatting(tmp_path) as chat:
+        await chat.exchange("question", "answer")
+        await press_ahead(chat, "alt+up", "r")
+        assert (len(chat.engine.asked), chat.app.composer.text) == (2, "")

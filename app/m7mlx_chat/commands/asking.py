@@ -11,6 +11,7 @@ from m7mlx_chat.commands.copying import CopyCommands
 from m7mlx_chat.commands.models import ModelCommands
 from m7mlx_chat.commands.tools import ToolCommands
 from m7mlx_chat.commands.turns import TurnCommands
+from m7mlx_chat.focus import give_focus
 from m7mlx_chat.screens.approval import Approve
 from m7mlx_chat.screens.models import Models
 from m7mlx_chat.screens.settings import SettingsDrawer
@@ -64,14 +65,14 @@ class AskCommands(TurnCommands, ModelCommands, CopyCommands, ToolCommands):
         """Keep what the user made of an answer as another version of it."""
         self.session.write(answer, text)
         self.drafts.sent(self.session.conversation)
-        self.composer.focus()
+        give_focus(self.composer)
         await self.show_all()
 
     async def _begin(self, begin: Callable[[], UnderWay]) -> None:
         """Begin an answer, and show it. What is not sent stays in the composer."""
         begin()
         self.first_text = 0.0
-        self.composer.focus()
+        give_focus(self.composer)
         await self.show_all()
 
     async def action_retry(self) -> None:
@@ -118,7 +119,7 @@ class AskCommands(TurnCommands, ModelCommands, CopyCommands, ToolCommands):
             self.session.check_free()
         if self.session.conversation is not None:
             self.drafts.edit(self.session.conversation, message)
-            self.composer.focus()
+            give_focus(self.composer)
 
     # --- stopping ---------------------------------------------------------------------------------
 
@@ -142,9 +143,9 @@ class AskCommands(TurnCommands, ModelCommands, CopyCommands, ToolCommands):
                 self.show_state("stopping …")
         elif self.drafts.edited is not None:
             self.drafts.leave_edit()
-            self.composer.focus()
+            give_focus(self.composer)
         else:
-            self.composer.focus()
+            give_focus(self.composer)
 
     def action_interrupt(self) -> None:
         """Do what Ctrl+C means here: copy, clear, stop, or quit the second time."""

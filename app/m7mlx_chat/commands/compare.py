@@ -8,6 +8,7 @@ from pathlib import Path
 
 from m7mlx.errors import InputError
 from m7mlx_chat.commands.asking import AskCommands
+from m7mlx_chat.focus import give_focus
 from m7mlx_chat.screens.model_work import Chosen
 from m7mlx_chat.screens.versions import SideBySide
 from m7mlx_chat.store.rows import Message
@@ -49,7 +50,7 @@ class CompareCommands(AskCommands):
             if chosen is not None:
                 self.session.show(chosen)
                 await self.transcript.sync(at=chosen)
-                self.composer.focus()
+                give_focus(self.composer)
 
         self.push_screen(SideBySide(versions, left, right), take)
 

@@ -6,6 +6,7 @@ from textual import on
 from textual.events import DescendantFocus
 
 from m7mlx.errors import InputError
+from m7mlx_chat.focus import give_focus
 from m7mlx_chat.screens.dialogs import Ask
 from m7mlx_chat.store.rows import tags_of
 from m7mlx_chat.view import BESIDE_FROM, ChatView
@@ -19,7 +20,7 @@ class ConversationCommands(ChatView):
 
     async def action_new(self) -> None:
         self.session.new()
-        self.composer.focus()
+        give_focus(self.composer)
         await self.show_all()
 
     @on(Sidebar.Chosen)
@@ -27,20 +28,20 @@ class ConversationCommands(ChatView):
         if self.store.conversation(event.conversation).deleted_at is not None:
             self.store.undo_delete(event.conversation)
         await self.open_conversation(event.conversation)
-        self.composer.focus()
+        give_focus(self.composer)
 
     @on(Sidebar.Found)
     async def _found(self, event: Sidebar.Found) -> None:
         self.session.show(event.message)
         await self.show_all(found=event.message)
-        self.composer.focus()
+        give_focus(self.composer)
 
     # --- the list ---------------------------------------------------------------------------------
 
     def action_sidebar(self) -> None:
         self.sidebar.toggle_class("-shown")
         self.show_conversations()
-        (self.sidebar.conversations if self.sidebar.is_shown else self.composer).focus()
+        give_focus(self.sidebar.conversations if self.sidebar.is_shown else self.composer)
 
     @on(DescendantFocus)
     def _uncover(self, event: DescendantFocus) -> None:

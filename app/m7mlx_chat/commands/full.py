@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from m7mlx_chat.commands.compare import CompareCommands
+from m7mlx_chat.focus import give_focus
 from m7mlx_chat.room import WAYS, is_full, summary_request
 from m7mlx_chat.screens.dialogs import Choose
 from m7mlx_chat.under_way import UnderWay
@@ -39,4 +40,4 @@ class FullCommands(CompareCommands):
         if sums_up:
             await self._begin(lambda: self.session.ask(summary))
         self.composer.reset(folded(question.text))
-        self.composer.focus()
+        give_focus(self.composer)

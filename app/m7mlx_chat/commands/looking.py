@@ -11,6 +11,7 @@ from textual.widgets import Markdown
 from m7mlx.terminal import visible
 from m7mlx.units import counted
 from m7mlx_chat.figures import HEADINGS, figures
+from m7mlx_chat.focus import give_focus
 from m7mlx_chat.markdown import CodeBlock
 from m7mlx_chat.screens.dialogs import Figures, Help
 from m7mlx_chat.view import ChatView
@@ -52,7 +53,7 @@ class LookCommands(ChatView):
         if 0 <= at + direction < len(views):
             views[at + direction].select()
         elif direction > 0:
-            self.set_focus(self.composer)
+            give_focus(self.composer)
 
     def action_thoughts(self) -> None:
         """Show what is folded of the selected message, or fold it again."""

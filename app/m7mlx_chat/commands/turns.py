@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from m7mlx_chat.focus import give_focus
 from m7mlx_chat.unsent import UnsentText
 from m7mlx_chat.view import ChatView
 
@@ -18,7 +19,7 @@ class TurnCommands(ChatView):
         """Put what waits here back into the composer."""
         if self.drafts.take_back():
             self.show_waiting()
-            self.composer.focus()
+            give_focus(self.composer)
 
     async def next_turn(self) -> None:
         """Ask what has waited longest. What cannot be asked becomes a draft again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from m7mlx_chat.focus import give_focus
 from m7mlx_chat.view import ChatView
 
 
@@ -35,6 +36,6 @@ class VersionCommands(ChatView):
 
     async def _fork(self, message: int) -> None:
         self.session.fork(message)
-        self.composer.focus()
+        give_focus(self.composer)
         await self.show_all()
         self.tell("a new conversation, with all up to here")

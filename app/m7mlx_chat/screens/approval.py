@@ -10,6 +10,7 @@ from textual.widgets.option_list import Option
 
 from m7mlx.terminal import one_line, visible
 from m7mlx_chat.events import WORDS
+from m7mlx_chat.focus import give_focus
 from m7mlx_chat.screens.dialogs import Dialog
 from m7mlx_chat.steps import Call, written
 
@@ -48,7 +49,7 @@ class Approve(Dialog):
     def on_mount(self) -> None:
         options = self.query_one(OptionList)
         options.highlighted = None
-        options.focus()
+        give_focus(options)
 
     @on(OptionList.OptionSelected)
     def _done(self, event: OptionList.OptionSelected) -> None:

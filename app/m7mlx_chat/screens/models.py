@@ -24,6 +24,7 @@ from m7mlx_chat import jobs
 from m7mlx_chat.catalog import Entry, describe, full_name, models, on_this_machine
 from m7mlx_chat.elsewhere import find_elsewhere
 from m7mlx_chat.environment import Programs
+from m7mlx_chat.focus import give_focus
 from m7mlx_chat.hub_search import Offer
 from m7mlx_chat.screens.model_rows import Row, SearchRow, by_last_use, drawn, matching
 from m7mlx_chat.screens.model_work import Chosen, ModelWork
@@ -136,7 +137,7 @@ class Models(ModelWork):
         self._entries = by_last_use(entries, self._used)
         self._show()
         if not isinstance(self.focused, Input):
-            self.query_one(OptionList).focus()
+            give_focus(self.query_one(OptionList))
 
     def _show(self) -> None:
         """Show what the typed text leaves of the list, and what was found on the Hub."""
@@ -160,12 +161,12 @@ class Models(ModelWork):
     def on_key(self, event: Key) -> None:
         """Go from the list to the line by typing, and back by an arrow."""
         field, options = self.query_one(Input), self.query_one(OptionList)
-        if self.focused is options and event.is_printable and event.character is not None:
-            field.focus()
+        if event.is_printable and event.character is not None:  # the line itself lets none through
+            give_focus(field)
             field.insert_text_at_cursor(event.character)
             event.stop()
         elif self.focused is field and event.key == "down":
-            options.focus()
+            give_focus(options)
             event.stop()
 
     @on(Input.Changed)
@@ -204,7 +205,7 @@ class Models(ModelWork):
         if name and (is_name or row is None):
             self._take(name)
         elif name and not (isinstance(row, SearchRow) or (isinstance(row, Entry) and row.folder is not None)):
-            self.query_one(OptionList).focus()  # a download: a second Enter takes it
+            give_focus(self.query_one(OptionList))  # a download: a second Enter takes it
         elif row is not None:
             self._choose(row)
 
@@ -249,7 +250,7 @@ class Models(ModelWork):
         if self.query_one(Input).value.strip():
             self._find(0)
         else:
-            self.query_one(Input).focus()
+            give_focus(self.query_one(Input))
             self.tell("type a part of a name, then Ctrl+S searches the Hub for it")
 
     def _find(self, pause: float) -> None:

@@ -16,6 +16,7 @@ from textual.widgets import Input, Select, Static, TextArea
 
 from m7mlx.errors import InputError
 from m7mlx.terminal import visible
+from m7mlx_chat.focus import give_focus
 from m7mlx_chat.settings import ANSWER, ENGINE, FIELDS, Settings
 
 
@@ -92,7 +93,7 @@ class SettingsDrawer(ModalScreen[None]):
         yield Static(FIELDS[name].help, classes="help", markup=False)
 
     def on_mount(self) -> None:
-        self.query_one("#field-system").focus()
+        give_focus(self.query_one("#field-system"))
 
     @on(Input.Submitted)
     def _submitted(self, event: Input.Submitted) -> None:

@@ -16,6 +16,7 @@ from m7mlx.terminal import visible
 from m7mlx.units import counted
 from m7mlx_chat.catalog import short_name
 from m7mlx_chat.differences import differences
+from m7mlx_chat.focus import give_focus
 from m7mlx_chat.markdown import answer_markdown
 from m7mlx_chat.store.rows import Message
 
@@ -59,7 +60,7 @@ class SideBySide(ModalScreen[int | None]):
             yield Static(others + hint, classes="hint", markup=False)
 
     def on_mount(self) -> None:
-        self.query_one("#left").focus()
+        give_focus(self.query_one("#left"))
         self._show()
 
     def action_turn(self, direction: int) -> None:

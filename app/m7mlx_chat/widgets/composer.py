@@ -15,6 +15,7 @@ from m7mlx.errors import InputError
 from m7mlx.terminal import visible
 from m7mlx_chat.attach import attached, takes_long
 from m7mlx_chat.completing import Choice, FilesBelow, commands, paths
+from m7mlx_chat.focus import give_focus
 from m7mlx_chat.store.rows import Role
 from m7mlx_chat.textual_internals import read_alt_enter_as_ctrl_j
 from m7mlx_chat.unsent import UnsentText, folded, is_long, marker_of
@@ -99,7 +100,7 @@ class Composer(TextArea):
     def recall(self, text: str) -> None:
         """Put a text in the place of the unsent one, to edit and send it again."""
         self.reset(folded(text))
-        self.focus()
+        give_focus(self)
 
     def _fill(self, unsent: UnsentText) -> None:
         self._pastes |= unsent.pastes  # the others may come back, too

@@ -12,6 +12,7 @@ from textual.widgets import Markdown, Static
 from m7mlx.terminal import visible
 from m7mlx.units import counted
 from m7mlx_chat.actions import bindings
+from m7mlx_chat.focus import give_focus
 from m7mlx_chat.markdown import Part, answer_markdown, parts
 from m7mlx_chat.steps import Step
 from m7mlx_chat.store.rows import Message
@@ -59,7 +60,7 @@ class MessageView(Vertical, can_focus=False):
     def select(self) -> None:
         """Select the message, until something else gets the focus."""
         self.can_focus = True
-        self.screen.set_focus(self)  # at once: the next key may be under way already
+        give_focus(self)
 
     def on_focus(self) -> None:
         self.when.show(in_full=True)

@@ -20,6 +20,7 @@ from m7mlx.terminal import visible
 from m7mlx.units import counted
 from m7mlx_chat.actions import bindings
 from m7mlx_chat.dates import full_time, group_of, short_time
+from m7mlx_chat.focus import give_focus
 from m7mlx_chat.store import Store
 from m7mlx_chat.store.rows import Conversation, Hit
 
@@ -113,7 +114,7 @@ class Sidebar(Vertical):
         field = self.query_one(Input)
         if text:
             field.value = text
-        field.focus()
+        give_focus(field)
 
     def toggle_shelf(self, shelf: Shelf) -> None:
         """List the conversations of a shelf, or the current ones again."""
@@ -221,7 +222,7 @@ class Sidebar(Vertical):
         if self.query_one(Input).value.strip():
             self.conversations.action_select()
         else:
-            self.conversations.focus()
+            give_focus(self.conversations)
 
     def on_key(self, event: Key) -> None:
         """Move in the list while something is typed to search for."""
