@@ -8,6 +8,7 @@ then everything once.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -199,11 +200,10 @@ class LayerRing:
         return KeysValues((self.format.decode(keys, k.dtype),), (self.format.decode(values, v.dtype),), KVFormat())
 
     def has_kernel(self, heads: mx.array, forward: ForwardPass) -> bool:
-        """Tell whether `attend` can be called: for all but sinks and passes that are traced."""
+        """Tell whether `attend` can be called: for all but passes that are traced."""
         dim = forward.rotation.rope.head_dim
         turns = not self.format.is_packed or dim & (dim - 1) == 0  # the kernel's Hadamard transform
-        plain = forward.slot is None and forward.sinks is None and forward.new_sinks is None
-        return plain and turns and dim % 2 == 0 and heads.dtype == mx.float32 and has_kernels()
+        return forward.slot is None and turns and dim % 2 == 0 and heads.dtype == mx.float32 and has_kernels()
 
     def attend(self, heads: mx.array, forward: ForwardPass, n_kv_heads: int) -> mx.array:
         """Store new keys and values and attend to all that the pass lets see, by one kernel.
@@ -223,6 +223,13 @@ class LayerRing:
             mx.eval(stored)
             self.buffers = stored
             self._written = mx.zeros((1,))
+        if forward.new_sinks is not None:
+            own = heads.reshape(B, forward.length, -1, dim).swapaxes(1, 2)[:, -2 * n_kv_heads :]
+            keys, values = mx.split(own, 2, axis=1)
+            self._store_sinks(self.format.turn(forward.rotate(keys)), values, forward.new_sinks)
+        sinks: Sequence[mx.array] = ()
+        if forward.sinks is not None and self.sinks is not None:
+            sinks = (forward.sinks.rotation.tables.angles, *self.sinks)
         out: mx.array
         out, self._written = native.kernels().attend(
             heads,
@@ -236,6 +243,7 @@ class LayerRing:
             forward.starts if len(forward.starts) == B else forward.starts * B,
             self.format.group_size,
             self.format.is_packed,
+            sinks,
         )
         return out
 

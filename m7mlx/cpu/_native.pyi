@@ -70,6 +70,7 @@ def attend(
     starts: Sequence[int],
     group: int,
     turned: bool,
+    sinks: Sequence[mx.array] = (),
 ) -> tuple[mx.array, mx.array]:
     """Write the new keys and values into a ring's buffers, IN PLACE, and attend to it.
 
@@ -80,6 +81,8 @@ def attend(
     buffers   as `LayerRing` has them, evaluated
     window    0 for full attention
     starts    for each row, the position at which it began
+    sinks     none, or the rotation of the queries for the sinks, and keys and values of these:
+              [batch, KV heads, sinks, head_dim], rotated and turned as those in the buffers
 
     Returns (the result [batch, length, heads * head_dim], `written` of this pass).
     """

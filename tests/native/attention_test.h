@@ -22,7 +22,7 @@ constexpr m7::Stored kStored[] = {m7::Stored::f32, m7::Stored::f16, m7::Stored::
 struct Shape {
   m7::Stored stored;
   bool turned;
-  int64_t batch, n_heads, n_kv_heads, head_dim, group, window, capacity;
+  int64_t batch, n_heads, n_kv_heads, head_dim, group, window, capacity, n_sinks;
 
   int64_t shared() const { return n_heads / n_kv_heads; }
   bool packed() const { return stored == m7::Stored::packed8 || stored == m7::Stored::packed4; }
@@ -145,21 +145,29 @@ class AttentionTest {
         values_(shape, slots_),
         all_keys_(shape, total),
         all_values_(shape, total),
+        sink_keys_(static_cast<size_t>(shape.batch * shape.n_kv_heads * shape.n_sinks * shape.head_dim)),
+        sink_values_(sink_keys_.size()),
         numbers_(static_cast<size_t>(shape.head_dim)),
-        steps_(numbers_.size()) {}
+        steps_(numbers_.size()) {
+    for (float& x : sink_keys_) x = normal();
+    for (float& x : sink_values_) x = normal();
+  }
 
   // Feed some tokens, and look at the results of `looked_at` of them.
   bool feed(int64_t length, int64_t looked_at, float size) {
     const int64_t D = shape_.head_dim, wide = (shape_.n_heads + 2 * shape_.n_kv_heads) * D;
     const int64_t rotations = draw(0, 1) ? shape_.batch : 1;
     Floats heads(size_t(shape_.batch * length * wide)), rotation(size_t(rotations * length * D)),
-        factors(size_t(rotations * length)), out(size_t(shape_.batch * length * shape_.n_heads * D)), forgets_nothing(out.size());
+        to_sinks(rotation.size()), factors(size_t(rotations * length)),
+        out(size_t(shape_.batch * length * shape_.n_heads * D)), forgets_nothing(out.size());
     for (float& x : heads) x = size * normal();
-    for (size_t i = 0; i < rotation.size(); ++i) {
-      if (i / size_t(D / 2) % 2) continue;  // a cosine; its sine lies half a row further on
-      const double angle = 3 * normal();
-      rotation[i] = static_cast<float>(std::cos(angle));
-      rotation[i + size_t(D / 2)] = static_cast<float>(std::sin(angle));
+    for (Floats* turns : {&rotation, &to_sinks}) {
+      for (size_t i = 0; i < turns->size(); ++i) {
+        if (i / size_t(D / 2) % 2) continue;  // a cosine; its sine lies half a row further on
+        const double angle = 3 * normal();
+        (*turns)[i] = static_cast<float>(std::cos(angle));
+        (*turns)[i + size_t(D / 2)] = static_cast<float>(std::sin(angle));
+      }
     }
     for (float& x : factors) x = 1 + std::abs(normal());
     m7::Attention a{};
@@ -183,6 +191,7 @@ class AttentionTest {
     a.capacity = shape_.window ? shape_.capacity : int64_t{1} << 40;
     a.window = shape_.window;
     a.out = out.data();
+    if (shape_.n_sinks) a.sinks = {shape_.n_sinks, to_sinks.data(), sink_keys_.data(), sink_values_.data()};
     kernels_.attend(a);
     all.keys = all_keys_.rows();
     all.values = all_values_.rows();
@@ -195,10 +204,12 @@ class AttentionTest {
     what_ = "attention stored " + std::to_string(int(shape_.stored)) + " turned " + std::to_string(shape_.turned) +
             " batch " + std::to_string(shape_.batch) + " heads " + std::to_string(shape_.n_heads) + "/" +
             std::to_string(shape_.n_kv_heads) + " of " + std::to_string(D) + " window " +
-            std::to_string(shape_.window) + " capacity " + std::to_string(shape_.capacity) + " position " +
-            std::to_string(position_) + " length " + std::to_string(length);
+            std::to_string(shape_.window) + " sinks " + std::to_string(shape_.n_sinks) + " capacity " +
+            std::to_string(shape_.capacity) + " position " + std::to_string(position_) + " length " +
+            std::to_string(length);
     if (!(keys_.intact() && values_.intact() && all_keys_.intact() && all_values_.intact() && heads.intact() &&
-          rotation.intact() && factors.intact() && out.intact() && forgets_nothing.intact()))
+          rotation.intact() && to_sinks.intact() && sink_keys_.intact() && sink_values_.intact() &&
+          factors.intact() && out.intact() && forgets_nothing.intact()))
       return fail(what_.c_str(), "bytes beside a buffer were written");
     if (!is_stored(a)) return false;
     position_ += length;
@@ -253,28 +264,47 @@ class AttentionTest {
     const int64_t low = std::max(starts_[size_t(b)], a.window ? own - a.window + 1 : 0);
     const float* x = a.heads + ((b * a.length + token) * (a.n_heads + 2 * a.n_kv_heads) + head) * D;
     const int64_t place = (a.rotations == 1 ? 0 : b) * a.length + token;
-    std::vector<double> query = rotated(x, a.rotation + place * D, shape_);
-    for (double& number : query) number *= a.factors ? a.factors[place] : 1;
+    const auto turned_by = [&](const float* rotation) {
+      std::vector<double> query = rotated(x, rotation + place * D, shape_);
+      for (double& number : query) number *= (a.factors ? a.factors[place] : 1) / std::sqrt(double(D));
+      return query;
+    };
+    const std::vector<double> query = turned_by(a.rotation);
     std::vector<double> scores, wanted(query.size(), 0), size(query.size(), 0);
+    std::vector<std::vector<double>> values;
     double largest = -INFINITY, terms = 0, total = 0;
-    for (int64_t p = low; p <= own; ++p) {
-      all_keys_.read(all_keys_.row(b, kv_head, p), numbers_, steps_);
+    const auto see = [&](const std::vector<double>& q, const std::vector<double>& key,
+                         const std::vector<double>& value) {
       double score = 0, sum = 0;
-      for (size_t i = 0; i < query.size(); ++i) {
-        score += query[i] * numbers_[i] / std::sqrt(double(D));
-        sum += std::abs(query[i] * numbers_[i]) / std::sqrt(double(D));
+      for (size_t i = 0; i < q.size(); ++i) {
+        score += q[i] * key[i];
+        sum += std::abs(q[i] * key[i]);
       }
       scores.push_back(score);
+      values.push_back(value);
       largest = std::max(largest, score);
       terms = std::max(terms, sum);
+    };
+    const int64_t left_behind = std::min(a.sinks.n, own - starts_[size_t(b)] - a.window + 1);
+    const float* const sinks[] = {a.sinks.keys + (b * a.n_kv_heads + kv_head) * a.sinks.n * D,
+                                  a.sinks.values + (b * a.n_kv_heads + kv_head) * a.sinks.n * D};
+    for (int64_t i = 0; i < left_behind; ++i) {
+      const std::vector<double> key(sinks[0] + i * D, sinks[0] + (i + 1) * D),
+          value(sinks[1] + i * D, sinks[1] + (i + 1) * D);
+      see(turned_by(a.sinks.rotation), key, value);
+    }
+    for (int64_t p = low; p <= own; ++p) {
+      std::vector<double> key(query.size()), value(query.size());
+      all_keys_.read(all_keys_.row(b, kv_head, p), key, steps_);
+      all_values_.read(all_values_.row(b, kv_head, p), value, steps_);
+      see(query, key, value);
     }
     for (const double score : scores) total += std::exp(score - largest);
-    for (int64_t p = low; p <= own; ++p) {
-      all_values_.read(all_values_.row(b, kv_head, p), numbers_, steps_);
-      const double weight = std::exp(scores[size_t(p - low)] - largest) / total;
+    for (size_t k = 0; k < scores.size(); ++k) {
+      const double weight = std::exp(scores[k] - largest) / total;
       for (size_t i = 0; i < query.size(); ++i) {
-        wanted[i] += weight * numbers_[i];
-        size[i] += weight * std::abs(numbers_[i]);
+        wanted[i] += weight * values[k][i];
+        size[i] += weight * std::abs(values[k][i]);
       }
     }
     Floats got(query.size());
@@ -294,6 +324,7 @@ class AttentionTest {
   std::vector<int64_t> starts_;
   int64_t slots_, total_;
   Half keys_, values_, all_keys_, all_values_;
+  Floats sink_keys_, sink_values_;
   std::vector<double> numbers_, steps_;
   std::string what_;
 };
@@ -318,6 +349,7 @@ inline bool test_attention(const m7::Kernels& kernels) {
     s.group = 32;
   s.window = draw(0, 2) ? is_long ? draw(1000, 1400) : draw(1, 90) : 0;
   s.capacity = s.window + draw(0, 1) * draw(0, 70);
+  s.n_sinks = s.window && draw(0, 1) ? draw(1, draw(0, 3) ? 6 : 90) : 0;
   // A ring that has turned many times, of rows that began late.
   const int64_t first = !is_long && draw(0, 2) == 0 ? draw(1, 300) : 0;
   std::vector<int64_t> starts;

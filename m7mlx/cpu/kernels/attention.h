@@ -230,6 +230,7 @@ struct Softmax {
 struct Work {
   const Attention& a;
   const float* queries;       // [batch, n_kv_heads, length, queries of a KV head, head_dim], rotated and scaled
+  const float* to_sinks;      // the same queries as they meet the sinks
   Rows new_keys, new_values;  // [batch, n_kv_heads, length, head_dim]; no codes where all lie in the ring
   int64_t shared, tokens, blocks, pieces;  // queries of a KV head; tokens of a block; parts of its keys
 
@@ -254,54 +255,95 @@ struct Work {
   }
 };
 
+// A block of queries, and what it has attended to so far.
+struct Block {
+  int64_t rows, head_dim;
+  Softmax* state;  // [rows]
+  float* out;      // [rows, head_dim]
+};
+
+// Which keys of a tile a query sees: [low, high).
+struct Seen {
+  int64_t low, high;
+};
+
+// Attend to a tile of keys with the queries of a block; `seen(row)` tells which of them each sees.
+// The values are asked for once the keys have been met: both may be read into the same memory.
+template <class See, class Values>
+inline void attend_tile(const Block& block, const float* queries, const float* keys, int64_t count, const See& seen,
+                        const Values& values) {
+  const int64_t D = block.head_dim;
+  float* scores = scratch(2, block.rows * kKeys);
+  score(queries, block.rows, keys, count, D, scores);
+  for (int64_t r = 0; r < block.rows; ++r) {
+    float* s = scores + r * kKeys;
+    Softmax& state = block.state[r];
+    const auto [low, high] = seen(r);
+    for (int64_t i = 0; i < min(low, count); ++i) s[i] = kNothing;
+    for (int64_t i = max(0, high); i < kKeys; ++i) s[i] = kNothing;
+    if (low >= high) {
+      zero(s, kKeys);
+      continue;
+    }
+    V most = load<V>(s);
+    for (int64_t i = W; i < kKeys; i += W) most = greater(most, load<V>(s + i));
+    float largest = state.largest;
+    for (int lane = 0; lane < W; ++lane) largest = most[lane] > largest ? most[lane] : largest;
+    V total{};
+    for (int64_t i = 0; i < kKeys; i += W) {
+      const V x = load<V>(s + i), power = choose(x == kNothing, V{}, exponential(x - largest));
+      total += power;
+      store(s + i, power);
+    }
+    if (largest > state.largest) {
+      const float less = state.largest == kNothing ? 0 : __builtin_expf(state.largest - largest);
+      for (int64_t i = 0; i < D; ++i) block.out[r * D + i] *= less;
+      state.total *= less;
+      state.largest = largest;
+    }
+    state.total += sum(total);
+  }
+  weigh(scores, block.rows, values(), count, D, block.out);
+}
+
+// The queries of a block that starts with a token, among all queries.
+inline const float* of_block(const Work& w, const float* queries, int64_t line, int64_t token) {
+  return queries + (line * w.a.length + token) * w.shared * w.a.head_dim;
+}
+
 // Attend to positions [from, to) with a block of queries.
-inline void attend_block(const Work& w, int64_t b, int64_t head, int64_t token, int64_t from, int64_t to,
-                         Softmax* state, float* out) {
+inline void attend_block(const Work& w, const Block& block, int64_t b, int64_t head, int64_t token, int64_t from,
+                         int64_t to) {
   const Attention& a = w.a;
-  const int64_t D = a.head_dim, tokens = min(w.tokens, a.length - token), rows = tokens * w.shared;
-  const float* queries = w.queries + ((b * a.n_kv_heads + head) * a.length + token) * w.shared * D;
-  float* tile = scratch(1, kKeys * D);
-  float* scores = scratch(2, rows * kKeys);
-  for (int64_t r = 0; r < rows; ++r) state[r] = {kNothing, 0};
-  zero(out, rows * D);
+  const float* queries = of_block(w, w.queries, b * a.n_kv_heads + head, token);
+  float* tile = scratch(1, kKeys * a.head_dim);
   for (int64_t position = from, count; position < to; position += count) {
     count = min(kKeys, to - position);
     const Place keys = w.find(false, b, head, position, &count), values = w.find(true, b, head, position, &count);
-    score(queries, rows, read_rows(a, keys, count, tile), count, D, scores);
-    for (int64_t r = 0; r < rows; ++r) {
-      float* s = scores + r * kKeys;
+    const auto seen = [&](int64_t r) -> Seen {
       const int64_t own = a.offset + token + r / w.shared;
-      const int64_t low = max(0, w.first_seen(b, own) - position), high = min(count, own + 1 - position);
-      for (int64_t i = 0; i < min(low, count); ++i) s[i] = kNothing;
-      for (int64_t i = max(0, high); i < kKeys; ++i) s[i] = kNothing;
-      if (low >= high) {
-        zero(s, kKeys);
-        continue;
-      }
-      V most = load<V>(s);
-      for (int64_t i = W; i < kKeys; i += W) most = greater(most, load<V>(s + i));
-      float largest = state[r].largest;
-      for (int lane = 0; lane < W; ++lane) largest = most[lane] > largest ? most[lane] : largest;
-      V total{};
-      for (int64_t i = 0; i < kKeys; i += W) {
-        const V x = load<V>(s + i), power = choose(x == kNothing, V{}, exponential(x - largest));
-        total += power;
-        store(s + i, power);
-      }
-      if (largest > state[r].largest) {
-        const float less = state[r].largest == kNothing ? 0 : __builtin_expf(state[r].largest - largest);
-        for (int64_t i = 0; i < D; ++i) out[r * D + i] *= less;
-        state[r].total *= less;
-        state[r].largest = largest;
-      }
-      state[r].total += sum(total);
-    }
-    weigh(scores, rows, read_rows(a, values, count, tile), count, D, out);
+      return {max(0, w.first_seen(b, own) - position), min(count, own + 1 - position)};
+    };
+    attend_tile(block, queries, read_rows(a, keys, count, tile), count, seen,
+                [&] { return read_rows(a, values, count, tile); });
+  }
+}
+
+// Attend to the sinks that the window has left behind with a block of queries.
+inline void attend_sinks(const Work& w, const Block& block, int64_t b, int64_t head, int64_t token) {
+  const Attention& a = w.a;
+  const int64_t D = a.head_dim, line = b * a.n_kv_heads + head;
+  const int64_t left_behind = a.offset - a.starts[b] - a.window + 1;  // by the first token of the pass
+  for (int64_t i = 0; i < a.sinks.n; i += kKeys) {
+    const int64_t count = min(kKeys, a.sinks.n - i), place = (line * a.sinks.n + i) * D;
+    const auto seen = [&](int64_t r) -> Seen { return {0, min(count, left_behind + token + r / w.shared - i)}; };
+    attend_tile(block, of_block(w, w.to_sinks, line, token), a.sinks.keys + place, count, seen,
+                [&] { return a.sinks.values + place; });
   }
 }
 
 // Rotate the queries, keys and values of one token; store what is to be stored.
-inline void take_in(const Work& w, float* queries, int64_t b, int64_t token) {
+inline void take_in(const Work& w, float* queries, float* to_sinks, int64_t b, int64_t token) {
   const Attention& a = w.a;
   const int64_t D = a.head_dim, position = a.offset + token;
   const float* heads = a.heads + (b * a.length + token) * (a.n_heads + 2 * a.n_kv_heads) * D;
@@ -309,9 +351,12 @@ inline void take_in(const Work& w, float* queries, int64_t b, int64_t token) {
   const float* rotation = a.rotation + place * D;
   const float scale = (a.factors ? a.factors[place] : 1.0f) / __builtin_sqrtf(static_cast<float>(D));
   for (int64_t h = 0; h < a.n_heads; ++h) {
-    float* to = queries + (((b * a.n_kv_heads + h / w.shared) * a.length + token) * w.shared + h % w.shared) * D;
-    rotate(heads + h * D, rotation, D, scale, to);
-    if (a.turned) hadamard(to, D);
+    const int64_t at = (((b * a.n_kv_heads + h / w.shared) * a.length + token) * w.shared + h % w.shared) * D;
+    rotate(heads + h * D, rotation, D, scale, queries + at);
+    if (a.turned) hadamard(queries + at, D);
+    if (!a.sinks.n) continue;
+    rotate(heads + h * D, a.sinks.rotation + place * D, D, scale, to_sinks + at);
+    if (a.turned) hadamard(to_sinks + at, D);
   }
   float* rotated = scratch(1, D);
   for (int64_t h = 0; h < a.n_kv_heads; ++h) {
@@ -378,9 +423,12 @@ inline void keep_new(const Work& w) {
 void attend(const Attention& a) {
   if (a.batch * a.length == 0) return;
   const int64_t D = a.head_dim, lines = a.batch * a.n_kv_heads, end = a.offset + a.length;
-  Work w{a, nullptr, {}, {}, a.n_heads / a.n_kv_heads, 0, 0, 1};
-  float* queries = scratch(3, a.batch * a.length * a.n_heads * D);
+  Work w{a, nullptr, nullptr, {}, {}, a.n_heads / a.n_kv_heads, 0, 0, 1};
+  const int64_t n_queries = a.batch * a.length * a.n_heads * D;
+  float* queries = scratch(3, n_queries * (a.sinks.n ? 2 : 1));
+  float* to_sinks = queries + n_queries;
   w.queries = queries;
+  w.to_sinks = to_sinks;
   // The new keys may be written first where they take no slot that an earlier token still sees.
   const bool in_place = end <= a.capacity || (a.window && a.length <= a.capacity - a.window + 1);
   if (!in_place) {
@@ -398,7 +446,7 @@ void attend(const Attention& a) {
   const auto take = [&](int64_t task) {
     const int64_t b = task % a.batch;
     for (int64_t t = task / a.batch * together; t < min(a.length, (task / a.batch + 1) * together); ++t)
-      take_in(w, queries, b, t);
+      take_in(w, queries, to_sinks, b, t);
   };
   if (a.batch * a.length <= 4) {
     for (int64_t task = 0; task < tasks; ++task) take(task);
@@ -419,8 +467,12 @@ void attend(const Attention& a) {
     const int64_t last = a.offset + min(a.length, token + w.tokens), first = w.first_seen(b, a.offset + token);
     const int64_t step = (last - first + w.pieces - 1) / w.pieces;
     float* part = parts + task * size;
-    attend_block(w, b, line % a.n_kv_heads, token, min(last, first + piece * step),
-                 min(last, first + (piece + 1) * step), reinterpret_cast<Softmax*>(part + rows * D), part);
+    const Block own{min(w.tokens, a.length - token) * w.shared, D, reinterpret_cast<Softmax*>(part + rows * D), part};
+    for (int64_t r = 0; r < own.rows; ++r) own.state[r] = {kNothing, 0};
+    zero(own.out, own.rows * D);
+    if (piece == 0) attend_sinks(w, own, b, line % a.n_kv_heads, token);
+    attend_block(w, own, b, line % a.n_kv_heads, token, min(last, first + piece * step),
+                 min(last, first + (piece + 1) * step));
   });
   join_pieces(w, parts);
   if (!in_place) keep_new(w);

@@ -63,6 +63,16 @@ struct Rows {
   uint8_t* biases;
 };
 
+// The first keys and values of every row, seen as well once the window has left them behind.
+//
+// Where a row's own position is p, sink i is seen as soon as p − i is as large as the window.
+struct Sinks {
+  int64_t n;              // 0 for none
+  const float* rotation;  // as that of `Attention`: where queries stand for the sinks
+  const float* keys;      // [batch, n_kv_heads, n, head_dim], rotated; turned where the ring's are
+  const float* values;    // as `keys`, but never turned
+};
+
 // Grouped-query attention of new tokens to a ring, which takes their keys and values in.
 //
 // Positions are those of the batch's clock; position p lies in slot p % capacity.
@@ -80,7 +90,8 @@ struct Attention {
   const int64_t* starts;  // [batch]: the position at which each row began
   int64_t group;          // numbers that share a scale, of packed rows
   bool turned;            // packed keys are stored after a Hadamard transform
-  float* out;             // [batch, length, n_heads · head_dim]
+  Sinks sinks;
+  float* out;  // [batch, length, n_heads · head_dim]
 };
 
 struct Kernels {

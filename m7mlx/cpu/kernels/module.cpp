@@ -204,7 +204,7 @@ class LookupNode : public Node {
 struct Layout {
   int64_t n_kv_heads, capacity, window, offset, group;
   std::vector<int64_t> starts;
-  bool turned, has_factors;
+  bool turned, has_factors, has_sinks;
 };
 
 class AttentionNode : public Node {
@@ -212,9 +212,10 @@ class AttentionNode : public Node {
   AttentionNode(mx::Stream stream, Layout layout) : Node(stream), layout_(std::move(layout)) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    // heads, rotation, what was written before, the queries' factors if there are any, and the buffers:
-    // keys first, one array each or three.
-    const size_t at = layout_.has_factors ? 4 : 3, half = (inputs.size() - at) / 2;
+    // heads, rotation, what was written before, the queries' factors if there are any, three arrays of
+    // the sinks if there are any, and the buffers: keys first, one array each or three.
+    const size_t sinks = layout_.has_factors ? 4 : 3, at = sinks + (layout_.has_sinks ? 3 : 0),
+                 half = (inputs.size() - at) / 2;
     const mx::array &heads = inputs[0], &rotation = inputs[1], &first = inputs[at];
     Attention a{};
     a.heads = heads.data<float>();
@@ -234,6 +235,9 @@ class AttentionNode : public Node {
     a.offset = layout_.offset;
     a.group = layout_.group;
     a.turned = layout_.turned;
+    if (layout_.has_sinks)
+      a.sinks = {inputs[sinks + 1].shape(2), inputs[sinks].data<float>(), inputs[sinks + 1].data<float>(),
+                 inputs[sinks + 2].data<float>()};
     a.out = make<float>(outputs[0]);
     float* written = make<float>(outputs[1]);
     later([a, written, starts = layout_.starts]() mutable {
@@ -369,7 +373,7 @@ std::tuple<mx::array, mx::array> attend(const mx::array& heads, const mx::array&
                                         const std::optional<mx::array>& factors, const mx::array& written,
                                         const std::vector<mx::array>& buffers, int64_t n_kv_heads, int64_t offset,
                                         int64_t capacity, int64_t window, std::vector<int64_t> starts, int64_t group,
-                                        bool turned) {
+                                        bool turned, const std::vector<mx::array>& sinks) {
   if (heads.ndim() != 3 || rotation.ndim() != 3 || heads.dtype() != mx::float32 || rotation.dtype() != mx::float32)
     refuse("heads and rotation are float32 of three dimensions");
   const int64_t batch = heads.shape(0), length = heads.shape(1), dim = rotation.shape(2),
@@ -381,6 +385,15 @@ std::tuple<mx::array, mx::array> attend(const mx::array& heads, const mx::array&
       (factors->dtype() != mx::float32 || factors->shape() != mx::Shape{rotation.shape(0), rotation.shape(1)}))
     refuse("the queries' factors are float32, one for each rotation");
   if (static_cast<int64_t>(starts.size()) != batch) refuse("every row has a start");
+  if (!sinks.empty()) {
+    if (sinks.size() != 3 || sinks[1].ndim() != 4 || !window) refuse("sinks are a rotation, keys and values");
+    const mx::Shape own = {static_cast<int>(batch), static_cast<int>(n_kv_heads), sinks[1].shape(2),
+                           static_cast<int>(dim)};
+    if (sinks[0].shape() != rotation.shape() || sinks[1].shape() != own || sinks[2].shape() != own)
+      refuse("these sinks are not this pass's");
+    for (const mx::array& each : sinks)
+      if (each.dtype() != mx::float32) refuse("sinks are float32");
+  }
   if (buffers.size() != 2 && buffers.size() != 6) refuse("keys and values are one array each, or three");
   for (const mx::array& b : buffers) {
     if (b.ndim() != 4 || b.shape(0) != batch || b.shape(1) != n_kv_heads || b.shape(2) != buffers[0].shape(2))
@@ -394,9 +407,11 @@ std::tuple<mx::array, mx::array> attend(const mx::array& heads, const mx::array&
   mx::Stream stream = cpu();
   std::vector<mx::array> inputs = {as_rows(heads, stream), as_rows(rotation, stream), written};
   if (factors) inputs.push_back(as_rows(*factors, stream));
+  for (const mx::array& each : sinks) inputs.push_back(as_rows(each, stream));
   inputs.insert(inputs.end(), buffers.begin(), buffers.end());
-  auto node = std::make_shared<AttentionNode>(
-      stream, Layout{n_kv_heads, capacity, window, offset, group, std::move(starts), turned, factors.has_value()});
+  auto node =
+      std::make_shared<AttentionNode>(stream, Layout{n_kv_heads, capacity, window, offset, group, std::move(starts),
+                                                     turned, factors.has_value(), !sinks.empty()});
   std::vector<mx::array> out = mx::array::make_arrays(
       {{static_cast<int>(batch), static_cast<int>(length), static_cast<int>(n_heads * dim)}, {1}},
       {mx::float32, mx::float32}, node, inputs);
@@ -424,5 +439,6 @@ NB_MODULE(_native, module) {
   module.def("map_file", &m7::map_file, nb::arg("path"), nb::arg("tensors"));
   module.def("attend", &m7::attend, nb::arg("heads"), nb::arg("rotation"), nb::arg("factors").none(),
              nb::arg("written"), nb::arg("buffers"), nb::arg("n_kv_heads"), nb::arg("offset"), nb::arg("capacity"),
-             nb::arg("window"), nb::arg("starts"), nb::arg("group"), nb::arg("turned"));
+             nb::arg("window"), nb::arg("starts"), nb::arg("group"), nb::arg("turned"),
+             nb::arg("sinks") = std::vector<mx::array>{});
 }
