@@ -58,7 +58,8 @@ class BorrowedEngine:
         self._send("forget", conversation)
 
     def write_title(self, conversation: int, request: Request) -> None:
-        """No titles are written for pages: the model may be at work for another one."""
+        """Answer a request for a title, if no page asks anything else of the model now."""
+        self._send("title", conversation, request)
 
     def cancel(self) -> None:
         """End what was submitted from here."""

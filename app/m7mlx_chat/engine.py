@@ -50,7 +50,7 @@ class Engine:
         self._copies = copies if world is None else None
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._events = EventQueue()
-        self._submitted = self._answering = 0  # requests, counted from 1
+        self._submitted = self._answering = 0  # requests, for titles too, counted from 1
         self._cancelled = 0  # the last request that is not wanted any more
         self._loads = 0  # the last one counts
         self._closing = threading.Event()
@@ -83,10 +83,12 @@ class Engine:
 
         The events end with one Titled.
         """
-        self._commands.put(lambda: self._write_title(conversation, request))
+        self._submitted += 1
+        number = self._submitted
+        self._commands.put(lambda: self._write_title(number, conversation, request))
 
     def cancel(self) -> None:
-        """End what was submitted so far, within one token; an answer's text so far is kept."""
+        """End what was asked for so far, within one token; an answer's text so far is kept."""
         self._cancelled = self._submitted
 
     def count(self, text: str) -> int | None:
@@ -186,11 +188,14 @@ class Engine:
         self._answering = number
         self._loaded.answer(request, lambda: self._answering <= self._cancelled)
 
-    def _write_title(self, conversation: int, request: Request) -> None:
+    def _write_title(self, number: int, conversation: int, request: Request) -> None:
+        def is_cancelled() -> bool:
+            return self._closing.is_set() or not self._commands.empty() or number <= self._cancelled
+
         text: str | None = None
         if self._loaded is not None and self._world is None:
             try:
-                text = self._loaded.write_title(request, lambda: self._closing.is_set() or not self._commands.empty())
+                text = self._loaded.write_title(request, is_cancelled)
             except Exception as error:  # nobody has asked for it: there is no title then
                 _failed(error)
                 text = ""

@@ -224,7 +224,7 @@ class AnyEngine(Protocol):
         """
 
     def cancel(self) -> None:
-        """End what was submitted so far."""
+        """End what was submitted so far, titles too."""
 
     def count(self, text: str) -> int | None:
         """Count the tokens of a text, on a thread that may wait; None where no model is loaded."""

@@ -58,6 +58,13 @@ class OpenApp(App[None]):
         if driver is not None and not (driver.is_headless or driver.is_web or self.is_leaving):
             driver.write(sequence)
 
+    def send_title(self, title: str) -> None:
+        """Send the terminal its title, or the browser its page's."""
+        if isinstance(self._driver, WebDriver):
+            self._driver.write_meta({"type": "title", "title": title})
+        else:
+            self.send_to_terminal(f"\x1b]0;{title}\x07")
+
     @property
     def is_leaving(self) -> bool:
         """Whether the app has been told to end, or what it shows is just being taken away."""

@@ -109,6 +109,9 @@ def test_a_title_is_written_on_the_side_and_whatever_comes_breaks_it_off(start: 
     assert second.statistics.reused_tokens == done.seen.tokens  # the conversation's cache is as it was
     engine.write_title(9, Request([user("word " * 20_000)], max_tokens=6))  # no room: there is no title then
     assert wait(engine, bool) == [Titled(9, "")]
+    engine.write_title(10, Request([user("Which title?")], max_tokens=LONG))
+    engine.cancel()
+    assert wait(engine, bool) == [Titled(10, None)]
 
 
 def test_cancel_keeps_the_text_and_the_cache(start: Callable[..., Asking]) -> None:

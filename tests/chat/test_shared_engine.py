@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from chat_harness import READY, ScriptedEngine, done
 from m7mlx_chat.borrowed import BorrowedEngine
-from m7mlx_chat.events import Counted, Done, Event, Failed, Loading, Ready, Text, Waiting
+from m7mlx_chat.events import Counted, Done, Event, Failed, Loading, Ready, Text, Titled, Waiting
 from m7mlx_chat.settings import Settings
 from m7mlx_chat.web.shared import SharedEngine
 
@@ -203,3 +203,39 @@ def test_who_loses_the_server_is_told(engine: Engine) -> None:
     page._connection.send(["leave"])
     until(lambda: page.drain() == [Failed("the server of this page has ended")])
     page.submit(Request("nobody hears"))
+
+
+def test_titles_are_written_while_no_page_asks_anything_else(shared: SharedEngine, engine: Engine) -> None:
+    first, second = Page(shared).loaded(), Page(shared).loaded()
+    first.engine.write_title(7, Request("title?"))
+    until(lambda: engine.titles == [(7, Request("title?"))])
+    engine.events.append(Titled(7, "A title"))
+    assert first.hears(Titled) == Titled(7, "A title")
+    first.engine.submit(Request("one"))
+    until(lambda: len(engine.asked) == 1)
+    second.engine.write_title(8, Request("title?"))
+    assert second.hears(Titled) == Titled(8, None)  # the model is at work: asked again later
+    engine.events.append(done("I"))
+    first.hears(Done)
+    assert len(engine.titles) == 1 and Titled(7, "A title") not in second.said
+
+
+def test_whatever_else_a_page_asks_breaks_off_a_title(shared: SharedEngine, engine: Engine) -> None:
+    first, second = Page(shared).loaded(), Page(shared).loaded()
+    first.engine.write_title(7, Request("title?"))
+    until(lambda: len(engine.titles) == 1)
+    second.engine.submit(Request("two"))
+    until(lambda: engine.cancelled == 1)
+    engine.events.append(Titled(7, None))
+    assert first.hears(Titled) == Titled(7, None)
+    until(lambda: len(engine.asked) == 1)
+    engine.events.append(done("II"))
+    assert second.hears(Done) == done("II") and Waiting() not in second.said
+
+
+def test_a_title_is_not_worth_loading_another_model(shared: SharedEngine, engine: Engine) -> None:
+    first = Page(shared).loaded(A)
+    Page(shared).loaded(B)
+    first.engine.write_title(7, Request("title?"))
+    assert first.hears(Titled) == Titled(7, None)
+    assert not engine.titles and len(engine.loaded) == 2

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from aiohttp import ClientSession, ClientWebSocketResponse, CookieJar, TCPConnector, WSMsgType, WSServerHandshakeError
-from browser import browsing
+from browser import Page, browsing
 
 CHAT = str(Path(sys.executable).parent / "m7mlx-chat")
 
@@ -355,6 +355,17 @@ async def test_a_chat_that_cannot_start_says_why_on_the_page(starting: Callable[
             shutil.move(moved, server.model)
 
 
+async def enter(page: Page, text: str) -> None:
+    """Type a line, and send it once it is drawn."""
+    for key in text:
+        await page.call("Input.dispatchKeyEvent", type="keyDown", key=key, text=key)
+        await page.call("Input.dispatchKeyEvent", type="keyUp", key=key)
+    await asyncio.sleep(1)
+    for kind in ("keyDown", "keyUp"):
+        code = {"code": "Enter", "key": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
+        await page.call("Input.dispatchKeyEvent", type=kind, **code)
+
+
 @pytest.mark.chromium
 async def test_a_real_browser_shows_the_chat_and_types(server: Server, tmp_path: Path) -> None:
     async with browsing(tmp_path) as page:
@@ -364,6 +375,7 @@ async def test_a_real_browser_shows_the_chat_and_types(server: Server, tmp_path:
         await asyncio.sleep(3)
         loaded = await page.value("performance.getEntriesByType('resource').map((one) => one.name)")
         assert all(name.startswith(f"{server.origin}/") for name in loaded)
+        assert await page.value("document.title") == "m7mlx"
         errors = [one for one in page.complaints if one.get("entry", {"level": "error"})["level"] == "error"]
         assert not errors  # of the content security policy, say
         async with server.client() as session:
@@ -372,13 +384,9 @@ async def test_a_real_browser_shows_the_chat_and_types(server: Server, tmp_path:
             assert len(server.chats()) == 2
             await other.close()
         await server.wait_for_chats(1)
-        for key in "/bye":
-            await page.call("Input.dispatchKeyEvent", type="keyDown", key=key, text=key)
-            await page.call("Input.dispatchKeyEvent", type="keyUp", key=key)
-        await asyncio.sleep(1)
-        for kind in ("keyDown", "keyUp"):
-            code = {"code": "Enter", "key": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
-            await page.call("Input.dispatchKeyEvent", type=kind, **code)
+        await enter(page, "About apples")
+        await page.until("document.title.endsWith('About apples · m7mlx')")
+        await enter(page, "/bye")
         await page.until("document.body.classList.contains('-closed')")
         assert await page.value("getComputedStyle(document.getElementById('ended')).display") == "block"
     await server.wait_for_chats(0)

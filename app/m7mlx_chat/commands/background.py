@@ -1,4 +1,7 @@
-"""For a user who looks elsewhere while the model answers: the terminal's title, and its bell."""
+"""For a user who looks elsewhere while the model answers: the terminal's title, and its bell.
+
+In a browser the title is the page's; a page has no bell.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ class BackgroundCommands(ChatView):
         title = mark + one_line(f"{self.title[:_LONGEST]} · {self.TITLE}" if begun else self.TITLE)
         if self.config.terminal_title and title != self._terminal_title:
             self._terminal_title = title
-            self.send_to_terminal(f"\x1b]0;{title}\x07")
+            self.send_title(title)
 
     def announce_end(self, under_way: UnderWay) -> None:
         """Ring if nobody was looking when the last of what was asked had been answered."""

@@ -138,6 +138,14 @@ class Page(AppService):
                 await self.on_data(b"\r\n" + said.encode())
         await self._close()
 
+    async def on_meta(self, data: bytes) -> None:
+        """Bring to the page what is not drawn: its title, and what textual-serve knows besides."""
+        match json.loads(data):
+            case {"type": "title", "title": str(title)}:
+                await self._socket.send_json(["title", title])
+            case _:
+                await super().on_meta(data)
+
     async def _errors(self) -> str:
         """The last line that the chat says on stderr."""
         assert self._process is not None and self._process.stderr is not None

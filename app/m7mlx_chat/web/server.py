@@ -28,8 +28,21 @@ _PAGES = 4  # each is a process; one model answers them in turn
 _CONNECTIONS = 64
 _IDLE_SECONDS = 10.0  # for a connection without a request
 _MESSAGE = 4 << 20  # bytes: the longest message of a page, a paste say
-# Once textual.js has made the terminal: keys go there, without a click before.
-_SCRIPT = 'addEventListener("load", () => document.querySelector(".xterm-helper-textarea").focus());'
+# Keys go to the terminal without a click before, once textual.js has made it; and of what the chat
+# says to the page, textual.js passes over the title.
+_SCRIPT = """
+addEventListener("load", () => document.querySelector(".xterm-helper-textarea").focus());
+const Plain = WebSocket;
+WebSocket = class extends Plain {
+  constructor(address) {
+    super(address);
+    this.addEventListener("message", ({data}) => {
+      const [what, text] = typeof data === "string" ? JSON.parse(data) : [];
+      if (what === "title") document.title = text;
+    });
+  }
+};
+"""
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>

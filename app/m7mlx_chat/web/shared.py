@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from m7mlx import Request, Stats
-from m7mlx_chat.events import AnyEngine, Called, Counted, Done, Event, Failed, Ready, Seen, Waiting
+from m7mlx_chat.events import AnyEngine, Called, Counted, Done, Event, Failed, Ready, Seen, Titled, Waiting
 from m7mlx_chat.settings import Settings
 
 _WAIT = 0.1  # seconds to wait for an event at a time
@@ -50,17 +50,28 @@ class _Page:
 
 @dataclass
 class _Turn:
-    """What a page has asked for: an answer, or, without a request, that its model be loaded."""
+    """What a page has asked for: an answer, or, without a request, that its model be loaded.
+
+    titled  the conversation whose title is the answer: it gives way to all else
+    """
 
     page: _Page
     wanted: _Wanted
     request: Request | None
+    titled: int | None = None
     is_cancelled: bool = False
 
     def send(self, event: Event) -> None:
         """Tell the page; a model that is not wanted any more is not told of."""
         if self.request is not None or not self.is_cancelled:
             self.page.send(event)
+
+    def tell_ended(self) -> None:
+        """Tell the page that what it asked for has ended before it began."""
+        if self.titled is not None:
+            self.page.send(Titled(self.titled, None))
+        elif self.request is not None:
+            self.page.send(Done("stopped", "", [], Stats(), Seen(0, 0)))
 
 
 class SharedEngine:
@@ -115,6 +126,8 @@ class SharedEngine:
                 self._queue(_Turn(page, page.wanted, None))
             case "submit", (request,) if page.wanted is not None:
                 self._queue(_Turn(page, page.wanted, request))
+            case "title", (conversation, request) if page.wanted is not None:
+                self._queue_title(_Turn(page, page.wanted, request, titled=conversation))
             case "forget", (conversation,):
                 self._engine.forget(conversation)
             case "count", (number, text):
@@ -135,11 +148,23 @@ class SharedEngine:
 
     def _queue(self, turn: _Turn) -> None:
         with self._changed:
-            others = [one for one in (self._current, *self._turns) if one is not None and one.page is not turn.page]
-            if others:
+            before = [one for one in (self._current, *self._turns) if one is not None]
+            for title in (one for one in before if one.titled is not None):
+                title.is_cancelled = True
+                self._engine.cancel()
+            if any(one.page is not turn.page for one in before if one.titled is None):
                 turn.send(Waiting())
             self._turns.append(turn)
             self._changed.notify_all()
+
+    def _queue_title(self, turn: _Turn) -> None:
+        """Have a title written while nobody wants anything else; the page asks again later."""
+        with self._changed:
+            if self._current is None and not self._turns and turn.wanted.is_met_by(self._loaded):
+                self._turns.append(turn)
+                self._changed.notify_all()
+                return
+        turn.tell_ended()
 
     def _cancel(self, page: _Page, *, only_answers: bool = False) -> None:
         """End what a page has asked for; answers that have not begun end at once."""
@@ -153,8 +178,7 @@ class SharedEngine:
                 if current.request is not None:
                     self._engine.cancel()
         for turn in ended:
-            if turn.request is not None:
-                page.send(_nothing_said())
+            turn.tell_ended()
 
     # --- turns, on one thread ---------------------------------------------------------------------
 
@@ -179,13 +203,16 @@ class SharedEngine:
             return
         with self._changed:  # from here on `_cancel` reaches the engine
             if turn.is_cancelled:
-                turn.send(_nothing_said())
+                turn.tell_ended()
                 return
-            self._engine.submit(turn.request)
+            if turn.titled is None:
+                self._engine.submit(turn.request)
+            else:
+                self._engine.write_title(turn.titled, turn.request)
         while not self._is_closing:
             for event in self._engine.drain(_WAIT):
                 turn.send(event)
-                if isinstance(event, Called | Done | Failed):
+                if isinstance(event, Called | Done | Failed | Titled):
                     return
 
     def _load(self, turn: _Turn) -> bool:
@@ -210,7 +237,3 @@ class SharedEngine:
                 if isinstance(event, Ready):
                     return failed is None or turn.request is None
         return False
-
-
-def _nothing_said() -> Done:
-    return Done("stopped", "", [], Stats(), Seen(0, 0))
