@@ -55,6 +55,7 @@ def serve(module: str, memory: int, rope: int) -> NoReturn:
     """
     try:
         _reset_signals()
+        rope = _lowered(rope)
         _hold(rope)
         handler = importlib.import_module(module).handler  # before the limits: imports open files
         _limit_files()
@@ -99,6 +100,16 @@ def _reset_signals() -> None:
     for one in (signal.SIGPROF, signal.SIGALRM, signal.SIGXCPU, signal.SIGTERM, signal.SIGINT):
         signal.signal(one, signal.SIG_DFL)
     signal.signal(signal.SIGIO, signal.SIG_DFL if SIGIO_ENDS else lambda *_: os._exit(1))
+
+
+def _lowered(file: int) -> int:
+    """Give an open file the lowest free number: it came with one of a process that may have many.
+
+    `_limit_files` allows no number beyond the limit for what is opened, or replaced, later.
+    """
+    low = os.dup(file)
+    os.close(file)
+    return low
 
 
 def _hold(rope: int) -> None:

@@ -128,7 +128,9 @@ class ChatApp(
 
     def _is_ending(self) -> bool:
         """Whether what is on the screen is just being taken away."""
-        return not self.is_running or not self.screen_stack[0].query(Composer)
+        # asked all the time: to look through all widgets for it would take as long as drawing
+        composer = self.screen_stack[0].query_one_optional(Composer)
+        return not self.is_running or composer is None or not composer.is_attached
 
     def _keep_draft(self) -> None:
         if not self._is_ending():

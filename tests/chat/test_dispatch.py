@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from chat_harness import Chat, chatting, done
+from effort import some
 from m7mlx_chat import exporting
 from m7mlx_chat.actions import ACTIONS, Action
 from m7mlx_chat.commands import settings
@@ -18,6 +19,11 @@ from textual.widgets import Input
 from m7mlx.errors import DiskError, RunError
 
 ERRORS = (DiskError("the disk is full: make room"), RunError("another program keeps it locked; close it"))
+PLACES = [
+    (place, error)
+    for number, place in enumerate(("app", "message", "sidebar"))
+    for error in some(ERRORS, 2, first=number)
+]
 _QUITS = ("quit", "interrupt", "editor")
 
 
@@ -30,8 +36,7 @@ def refuse(chat: Chat, error: Exception, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(module, name, raises)
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=["full", "locked"])
-@pytest.mark.parametrize("place", ["app", "message", "sidebar"])
+@pytest.mark.parametrize(("place", "error"), PLACES)
 async def test_every_action(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: Exception) -> None:
     async with chatting(tmp_path) as chat:
         await chat.exchange("question", "answer")

@@ -52,12 +52,15 @@ async def test_a_page_is_mounted_and_its_end_is_in_view(long: Path) -> None:
         assert in_view(chat)[-1] == 199
 
 
-async def test_scrolling_up_and_down_passes_every_message_once(long: Path) -> None:
-    async with chatting(long, size=(100, 80)) as chat:
+async def test_scrolling_up_and_down_passes_every_message_once(tmp_path: Path) -> None:
+    count = MOST + 2 * PAGE
+    with Store(tmp_path / "chats.db") as store:
+        store.plant([long_tree(count)])
+    async with chatting(tmp_path, size=(100, 80)) as chat:
         await chat.app.open_conversation(1)
         await chat.pilot.pause()
         seen = list(in_view(chat))
-        for _ in range(200):
+        for _ in range(count):
             await chat.pilot.press("pageup")
             await chat.pilot.pause()
             now = in_view(chat)
@@ -68,15 +71,15 @@ async def test_scrolling_up_and_down_passes_every_message_once(long: Path) -> No
             if now[0] == 0:
                 break
         assert seen[0] == 0
-        for _ in range(200):
+        for _ in range(count):
             await chat.pilot.press("pagedown")
             await chat.pilot.pause()
             now = in_view(chat)
             assert now[0] <= seen[-1] + 1, "messages were skipped"
             seen = now
-            if now[-1] == 199:
+            if now[-1] == count - 1:
                 break
-        assert seen[-1] == 199
+        assert seen[-1] == count - 1
 
 
 async def test_a_jump_to_the_middle_and_an_answer_at_the_end(long: Path) -> None:

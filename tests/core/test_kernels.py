@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from effort import examples
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "m7mlx" / "cpu" / "kernels"
@@ -69,6 +70,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_kernels_agree_with_plain_loops(program: Path, name: str) -> None:
     if name not in sets_here():
         pytest.skip(f"this processor has no {name}")
-    command = [str(program), "--isa", name, "--rounds", "40"]
+    rounds = examples(25)
+    command = [str(program), "--isa", name, "--rounds", str(rounds)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, f"OK {name}, 40 rounds\n"), (done.stdout + done.stderr)[-3000:]
+    assert (done.returncode, done.stdout) == (0, f"OK {name}, {rounds} rounds\n"), (done.stdout + done.stderr)[-3000:]

@@ -408,6 +408,17 @@ def test_it_is_found_from_another_folder_by_a_relative_path(tmp_path: Path) -> N
 # --- copies ---------------------------------------------------------------------------------------
 
 
+def test_whoever_has_many_files_open_can_have_copies() -> None:
+    """As a server with many connections: its files have high numbers."""
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(100)]
+    try:
+        with Worker("worker_jobs", b"the setup") as original, original.copy() as copy:
+            assert copy.ask(b"reply = setup", SECONDS) == b"the setup"
+    finally:
+        for file in held:
+            os.close(file)
+
+
 def test_a_copy_knows_what_the_original_knew_and_learns_for_itself(worker: Worker) -> None:
     worker.ask(b"kept = [1]", SECONDS)
     with worker.copy() as one, worker.copy() as other:

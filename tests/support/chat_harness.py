@@ -63,8 +63,10 @@ class ScriptedEngine:
         self.forgotten.append(conversation)
 
     def drain(self, wait: float = 0.0) -> list[Event]:
-        events, self.events = self.events, []
-        return events
+        if wait and not self.events:
+            time.sleep(min(wait, 0.01))
+        # one after the other: another thread may be adding some
+        return [self.events.pop(0) for _ in range(len(self.events))]
 
 
 def done(text: str, reason: Any = "stop", *, seen: int = 5000, **changes: Any) -> Done:
