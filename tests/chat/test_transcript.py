@@ -96,6 +96,19 @@ async def test_a_jump_to_the_middle_and_an_answer_at_the_end(long: Path) -> None
         assert in_view(chat)[-1] == 201
 
 
+async def test_a_talk_that_goes_on_keeps_few_messages_mounted(long: Path) -> None:
+    async with chatting(long) as chat:
+        await chat.app.open_conversation(1)
+        while len(numbers(chat)) <= 2 * PAGE:
+            await chat.pilot.press("pageup")
+        await chat.exchange("message 200", "message 201")
+        assert numbers(chat) == list(range(202 - PAGE, 202))
+        assert in_view(chat)[-1] == 201
+        while numbers(chat)[0] == 202 - PAGE:  # what was taken away comes back
+            await chat.pilot.press("pageup")
+        assert numbers(chat) == list(range(202 - 2 * PAGE, 202))
+
+
 async def test_a_search_hit_of_another_conversation_is_seen(tmp_path: Path) -> None:
     blocks = "\n\n".join(f"## Part\n\n- one\n- two\n\n```python\nx = {i}\n```" for i in range(3))
     with Store(tmp_path / "chats.db") as store:

@@ -83,6 +83,8 @@ class Transcript(VerticalScroll, can_focus=False):
                 else:
                     await self._mount(self._last, len(line))
                     self._last = len(line)
+                    if at is None and self._last - self._first > 2 * PAGE:
+                        await self._shorten()
                     self._dim()
         if self._session.under_way is not None and (live := self.answer(self._session.under_way.answer)) is not None:
             live.go_on()
@@ -118,6 +120,12 @@ class Transcript(VerticalScroll, can_focus=False):
         self._first = max(0, self._last - PAGE)
         await self._mount(self._first, self._last)
         self._dim()
+
+    async def _shorten(self) -> None:
+        """Leave the last page: the end is looked at, and to lay out the others takes time."""
+        for view in self.views[:-PAGE]:
+            await view.remove()
+        self._first = self._last - PAGE
 
     async def _mount(self, first: int, last: int, before: MessageView | None = None) -> None:
         under_way = self._session.under_way
