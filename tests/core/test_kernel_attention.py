@@ -142,8 +142,9 @@ def test_whatever_is_done_to_a_cache_the_logits_are_those_of_mlx(
         patch.setattr(m7mlx.ring, "has_kernels", lambda: False)
         expected = logits(script, Run(key, kv_bits, slack, batch, stream, folder))
     # A number that lies between two codes may fall to either side. Of keys that are missing, or
-    # another's, a token's logits differ by as much as they are.
-    tolerance = {None: 1e-4, 16: 1e-2, 8: 0.1, 4: 0.7}[kv_bits]
+    # another's, a token's logits differ by as much as they are. Where a stream has but ten keys
+    # beside its sinks, a code of 4 bits weighs more.
+    tolerance = {None: 1e-4, 16: 1e-2, 8: 0.1, 4: 0.7 if stream else 0.3}[kv_bits]
     if "quantize" in dict(script):
         tolerance = max(tolerance, 0.1)
     for one, other in zip(found, expected, strict=True):
